@@ -1,0 +1,19 @@
+// The Python module `latentkv._native`. Tensors cross as addresses: `ops/native` has checked what lies behind them.
+#include <nanobind/nanobind.h>
+
+#include "isa.h"
+
+namespace nb = nanobind;
+
+namespace latentkv {
+}  // namespace latentkv
+
+NB_MODULE(_native, m) {
+  using latentkv::Isa;
+  nb::enum_<Isa>(m, "Isa")
+      .value("portable", Isa::portable)
+      .value("avx2", Isa::avx2)
+      .value("avx512", Isa::avx512)
+      .value("avx512bf16", Isa::avx512bf16);
+  m.def("runs", &latentkv::runs, "Whether this CPU runs kernels of the instruction set.");
+}

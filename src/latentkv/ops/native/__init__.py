@@ -1,0 +1,1 @@
+"""The C++ kernels (`csrc/`): checked tensors in, addresses out. What they compute is defined in `ops/reference.py`."""

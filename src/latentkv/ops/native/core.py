@@ -1,0 +1,88 @@
+"""The C++ extension: whether it is here, and which instruction set its kernels run on."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Generator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
+from typing import Any, Literal, get_args
+
+import torch  # first: the extension then shares torch's OpenMP threads
+
+from latentkv.errors import ConfigError
+
+try:
+    from latentkv import _native as _extension  # pyright: ignore[reportAttributeAccessIssue, reportUnknownVariableType]
+except ImportError as error:
+    _extension, _import_error = None, str(error)
+else:
+    _import_error = ""
+
+extension: Any = _extension
+"""The module `latentkv._native`, or None where it was not built."""
+
+Isa = Literal["torch", "portable", "avx2", "avx512", "avx512bf16"]
+"""What computes: torch alone, or the native kernels for one instruction set. Ordered from slow to fast."""
+
+ENVIRONMENT_VARIABLE = "LATENTKV_ISA"
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+"""Element types as `csrc/dtypes.h` numbers them."""
+
+_forced: ContextVar[Isa | None] = ContextVar("latentkv_isa", default=None)
+
+
+@cache
+def available_isas() -> tuple[Isa, ...]:
+    """Those that run here, best last."""
+    native = () if extension is None else get_args(Isa)[1:]
+    return ("torch", *(name for name in native if extension.runs(getattr(extension.Isa, name))))
+
+
+def why_no_extension() -> str:
+    """Why the extension is missing; empty where it is here."""
+    return _import_error
+
+
+def current_isa() -> Isa:
+    """The forced one, else the one that LATENTKV_ISA names, else the best."""
+    return _forced.get() or _default_isa()
+
+
+def native_isa() -> Any | None:
+    """The extension's number of the current instruction set; None where torch is to compute."""
+    name = current_isa()
+    return None if name == "torch" else _numbers()[name]
+
+
+@contextmanager
+def use_isa(isa: Isa) -> Generator[None]:
+    """Compute with `isa` in this block (and this thread).
+
+    Raises:
+        ConfigError: it does not run here.
+    """
+    token = _forced.set(_require_available(isa, "isa"))
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+@cache
+def _default_isa() -> Isa:
+    named = os.environ.get(ENVIRONMENT_VARIABLE)
+    return _require_available(named, ENVIRONMENT_VARIABLE) if named else available_isas()[-1]
+
+
+@cache
+def _numbers() -> dict[str, Any]:
+    return {name: getattr(extension.Isa, name) for name in available_isas() if name != "torch"}
+
+
+def _require_available(name: str, source: str) -> Isa:
+    for isa in available_isas():
+        if isa == name:
+            return isa
+    raise ConfigError(f"{source}={name!r} does not run here; choose one of {', '.join(available_isas())}.")
