@@ -16,9 +16,12 @@ from latentkv.ops.moe import moe_experts
 from latentkv.ops.pages import read_latents, write_latents
 from latentkv.ops.prefill import mla_prefill
 from latentkv.ops.states import merge_states
+from latentkv.ops.weight_formats import QuantizedWeight, WeightFormat, quantize_weight
 
 __all__ = [
     "KVFormat",
+    "QuantizedWeight",
+    "WeightFormat",
     "apply_rope",
     "causal_attention",
     "decode_latents",
@@ -34,6 +37,7 @@ __all__ = [
     "mla_prefill",
     "moe_experts",
     "output_logits",
+    "quantize_weight",
     "read_latents",
     "rms_norm",
     "storage_dtype",

@@ -178,6 +178,12 @@ def moe_experts(x: Tensor, expert_ids: Tensor, weights: Tensor, gate_up: Tensor,
     return out
 
 
+def dequantize_weight(codes: Tensor, scales: Tensor, group: int) -> Tensor:
+    """Weight [..., O, D] of integer codes [..., O, D] and scales [..., O, groups]: input d is in group d // group."""
+    group_of = torch.arange(codes.shape[-1]) // group
+    return codes.double() * scales.double()[..., group_of]
+
+
 def _rows(q_start: Tensor) -> Iterator[tuple[int, int]]:
     """(row, its sequence) for every query row."""
     for b, (first, last) in enumerate(pairwise(q_start.tolist())):
