@@ -6,6 +6,7 @@
 namespace nb = nanobind;
 
 namespace latentkv {
+void bind_attention(nb::module_& m);
 }  // namespace latentkv
 
 NB_MODULE(_native, m) {
@@ -16,4 +17,5 @@ NB_MODULE(_native, m) {
       .value("avx512", Isa::avx512)
       .value("avx512bf16", Isa::avx512bf16);
   m.def("runs", &latentkv::runs, "Whether this CPU runs kernels of the instruction set.");
+  latentkv::bind_attention(m);
 }

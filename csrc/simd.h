@@ -149,11 +149,15 @@ LATENTKV_INLINE float sum(vf v) {
 }
 LATENTKV_INLINE vf maximum(vf a, vf b) { return a > b ? a : b; }
 LATENTKV_INLINE float max_of(vf v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps((__m512)v);
+#else
   float s[W];
   store(s, v);
   for (int n = W / 2; n > 0; n /= 2)
     for (int i = 0; i < n; i++) s[i] = s[i] > s[i + n] ? s[i] : s[i + n];
   return s[0];
+#endif
 }
 
 // exp(x) to about 1 ulp for x <= 88, 0 below -87.3 (where float32 would become subnormal), NaN stays NaN.

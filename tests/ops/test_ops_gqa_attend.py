@@ -1,4 +1,4 @@
-"""`gqa_attend` of the torch path against the float64 reference."""
+"""`gqa_attend` on every instruction set against the float64 reference."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from ops_cases import assert_meets_bar, gqa_case, token_slots
 
 from latentkv.errors import OpError
 from latentkv.ops import gqa_attend, reference
+
+pytestmark = pytest.mark.usefixtures("isa")
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (4, 4), (6, 2), (9, 3), (8, 1), (64, 8)])

@@ -1,4 +1,4 @@
-"""`mla_attend` and `mla_decode` of the torch path against the float64 reference."""
+"""`mla_attend` and `mla_decode` on every instruction set against the float64 reference."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from ops_cases import Paged, assert_meets_bar, mla_case, token_slots
 
 from latentkv.errors import OpError
 from latentkv.ops import mla_attend, mla_decode, reference
+
+pytestmark = pytest.mark.usefixtures("isa")
 
 HEADS = [1, 3, 9, 16, 20, 40, 63, 64, 126, 128]
 STEPS = [1, 2, 3, 4, 17]

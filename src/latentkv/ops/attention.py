@@ -1,4 +1,4 @@
-"""Attention over the paged cache, in plain torch: works for every dtype and device that torch does.
+"""Attention over the paged cache: native kernels where they fit, else plain torch, which takes every dtype and device.
 
 Lengths are read on the host once a call.
 """
@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from latentkv.ops.checks import require, require_shape
-from latentkv.ops.kv_formats import KVFormat
+from latentkv.ops.kv_formats import FLOAT_DTYPES, KVFormat
+from latentkv.ops.native import attention as native
 from latentkv.ops.online_softmax import CHUNK_TOKENS, attend, compute_dtype
 from latentkv.ops.pages import check_latent_pages, decode_rows, gather_tokens
 
@@ -65,10 +66,31 @@ def mla_attend(
     rows, heads, width = q.shape
     require(1 <= latent_dim <= width, f"latent_dim is {latent_dim}, but q has only {width} numbers a head")
     check_latent_pages(kv_pages, latent_dim, width - latent_dim, kv_format)
-    bounds, start = _check_rows(q, block_table, q_start, start, stop)
+    _check_rows(q, block_table, q_start, start, stop)
+    if slots is not None:
+        require_shape("slots", slots, (rows, None))
     dtype = compute_dtype(q)
     out = _output(out, (rows, heads, latent_dim), out_dtype or q.dtype, q.device)
     lse = torch.empty(rows, heads, dtype=dtype, device=q.device)
+    isa = native.isa_for(q, kv_pages, out) if kv_format is None or kv_format in FLOAT_DTYPES else None
+    if isa is not None:
+        native.attend_pages(
+            isa,
+            q,
+            kv_pages,
+            block_table,
+            q_start,
+            start,
+            stop,
+            slots,
+            out,
+            lse,
+            kv_heads=1,
+            head_numbers=0,
+            value_offset=0,
+            scale=scale,
+        )
+        return out, lse
 
     def keys_and_values(cached: Tensor) -> tuple[Tensor, Tensor]:
         latents = _aligned(decode_rows(cached, latent_dim, width - latent_dim, kv_format, dtype)).unsqueeze(0)
@@ -78,7 +100,7 @@ def mla_attend(
         _attend_slots(q, kv_pages, slots, keys_and_values, out, lse, scale=scale)
     else:
         _attend_ranges(
-            q, kv_pages, block_table, bounds, start, stop, keys_and_values, out, lse, kv_heads=1, scale=scale
+            q, kv_pages, block_table, q_start, start, stop, keys_and_values, out, lse, kv_heads=1, scale=scale
         )
     return out, lse
 
@@ -124,17 +146,36 @@ def gqa_attend(
         kv_heads > 0 and heads % kv_heads == 0,
         f"{heads} query heads cannot share {kv_heads} key/value heads evenly",
     )
-    bounds, start = _check_rows(q, block_table, q_start, start, stop)
+    _check_rows(q, block_table, q_start, start, stop)
     dtype = compute_dtype(q)
     out = _output(None, (rows, heads, dim), out_dtype or q.dtype, q.device)
     lse = torch.empty(rows, heads, dtype=dtype, device=q.device)
+    isa = native.isa_for(q, kv_pages, out)
+    if isa is not None:
+        native.attend_pages(
+            isa,
+            q,
+            kv_pages,
+            block_table,
+            q_start,
+            start,
+            stop,
+            None,
+            out,
+            lse,
+            kv_heads=kv_heads,
+            head_numbers=dim,
+            value_offset=kv_heads * dim,
+            scale=scale,
+        )
+        return out, lse
 
     def keys_and_values(cached: Tensor) -> tuple[Tensor, Tensor]:
         keys, values = _aligned(cached).permute(1, 2, 0, 3).to(dtype, memory_format=torch.contiguous_format).unbind()
         return keys, values
 
     _attend_ranges(
-        q, kv_pages, block_table, bounds, start, stop, keys_and_values, out, lse, kv_heads=kv_heads, scale=scale
+        q, kv_pages, block_table, q_start, start, stop, keys_and_values, out, lse, kv_heads=kv_heads, scale=scale
     )
     return out, lse
 
@@ -171,9 +212,9 @@ def mla_decode(
     require_shape("q", q, (None, None, None, None))
     batch, steps, heads, width = q.shape
     require_shape("kv_lens", kv_lens, (batch,))
-    lens = kv_lens.to(torch.int64)[:, None].expand(batch, steps)
-    stop = lens - torch.arange(steps - 1, -1, -1, device=lens.device) if causal else lens
-    q_start = torch.arange(batch + 1, device=q.device) * steps
+    lens = kv_lens.to(torch.int32)[:, None].expand(batch, steps)
+    stop = lens - torch.arange(steps - 1, -1, -1, dtype=torch.int32, device=lens.device) if causal else lens
+    q_start = torch.arange(batch + 1, dtype=torch.int32, device=q.device) * steps
     out, lse = mla_attend(
         q.reshape(batch * steps, heads, width),
         kv_pages,
@@ -191,8 +232,8 @@ def _attend_ranges(
     q: Tensor,
     kv_pages: Tensor,
     block_table: Tensor,
-    bounds: list[int],
-    start: Tensor,
+    q_start: Tensor,
+    start: Tensor | None,
     stop: Tensor,
     keys_and_values: KeysAndValues,
     out: Tensor,
@@ -202,6 +243,12 @@ def _attend_ranges(
     scale: float,
 ) -> None:
     """Fill out and lse, one sequence after the other, each from its own pages."""
+    bounds: list[int] = q_start.tolist()
+    require(
+        bounds[0] == 0 and bounds[-1] == q.shape[0] and bounds == sorted(bounds),
+        f"q_start must rise from 0 to the {q.shape[0]} rows of q, not {bounds[:8]}",
+    )
+    start = torch.zeros_like(stop) if start is None else start
     for b, (first_row, last_row) in enumerate(pairwise(bounds)):
         own = slice(first_row, last_row)
         out[own], lse[own] = attend(
@@ -227,7 +274,6 @@ def _attend_slots(
     scale: float,
 ) -> None:
     """Fill out and lse row by row, each from the cache slots that it names."""
-    require_shape("slots", slots, (q.shape[0], None))
     flat = kv_pages.view(-1, kv_pages.shape[2])
     for t in range(q.shape[0]):
         used = slots[t][slots[t] >= 0].to(torch.int64)
@@ -246,24 +292,15 @@ def _attend_slots(
         )
 
 
-def _check_rows(
-    q: Tensor, block_table: Tensor, q_start: Tensor, start: Tensor | None, stop: Tensor
-) -> tuple[list[int], Tensor]:
-    """Check the ragged layout; return q_start on the host and start with its default filled in."""
+def _check_rows(q: Tensor, block_table: Tensor, q_start: Tensor, start: Tensor | None, stop: Tensor) -> None:
+    """Raise `OpError` unless the tensors of a ragged layout fit together."""
     rows = q.shape[0]
     require(q.is_floating_point(), f"q must be float64, float32, bf16 or fp16, not {q.dtype}")
     require_shape("block_table", block_table, (None, None))
     require_shape("q_start", q_start, (block_table.shape[0] + 1,))
     require_shape("stop", stop, (rows,))
-    if start is None:
-        start = torch.zeros_like(stop)
-    require_shape("start", start, (rows,))
-    bounds: list[int] = q_start.tolist()
-    require(
-        bounds[0] == 0 and bounds[-1] == rows and bounds == sorted(bounds),
-        f"q_start must rise from 0 to the {rows} rows of q, not {bounds[:8]}",
-    )
-    return bounds, start
+    if start is not None:
+        require_shape("start", start, (rows,))
 
 
 def _output(out: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -1,0 +1,109 @@
+// A tile of cached tokens: where its rows lie, and the rows as an arithmetic takes them.
+#pragma once
+
+#include "attention.h"
+#include "simd.h"
+
+namespace latentkv::LATENTKV_ISA {
+
+// Rows of one tile as they are stored. A row that no query reads is null: it may hold anything, even NaN.
+template <int TILE>
+struct StoredTile {
+  const char* keys[TILE];
+  const char* values[TILE];
+  int tokens;
+};
+
+template <int TILE>
+LATENTKV_INLINE void locate(const Attention& a, const Group& group, int first, int last, StoredTile<TILE>& tile) {
+  const Sequence& sequence = a.sequences[group.sequence];
+  const char* keys = a.keys.base + group.kv_head * a.keys.head_bytes;
+  const char* values = a.values.base + group.kv_head * a.values.head_bytes;
+  tile.tokens = last - first;
+  for (int s = first; s < last;) {
+    std::int64_t slot = sequence.first_slot + s;
+    int run = last - s;
+    if (sequence.pages) {
+      const int offset = s % a.page_size;
+      slot = (std::int64_t)sequence.pages[s / a.page_size] * a.page_size + offset;
+      run = run < a.page_size - offset ? run : a.page_size - offset;
+    }
+    for (int i = 0; i < run; i++) {
+      tile.keys[s - first + i] = keys + (slot + i) * a.keys.slot_bytes;
+      tile.values[s - first + i] = values + (slot + i) * a.values.slot_bytes;
+    }
+    s += run;
+  }
+}
+
+// Hides the rows of tokens `first ..` that no row of the group reads: there may be gaps between their ranges.
+template <int TILE>
+LATENTKV_INLINE void hide_unread(const Attention& a, const Group& group, int first, StoredTile<TILE>& tile) {
+  bool read[TILE] = {};
+  for (int t = group.row; t < group.row + group.rows; t++) {
+    int from = (a.start ? a.start[t] : 0) - first, to = a.stop[t] - first;
+    from = from > 0 ? from : 0;
+    to = to < tile.tokens ? to : tile.tokens;
+    if (from == 0 && to == tile.tokens) return;
+    for (int i = from; i < to; i++) read[i] = true;
+  }
+  for (int i = 0; i < tile.tokens; i++)
+    if (!read[i]) tile.keys[i] = tile.values[i] = nullptr;
+}
+
+LATENTKV_INLINE void prefetch_row(const char* row, int bytes) {
+  for (int i = 0; i < bytes; i += 64) __builtin_prefetch(row + i, 0, 2);
+}
+
+// One stored row as `padded` elements, zeros after `width`; never reads past the row.
+LATENTKV_INLINE void decode_row(const char* stored, DType dtype, int width, int padded, float* row) {
+  int i = 0;
+  for (; i + W <= width; i += W) store(row + i, load_any(stored, dtype, i));
+  for (; i < width; i++) row[i] = load_one(stored, dtype, i);
+  for (; i < padded; i++) row[i] = 0;
+}
+LATENTKV_INLINE void decode_row(const char* stored, DType, int width, int padded, bf16* row) {
+  std::memcpy(row, stored, width * sizeof(bf16));
+  std::memset(row + width, 0, (padded - width) * sizeof(bf16));
+}
+
+// The rows of one tile as an arithmetic takes them: in place where they are stored so, else decoded into `scratch`.
+//
+// This is where pages of other formats come in: a format whose rows are not the arithmetic's elements is decoded by
+// `decode_row` (one row at a time, a tile of rows stays in L2), and everything after this works on elements.
+template <class A>
+struct Tile {
+  using Element = typename A::Element;
+  const Element* keys[A::TILE];
+  const Element* values[A::TILE];
+  int key_width, value_width;  // padded to A::STEP
+  bool in_place;
+  Element *zeros, *key_scratch, *value_scratch;
+
+  static int padded(int width) { return (width + A::STEP - 1) / A::STEP * A::STEP; }
+  static bool reads_in_place(const Attention& a) {
+    return a.kv_dtype == A::DTYPE && !a.gather && a.keys.width % A::STEP == 0 &&
+           (a.values_in_keys || a.values.width % A::STEP == 0);
+  }
+
+  void take(const Attention& a, const StoredTile<A::TILE>& stored) {
+    int i = 0;
+    for (; i < stored.tokens; i++) {
+      keys[i] = row(stored.keys[i], a.kv_dtype, a.keys.width, key_width, key_scratch + i * key_width);
+      values[i] = a.values_in_keys
+                      ? keys[i]
+                      : row(stored.values[i], a.kv_dtype, a.values.width, value_width, value_scratch + i * value_width);
+    }
+    for (; i % 4; i++) keys[i] = values[i] = zeros;  // whole register blocks
+  }
+
+ private:
+  const Element* row(const char* stored, DType dtype, int width, int padded, Element* scratch) {
+    if (!stored) return zeros;
+    if (in_place) return (const Element*)stored;
+    decode_row(stored, dtype, width, padded, scratch);
+    return scratch;
+  }
+};
+
+}  // namespace latentkv::LATENTKV_ISA

@@ -1,0 +1,81 @@
+// Python's way to the attention kernels. ValueError is raised with what the lengths or pages do wrong.
+#include <nanobind/nanobind.h>
+
+#include "attention_plan.h"
+
+namespace nb = nanobind;
+
+namespace latentkv {
+namespace {
+
+using Address = std::uintptr_t;
+
+template <class T>
+const T* at(Address address) {
+  return reinterpret_cast<const T*>(address);
+}
+
+AttentionPlan& plan() {
+  static thread_local AttentionPlan plan;
+  return plan;
+}
+
+struct Vectors {
+  Address q;
+  int q_dtype;
+  std::int64_t q_row, q_head;
+  Address out;
+  int out_dtype;
+  std::int64_t out_row, out_head;
+  Address lse;
+};
+
+Attention start_call(const Vectors& v, int heads, int kv_dtype, float scale) {
+  Attention a{};
+  a.q = at<char>(v.q);
+  a.q_dtype = static_cast<DType>(v.q_dtype);
+  a.q_row = v.q_row;
+  a.q_head = v.q_head;
+  a.out = reinterpret_cast<char*>(v.out);
+  a.out_dtype = static_cast<DType>(v.out_dtype);
+  a.out_row = v.out_row;
+  a.out_head = v.out_head;
+  a.lse = reinterpret_cast<float*>(v.lse);
+  a.heads = heads;
+  a.kv_dtype = static_cast<DType>(kv_dtype);
+  a.scale = scale;
+  return a;
+}
+
+}  // namespace
+
+void bind_attention(nb::module_& m) {
+  m.def(
+      "attend_pages",
+      [](Isa isa, Address q, int q_dtype, std::int64_t q_row, std::int64_t q_head, Address out, int out_dtype,
+         std::int64_t out_row, std::int64_t out_head, Address lse, int rows, int heads, int kv_heads, Address pages,
+         int kv_dtype, std::int64_t slot_bytes, std::int64_t head_bytes, std::int64_t value_offset, int key_width,
+         int value_width, int num_pages, int page_size, Address table, std::int64_t table_row, int table_pages,
+         int sequences, Address q_start, Address start, Address stop, Address slots, int slots_per_row, float scale) {
+        Attention a = start_call({q, q_dtype, q_row, q_head, out, out_dtype, out_row, out_head, lse}, heads, kv_dtype,
+                                 scale);
+        a.keys = {at<char>(pages), slot_bytes, head_bytes, key_width};
+        a.values = {at<char>(pages) + value_offset, slot_bytes, head_bytes, value_width};
+        a.values_in_keys = value_offset == 0;
+        const RaggedRows ragged = {sequences, rows, heads, kv_heads, at<std::int32_t>(q_start), at<std::int32_t>(start),
+                                   at<std::int32_t>(stop)};
+        if (slots) {
+          plan().of_slots(ragged, at<std::int32_t>(slots), slots_per_row, (std::int64_t)num_pages * page_size);
+          a.page_size = 1;
+        } else {
+          plan().of_pages(ragged, {at<std::int32_t>(table), table_row, table_pages, page_size, num_pages});
+          a.page_size = page_size;
+        }
+        plan().fill(a);
+        attention(isa).attend(a);
+      },
+      nb::call_guard<nb::gil_scoped_release>(),
+      "Attention over paged rows: absorbed MLA (value_offset 0: values begin their keys' rows) or grouped-query.");
+}
+
+}  // namespace latentkv

@@ -1,0 +1,105 @@
+"""The native attention kernels: tensors to addresses. The public ops have checked shapes; lengths are checked below."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from latentkv.errors import OpError
+from latentkv.ops.native.core import DTYPE_CODES, extension, native_isa
+
+
+def isa_for(q: Tensor, kv: Tensor, out: Tensor) -> Any | None:
+    """The instruction set that computes attention of these tensors; None where torch has to."""
+    isa = native_isa()
+    fits = (
+        isa is not None
+        and q.is_cpu
+        and q.dtype in DTYPE_CODES
+        and kv.dtype in DTYPE_CODES
+        and out.dtype in DTYPE_CODES
+        and q.stride(2) == 1
+        and out.stride(2) == 1
+        and not (torch.is_grad_enabled() and (q.requires_grad or kv.requires_grad))
+    )
+    return isa if fits else None
+
+
+def attend_pages(
+    isa: Any,
+    q: Tensor,
+    kv_pages: Tensor,
+    block_table: Tensor,
+    q_start: Tensor,
+    start: Tensor | None,
+    stop: Tensor,
+    slots: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    *,
+    kv_heads: int,
+    head_numbers: int,
+    value_offset: int,
+    scale: float,
+) -> None:
+    """Fill out [T, H, Dv] and lse [T, H].
+
+    A token's row in kv_pages [N, P, ...] holds the key of key/value head g from number g * head_numbers on, and its
+    value value_offset numbers later (0: the value begins the key).
+
+    Raises:
+        OpError: q_start does not fit, or the pages or slots do not cover what is read.
+    """
+    rows, heads, width = q.shape
+    q_row, q_head, _ = q.stride()
+    out_row, out_head, _ = out.stride()
+    size = kv_pages.element_size()
+    block_table, q_start, stop = _int32(block_table), _int32(q_start), _int32(stop)
+    start = None if start is None else _int32(start)
+    slots = None if slots is None else _int32(slots)
+    try:
+        extension.attend_pages(
+            isa,
+            q.data_ptr(),
+            DTYPE_CODES[q.dtype],
+            q_row,
+            q_head,
+            out.data_ptr(),
+            DTYPE_CODES[out.dtype],
+            out_row,
+            out_head,
+            lse.data_ptr(),
+            rows,
+            heads,
+            kv_heads,
+            kv_pages.data_ptr(),
+            DTYPE_CODES[kv_pages.dtype],
+            kv_pages.stride(1) * size,
+            head_numbers * size,
+            value_offset * size,
+            width,
+            out.shape[2],
+            kv_pages.shape[0],
+            kv_pages.shape[1],
+            block_table.data_ptr(),
+            block_table.stride(0),
+            block_table.shape[1],
+            block_table.shape[0],
+            q_start.data_ptr(),
+            0 if start is None else start.data_ptr(),
+            stop.data_ptr(),
+            0 if slots is None else slots.data_ptr(),
+            0 if slots is None else slots.shape[1],
+            scale,
+        )
+    except ValueError as error:
+        raise OpError(str(error)) from None
+
+
+def _int32(numbers: Tensor) -> Tensor:
+    """As the kernels read them: int32, the last dimension without gaps."""
+    if numbers.dtype is torch.int32 and numbers.stride(-1) == 1:
+        return numbers
+    return numbers.to(torch.int32).contiguous()
