@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -11,8 +12,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from latentkv.checkpoint.compressed import METHOD, PackedSchemes
 from latentkv.checkpoint.fp8 import SCALE_SUFFIXES, block_size_of, dequantize_blocks
+from latentkv.checkpoint.quantized import PACKED, REFUSED_PARTS, SCALE, SHAPE, unpack
+from latentkv.checkpoint.schemes import WeightScheme
 from latentkv.errors import CheckpointError
+from latentkv.ops.weight_formats import QuantizedWeight
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -40,13 +45,16 @@ class CheckpointReader:
     """The tensors of a checkpoint folder: `model.safetensors`, or shards with `model.safetensors.index.json`.
 
     Float8 weights with a `<name>_scale_inv` beside them (DeepSeek-V3, arXiv 2412.19437, section 3.3) are dequantised as
-    they are read; their scales are not listed as tensors of their own. Memory in use is about that of one tensor.
+    they are read, and so are int8 and int4 weights of the compressed-tensors format (`checkpoint.quantized`), unless
+    they are asked for as they are; what belongs to a weight is not listed as a tensor of its own. Memory in use is
+    about that of one tensor.
 
     Args:
         folder: the checkpoint; its `config.json`, where present, says how weights are quantised.
 
     Raises:
-        CheckpointError: there are no safetensors, a file is damaged, or the index disagrees with its shards.
+        CheckpointError: there are no safetensors, a file is damaged, the index disagrees with its shards, or weights
+            are quantised in a way that is not supported.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -55,7 +63,12 @@ class CheckpointReader:
         self._headers: dict[str, tuple[tuple[int, ...], str]] = {}
         for shard in sorted(set(self._shard_of.values())):
             self._read_header(shard)
-        self._block_size = block_size_of(_quantization_config(self.folder))
+        config = _quantization_config(self.folder)
+        is_packed = bool(config) and config.get("quant_method") == METHOD
+        self._packed = _packed_weights(self._headers, config) if config and is_packed else {}
+        self._block_size = None if is_packed else block_size_of(config)
+        self._file_of = {name: shard for name, shard in self._shard_of.items() if not self._belongs_to_weight(name)}
+        self._file_of |= {name: self._shard_of[name + PACKED] for name in self._packed}
         self._open_shard = ""
         self._handle: Any = None
         self._mapped_bytes = 0
@@ -63,22 +76,34 @@ class CheckpointReader:
     @property
     def names(self) -> tuple[str, ...]:
         """Names of all tensors, shard by shard: reading in this order opens each shard once."""
-        ordered = sorted(self._shard_of, key=lambda name: (self._shard_of[name], name))
-        return tuple(name for name in ordered if not self._is_scale(name))
+        return tuple(sorted(self._file_of, key=lambda name: (self._file_of[name], name)))
 
     def __contains__(self, name: str) -> bool:
-        return name in self._shard_of and not self._is_scale(name)
+        return name in self._file_of
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor, from its file's header."""
-        return self._header(name)[0]
+        """Shape of a tensor, from its file's header (of a packed weight: from the tensor that says it)."""
+        self._require(name)
+        if name in self._packed and name not in self._headers:
+            self._headers[name] = (tuple(self._load(name + SHAPE).tolist()), "BF16")
+        return self._headers[name][0]
 
     def dtype(self, name: str) -> torch.dtype:
-        """Dtype that a tensor is stored in."""
-        stored = self._header(name)[1]
-        if stored not in _DTYPES:
-            raise CheckpointError(f"tensor {name} is stored as {stored}, which is not supported: convert it to bf16")
-        return _DTYPES[stored]
+        """Dtype that a tensor is stored in; of a packed weight bfloat16, that of its scales."""
+        self._require(name)
+        return torch.bfloat16 if name in self._packed else self._stored_dtype(name)
+
+    def scheme(self, name: str) -> WeightScheme | None:
+        """How a weight is packed as integers; None for every other tensor."""
+        self._require(name)
+        return self._packed.get(name)
+
+    def nbytes(self, name: str) -> int:
+        """Bytes that a tensor takes in its files, scales that belong to it included."""
+        self._require(name)
+        parts = [name + part for part in (PACKED, SCALE, SHAPE)] if name in self._packed else [name]
+        parts += [scale for scale in (f"{name}_scale_inv",) if scale in self._headers]
+        return sum(math.prod(self._headers[part][0]) * self._stored_dtype(part).itemsize for part in parts)
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """Read one tensor.
@@ -91,17 +116,30 @@ class CheckpointReader:
             CheckpointError: no such tensor, its file cannot be read, or a value is NaN or infinite.
         """
         stored_dtype = self.dtype(name)
-        tensor = self._load(name)
-        if stored_dtype.itemsize == 1 and stored_dtype.is_floating_point:
-            tensor = self._dequantize(name, tensor, dtype or torch.float32)
-        elif dtype is not None:
-            tensor = tensor.to(dtype)
+        weight = self.quantized(name)
+        if weight is not None:
+            tensor = weight.dequantize(dtype or torch.float32)
+        elif stored_dtype.itemsize == 1 and stored_dtype.is_floating_point:
+            tensor = self._dequantize(name, self._load(name), dtype or torch.float32)
+        else:
+            tensor = self._load(name).to(dtype or stored_dtype)
         if not _is_finite(tensor):
             raise CheckpointError(
                 f"tensor {name} holds NaN or infinite values as {str(tensor.dtype).removeprefix('torch.')}: "
                 "the checkpoint is damaged, or its values need a wider dtype"
             )
         return tensor
+
+    def quantized(self, name: str) -> QuantizedWeight | None:
+        """A weight's integers and scales as they are stored; None where it is stored in another way.
+
+        Raises:
+            CheckpointError: no such tensor, its file cannot be read, or its parts do not fit together.
+        """
+        scheme = self.scheme(name)
+        if scheme is None:
+            return None
+        return unpack(name, {part: self._load(name + part) for part in (PACKED, SCALE, SHAPE)}, scheme)
 
     def _dequantize(self, name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
         scale_name = f"{name}_scale_inv"
@@ -141,12 +179,20 @@ class CheckpointReader:
             view = handle.get_slice(name)
             self._headers[name] = (tuple(view.get_shape()), str(view.get_dtype()))
 
-    def _header(self, name: str) -> tuple[tuple[int, ...], str]:
+    def _require(self, name: str) -> None:
         if name not in self:
             raise CheckpointError(f"{self.folder} has no tensor {name}: see CheckpointReader.names for what it has")
-        return self._headers[name]
 
-    def _is_scale(self, name: str) -> bool:
+    def _stored_dtype(self, name: str) -> torch.dtype:
+        stored = self._headers[name][1]
+        if stored not in _DTYPES:
+            raise CheckpointError(f"tensor {name} is stored as {stored}, which is not supported: convert it to bf16")
+        return _DTYPES[stored]
+
+    def _belongs_to_weight(self, name: str) -> bool:
+        """Whether a stored tensor is a scale or another part of a quantised weight."""
+        if any(name.endswith(part) and name.removesuffix(part) in self._packed for part in (PACKED, SCALE, SHAPE)):
+            return True
         for suffix in SCALE_SUFFIXES:
             base = name.removesuffix(suffix)
             if base == name:
@@ -215,6 +261,26 @@ def _quantization_config(folder: Path) -> Mapping[str, Any] | None:
     text_config = config.get("text_config")
     nested = text_config.get("quantization_config") if isinstance(text_config, dict) else None
     return config.get("quantization_config") or nested
+
+
+def _packed_weights(names: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, WeightScheme]:
+    """Every weight that is stored as packed integers, and how."""
+    schemes = PackedSchemes(config)
+    found: dict[str, WeightScheme] = {}
+    for name in names:
+        weight = name.removesuffix(PACKED)
+        if weight == name:
+            continue
+        for part in (SCALE, SHAPE):
+            if weight + part not in names:
+                raise CheckpointError(f"packed weight {name} has no {weight}{part} beside it: download it again")
+        for part in REFUSED_PARTS:
+            if weight + part in names:
+                raise CheckpointError(f"{weight}{part} says that {weight} is quantised in a way that is not supported")
+        if weight in names:
+            raise CheckpointError(f"{weight} is stored twice, packed and unpacked: remove one of the two")
+        found[weight] = schemes.of(weight.removesuffix(".weight"))
+    return found
 
 
 def _is_finite(tensor: Tensor) -> bool:

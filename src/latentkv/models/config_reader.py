@@ -159,9 +159,12 @@ def _refuse_unsupported(fields: Fields, family: Family) -> None:
 
 
 def _refuse_quantization(quantization: Any) -> None:
-    if quantization and quantization.get("quant_method") != "fp8":
+    if quantization and quantization.get("quant_method") not in ("fp8", "compressed-tensors"):
         method = quantization.get("quant_method")
-        raise ConfigError(f"Weights quantised with {method!r} are not supported; 'fp8' (128x128 blocks) and none are.")
+        raise ConfigError(
+            f"Weights quantised with {method!r} are not supported; 'fp8' (128x128 blocks), 'compressed-tensors' (int8 "
+            "or int4, packed) and none are."
+        )
 
 
 def _read_attention(fields: Fields, family: Family) -> MLAConfig | GQAConfig:

@@ -1,0 +1,140 @@
+"""`quantization_config` of the compressed-tensors format, "pack-quantized": written, read, and refused where it says
+more than `WeightScheme` can (https://github.com/vllm-project/compressed-tensors)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, cast
+
+from latentkv.checkpoint.schemes import WeightScheme
+from latentkv.errors import CheckpointError
+from latentkv.ops.weight_formats import GROUP_SIZES, WeightFormat
+
+METHOD = "compressed-tensors"
+_FORMAT = "pack-quantized"
+_EVERY_LINEAR = "Linear"
+_FORMATS: dict[int, WeightFormat] = {4: "int4", 8: "int8"}
+# Keys whose presence changes what stored numbers mean, with the values that leave them alone.
+_OFF: Mapping[str, tuple[Any, ...]] = {
+    "kv_cache_scheme": (None,),
+    "sparsity_config": (None, {}),
+    "transform_config": (None, {}),
+    "quantization_status": (None, "compressed"),
+}
+_WEIGHTS_OFF: Mapping[str, tuple[Any, ...]] = {
+    "type": (None, "int"),
+    "symmetric": (None, True),
+    "dynamic": (None, False),
+    "actorder": (None, False, "weight", "static"),
+    "block_structure": (None,),
+}
+
+
+def build_config(schemes: Mapping[str, WeightScheme], kept: Iterable[str]) -> dict[str, Any]:
+    """The `quantization_config` of a checkpoint.
+
+    Args:
+        schemes: of each quantised module ("model.layers.0.mlp.up_proj").
+        kept: linear modules that stay in high precision.
+    """
+    modules: dict[WeightScheme, list[str]] = {}
+    for name, scheme in schemes.items():
+        modules.setdefault(scheme, []).append(name)
+    by_size = sorted(modules, key=lambda scheme: len(modules[scheme]), reverse=True)
+    # The commonest scheme is that of all linear layers; the others name theirs, which takes precedence.
+    targets = [[_EVERY_LINEAR], *(modules[scheme] for scheme in by_size[1:])]
+    return {
+        "quant_method": METHOD,
+        "format": _FORMAT,
+        "quantization_status": "compressed",
+        "config_groups": {
+            f"group_{i}": {"targets": named, "weights": _weights_entry(scheme)}
+            | {"input_activations": None, "output_activations": None, "format": _FORMAT}
+            for i, (scheme, named) in enumerate(zip(by_size, targets, strict=True))
+        },
+        "ignore": list(kept),
+        "kv_cache_scheme": None,
+        "global_compression_ratio": None,
+    }
+
+
+def _weights_entry(scheme: WeightScheme) -> dict[str, Any]:
+    return {
+        "num_bits": scheme.bits,
+        "type": "int",
+        "symmetric": True,
+        "strategy": "group" if scheme.group else "channel",
+        "group_size": scheme.group,
+        "dynamic": False,
+    }
+
+
+class PackedSchemes:
+    """The schemes that a compressed-tensors config gives to modules.
+
+    Raises:
+        CheckpointError: something in it is not supported; the sentence says what.
+    """
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self._by_target: dict[str, WeightScheme] = {}
+        _refuse_others("quantization_config", config, _OFF)
+        groups = config.get("config_groups")
+        if not isinstance(groups, Mapping) or not groups:
+            raise CheckpointError("quantization_config has no config_groups: download config.json again")
+        for name, group in groups.items():
+            scheme = _read_group(f"quantization_config.config_groups.{name}", group, config.get("format"))
+            for target in cast("Iterable[Any]", group.get("targets") or ()):
+                self._by_target.setdefault(str(target), scheme)
+        try:
+            self._patterns = [
+                (re.compile(target.removeprefix("re:")), scheme)
+                for target, scheme in sorted(self._by_target.items())
+                if target.startswith("re:")
+            ]
+        except re.error as error:
+            raise CheckpointError(f"quantization_config has a target that is no regular expression: {error}") from error
+
+    def of(self, module: str) -> WeightScheme:
+        """The scheme of a module: the one that names it, else one whose pattern fits it, else that of all "Linear"."""
+        if module in self._by_target:
+            return self._by_target[module]
+        for pattern, scheme in self._patterns:
+            if pattern.match(module):
+                return scheme
+        if _EVERY_LINEAR in self._by_target:
+            return self._by_target[_EVERY_LINEAR]
+        raise CheckpointError(f"{module} is stored packed, but no target of quantization_config fits it")
+
+
+def _read_group(where: str, group: Any, common_format: Any) -> WeightScheme:
+    if not isinstance(group, Mapping):
+        raise CheckpointError(f"{where} is {group!r}: only a scheme that is written out is supported")
+    for activations in ("input_activations", "output_activations"):
+        if group.get(activations) is not None:
+            raise CheckpointError(f"{where} quantises {activations.replace('_', ' ')}: only weights may be")
+    stored = group.get("format") or common_format
+    if stored != _FORMAT:
+        raise CheckpointError(f"{where} is stored as {stored!r}: only {_FORMAT!r} is supported")
+    weights = group.get("weights")
+    if not isinstance(weights, Mapping):
+        raise CheckpointError(f"{where} says nothing about weights, which is not supported")
+    _refuse_others(f"{where}.weights", weights, _WEIGHTS_OFF)
+    bits, strategy, size = weights.get("num_bits"), weights.get("strategy"), weights.get("group_size")
+    if bits not in (4, 8):
+        raise CheckpointError(f"{where} has weights of {bits} bits: only 4 and 8 are supported")
+    if strategy == "channel" or (strategy is None and size == -1):
+        return WeightScheme(_FORMATS[bits], None)
+    if strategy not in ("group", None) or size not in GROUP_SIZES:
+        shared = f"groups of {size}" if strategy in ("group", None) else f"strategy {strategy!r}"
+        raise CheckpointError(
+            f"{where} shares scales by {shared}: only groups of 32, 64 or 128, or channels, are supported"
+        )
+    return WeightScheme(_FORMATS[bits], size)
+
+
+def _refuse_others(where: str, found: Mapping[str, Any], allowed: Mapping[str, tuple[Any, ...]]) -> None:
+    for key, values in allowed.items():
+        if found.get(key) not in values:
+            raise CheckpointError(f"{where}.{key} is {found[key]!r}, which is not supported: it must be {values[-1]!r}")

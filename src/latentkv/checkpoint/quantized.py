@@ -1,0 +1,105 @@
+"""Quantised weights as the compressed-tensors format "pack-quantized" stores them, and back.
+
+`NAME.weight` becomes `NAME.weight_packed` (codes made unsigned, 8 of 4 bits or 4 of 8 to an int32, the first lowest),
+`NAME.weight_scale` [O, groups] and `NAME.weight_shape` [2].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from latentkv.checkpoint.schemes import WeightScheme
+from latentkv.errors import CheckpointError
+from latentkv.ops.weight_formats import QuantizedWeight
+
+PACKED, SCALE, SHAPE = "_packed", "_scale", "_shape"
+"""What is added to a weight's name for each of its parts."""
+
+REFUSED_PARTS = ("_zero_point", "_g_idx", "_global_scale")
+"""Parts of weights that are quantised in ways that `QuantizedWeight` cannot hold."""
+
+_CHANNEL_GROUP_INT4 = 128
+_BYTES_A_WORD = 4
+
+
+def packed_layout(shape: tuple[int, int], scheme: WeightScheme) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Dtype and shape of each part of a packed weight [O, D]."""
+    rows, columns = shape
+    words = -(-columns * scheme.bits // 32)
+    groups = -(-columns // scheme.group) if scheme.group else 1
+    return {
+        PACKED: (torch.int32, (rows, words)),
+        SCALE: (torch.bfloat16, (rows, groups)),
+        SHAPE: (torch.int64, (2,)),
+    }
+
+
+def pack(weight: QuantizedWeight) -> dict[str, Tensor]:
+    """The parts of a quantised weight [O, D], as `packed_layout` says."""
+    unsigned = weight.codes.view(torch.uint8) ^ 0x80 if weight.bits == 8 else (weight.codes.view(torch.uint8) & 15) ^ 8
+    per_byte = 8 // weight.bits
+    padded = torch.nn.functional.pad(unsigned, (0, -unsigned.shape[1] % (_BYTES_A_WORD * per_byte)))
+    if per_byte == 2:  # two neighbours, seen as one little-endian number
+        pairs = padded.view(torch.int16)
+        padded = ((pairs | (pairs >> 4)) & 0xFF).to(torch.uint8)
+    return {
+        PACKED: padded.contiguous().view(torch.int32),
+        SCALE: weight.scales.contiguous(),
+        SHAPE: torch.tensor(weight.codes.shape),
+    }
+
+
+def unpack(name: str, parts: Mapping[str, Tensor], scheme: WeightScheme) -> QuantizedWeight:
+    """The quantised weight that parts stand for.
+
+    Args:
+        name: of the weight, for errors.
+        parts: as `pack` makes them, or another tool; int4 scales of whole rows are repeated for groups of 128.
+        scheme: what the checkpoint's config says of it.
+
+    Raises:
+        CheckpointError: the parts do not fit together, or scales are not finite or not exact in bfloat16.
+    """
+    shape = tuple(int(n) for n in parts[SHAPE].flatten().tolist())
+    if len(shape) != 2 or min(shape) < 1:
+        raise CheckpointError(f"{name}{SHAPE} is {list(shape)}: only matrices are supported")
+    expected = packed_layout((shape[0], shape[1]), scheme)
+    for part in (PACKED, SCALE):
+        found = tuple(parts[part].shape)
+        if found != expected[part][1]:
+            raise CheckpointError(
+                f"{name}{part} has shape {list(found)} and should have {list(expected[part][1])}: "
+                "the checkpoint is damaged, or its config.json belongs to another"
+            )
+    if parts[PACKED].dtype != torch.int32:
+        raise CheckpointError(f"{name}{PACKED} is stored as {parts[PACKED].dtype}: it must be int32")
+    scales = _exact_scales(f"{name}{SCALE}", parts[SCALE])
+    codes = _unpack_codes(parts[PACKED], scheme.bits)[:, : shape[1]].contiguous()
+    if scheme.group is None and scheme.bits == 4:
+        scales = scales.expand(-1, -(-shape[1] // _CHANNEL_GROUP_INT4)).contiguous()
+        return QuantizedWeight(codes, scales, 4, _CHANNEL_GROUP_INT4)
+    return QuantizedWeight(codes, scales, scheme.bits, scheme.group or shape[1])
+
+
+def _unpack_codes(packed: Tensor, bits: int) -> Tensor:
+    unsigned = packed.contiguous().view(torch.uint8)
+    if bits == 8:
+        return (unsigned ^ 0x80).view(torch.int8)
+    pairs = unsigned.to(torch.int16)
+    pairs = (pairs | (pairs << 4)) & 0x0F0F
+    return pairs.view(torch.int8) - 8
+
+
+def _exact_scales(name: str, scales: Tensor) -> Tensor:
+    if not scales.is_floating_point() or not bool(torch.isfinite(scales).all()):
+        raise CheckpointError(f"{name} holds NaN or infinite values, or no floating point: the checkpoint is damaged")
+    exact = scales.to(torch.bfloat16)
+    if not torch.equal(exact.to(scales.dtype), scales):
+        raise CheckpointError(
+            f"{name} holds {str(scales.dtype).removeprefix('torch.')} scales that bfloat16 cannot, which is not "
+            "supported: quantise the original weights with `latentkv quantize`"
+        )
+    return exact

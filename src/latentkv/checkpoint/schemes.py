@@ -1,0 +1,63 @@
+"""Which weights of a model are quantised, and how: the one rule for files and for quantising while loading."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from latentkv.ops.weight_formats import GROUP_SIZES, WeightFormat
+
+# Linear layers that are read whole for every token, and whose errors average out. Everything else stays as it is:
+# embeddings, norms, routers and their biases, and the projections to and from the latents (kv_a_proj_with_mqa,
+# kv_b_proj, q_a_proj) and of the multi-token-prediction input (eh_proj), through which all information passes.
+_QUANTISED = re.compile(
+    r"model\.layers\.\d+\."
+    r"(self_attn\.(q_proj|q_b_proj|k_proj|v_proj|o_proj)\.weight"
+    r"|mlp\.((experts\.\d+|shared_experts)\.)?(gate_proj|up_proj|down_proj)\.weight"
+    r"|mlp\.experts\.(gate_up_proj|down_proj))"
+)
+# Errors of the output head shift tokens' probabilities directly, so it never gets fewer than 8 bits.
+_HEAD = re.compile(r"lm_head\.weight|model\.layers\.\d+\.shared_head\.head\.weight")
+
+
+@dataclass(frozen=True)
+class WeightScheme:
+    """How one weight is quantised.
+
+    Attributes:
+        format: "int8" or "int4".
+        group: inputs that share a scale; None: a whole row does.
+    """
+
+    format: WeightFormat
+    group: int | None
+
+    @property
+    def bits(self) -> int:
+        """Of a code."""
+        return 8 if self.format == "int8" else 4
+
+
+def choose_scheme(
+    published: str, shape: Sequence[int], fmt: WeightFormat, group: int | None = None
+) -> WeightScheme | None:
+    """How a weight is to be quantised, or None where it stays in high precision.
+
+    Args:
+        published: its name in a checkpoint (see `checkpoint.names`), experts one by one or fused.
+        shape: [..., O, D].
+        fmt: what is asked for the model's weights. The output head gets int8 either way.
+        group: asked group; None: whole rows for int8, 128 for int4. Where D is no multiple of it, the largest smaller
+            group that divides D is taken, else int8 by whole rows: other engines take no partial groups.
+    """
+    if _HEAD.fullmatch(published):
+        return WeightScheme("int8", group if fmt == "int8" and group and shape[-1] % group == 0 else None)
+    if not _QUANTISED.fullmatch(published):
+        return None
+    if fmt == "int8" and group is None:
+        return WeightScheme("int8", None)
+    for size in sorted(GROUP_SIZES, reverse=True):
+        if size <= (group or 128) and shape[-1] % size == 0:
+            return WeightScheme(fmt, size)
+    return WeightScheme("int8", None)
