@@ -7,6 +7,7 @@ namespace nb = nanobind;
 
 namespace latentkv {
 void bind_attention(nb::module_& m);
+void bind_linear(nb::module_& m);
 }  // namespace latentkv
 
 NB_MODULE(_native, m) {
@@ -18,4 +19,5 @@ NB_MODULE(_native, m) {
       .value("avx512bf16", Isa::avx512bf16);
   m.def("runs", &latentkv::runs, "Whether this CPU runs kernels of the instruction set.");
   latentkv::bind_attention(m);
+  latentkv::bind_linear(m);
 }

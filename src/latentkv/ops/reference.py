@@ -152,6 +152,11 @@ def decode_latents(rows: Tensor, kv_format: KVFormat | None, latent_dim: int, ro
     return rows[:, :width].double()
 
 
+def linear(x: Tensor, weight: Tensor, *added: Tensor) -> Tensor:
+    """`x W^T` plus whatever is added (bias, residual)."""
+    return torch.einsum("...d,od->...o", x.double(), weight.double()) + sum(t.double() for t in added)
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`weight * x / sqrt(mean(x^2) + eps)`."""
     x = x.double()

@@ -1,0 +1,47 @@
+// y = x W^T + bias + residual with packed weights, for every instruction set. The layout of packed weights is described
+// in `ops/packed.py`; kernels of other ops that multiply by them use `linear_inner.h`.
+#pragma once
+
+#include <cstdint>
+
+#include "dtypes.h"
+#include "isa.h"
+
+namespace latentkv {
+
+enum class WeightFormat : int { bf16 = 0, int8 = 1, int4 = 2 };
+
+// `count` stacked matrices [outs, ins]. `group` weights along `ins` share a scale (unused for bf16).
+struct PackedWeight {
+  const std::uint8_t* data;
+  WeightFormat format;
+  std::int64_t count, outs, ins, group;
+};
+
+// Rows of activations, `stride` elements apart. Row i is row index[i] of x where an index is given.
+struct LinearInput {
+  const void* x;
+  DType dtype;  // f32 or bf16
+  std::int64_t rows, stride;
+  const std::int32_t* index;
+};
+
+// Where rows of results go, `stride` elements apart; bias [outs] and residual rows are added in float32 where not null.
+struct LinearOutput {
+  void* y;
+  DType dtype;
+  std::int64_t stride;
+  const void* bias;
+  DType bias_dtype;
+  const void* residual;
+  DType residual_dtype;
+  std::int64_t residual_stride;
+};
+
+struct LinearKernels {
+  // The first of the stacked matrices times all rows.
+  void (*linear)(const PackedWeight&, const LinearInput&, const LinearOutput&);
+};
+LATENTKV_TABLE(LinearKernels, linear_kernels)
+
+}  // namespace latentkv

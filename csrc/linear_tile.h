@@ -1,0 +1,145 @@
+// The inner loop of products with packed weights: up to MAX_ROWS rows of activations times 32 outputs.
+//
+// One source for all instruction sets. The unit of work along the inner axis is what one instruction multiplies by: a
+// pair of bf16 (vdpbf16ps) or one float32. Codes of int8 and int4 weights are decoded to units exactly (bf16 holds every
+// 8-bit integer); the scale multiplies the sum of its group, in float32. Each result is summed in order along a group and
+// then over the groups in order, whatever the number of rows.
+#pragma once
+
+#include "linear_inner.h"
+
+namespace latentkv::LATENTKV_ISA {
+
+using Word = std::uint32_t;
+
+#if defined(__AVX512BF16__)
+using Unit = std::uint32_t;  // two bf16
+constexpr int UNIT = 2;
+constexpr int MAX_ROWS = 14;  // 2 x 14 sums, 2 vectors of weights and an activation in 32 registers
+constexpr int FUSED_ROWS = 8;
+LATENTKV_INLINE vf multiply_add(vf sum, vu weights, Unit x) {
+  return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)weights, (__m512bh)_mm512_set1_epi32((int)x));
+}
+#else
+using Unit = float;
+constexpr int UNIT = 1;
+constexpr int MAX_ROWS = W == 16 ? 8 : 4;
+constexpr int FUSED_ROWS = MAX_ROWS;
+LATENTKV_INLINE vf multiply_add(vf sum, vu weights, Unit x) { return sum + (vf)weights * splat(x); }
+#endif
+
+// How a vector of words becomes units: unit i of each word.
+struct UnitWords {
+  static constexpr int units = 1;
+  LATENTKV_INLINE vu unit(vu words, int) { return words; }
+};
+struct Bf16Words {
+  static constexpr int units = 2 / UNIT;
+  LATENTKV_INLINE vu unit(vu words, int i) {
+    if (UNIT == 2) return words;
+    return i == 0 ? words << 16 : words & 0xffff0000;
+  }
+};
+struct Int8Words {
+  static constexpr int units = 4 / UNIT;
+  LATENTKV_INLINE vu code(vu words, int k) { return (vu)__builtin_convertvector((vi)(words << (24 - 8 * k)) >> 24, vf); }
+  LATENTKV_INLINE vu unit(vu words, int i) {
+    return UNIT == 2 ? code(words, 2 * i + 1) | code(words, 2 * i) >> 16 : code(words, i);
+  }
+};
+struct Int4Words {
+  static constexpr int units = 8 / UNIT;
+#if defined(__AVX512BF16__)
+  // Nibble i of both halves of a word is the pair 2i, 2i + 1; a table look-up by 5 bits takes no notice of the fifth.
+  LATENTKV_INLINE vu unit(vu words, int i) {
+    alignas(64) static constexpr bf16 integers[32] = {
+        0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80, 0x0000, 0x3f80, 0x4000,
+        0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0, 0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040,
+        0xc000, 0xbf80, 0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0};
+    return (vu)_mm512_permutexvar_epi16((__m512i)(words >> (4 * i)), _mm512_load_si512(integers));
+  }
+#else
+  LATENTKV_INLINE vu unit(vu words, int i) {
+    const vi code = (vi)(words >> (i % 2 * 16 + i / 2 * 4) & 15) - 8;
+    return (vu)__builtin_convertvector(code, vf);
+  }
+#endif
+};
+
+// 32 outputs' weights, their words beside each other, and the scales of each group (null: there are none and one group).
+struct Panel {
+  const Word* words;
+  const bf16* scales;
+  std::int64_t groups, group_words;
+  std::int64_t words_stride, scales_stride;  // from group to group
+};
+
+// Bytes ahead of the words in use that are fetched: memory's latency times a core's bandwidth, and some.
+constexpr int PREFETCH_AHEAD = 4096;
+
+// sums [R][32] += x [groups * group_words * units][R] times the panel.
+template <class Decoder, int R>
+void multiply_tile(const Panel& panel, const Unit* x, float* sums) {
+  constexpr int V = 2;
+  for (int first = 0; first < BLOCK_OUTS; first += V * W) {
+    const Unit* units = x;
+    for (std::int64_t g = 0; g < panel.groups; g++) {
+      const Word* words = panel.words + g * panel.words_stride + first;
+      vf acc[R][V] = {};
+      for (std::int64_t i = 0; i < panel.group_words; i++, words += BLOCK_OUTS) {
+        vu w[V];
+#pragma GCC unroll 2
+        for (int v = 0; v < V; v++) {
+          w[v] = load_as<vu>(words + v * W);
+          __builtin_prefetch((const char*)(words + v * W) + PREFETCH_AHEAD);
+        }
+#pragma GCC unroll 8
+        for (int u = 0; u < Decoder::units; u++, units += R) {
+          vu decoded[V];
+#pragma GCC unroll 2
+          for (int v = 0; v < V; v++) decoded[v] = Decoder::unit(w[v], u);
+#pragma GCC unroll 16
+          for (int r = 0; r < R; r++)
+#pragma GCC unroll 2
+            for (int v = 0; v < V; v++) acc[r][v] = multiply_add(acc[r][v], decoded[v], units[r]);
+        }
+      }
+#pragma GCC unroll 2
+      for (int v = 0; v < V; v++) {
+        const vf scale = panel.scales ? load_bf16(panel.scales + g * panel.scales_stride + first + v * W) : splat(1);
+#pragma GCC unroll 16
+        for (int r = 0; r < R; r++) {
+          float* sum = sums + r * BLOCK_OUTS + first + v * W;
+          store(sum, load(sum) + acc[r][v] * scale);
+        }
+      }
+    }
+  }
+}
+
+using Tile = void (*)(const Panel&, const Unit*, float*);
+
+// The tile for each number of rows, from 1.
+template <class Decoder, int MAX, int... R>
+struct Tiles : Tiles<Decoder, MAX - 1, MAX, R...> {};
+template <class Decoder, int... R>
+struct Tiles<Decoder, 0, R...> {
+  static constexpr Tile for_rows[] = {multiply_tile<Decoder, R>...};
+};
+
+// The panel's words as units, one after the other.
+template <class Decoder>
+void decode_panel(const Panel& panel, Word* out) {
+  for (std::int64_t g = 0; g < panel.groups; g++) {
+    const Word* words = panel.words + g * panel.words_stride;
+    for (std::int64_t i = 0; i < panel.group_words; i++, words += BLOCK_OUTS)
+#pragma GCC unroll 8
+      for (int u = 0; u < Decoder::units; u++, out += BLOCK_OUTS)
+        for (int o = 0; o < BLOCK_OUTS; o += W) {
+          const vu decoded = Decoder::unit(load_as<vu>(words + o), u);
+          std::memcpy(out + o, &decoded, sizeof decoded);
+        }
+  }
+}
+
+}  // namespace latentkv::LATENTKV_ISA

@@ -1,0 +1,182 @@
+"""Weights in the order in which kernels read them.
+
+The layout, the same on every machine. A matrix [O, D] is cut into blocks of 32 outputs (the last is padded with zeros).
+In a block, 32-bit words follow each other: word 0 of its 32 outputs, word 1 of its 32 outputs, and so on. A word holds
+consecutive weights of one output:
+
+- bf16: 2 weights, the first in the low half.
+- int8: 4 codes, the first in the low byte.
+- int4: 8 codes, each plus 8; bits 4 i of the low half hold weight 2 i, those of the high half weight 2 i + 1.
+
+Quantised weights have their block's 32 scales (bf16) before the words of each group. The inner axis is padded with zero
+weights to whole groups and words.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from latentkv.ops.checks import require
+from latentkv.ops.weight_formats import QuantizedWeight
+
+PackedFormat = Literal["bf16", "int8", "int4"]
+
+BLOCK_OUTS = 32
+"""Outputs whose weights lie together."""
+
+_WORD_WEIGHTS: dict[PackedFormat, int] = {"bf16": 2, "int8": 4, "int4": 8}
+_HUGE_PAGE = 2 << 20
+_CHUNK = 1 << 19
+
+
+@dataclass(frozen=True, eq=False)
+class PackedWeight:
+    """One or several equal matrices [O, D] as the native kernels read them; made by `pack_weight`.
+
+    Attributes:
+        data: 1-D uint8, 64-byte aligned, in this module's layout.
+        format: what a weight is stored as.
+        count: stacked matrices (experts or heads).
+        out_features: O.
+        in_features: D.
+        group: weights along D that share a scale; 0 for bf16.
+    """
+
+    data: Tensor
+    format: PackedFormat
+    count: int
+    out_features: int
+    in_features: int
+    group: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of `data`."""
+        return self.data.numel()
+
+    def matrix(self, index: int) -> PackedWeight:
+        """One of the stacked matrices, sharing memory."""
+        size = self.nbytes // self.count
+        part = self.data[index * size : (index + 1) * size]
+        return PackedWeight(part, self.format, 1, self.out_features, self.in_features, self.group)
+
+
+def pack_weight(weight: Tensor | QuantizedWeight) -> PackedWeight:
+    """Copy a weight into the order in which kernels read it.
+
+    Args:
+        weight: [O, D] or [E, O, D], bfloat16 or float32 (rounded to bfloat16), or quantised.
+
+    Raises:
+        OpError: it has another shape or dtype, or its groups are not multiples of 8 weights.
+    """
+    values = weight.codes if isinstance(weight, QuantizedWeight) else weight
+    require(values.ndim in (2, 3) and values.numel() > 0, f"pack_weight takes [O, D] or [E, O, D], not {list(values.shape)}")
+    stacked = values if values.ndim == 3 else values[None]
+    if isinstance(weight, QuantizedWeight):
+        format_: PackedFormat = "int8" if weight.bits == 8 else "int4"
+        group = min(weight.group, stacked.shape[2])
+        require(
+            group % 8 == 0 or group == stacked.shape[2],
+            f"pack_weight takes groups of a multiple of 8 weights, not {group}",
+        )
+        scales = weight.scales.reshape(*stacked.shape[:2], -1)
+    else:
+        require(
+            weight.dtype in (torch.bfloat16, torch.float32),
+            f"pack_weight takes bfloat16 or float32 weights, not {weight.dtype}",
+        )
+        format_, group, scales = "bf16", 0, None
+    count, out_features, in_features = stacked.shape
+    layout = _layout(format_, count, out_features, in_features, group)
+    data = _allocate(4 * math.prod(layout))
+    words = data.view(torch.int32).view(layout)
+    for matrix in range(count):
+        _pack_matrix(stacked[matrix], None if scales is None else scales[matrix], format_, group, words[matrix])
+    return PackedWeight(data, format_, count, out_features, in_features, group)
+
+
+def unpack_weight(packed: PackedWeight) -> Tensor:
+    """What was packed, [O, D] or [E, O, D] float32: exact."""
+    layout = _layout(packed.format, packed.count, packed.out_features, packed.in_features, packed.group)
+    stored = packed.data.view(torch.int32).view(layout)
+    count, blocks, groups, _ = layout
+    scale_words = _scale_words(packed.format)
+    words = stored[..., scale_words:].reshape(count, blocks, groups, -1, BLOCK_OUTS).permute(0, 1, 4, 2, 3)
+    weight = _weights_of(words.clone(memory_format=torch.contiguous_format), packed.format).float()
+    if scale_words:
+        scales = stored[..., :scale_words].contiguous().view(torch.bfloat16)  # [E, blocks, groups, 32]
+        weight *= scales.transpose(2, 3)[..., None]
+    group = packed.group or packed.in_features
+    weight = weight[..., :group].reshape(count, blocks * BLOCK_OUTS, -1)
+    weight = weight[:, : packed.out_features, : packed.in_features]
+    return weight[0] if count == 1 else weight
+
+
+def _scale_words(format_: PackedFormat) -> int:
+    return 0 if format_ == "bf16" else BLOCK_OUTS // 2
+
+
+def _layout(format_: PackedFormat, count: int, out_features: int, in_features: int, group: int) -> tuple[int, ...]:
+    """Matrices, blocks, groups, and 32-bit words of a group in a block."""
+    group = group or in_features
+    group_words = -(-group // _WORD_WEIGHTS[format_])
+    blocks, groups = -(-out_features // BLOCK_OUTS), -(-in_features // group)
+    return count, blocks, groups, _scale_words(format_) + group_words * BLOCK_OUTS
+
+
+def _allocate(size: int) -> Tensor:
+    """Zeroed bytes, in huge pages where the system has them: a stream then crosses a page every 2 MiB, not every 4 KiB."""
+    if size < _HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.zeros(size, dtype=torch.uint8)
+    memory = mmap.mmap(-1, size)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8)
+
+
+def _pack_matrix(values: Tensor, scales: Tensor | None, format_: PackedFormat, group: int, target: Tensor) -> None:
+    """values [O, D] and scales [O, groups] to target [blocks, groups, words] of zeros."""
+    groups, scale_words = target.shape[1], _scale_words(format_)
+    group = group or values.shape[1]
+    # A few blocks at a time: the temporaries stay in the processor's cache.
+    blocks_at_a_time = max(1, _CHUNK // (BLOCK_OUTS * values.shape[1]))
+    chunks = zip(values.split(blocks_at_a_time * BLOCK_OUTS), target.split(blocks_at_a_time), strict=True)
+    for rows, blocks in chunks:
+        rows = functional.pad(rows, (0, groups * group - rows.shape[1], 0, len(blocks) * BLOCK_OUTS - len(rows)))
+        words = _words_of(rows.view(-1, groups, group), format_).view(len(blocks), BLOCK_OUTS, groups, -1)
+        blocks[..., scale_words:].view(len(blocks), groups, -1, BLOCK_OUTS).copy_(words.permute(0, 2, 3, 1))
+    if scales is not None:
+        scales = functional.pad(scales, (0, 0, 0, len(target) * BLOCK_OUTS - len(scales)))
+        stored = target[..., :scale_words].view(torch.bfloat16)
+        stored.copy_(scales.view(len(target), BLOCK_OUTS, groups).transpose(1, 2))
+
+
+def _words_of(weights: Tensor, format_: PackedFormat) -> Tensor:
+    """[..., group] weights or codes to [..., words of a group] int32."""
+    per_word = _WORD_WEIGHTS[format_]
+    weights = functional.pad(weights, (0, -weights.shape[-1] % per_word))
+    if format_ == "bf16":
+        return weights.bfloat16().view(torch.int32)
+    if format_ == "int8":
+        return weights.contiguous().view(torch.int32)
+    eight = (weights + 8).view(torch.uint8).unflatten(-1, (-1, 8))
+    low_half = eight[..., 0::4] | eight[..., 2::4] << 4
+    high_half = eight[..., 1::4] | eight[..., 3::4] << 4
+    return torch.cat([low_half, high_half], dim=-1).view(torch.int32)[..., 0]
+
+
+def _weights_of(words: Tensor, format_: PackedFormat) -> Tensor:
+    """The inverse of `_words_of`: [..., words] to [..., weights]."""
+    if format_ == "bf16":
+        return words.view(torch.bfloat16)
+    if format_ == "int8":
+        return words.view(torch.int8)
+    shifts = torch.tensor([16 * (k % 2) + 4 * (k // 2) for k in range(8)], dtype=torch.int32)
+    return (((words[..., None] >> shifts) & 15) - 8).flatten(-2)

@@ -1,0 +1,199 @@
+"""`linear` on packed weights against the definition in float64."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from torch import Tensor
+
+from latentkv.errors import OpError
+from latentkv.ops import linear, output_logits, reference
+from latentkv.ops.native import core
+from latentkv.ops.packed import PackedWeight, pack_weight
+from latentkv.ops.weight_formats import QuantizedWeight, quantize_weight
+
+FORMATS = [("bf16", None), ("int8", None), ("int8", 32), ("int4", 32), ("int4", 64), ("int4", 128)]
+SHAPES = [(1, 1), (17, 30), (33, 127), (64, 130), (96, 256), (40, 1)]
+ROWS = [0, 1, 2, 3, 5, 8, 9, 14, 15, 16, 17, 64, 300]
+TOLERANCE = {torch.bfloat16: 2e-6, torch.float32: 2**-17}
+"""Of |x| |W|: float32 sums of exact products; float32 x counts as two bfloat16 numbers."""
+
+every_isa = pytest.mark.parametrize("isa", core.available_isas())
+every_format = pytest.mark.parametrize(("fmt", "group"), FORMATS)
+
+
+def numbers(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def weights(*shape: int, fmt: str, group: int | None, seed: int = 0) -> tuple[PackedWeight, Tensor]:
+    """A packed weight and what it stands for, float64."""
+    weight = numbers(*shape, seed=seed, dtype=torch.bfloat16)
+    if fmt == "bf16":
+        return pack_weight(weight), weight.double()
+    quantised = quantize_weight(weight, "int8" if fmt == "int8" else "int4", group)
+    return pack_weight(quantised), quantised.dequantize().double()
+
+
+def assert_close(out: Tensor, x: Tensor, weight: Tensor, added: tuple[Tensor, ...] = ()) -> None:
+    expected = reference.linear(x, weight, *added)
+    size = x.double().abs() @ weight.abs().T + sum((t.double().abs() for t in added), torch.zeros(()))
+    assert ((out.double() - expected).abs() <= TOLERANCE[x.dtype] * size).all()
+
+
+@every_isa
+@every_format
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_linear_is_the_product_with_what_was_packed(
+    isa: core.Isa, fmt: str, group: int | None, dtype: torch.dtype
+) -> None:
+    with core.use_isa(isa):
+        for out_features, in_features in SHAPES:
+            packed, weight = weights(out_features, in_features, fmt=fmt, group=group)
+            for rows in ROWS:
+                x = numbers(rows, in_features, seed=rows, dtype=dtype)
+                assert_close(linear(x, packed, out_dtype=torch.float32), x, weight)
+
+
+@every_isa
+@every_format
+def test_bias_and_residual_are_added_in_float32_and_rounded_once(isa: core.Isa, fmt: str, group: int | None) -> None:
+    packed, weight = weights(50, 96, fmt=fmt, group=group)
+    x = numbers(2, 3, 96, seed=1, dtype=torch.bfloat16)
+    bias, residual = numbers(50, seed=2), numbers(2, 3, 50, seed=3, dtype=torch.bfloat16)
+    with core.use_isa(isa):
+        exact = linear(x, packed, bias, residual=residual, out_dtype=torch.float32)
+        rounded = linear(x, packed, bias, residual=residual)
+    assert_close(exact, x, weight, (bias, residual))
+    assert rounded.dtype == torch.bfloat16
+    assert torch.equal(rounded, exact.bfloat16())
+
+
+@every_isa
+@every_format
+def test_an_outlier_does_not_drown_its_neighbours(isa: core.Isa, fmt: str, group: int | None) -> None:
+    packed, weight = weights(64, 256, fmt=fmt, group=group)
+    x = numbers(5, 256, seed=1, dtype=torch.bfloat16)
+    x[:, 100] *= 1000
+    with core.use_isa(isa):
+        assert_close(linear(x, packed, out_dtype=torch.float32), x, weight)
+
+
+@every_isa
+@every_format
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_row_does_not_depend_on_the_other_rows(
+    isa: core.Isa, fmt: str, group: int | None, dtype: torch.dtype
+) -> None:
+    if isa == "torch":
+        pytest.skip("torch's products depend on the number of rows")
+    packed, _ = weights(70, 256, fmt=fmt, group=group)
+    x = numbers(100, 256, seed=1, dtype=dtype)
+    with core.use_isa(isa):
+        alone = torch.cat([linear(row, packed) for row in x.split(1)])
+        for rows in (2, 7, 8, 9, 15, 100):
+            assert torch.equal(linear(x[:rows], packed), alone[:rows])
+
+
+@every_isa
+@every_format
+def test_the_number_of_threads_changes_no_bit(isa: core.Isa, fmt: str, group: int | None) -> None:
+    packed, _ = weights(200, 256, fmt=fmt, group=group)
+    x = numbers(33, 256, seed=1, dtype=torch.bfloat16)
+    threads = torch.get_num_threads()
+    results: list[Tensor] = []
+    with core.use_isa(isa):
+        try:
+            for count in (1, 2, 3):
+                torch.set_num_threads(count)
+                results.append(linear(x, packed))
+        finally:
+            torch.set_num_threads(threads)
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+@every_format
+def test_calls_from_several_python_threads_give_the_same_bits(fmt: str, group: int | None) -> None:
+    packed, _ = weights(200, 256, fmt=fmt, group=group)
+    inputs = [numbers(1 + 7 * i, 256, seed=i, dtype=torch.bfloat16) for i in range(8)]
+    expected = [linear(x, packed) for x in inputs]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(5):
+            for out, same in zip(pool.map(lambda x: linear(x, packed), inputs), expected, strict=True):
+                assert torch.equal(out, same)
+
+
+@every_isa
+@every_format
+def test_one_of_stacked_matrices_is_the_same_as_packed_alone(isa: core.Isa, fmt: str, group: int | None) -> None:
+    packed, weight = weights(3, 50, 96, fmt=fmt, group=group)
+    x = numbers(4, 96, seed=1, dtype=torch.bfloat16)
+    with core.use_isa(isa):
+        for e in range(3):
+            assert_close(linear(x, packed.matrix(e), out_dtype=torch.float32), x, weight[e])
+
+
+@every_isa
+def test_strided_rows_are_read_in_place(isa: core.Isa) -> None:
+    packed, weight = weights(50, 96, fmt="bf16", group=None)
+    wide = numbers(7, 200, seed=1, dtype=torch.bfloat16)
+    for x in (wide[:, 50:146], wide[:, ::2][:, :96], wide.T[:96, :].T):
+        with core.use_isa(isa):
+            assert_close(linear(x, packed, out_dtype=torch.float32), x, weight)
+
+
+@every_isa
+def test_what_is_not_a_number_stays_in_its_row(isa: core.Isa) -> None:
+    packed, weight = weights(50, 30, fmt="int8", group=None)
+    x = numbers(4, 30, seed=1, dtype=torch.bfloat16)
+    x[1, 3], x[2, 3] = float("nan"), float("inf")
+    with core.use_isa(isa):
+        out = linear(x, packed, out_dtype=torch.float32)
+    assert out[1].isnan().all()
+    assert not out[2].isfinite().any()
+    assert_close(out[[0, 3]], x[[0, 3]], weight)
+
+
+@every_isa
+@every_format
+def test_packed_logits_are_float32(isa: core.Isa, fmt: str, group: int | None) -> None:
+    packed, weight = weights(99, 64, fmt=fmt, group=group)
+    x = numbers(3, 64, seed=1, dtype=torch.bfloat16)
+    with core.use_isa(isa):
+        logits = output_logits(x, packed)
+    assert logits.dtype == torch.float32
+    assert_close(logits, x, weight)
+
+
+def test_gradients_flow_to_x_through_a_packed_weight() -> None:
+    packed, weight = weights(50, 30, fmt="int8", group=None)
+    x = numbers(4, 30, seed=1).requires_grad_()
+    linear(x, packed).sum().backward()
+    assert x.grad is not None
+    assert torch.allclose(x.grad.double(), weight.sum(0).expand(4, 30), rtol=1e-5)
+
+
+def test_codes_of_minus_128_are_exact() -> None:
+    codes = torch.tensor([[-128, 127, -127, 0]], dtype=torch.int8)
+    packed = pack_weight(QuantizedWeight(codes, torch.ones(1, 1, dtype=torch.bfloat16), 8, 4))
+    for isa in core.available_isas():
+        with core.use_isa(isa):
+            assert linear(torch.eye(4, dtype=torch.bfloat16), packed).flatten().tolist() == codes.flatten().tolist()
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    packed, _ = weights(3, 50, 96, fmt="bf16", group=None)
+    one = packed.matrix(0)
+    x = torch.zeros(2, 96)
+    with pytest.raises(OpError, match=r"x \[\.\.\., D\]"):
+        linear(torch.zeros(2, 95), one)
+    with pytest.raises(OpError, match=r"3 of \[50, 96\]"):
+        linear(x, packed)
+    with pytest.raises(OpError, match="bias"):
+        linear(x, one, torch.zeros(49))
+    with pytest.raises(OpError, match="residual"):
+        linear(x, one, residual=torch.zeros(1, 50))
+    with pytest.raises(OpError, match="residual"):
+        linear(x, torch.zeros(50, 96), residual=torch.zeros(1, 50))
