@@ -25,7 +25,7 @@ using Unit = float;
 constexpr int UNIT = 1;
 constexpr int MAX_ROWS = W == 16 ? 8 : 4;
 constexpr int FUSED_ROWS = MAX_ROWS;
-LATENTKV_INLINE vf multiply_add(vf sum, vu weights, Unit x) { return sum + (vf)weights * splat(x); }
+LATENTKV_INLINE vf multiply_add(vf sum, vu weights, Unit x) { return multiply_add((vf)weights, splat(x), sum); }
 #endif
 
 // How a vector of words becomes units: unit i of each word.
@@ -110,7 +110,7 @@ void multiply_tile(const Panel& panel, const Unit* x, float* sums) {
 #pragma GCC unroll 16
         for (int r = 0; r < R; r++) {
           float* sum = sums + r * BLOCK_OUTS + first + v * W;
-          store(sum, load(sum) + acc[r][v] * scale);
+          store(sum, multiply_add(acc[r][v], scale, load(sum)));
         }
       }
     }

@@ -136,6 +136,18 @@ LATENTKV_INLINE void store_one(void* p, DType dtype, std::ptrdiff_t i, float x) 
   }
 }
 
+// a b + c, rounded once where the instruction set can. The compiler fuses a plain `a * b + c` or not as it sees fit;
+// this is for results that must not depend on how a loop was compiled.
+LATENTKV_INLINE vf multiply_add(vf a, vf b, vf c) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__AVX2__)
+  return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  return a * b + c;
+#endif
+}
+
 LATENTKV_INLINE float sum(vf v) {
 #if defined(__AVX512F__)
   return _mm512_reduce_add_ps((__m512)v);

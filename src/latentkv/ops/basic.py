@@ -89,9 +89,16 @@ def _packed_linear(
     if residual is not None:
         _require_residual(residual, x, out_features)
     isa = native_isa()
-    if isa is None or x.dtype not in _NATIVE_X or out_dtype not in DTYPE_CODES or (x.requires_grad and torch.is_grad_enabled()):
+    if (
+        isa is None
+        or x.dtype not in _NATIVE_X
+        or out_dtype not in DTYPE_CODES
+        or (x.requires_grad and torch.is_grad_enabled())
+    ):
         wide = torch.promote_types(x.dtype, torch.float32)
-        out = torch.nn.functional.linear(x.to(wide), unpack_weight(weight).to(wide), None if bias is None else bias.to(wide))
+        out = torch.nn.functional.linear(
+            x.to(wide), unpack_weight(weight).to(wide), None if bias is None else bias.to(wide)
+        )
         return (out if residual is None else out + residual).to(out_dtype)
     rows = x if x.ndim == 2 and x.stride(1) == 1 else x.reshape(-1, weight.in_features).contiguous()
     if residual is not None:

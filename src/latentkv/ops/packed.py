@@ -78,7 +78,9 @@ def pack_weight(weight: Tensor | QuantizedWeight) -> PackedWeight:
         OpError: it has another shape or dtype, or its groups are not multiples of 8 weights.
     """
     values = weight.codes if isinstance(weight, QuantizedWeight) else weight
-    require(values.ndim in (2, 3) and values.numel() > 0, f"pack_weight takes [O, D] or [E, O, D], not {list(values.shape)}")
+    require(
+        values.ndim in (2, 3) and values.numel() > 0, f"pack_weight takes [O, D] or [E, O, D], not {list(values.shape)}"
+    )
     stacked = values if values.ndim == 3 else values[None]
     if isinstance(weight, QuantizedWeight):
         format_: PackedFormat = "int8" if weight.bits == 8 else "int4"
@@ -133,7 +135,7 @@ def _layout(format_: PackedFormat, count: int, out_features: int, in_features: i
 
 
 def _allocate(size: int) -> Tensor:
-    """Zeroed bytes, in huge pages where the system has them: a stream then crosses a page every 2 MiB, not every 4 KiB."""
+    """Zeroed bytes, in huge pages where the system has them: a stream then crosses few pages."""
     if size < _HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.zeros(size, dtype=torch.uint8)
     memory = mmap.mmap(-1, size)
@@ -142,7 +144,7 @@ def _allocate(size: int) -> Tensor:
 
 
 def _pack_matrix(values: Tensor, scales: Tensor | None, format_: PackedFormat, group: int, target: Tensor) -> None:
-    """values [O, D] and scales [O, groups] to target [blocks, groups, words] of zeros."""
+    """Pack values [O, D] and scales [O, groups] into target [blocks, groups, words]."""
     groups, scale_words = target.shape[1], _scale_words(format_)
     group = group or values.shape[1]
     # A few blocks at a time: the temporaries stay in the processor's cache.
