@@ -1,0 +1,169 @@
+// Attention of a group of query vectors over one tile of rows, by an arithmetic on rows of its elements.
+#pragma once
+
+#include <math.h>
+
+#include "attention_state.h"
+#include "attention_tile.h"
+
+namespace latentkv::LATENTKV_ISA {
+
+template <class A>
+class RowsEngine {
+  using Element = typename A::Element;
+  using Weight = typename A::Weight;
+  static constexpr int SCORE_BLOCK = 16;  // query vectors whose scores are computed together: they stay in L1
+
+ public:
+  static constexpr int TILE = A::TILE, STEP = A::STEP;
+
+  // For groups of at most `vectors` query vectors.
+  RowsEngine(const Attention& a, int vectors)
+      : a_(a), key_width_(Tile<A>::padded(a.keys.width)), value_width_(Tile<A>::padded(a.values.width)),
+        vectors_(vectors) {}
+
+  int value_width() const { return value_width_; }
+
+  void place(Memory& memory) {
+    const std::size_t vectors = vectors_;
+    const bool in_place = Tile<A>::reads_in_place(a_);
+    const std::size_t scratch_rows = in_place ? 0 : TILE;
+    scores_ = memory.take<float>(vectors * TILE);
+    weights_ = memory.take<Weight>(vectors * TILE);
+    rescale_ = memory.take<float>(vectors);
+    sum_ = memory.take<float>(vectors);
+    q_ = memory.take<Element>(vectors * key_width_);
+    tile_.zeros = memory.take<Element>(key_width_);
+    tile_.key_scratch = memory.take<Element>(scratch_rows * key_width_);
+    tile_.value_scratch = memory.take<Element>(scratch_rows * value_width_);
+    tile_.key_width = key_width_;
+    tile_.value_width = value_width_;
+    tile_.in_place = in_place;
+  }
+
+  void load_queries(const Group& group) {
+    const int vectors = group.rows * group.heads, size = sizeof_dtype(a_.q_dtype);
+    for (int v = 0; v < vectors; v++) {
+      const std::int64_t row = group.row + v / group.heads, head = group.head + v % group.heads;
+      decode_row(a_.q + (row * a_.q_row + head * a_.q_head) * size, a_.q_dtype, a_.keys.width, key_width_,
+                 q_ + (std::ptrdiff_t)v * key_width_);
+    }
+    const int whole = (vectors + 3) / 4 * 4;
+    std::memset(q_ + (std::ptrdiff_t)vectors * key_width_, 0, sizeof(Element) * (whole - vectors) * key_width_);
+    std::memset(tile_.zeros, 0, sizeof(Element) * key_width_);
+  }
+
+  // Adds the tile of stored rows, whose first token is `first`, to the state; prefetches the next tile.
+  void attend(const Group& group, int first, const StoredTile<TILE>& stored, const StoredTile<TILE>& next,
+              const State& state) {
+    const int vectors = group.rows * group.heads, tokens = stored.tokens;
+    tile_.take(a_, stored);
+    for (int v = 0; v < vectors; v++) {
+      const int t = group.row + v / group.heads;
+      const int from = (a_.start ? a_.start[t] : 0) - first, to = a_.stop[t] - first;
+      from_[v] = from > 0 ? from : 0;
+      to_[v] = to < tokens ? to : tokens;
+    }
+    score(vectors, tokens, next);
+    soften(vectors, tokens, state);
+    accumulate(vectors, state);
+  }
+
+  static void in_order(const float* accumulated, float* out) { A::in_order(accumulated, out); }
+
+ private:
+  // The end of the last range among query vectors v .. v + count - 1.
+  int read_until(int v, int count, int vectors) const {
+    int end = 0;
+    for (int i = v; i < v + count && i < vectors; i++) end = to_[i] > end ? to_[i] : end;
+    return end;
+  }
+
+  void score(int vectors, int tokens, const StoredTile<TILE>& next) {
+    const int row_bytes = tile_.in_place ? key_width_ * (int)sizeof(Element) : 0;
+    for (int block = 0; block < vectors; block += SCORE_BLOCK) {
+      const int block_end = block + SCORE_BLOCK < vectors ? block + SCORE_BLOCK : vectors;
+      int until[SCORE_BLOCK / 4];
+      for (int v = block; v < block_end; v += 4) until[(v - block) / 4] = read_until(v, 4, vectors);
+      for (int t = 0; t < tokens; t += 4) {
+        for (int v = block; v < block_end; v += 4) {
+          const int ahead = t + (v - block) / 4;
+          if (block == 0 && ahead < next.tokens && next.keys[ahead]) prefetch_row(next.keys[ahead], row_bytes);
+          if (t < until[(v - block) / 4])
+            A::scores(q_ + (std::ptrdiff_t)v * key_width_, key_width_, tile_.keys + t,
+                      scores_ + v * TILE + t);
+        }
+      }
+    }
+  }
+
+  // Scores -> weights exp(scale * score - peak), the new peaks and totals, and what the sums so far are rescaled by.
+  void soften(int vectors, int tokens, const State& state) {
+    for (int v = 0; v < vectors; v++) {
+      const float old_peak = state.peak[v];
+      sum_[v] = weigh(scores_ + v * TILE, weights_ + v * TILE, tokens, from_[v], to_[v], state.peak[v]);
+      rescale_[v] = old_peak == state.peak[v] ? 0 : old_peak - state.peak[v];
+    }
+    for (int v = 0; v < vectors; v += W) {
+      const vf rescale = exp(load(rescale_ + v));
+      store(rescale_ + v, rescale);
+      store(state.total + v, load(state.total + v) * rescale + load(sum_ + v));
+    }
+  }
+
+  float weigh(float* s, Weight* p, int tokens, int from, int to, float& peak) {
+    if (from >= to) {
+      std::memset(p, 0, sizeof(Weight) * TILE);
+      return 0;
+    }
+    vi lane;
+    for (int i = 0; i < W; i++) lane[i] = i;
+    const int end = (tokens + W - 1) / W * W;
+    vf largest = splat(-INFINITY);
+    for (int i = 0; i < end; i += W) {
+      vf x = load(s + i) * a_.scale;
+      if (i < from || i + W > to) x = (lane + i >= from) & (lane + i < to) ? x : splat(-INFINITY);
+      store(s + i, x);
+      largest = maximum(x, largest);
+    }
+    const float tile_peak = max_of(largest);
+    peak = tile_peak > peak ? tile_peak : peak;
+    vf total{};
+    for (int i = 0; i < end; i += W) {
+      const vf weight = exp(load(s + i) - peak);
+      A::store_weights(p + i, weight);
+      total += weight;
+    }
+    return sum(total);
+  }
+
+  void accumulate(int vectors, const State& state) {
+    constexpr int WIDE = A::COLUMNS * A::STEP;
+    int column = 0;
+    for (; column + WIDE <= value_width_; column += WIDE) accumulate_columns<A::COLUMNS>(vectors, column, state);
+    for (; column < value_width_; column += A::STEP) accumulate_columns<1>(vectors, column, state);
+  }
+  template <int C>
+  void accumulate_columns(int vectors, int column, const State& state) {
+    int v = 0;
+    for (; v + A::VECTORS <= vectors; v += A::VECTORS) accumulate_block<A::VECTORS, C>(v, column, state);
+    for (; v + 4 <= vectors; v += 4) accumulate_block<4, C>(v, column, state);
+    for (; v + 2 <= vectors; v += 2) accumulate_block<2, C>(v, column, state);
+    for (; v < vectors; v++) accumulate_block<1, C>(v, column, state);
+  }
+  template <int V, int C>
+  void accumulate_block(int v, int column, const State& state) {
+    A::template accumulate<V, C>(weights_ + v * TILE, rescale_ + v, tile_.values, read_until(v, V, v + V), column,
+                                 state.out + (std::ptrdiff_t)v * value_width_ + column, value_width_);
+  }
+
+  const Attention& a_;
+  int key_width_, value_width_, vectors_;
+  float *scores_, *rescale_, *sum_;  // [vectors, TILE], [vectors], [vectors]
+  Weight* weights_;                  // [vectors, TILE]
+  Element* q_;                       // [vectors, padded key width]
+  Tile<A> tile_;
+  int from_[GROUP_VECTORS], to_[GROUP_VECTORS];  // tokens of the tile that each query vector reads
+};
+
+}  // namespace latentkv::LATENTKV_ISA
