@@ -2,8 +2,9 @@
 
 from latentkv.ops.attention import gqa_attend, mla_attend, mla_decode
 from latentkv.ops.backends import describe_backends
-from latentkv.ops.basic import apply_rope, linear, output_logits, rms_norm
+from latentkv.ops.basic import linear, output_logits
 from latentkv.ops.causal import causal_attention
+from latentkv.ops.elementwise import apply_rope, rms_norm, silu_mul
 from latentkv.ops.kv_formats import (
     KVFormat,
     decode_latents,
@@ -13,7 +14,7 @@ from latentkv.ops.kv_formats import (
     storage_dtype,
 )
 from latentkv.ops.moe import moe_experts
-from latentkv.ops.pages import read_latents, write_latents
+from latentkv.ops.pages import norm_rope_write, read_latents, write_latents
 from latentkv.ops.prefill import mla_prefill
 from latentkv.ops.states import merge_states
 from latentkv.ops.weight_formats import QuantizedWeight, WeightFormat, quantize_weight
@@ -36,10 +37,12 @@ __all__ = [
     "mla_decode",
     "mla_prefill",
     "moe_experts",
+    "norm_rope_write",
     "output_logits",
     "quantize_weight",
     "read_latents",
     "rms_norm",
+    "silu_mul",
     "storage_dtype",
     "write_latents",
 ]

@@ -15,9 +15,9 @@ def require(condition: bool, message: str) -> None:
 
 def require_shape(name: str, tensor: Tensor, shape: tuple[int | None, ...]) -> None:
     """Raise `OpError` unless `tensor` has this shape; `None` stands for any size."""
-    fits = tensor.ndim == len(shape) and all(
-        want is None or have == want for have, want in zip(tensor.shape, shape, strict=True)
-    )
-    if not fits:
+    have = tensor.shape
+    if len(have) != len(shape) or any(
+        want is not None and size != want for size, want in zip(have, shape, strict=True)
+    ):
         wanted = ", ".join("any" if size is None else str(size) for size in shape)
         raise OpError(f"{name} has shape {list(tensor.shape)}; it must be [{wanted}]")

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from latentkv.errors import OpError
 from latentkv.ops.checks import require, require_shape
+from latentkv.ops.elementwise import apply_rope, rms_norm
 from latentkv.ops.kv_formats import (
     FLOAT_DTYPES,
     KVFormat,
@@ -17,31 +18,29 @@ from latentkv.ops.kv_formats import (
     latent_payload_bytes,
     storage_dtype,
 )
+from latentkv.ops.native import pages as native
 
 
 def check_latent_pages(kv_pages: Tensor, latent_dim: int, rope_dim: int, kv_format: KVFormat | None) -> None:
     """Raise `OpError` unless pages [N, P, row] can hold rows of this shape and format."""
-    require(
-        kv_pages.ndim == 3 and kv_pages.is_contiguous(),
-        f"kv_pages must be a contiguous [N, P, row], not {list(kv_pages.shape)} with strides {kv_pages.stride()}",
-    )
+    if kv_pages.ndim != 3 or not kv_pages.is_contiguous():
+        raise OpError(
+            f"kv_pages must be a contiguous [N, P, row], not {list(kv_pages.shape)} with strides {kv_pages.stride()}"
+        )
+    dtype = kv_pages.dtype
     if kv_format is None:
-        require(
-            kv_pages.is_floating_point() and kv_pages.dtype.itemsize >= 2,
-            f"kv_pages of {kv_pages.dtype} need kv_format= to say what their bytes mean",
-        )
-        payload = (latent_dim + rope_dim) * kv_pages.dtype.itemsize
+        if not dtype.is_floating_point or dtype.itemsize < 2:
+            raise OpError(f"kv_pages of {dtype} need kv_format= to say what their bytes mean")
+        payload = (latent_dim + rope_dim) * dtype.itemsize
     else:
-        require(
-            kv_pages.dtype == storage_dtype(kv_format),
-            f"{kv_format} pages are {storage_dtype(kv_format)}, but kv_pages are {kv_pages.dtype}",
-        )
+        if dtype != storage_dtype(kv_format):
+            raise OpError(f"{kv_format} pages are {storage_dtype(kv_format)}, but kv_pages are {dtype}")
         payload = latent_payload_bytes(kv_format, latent_dim, rope_dim)
-    require(
-        kv_pages.shape[2] * kv_pages.dtype.itemsize >= payload,
-        f"a row of {latent_dim} latents and {rope_dim} rope dims takes {payload} bytes; kv_pages {list(kv_pages.shape)}"
-        f" of {kv_pages.dtype} are too narrow",
-    )
+    if kv_pages.shape[2] * dtype.itemsize < payload:
+        raise OpError(
+            f"a row of {latent_dim} latents and {rope_dim} rope dims takes {payload} bytes; kv_pages "
+            f"{list(kv_pages.shape)} of {dtype} are too narrow"
+        )
 
 
 def write_latents(
@@ -57,18 +56,81 @@ def write_latents(
         kv_format: layout of uint8 pages; None = numbers of the pages' own dtype.
 
     Raises:
-        OpError: shapes or dtypes do not fit.
+        OpError: shapes or dtypes do not fit, or a slot lies outside the cache.
     """
     require_shape("latents", latents, (None, None))
     tokens, latent_dim = latents.shape
     require_shape("slots", slots, (tokens,))
     require_shape("k_rope", k_rope, (tokens, None))
     check_latent_pages(kv_pages, latent_dim, k_rope.shape[1], kv_format)
+    if native.write_latents(kv_pages, slots, latents, k_rope, kv_format):
+        return
+    _require_slots_inside(kv_pages, slots)
     if kv_format is None or kv_format in FLOAT_DTYPES:
         rows = torch.cat([latents, k_rope], dim=1).to(kv_pages.dtype)
     else:
         rows = encode_latents(latents, k_rope, kv_format)[:, : kv_pages.shape[2]]
     kv_pages.view(-1, kv_pages.shape[2])[:, : rows.shape[1]].index_copy_(0, slots.to(torch.int64), rows)
+
+
+def norm_rope_write(
+    kv_pages: Tensor,
+    slots: Tensor,
+    kv_a: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    interleaved: bool,
+    kv_format: KVFormat | None = None,
+) -> None:
+    """Norm T tokens' latents, rotate their shared keys and store both: what `kv_a_proj_with_mqa` is computed for.
+
+    Equals `rms_norm` of the first L numbers, `apply_rope` of the others and `write_latents`, in one pass.
+
+    Args:
+        kv_pages: [N, P, row], changed in place.
+        slots: [T] integers, page * P + offset of each token, all different.
+        kv_a: [T, L + R] projected tokens; rows may be slices of wider ones.
+        norm_weight: [L].
+        eps: of the norm.
+        cos: [T, R/2] float32.
+        sin: like cos.
+        interleaved: see `apply_rope`.
+        kv_format: layout of uint8 pages; None = numbers of the pages' own dtype.
+
+    Raises:
+        OpError: shapes or dtypes do not fit, or a slot lies outside the cache.
+    """
+    require_shape("kv_a", kv_a, (None, None))
+    require_shape("norm_weight", norm_weight, (None,))
+    tokens, width = kv_a.shape
+    latent_dim = norm_weight.shape[0]
+    rope_dim = width - latent_dim
+    if rope_dim < 0 or rope_dim % 2:
+        raise OpError(f"kv_a has {width} numbers a token; {latent_dim} latents leave {rope_dim}, not an even number")
+    require_shape("slots", slots, (tokens,))
+    require_shape("cos", cos, (tokens, rope_dim // 2))
+    require_shape("sin", sin, (tokens, rope_dim // 2))
+    check_latent_pages(kv_pages, latent_dim, rope_dim, kv_format)
+    angles = cos, sin
+    if native.norm_rope_write(
+        kv_pages, slots, kv_a, norm_weight, eps, *angles, interleaved=interleaved, kv_format=kv_format
+    ):
+        return
+    latents, k_rope = kv_a.split([latent_dim, rope_dim], dim=1)
+    latents, k_rope = rms_norm(latents, norm_weight, eps), apply_rope(k_rope, *angles, interleaved=interleaved)
+    write_latents(kv_pages, slots, latents, k_rope, kv_format=kv_format)
+
+
+def _require_slots_inside(kv_pages: Tensor, slots: Tensor) -> None:
+    """The same refusal as the kernels', on the CPU; a GPU's step does not wait to read its slots."""
+    count = kv_pages.shape[0] * kv_pages.shape[1]
+    if slots.is_cpu and slots.numel():
+        outside = slots[(slots < 0) | (slots >= count)]
+        if outside.numel():
+            raise OpError(f"slot {int(outside[0])} is not one of the cache's {count} token slots")
 
 
 def read_latents(

@@ -173,6 +173,12 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool) -> Ten
     return torch.stack([turned.real, turned.imag], dim=-1 if interleaved else -2).flatten(-2)
 
 
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """`gate * sigmoid(gate) * up`, side by side in [..., 2I]."""
+    gate, up = gate_up.double().chunk(2, dim=-1)
+    return gate * gate.sigmoid() * up
+
+
 def moe_experts(x: Tensor, expert_ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     """Token by token: the weighted sum of its K experts, each `down (silu(gate x) * up x)`."""
     out = torch.zeros_like(x, dtype=torch.float64)

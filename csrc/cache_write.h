@@ -1,0 +1,29 @@
+// New tokens into the paged cache, in each of the formats of `ops/kv_formats.py`.
+#pragma once
+
+#include "elementwise.h"
+
+namespace latentkv {
+
+enum class RowFormat : int { fp32 = 0, bf16 = 1, fp16 = 2, int8 = 3, fp8 = 4 };
+
+// Where T tokens go: token t's row lies at pages + slots[t] * row_bytes.
+struct CacheRows {
+  unsigned char* pages;
+  const std::int64_t* slots;
+  std::ptrdiff_t row_bytes;
+  std::int64_t num_slots;
+  RowFormat format;
+  int tokens, latent_dim, rope_dim;  // latent_dim + rope_dim <= MAX_ROW
+};
+
+// Both return the first token whose slot is not in the cache (nothing is written then), or -1.
+struct CacheWriteKernels {
+  // latents [T, L] and k_rope [T, R]
+  int (*write)(CacheRows to, Matrix latents, Matrix k_rope);
+  // kv_a [T, L + R]: the first L are normed, the others rotated, both rounded to kv_a's type
+  int (*norm_rope_write)(CacheRows to, Matrix kv_a, const void* weight, DType weight_dtype, float eps, Angles angles);
+};
+LATENTKV_TABLE(CacheWriteKernels, cache_write)
+
+}  // namespace latentkv

@@ -1,0 +1,59 @@
+#include "elementwise.h"
+
+#include "rows.h"
+
+namespace latentkv::LATENTKV_ISA {
+namespace {
+
+// Numbers below which a second thread costs more than it saves.
+constexpr std::ptrdiff_t WORTH_A_FORK = 1 << 15;
+
+template <class Place>
+LATENTKV_INLINE char* at(const Place& place, std::ptrdiff_t offset) {
+  return (char*)place.data + offset * (place.dtype == DType::f32 ? 4 : 2);
+}
+
+void rms_norm(Matrix x, const void* weight, DType weight_dtype, float eps, Matrix out, int tokens, int dim) {
+#pragma omp parallel for schedule(static) if ((std::ptrdiff_t)tokens * dim >= WORTH_A_FORK)
+  for (int t = 0; t < tokens; t++)
+    for_dtype(x.dtype, [&](auto dtype) {
+      norm_row<dtype()>(at(x, t * x.stride), weight, weight_dtype, dim, eps, at(out, t * out.stride), dtype());
+    });
+}
+
+void rope(Heads x, Angles angles, Heads out, int tokens, int heads, int half) {
+#pragma omp parallel for schedule(static) if ((std::ptrdiff_t)tokens * heads * half * 2 >= WORTH_A_FORK)
+  for (int t = 0; t < tokens; t++) {
+    const std::ptrdiff_t angle = (std::ptrdiff_t)t * half;
+    alignas(64) float row[MAX_ROW];
+    for (int h = 0; h < heads; h++)
+      for_dtype(x.dtype, [&](auto dtype) {
+        convert_row(at(x, t * x.token_stride + h * x.head_stride), dtype(), 2 * half, row, DType::f32);
+        rotate_row(row, angles.cos + angle, angles.sin + angle, half, angles.interleaved);
+        convert_row(row, DType::f32, 2 * half, at(out, t * out.token_stride + h * out.head_stride), dtype());
+      });
+  }
+}
+
+template <DType X>
+void silu_mul_row(const void* gate_up, void* out, int inner) {
+  int i = 0;
+  for (; i + W <= inner; i += W)
+    store_any(out, X, i, silu_mul(load_any(gate_up, X, i), load_any(gate_up, X, inner + i)));
+  for (; i < inner; i++)
+    store_one(out, X, i, silu_mul(splat(load_one(gate_up, X, i)), splat(load_one(gate_up, X, inner + i)))[0]);
+}
+
+void silu_mul_rows(Matrix gate_up, Matrix out, int tokens, int inner) {
+#pragma omp parallel for schedule(static) if ((std::ptrdiff_t)tokens * inner >= WORTH_A_FORK)
+  for (int t = 0; t < tokens; t++)
+    for_dtype(out.dtype, [&](auto dtype) {
+      silu_mul_row<dtype()>(at(gate_up, t * gate_up.stride), at(out, t * out.stride), inner);
+    });
+}
+
+}  // namespace
+
+const ElementwiseKernels elementwise = {rms_norm, rope, silu_mul_rows};
+
+}  // namespace latentkv::LATENTKV_ISA

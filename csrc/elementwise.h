@@ -1,0 +1,42 @@
+// Row by row: RMS norm, rotary embedding and the gated activation. Strides are in elements; a row's own are consecutive.
+#pragma once
+
+#include <cstddef>
+
+#include "dtypes.h"
+#include "isa.h"
+
+namespace latentkv {
+
+// R of a rotated row and L + R of a cached one at most.
+constexpr int MAX_ROW = 4096;
+
+struct Matrix {
+  void* data;
+  std::ptrdiff_t stride;  // from one row to the next
+  DType dtype;
+};
+
+struct Heads {
+  void* data;
+  std::ptrdiff_t token_stride, head_stride;
+  DType dtype;
+};
+
+struct Angles {
+  const float* cos;  // [T, R / 2], contiguous
+  const float* sin;
+  bool interleaved;
+};
+
+struct ElementwiseKernels {
+  // out [T, D] in x's type = weight [D] * x / sqrt(mean(x^2) + eps)
+  void (*rms_norm)(Matrix x, const void* weight, DType weight_dtype, float eps, Matrix out, int tokens, int dim);
+  // out [T, H, R] in x's type; it may be x itself
+  void (*rope)(Heads x, Angles angles, Heads out, int tokens, int heads, int half);
+  // gate_up [T, 2I] -> out [T, I] in the same type
+  void (*silu_mul)(Matrix gate_up, Matrix out, int tokens, int inner);
+};
+LATENTKV_TABLE(ElementwiseKernels, elementwise)
+
+}  // namespace latentkv

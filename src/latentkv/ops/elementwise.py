@@ -1,0 +1,88 @@
+"""The small ops around attention, row by row: normalisation, rotary embedding and the gated activation."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from latentkv.errors import OpError
+from latentkv.ops.native import elementwise as native
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`weight * x / sqrt(mean(x^2) + eps)` over the last dimension (arXiv 1910.07467).
+
+    The mean is taken in float32 (float64 for float64 x); the normed x is rounded to x.dtype before the weight is
+    applied, as published checkpoints were trained. Returns x's shape and dtype.
+
+    Raises:
+        OpError: weight is not [D].
+    """
+    if weight.ndim != 1 or weight.shape[0] != x.shape[-1]:
+        raise OpError(f"rms_norm takes weight [{x.shape[-1]}] for x {list(x.shape)}, not {list(weight.shape)}")
+    fast = native.rms_norm(x, weight, eps)
+    if fast is not None:
+        return fast
+    wide = x if x.dtype == torch.float64 else x.float()
+    normed = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
+    return (weight * normed.to(x.dtype)).to(x.dtype)
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool, out: Tensor | None = None) -> Tensor:
+    """Rotate pairs of dimensions by each token's angles (RoFormer, arXiv 2104.09864).
+
+    Args:
+        x: [..., R], any float dtype.
+        cos: broadcasts against [..., R/2]: [T, R/2] for keys [T, R], [T, 1, R/2] for heads [T, H, R].
+        sin: like cos.
+        interleaved: pairs are dimensions (0, 1), (2, 3), ...; otherwise (0, R/2), (1, R/2 + 1), ...
+        out: where to write, of x's shape and dtype: x itself or a slice of a wider tensor; None = a new tensor.
+
+    Returns:
+        x's shape, dtype and order of dimensions; computed in the wider of x's and cos's dtype.
+
+    Raises:
+        OpError: R is odd, or cos and sin or out do not fit x.
+    """
+    half = x.shape[-1] // 2
+    if x.shape[-1] != 2 * half or cos.shape != sin.shape or not _angles_fit(x, cos, half):
+        raise OpError(
+            f"apply_rope takes x [..., R] with even R, and cos and sin that broadcast against [..., R/2]; these are "
+            f"{list(x.shape)}, {list(cos.shape)} and {list(sin.shape)}"
+        )
+    if out is not None and (out.shape != x.shape or out.dtype != x.dtype):
+        raise OpError(f"out must be {list(x.shape)} of {x.dtype} like x, not {list(out.shape)} of {out.dtype}")
+    fast = native.apply_rope(x, cos, sin, interleaved=interleaved, out=out)
+    if fast is not None:
+        return fast
+    if interleaved:
+        first, second = x[..., 0::2], x[..., 1::2]
+    else:
+        first, second = x[..., :half], x[..., half:]
+    rotated = first * cos - second * sin, second * cos + first * sin
+    joined = torch.stack(rotated, dim=-1).flatten(-2) if interleaved else torch.cat(rotated, dim=-1)
+    return joined.to(x.dtype) if out is None else out.copy_(joined)
+
+
+def _angles_fit(x: Tensor, cos: Tensor, half: int) -> bool:
+    sizes, angles = x.shape[:-1], cos.shape[:-1]
+    return (
+        cos.shape[-1] == half
+        and len(angles) <= len(sizes)
+        and all(c in (1, n) for c, n in zip(reversed(angles), reversed(sizes), strict=False))
+    )
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """`silu(gate) * up` of gate_up [..., 2I], the gate first -> [..., I] in its dtype (SwiGLU, arXiv 2002.05202).
+
+    Raises:
+        OpError: the last dimension is odd.
+    """
+    if gate_up.shape[-1] % 2:
+        raise OpError(f"silu_mul takes gate and up of one width side by side, not {list(gate_up.shape)}")
+    fast = native.silu_mul(gate_up)
+    if fast is not None:
+        return fast
+    gate, up = gate_up.chunk(2, dim=-1)
+    return torch.nn.functional.silu(gate) * up
