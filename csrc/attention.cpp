@@ -36,6 +36,16 @@ int most_vectors(const Attention& a) {
   return (most + 15) / 16 * 16;
 }
 
+// The tokens of a group that lie in one chunk: none where its range is empty.
+struct Chunk {
+  const Group* group;
+  int index;
+
+  int begin() const { return (group->first / group->chunk + index) * group->chunk; }
+  int first() const { return begin() > group->first ? begin() : group->first; }
+  int last() const { return begin() + group->chunk < group->last ? begin() + group->chunk : group->last; }
+};
+
 // One thread's memory and the work on one group of query vectors.
 //
 // An engine adds a tile of TILE tokens to a State; it may leave columns in another order inside each STEP.
@@ -51,16 +61,19 @@ class Worker {
     place(memory);
   }
 
-  void whole_group(const Group& group) {
-    one_chunk(group, 0, own_);
-    for (int i = 1; i < group.chunks; i++) {
-      one_chunk(group, i, chunk_);
-      for (int v = 0; v < group.rows * group.heads; v++) merge(own_, chunk_, v, sizes_.value_width);
+  void whole_group(const Group& group, const Group* upcoming) {
+    const int last = group.chunks - 1;
+    one_chunk({&group, 0}, last ? Chunk{&group, 1} : Chunk{upcoming, 0}, own_);
+    for (int i = 1; i <= last; i++) {
+      one_chunk({&group, i}, i < last ? Chunk{&group, i + 1} : Chunk{upcoming, 0}, part_);
+      for (int v = 0; v < group.rows * group.heads; v++) merge(own_, part_, v, sizes_.value_width);
     }
     for (int v = 0; v < group.rows * group.heads; v++) write(group, own_, v);
   }
 
-  void one_chunk(const Group& group, int index, const State& state) {
+  // Leaves the partial result of one chunk in `state`, and fetches the first tile of the upcoming one into L2.
+  void one_chunk(Chunk chunk, Chunk upcoming, const State& state) {
+    const Group& group = *chunk.group;
     engine_.load_queries(group);
     const int vectors = group.rows * group.heads;
     for (int v = 0; v < sizes_.vectors; v++) {
@@ -68,18 +81,19 @@ class Worker {
       state.total[v] = 0;
     }
     std::memset(state.out, 0, sizeof(float) * vectors * sizes_.value_width);
-    const int begin = (group.first / group.chunk + index) * group.chunk;
-    const int first = begin > group.first ? begin : group.first;
-    const int last = begin + group.chunk < group.last ? begin + group.chunk : group.last;
     StoredTile<TILE>*now = &stored_[0], *next = &stored_[1];
-    int end = first;
-    if (first < last) end = locate_tile(group, first, last, *now);
-    for (int s = first; s < last;) {
-      const int next_end = end < last ? locate_tile(group, end, last, *next) : end;
-      if (next_end == end) next->tokens = 0;
+    const int last = chunk.last();
+    locate_tile(chunk, chunk.first(), *now);
+    for (int s = chunk.first(), end; s < last; s = end) {
+      end = s + now->tokens;
+      if (end < last) {
+        locate_tile(chunk, end, *next);
+      } else if (upcoming.group) {
+        locate_tile(upcoming, upcoming.first(), *next);
+      } else {
+        next->tokens = 0;
+      }
       engine_.attend(group, s, *now, *next, state);
-      s = end;
-      end = next_end;
       StoredTile<TILE>* swap = now;
       now = next;
       next = swap;
@@ -106,24 +120,32 @@ class Worker {
  private:
   void place(Memory& memory) {
     own_ = sizes_.state(memory.take<float>(sizes_.state_floats()));
-    chunk_ = sizes_.state(memory.take<float>(sizes_.state_floats()));
+    part_ = sizes_.state(memory.take<float>(sizes_.state_floats()));
     engine_.place(memory);
   }
 
-  // The tile from token `first` to the next multiple of TILE; returns its end.
-  int locate_tile(const Group& group, int first, int last, StoredTile<TILE>& tile) {
-    const int full = (first / TILE + 1) * TILE, end = full < last ? full : last;
-    locate(a_, group, first, end, tile);
-    hide_unread(a_, group, first, tile);
-    return end;
+  // The chunk's tile from token `first` to the next multiple of TILE.
+  void locate_tile(Chunk chunk, int first, StoredTile<TILE>& tile) {
+    const int full = (first / TILE + 1) * TILE, last = chunk.last();
+    locate(a_, *chunk.group, first, full < last ? full : last, tile);
+    hide_unread(a_, *chunk.group, first, tile);
   }
 
   const Attention& a_;
   const Sizes& sizes_;
   Engine engine_;
-  State own_, chunk_;
+  State own_, part_;
   StoredTile<TILE> stored_[2];
 };
+
+Chunk chunk_of(const Attention& a, int item) {
+  int low = 0;
+  for (int high = a.num_groups; high - low > 1;) {
+    const int middle = (low + high) / 2;
+    (a.groups[middle].first_item <= item ? low : high) = middle;
+  }
+  return {&a.groups[low], item - a.groups[low].first_item};
+}
 
 template <class Engine>
 void attend_with(const Attention& a) {
@@ -136,19 +158,22 @@ void attend_with(const Attention& a) {
   threads = threads < items ? threads : items;
   float* partials = nullptr;
   if (by_chunk) partials = (float*)thread_scratch(Scratch::team, sizeof(float) * sizes.state_floats() * items);
+  int claimed = 0;  // items are handed out in order; every thread knows its next one, to fetch it in time
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     Worker<Engine> worker(a, sizes);
-    if (!by_chunk) {
-#pragma omp for schedule(dynamic, 1)
-      for (int g = 0; g < items; g++) worker.whole_group(a.groups[g]);
-    } else {
-      const Group* group = a.groups;
-#pragma omp for schedule(dynamic, 1)
-      for (int item = 0; item < items; item++) {
-        while (item >= group->first_item + group->chunks) group++;
-        worker.one_chunk(*group, item - group->first_item, sizes.state(partials + item * sizes.state_floats()));
+    const auto claim = [&] { return __atomic_fetch_add(&claimed, 1, __ATOMIC_RELAXED); };
+    for (int item = claim(), next; item < items; item = next) {
+      next = claim();
+      if (by_chunk) {
+        worker.one_chunk(chunk_of(a, item), next < items ? chunk_of(a, next) : Chunk{},
+                         sizes.state(partials + item * sizes.state_floats()));
+      } else {
+        worker.whole_group(a.groups[item], next < items ? &a.groups[next] : nullptr);
       }
+    }
+    if (by_chunk) {
+#pragma omp barrier
       for (int g = 0; g < a.num_groups; g++) {
         const Group& group = a.groups[g];
         float* first = partials + group.first_item * sizes.state_floats();

@@ -80,21 +80,35 @@ class RowsEngine {
   }
 
   void score(int vectors, int tokens, const StoredTile<TILE>& next) {
-    const int row_bytes = tile_.in_place ? key_width_ * (int)sizeof(Element) : 0;
     for (int block = 0; block < vectors; block += SCORE_BLOCK) {
       const int block_end = block + SCORE_BLOCK < vectors ? block + SCORE_BLOCK : vectors;
       int until[SCORE_BLOCK / 4];
       for (int v = block; v < block_end; v += 4) until[(v - block) / 4] = read_until(v, 4, vectors);
       for (int t = 0; t < tokens; t += 4) {
+        if (block == 0) prefetch_rest(next, t, (vectors + 3) / 4);
         for (int v = block; v < block_end; v += 4) {
+          if (t >= until[(v - block) / 4]) continue;
           const int ahead = t + (v - block) / 4;
-          if (block == 0 && ahead < next.tokens && next.keys[ahead]) prefetch_row(next.keys[ahead], row_bytes);
-          if (t < until[(v - block) / 4])
-            A::scores(q_ + (std::ptrdiff_t)v * key_width_, key_width_, tile_.keys + t,
-                      scores_ + v * TILE + t);
+          if (block == 0 && ahead < next.tokens && next.keys[ahead])
+            score_block<true>(v, t, next.keys[ahead]);
+          else
+            score_block<false>(v, t, nullptr);
         }
       }
     }
+  }
+  // What `score` does not fetch of the next tile's rows t .. t + 3: it takes one key for each block of 4 vectors.
+  void prefetch_rest(const StoredTile<TILE>& next, int t, int blocks) {
+    const int end = t + 4 < next.tokens ? t + 4 : next.tokens;
+    const int bytes = sizeof_dtype(a_.kv_dtype);
+    for (int i = t + blocks; i < end; i++) prefetch_row(next.keys[i], a_.keys.width * bytes);
+    if (!a_.values_in_keys)
+      for (int i = t; i < end; i++) prefetch_row(next.values[i], a_.values.width * bytes);
+  }
+  template <bool PREFETCH>
+  void score_block(int v, int t, const char* ahead) {
+    A::template scores<PREFETCH>(q_ + (std::ptrdiff_t)v * key_width_, key_width_, tile_.keys + t,
+                                 scores_ + v * TILE + t, ahead);
   }
 
   // Scores -> weights exp(scale * score - peak), the new peaks and totals, and what the sums so far are rescaled by.

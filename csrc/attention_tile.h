@@ -52,6 +52,7 @@ LATENTKV_INLINE void hide_unread(const Attention& a, const Group& group, int fir
 }
 
 LATENTKV_INLINE void prefetch_row(const char* row, int bytes) {
+  if (!row) return;
   for (int i = 0; i < bytes; i += 64) __builtin_prefetch(row + i, 0, 2);
 }
 

@@ -11,6 +11,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from latentkv.errors import OpError
 from latentkv.ops.checks import require, require_shape
 from latentkv.ops.kv_formats import FLOAT_DTYPES, KVFormat
 from latentkv.ops.native import attention as native
@@ -62,9 +63,11 @@ def mla_attend(
     Raises:
         OpError: shapes or dtypes do not fit, or the pages do not cover a range.
     """
-    require_shape("q", q, (None, None, None))
+    if q.ndim != 3:
+        require_shape("q", q, (None, None, None))
     rows, heads, width = q.shape
-    require(1 <= latent_dim <= width, f"latent_dim is {latent_dim}, but q has only {width} numbers a head")
+    if not 1 <= latent_dim <= width:
+        raise OpError(f"latent_dim is {latent_dim}, but q has only {width} numbers a head")
     check_latent_pages(kv_pages, latent_dim, width - latent_dim, kv_format)
     _check_rows(q, block_table, q_start, start, stop)
     if slots is not None:
@@ -210,22 +213,26 @@ def mla_decode(
         OpError: as `mla_attend`.
     """
     require_shape("q", q, (None, None, None, None))
-    batch, steps, heads, width = q.shape
+    batch, steps, heads, _ = q.shape
     require_shape("kv_lens", kv_lens, (batch,))
-    lens = kv_lens.to(torch.int32)[:, None].expand(batch, steps)
-    stop = lens - torch.arange(steps - 1, -1, -1, dtype=torch.int32, device=lens.device) if causal else lens
+    stop = kv_lens.to(torch.int32)
+    if steps != 1:
+        stop = stop[:, None].expand(batch, steps)
+        if causal:
+            stop = stop - torch.arange(steps - 1, -1, -1, dtype=torch.int32, device=stop.device)
+        stop = stop.reshape(-1)
     q_start = torch.arange(batch + 1, dtype=torch.int32, device=q.device) * steps
     out, lse = mla_attend(
-        q.reshape(batch * steps, heads, width),
+        q.flatten(0, 1),
         kv_pages,
         block_table,
         q_start,
-        stop.reshape(-1).clamp(min=0),
+        stop,
         latent_dim=latent_dim,
         scale=scale,
         kv_format=kv_format,
     )
-    return out.view(batch, steps, heads, latent_dim), lse.view(batch, steps, heads).transpose(1, 2)
+    return out.unflatten(0, (batch, steps)), lse.view(batch, steps, heads).transpose(1, 2)
 
 
 def _attend_ranges(
@@ -295,10 +302,12 @@ def _attend_slots(
 def _check_rows(q: Tensor, block_table: Tensor, q_start: Tensor, start: Tensor | None, stop: Tensor) -> None:
     """Raise `OpError` unless the tensors of a ragged layout fit together."""
     rows = q.shape[0]
-    require(q.is_floating_point(), f"q must be float64, float32, bf16 or fp16, not {q.dtype}")
-    require_shape("block_table", block_table, (None, None))
-    require_shape("q_start", q_start, (block_table.shape[0] + 1,))
-    require_shape("stop", stop, (rows,))
+    if not q.dtype.is_floating_point:
+        raise OpError(f"q must be float64, float32, bf16 or fp16, not {q.dtype}")
+    if block_table.ndim != 2 or q_start.shape != (block_table.shape[0] + 1,) or stop.shape != (rows,):
+        require_shape("block_table", block_table, (None, None))
+        require_shape("q_start", q_start, (block_table.shape[0] + 1,))
+        require_shape("stop", stop, (rows,))
     if start is not None:
         require_shape("start", start, (rows,))
 
