@@ -109,7 +109,7 @@ class LLM:
         self.tokenizer = _load_tokenizer(self.folder, config)
         self.decoder = load_model(self.folder, dtype=weights_dtype, device=device, max_context=self.max_context)
         self.config: ModelConfig = self.decoder.config
-        planes = self.config.planes(_kv_format(kv_dtype, self.decoder.output_weight.dtype))
+        planes = self.config.planes(_kv_format(kv_dtype, self.decoder.dtype))
         if kv_cache_bytes is None:
             kv_cache_bytes = default_cache_bytes(planes, self.max_context, free_memory(device))
         self.cache = LatentCache.sized(planes, kv_cache_bytes, device=device)

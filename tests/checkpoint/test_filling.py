@@ -5,7 +5,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from latentkv.checkpoint import CheckpointReader, export_names, fill_parameters, write_checkpoint
+from latentkv.checkpoint import CheckpointReader, export_names, match_parameters, write_checkpoint
 from latentkv.errors import CheckpointError
 
 HIDDEN, EXPERTS, WIDTH, LAYERS = 6, 3, 4, 2
@@ -47,8 +47,16 @@ def filled_from(tensors, state, folder, **options):
     """Fill NaN-filled copies of `state` from a checkpoint of `tensors`."""
     save_file({name: t.contiguous() for name, t in tensors.items()}, folder / "model.safetensors")
     target = {name: torch.full_like(t, float("nan")) for name, t in state.items()}
-    found = fill_parameters(target, CheckpointReader(folder), num_layers=LAYERS, **options)
-    return target, found
+    return target, fill(target, folder, **options)
+
+
+def fill(target, folder, **options):
+    """Fill `target` in place; returns which MTP modules were found."""
+    match = match_parameters(target, CheckpointReader(folder), num_layers=LAYERS, **options)
+    match.fill(
+        {name: t for name, t in target.items() if not name.startswith("mtp.") or int(name[4]) in match.mtp_modules}
+    )
+    return match.mtp_modules
 
 
 def assert_same(found, expected):
@@ -96,7 +104,7 @@ def test_a_round_trip_through_small_shards(tmp_path):
     write_checkpoint(tmp_path, tensors, {"model_type": "x"}, max_shard_bytes=500)
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 3
     target = {name: torch.full_like(t, float("nan")) for name, t in state.items()}
-    assert fill_parameters(target, CheckpointReader(tmp_path), num_layers=LAYERS, num_mtp_layers=1) == {0}
+    assert fill(target, tmp_path, num_mtp_layers=1) == {0}
     assert_same(target, state)
 
 
@@ -108,7 +116,7 @@ def test_weights_are_cast_to_the_dtype_of_each_target_and_parameters_keep_their_
     target = {name: torch.nn.Parameter(torch.empty_like(t)) for name, t in state.items()}
     target["model.norm.weight"] = torch.nn.Parameter(torch.empty(HIDDEN, dtype=torch.float64))
     before = {name: t.data_ptr() for name, t in target.items()}
-    fill_parameters(target, CheckpointReader(tmp_path), num_layers=LAYERS)
+    fill(target, tmp_path)
     for name, tensor in target.items():
         assert tensor.data_ptr() == before[name]
         assert torch.equal(tensor, state[name].to(torch.bfloat16).to(tensor.dtype)), name
@@ -243,7 +251,7 @@ def test_a_missing_tensor_is_named_with_its_shape_and_nothing_is_touched(tmp_pat
     save_file(tensors, tmp_path / "model.safetensors")
     target = {n: torch.zeros_like(t) for n, t in state.items()}
     with pytest.raises(CheckpointError, match=re.escape(f"lacks {name} {shape}")):
-        fill_parameters(target, CheckpointReader(tmp_path), num_layers=LAYERS)
+        fill(target, tmp_path)
     assert not any(t.any() for t in target.values())
 
 

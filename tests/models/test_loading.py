@@ -96,7 +96,7 @@ def test_a_missing_tensor_is_named(tmp_path: Path) -> None:
 def test_weights_are_cast_on_load_but_the_routing_bias_is_not(tmp_path: Path) -> None:
     with_mtp(tmp_path)
     decoder = load_model(tmp_path, dtype=torch.bfloat16)
-    assert decoder.output_weight.dtype == torch.bfloat16
+    assert decoder.dtype == torch.bfloat16
     assert {layer.gate.e_score_correction_bias.dtype for layer in decoder.moe_layers()} == {torch.float32}
 
 
@@ -105,7 +105,7 @@ def test_the_saved_config_names_the_stored_dtype(tmp_path: Path) -> None:
     save_pretrained(decoder, tmp_path / "b")
     saved = json.loads((tmp_path / "b" / "config.json").read_text())
     assert saved["dtype"] == "bfloat16"
-    assert load_model(tmp_path / "b").output_weight.dtype == torch.bfloat16
+    assert load_model(tmp_path / "b").dtype == torch.bfloat16
 
 
 def test_the_text_model_of_a_wrapper_is_saved_as_a_model_of_its_own(tmp_path: Path) -> None:

@@ -107,7 +107,7 @@ def measure_model(
         environment=environment,
         model=name,
         parameters=sum(p.numel() for p in llm.decoder.parameters()),
-        dtype=str(llm.decoder.output_weight.dtype).removeprefix("torch."),
+        dtype=str(llm.decoder.dtype).removeprefix("torch."),
         kv_dtype=cache.format,
         new_tokens=new_tokens,
         repeats=repeats,

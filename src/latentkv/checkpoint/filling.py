@@ -1,8 +1,8 @@
-"""Fill a decoder's tensors from a checkpoint: every name and shape is settled before the first weight is read."""
+"""Fill a decoder's tensors from a checkpoint: all names and shapes are settled before the first weight is read."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -10,31 +10,107 @@ from torch import Tensor
 from latentkv.checkpoint.names import layer_of, mtp_index, published_parts, text_model_names
 from latentkv.checkpoint.reader import CheckpointReader
 from latentkv.errors import CheckpointError
+from latentkv.ops.weight_formats import QuantizedWeight
 
 _NAMED_AT_MOST = 3
 # Published MTP layers repeat the embedding and the output head, which they share with the model.
 _SHARED_BY_MTP = (".embed_tokens.weight", ".shared_head.head.weight")
 
 
-def fill_parameters(
+class Match:
+    """Which tensors of a checkpoint belong to which tensors of a decoder, every name and shape settled.
+
+    Attributes:
+        mtp_modules: the k of every `mtp.{k}` that the checkpoint holds; drop the others.
+    """
+
+    def __init__(
+        self,
+        reader: CheckpointReader,
+        parts: Mapping[str, tuple[str, ...]],
+        sources: Mapping[str, str],
+        num_layers: int,
+        mtp_modules: frozenset[int],
+    ) -> None:
+        self.mtp_modules = mtp_modules
+        self._reader = reader
+        self._parts = parts
+        self._sources = sources
+        self._order = {source: index for index, source in enumerate(reader.names)}
+        self._num_layers = num_layers
+
+    @torch.no_grad()
+    def fill(self, state: Mapping[str, Tensor]) -> None:
+        """Copy the checkpoint into some of the decoder's allocated tensors, one at a time, cast to their dtype.
+
+        Args:
+            state: tensors by their names in the decoder. Those that the checkpoint may lack and lacks become zero.
+
+        Raises:
+            CheckpointError: a tensor cannot be read.
+        """
+        targets = {part: view for name, tensor in state.items() for part, view in self._views(name, tensor)}
+        for part in sorted(targets, key=lambda part: self._order.get(self._sources.get(part, ""), -1)):
+            if part in self._sources:
+                targets[part].copy_(self._reader.read(self._sources[part], dtype=targets[part].dtype))
+            else:
+                targets[part].zero_()
+
+    def quantized(self, state: Mapping[str, Tensor]) -> dict[str, QuantizedWeight]:
+        """Those of some of the decoder's tensors that the checkpoint holds quantised, as they are stored.
+
+        Args:
+            state: tensors by their names in the decoder; only their shapes matter.
+
+        Raises:
+            CheckpointError: a tensor cannot be read, or the parts of one are quantised in different ways.
+        """
+        found: dict[str, QuantizedWeight] = {}
+        for name, tensor in state.items():
+            sources = [self._sources.get(part) for part in self._parts[name]]
+            if sources[0] is not None and (first := self._reader.quantized(sources[0])) is not None:
+                codes = torch.empty(tensor.shape, dtype=torch.int8)
+                scales = torch.empty(*tensor.shape[:-1], first.scales.shape[-1], dtype=first.scales.dtype)
+                found[name] = self._join(name, QuantizedWeight(codes, scales, first.bits, first.group))
+        return found
+
+    def _join(self, name: str, whole: QuantizedWeight) -> QuantizedWeight:
+        """Fill `whole` from the parts that the checkpoint has of the decoder's tensor `name`."""
+        for (part, codes), (_, scales) in zip(
+            self._views(name, whole.codes), self._views(name, whole.scales), strict=True
+        ):
+            stored = self._reader.quantized(self._sources[part])
+            if stored is None or (stored.bits, stored.group) != (whole.bits, whole.group):
+                raise CheckpointError(
+                    f"{self._reader.folder}: {self._sources[part]} is not quantised like the other experts of its "
+                    "layer: quantise all experts of a layer alike"
+                )
+            codes.copy_(stored.codes)
+            scales.copy_(stored.scales)
+        return whole
+
+    def _views(self, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """The checkpoint's names for a tensor of the decoder, each with its view of `tensor`."""
+        return published_parts(name, tensor, self._num_layers, fused=self._parts[name])
+
+
+def match_parameters(
     state: Mapping[str, Tensor],
     reader: CheckpointReader,
     *,
     num_layers: int,
     num_mtp_layers: int = 0,
     zero_if_absent: Collection[str] = (),
-) -> frozenset[int]:
-    """Copy a checkpoint into a decoder's allocated tensors, in place, one at a time, cast to their dtype.
+) -> Match:
+    """Find every tensor of a decoder in a checkpoint; nothing is read yet.
 
     Args:
-        state: the decoder's `state_dict()`: experts fused, MTP layers as `mtp.{k}.*`, no `lm_head.weight` where tied.
+        state: the decoder's `state_dict()` (meta tensors will do): experts fused, MTP layers as `mtp.{k}.*`, no
+            `lm_head.weight` where tied.
         reader: the checkpoint; its experts may be fused or one by one.
         num_layers: of the decoder, MTP layers not counted.
         num_mtp_layers: how many MTP layers the config counts; one that the checkpoint lacks altogether is no error.
         zero_if_absent: ends of names which, when absent, are filled with zeros (`e_score_correction_bias` of A.X-K1).
-
-    Returns:
-        The k of every `mtp.{k}` that was filled. The others still hold what they held: drop them.
 
     Raises:
         CheckpointError: tensors are missing, unexpected, of another shape or not floating point, each named.
@@ -43,9 +119,12 @@ def fill_parameters(
     mtp_layers = _mtp_layers(found, num_layers, num_mtp_layers)
     filled = frozenset(k for name in state if (k := mtp_index(name)) is not None and num_layers + k in mtp_layers)
     targets: dict[str, Tensor] = {}
+    parts: dict[str, tuple[str, ...]] = {}
     for name, tensor in state.items():
         if (k := mtp_index(name)) is None or k in filled:
-            targets.update(published_parts(name, tensor, num_layers, found))
+            views = dict(published_parts(name, tensor, num_layers, found))
+            targets.update(views)
+            parts[name] = tuple(views)
 
     absent = [name for name in targets if name not in found]
     zeroed = [name for name in absent if name.endswith(tuple(zero_if_absent))]
@@ -56,13 +135,7 @@ def fill_parameters(
     sources = {name: source for name, source in found.items() if name in targets}
     _refuse_misshapen(sources, targets, reader)
     _refuse_untied_head(found, targets, reader)
-
-    with torch.no_grad():
-        for name, source in sources.items():  # in the reader's order: shard by shard
-            targets[name].copy_(reader.read(source, dtype=targets[name].dtype))
-        for name in zeroed:
-            targets[name].zero_()
-    return filled
+    return Match(reader, parts, sources, num_layers, filled)
 
 
 def _mtp_layers(found: Iterable[str], num_layers: int, num_mtp_layers: int) -> set[int]:

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from latentkv import ops
 from latentkv.cache import LatentCache
 from latentkv.models.batch import Batch
 from latentkv.models.config import MLAConfig, ModelConfig
 from latentkv.models.gqa import GroupedQueryAttention
-from latentkv.models.layers import MLP, RMSNorm
+from latentkv.models.layers import MLP, Linear, RMSNorm
 from latentkv.models.mla import Form, MultiHeadLatentAttention
 from latentkv.models.moe import Experts, MoE, Router
+from latentkv.models.packing import Packer
 from latentkv.models.rope import Rotary, rotary
+from latentkv.ops import PackedWeight
 
 
 class DecoderLayer(nn.Module):
@@ -89,7 +90,7 @@ class MTPModule(nn.Module):
         super().__init__()
         self.enorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.hnorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.eh_proj = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
+        self.eh_proj = Linear(2 * config.hidden_size, config.hidden_size, bias=False)
         self.layer = DecoderLayer(config, config.num_layers, max_context=max_context)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -112,10 +113,14 @@ class Trunk(nn.Module):
 class Decoder(nn.Module):
     """A decoder-only language model. Parameter names are those of its Hugging Face checkpoint.
 
+    Once packed (`pack_module`) it can only be run: its weights are no parameters any more.
+
     Args:
         config: the model.
         max_context: the longest sequence this instance will see; None: `config.max_positions`.
     """
+
+    packed_embedding: PackedWeight | None = None
 
     def __init__(self, config: ModelConfig, *, max_context: int | None = None) -> None:
         super().__init__()
@@ -123,7 +128,7 @@ class Decoder(nn.Module):
         self.max_context = max_context or config.max_positions
         self.model = Trunk(config, max_context=self.max_context)
         if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.mtp = nn.ModuleList(MTPModule(config, max_context=self.max_context) for _ in range(config.num_mtp_layers))
         self.reset_parameters()
 
@@ -195,13 +200,34 @@ class Decoder(nn.Module):
         if self.config.logit_multiplier != 1.0:
             hidden = hidden * self.config.logit_multiplier
         if torch.is_grad_enabled() or hidden.dtype == torch.float32:
-            return functional.linear(hidden, self.output_weight).float()
+            return ops.linear(hidden, self.output_weight).float()
         return ops.output_logits(hidden, self.output_weight)
 
     @property
-    def output_weight(self) -> Tensor:
+    def output_weight(self) -> Tensor | PackedWeight:
         """[V, hidden]: the output head's weight, or the embedding's where they are tied."""
-        return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
+        if self.config.tie_word_embeddings:
+            return self.model.embed_tokens.weight if self.packed_embedding is None else self.packed_embedding
+        return self.lm_head.weight if self.lm_head.packed is None else self.lm_head.packed
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the hidden states."""
+        return self.model.norm.weight.dtype
+
+    def parts(self) -> Iterator[tuple[str, nn.Module]]:
+        """What holds the parameters, by name and in order, each to be loaded and packed by itself."""
+        yield "model.embed_tokens", self.model.embed_tokens
+        yield from ((f"model.layers.{index}", layer) for index, layer in enumerate(self.model.layers))
+        yield "model.norm", self.model.norm
+        if not self.config.tie_word_embeddings:
+            yield "lm_head", self.lm_head
+        yield from ((f"mtp.{index}", module) for index, module in enumerate(self.mtp))
+
+    def pack(self, packer: Packer) -> None:
+        """See `Packable`: an output head that is tied to the embedding gets a packed copy of it."""
+        if self.config.tie_word_embeddings:
+            self.packed_embedding = packer.copy("model.embed_tokens.weight", as_name="lm_head.weight")
 
     def moe_layers(self) -> list[MoE]:
         """Every mixture-of-experts block, those of MTP modules included."""

@@ -10,7 +10,7 @@ from latentkv import ops
 from latentkv.cache.layout import KVFormat
 from latentkv.models.batch import Batch
 from latentkv.models.config import GQAConfig, RopeConfig
-from latentkv.models.layers import RMSNorm
+from latentkv.models.layers import Linear, RMSNorm
 from latentkv.models.rope import Rotary
 
 
@@ -43,10 +43,10 @@ class GroupedQueryAttention(nn.Module):
         self.sliding_window = sliding_window
         self.scale = config.head_dim**-0.5
         kv_width = config.num_kv_heads * config.head_dim
-        self.q_proj = nn.Linear(hidden_size, num_heads * config.head_dim, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(hidden_size, kv_width, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(hidden_size, kv_width, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(num_heads * config.head_dim, hidden_size, bias=config.output_bias)
+        self.q_proj = Linear(hidden_size, num_heads * config.head_dim, bias=config.qkv_bias)
+        self.k_proj = Linear(hidden_size, kv_width, bias=config.qkv_bias)
+        self.v_proj = Linear(hidden_size, kv_width, bias=config.qkv_bias)
+        self.o_proj = Linear(num_heads * config.head_dim, hidden_size, bias=config.output_bias)
         if config.qk_norm:
             self.q_norm = RMSNorm(config.head_dim, norm_eps)
             self.k_norm = RMSNorm(config.head_dim, norm_eps)

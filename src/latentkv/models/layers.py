@@ -7,6 +7,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from latentkv import ops
+from latentkv.models.packing import Packer
+from latentkv.ops import PackedWeight
 
 
 class RMSNorm(nn.Module):
@@ -22,15 +24,41 @@ class RMSNorm(nn.Module):
         return ops.rms_norm(x, self.weight, self.eps)
 
 
+class Linear(nn.Linear):
+    """`x W^T + b`, W as trained or packed for inference."""
+
+    packed: PackedWeight | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] -> [..., out]."""
+        return ops.linear(x, self.weight if self.packed is None else self.packed, self.bias)
+
+    def pack(self, packer: Packer) -> None:
+        """See `Packable`."""
+        self.packed = packer("weight")
+
+
 class MLP(nn.Module):
     """SwiGLU feed-forward block (arXiv 2002.05202)."""
 
+    gate_up: PackedWeight | None = None
+    down: PackedWeight | None = None
+
     def __init__(self, hidden_size: int, intermediate_size: int, *, bias: bool = False) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=bias)
-        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=bias)
-        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=bias)
+        self.gate_proj = Linear(hidden_size, intermediate_size, bias=bias)
+        self.up_proj = Linear(hidden_size, intermediate_size, bias=bias)
+        self.down_proj = Linear(intermediate_size, hidden_size, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., hidden] -> [..., hidden]."""
+        if self.gate_up is not None and self.down is not None:
+            return ops.gated_mlp(x, self.gate_up, self.down)
         return self.down_proj(functional.silu(self.gate_proj(x)) * self.up_proj(x))
+
+    def pack(self, packer: Packer) -> None:
+        """See `Packable`; a block with biases is packed projection by projection."""
+        if self.gate_proj.bias is None:
+            self.gate_up = packer("gate_proj.weight", "up_proj.weight")
+            self.down = packer("down_proj.weight")
+            del self.gate_proj, self.up_proj, self.down_proj

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from latentkv.checkpoint.filling import fill_parameters
+from latentkv.checkpoint.filling import Match, match_parameters
 from latentkv.checkpoint.names import export_names
 from latentkv.checkpoint.reader import CheckpointReader
 from latentkv.checkpoint.writer import write_checkpoint
@@ -17,6 +18,7 @@ from latentkv.models.config import ModelConfig
 from latentkv.models.config_reader import read_config
 from latentkv.models.decoder import Decoder
 from latentkv.models.families import FAMILIES
+from latentkv.models.packing import Packer, Packing, pack_module
 
 _DTYPES: Mapping[str, torch.dtype] = {
     "float32": torch.float32,
@@ -31,14 +33,20 @@ def load_model(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     max_context: int | None = None,
+    packing: Packing | None = None,
 ) -> Decoder:
-    """Build the decoder of a checkpoint and fill it, tensor by tensor.
+    """Build the decoder of a checkpoint and fill it layer by layer.
+
+    Quantised weights stay so if they are packed; otherwise they are dequantised to `dtype`.
 
     Args:
         folder: with config.json and safetensors.
-        dtype: of the weights; None: the config's own (float32 if it names none).
+        dtype: of the weights that are not packed and of the hidden states; None: the config's own (float32 if it names
+            none).
         device: where the weights go.
         max_context: longest sequence it will see; None: the config's `max_position_embeddings`.
+        packing: pack each layer once it is read, so that memory never holds more than one layer unpacked; None: leave
+            all as parameters.
 
     Returns:
         The decoder in eval mode. MTP modules that the config counts but the files lack are left out.
@@ -51,17 +59,30 @@ def load_model(
     config = read_config(folder)
     with torch.device("meta"):
         decoder = Decoder(config, max_context=max_context)
-    decoder = decoder.to(dtype or stored_dtype(config)).to_empty(device=device)
+    decoder = decoder.to(dtype or stored_dtype(config))
     decoder.keep_routing_bias_exact()
-    found = fill_parameters(
+    match = match_parameters(
         decoder.state_dict(),
         CheckpointReader(folder),
         num_layers=config.num_layers,
         num_mtp_layers=config.num_mtp_layers,
         zero_if_absent=("e_score_correction_bias",) if FAMILIES[config.model_type].correction_bias_optional else (),
     )
-    decoder.drop_mtp_modules(keep=found)
+    decoder.drop_mtp_modules(keep=match.mtp_modules)
+    for name, part in decoder.parts():
+        _load_part(name, part, match, torch.device(device), packing)
+    if packing is not None:
+        decoder.pack(Packer(packing, decoder, ""))
     return decoder.eval()
+
+
+def _load_part(name: str, part: nn.Module, match: Match, device: torch.device, packing: Packing | None) -> None:
+    state = {f"{name}.{leaf}": tensor for leaf, tensor in part.state_dict().items()}
+    quantized = {} if packing is None else match.quantized(state)
+    part.to_empty(device=device)
+    match.fill({f"{name}.{leaf}": t for leaf, t in part.state_dict().items() if f"{name}.{leaf}" not in quantized})
+    if packing is not None:
+        pack_module(part, packing, prefix=name, quantized=quantized)
 
 
 def save_pretrained(decoder: Decoder, folder: Path | str, *, dtype: torch.dtype | None = None) -> None:
@@ -75,7 +96,7 @@ def save_pretrained(decoder: Decoder, folder: Path | str, *, dtype: torch.dtype 
     Raises:
         CheckpointError: the disk is full or cannot be written; what was there before stays whole.
     """
-    dtype = dtype or decoder.output_weight.dtype
+    dtype = dtype or decoder.dtype
     names = {stored: name for name, stored in _DTYPES.items()}
     if dtype not in names:
         raise ConfigError(f"{dtype} is no dtype for a checkpoint; choose one of {', '.join(_DTYPES)}.")

@@ -12,8 +12,10 @@ from latentkv.cache.layout import KVFormat
 from latentkv.errors import ConfigError
 from latentkv.models.batch import Batch
 from latentkv.models.config import MLAConfig, RopeConfig
-from latentkv.models.layers import RMSNorm
+from latentkv.models.layers import Linear, RMSNorm
+from latentkv.models.packing import Packer
 from latentkv.models.rope import Rotary, rotary
+from latentkv.ops import PackedWeight, pack_weight
 
 Form = Literal["absorbed", "expanded"]
 
@@ -51,6 +53,9 @@ class MultiHeadLatentAttention(nn.Module):
         max_context: longest sequence (only longrope depends on it); None: the rope's original length.
     """
 
+    absorb_key: PackedWeight | None = None
+    absorb_value: PackedWeight | None = None
+
     def __init__(
         self,
         hidden_size: int,
@@ -82,15 +87,15 @@ class MultiHeadLatentAttention(nn.Module):
         self.expand_chunk = 4096
         q_width = num_heads * (qk_nope_head_dim + qk_rope_head_dim)
         if q_lora_rank is None:
-            self.q_proj = nn.Linear(hidden_size, q_width, bias=False)
+            self.q_proj = Linear(hidden_size, q_width, bias=False)
         else:
-            self.q_a_proj = nn.Linear(hidden_size, q_lora_rank, bias=bias)
+            self.q_a_proj = Linear(hidden_size, q_lora_rank, bias=bias)
             self.q_a_layernorm = RMSNorm(q_lora_rank, norm_eps)
-            self.q_b_proj = nn.Linear(q_lora_rank, q_width, bias=False)
-        self.kv_a_proj_with_mqa = nn.Linear(hidden_size, kv_lora_rank + qk_rope_head_dim, bias=bias)
+            self.q_b_proj = Linear(q_lora_rank, q_width, bias=False)
+        self.kv_a_proj_with_mqa = Linear(hidden_size, kv_lora_rank + qk_rope_head_dim, bias=bias)
         self.kv_a_layernorm = RMSNorm(kv_lora_rank, norm_eps)
-        self.kv_b_proj = nn.Linear(kv_lora_rank, num_heads * (qk_nope_head_dim + v_head_dim), bias=False)
-        self.o_proj = nn.Linear(num_heads * v_head_dim, hidden_size, bias=bias)
+        self.kv_b_proj = Linear(kv_lora_rank, num_heads * (qk_nope_head_dim + v_head_dim), bias=False)
+        self.o_proj = Linear(num_heads * v_head_dim, hidden_size, bias=bias)
 
     def forward(self, x: Tensor, positions: Rotary | None = None, *, form: Form = "expanded") -> Tensor:
         """Causal attention over whole sequences, without a cache.
@@ -109,7 +114,7 @@ class MultiHeadLatentAttention(nn.Module):
         q_nope, q_rope = self._queries(x, positions)
         latent, k_rope = self._latents(x, positions)
         if form == "absorbed":
-            q = torch.cat([self._absorb(q_nope), q_rope], dim=-1)
+            q = self._absorb(q_nope, q_rope)
             keys = torch.cat([latent, k_rope], dim=-1)[:, :, None].expand(-1, -1, self.num_heads, -1)
             values = latent[:, :, None].expand(-1, -1, self.num_heads, -1)
             return self._output(self._unabsorb(ops.causal_attention(q, keys, values, scale=self.scale)))
@@ -141,8 +146,17 @@ class MultiHeadLatentAttention(nn.Module):
             [T, hidden].
         """
         q_nope, q_rope = self._queries(x, positions)
-        latent, k_rope = self._latents(x, positions)
-        ops.write_latents(pages, batch.slots, latent, k_rope, kv_format=kv_format)
+        ops.norm_rope_write(
+            self.kv_a_proj_with_mqa(x),
+            self.kv_a_layernorm.weight,
+            self.kv_a_layernorm.eps,
+            positions.cos,
+            positions.sin,
+            pages,
+            batch.slots,
+            interleaved=self.rope.interleaved,
+            kv_format=kv_format,
+        )
         forms = [form or choose_form(self.config, n, kv) for n, kv in zip(batch.query_lens, batch.kv_lens, strict=True)]
         if all(chosen == "absorbed" for chosen in forms):
             return self._output(self._attend_absorbed(q_nope, q_rope, batch, pages, kv_format))
@@ -153,19 +167,22 @@ class MultiHeadLatentAttention(nn.Module):
             outputs.append(attend(q_nope[rows], q_rope[rows], one, pages, kv_format))
         return self._output(torch.cat(outputs))
 
+    def pack(self, packer: Packer) -> None:
+        """See `Packable`: W_UK and W_UV a head, beside kv_b_proj, which expands."""
+        w_uk, w_uv = self._split_up_projection(packer.plain("kv_b_proj.weight"))
+        self.absorb_key = pack_weight(w_uk.transpose(1, 2).contiguous())
+        self.absorb_value = pack_weight(w_uv.contiguous())
+
     def _queries(self, x: Tensor, positions: Rotary) -> tuple[Tensor, Tensor]:
         """q_nope [..., H, Dn] and rotated q_rope [..., H, R]."""
         full = self.config.q_lora_rank is None
         q = self.q_proj(x) if full else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
         q = q.unflatten(-1, (self.num_heads, -1))
-        q_nope, q_rope = q.split([self.config.qk_nope_head_dim, self.config.qk_rope_head_dim], dim=-1)
-        q_rope = ops.apply_rope(
-            q_rope, positions.cos[..., None, :], positions.sin[..., None, :], interleaved=self.rope.interleaved
-        )
         if positions.query_scale is not None:
-            scale = positions.query_scale[..., None, None].to(q.dtype)
-            q_nope, q_rope = q_nope * scale, q_rope * scale
-        return q_nope, q_rope
+            q = q * positions.query_scale[..., None, None].to(q.dtype)
+        q_nope, q_rope = q.split([self.config.qk_nope_head_dim, self.config.qk_rope_head_dim], dim=-1)
+        cos, sin = positions.cos[..., None, :], positions.sin[..., None, :]
+        return q_nope, ops.apply_rope(q_rope, cos, sin, interleaved=self.rope.interleaved)
 
     def _latents(self, x: Tensor, positions: Rotary) -> tuple[Tensor, Tensor]:
         """What is cached: normed latent c [..., L] and rotated shared key [..., R]."""
@@ -175,19 +192,30 @@ class MultiHeadLatentAttention(nn.Module):
         k_rope = ops.apply_rope(k_rope, positions.cos, positions.sin, interleaved=self.rope.interleaved)
         return self.kv_a_layernorm(latent), k_rope
 
-    def _up_projections(self) -> tuple[Tensor, Tensor]:
-        """W_UK [H, Dn, L] and W_UV [H, Dv, L], views of kv_b_proj."""
-        weight = self.kv_b_proj.weight.unflatten(0, (self.num_heads, -1))
-        w_uk, w_uv = weight.split([self.config.qk_nope_head_dim, self.config.v_head_dim], dim=1)
+    def _split_up_projection(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """W_UK [H, Dn, L] and W_UV [H, Dv, L], views of kv_b_proj's weight."""
+        w_uk, w_uv = weight.unflatten(0, (self.num_heads, -1)).split(
+            [self.config.qk_nope_head_dim, self.config.v_head_dim], dim=1
+        )
         return w_uk, w_uv
 
-    def _absorb(self, q_nope: Tensor) -> Tensor:
-        """W_UK^T q: [..., H, Dn] -> [..., H, L]."""
-        return torch.einsum("...hn,hnl->...hl", q_nope, self._up_projections()[0])
+    def _absorb(self, q_nope: Tensor, q_rope: Tensor) -> Tensor:
+        """[W_UK^T q_nope ; q_rope]: [..., H, Dn] and [..., H, R] -> [..., H, L + R]."""
+        if self.absorb_key is None:
+            w_uk, _ = self._split_up_projection(self.kv_b_proj.weight)
+            return torch.cat([torch.einsum("...hn,hnl->...hl", q_nope, w_uk), q_rope], dim=-1)
+        rank = self.config.kv_lora_rank
+        q = q_nope.new_empty(*q_nope.shape[:-1], rank + q_rope.shape[-1])
+        ops.headwise_linear(q_nope, self.absorb_key, out=q[..., :rank])
+        q[..., rank:] = q_rope
+        return q
 
     def _unabsorb(self, attended: Tensor) -> Tensor:
         """W_UV (sum of latents): [..., H, L] -> [..., H, Dv]."""
-        return torch.einsum("...hl,hvl->...hv", attended, self._up_projections()[1])
+        if self.absorb_value is None:
+            _, w_uv = self._split_up_projection(self.kv_b_proj.weight)
+            return torch.einsum("...hl,hvl->...hv", attended, w_uv)
+        return ops.headwise_linear(attended, self.absorb_value)
 
     def _expand(self, latent: Tensor) -> tuple[Tensor, Tensor]:
         """Keys without position [..., H, Dn] and values [..., H, Dv] of latents [..., L]."""
@@ -201,9 +229,8 @@ class MultiHeadLatentAttention(nn.Module):
     def _attend_absorbed(
         self, q_nope: Tensor, q_rope: Tensor, batch: Batch, pages: Tensor, kv_format: KVFormat
     ) -> Tensor:
-        q = torch.cat([self._absorb(q_nope), q_rope], dim=-1)
         attended, _ = ops.mla_attend(
-            q,
+            self._absorb(q_nope, q_rope),
             pages,
             batch.block_table,
             batch.q_start,
@@ -225,16 +252,17 @@ class MultiHeadLatentAttention(nn.Module):
         q = torch.cat([q_nope, q_rope], dim=-1)
         total = batch.kv_lens[0]
         past = total - batch.query_lens[0]
-        # Before the first chunk no row has read anything.
-        partial = torch.promote_types(q.dtype, torch.float32)
-        out = q.new_zeros(*q.shape[:2], self.config.v_head_dim, dtype=partial)
-        lse = q.new_full(q.shape[:2], float("-inf"), dtype=partial)
+        merged: tuple[Tensor, Tensor] | None = None
         for begin, end in chunk_bounds(past, total, self.expand_chunk):
             keys, values = self._expand_cached(batch.block_table[0], pages, begin, end, kv_format, q.dtype)
             rows = slice(max(begin - past, 0), None)  # earlier rows see nothing of this chunk
             part = self._attend_chunk(q[rows], keys, values, new=begin >= past)
-            out[rows], lse[rows] = ops.merge_states(out[rows], lse[rows], *part)
-        return out.to(q.dtype)
+            if merged is None:
+                merged = part  # every row sees something of the first chunk
+            else:
+                out, lse = merged
+                out[rows], lse[rows] = ops.merge_states(out[rows], lse[rows], *part)
+        return merged[0].to(q.dtype)
 
     def _attend_chunk(self, q: Tensor, keys: Tensor, values: Tensor, *, new: bool) -> tuple[Tensor, Tensor]:
         """Partial result (float32 at least) of rows over one chunk.
@@ -257,6 +285,8 @@ class MultiHeadLatentAttention(nn.Module):
                         out_dtype=torch.promote_types(q.dtype, torch.float32),
                     )
                 )
+        if len(parts) == 1:
+            return parts[0]
         out, lse = zip(*parts, strict=True)
         return torch.cat(out), torch.cat(lse)
 

@@ -9,6 +9,8 @@ from torch.nn import functional
 from latentkv import ops
 from latentkv.models.config import MoEConfig
 from latentkv.models.layers import MLP, RMSNorm
+from latentkv.models.packing import Packer
+from latentkv.ops import PackedWeight
 
 
 def select_experts(logits: Tensor, config: MoEConfig, correction_bias: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -62,7 +64,10 @@ class Router(nn.Module):
 
 
 class Experts(nn.Module):
-    """The routed experts' weights, stacked."""
+    """The routed experts' weights, stacked, as trained or packed for inference."""
+
+    gate_up: PackedWeight | None = None
+    down: PackedWeight | None = None
 
     def __init__(self, hidden_size: int, config: MoEConfig) -> None:
         super().__init__()
@@ -72,7 +77,13 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, expert_ids: Tensor, weights: Tensor) -> Tensor:
         """[T, hidden] -> weighted sum of each token's experts, [T, hidden]."""
-        return ops.moe_experts(x, expert_ids, weights, self.gate_up_proj, self.down_proj)
+        gate_up = self.gate_up_proj if self.gate_up is None else self.gate_up
+        down = self.down_proj if self.down is None else self.down
+        return ops.moe_experts(x, expert_ids, weights, gate_up, down)
+
+    def pack(self, packer: Packer) -> None:
+        """See `Packable`."""
+        self.gate_up, self.down = packer("gate_up_proj"), packer("down_proj")
 
 
 class MoE(nn.Module):

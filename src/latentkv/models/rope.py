@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -40,8 +41,9 @@ def rotary(config: RopeConfig, positions: Tensor, *, max_context: int) -> Rotary
     return Rotary((angles.cos() * factor).float(), (angles.sin() * factor).float(), scale)
 
 
+@cache
 def inverse_frequencies(config: RopeConfig, *, max_context: int) -> Tensor:
-    """Angle per position of each rotated pair, [dim / 2] float64."""
+    """Angle per position of each rotated pair, [dim / 2] float64 on the CPU; computed once, so do not change it."""
     exponents = torch.arange(0, config.dim, 2, dtype=torch.float64, device="cpu") / config.dim
     plain = config.theta**-exponents
     if config.kind == "linear":

@@ -1,0 +1,123 @@
+"""Packing a decoder: its weights laid out, and if asked quantised, for the native kernels. It cannot be undone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol, cast, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from latentkv.checkpoint.quantized import format_of_weight
+from latentkv.ops import PackedFormat, PackedWeight, QuantizedWeight, pack_weight, quantize_weight
+
+Weight = Tensor | QuantizedWeight
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How weights are to be stored.
+
+    Attributes:
+        format: of the large matrices; the router, norms, embeddings and latent projections stay in high precision
+            whatever it is, and int4 leaves the output head at int8.
+        group: weights that share a scale; None: the format's default.
+    """
+
+    format: PackedFormat = "bf16"
+    group: int | None = None
+
+
+@runtime_checkable
+class Packable(Protocol):
+    """A module with weights to pack. A parent is packed before its children, and may take their weights."""
+
+    def pack(self, packer: Packer) -> None:
+        """Replace weights by packed ones."""
+        ...
+
+
+@dataclass(frozen=True)
+class Packer:
+    """Packs the weights of one module.
+
+    Attributes:
+        packing: how.
+        module: whose weights.
+        prefix: the module's name in the decoder, with a dot at its end (empty for the decoder itself).
+        quantized: weights that the checkpoint holds quantised, by their names in the decoder.
+    """
+
+    packing: Packing
+    module: nn.Module
+    prefix: str
+    quantized: Mapping[str, QuantizedWeight] = field(default_factory=dict)
+
+    def __call__(self, *names: str) -> PackedWeight:
+        """The weights `names` of this module or its children, their rows joined in this order; they are dropped."""
+        joined = join_rows([self._stored(name) for name in names])
+        for name in names:
+            parent, _, leaf = name.rpartition(".")
+            self.module.get_submodule(parent).register_parameter(leaf, None)
+        return pack_weight(joined)
+
+    def copy(self, name: str, *, as_name: str) -> PackedWeight:
+        """The weight `name`, packed in the format of `as_name`; the module keeps it."""
+        return pack_weight(self._in_format(self.module.get_parameter(name).detach(), as_name))
+
+    def plain(self, name: str) -> Tensor:
+        """The weight `name` as a tensor; the module keeps it."""
+        quantized = self.quantized.get(self.prefix + name)
+        return self.module.get_parameter(name).detach() if quantized is None else quantized.dequantize()
+
+    def _stored(self, name: str) -> Weight:
+        full = self.prefix + name
+        if full in self.quantized:
+            return self.quantized[full]
+        return self._in_format(self.module.get_parameter(name).detach(), full)
+
+    def _in_format(self, weight: Tensor, name: str) -> Weight:
+        chosen = format_of_weight(name, self.packing.format)
+        return weight if chosen == "bf16" else quantize_weight(weight, chosen, self.packing.group)
+
+
+def pack_module(
+    module: nn.Module,
+    packing: Packing,
+    *,
+    prefix: str = "",
+    quantized: Mapping[str, QuantizedWeight] | None = None,
+) -> None:
+    """Pack a module and all that is in it.
+
+    Args:
+        module: a decoder or a part of one, on the CPU.
+        packing: how.
+        prefix: the module's name in the decoder.
+        quantized: weights that the checkpoint holds quantised, by their names in the decoder; the module's own
+            parameters of these names hold nothing.
+    """
+    _pack(module, packing, f"{prefix}." if prefix else "", quantized or {})
+
+
+def _pack(module: nn.Module, packing: Packing, prefix: str, quantized: Mapping[str, QuantizedWeight]) -> None:
+    if isinstance(module, Packable):
+        module.pack(Packer(packing, module, prefix, quantized))
+    for name, child in list(module.named_children()):  # those that the parent has left
+        _pack(child, packing, f"{prefix}{name}.", quantized)
+
+
+def join_rows(weights: list[Weight]) -> Weight:
+    """Matrices [..., O, D] of one width stacked by their rows."""
+    if len(weights) == 1:
+        return weights[0]
+    if isinstance(weights[0], QuantizedWeight):
+        parts = cast("list[QuantizedWeight]", weights)
+        return QuantizedWeight(
+            torch.cat([part.codes for part in parts], dim=-2),
+            torch.cat([part.scales for part in parts], dim=-2),
+            parts[0].bits,
+            parts[0].group,
+        )
+    return torch.cat(cast("list[Tensor]", weights), dim=-2)
