@@ -23,7 +23,9 @@ from latentkv.engine.scoring import sequence_logits, text_nats
 from latentkv.errors import ConfigError, RequestError
 from latentkv.models.config import ModelConfig
 from latentkv.models.config_reader import read_config
-from latentkv.models.loading import load_model
+from latentkv.models.loading import load_model, stored_dtype
+from latentkv.models.packing import choose_packing
+from latentkv.ops import WeightFormat
 from latentkv.text import Tokenizer, has_tokenizer, load_tokenizer, require_match
 
 __all__ = ["LLM", "Completion", "Perplexity", "Piece"]
@@ -73,6 +75,8 @@ class LLM:
         model: a folder or a Hugging Face repo id; None is the model embedded in this package.
         device: where it runs ("cpu", "cuda", "cuda:1").
         dtype: of the weights: "fp32", "bf16", "fp16" or a torch dtype; None is the checkpoint's.
+        weights: "int8" or "int4" quantises the large matrices as they are read (`latentkv quantize` does it once, and
+            searches longer for the best scales); None keeps what the checkpoint stores.
         kv_dtype: how the cache stores tokens: "fp32", "bf16", "fp16", "int8", "fp8"; "auto" is that of the weights.
         max_context: tokens that a prompt and its completion have together at most; None is all that the model has.
         kv_cache_bytes: size of the cache; None is the smaller of one max_context and half of the free memory.
@@ -98,6 +102,7 @@ class LLM:
         *,
         device: str | torch.device = "cpu",
         dtype: DType | str | torch.dtype | None = None,
+        weights: WeightFormat | str | None = None,
         kv_dtype: KVFormat | Literal["auto"] = "auto",
         max_context: int | None = None,
         kv_cache_bytes: int | None = None,
@@ -107,7 +112,13 @@ class LLM:
         config = read_config(self.folder)
         self.max_context = _context(max_context, config)
         self.tokenizer = _load_tokenizer(self.folder, config)
-        self.decoder = load_model(self.folder, dtype=weights_dtype, device=device, max_context=self.max_context)
+        self.decoder = load_model(
+            self.folder,
+            dtype=weights_dtype,
+            device=device,
+            max_context=self.max_context,
+            packing=choose_packing(weights, weights_dtype or stored_dtype(config), device),
+        )
         self.config: ModelConfig = self.decoder.config
         planes = self.config.planes(_kv_format(kv_dtype, self.decoder.dtype))
         if kv_cache_bytes is None:

@@ -24,6 +24,7 @@ from latentkv.cli.options import (
     TemperatureOption,
     TopKOption,
     TopPOption,
+    WeightsOption,
     cache_summary,
 )
 from latentkv.cli.terminal import console
@@ -56,6 +57,7 @@ def chat(
     min_p: MinPOption = 0.0,
     repetition_penalty: PenaltyOption = 1.0,
     seed: SeedOption = None,
+    weights: WeightsOption = None,
     kv_dtype: KVDtypeOption = "auto",
     dtype: DtypeOption = None,
     device: DeviceOption = "cpu",
@@ -78,7 +80,7 @@ def chat(
         repetition_penalty=repetition_penalty,
         seed=seed,
     )
-    llm = ModelChoice(model, device, dtype, kv_dtype, max_context, kv_cache_bytes).load()
+    llm = ModelChoice(model, device, dtype, weights, kv_dtype, max_context, kv_cache_bytes).load()
     conversation = Conversation(llm, params, system)
     notes = console(stderr=True)
     notes.print(f"{llm.folder.name}; {cache_summary(llm)}", style="dim")

@@ -24,6 +24,7 @@ from latentkv.cli.options import (
     TemperatureOption,
     TopKOption,
     TopPOption,
+    WeightsOption,
     cache_summary,
 )
 from latentkv.cli.terminal import console, print_json
@@ -52,6 +53,7 @@ def generate(
         int | None, typer.Option(help="Also show each token's log-probability and so many alternatives.")
     ] = None,
     token_ids: Annotated[bool, typer.Option("--token-ids", help="The prompt is token ids, like 1 17 42.")] = False,
+    weights: WeightsOption = None,
     kv_dtype: KVDtypeOption = "auto",
     dtype: DtypeOption = None,
     device: DeviceOption = "cpu",
@@ -81,7 +83,7 @@ def generate(
         stop=tuple(stop or ()),
         logprobs=logprobs,
     )
-    llm = ModelChoice(model, device, dtype, kv_dtype, max_context, kv_cache_bytes).load()
+    llm = ModelChoice(model, device, dtype, weights, kv_dtype, max_context, kv_cache_bytes).load()
     run = _Run(llm, text if ids is None else ids, params)
     if as_json:
         run.finish()

@@ -20,6 +20,12 @@ DeviceOption = Annotated[str, typer.Option(help="cpu, or cuda where there is an 
 DtypeOption = Annotated[
     str | None, typer.Option(help="Of the weights: bf16, fp16 or fp32.", show_default="as the checkpoint stores them")
 ]
+WeightsOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Quantise the weights as they are read: int8 or int4.", show_default="as the checkpoint stores them"
+    ),
+]
 KVDtypeOption = Annotated[str, typer.Option(help="Of the cache: bf16, fp8, int8, fp16, fp32 or auto (as the weights).")]
 MaxContextOption = Annotated[
     str | None,
@@ -46,6 +52,7 @@ class ModelChoice:
     model: str | None
     device: str
     dtype: str | None
+    weights: str | None
     kv_dtype: str
     max_context: str | None
     kv_cache_bytes: str | None
@@ -61,6 +68,7 @@ class ModelChoice:
                 self.model,
                 device=self.device,
                 dtype=self.dtype,
+                weights=self.weights,
                 kv_dtype="auto" if self.kv_dtype == "auto" else as_kv_format(self.kv_dtype),
                 max_context=None if self.max_context is None else parse_tokens(self.max_context),
                 kv_cache_bytes=None if self.kv_cache_bytes is None else parse_bytes(self.kv_cache_bytes),

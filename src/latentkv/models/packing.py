@@ -10,7 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from latentkv.checkpoint.quantized import format_of_weight
+from latentkv.errors import ConfigError
 from latentkv.ops import PackedFormat, PackedWeight, QuantizedWeight, pack_weight, quantize_weight
+from latentkv.ops.backends import why_not_native
+from latentkv.ops.weight_formats import WEIGHT_FORMATS
 
 Weight = Tensor | QuantizedWeight
 
@@ -80,6 +83,32 @@ class Packer:
     def _in_format(self, weight: Tensor, name: str) -> Weight:
         chosen = format_of_weight(name, self.packing.format)
         return weight if chosen == "bf16" else quantize_weight(weight, chosen, self.packing.group)
+
+
+def choose_packing(weights: str | None, dtype: torch.dtype, device: torch.device) -> Packing | None:
+    """How to pack a model whose hidden states have `dtype` on `device`; None: not at all, torch computes.
+
+    Packing bf16 changes no number, so it is done wherever the native kernels run. The kernels take activations in bf16
+    and float32; a float32 model is packed only if its weights are to be quantised.
+
+    Args:
+        weights: "int8", "int4" or None (as the checkpoint stores them).
+        dtype: of the hidden states.
+        device: where the model runs.
+
+    Raises:
+        ConfigError: quantised weights are asked for, but cannot be had here.
+    """
+    if weights is not None and weights not in WEIGHT_FORMATS:
+        raise ConfigError(f"weights={weights!r} is not supported: choose {' or '.join(WEIGHT_FORMATS)}.")
+    native = why_not_native(device) is None
+    if weights is None:
+        return Packing() if native and dtype == torch.bfloat16 else None
+    if not native:
+        raise ConfigError(f"weights={weights!r} needs the native kernels, which {why_not_native(device)}.")
+    if dtype not in (torch.bfloat16, torch.float32):
+        raise ConfigError(f"weights={weights!r} runs with dtype bf16 or fp32, not {str(dtype).removeprefix('torch.')}.")
+    return Packing(cast(PackedFormat, weights))
 
 
 def pack_module(

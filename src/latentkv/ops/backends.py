@@ -6,12 +6,25 @@ from typing import Literal
 
 import torch
 
+from latentkv.ops.native import core
+
 FLASH_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def prefill_backend(device: torch.device, dtype: torch.dtype) -> Literal["flash", "blocks"]:
     """Torch's flash attention where it returns the log-sum-exp too, else our own loop over blocks."""
     return "flash" if device.type == "cpu" and dtype in FLASH_DTYPES else "blocks"
+
+
+def why_not_native(device: torch.device) -> str | None:
+    """Why the native kernels do not compute on `device`, to follow "the native kernels"; None where they do."""
+    if device.type != "cpu":
+        return f"run on a CPU only, not on {device}"
+    if core.extension is None:
+        return f"were not built when LatentKV was installed ({core.why_no_extension()}): install a C++ compiler and LatentKV anew"
+    if core.current_isa() == "torch":
+        return f"are switched off: unset {core.ENVIRONMENT_VARIABLE}"
+    return None
 
 
 def describe_backends(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
