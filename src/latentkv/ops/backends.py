@@ -21,7 +21,7 @@ def why_not_native(device: torch.device) -> str | None:
     if device.type != "cpu":
         return f"run on a CPU only, not on {device}"
     if core.extension is None:
-        return f"were not built when LatentKV was installed ({core.why_no_extension()}): install a C++ compiler and LatentKV anew"
+        return f"were not built ({core.why_no_extension()}): install a C++ compiler, then LatentKV anew"
     if core.current_isa() == "torch":
         return f"are switched off: unset {core.ENVIRONMENT_VARIABLE}"
     return None
