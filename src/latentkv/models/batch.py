@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -54,20 +55,23 @@ class Batch:
         """
         query_lens = tuple(len(new) for new in tokens)
         kv_lens = tuple(start + n for start, n in zip(starts, query_lens, strict=True))
-        positions = torch.cat([torch.arange(s, e, dtype=torch.int64) for s, e in zip(starts, kv_lens, strict=True)])
-        table = torch.zeros(len(pages), max(len(p) for p in pages), dtype=torch.int32)
+        # Lists, not tensors: a decode step has few tokens, and each small tensor operation costs as much as all of them.
+        positions = [p for start, end in zip(starts, kv_lens, strict=True) for p in range(start, end)]
+        slots = [
+            owned[p // page_size] * page_size + p % page_size
+            for owned, start, end in zip(pages, starts, kv_lens, strict=True)
+            for p in range(start, end)
+        ]
+        table = torch.zeros(len(pages), max(len(owned) for owned in pages), dtype=torch.int32)
         for row, owned in enumerate(pages):
             table[row, : len(owned)] = torch.tensor(owned, dtype=torch.int32)
-        lens = torch.tensor(query_lens, dtype=torch.int64)
-        sequence = torch.repeat_interleave(torch.arange(len(pages)), lens)
-        slots = table[sequence, positions // page_size].to(torch.int64) * page_size + positions % page_size
         return cls(
             input_ids=torch.tensor([t for new in tokens for t in new], dtype=torch.int64, device=device),
-            positions=positions.to(device),
-            q_start=torch.cat([torch.zeros(1, dtype=torch.int64), lens.cumsum(0)]).to(torch.int32).to(device),
+            positions=torch.tensor(positions, dtype=torch.int64, device=device),
+            q_start=torch.tensor([0, *accumulate(query_lens)], dtype=torch.int32, device=device),
             block_table=table.to(device),
-            slots=slots.to(device),
-            stop=(positions + 1).to(torch.int32).to(device),
+            slots=torch.tensor(slots, dtype=torch.int64, device=device),
+            stop=torch.tensor([p + 1 for p in positions], dtype=torch.int32, device=device),
             query_lens=query_lens,
             kv_lens=kv_lens,
         )

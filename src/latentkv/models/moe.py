@@ -48,6 +48,8 @@ def _allowed_groups(choice: Tensor, config: MoEConfig) -> Tensor:
 class Router(nn.Module):
     """Scores tokens against experts, in float32 whatever the model's dtype."""
 
+    packed: PackedWeight | None = None
+
     def __init__(self, hidden_size: int, config: MoEConfig) -> None:
         super().__init__()
         self.config = config
@@ -58,9 +60,17 @@ class Router(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """[T, hidden] -> expert ids [T, K] and weights [T, K] float32."""
-        with torch.autocast(x.device.type, enabled=False):
-            logits = functional.linear(x.float(), self.weight.float())
+        if self.packed is not None:
+            logits = ops.linear(x, self.packed, out_dtype=torch.float32)
+        else:
+            with torch.autocast(x.device.type, enabled=False):
+                logits = functional.linear(x.float(), self.weight.float())
         return select_experts(logits, self.config, self.e_score_correction_bias)
+
+    def pack(self, packer: Packer) -> None:
+        """See `Packable`; a float32 router stays as it is, for packing would round it."""
+        if self.weight.dtype == torch.bfloat16:
+            self.packed = packer("weight")
 
 
 class Experts(nn.Module):
