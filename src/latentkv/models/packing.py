@@ -9,7 +9,8 @@ from typing import Protocol, cast, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from latentkv.checkpoint.quantized import format_of_weight
+from latentkv.checkpoint.names import published_name
+from latentkv.checkpoint.schemes import choose_scheme
 from latentkv.errors import ConfigError
 from latentkv.ops import PackedFormat, PackedWeight, QuantizedWeight, pack_weight, quantize_weight
 from latentkv.ops.backends import why_not_native
@@ -81,8 +82,12 @@ class Packer:
         return self._in_format(self.module.get_parameter(name).detach(), full)
 
     def _in_format(self, weight: Tensor, name: str) -> Weight:
-        chosen = format_of_weight(name, self.packing.format)
-        return weight if chosen == "bf16" else quantize_weight(weight, chosen, self.packing.group)
+        if self.packing.format == "bf16":
+            return weight
+        # The number of the layer does not matter, so those of the model need not be counted.
+        published = published_name(name, num_layers=0)
+        scheme = choose_scheme(published, weight.shape, self.packing.format, self.packing.group)
+        return weight if scheme is None else quantize_weight(weight, scheme.format, scheme.group)
 
 
 def choose_packing(weights: str | None, dtype: torch.dtype, device: torch.device) -> Packing | None:

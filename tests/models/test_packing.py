@@ -1,0 +1,142 @@
+"""A packed decoder computes what its unpacked one does: the weights only lie, and if asked are rounded, differently."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from tempfile import mkdtemp
+
+import pytest
+import torch
+from families_for_tests import CASES, VOCAB, Case, save_checkpoint
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from latentkv.cache import LatentCache
+from latentkv.checkpoint.names import published_name
+from latentkv.checkpoint.schemes import choose_scheme
+from latentkv.errors import ConfigError
+from latentkv.models.batch import Batch
+from latentkv.models.decoder import Decoder
+from latentkv.models.loading import load_model
+from latentkv.models.packing import Packing, choose_packing
+from latentkv.ops import PackedWeight, quantize_weight
+from latentkv.ops.native import core
+
+pytestmark = pytest.mark.skipif(core.extension is None, reason="the native kernels are not built")
+
+PAGE = 16
+IDS = torch.randint(3, VOCAB, (45,), generator=torch.Generator().manual_seed(1)).tolist()
+by_name = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+
+
+@cache
+def checkpoint(name: str) -> Path:
+    """A checkpoint whose weights bfloat16 holds exactly, stored in float32."""
+    folder = Path(mkdtemp(prefix=f"latentkv-packing-{name}-"))
+    save_checkpoint(next(case for case in CASES if case.name == name), folder)
+    weights = {key: tensor.bfloat16().float() for key, tensor in load_file(folder / "model.safetensors").items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def logits(decoder: Decoder) -> torch.Tensor:
+    """Of IDS: a prompt in two pieces, then token by token."""
+    cache = LatentCache(decoder.config.planes("fp32"), num_pages=4, page_size=PAGE)
+    pages, rows, done = cache.pool.allocate(4), [], 0
+    with torch.inference_mode():
+        for length in [20, 17, *[1] * 8]:
+            batch = Batch.build([IDS[done : done + length]], [done], [pages], page_size=PAGE)
+            rows.append(decoder.logits(decoder(batch, cache)))
+            done += length
+    return torch.cat(rows)
+
+
+def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
+    assert float((actual - expected).abs().max() / expected.abs().max()) <= tolerance
+
+
+@by_name
+def test_packing_changes_no_logits(case: Case) -> None:
+    folder = checkpoint(case.name)
+    assert_close(logits(load_model(folder, packing=Packing())), logits(load_model(folder)), 1e-4)
+
+
+@by_name
+def test_nothing_large_is_left_unpacked(case: Case) -> None:
+    decoder = load_model(checkpoint(case.name), packing=Packing())
+    left = {name for name, parameter in decoder.named_parameters() if parameter.ndim > 1}
+    # The embedding is looked up, not multiplied by; a float32 router is kept as it is.
+    assert {name for name in left if not name.endswith("mlp.gate.weight")} == {"model.embed_tokens.weight"}
+
+
+@pytest.mark.parametrize("fmt", ["int8", "int4"])
+@pytest.mark.parametrize("name", ["v2-groups", "v3", "mistral4", "llama-gqa"])
+def test_quantised_weights_give_the_logits_of_their_dequantised_values(name: str, fmt: str) -> None:
+    folder = checkpoint(name)
+    rounded = load_model(folder)
+    with torch.no_grad():
+        for key, parameter in rounded.named_parameters():
+            if key == "model.embed_tokens.weight" or parameter.ndim < 2:
+                continue
+            scheme = choose_scheme(published_name(key, rounded.config.num_layers), parameter.shape, fmt)
+            if scheme is not None:
+                parameter.copy_(quantize_weight(parameter, scheme.format, scheme.group).dequantize())
+    assert_close(logits(load_model(folder, packing=Packing(fmt))), logits(rounded), 1e-3)
+
+
+def test_a_tied_output_head_is_a_packed_copy_of_the_embedding() -> None:
+    case = next(case for case in CASES if load_model(checkpoint(case.name)).config.tie_word_embeddings)
+    decoder = load_model(checkpoint(case.name), packing=Packing("int8"))
+    assert isinstance(decoder.output_weight, PackedWeight)
+    assert decoder.output_weight.format == "int8"
+    assert decoder.model.embed_tokens.weight.dtype == torch.float32
+
+
+def test_whole_sequences_without_a_cache_run_packed_too() -> None:
+    folder, ids = checkpoint("v3"), torch.tensor([IDS])
+    packed, plain = load_model(folder, packing=Packing()), load_model(folder)
+    with torch.inference_mode():
+        assert_close(packed.logits(packed.forward_train(ids)), plain.logits(plain.forward_train(ids)), 1e-4)
+
+
+def test_only_bfloat16_is_packed_unasked() -> None:
+    cpu = torch.device("cpu")
+    assert choose_packing(None, torch.bfloat16, cpu) == Packing("bf16")
+    assert choose_packing(None, torch.float32, cpu) is None
+    assert choose_packing(None, torch.float16, cpu) is None
+    assert choose_packing("int4", torch.float32, cpu) == Packing("int4")
+    with core.use_isa("torch"):
+        assert choose_packing(None, torch.bfloat16, cpu) is None
+
+
+def test_quantised_weights_are_refused_where_nothing_can_compute_with_them() -> None:
+    cpu = torch.device("cpu")
+    with pytest.raises(ConfigError, match=r"weights='int3' is not supported: choose int8 or int4"):
+        choose_packing("int3", torch.bfloat16, cpu)
+    with pytest.raises(ConfigError, match="bf16 or fp32, not float16"):
+        choose_packing("int8", torch.float16, cpu)
+    with pytest.raises(ConfigError, match="run on a CPU only, not on cuda"):
+        choose_packing("int8", torch.bfloat16, torch.device("cuda"))
+    with core.use_isa("torch"), pytest.raises(ConfigError, match="unset LATENTKV_ISA"):
+        choose_packing("int8", torch.bfloat16, cpu)
+
+
+def test_packing_is_layer_by_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While a layer is read, the layers before it are packed already and those after it hold nothing yet."""
+    seen: list[tuple[int, int]] = []
+
+    def record(decoder: nn.Module) -> None:
+        layers = list(decoder.model.layers)
+        packed = sum(layer.self_attn.o_proj.packed is not None for layer in layers)
+        empty = sum(layer.input_layernorm.weight.is_meta for layer in layers)
+        seen.append((packed, empty))
+
+    from latentkv.models import loading
+
+    fill = loading.Match.fill
+    decoders: list[Decoder] = []
+    monkeypatch.setattr(loading, "Decoder", lambda *a, **k: decoders.append(Decoder(*a, **k)) or decoders[-1])
+    monkeypatch.setattr(loading.Match, "fill", lambda self, state: (record(decoders[-1]), fill(self, state))[1])
+    load_model(checkpoint("v3"), packing=Packing())
+    assert seen[:4] == [(0, 3), (0, 2), (1, 1), (2, 0)]
