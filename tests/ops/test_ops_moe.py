@@ -73,8 +73,8 @@ def test_no_tokens_give_an_empty_result() -> None:
         (1, torch.full((2, 2), 4), "name expert 4 of only 3"),
         (1, torch.full((2, 2), -1), "expert -1"),
         (2, torch.zeros(2, 1), "weights has shape"),
-        (3, torch.zeros(3, 13, 10), "gate_up has shape"),
-        (4, torch.zeros(3, 9, 7), "down has shape"),
+        (3, torch.zeros(3, 13, 10), "moe_experts takes gate_up"),
+        (4, torch.zeros(3, 9, 7), "moe_experts takes gate_up"),
     ],
 )
 def test_what_does_not_fit_is_refused(index: int, replacement: Tensor, message: str) -> None:

@@ -55,7 +55,7 @@ class Batch:
         """
         query_lens = tuple(len(new) for new in tokens)
         kv_lens = tuple(start + n for start, n in zip(starts, query_lens, strict=True))
-        # Lists, not tensors: a decode step has few tokens, and each small tensor operation costs as much as all of them.
+        # Lists, not tensors: a decode step has few tokens, and a small tensor operation costs more than all of them.
         positions = [p for start, end in zip(starts, kv_lens, strict=True) for p in range(start, end)]
         slots = [
             owned[p // page_size] * page_size + p % page_size

@@ -147,13 +147,13 @@ class MultiHeadLatentAttention(nn.Module):
         """
         q_nope, q_rope = self._queries(x, positions)
         ops.norm_rope_write(
+            pages,
+            batch.slots,
             self.kv_a_proj_with_mqa(x),
             self.kv_a_layernorm.weight,
             self.kv_a_layernorm.eps,
             positions.cos,
             positions.sin,
-            pages,
-            batch.slots,
             interleaved=self.rope.interleaved,
             kv_format=kv_format,
         )

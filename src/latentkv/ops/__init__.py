@@ -5,6 +5,7 @@ from latentkv.ops.backends import describe_backends
 from latentkv.ops.basic import linear, output_logits
 from latentkv.ops.causal import causal_attention
 from latentkv.ops.elementwise import apply_rope, rms_norm, silu_mul
+from latentkv.ops.headwise import headwise_linear
 from latentkv.ops.kv_formats import (
     KVFormat,
     decode_latents,
@@ -13,7 +14,8 @@ from latentkv.ops.kv_formats import (
     latent_token_bytes,
     storage_dtype,
 )
-from latentkv.ops.moe import moe_experts
+from latentkv.ops.moe import gated_mlp, moe_experts
+from latentkv.ops.packed import PackedFormat, PackedWeight, pack_weight
 from latentkv.ops.pages import norm_rope_write, read_latents, write_latents
 from latentkv.ops.prefill import mla_prefill
 from latentkv.ops.states import merge_states
@@ -21,6 +23,8 @@ from latentkv.ops.weight_formats import QuantizedWeight, WeightFormat, quantize_
 
 __all__ = [
     "KVFormat",
+    "PackedFormat",
+    "PackedWeight",
     "QuantizedWeight",
     "WeightFormat",
     "apply_rope",
@@ -28,7 +32,9 @@ __all__ = [
     "decode_latents",
     "describe_backends",
     "encode_latents",
+    "gated_mlp",
     "gqa_attend",
+    "headwise_linear",
     "latent_payload_bytes",
     "latent_token_bytes",
     "linear",
@@ -39,6 +45,7 @@ __all__ = [
     "moe_experts",
     "norm_rope_write",
     "output_logits",
+    "pack_weight",
     "quantize_weight",
     "read_latents",
     "rms_norm",
