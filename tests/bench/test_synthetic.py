@@ -1,0 +1,66 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from latentkv.bench.synthetic import SYNTHETIC, synthetic_config, write_synthetic
+from latentkv.errors import RequestError
+from latentkv.llm import LLM
+from latentkv.models.config_reader import read_config
+from latentkv.models.decoder import Decoder
+
+TINY = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "moe_intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "vocab_size": 50,
+    "n_routed_experts": 8,
+    "eos_token_id": 49,
+    "bos_token_id": 48,
+}
+
+
+def parameters(shape: str) -> int:
+    with torch.device("meta"):
+        decoder = Decoder(read_config(synthetic_config(shape)))
+    return sum(tensor.numel() for tensor in decoder.state_dict().values())
+
+
+@pytest.mark.parametrize(
+    ("shape", "billions"), [("v2-lite", 15.71), ("v2-lite-4", 1.97), ("v2-lite-8e", 3.11), ("youtu-llm-2b", 1.96)]
+)
+def test_shapes_have_as_many_parameters_as_published(shape: str, billions: float):
+    assert parameters(shape) / 1e9 == pytest.approx(billions, abs=0.006)
+
+
+@pytest.mark.parametrize("shape", SYNTHETIC)
+def test_end_tokens_lie_inside_the_vocabulary(shape: str):
+    config = synthetic_config(shape)
+    assert 0 <= config["bos_token_id"] < config["eos_token_id"] < config["vocab_size"]
+
+
+def test_an_unknown_shape_is_refused():
+    with pytest.raises(RequestError, match="v2-lite-4"):
+        synthetic_config("v9")
+
+
+def test_a_checkpoint_of_random_weights_loads_and_runs(tmp_path: Path):
+    count = write_synthetic({**synthetic_config("v2-lite"), **TINY}, tmp_path / "a")
+    llm = LLM(tmp_path / "a", kv_cache_bytes=10**6)
+    assert llm.decoder.output_weight.dtype == torch.bfloat16
+    assert count == sum(tensor.numel() for tensor in llm.decoder.state_dict().values())
+    logits = llm.logits([1, 2, 3])
+    assert logits.isfinite().all()
+    assert logits.std() > 0
+    assert llm.config.rope.kind == "yarn"
+
+
+def test_weights_depend_on_the_seed_alone(tmp_path: Path):
+    config = {**synthetic_config("v2-lite"), **TINY}
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        write_synthetic(config, tmp_path / name, seed=seed)
+    a, b, c = (LLM(tmp_path / name, kv_cache_bytes=10**6).logits([1, 2]) for name in "abc")
+    assert torch.equal(a, b)
+    assert not torch.equal(a, c)
