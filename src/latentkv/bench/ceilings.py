@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from latentkv.bench.environment import Environment
 from latentkv.bench.timing import Contender, Timing, time_interleaved, torch_threads
 from latentkv.errors import RequestError
+
+Step = Callable[[], object]
+
+
+READERS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "sum": lambda buffer: buffer.sum(),
+    "maximum": lambda buffer: buffer.amax(),
+    "dot product with itself": lambda buffer: torch.dot(buffer, buffer),
+}
+"""Plain operations that read a buffer once; which of them is the fastest depends on the machine."""
 
 
 @dataclass(frozen=True)
@@ -19,14 +31,20 @@ class Ceilings:
         threads: torch threads used.
         bf16_gflops: bf16 matrix product, GFLOP/s.
         fp32_gflops: fp32 matrix product, GFLOP/s.
-        read_gbps: reading a buffer much larger than the last-level cache, GB/s.
-        spread: interquartile range over the median of each of the three, by field name.
+        int8_gops: int8 matrix product with int32 sums, 1e9 operations a second.
+        read_gbps: reading a buffer much larger than the last-level cache, GB/s: the fastest of `READERS`.
+        one_thread_bf16_gflops: bf16 matrix product on one thread.
+        one_thread_read_gbps: reading on one thread.
+        spread: interquartile range over the median of each, by field name.
     """
 
     threads: int
     bf16_gflops: float
     fp32_gflops: float
+    int8_gops: float
     read_gbps: float
+    one_thread_bf16_gflops: float
+    one_thread_read_gbps: float
     spread: dict[str, float]
 
 
@@ -41,7 +59,7 @@ class CeilingsReport:
 def measure_ceilings(
     *, gemm_size: int = 3072, buffer_mib: int = 512, repeats: int = 7, threads: int | None = None
 ) -> Ceilings:
-    """Measure the three ceilings, interleaved.
+    """Measure the ceilings, interleaved.
 
     Args:
         gemm_size: M = N = K of the square matrix products.
@@ -55,26 +73,47 @@ def measure_ceilings(
     if gemm_size < 1 or buffer_mib < 1:
         raise RequestError(f"gemm_size and buffer_mib must be at least 1, not {gemm_size} and {buffer_mib}.")
     with torch_threads(threads) as used, torch.inference_mode():
-        left = torch.randn(gemm_size, gemm_size, generator=torch.Generator().manual_seed(0))
-        right = left.flip(0).contiguous()
-        left_bf16, right_bf16 = left.bfloat16(), right.bfloat16()
         buffer = torch.ones(buffer_mib << 20 >> 2, dtype=torch.float32)
+        products, readers = _products(gemm_size), _readers(buffer)
         timings = time_interleaved(
             {
-                "bf16_gflops": Contender(lambda: left_bf16 @ right_bf16),
-                "fp32_gflops": Contender(lambda: left @ right),
-                "read_gbps": Contender(buffer.sum),
+                **_on_threads(products | readers, used),
+                **_on_threads({f"one thread, {n}": s for n, s in ({"bf16": products["bf16"]} | readers).items()}, 1),
             },
             repeats=repeats,
         )
-    return _ceilings(timings, gemm_flops=2 * gemm_size**3, buffer_bytes=buffer.nbytes, threads=used)
+    operations = 2 * gemm_size**3
+    found = {
+        "bf16_gflops": (operations, timings["bf16"]),
+        "fp32_gflops": (operations, timings["fp32"]),
+        "int8_gops": (operations, timings["int8"]),
+        "read_gbps": (buffer.nbytes, _fastest(timings[name] for name in READERS)),
+        "one_thread_bf16_gflops": (operations, timings["one thread, bf16"]),
+        "one_thread_read_gbps": (buffer.nbytes, _fastest(timings[f"one thread, {name}"] for name in READERS)),
+    }
+    rates = {name: work / timing.median / 1e9 for name, (work, timing) in found.items()}
+    return Ceilings(threads=used, spread={name: timing.spread for name, (_, timing) in found.items()}, **rates)
 
 
-def _ceilings(timings: dict[str, Timing], *, gemm_flops: int, buffer_bytes: int, threads: int) -> Ceilings:
-    return Ceilings(
-        threads=threads,
-        bf16_gflops=gemm_flops / timings["bf16_gflops"].median / 1e9,
-        fp32_gflops=gemm_flops / timings["fp32_gflops"].median / 1e9,
-        read_gbps=buffer_bytes / timings["read_gbps"].median / 1e9,
-        spread={name: timing.spread for name, timing in timings.items()},
-    )
+def _products(size: int) -> dict[str, Step]:
+    left = torch.randn(size, size, generator=torch.Generator().manual_seed(0))
+    right = left.flip(0).contiguous()
+    left_bf16, right_bf16 = left.bfloat16(), right.bfloat16()
+    left_int8, right_int8 = (left * 40).to(torch.int8), (right * 40).to(torch.int8)
+    return {
+        "bf16": lambda: left_bf16 @ right_bf16,
+        "fp32": lambda: left @ right,
+        "int8": lambda: torch._int_mm(left_int8, right_int8),
+    }
+
+
+def _readers(buffer: Tensor) -> dict[str, Step]:
+    return {name: lambda read=read: read(buffer) for name, read in READERS.items()}
+
+
+def _on_threads(steps: Mapping[str, Step], threads: int) -> dict[str, Contender]:
+    return {name: Contender(step, prepare=lambda: torch.set_num_threads(threads)) for name, step in steps.items()}
+
+
+def _fastest(timings: Iterable[Timing]) -> Timing:
+    return min(timings, key=lambda timing: timing.median)

@@ -25,17 +25,24 @@ def describe(environment: Environment) -> str:
 
 
 def ceilings_table(ceilings: Ceilings) -> Table:
-    """The three ceilings."""
+    """What the machine can do at most."""
     table = Table(title="What this machine can do")
     table.add_column("operation")
     table.add_column("median", justify="right")
     table.add_column("spread", justify="right")
-    for label, name, unit in (
-        ("bf16 matrix product", "bf16_gflops", "GFLOP/s"),
-        ("fp32 matrix product", "fp32_gflops", "GFLOP/s"),
-        ("reading memory", "read_gbps", "GB/s"),
+    table.add_column("one thread", justify="right")
+    for label, name, one_thread, unit in (
+        ("bf16 matrix product", "bf16_gflops", "one_thread_bf16_gflops", "GFLOP/s"),
+        ("fp32 matrix product", "fp32_gflops", "", "GFLOP/s"),
+        ("int8 matrix product", "int8_gops", "", "GOP/s"),
+        ("reading memory", "read_gbps", "one_thread_read_gbps", "GB/s"),
     ):
-        table.add_row(label, f"{getattr(ceilings, name):,.1f} {unit}", f"± {ceilings.spread[name] / 2:.0%}")
+        table.add_row(
+            label,
+            f"{getattr(ceilings, name):,.1f} {unit}",
+            f"± {ceilings.spread[name] / 2:.0%}",
+            f"{getattr(ceilings, one_thread):,.1f}" if one_thread else "",
+        )
     return table
 
 
