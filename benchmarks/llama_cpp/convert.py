@@ -18,8 +18,9 @@ from typing import Any, NamedTuple
 
 import llama_cpp
 import numpy as np
-from checkpoint import as_float32, open_checkpoint
 from gguf import GGMLQuantizationType, GGUFWriter, RopeScalingType
+
+from checkpoint import as_float32, open_checkpoint
 
 FILE_TYPES = {"q8_0": 7, "q4_0": 2}  # llama.h, enum llama_ftype
 
@@ -59,6 +60,7 @@ class Tensor(NamedTuple):
 
 
 def main() -> None:
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, help="a checkpoint folder, or a bf16 GGUF file")
     parser.add_argument("out", type=Path)

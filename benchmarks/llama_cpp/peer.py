@@ -8,7 +8,7 @@ Requests, on standard input:
     {"op": "logits", "token_ids": [...]}        -> {"logits": [...]}, those that follow the last token
 The first answer, before any request, is {"name": ..., "version": ..., "bytes": of the weights}.
 
-Prefill and decode run with flash attention and without the first time that they are asked for a size; the faster is kept.
+The first time that a size is asked for it runs with flash attention and without; the faster is kept from then on.
 """
 
 from __future__ import annotations
@@ -115,6 +115,7 @@ class Session:
 
 
 def main() -> None:
+    """Answer requests until there are no more."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="GGUF file with latent attention")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
@@ -149,7 +150,7 @@ def _case(request: dict[str, int]) -> tuple[int, Callable[[Session], float]]:
     return request["depth"], lambda session: session.decode(request["depth"], request["tokens"])
 
 
-def _take_stdout():  # noqa: ANN202
+def _take_stdout():
     """The standard output for answers alone: what llama.cpp prints goes to standard error from here on."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)

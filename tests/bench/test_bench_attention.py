@@ -3,10 +3,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from bench_cases import CEILINGS
 
 from latentkv.bench import attention as module
 from latentkv.bench.attention import CONTENDERS, TOLERANCE, AttentionReport, measure_attention
-from latentkv.bench.ceilings import Ceilings
 from latentkv.bench.contenders import LATENTKV, TRANSFORMERS, Entry, latentkv_entry, mha_entries, transformers_entry
 from latentkv.bench.decode_case import DecodeCase
 from latentkv.bench.plot import plot_attention
@@ -15,7 +15,6 @@ from latentkv.bench.shapes import AttentionShape
 from latentkv.errors import OpError, RequestError
 from latentkv.models.config import MLAConfig
 
-CEILINGS = Ceilings(threads=1, bf16_gflops=200.0, fp32_gflops=100.0, read_gbps=20.0, spread={})
 PLAIN = AttentionShape(64, 4, MLAConfig(32, 16, 8, 16))
 BOTTLENECK = AttentionShape(96, 3, MLAConfig(48, 24, 16, 12, q_lora_rank=40))
 

@@ -1,13 +1,17 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from bench_cases import CEILINGS
 from typer.testing import CliRunner
 
 from latentkv.bench import attention as attention_module
 from latentkv.bench import ceilings as ceilings_module
+from latentkv.bench import linear as linear_module
+from latentkv.bench import mla_decode as mla_decode_module
 from latentkv.bench import shapes
-from latentkv.bench.ceilings import Ceilings
+from latentkv.bench.ceilings import CeilingProbe, Ceilings
 from latentkv.bench.shapes import AttentionShape
 from latentkv.cli.bench import bench_app
 from latentkv.errors import RequestError
@@ -17,11 +21,14 @@ from latentkv.models.config import MLAConfig
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     def ceilings(*, repeats: int = 1, threads: int | None = None) -> Ceilings:
-        spread = dict.fromkeys(("bf16_gflops", "fp32_gflops", "read_gbps"), 0.1)
-        return Ceilings(threads or 1, 200.0, 100.0, 20.0, spread)
+        return replace(CEILINGS, threads=threads or 1)
 
     monkeypatch.setattr(attention_module, "measure_ceilings", ceilings)
     monkeypatch.setattr(ceilings_module, "measure_ceilings", ceilings)
+    monkeypatch.setattr(mla_decode_module, "CeilingProbe", lambda: CeilingProbe(gemm_size=16, buffer_mib=1))
+    monkeypatch.setattr(linear_module, "CeilingProbe", lambda: CeilingProbe(gemm_size=16, buffer_mib=1))
+    monkeypatch.setattr(mla_decode_module, "FROM_MEMORY", 1)
+    monkeypatch.setattr(linear_module, "ROTATED_BYTES", 1)
     monkeypatch.setattr(shapes, "SHAPES", {"v2-lite": AttentionShape(64, 4, MLAConfig(32, 16, 8, 16))})
 
 
@@ -46,6 +53,25 @@ def test_attention_prints_a_line_for_each_contender_and_writes_its_files(tmp_pat
     assert plot.exists()
 
 
+def test_mla_decode_prints_a_line_for_each_case_and_writes_its_files(tmp_path: Path):
+    json_file, plot = tmp_path / "d.json", tmp_path / "d.png"
+    command = ["mla-decode", "--heads", "2", "--contexts", "64,128", "--batches", "1", "--kv-dtypes", "bf16"]
+    result = CliRunner().invoke(bench_app, [*command, "--repeats", "1", "--json", str(json_file), "--plot", str(plot)])
+    assert result.exit_code == 0, result.output
+    assert result.output.count("mla_decode, bf16") == result.output.count("torch matmul") == 2
+    assert len(json.loads(json_file.read_text())["rows"]) == 4
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_linear_prints_a_line_for_each_case_and_writes_its_numbers(tmp_path: Path):
+    json_file = tmp_path / "l.json"
+    command = ["linear", "--size", "64x128", "--rows", "1,3", "--formats", "int8", "--repeats", "1"]
+    result = CliRunner().invoke(bench_app, [*command, "--json", str(json_file)])
+    assert result.exit_code == 0, result.output
+    assert result.output.count("linear, int8") == result.output.count("torch, bf16") == 2
+    assert json.loads(json_file.read_text())["in_features"] == 128
+
+
 def test_ceilings_are_printed_and_written(tmp_path: Path):
     result = CliRunner().invoke(bench_app, ["ceilings", "--json", str(tmp_path / "c.json")])
     assert result.exit_code == 0, result.output
@@ -64,6 +90,13 @@ def test_ceilings_are_printed_and_written(tmp_path: Path):
         ["attention", "--json", "/no/such/folder/a.json"],
         ["attention", "--plot", "/no/such/folder/a.png"],
         ["ceilings", "--json", "/no/such/folder/c.json"],
+        ["mla-decode", "--heads", "none"],
+        ["mla-decode", "--kv-dtypes", "bf16,fp7"],
+        ["mla-decode", "--plot", "/no/such/folder/a.png"],
+        ["linear", "--size", "8192"],
+        ["linear", "--formats", "int3"],
+        ["linear", "--json", "/no/such/folder/l.json"],
+        ["make-model", "v9", "/no/such/folder"],
         ["model", "--json", "/no/such/folder/m.json"],
     ],
 )

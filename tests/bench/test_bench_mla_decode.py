@@ -2,12 +2,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from bench_cases import CEILINGS
 
 from latentkv.bench import mla_decode as module
+from latentkv.bench.ceilings import CeilingProbe
 from latentkv.bench.mla_decode import TORCH, DecodeInputs, DecodeReport, measure_mla_decode
 from latentkv.bench.op_report import mla_decode_table
 from latentkv.errors import OpError, RequestError
+
+PROBE = CeilingProbe(gemm_size=16, buffer_mib=1)
 
 
 @pytest.fixture(autouse=True)
@@ -17,7 +19,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def report() -> DecodeReport:
-    return measure_mla_decode(heads=[1, 3], contexts=[2, 130], batches=[1, 2], repeats=2, ceilings=CEILINGS)
+    return measure_mla_decode(heads=[1, 3], contexts=[2, 130], batches=[1, 2], repeats=2, probe=PROBE)
 
 
 def test_every_case_has_a_row_for_each_format_and_for_torch(report: DecodeReport):
@@ -32,8 +34,8 @@ def test_rates_are_those_of_the_arithmetic_and_the_cache(report: DecodeReport):
     # 2 FLOPs for each of 576 + 512 numbers a head, cached token and sequence; 1152 bytes a token.
     assert row.gflops == pytest.approx(2 * 3 * 1088 * 130 * 2 / row.ms / 1e6)
     assert row.gbps == pytest.approx(1152 * 130 * 2 / row.ms / 1e6)
-    assert row.of_bf16_ceiling == pytest.approx(row.gflops / 200)
-    assert row.of_read_ceiling == pytest.approx(row.gbps / 20)
+    assert row.of_bf16_ceiling == pytest.approx(row.gflops / row.bf16_ceiling)
+    assert row.of_read_ceiling == pytest.approx(row.gbps / row.read_ceiling)
 
 
 def test_a_step_reads_enough_layers_to_come_from_memory():
@@ -49,7 +51,7 @@ def test_a_wrong_answer_is_never_timed(monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.setattr(module, "torch_entry", off)
     with pytest.raises(OpError, match="torch matmul"):
-        measure_mla_decode(heads=[2], contexts=[64], batches=[1], repeats=1, ceilings=CEILINGS)
+        measure_mla_decode(heads=[2], contexts=[64], batches=[1], repeats=1, probe=PROBE)
 
 
 @torch.inference_mode()
@@ -67,4 +69,4 @@ def test_the_expected_answer_depends_on_every_sequence_and_key():
 @pytest.mark.parametrize("asked", [{"heads": []}, {"contexts": [0]}, {"batches": [0]}, {"kv_formats": ["fp7"]}])
 def test_what_cannot_be_decoded_is_refused(asked: dict[str, object]):
     with pytest.raises(RequestError):
-        measure_mla_decode(**{"repeats": 1, "ceilings": CEILINGS, **asked})
+        measure_mla_decode(**{"repeats": 1, "probe": PROBE, **asked})

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from latentkv.bench import ceilings as module
-from latentkv.bench.ceilings import Ceilings, measure_ceilings
+from latentkv.bench.ceilings import CeilingProbe, Ceilings, measure_ceilings
 from latentkv.bench.timing import Timing
 from latentkv.errors import RequestError
 
@@ -49,3 +49,10 @@ def test_rates_are_work_over_the_median_time_of_the_fastest_reader(monkeypatch: 
 def test_sizes_of_nothing_are_refused():
     with pytest.raises(RequestError, match="gemm_size"):
         measure_ceilings(gemm_size=0)
+
+
+def test_a_probe_gives_rates_from_timings_taken_in_turn():
+    probe = CeilingProbe(gemm_size=10, buffer_mib=1)
+    assert all(contender.step() is not None for contender in probe.contenders.values())
+    timings = {"bf16 ceiling": Timing((0.5,)), "read ceiling": Timing((0.25,)), "another": Timing((1.0,))}
+    assert probe.rates(timings) == pytest.approx((2000 / 0.5 / 1e9, 2**20 / 0.25 / 1e9))

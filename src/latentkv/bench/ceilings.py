@@ -95,6 +95,33 @@ def measure_ceilings(
     return Ceilings(threads=used, spread={name: timing.spread for name, (_, timing) in found.items()}, **rates)
 
 
+class CeilingProbe:
+    """The bf16 and the read ceiling, timed in turn with what is compared with them: a machine's speed drifts.
+
+    Args:
+        gemm_size: M = N = K of the square matrix product.
+        buffer_mib: MiB of the buffer that is read.
+    """
+
+    def __init__(self, *, gemm_size: int = 3072, buffer_mib: int = 256) -> None:
+        buffer = torch.ones(buffer_mib << 20 >> 2, dtype=torch.float32)
+        readers = {name: Contender(step) for name, step in _readers(buffer).items()}
+        timings = time_interleaved(readers, repeats=3, warmup=1)
+        fastest = min(timings, key=lambda name: timings[name].median)
+        self._bytes, self._flops = buffer.nbytes, 2 * gemm_size**3
+        self.contenders = {
+            "bf16 ceiling": Contender(_products(gemm_size)["bf16"]),
+            "read ceiling": readers[fastest],
+        }
+
+    def rates(self, timings: Mapping[str, Timing]) -> tuple[float, float]:
+        """GFLOP/s of the bf16 product and GB/s of reading, from the timings of `contenders` among others."""
+        return (
+            self._flops / timings["bf16 ceiling"].median / 1e9,
+            self._bytes / timings["read ceiling"].median / 1e9,
+        )
+
+
 def _products(size: int) -> dict[str, Step]:
     left = torch.randn(size, size, generator=torch.Generator().manual_seed(0))
     right = left.flip(0).contiguous()
@@ -103,7 +130,7 @@ def _products(size: int) -> dict[str, Step]:
     return {
         "bf16": lambda: left_bf16 @ right_bf16,
         "fp32": lambda: left @ right,
-        "int8": lambda: torch._int_mm(left_int8, right_int8),
+        "int8": lambda: torch.ops.aten._int_mm(left_int8, right_int8),
     }
 
 

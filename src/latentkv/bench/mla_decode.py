@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from latentkv import ops
-from latentkv.bench.ceilings import Ceilings, measure_ceilings
+from latentkv.bench.ceilings import CeilingProbe
 from latentkv.bench.environment import Environment, describe_environment
 from latentkv.bench.timing import Contender, time_interleaved, torch_threads
 from latentkv.cache.layout import PAGE_SIZE, LatentPlane
@@ -42,9 +42,11 @@ class DecodeRow:
         ms: median milliseconds of a call.
         spread: interquartile range over the median.
         gflops: 2 H (2 L + R) a cached token and sequence, over the time; GFLOP/s.
-        of_bf16_ceiling: the same over this machine's bf16 matrix product.
+        bf16_ceiling: GFLOP/s of a bf16 matrix product, measured in turn with this.
+        of_bf16_ceiling: gflops over it.
         gbps: the cache read once, over the time, GB/s.
-        of_read_ceiling: the same over this machine's read bandwidth.
+        read_ceiling: GB/s of reading memory, measured in turn with this.
+        of_read_ceiling: gbps over it.
         max_error: largest difference from the float64 answer, over the largest element of it.
         times_faster_than_torch: torch's median over this one.
     """
@@ -56,8 +58,10 @@ class DecodeRow:
     ms: float
     spread: float
     gflops: float
+    bf16_ceiling: float
     of_bf16_ceiling: float
     gbps: float
+    read_ceiling: float
     of_read_ceiling: float
     max_error: float
     times_faster_than_torch: float
@@ -68,7 +72,6 @@ class DecodeReport:
     """The whole table, with what is needed to repeat it."""
 
     environment: Environment
-    ceilings: Ceilings
     repeats: int
     rows: tuple[DecodeRow, ...]
 
@@ -125,7 +128,7 @@ def measure_mla_decode(
     kv_formats: Sequence[KVFormat] = ("bf16", "int8", "fp8"),
     repeats: int = 10,
     threads: int | None = None,
-    ceilings: Ceilings | None = None,
+    probe: CeilingProbe | None = None,
     progress: Callable[[str], None] = lambda message: None,
 ) -> DecodeReport:
     """Time one decode step of attention over a filled cache, L + R = 512 + 64; every output is checked first.
@@ -137,7 +140,7 @@ def measure_mla_decode(
         kv_formats: how the pages are stored.
         repeats: timed rounds.
         threads: torch threads (None: torch's own number).
-        ceilings: of this machine, if just measured; None: measured first.
+        probe: of the ceilings, which are measured in turn with the contenders; None: of the usual size.
         progress: told what is being done.
 
     Raises:
@@ -152,26 +155,26 @@ def measure_mla_decode(
         )
     with torch_threads(threads) as used, torch.inference_mode():
         environment = describe_environment(used)
-        if ceilings is None:
-            progress("measuring this machine's ceilings")
-            ceilings = measure_ceilings(threads=used)
+        probe = probe or CeilingProbe()
         rows: list[DecodeRow] = []
         for h in heads:
             for context in contexts:
                 for batch in batches:
                     progress(f"{h} heads, {context:,} tokens, batch {batch}")
-                    rows += _measure(DecodeInputs.random(h, context, batch), kv_formats, repeats, ceilings)
-    return DecodeReport(environment, ceilings, repeats, tuple(rows))
+                    rows += _measure(DecodeInputs.random(h, context, batch), kv_formats, repeats, probe)
+    return DecodeReport(environment, repeats, tuple(rows))
 
 
 def _measure(
-    inputs: DecodeInputs, kv_formats: Sequence[KVFormat], repeats: int, ceilings: Ceilings
+    inputs: DecodeInputs, kv_formats: Sequence[KVFormat], repeats: int, probe: CeilingProbe
 ) -> list[DecodeRow]:
     entries = {f"mla_decode, {name} pages": mla_decode_entry(inputs, name) for name in kv_formats}
     entries[TORCH] = torch_entry(inputs)
     expected = inputs.expected()
     errors = {name: _checked_error(name, inputs, entry, expected) for name, entry in entries.items()}
-    timings = time_interleaved({name: Contender(entry.all_layers) for name, entry in entries.items()}, repeats=repeats)
+    contenders = {name: Contender(entry.all_layers) for name, entry in entries.items()}
+    timings = time_interleaved(contenders | probe.contenders, repeats=repeats)
+    bf16_ceiling, read_ceiling = probe.rates(timings)
     rows: list[DecodeRow] = []
     for name, entry in entries.items():
         seconds = timings[name].median / inputs.layers
@@ -185,9 +188,11 @@ def _measure(
                 ms=seconds * 1e3,
                 spread=timings[name].spread,
                 gflops=gflops,
-                of_bf16_ceiling=gflops / ceilings.bf16_gflops,
+                bf16_ceiling=bf16_ceiling,
+                of_bf16_ceiling=gflops / bf16_ceiling,
                 gbps=gbps,
-                of_read_ceiling=gbps / ceilings.read_gbps,
+                read_ceiling=read_ceiling,
+                of_read_ceiling=gbps / read_ceiling,
                 max_error=errors[name],
                 times_faster_than_torch=timings[TORCH].median / inputs.layers / seconds,
             )
@@ -244,7 +249,7 @@ def mla_decode_entry(inputs: DecodeInputs, kv_format: KVFormat) -> DecodeEntry:
 
 
 def torch_entry(inputs: DecodeInputs) -> DecodeEntry:
-    """q K^T, softmax in float32, then times the latents: bf16 products over latents that lie one after the other."""
+    """Q K^T, softmax in float32, then times the latents: bf16 products over latents that lie one after the other."""
     q = inputs.q[:, 0]
 
     def layer(latents: Tensor) -> Tensor:

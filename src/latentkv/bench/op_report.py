@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from latentkv.bench.linear import LinearReport
     from latentkv.bench.mla_decode import DecodeReport
 
 MLA_DECODE_NOTES = (
@@ -41,5 +42,36 @@ def mla_decode_table(report: DecodeReport) -> Table:
             f"{row.of_read_ceiling:.1%}",
             f"{row.max_error:.1%}",
             f"{row.times_faster_than_torch:.1f}x",
+        )
+    return table
+
+
+LINEAR_NOTES = (
+    "Bf16 activations; weights are used in turn so that they come from memory, and GB/s counts the bytes that each "
+    "format stores. us: median ± half the interquartile range, contenders timed in turn. max error: from a float64 "
+    "product with the same stored weights, relative to its largest element. faster: than torch."
+)
+
+
+def linear_table(report: LinearReport) -> Table:
+    """A section for each number of rows."""
+    table = Table(title=f"x W^T, W {report.out_features:,} x {report.in_features:,}")
+    table.add_column("rows", justify="right")
+    table.add_column("product", no_wrap=True)
+    for title in ("us", "GB/s", "of read ceiling", "GFLOP/s", "of bf16 ceiling", "max error", "faster"):
+        table.add_column(title, justify="right")
+    for index, row in enumerate(report.rows):
+        last = index + 1 == len(report.rows) or report.rows[index + 1].rows != row.rows
+        table.add_row(
+            f"{row.rows}",
+            row.contender,
+            f"{row.us:,.0f} ± {row.spread / 2:.0%}",
+            f"{row.gbps:.1f}",
+            f"{row.of_read_ceiling:.1%}",
+            f"{row.gflops:.1f}",
+            f"{row.of_bf16_ceiling:.1%}",
+            f"{row.max_error:.1%}",
+            f"{row.times_faster_than_torch:.2f}x",
+            end_section=last,
         )
     return table

@@ -1,4 +1,4 @@
-"""Checkpoints of published shapes with random weights: speed and memory depend on the shape, not on what was learned."""
+"""Checkpoints of published shapes with random weights: speed and memory depend on the shape, not on what it learned."""
 
 from __future__ import annotations
 

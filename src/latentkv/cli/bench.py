@@ -11,12 +11,16 @@ from latentkv.cli.terminal import console
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
+    from rich.table import Table
 
+    from latentkv.bench.environment import Environment
     from latentkv.bench.shapes import AttentionShape
 
 bench_app = typer.Typer(no_args_is_help=True, help="Measure attention, models and this machine's ceilings.")
 
 Threads = Annotated[int | None, typer.Option(help="Torch threads.", show_default="torch's own number")]
+Repeats = Annotated[int, typer.Option(help="Timed rounds; medians are reported.")]
+Contexts = Annotated[str, typer.Option(help="Cached tokens, with commas between.")]
 JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write every number as JSON.")]
 KVDtype = Annotated[str, typer.Option(help="Format of LatentKV's cache: bf16, fp8, int8, fp16 or fp32.")]
 
@@ -25,9 +29,9 @@ KVDtype = Annotated[str, typer.Option(help="Format of LatentKV's cache: bf16, fp
 def attention(
     shape: Annotated[str, typer.Option(help="Published layer: v2-lite or v3.")] = "v2-lite",
     heads: Annotated[int | None, typer.Option(help="Number of heads.", show_default="the shape's")] = None,
-    contexts: Annotated[str, typer.Option(help="Cached tokens, with commas between.")] = "1k,8k,32k",
+    contexts: Contexts = "1k,8k,32k",
     kv_dtype: KVDtype = "bf16",
-    repeats: Annotated[int, typer.Option(help="Timed rounds; medians are reported.")] = 20,
+    repeats: Repeats = 20,
     threads: Threads = None,
     transformers_attention: Annotated[
         str, typer.Option(help="How transformers attends: sdpa (its default) or eager.")
@@ -44,7 +48,6 @@ def attention(
     from latentkv.bench.attention import measure_attention
     from latentkv.bench.report import ATTENTION_NOTES, attention_table, ceilings_table, describe
     from latentkv.plan import as_kv_format
-    from latentkv.plan.sizes import parse_tokens
 
     layer, kv_format = _shape(shape, heads), as_kv_format(kv_dtype)
     _require_folder(json_file, plot)
@@ -52,7 +55,7 @@ def attention(
     with console(stderr=True).status("starting") as status:
         report = measure_attention(
             layer,
-            contexts=[parse_tokens(context) for context in contexts.split(",")],
+            contexts=_numbers(contexts),
             kv_format=kv_format,
             repeats=repeats,
             threads=threads,
@@ -71,9 +74,100 @@ def attention(
         screen.print(f"Plot in {plot}")
 
 
+@bench_app.command("mla-decode")
+def mla_decode(
+    heads: Annotated[str, typer.Option(help="Numbers of heads, with commas between.")] = "16,128",
+    contexts: Contexts = "8k,32k,128k",
+    batches: Annotated[str, typer.Option(help="Numbers of sequences, with commas between.")] = "1,4",
+    kv_dtypes: Annotated[str, typer.Option(help="Formats of the pages, with commas between.")] = "bf16,int8,fp8",
+    repeats: Repeats = 10,
+    threads: Threads = None,
+    json_file: JsonFile = None,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw a roofline.")] = None,
+) -> None:
+    """Compare the op mla_decode alone with torch's matrix products: one step of attention over a filled cache.
+
+    Example: latentkv bench mla-decode --heads 16 --contexts 8k,32k --batches 1
+    """
+    from latentkv.bench.mla_decode import measure_mla_decode
+    from latentkv.bench.op_report import MLA_DECODE_NOTES, mla_decode_table
+    from latentkv.plan import as_kv_format
+
+    _require_folder(json_file, plot)
+    with console(stderr=True).status("starting") as status:
+        report = measure_mla_decode(
+            heads=_numbers(heads),
+            contexts=_numbers(contexts),
+            batches=_numbers(batches),
+            kv_formats=[as_kv_format(name.strip()) for name in kv_dtypes.split(",")],
+            repeats=repeats,
+            threads=threads,
+            progress=status.update,
+        )
+    _print(mla_decode_table(report), MLA_DECODE_NOTES, report.environment)
+    _save(report, json_file)
+    if plot is not None:
+        from latentkv.bench.roofline import plot_roofline
+
+        plot_roofline(report, plot)
+        console().print(f"Plot in {plot}")
+
+
+@bench_app.command()
+def linear(
+    size: Annotated[str, typer.Option(help="Outputs x inputs of the matrix.")] = "8192x2048",
+    rows: Annotated[str, typer.Option(help="Numbers of rows, with commas between.")] = "1,2,4,8,16,48,64,256,512,2048",
+    formats: Annotated[str, typer.Option(help="How weights are packed, with commas between.")] = "bf16,int8,int4",
+    repeats: Repeats = 15,
+    threads: Threads = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Compare products with packed weights, which come from memory, with torch's bf16 product.
+
+    Example: latentkv bench linear --rows 1,16,256
+    """
+    from latentkv.bench.linear import as_packed_format, measure_linear
+    from latentkv.bench.op_report import LINEAR_NOTES, linear_table
+
+    _require_folder(json_file)
+    out_features, in_features = _size(size)
+    with console(stderr=True).status("starting") as status:
+        report = measure_linear(
+            out_features=out_features,
+            in_features=in_features,
+            rows=_numbers(rows),
+            formats=[as_packed_format(name.strip()) for name in formats.split(",")],
+            repeats=repeats,
+            threads=threads,
+            progress=status.update,
+        )
+    _print(linear_table(report), LINEAR_NOTES, report.environment)
+    _save(report, json_file)
+
+
+@bench_app.command("make-model")
+def make_model(
+    shape: Annotated[str, typer.Argument(help="v2-lite, v2-lite-4, v2-lite-8e or youtu-llm-2b.")],
+    folder: Annotated[Path, typer.Argument(help="Where the checkpoint goes.")],
+    seed: Annotated[int, typer.Option(help="Of the weights.")] = 0,
+) -> None:
+    """Write a checkpoint of a published shape with random bf16 weights, to measure speed and memory with.
+
+    v2-lite and youtu-llm-2b are DeepSeek-V2-Lite (15.7 B parameters, 31 GB) and Youtu-LLM-2B; v2-lite-4 has the first 4
+    layers and a vocabulary of 32,768 (1.97 B), v2-lite-8e all 27 layers with 8 of the 64 experts (3.11 B).
+
+    Example: latentkv bench make-model v2-lite-4 models/v2-lite-4
+    """
+    from latentkv.bench.synthetic import synthetic_config, write_synthetic
+
+    with console(stderr=True).status(f"writing {folder}"):
+        parameters = write_synthetic(synthetic_config(shape), folder, seed=seed)
+    console().print(f"{parameters:,} parameters in {folder}")
+
+
 @bench_app.command()
 def ceilings(
-    repeats: Annotated[int, typer.Option(help="Timed rounds; medians are reported.")] = 9,
+    repeats: Repeats = 9,
     threads: Threads = None,
     json_file: JsonFile = None,
 ) -> None:
@@ -102,7 +196,7 @@ def model(
         str | None, typer.Option(help="Prompt tokens, with commas between.", show_default="128,512,2k that fit")
     ] = None,
     new_tokens: Annotated[int, typer.Option(help="Tokens to generate after each prompt.")] = 32,
-    repeats: Annotated[int, typer.Option(help="Timed rounds; medians are reported.")] = 5,
+    repeats: Repeats = 5,
     dtype: Annotated[
         str | None, typer.Option(help="Of the weights: bf16, fp16 or fp32.", show_default="the checkpoint's")
     ] = None,
@@ -118,14 +212,13 @@ def model(
     from latentkv.bench.report import describe, model_memory, model_table
     from latentkv.llm import LLM
     from latentkv.plan import as_kv_format
-    from latentkv.plan.sizes import parse_tokens
 
     _require_folder(json_file)
     with console(stderr=True).status("loading the model") as status:
         report = measure_model(
             LLM(model, dtype=dtype, kv_dtype="auto" if kv_dtype == "auto" else as_kv_format(kv_dtype)),
             name=model or "the embedded model",
-            depths=None if depths is None else [parse_tokens(depth) for depth in depths.split(",")],
+            depths=None if depths is None else _numbers(depths),
             new_tokens=new_tokens,
             repeats=repeats,
             threads=threads,
@@ -136,6 +229,30 @@ def model(
     screen.print(model_memory(report))
     screen.print(describe(report.environment), style="dim")
     _save(report, json_file)
+
+
+def _numbers(text: str) -> list[int]:
+    from latentkv.plan.sizes import parse_tokens
+
+    return [parse_tokens(part) for part in text.split(",")]
+
+
+def _size(text: str) -> tuple[int, int]:
+    from latentkv.errors import RequestError
+
+    parts = text.lower().split("x")
+    if len(parts) != 2 or not all(part.strip().isdecimal() for part in parts):
+        raise RequestError(f"A matrix is given as outputs x inputs, such as 8192x2048, not {text!r}.")
+    return int(parts[0]), int(parts[1])
+
+
+def _print(table: Table, notes: str, environment: Environment) -> None:
+    from latentkv.bench.report import describe
+
+    screen = console()
+    screen.print(table)
+    screen.print(notes, style="dim")
+    screen.print(describe(environment), style="dim")
 
 
 def _shape(name: str, heads: int | None) -> AttentionShape:

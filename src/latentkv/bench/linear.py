@@ -1,0 +1,243 @@
+"""Products with packed weights, from one row (decoding one sequence) to thousands (reading a prompt), beside torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import cycle, islice
+from typing import get_args
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from latentkv import ops
+from latentkv.bench.ceilings import CeilingProbe
+from latentkv.bench.environment import Environment, describe_environment
+from latentkv.bench.timing import Contender, time_interleaved, torch_threads
+from latentkv.errors import OpError, RequestError
+from latentkv.ops import QuantizedWeight
+from latentkv.ops.packed import PackedFormat, PackedWeight, pack_weight
+
+TORCH = "torch, bf16"
+ROWS = (1, 2, 4, 8, 16, 48, 64, 256, 512, 2048)
+ROTATED_BYTES = 256 << 20
+"""Bytes of the matrices that are used in turn: several times the last-level cache, so that they come from memory."""
+
+TOLERANCE = 0.02
+"""Largest error, over the largest output, that bf16 activations and sums explain."""
+
+_GROUPS: Mapping[PackedFormat, int] = {"int4": 128}
+_CHECKED_OUTPUTS = 64
+
+
+@dataclass(frozen=True)
+class LinearRow:
+    """What one contender did with one number of rows.
+
+    Attributes:
+        contender: "linear, FORMAT", or torch.
+        rows: M, of x.
+        us: median microseconds of a product.
+        spread: interquartile range over the median.
+        weight_bytes: of one matrix as it is stored.
+        gbps: weight_bytes over the time, GB/s.
+        read_ceiling: GB/s of reading memory, measured in turn with this.
+        of_read_ceiling: gbps over it; what limits few rows.
+        gflops: 2 M O D over the time, GFLOP/s.
+        bf16_ceiling: GFLOP/s of a bf16 matrix product, measured in turn with this.
+        of_bf16_ceiling: gflops over it; what limits many rows.
+        max_error: largest difference from a float64 product, over its largest element.
+        times_faster_than_torch: torch's median over this one.
+    """
+
+    contender: str
+    rows: int
+    us: float
+    spread: float
+    weight_bytes: int
+    gbps: float
+    read_ceiling: float
+    of_read_ceiling: float
+    gflops: float
+    bf16_ceiling: float
+    of_bf16_ceiling: float
+    max_error: float
+    times_faster_than_torch: float
+
+
+@dataclass(frozen=True)
+class LinearReport:
+    """The whole table, with what is needed to repeat it."""
+
+    environment: Environment
+    out_features: int
+    in_features: int
+    repeats: int
+    rows: tuple[LinearRow, ...]
+
+
+@dataclass(frozen=True)
+class LinearEntry:
+    """One contender.
+
+    Attributes:
+        multiply: x [M, D] and the number of a matrix -> [M, O].
+        count: matrices of one shape, used in turn.
+        weight_bytes: of one of them.
+        exact: the first outputs' weights [few, D] of matrix 0, as they are stored, in float64.
+    """
+
+    multiply: Callable[[Tensor, int], Tensor]
+    count: int
+    weight_bytes: int
+    exact: Tensor
+
+
+def as_packed_format(name: str) -> PackedFormat:
+    """The packed format of that name.
+
+    Raises:
+        RequestError: there is none.
+    """
+    for known in get_args(PackedFormat):
+        if known == name:
+            return known
+    raise RequestError(f"{name!r} is no format of packed weights; choose from {', '.join(get_args(PackedFormat))}.")
+
+
+def measure_linear(
+    *,
+    out_features: int = 8192,
+    in_features: int = 2048,
+    rows: Sequence[int] = ROWS,
+    formats: Sequence[PackedFormat] = get_args(PackedFormat),
+    repeats: int = 15,
+    threads: int | None = None,
+    probe: CeilingProbe | None = None,
+    progress: Callable[[str], None] = lambda message: None,
+) -> LinearReport:
+    """Time `x W^T` for bf16 x [M, D] and W [O, D] that comes from memory; every product is checked first.
+
+    Args:
+        out_features: O.
+        in_features: D.
+        rows: numbers of rows M.
+        formats: how weights are packed: bf16, int8 (a scale a row), int4 (a scale for 128 weights).
+        repeats: timed rounds.
+        threads: torch threads (None: torch's own number).
+        probe: of the ceilings, which are measured in turn with the contenders; None: of the usual size.
+        progress: told what is being done.
+
+    Raises:
+        RequestError: nothing to measure.
+        OpError: a product is wrong, so that its time would mean nothing.
+    """
+    if not rows or min(*rows, out_features, in_features) < 1:
+        raise RequestError(
+            f"Nothing to measure: rows {list(rows)}, a matrix of {out_features} x {in_features}; use numbers from 1."
+        )
+    with torch_threads(threads) as used, torch.inference_mode():
+        environment = describe_environment(used)
+        probe = probe or CeilingProbe()
+        progress("packing weights")
+        entries = _entries(out_features, in_features, formats)
+        measured: list[LinearRow] = []
+        for m in rows:
+            progress(f"{m} rows")
+            measured += _measure(entries, m, repeats, probe)
+    return LinearReport(environment, out_features, in_features, repeats, tuple(measured))
+
+
+def _measure(entries: Mapping[str, LinearEntry], rows: int, repeats: int, probe: CeilingProbe) -> list[LinearRow]:
+    in_features = next(iter(entries.values())).exact.shape[1]
+    x = torch.randn(rows, in_features, generator=torch.Generator().manual_seed(rows)).bfloat16()
+    errors = {name: _checked_error(name, entry, x) for name, entry in entries.items()}
+    products = max(1, 128 // max(rows, 16))  # in a timed step: a single one would be too short for the clock
+    contenders = {name: Contender(_step(entry, x, products)) for name, entry in entries.items()}
+    timings = time_interleaved(contenders | probe.contenders, repeats=repeats)
+    bf16_ceiling, read_ceiling = probe.rates(timings)
+    measured: list[LinearRow] = []
+    for name, entry in entries.items():
+        seconds = timings[name].median / products
+        out_features = entry.multiply(x[:1], 0).shape[1]
+        gbps, gflops = entry.weight_bytes / seconds / 1e9, 2 * rows * out_features * in_features / seconds / 1e9
+        measured.append(
+            LinearRow(
+                name,
+                rows=rows,
+                us=seconds * 1e6,
+                spread=timings[name].spread,
+                weight_bytes=entry.weight_bytes,
+                gbps=gbps,
+                read_ceiling=read_ceiling,
+                of_read_ceiling=gbps / read_ceiling,
+                gflops=gflops,
+                bf16_ceiling=bf16_ceiling,
+                of_bf16_ceiling=gflops / bf16_ceiling,
+                max_error=errors[name],
+                times_faster_than_torch=timings[TORCH].median / products / seconds,
+            )
+        )
+    return measured
+
+
+def _step(entry: LinearEntry, x: Tensor, products: int) -> Callable[[], None]:
+    matrices = cycle(range(entry.count))
+
+    def step() -> None:
+        for index in islice(matrices, products):
+            entry.multiply(x, index)
+
+    return step
+
+
+def _entries(out_features: int, in_features: int, formats: Sequence[PackedFormat]) -> dict[str, LinearEntry]:
+    count = -(-ROTATED_BYTES // (2 * out_features * in_features))
+    plain = torch.empty(count, out_features, in_features, dtype=torch.bfloat16)
+    plain.normal_(0, in_features**-0.5, generator=torch.Generator().manual_seed(0))
+    entries = {
+        TORCH: LinearEntry(
+            lambda x, index: functional.linear(x, plain[index]),
+            count,
+            plain[0].nbytes,
+            plain[0, :_CHECKED_OUTPUTS].double(),
+        )
+    }
+    for name in formats:
+        weight, exact = (plain, plain[0]) if name == "bf16" else _quantized(plain[0], name)
+        entries[f"linear, {name}"] = _packed_entry(pack_weight(weight), exact[:_CHECKED_OUTPUTS].double())
+    return entries
+
+
+def _packed_entry(packed: PackedWeight, exact: Tensor) -> LinearEntry:
+    matrices = [packed.matrix(index) for index in range(packed.count)]
+    return LinearEntry(
+        lambda x, index: ops.linear(x, matrices[index]), packed.count, packed.nbytes // packed.count, exact
+    )
+
+
+def _quantized(weight: Tensor, fmt: PackedFormat) -> tuple[QuantizedWeight, Tensor]:
+    """Enough equal copies of a quantised weight, and the weight that they stand for."""
+    quantized = ops.quantize_weight(weight, "int8" if fmt == "int8" else "int4", _GROUPS.get(fmt))
+    copies = -(-ROTATED_BYTES // quantized.nbytes)
+    stacked = QuantizedWeight(
+        quantized.codes.expand(copies, *weight.shape),
+        quantized.scales.expand(copies, *quantized.scales.shape),
+        quantized.bits,
+        quantized.group,
+    )
+    return stacked, quantized.dequantize()
+
+
+def _checked_error(name: str, entry: LinearEntry, x: Tensor) -> float:
+    """Largest difference of the first outputs from a float64 product, over its largest element."""
+    expected = x.double() @ entry.exact.T
+    out = entry.multiply(x, 0)
+    error = float((out[:, : expected.shape[1]].double() - expected).abs().max() / expected.abs().max())
+    if not error <= TOLERANCE:  # written so that NaN fails too
+        raise OpError(
+            f"{name} differs from the float64 product by {error:.2%} of its largest element, more than "
+            f"{TOLERANCE:.0%}: its time would mean nothing."
+        )
+    return error

@@ -1,0 +1,76 @@
+from dataclasses import replace
+
+import pytest
+
+from latentkv.bench import linear as module
+from latentkv.bench.ceilings import CeilingProbe
+from latentkv.bench.linear import TORCH, LinearReport, as_packed_format, measure_linear
+from latentkv.bench.op_report import linear_table
+from latentkv.errors import OpError, RequestError
+
+PROBE = CeilingProbe(gemm_size=16, buffer_mib=1)
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "ROTATED_BYTES", 100_000)
+
+
+@pytest.fixture
+def report() -> LinearReport:
+    return measure_linear(out_features=96, in_features=256, rows=[1, 20], repeats=2, probe=PROBE)
+
+
+def test_every_number_of_rows_has_each_format_and_torch(report: LinearReport):
+    names = [TORCH, "linear, bf16", "linear, int8", "linear, int4"]
+    assert [(row.rows, row.contender) for row in report.rows] == [(m, n) for m in (1, 20) for n in names]
+    assert linear_table(report).row_count == 8
+
+
+def test_rates_count_the_stored_bytes_and_the_arithmetic(report: LinearReport):
+    stored = {row.contender: row.weight_bytes for row in report.rows}
+    # 24,576 weights; int8 has a bf16 scale a row, int4 one for 128 weights.
+    assert stored == {
+        TORCH: 49152,
+        "linear, bf16": 49152,
+        "linear, int8": 24576 + 2 * 96,
+        "linear, int4": 12288 + 2 * 2 * 96,
+    }
+    row = report.rows[-1]
+    assert row.gbps == pytest.approx(row.weight_bytes / row.us / 1e3)
+    assert row.gflops == pytest.approx(2 * 20 * 96 * 256 / row.us / 1e3)
+    assert row.of_read_ceiling == pytest.approx(row.gbps / row.read_ceiling)
+    assert row.of_bf16_ceiling == pytest.approx(row.gflops / row.bf16_ceiling)
+
+
+def test_matrices_are_used_in_turn_and_do_not_fit_in_the_cache():
+    used: list[int] = []
+    entry = module._entries(96, 256, ["int4"])["linear, int4"]
+    assert entry.count * entry.weight_bytes >= 100_000
+    counted = replace(entry, multiply=lambda x, index: used.append(index))
+    step = module._step(counted, None, products=2)
+    for _ in range(entry.count):
+        step()
+    assert used == [i % entry.count for i in range(2 * entry.count)]
+
+
+def test_a_wrong_product_is_never_timed(monkeypatch: pytest.MonkeyPatch):
+    right = module._packed_entry
+
+    def off(packed: object, exact: object) -> module.LinearEntry:
+        return replace(right(packed, exact), exact=exact * 1.1)
+
+    monkeypatch.setattr(module, "_packed_entry", off)
+    with pytest.raises(OpError, match="linear, bf16"):
+        measure_linear(out_features=64, in_features=64, rows=[1], repeats=1, probe=PROBE)
+
+
+@pytest.mark.parametrize("asked", [{"rows": []}, {"rows": [0]}, {"out_features": 0}])
+def test_what_cannot_be_multiplied_is_refused(asked: dict[str, object]):
+    with pytest.raises(RequestError):
+        measure_linear(**{"repeats": 1, "probe": PROBE, **asked})
+
+
+def test_an_unknown_format_is_refused():
+    with pytest.raises(RequestError, match="int4"):
+        as_packed_format("int3")
