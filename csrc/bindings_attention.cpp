@@ -76,6 +76,25 @@ void bind_attention(nb::module_& m) {
       },
       nb::call_guard<nb::gil_scoped_release>(),
       "Attention over paged rows: absorbed MLA (value_offset 0: values begin their keys' rows) or grouped-query.");
+  m.def(
+      "attend_new_tokens",
+      [](Isa isa, Address q, int q_dtype, std::int64_t q_row, std::int64_t q_head, Address out, int out_dtype,
+         std::int64_t out_row, std::int64_t out_head, Address lse, int rows, int heads, Address keys, Address values,
+         int kv_dtype, std::int64_t key_row_bytes, std::int64_t key_head_bytes, std::int64_t value_row_bytes,
+         std::int64_t value_head_bytes, int key_width, int value_width, int sequences, Address q_start,
+         Address kv_start, bool causal, float scale) {
+        Attention a = start_call({q, q_dtype, q_row, q_head, out, out_dtype, out_row, out_head, lse}, heads, kv_dtype,
+                                 scale);
+        a.keys = {at<char>(keys), key_row_bytes, key_head_bytes, key_width};
+        a.values = {at<char>(values), value_row_bytes, value_head_bytes, value_width};
+        a.gather = true;  // up to 128 query vectors read each tile
+        plan().of_new_tokens({sequences, rows, heads, heads, at<std::int32_t>(q_start), nullptr, nullptr},
+                             at<std::int32_t>(kv_start), causal);
+        plan().fill(a);
+        attention(isa).attend(a);
+      },
+      nb::call_guard<nb::gil_scoped_release>(),
+      "Attention over keys and values of each head that lie in rows; causal rows end with the last key.");
 }
 
 }  // namespace latentkv

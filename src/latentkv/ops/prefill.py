@@ -8,6 +8,7 @@ from torch import Tensor
 
 from latentkv.ops.backends import prefill_backend
 from latentkv.ops.checks import require, require_shape
+from latentkv.ops.native import attention as native
 from latentkv.ops.online_softmax import attend, compute_dtype
 from latentkv.ops.states import merge_states
 
@@ -28,8 +29,9 @@ def mla_prefill(
 ) -> tuple[Tensor, Tensor]:
     """Ordinary attention of B ragged sequences, with the log-sum-exp that merging needs.
 
-    Computed in float32 (float64 for float64 q). Scores are never held for a whole sequence, nor float32 copies of all
-    heads of a long one. Differentiable in out where all keys are new; lse carries no gradient.
+    Computed in float32 (float64 for float64 q), with products of bf16 where the CPU multiplies bf16. Scores are never
+    held for a whole sequence, nor float32 copies of all heads of a long one. Differentiable in out where all keys are
+    new; lse carries no gradient.
 
     Args:
         q: [T, H, Dq]; sequence b owns rows q_start[b] : q_start[b + 1].
@@ -52,12 +54,17 @@ def mla_prefill(
     require_shape("v", v, (k.shape[0], q.shape[1], None))
     q_bounds, kv_bounds = _bounds("q_start", q_start, q.shape[0]), _bounds("kv_start", kv_start, k.shape[0])
     require(len(q_bounds) == len(kv_bounds), "q_start and kv_start must name the same number of sequences")
+    out = torch.empty(q.shape[0], q.shape[1], v.shape[2], dtype=out_dtype or q.dtype, device=q.device)
+    isa = native.isa_for(q, k, v, out) if k.dtype == v.dtype else None
+    if prefill_backend(q.device, q.dtype) == "native" and isa is not None:
+        lse = torch.empty(q.shape[:2], dtype=torch.float32)
+        native.attend_new_tokens(isa, q, k, v, q_start, kv_start, out, lse, scale=scale, causal=causal)
+        return out, lse
     parts = [
         _one_sequence(q[a:b], k[c:d], v[c:d], scale, causal)
         for a, b, c, d in zip(q_bounds, q_bounds[1:], kv_bounds, kv_bounds[1:], strict=False)
     ]
-    out = torch.cat([part[0].to(out_dtype or q.dtype) for part in parts])
-    return out, torch.cat([part[1] for part in parts])
+    return torch.cat([part[0].to(out.dtype) for part in parts]), torch.cat([part[1] for part in parts])
 
 
 def _one_sequence(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
@@ -74,7 +81,7 @@ def _one_sequence(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, *, causal: bool) -> tuple[Tensor, Tensor]:
     """Attend: q [T, H, Dq], k [S, H, Dq], v [S, H, Dv] -> out [T, H, Dv], lse [T, H]; causal needs T = S."""
-    if prefill_backend(q.device, q.dtype) == "flash" and q.shape[0] and k.shape[0]:
+    if prefill_backend(q.device, q.dtype) != "blocks" and q.shape[0] and k.shape[0]:
         return _flash_cpu(q, k, v, scale, causal)
     stop = torch.full((q.shape[0],), k.shape[0], device=q.device)
     if causal:

@@ -8,23 +8,13 @@ import torch
 from torch import Tensor
 
 from latentkv.errors import OpError
-from latentkv.ops.native.core import DTYPE_CODES, extension, native_isa
+from latentkv.ops.native import eligible
+from latentkv.ops.native.core import DTYPE_CODES, extension
 
 
-def isa_for(q: Tensor, kv: Tensor, out: Tensor) -> Any | None:
+def isa_for(*tensors: Tensor) -> Any | None:
     """The instruction set that computes attention of these tensors; None where torch has to."""
-    isa = native_isa()
-    fits = (
-        isa is not None
-        and q.is_cpu
-        and q.dtype in DTYPE_CODES
-        and kv.dtype in DTYPE_CODES
-        and out.dtype in DTYPE_CODES
-        and q.stride(2) == 1
-        and out.stride(2) == 1
-        and not (torch.is_grad_enabled() and (q.requires_grad or kv.requires_grad))
-    )
-    return isa if fits else None
+    return eligible.isa_for(*tensors) if all(t.stride(-1) == 1 for t in tensors) else None
 
 
 def attend_pages(
@@ -96,6 +86,52 @@ def attend_pages(
         )
     except ValueError as error:
         raise OpError(str(error)) from None
+
+
+def attend_new_tokens(
+    isa: Any,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_start: Tensor,
+    kv_start: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *,
+    scale: float,
+    causal: bool,
+) -> None:
+    """Fill out [T, H, Dv] and lse [T, H] from q [T, H, Dq], k [S, H, Dq] and v [S, H, Dv], any strides."""
+    size = k.element_size()
+    q_start, kv_start = _int32(q_start), _int32(kv_start)
+    extension.attend_new_tokens(
+        isa,
+        q.data_ptr(),
+        DTYPE_CODES[q.dtype],
+        q.stride(0),
+        q.stride(1),
+        out.data_ptr(),
+        DTYPE_CODES[out.dtype],
+        out.stride(0),
+        out.stride(1),
+        lse.data_ptr(),
+        q.shape[0],
+        q.shape[1],
+        k.data_ptr(),
+        v.data_ptr(),
+        DTYPE_CODES[k.dtype],
+        k.stride(0) * size,
+        k.stride(1) * size,
+        v.stride(0) * size,
+        v.stride(1) * size,
+        q.shape[2],
+        v.shape[2],
+        q_start.shape[0] - 1,
+        q_start.data_ptr(),
+        kv_start.data_ptr(),
+        causal,
+        scale,
+    )
 
 
 def _int32(numbers: Tensor) -> Tensor:
