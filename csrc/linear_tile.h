@@ -40,12 +40,43 @@ struct Bf16Words {
     return i == 0 ? words << 16 : words & 0xffff0000;
   }
 };
+#if defined(__AVX512BF16__)
+// The halves of bf16 1..128, by the low 7 bits.
+struct Bf16Integers {
+  alignas(64) std::uint8_t low[128], high[128];
+  constexpr Bf16Integers() : low(), high() {
+    for (int size = 1; size <= 128; size++) {
+      int exponent = 0;
+      while (size >> (exponent + 1)) exponent++;
+      const int bits = (127 + exponent) << 7 | ((size << 7 >> exponent) & 127);
+      low[size % 128] = (std::uint8_t)bits;
+      high[size % 128] = (std::uint8_t)(bits >> 8);
+    }
+  }
+};
+constexpr Bf16Integers bf16_integers{};
+#endif
+
 struct Int8Words {
   static constexpr int units = 4 / UNIT;
-  LATENTKV_INLINE vu code(vu words, int k) { return (vu)__builtin_convertvector((vi)(words << (24 - 8 * k)) >> 24, vf); }
+#if defined(__AVX512BF16__)
+  // The halves of bf16 |code| are looked up by byte: entry 0 is 128, which no positive code has, and codes of zero are
+  // masked. Bytes 0 and 2 of a word are its first pair, bytes 1 and 3 its second.
   LATENTKV_INLINE vu unit(vu words, int i) {
-    return UNIT == 2 ? code(words, 2 * i + 1) | code(words, 2 * i) >> 16 : code(words, i);
+    const __m512i codes = (__m512i)words, size = _mm512_abs_epi8(codes), low_bytes = _mm512_set1_epi16(0xff);
+    const __m512i low = _mm512_permutex2var_epi8(_mm512_load_si512(bf16_integers.low), size, _mm512_load_si512(bf16_integers.low + 64));
+    __m512i high = _mm512_maskz_permutex2var_epi8(_mm512_test_epi8_mask(codes, codes), _mm512_load_si512(bf16_integers.high), size,
+                                                  _mm512_load_si512(bf16_integers.high + 64));
+    high = _mm512_ternarylogic_epi32(high, codes, _mm512_set1_epi8((char)0x80), 0xf8);  // high | (codes & 0x80)
+    if (i == 0) return (vu)_mm512_ternarylogic_epi32(low_bytes, low, _mm512_slli_epi16(high, 8), 0xca);
+    return (vu)_mm512_ternarylogic_epi32(low_bytes, _mm512_srli_epi16(low, 8), high, 0xca);
   }
+#else
+  LATENTKV_INLINE vu unit(vu words, int i) {
+    constexpr int left[4] = {24, 8, 16, 0};  // weights 0, 2, 1, 3 are bytes 0, 1, 2, 3
+    return (vu)__builtin_convertvector((vi)(words << left[i]) >> 24, vf);
+  }
+#endif
 };
 struct Int4Words {
   static constexpr int units = 8 / UNIT;
@@ -66,16 +97,15 @@ struct Int4Words {
 #endif
 };
 
-// 32 outputs' weights, their words beside each other, and the scales of each group (null: there are none and one group).
+// 32 outputs' weights, their words beside each other in groups with one scale for each output (null: all are 1).
 struct Panel {
   const Word* words;
   const bf16* scales;
   std::int64_t groups, group_words;
   std::int64_t words_stride, scales_stride;  // from group to group
+  const char* ahead;                         // what is fetched meanwhile:
+  std::int64_t ahead_stride, ahead_step;     // bytes from group to group, and from word to word; two lines each time
 };
-
-// Bytes ahead of the words in use that are fetched: memory's latency times a core's bandwidth, and some.
-constexpr int PREFETCH_AHEAD = 4096;
 
 // sums [R][32] += x [groups * group_words * units][R] times the panel.
 template <class Decoder, int R>
@@ -85,14 +115,14 @@ void multiply_tile(const Panel& panel, const Unit* x, float* sums) {
     const Unit* units = x;
     for (std::int64_t g = 0; g < panel.groups; g++) {
       const Word* words = panel.words + g * panel.words_stride + first;
+      const char* ahead = panel.ahead + g * panel.ahead_stride;
       vf acc[R][V] = {};
-      for (std::int64_t i = 0; i < panel.group_words; i++, words += BLOCK_OUTS) {
+      for (std::int64_t i = 0; i < panel.group_words; i++, words += BLOCK_OUTS, ahead += panel.ahead_step) {
+        __builtin_prefetch(ahead);
+        __builtin_prefetch(ahead + 64);
         vu w[V];
 #pragma GCC unroll 2
-        for (int v = 0; v < V; v++) {
-          w[v] = load_as<vu>(words + v * W);
-          __builtin_prefetch((const char*)(words + v * W) + PREFETCH_AHEAD);
-        }
+        for (int v = 0; v < V; v++) w[v] = load_as<vu>(words + v * W);
 #pragma GCC unroll 8
         for (int u = 0; u < Decoder::units; u++, units += R) {
           vu decoded[V];
@@ -127,18 +157,23 @@ struct Tiles<Decoder, 0, R...> {
   static constexpr Tile for_rows[] = {multiply_tile<Decoder, R>...};
 };
 
-// The panel's words as units, one after the other.
+// One group's words as units, [group_words * units][32].
 template <class Decoder>
-void decode_panel(const Panel& panel, Word* out) {
-  for (std::int64_t g = 0; g < panel.groups; g++) {
-    const Word* words = panel.words + g * panel.words_stride;
-    for (std::int64_t i = 0; i < panel.group_words; i++, words += BLOCK_OUTS)
+void decode_group(const Panel& panel, std::int64_t g, Word* out) {
+  const Word* words = panel.words + g * panel.words_stride;
+  const char* ahead = panel.ahead + g * panel.ahead_stride;
+  for (std::int64_t i = 0; i < panel.group_words; i++, words += BLOCK_OUTS, ahead += panel.ahead_step) {
+    __builtin_prefetch(ahead);
+    __builtin_prefetch(ahead + 64);
+    for (int o = 0; o < BLOCK_OUTS; o += W) {
+      const vu w = load_as<vu>(words + o);
 #pragma GCC unroll 8
-      for (int u = 0; u < Decoder::units; u++, out += BLOCK_OUTS)
-        for (int o = 0; o < BLOCK_OUTS; o += W) {
-          const vu decoded = Decoder::unit(load_as<vu>(words + o), u);
-          std::memcpy(out + o, &decoded, sizeof decoded);
-        }
+      for (int u = 0; u < Decoder::units; u++) {
+        const vu decoded = Decoder::unit(w, u);
+        std::memcpy(out + u * BLOCK_OUTS + o, &decoded, sizeof decoded);
+      }
+    }
+    out += Decoder::units * BLOCK_OUTS;
   }
 }
 

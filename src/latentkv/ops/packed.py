@@ -5,11 +5,12 @@ In a block, 32-bit words follow each other: word 0 of its 32 outputs, word 1 of 
 consecutive weights of one output:
 
 - bf16: 2 weights, the first in the low half.
-- int8: 4 codes, the first in the low byte.
-- int4: 8 codes, each plus 8; bits 4 i of the low half hold weight 2 i, those of the high half weight 2 i + 1.
+- int8: 4 codes, in the order 0, 2, 1, 3 from the low byte.
+- int4: 8 codes, each plus 8; from bit 4 i, the low half holds code 2 i and the high half code 2 i + 1.
 
 Quantised weights have their block's 32 scales (bf16) before the words of each group. The inner axis is padded with zero
-weights to whole groups and words.
+weights to whole groups and words; where a whole row shares a scale, to equal parts of at most 128 weights, because such
+parts are summed one after the other.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ BLOCK_OUTS = 32
 _WORD_WEIGHTS: dict[PackedFormat, int] = {"bf16": 2, "int8": 4, "int4": 8}
 _HUGE_PAGE = 2 << 20
 _CHUNK = 1 << 19
+_PART = 128
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,6 +133,9 @@ def _layout(format_: PackedFormat, count: int, out_features: int, in_features: i
     group = group or in_features
     group_words = -(-group // _WORD_WEIGHTS[format_])
     blocks, groups = -(-out_features // BLOCK_OUTS), -(-in_features // group)
+    if groups == 1 and format_ != "bf16":
+        parts = -(-group_words * _WORD_WEIGHTS[format_] // _PART)
+        group_words = -(-group_words // parts) * parts
     return count, blocks, groups, _scale_words(format_) + group_words * BLOCK_OUTS
 
 
@@ -152,22 +157,22 @@ def _pack_matrix(values: Tensor, scales: Tensor | None, format_: PackedFormat, g
     chunks = zip(values.split(blocks_at_a_time * BLOCK_OUTS), target.split(blocks_at_a_time), strict=True)
     for rows, blocks in chunks:
         rows = functional.pad(rows, (0, groups * group - rows.shape[1], 0, len(blocks) * BLOCK_OUTS - len(rows)))
-        words = _words_of(rows.view(-1, groups, group), format_).view(len(blocks), BLOCK_OUTS, groups, -1)
-        blocks[..., scale_words:].view(len(blocks), groups, -1, BLOCK_OUTS).copy_(words.permute(0, 2, 3, 1))
+        stored = blocks[..., scale_words:].unflatten(2, (-1, BLOCK_OUTS))  # [blocks, groups, words, 32]
+        words = _words_of(rows.view(-1, groups, group), format_, stored.shape[2])
+        stored.copy_(words.view(len(blocks), BLOCK_OUTS, groups, -1).permute(0, 2, 3, 1))
     if scales is not None:
         scales = functional.pad(scales, (0, 0, 0, len(target) * BLOCK_OUTS - len(scales)))
         stored = target[..., :scale_words].view(torch.bfloat16)
         stored.copy_(scales.view(len(target), BLOCK_OUTS, groups).transpose(1, 2))
 
 
-def _words_of(weights: Tensor, format_: PackedFormat) -> Tensor:
-    """[..., group] weights or codes to [..., words of a group] int32."""
-    per_word = _WORD_WEIGHTS[format_]
-    weights = functional.pad(weights, (0, -weights.shape[-1] % per_word))
+def _words_of(weights: Tensor, format_: PackedFormat, count: int) -> Tensor:
+    """[..., group] weights or codes to [..., count] int32, padded with zeros."""
+    weights = functional.pad(weights, (0, count * _WORD_WEIGHTS[format_] - weights.shape[-1]))
     if format_ == "bf16":
         return weights.bfloat16().view(torch.int32)
     if format_ == "int8":
-        return weights.contiguous().view(torch.int32)
+        return weights.unflatten(-1, (-1, 4))[..., [0, 2, 1, 3]].view(torch.int32)[..., 0]
     eight = (weights + 8).view(torch.uint8).unflatten(-1, (-1, 8))
     low_half = eight[..., 0::4] | eight[..., 2::4] << 4
     high_half = eight[..., 1::4] | eight[..., 3::4] << 4
@@ -179,6 +184,6 @@ def _weights_of(words: Tensor, format_: PackedFormat) -> Tensor:
     if format_ == "bf16":
         return words.view(torch.bfloat16)
     if format_ == "int8":
-        return words.view(torch.int8)
+        return words.view(torch.int8).unflatten(-1, (-1, 4))[..., [0, 2, 1, 3]].flatten(-2)
     shifts = torch.tensor([16 * (k % 2) + 4 * (k // 2) for k in range(8)], dtype=torch.int32)
     return (((words[..., None] >> shifts) & 15) - 8).flatten(-2)
