@@ -72,83 +72,26 @@ void write_rows(const float* sums, int planes, RowBlock rows, std::int64_t out, 
   }
 }
 
-struct Kernel {
-  const Tile* fused;  // decode in registers
-  void (*decode)(const Panel&, std::int64_t, Word*);
-  int units;  // of a word
-};
-template <class Decoder>
-constexpr Kernel kernel_of = {Tiles<Decoder, MAX_ROWS>::for_rows, decode_group<Decoder>, Decoder::units};
-
-const Kernel& kernel_for(WeightFormat format) {
+const Tile* tiles_for(WeightFormat format) {
   switch (format) {
-    case WeightFormat::int8: return kernel_of<Int8Words>;
-    case WeightFormat::int4: return kernel_of<Int4Words>;
-    default: return kernel_of<Bf16Words>;
+    case WeightFormat::int8: return Tiles<Int8Words, MAX_ROWS>::for_rows;
+    case WeightFormat::int4: return Tiles<Int4Words, MAX_ROWS>::for_rows;
+    default: return Tiles<Bf16Words, MAX_ROWS>::for_rows;
   }
 }
 
-// A block of outputs; what is fetched meanwhile is AHEAD bytes further on.
-Panel panel_of(const Layout& layout, const Word* block) {
-  constexpr std::int64_t AHEAD = 4096;
+// A block of outputs, whose next one is fetched meanwhile: during each of `turns` passes an equal part of it.
+Panel panel_of(const Layout& layout, const Word* block, std::int64_t turns) {
   Panel panel = {};
   panel.words = block + layout.scale_words;
+  if (layout.scale_words) panel.scales = (const bf16*)block;
   panel.groups = layout.groups * layout.parts;
   panel.group_words = layout.group_words / layout.parts;
   panel.words_stride = layout.parts > 1 ? panel.group_words * BLOCK_OUTS : layout.group_stride();
   panel.scales_stride = layout.parts > 1 ? 0 : 2 * layout.group_stride();
-  if (layout.scale_words) panel.scales = (const bf16*)block;
-  panel.ahead = (const char*)panel.words + AHEAD;
-  panel.ahead_step = BLOCK_OUTS * sizeof(Word);
-  panel.ahead_stride = panel.words_stride * sizeof(Word);
+  panel.ahead_step = BLOCK_OUTS * sizeof(Word) / turns;
+  panel.ahead_stride = panel.words_stride * sizeof(Word) / turns;
   return panel;
-}
-
-struct Rows {  // packed
-  const Unit* units;
-  std::int64_t rows, blocks, row_units;
-  int planes;
-};
-
-// Each block of rows reads the weights of the block of outputs again, from the cache, while the next is fetched.
-void multiply_fused(const Kernel& kernel, Panel panel, std::int64_t bytes, const Rows& in, std::int64_t o, std::int64_t outs,
-                    const LinearOutput& out) {
-  if (in.blocks > 1) panel.ahead_step /= in.blocks;
-  for (std::int64_t b = 0; b < in.blocks; b++) {
-    const RowBlock rows = row_block(in.rows, in.blocks, b);
-    alignas(64) float sums[MAX_ROWS * BLOCK_OUTS] = {};
-    if (in.blocks > 1) panel.ahead = (const char*)panel.words + bytes + bytes * b / in.blocks;
-    kernel.fused[rows.count * in.planes - 1](panel, in.units + rows.first * in.planes * in.row_units, sums);
-    write_rows(sums, in.planes, rows, o, outs, out);
-  }
-}
-
-// Each group is decoded once, into the first-level cache, for all rows.
-void multiply_decoded(const Kernel& kernel, const Panel& panel, const Rows& in, std::int64_t o, std::int64_t outs,
-                      const LinearOutput& out) {
-  const std::int64_t group_units = panel.group_words * kernel.units, packed_rows = in.rows * in.planes;
-  Word* decoded = (Word*)thread_scratch(Scratch::weights, (group_units + packed_rows) * BLOCK_OUTS * sizeof(Word));
-  float* sums = (float*)(decoded + group_units * BLOCK_OUTS);
-  std::memset(sums, 0, packed_rows * BLOCK_OUTS * sizeof(float));
-  for (std::int64_t g = 0; g < panel.groups; g++) {
-    kernel.decode(panel, g, decoded);
-    Panel group = {decoded, panel.scales ? panel.scales + g * panel.scales_stride : nullptr, 1, group_units, 0, 0, (const char*)decoded, 0, 0};
-    for (std::int64_t b = 0; b < in.blocks; b++) {
-      const RowBlock rows = row_block(in.rows, in.blocks, b);
-      const std::int64_t first = rows.first * in.planes, count = rows.count * in.planes;
-      const Unit* x = in.units + first * in.row_units + g * group_units * count;
-      Tiles<UnitWords, MAX_ROWS>::for_rows[count - 1](group, x, sums + first * BLOCK_OUTS);
-    }
-  }
-  for (std::int64_t b = 0; b < in.blocks; b++) {
-    const RowBlock rows = row_block(in.rows, in.blocks, b);
-    write_rows(sums + rows.first * in.planes * BLOCK_OUTS, in.planes, rows, o, outs, out);
-  }
-}
-
-// Decoding once, to memory, pays when more than a few rows use it; bf16 is next to free to decode.
-bool decodes_first(WeightFormat format, std::int64_t packed_rows) {
-  return packed_rows > FUSED_ROWS && format != WeightFormat::bf16;
 }
 
 }  // namespace
@@ -191,17 +134,23 @@ void pack_input(const PackedWeight& w, const LinearInput& in, std::int64_t first
 
 void multiply(const PackedWeight& w, std::int64_t e, const void* packed, DType x, std::int64_t rows,
               std::int64_t first_block, std::int64_t end_block, const LinearOutput& out) {
+  constexpr std::int64_t AHEAD = 4096;  // bytes that come from memory in its latency, and some
   const Layout layout = layout_of(w);
-  const Kernel& kernel = kernel_for(w.format);
-  const Rows in = {(const Unit*)packed, rows, row_blocks(x, rows), units_of(layout), planes(x)};
-  const Word* matrix = (const Word*)w.data + e * layout.blocks * layout.block_stride();
-  const bool decode = decodes_first(w.format, rows * in.planes);
+  const Tile* tiles = tiles_for(w.format);
+  const int per_row = planes(x);
+  const std::int64_t blocks = row_blocks(x, rows), row_units = per_row * units_of(layout);
+  const std::int64_t block_words = layout.block_stride();
   for (std::int64_t o = first_block; o < end_block; o++) {
-    const Panel panel = panel_of(layout, matrix + o * layout.block_stride());
-    if (decode)
-      multiply_decoded(kernel, panel, in, o * BLOCK_OUTS, w.outs, out);
-    else
-      multiply_fused(kernel, panel, layout.block_stride() * sizeof(Word), in, o * BLOCK_OUTS, w.outs, out);
+    const Word* block = (const Word*)w.data + (e * layout.blocks + o) * block_words;
+    Panel panel = panel_of(layout, block, blocks);
+    for (std::int64_t b = 0; b < blocks; b++) {
+      const RowBlock block_rows = row_block(rows, blocks, b);
+      // One pass over the weights streams through them; several find them in the cache, while the next block comes.
+      panel.ahead = (const char*)panel.words + (blocks == 1 ? AHEAD : (block_words + block_words * b / blocks) * (std::int64_t)sizeof(Word));
+      alignas(64) float sums[MAX_ROWS * BLOCK_OUTS] = {};
+      tiles[block_rows.count * per_row - 1](panel, (const Unit*)packed + block_rows.first * row_units, sums);
+      write_rows(sums, per_row, block_rows, o * BLOCK_OUTS, w.outs, out);
+    }
   }
 }
 

@@ -16,7 +16,6 @@ using Word = std::uint32_t;
 using Unit = std::uint32_t;  // two bf16
 constexpr int UNIT = 2;
 constexpr int MAX_ROWS = 14;  // 2 x 14 sums, 2 vectors of weights and an activation in 32 registers
-constexpr int FUSED_ROWS = 8;
 LATENTKV_INLINE vf multiply_add(vf sum, vu weights, Unit x) {
   return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)weights, (__m512bh)_mm512_set1_epi32((int)x));
 }
@@ -24,61 +23,38 @@ LATENTKV_INLINE vf multiply_add(vf sum, vu weights, Unit x) {
 using Unit = float;
 constexpr int UNIT = 1;
 constexpr int MAX_ROWS = W == 16 ? 8 : 4;
-constexpr int FUSED_ROWS = MAX_ROWS;
 LATENTKV_INLINE vf multiply_add(vf sum, vu weights, Unit x) { return multiply_add((vf)weights, splat(x), sum); }
 #endif
 
-// How a vector of words becomes units: unit i of each word.
-struct UnitWords {
-  static constexpr int units = 1;
-  LATENTKV_INLINE vu unit(vu words, int) { return words; }
-};
+// How a vector of words becomes units: unit i of each word, 1 / scale times the weights or codes.
 struct Bf16Words {
+  static constexpr float scale = 1;
   static constexpr int units = 2 / UNIT;
   LATENTKV_INLINE vu unit(vu words, int i) {
     if (UNIT == 2) return words;
     return i == 0 ? words << 16 : words & 0xffff0000;
   }
 };
-#if defined(__AVX512BF16__)
-// The halves of bf16 1..128, by the low 7 bits.
-struct Bf16Integers {
-  alignas(64) std::uint8_t low[128], high[128];
-  constexpr Bf16Integers() : low(), high() {
-    for (int size = 1; size <= 128; size++) {
-      int exponent = 0;
-      while (size >> (exponent + 1)) exponent++;
-      const int bits = (127 + exponent) << 7 | ((size << 7 >> exponent) & 127);
-      low[size % 128] = (std::uint8_t)bits;
-      high[size % 128] = (std::uint8_t)(bits >> 8);
-    }
-  }
-};
-constexpr Bf16Integers bf16_integers{};
-#endif
-
 struct Int8Words {
   static constexpr int units = 4 / UNIT;
 #if defined(__AVX512BF16__)
-  // The halves of bf16 |code| are looked up by byte: entry 0 is 128, which no positive code has, and codes of zero are
-  // masked. Bytes 0 and 2 of a word are its first pair, bytes 1 and 3 its second.
-  LATENTKV_INLINE vu unit(vu words, int i) {
-    const __m512i codes = (__m512i)words, size = _mm512_abs_epi8(codes), low_bytes = _mm512_set1_epi16(0xff);
-    const __m512i low = _mm512_permutex2var_epi8(_mm512_load_si512(bf16_integers.low), size, _mm512_load_si512(bf16_integers.low + 64));
-    __m512i high = _mm512_maskz_permutex2var_epi8(_mm512_test_epi8_mask(codes, codes), _mm512_load_si512(bf16_integers.high), size,
-                                                  _mm512_load_si512(bf16_integers.high + 64));
-    high = _mm512_ternarylogic_epi32(high, codes, _mm512_set1_epi8((char)0x80), 0xf8);  // high | (codes & 0x80)
-    if (i == 0) return (vu)_mm512_ternarylogic_epi32(low_bytes, low, _mm512_slli_epi16(high, 8), 0xca);
-    return (vu)_mm512_ternarylogic_epi32(low_bytes, _mm512_srli_epi16(low, 8), high, 0xca);
+  static constexpr float scale = 0x1p-24f;
+  // Byte `k` moved to the top of its word, other bytes zero: 2^24 times the code, as an integer, needs no sign extension.
+  LATENTKV_INLINE vu code(vu words, int k) {
+    const vu top = (vu)_mm512_set4_epi32(0x0c808080, 0x08808080, 0x04808080, 0x00808080) + ((unsigned)k << 24);
+    const __m512i integer = k == 3 ? (__m512i)(words & 0xff000000) : _mm512_shuffle_epi8((__m512i)words, (__m512i)top);
+    return (vu)_mm512_cvtepi32_ps(integer);
   }
+  LATENTKV_INLINE vu unit(vu words, int i) { return code(words, 2 * i + 1) | code(words, 2 * i) >> 16; }
 #else
+  static constexpr float scale = 1;
   LATENTKV_INLINE vu unit(vu words, int i) {
-    constexpr int left[4] = {24, 8, 16, 0};  // weights 0, 2, 1, 3 are bytes 0, 1, 2, 3
-    return (vu)__builtin_convertvector((vi)(words << left[i]) >> 24, vf);
+    return (vu)__builtin_convertvector((vi)(words << (24 - 8 * i)) >> 24, vf);
   }
 #endif
 };
 struct Int4Words {
+  static constexpr float scale = 1;
   static constexpr int units = 8 / UNIT;
 #if defined(__AVX512BF16__)
   // Nibble i of both halves of a word is the pair 2i, 2i + 1; a table look-up by 5 bits takes no notice of the fifth.
@@ -136,7 +112,8 @@ void multiply_tile(const Panel& panel, const Unit* x, float* sums) {
       }
 #pragma GCC unroll 2
       for (int v = 0; v < V; v++) {
-        const vf scale = panel.scales ? load_bf16(panel.scales + g * panel.scales_stride + first + v * W) : splat(1);
+        const vf scale =
+            Decoder::scale * (panel.scales ? load_bf16(panel.scales + g * panel.scales_stride + first + v * W) : splat(1));
 #pragma GCC unroll 16
         for (int r = 0; r < R; r++) {
           float* sum = sums + r * BLOCK_OUTS + first + v * W;
@@ -156,25 +133,5 @@ template <class Decoder, int... R>
 struct Tiles<Decoder, 0, R...> {
   static constexpr Tile for_rows[] = {multiply_tile<Decoder, R>...};
 };
-
-// One group's words as units, [group_words * units][32].
-template <class Decoder>
-void decode_group(const Panel& panel, std::int64_t g, Word* out) {
-  const Word* words = panel.words + g * panel.words_stride;
-  const char* ahead = panel.ahead + g * panel.ahead_stride;
-  for (std::int64_t i = 0; i < panel.group_words; i++, words += BLOCK_OUTS, ahead += panel.ahead_step) {
-    __builtin_prefetch(ahead);
-    __builtin_prefetch(ahead + 64);
-    for (int o = 0; o < BLOCK_OUTS; o += W) {
-      const vu w = load_as<vu>(words + o);
-#pragma GCC unroll 8
-      for (int u = 0; u < Decoder::units; u++) {
-        const vu decoded = Decoder::unit(w, u);
-        std::memcpy(out + u * BLOCK_OUTS + o, &decoded, sizeof decoded);
-      }
-    }
-    out += Decoder::units * BLOCK_OUTS;
-  }
-}
 
 }  // namespace latentkv::LATENTKV_ISA

@@ -5,7 +5,7 @@ In a block, 32-bit words follow each other: word 0 of its 32 outputs, word 1 of 
 consecutive weights of one output:
 
 - bf16: 2 weights, the first in the low half.
-- int8: 4 codes, in the order 0, 2, 1, 3 from the low byte.
+- int8: 4 codes, the first in the low byte.
 - int4: 8 codes, each plus 8; from bit 4 i, the low half holds code 2 i and the high half code 2 i + 1.
 
 Quantised weights have their block's 32 scales (bf16) before the words of each group. The inner axis is padded with zero
@@ -172,7 +172,7 @@ def _words_of(weights: Tensor, format_: PackedFormat, count: int) -> Tensor:
     if format_ == "bf16":
         return weights.bfloat16().view(torch.int32)
     if format_ == "int8":
-        return weights.unflatten(-1, (-1, 4))[..., [0, 2, 1, 3]].view(torch.int32)[..., 0]
+        return weights.contiguous().view(torch.int32)
     eight = (weights + 8).view(torch.uint8).unflatten(-1, (-1, 8))
     low_half = eight[..., 0::4] | eight[..., 2::4] << 4
     high_half = eight[..., 1::4] | eight[..., 3::4] << 4
@@ -184,6 +184,6 @@ def _weights_of(words: Tensor, format_: PackedFormat) -> Tensor:
     if format_ == "bf16":
         return words.view(torch.bfloat16)
     if format_ == "int8":
-        return words.view(torch.int8).unflatten(-1, (-1, 4))[..., [0, 2, 1, 3]].flatten(-2)
+        return words.view(torch.int8)
     shifts = torch.tensor([16 * (k % 2) + 4 * (k // 2) for k in range(8)], dtype=torch.int32)
     return (((words[..., None] >> shifts) & 15) - 8).flatten(-2)
