@@ -44,6 +44,7 @@ class Machine:
     torch: str
     torch_isa: str
     threads: int
+    kernels: str
     memory: tuple[Memory, ...]
     disk_free: int
 
@@ -94,9 +95,24 @@ def _look_around() -> Machine:
         torch=environment.torch,
         torch_isa=torch.backends.cpu.get_cpu_capability(),
         threads=environment.threads,
+        kernels=_kernels(),
         memory=machine_memory(),
         disk_free=shutil.disk_usage(Path.cwd()).free,
     )
+
+
+def _kernels() -> str:
+    """Which of LatentKV's own kernels compute on this CPU, or why none do."""
+    import torch
+
+    from latentkv.ops.backends import why_not_native
+    from latentkv.ops.native.core import available_isas, current_isa
+
+    reason = why_not_native(torch.device("cpu"))
+    if reason is not None:
+        return f"none, torch computes everything: the native kernels {reason}"
+    others = ", ".join(isa for isa in available_isas()[1:] if isa != current_isa())
+    return f"native, {current_isa()} (also here: {others}; LATENTKV_ISA chooses)"
 
 
 def _isa_flags() -> tuple[str, ...]:
@@ -122,8 +138,9 @@ def _print_machine(machine: Machine) -> None:
         out.print("GPU      none found")
     out.print(f"Disk     {format_bytes(machine.disk_free)} free here")
     out.print(
-        f"torch    {machine.torch} on Python {machine.python}, {machine.threads} threads, uses {machine.torch_isa}\n"
+        f"torch    {machine.torch} on Python {machine.python}, {machine.threads} threads, uses {machine.torch_isa}"
     )
+    out.print(f"Kernels  {machine.kernels}\n")
 
 
 def _op_table(reports: list[OpReport]) -> Table:

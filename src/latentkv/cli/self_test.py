@@ -10,7 +10,7 @@ from torch import Tensor
 
 from latentkv import ops
 from latentkv.ops import reference
-from latentkv.ops.backends import describe_backends
+from latentkv.ops.backends import describe_backends, why_not_native
 
 Case = Callable[[torch.device, torch.dtype, torch.Generator], tuple[Tensor, Tensor]]
 TOLERANCE: Mapping[torch.dtype, float] = {torch.float32: 1e-5, torch.bfloat16: 2.01 / 128}
@@ -35,8 +35,9 @@ class OpReport:
 
 
 def self_test(device: torch.device) -> list[OpReport]:
-    """Run every op on `device` in float32 and bfloat16."""
-    return [_run(op, case, device, dtype) for op, case in _CASES.items() for dtype in TOLERANCE]
+    """Run every op on `device` in float32 and bfloat16, those on packed weights where the native kernels run."""
+    cases = {**_CASES, **(_PACKED_CASES if why_not_native(device) is None else {})}
+    return [_run(op, case, device, dtype) for op, case in cases.items() for dtype in TOLERANCE]
 
 
 def _run(op: str, case: Case, device: torch.device, dtype: torch.dtype) -> OpReport:
@@ -100,6 +101,32 @@ def _linear(device: torch.device, dtype: torch.dtype, generator: torch.Generator
     return ops.linear(x.to(device), weight.to(device)), x.double() @ weight.double().T
 
 
+def _packed_linear(fmt: ops.PackedFormat) -> Case:
+    """Against the numbers that the packed codes and scales stand for."""
+
+    def case(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        x, weight = _random((5, 96), dtype, generator), _random((40, 96), torch.bfloat16, generator)
+        stored = weight if fmt == "bf16" else ops.quantize_weight(weight, fmt, 32)
+        exact = stored.double() if isinstance(stored, Tensor) else stored.dequantize(torch.float64)
+        return ops.linear(x, ops.pack_weight(stored)), x.double() @ exact.T
+
+    return case
+
+
+def _packed_moe_experts(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    x, weights = _random((6, 32), dtype, generator), torch.rand(6, 2, generator=generator)
+    ids = torch.stack([torch.randperm(4, generator=generator)[:2] for _ in range(6)])
+    gate_up = _random((4, 48, 32), torch.bfloat16, generator) / 6
+    down = _random((4, 32, 24), torch.bfloat16, generator) / 5
+    got = ops.moe_experts(x, ids, weights, ops.pack_weight(gate_up), ops.pack_weight(down))
+    return got, reference.moe_experts(x, ids, weights, gate_up, down)
+
+
+def _headwise_linear(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    x, weight = _random((5, _HEADS, 32), dtype, generator), _random((_HEADS, 48, 32), torch.bfloat16, generator)
+    return ops.headwise_linear(x, ops.pack_weight(weight)), torch.einsum("thd,hod->tho", x.double(), weight.double())
+
+
 def _rms_norm(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     x, weight = _random((5, 96), dtype, generator), _random((96,), dtype, generator)
     return ops.rms_norm(x.to(device), weight.to(device), 1e-6), reference.rms_norm(x, weight, 1e-6)
@@ -127,6 +154,13 @@ def _stored_latents(kv_format: ops.KVFormat) -> Case:
     return case
 
 
+_PACKED_CASES: Mapping[str, Case] = {
+    "linear, packed bf16": _packed_linear("bf16"),
+    "linear, packed int8": _packed_linear("int8"),
+    "linear, packed int4": _packed_linear("int4"),
+    "moe_experts, packed": _packed_moe_experts,
+    "headwise_linear": _headwise_linear,
+}
 _CASES: Mapping[str, Case] = {
     "mla_attend": _mla_attend,
     "gqa_attend": _gqa_attend,

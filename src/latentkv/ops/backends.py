@@ -34,27 +34,43 @@ def why_not_native(device: torch.device) -> str | None:
 
 
 def describe_backends(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
-    """One line an op: what computes it on this device and why."""
-    blocks = f"torch, blocks of rows over chunks of keys in {'float64' if dtype == torch.float64 else 'float32'}"
-    attend = blocks if why_not_native(device) or dtype not in core.DTYPE_CODES else _native_attention(dtype)
-    prefill = {
-        "native": _native_attention(dtype),
-        "flash": "torch's flash attention for CPUs in float32, which returns the log-sum-exp",
-        "blocks": f"{blocks}: flash attention takes float32, bf16 and fp16 on a CPU",
-    }
+    """One line an op: what computes it on this device (`why_not_native` says why where that is torch)."""
+    if why_not_native(device) is not None or dtype not in core.DTYPE_CODES:
+        return _torch_backends(device, dtype)
+    isa = core.current_isa()
+    vnni = isa == "avx512bf16"
+    native = f"native, {isa}"
+    attention = f"{native}, {'bf16' if vnni and dtype == torch.bfloat16 else 'float32'} products"
+    integers = f"{native}, {'integer' if vnni else 'float32'} products"
     return {
-        "mla_attend": attend,
-        "gqa_attend": attend,
-        "mla_prefill": prefill[prefill_backend(device, dtype)],
-        "moe_experts": "torch, one matrix product per expert in use",
+        "mla_attend": attention,
+        "gqa_attend": attention,
+        "mla_prefill": attention,
+        "linear": "torch: the weight is not packed",
+        "moe_experts": "torch, one matrix product per expert in use: the weights are not packed",
+        "linear, packed bf16": native,
+        "linear, packed int8": integers,
+        "linear, packed int4": integers,
+        "moe_experts, packed": native,
+        "headwise_linear": native,
+        "rms_norm": native,
+        "apply_rope": native,
+        "norm_rope_write": native,
+        "merge_states": "torch",
+    }
+
+
+def _torch_backends(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
+    blocks = f"torch, blocks of rows over chunks of keys in {'float64' if dtype == torch.float64 else 'float32'}"
+    flash = "torch's flash attention for CPUs in float32, which returns the log-sum-exp"
+    return {
+        "mla_attend": blocks,
+        "gqa_attend": blocks,
+        "mla_prefill": flash if prefill_backend(device, dtype) == "flash" else blocks,
         "linear": "torch",
+        "moe_experts": "torch, one matrix product per expert in use",
         "rms_norm": "torch",
         "apply_rope": "torch",
+        "norm_rope_write": "torch",
+        "merge_states": "torch",
     }
-
-
-def _native_attention(dtype: torch.dtype) -> str:
-    """The kernels' instruction set and what they multiply."""
-    isa = core.current_isa()
-    numbers = "bf16" if dtype == torch.bfloat16 and isa == "avx512bf16" else "float32"
-    return f"native kernels for {isa}: {numbers} products, float32 sums"
