@@ -29,9 +29,9 @@ class Linear(nn.Linear):
 
     packed: PackedWeight | None = None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
-        return ops.linear(x, self.weight if self.packed is None else self.packed, self.bias)
+        return ops.linear(input, self.weight if self.packed is None else self.packed, self.bias)
 
     def pack(self, packer: Packer) -> None:
         """See `Packable`."""
@@ -46,6 +46,7 @@ class MLP(nn.Module):
 
     def __init__(self, hidden_size: int, intermediate_size: int, *, bias: bool = False) -> None:
         super().__init__()
+        self.has_bias = bias
         self.gate_proj = Linear(hidden_size, intermediate_size, bias=bias)
         self.up_proj = Linear(hidden_size, intermediate_size, bias=bias)
         self.down_proj = Linear(intermediate_size, hidden_size, bias=bias)
@@ -58,7 +59,7 @@ class MLP(nn.Module):
 
     def pack(self, packer: Packer) -> None:
         """See `Packable`; a block with biases is packed projection by projection."""
-        if self.gate_proj.bias is None:
+        if not self.has_bias:
             self.gate_up = packer("gate_proj.weight", "up_proj.weight")
             self.down = packer("down_proj.weight")
             del self.gate_proj, self.up_proj, self.down_proj

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
@@ -252,43 +253,39 @@ class MultiHeadLatentAttention(nn.Module):
         q = torch.cat([q_nope, q_rope], dim=-1)
         total = batch.kv_lens[0]
         past = total - batch.query_lens[0]
-        merged: tuple[Tensor, Tensor] | None = None
-        for begin, end in chunk_bounds(past, total, self.expand_chunk):
-            keys, values = self._expand_cached(batch.block_table[0], pages, begin, end, kv_format, q.dtype)
-            rows = slice(max(begin - past, 0), None)  # earlier rows see nothing of this chunk
-            part = self._attend_chunk(q[rows], keys, values, new=begin >= past)
-            if merged is None:
-                merged = part  # every row sees something of the first chunk
-            else:
-                out, lse = merged
-                out[rows], lse[rows] = ops.merge_states(out[rows], lse[rows], *part)
-        return merged[0].to(q.dtype)
+        parts: Iterator[tuple[slice, tuple[Tensor, Tensor]]] = (
+            self._attend_chunk(q, batch.block_table[0], pages, begin, end, past, kv_format)
+            for begin, end in chunk_bounds(past, total, self.expand_chunk)
+        )
+        _, (out, lse) = next(parts)  # every row sees something of the first chunk
+        for rows, part in parts:
+            out[rows], lse[rows] = ops.merge_states(out[rows], lse[rows], *part)
+        return out.to(q.dtype)
 
-    def _attend_chunk(self, q: Tensor, keys: Tensor, values: Tensor, *, new: bool) -> tuple[Tensor, Tensor]:
-        """Partial result (float32 at least) of rows over one chunk.
+    def _attend_chunk(
+        self, q: Tensor, block_table: Tensor, pages: Tensor, begin: int, end: int, past: int, kv_format: KVFormat
+    ) -> tuple[slice, tuple[Tensor, Tensor]]:
+        """The rows that see something of cached tokens begin .. end-1, and their partial result (float32 at least).
 
-        A chunk of new tokens is that of the first rows themselves: they see it causally, the rows after them whole.
+        A chunk of new tokens is that of the first such rows themselves: they see it causally, the rows after them
+        whole.
         """
-        inside = keys.shape[0] if new else 0
+        keys, values = self._expand_cached(block_table, pages, begin, end, kv_format, q.dtype)
+        rows = slice(max(begin - past, 0), None)
+        q = q[rows]
+        inside = end - begin if begin >= past else 0
         parts: list[tuple[Tensor, Tensor]] = []
-        for rows, causal in ((q[:inside], True), (q[inside:], False)):
-            if len(rows):
-                bounds = [torch.tensor([0, len(part)], dtype=torch.int32) for part in (rows, keys)]
+        for own, causal in ((q[:inside], True), (q[inside:], False)):
+            if len(own):
+                bounds = [torch.tensor([0, len(part)], dtype=torch.int32) for part in (own, keys)]
+                partial = torch.promote_types(q.dtype, torch.float32)
                 parts.append(
-                    ops.mla_prefill(
-                        rows,
-                        keys,
-                        values,
-                        *bounds,
-                        scale=self.scale,
-                        causal=causal,
-                        out_dtype=torch.promote_types(q.dtype, torch.float32),
-                    )
+                    ops.mla_prefill(own, keys, values, *bounds, scale=self.scale, causal=causal, out_dtype=partial)
                 )
         if len(parts) == 1:
-            return parts[0]
+            return rows, parts[0]
         out, lse = zip(*parts, strict=True)
-        return torch.cat(out), torch.cat(lse)
+        return rows, (torch.cat(out), torch.cat(lse))
 
     def _expand_cached(
         self, block_table: Tensor, pages: Tensor, begin: int, end: int, kv_format: KVFormat, dtype: torch.dtype

@@ -36,8 +36,9 @@ _forced: ContextVar[Isa | None] = ContextVar("latentkv_isa", default=None)
 @cache
 def available_isas() -> tuple[Isa, ...]:
     """Those that run here, best last."""
-    native = () if extension is None else get_args(Isa)[1:]
-    return ("torch", *(name for name in native if extension.runs(getattr(extension.Isa, name))))
+    if extension is None:
+        return ("torch",)
+    return ("torch", *(name for name in get_args(Isa)[1:] if extension.runs(getattr(extension.Isa, name))))
 
 
 def why_no_extension() -> str:
