@@ -7,6 +7,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
+from importlib import import_module
 from typing import Any, Literal, get_args
 
 import torch  # first: the extension then shares torch's OpenMP threads
@@ -14,14 +15,12 @@ import torch  # first: the extension then shares torch's OpenMP threads
 from latentkv.errors import ConfigError
 
 try:
-    from latentkv import _native as _extension  # pyright: ignore[reportAttributeAccessIssue, reportUnknownVariableType]
+    # By name, because an import of the package itself would run against the layers.
+    extension: Any = import_module("latentkv._native")  # None where it was not built
 except ImportError as error:
-    _extension, _import_error = None, str(error)
+    extension, _import_error = None, str(error)
 else:
     _import_error = ""
-
-extension: Any = _extension
-"""The module `latentkv._native`, or None where it was not built."""
 
 Isa = Literal["torch", "portable", "avx2", "avx512", "avx512bf16"]
 """What computes: torch alone, or the native kernels for one instruction set. Ordered from slow to fast."""
