@@ -1,97 +1,243 @@
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from latentkv.bench import model as module
-from latentkv.bench.model import measure_model
-from latentkv.bench.report import model_memory, model_table
+from latentkv.bench.ceilings import CeilingProbe
+from latentkv.bench.model import LATENTKV, MHA, TRANSFORMERS, Case, ModelReport, compare_logits, measure_model
+from latentkv.bench.model_contenders import OtherProgram, OwnDecoder
+from latentkv.bench.model_report import model_facts, model_table, plot_decode
+from latentkv.bench.model_variants import mha_config, mha_twin, shrunken
+from latentkv.bench.step_work import decode_flops, prefill_flops, weight_bytes_read
+from latentkv.cache import LatentCache
 from latentkv.errors import RequestError
 from latentkv.llm import LLM
+from latentkv.models.config import GQAConfig
 from latentkv.models.config_reader import read_config
 from latentkv.models.decoder import Decoder
 from latentkv.models.loading import save_pretrained
+from latentkv.models.packing import Packing, pack_module
 
+PROBE = CeilingProbe(gemm_size=16, buffer_mib=1)
 CONFIG = {
     "model_type": "deepseek_v2",
     "vocab_size": 50,
     "hidden_size": 32,
     "intermediate_size": 48,
+    "moe_intermediate_size": 24,
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
     "q_lora_rank": None,
     "kv_lora_rank": 16,
     "qk_nope_head_dim": 8,
     "qk_rope_head_dim": 8,
-    "v_head_dim": 8,
+    "v_head_dim": 16,
     "max_position_embeddings": 256,
-    "first_k_dense_replace": 2,
+    "first_k_dense_replace": 1,
     "n_routed_experts": 4,
+    "n_shared_experts": 1,
     "num_experts_per_tok": 2,
     "eos_token_id": 2,
+    "dtype": "bfloat16",
 }
+# Answers as benchmarks/llama_cpp/peer.py does, with the logits of a file and made-up times.
+PEER = """
+import json, sys
+print(json.dumps({"name": "echo", "version": "1", "bytes": 7}), flush=True)
+for line in sys.stdin:
+    request = json.loads(line)
+    if request["op"] == "logits":
+        logits = json.loads(open(sys.argv[1]).read())
+        print(json.dumps({"logits": logits[str(request["token_ids"])]}), flush=True)
+    else:
+        print(json.dumps({"seconds": 0.25 if request["op"] == "prefill" else 0.5 * request["tokens"]}), flush=True)
+"""
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("bench") / "tiny"
-    save_pretrained(Decoder(read_config(CONFIG)), path)
+    save_pretrained(Decoder(read_config(CONFIG)).bfloat16(), path)
     return path
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def llm(folder: Path) -> LLM:
     return LLM(folder)
 
 
-def test_every_depth_has_a_row_and_the_sizes_are_those_of_the_cache(llm: LLM):
-    report = measure_model(llm, name="tiny", depths=[3, 100], new_tokens=4, repeats=2, threads=1)
-    assert [row.depth for row in report.rows] == [3, 100]
-    # 2 layers of 16 + 8 float32 latents; pages of 64 tokens.
-    assert report.bytes_per_token == 2 * 24 * 4
-    assert [row.cache_bytes for row in report.rows] == [64 * 192, 2 * 64 * 192]
-    assert report.allocated_cache_bytes == llm.cache.allocated_bytes == 256 * 192
-    assert report.parameters == sum(p.numel() for p in llm.decoder.parameters())
-    assert (report.dtype, report.kv_dtype) == ("float32", "fp32")
-    assert report.peak_rss_bytes > report.allocated_cache_bytes
+def test_every_case_has_a_row_for_each_contender(llm: LLM, tmp_path: Path):
+    report = measure_model(
+        llm,
+        name="tiny",
+        prompts=[3, 70],
+        depths=[0, 100],
+        new_tokens=2,
+        repeats=2,
+        mha=True,
+        transformers=True,
+        probe=PROBE,
+    )
+    cases = [("prefill", 3), ("prefill", 70), ("decode", 0), ("decode", 100)]
+    names = [LATENTKV, MHA, TRANSFORMERS]
+    assert [(row.phase, row.tokens, row.contender) for row in report.rows] == [(*c, n) for c in cases for n in names]
     for row in report.rows:
-        assert row.prefill_tokens_per_second == pytest.approx(row.depth / row.first_token_ms * 1e3)
-        assert row.decode_tokens_per_second > 0
-    assert model_table(report).row_count == 2
-    assert "192 B a token" in model_memory(report)
+        assert row.ms > 0
+        assert row.tokens_per_second == pytest.approx((row.tokens if row.phase == "prefill" else 1) / row.ms * 1e3)
+        assert (row.of_read_ceiling is None) == (row.phase == "prefill" or row.contender == TRANSFORMERS)
+    # 2 layers of 16 + 8 latents in 2 bytes; MHA of 2 heads of 16 + 16.
+    assert (report.cache_bytes_per_token, report.mha_cache_bytes_per_token) == (96, 256)
+    assert report.parameters == sum(p.numel() for p in Decoder(read_config(CONFIG)).parameters())
+    assert report.agreement[TRANSFORMERS] > 0.99
+    assert report.dispatch_ms > 0
+    assert report.peak_rss_bytes > report.allocated_cache_bytes
+    assert model_table(report).row_count == len(report.rows)
+    assert "96 B a token" in model_facts(report)
+    plot_decode([report, report], tmp_path / "decode.png")
+    assert (tmp_path / "decode.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_rates_are_tokens_over_median_seconds(llm: LLM, monkeypatch: pytest.MonkeyPatch):
-    runs = iter([(9.0, 9.0), (0.5, 3.0), (0.25, 1.0), (1.0, 2.0)])  # the first is the warm-up
-    monkeypatch.setattr(module, "time_request", lambda llm, prompt, new_tokens: next(runs))
-    row = measure_model(llm, name="tiny", depths=[10], new_tokens=5, repeats=3).rows[0]
-    assert row.prefill_tokens_per_second == pytest.approx(10 / 0.5)
-    assert row.decode_tokens_per_second == pytest.approx(4 / 2.0)
+def test_all_pages_are_given_back(llm: LLM):
+    measure_model(llm, name="tiny", prompts=[3], depths=[], new_tokens=2, repeats=1, probe=PROBE)
+    assert llm.cache.pool.free_pages == llm.cache.num_pages
+    assert llm.generate([1, 2])
 
 
-def test_no_two_runs_share_a_prompt(llm: LLM, monkeypatch: pytest.MonkeyPatch):
-    prompts: list[list[int]] = []
-
-    def record(llm: LLM, prompt: list[int], new_tokens: int) -> tuple[float, float]:
-        prompts.append(prompt)
-        return 1.0, 1.0
-
-    monkeypatch.setattr(module, "time_request", record)
-    measure_model(llm, name="tiny", depths=[20, 30], new_tokens=2, repeats=2)
-    assert [len(prompt) for prompt in prompts] == [20, 30] * 3
-    assert len({tuple(prompt[:20]) for prompt in prompts}) == len(prompts)
+def test_medians_come_from_all_rounds_but_the_first(llm: LLM, monkeypatch: pytest.MonkeyPatch):
+    report = with_times(llm, monkeypatch, [9.0, 9.0, 2.0, 0.5, 0.25, 1.0], repeats=3)
+    assert report.rows[0].tokens_per_second == pytest.approx(10 / 0.5)
+    assert report.rows[0].samples == 3
 
 
-def test_depths_default_to_those_that_fit(llm: LLM):
-    report = measure_model(llm, name="tiny", new_tokens=2, repeats=1)
-    assert [row.depth for row in report.rows] == [128]
+def test_what_takes_too_long_is_timed_once(llm: LLM, monkeypatch: pytest.MonkeyPatch):
+    report = with_times(llm, monkeypatch, [9.0, 9.0, 2.0], repeats=3, limit_seconds=5.0)
+    assert (report.rows[0].samples, report.rows[0].ms) == (1, pytest.approx(2000))
+    assert "once" in model_table(report).columns[2]._cells[0]
+
+
+def with_times(llm: LLM, monkeypatch: pytest.MonkeyPatch, times: list[float], **asked: float) -> ModelReport:
+    """One prompt of 10 tokens (after two warm-ups and a trial) that takes `times`, one after the other."""
+    left = iter(times)
+    monkeypatch.setattr(module, "_run", lambda contender, case, new_tokens: next(left))
+    monkeypatch.setattr(module, "_dispatch_seconds", lambda *_: 0.0)
+    return measure_model(llm, name="tiny", prompts=[10], depths=[], probe=PROBE, **asked)
+
+
+def test_a_peer_is_timed_by_its_own_clock(llm: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    prompt = [1, 2, 3]
+    monkeypatch.setattr(module, "random_tokens", lambda vocab_size, count: prompt)
+    report = measure_model(
+        llm,
+        name="tiny",
+        prompts=[5],
+        depths=[20],
+        new_tokens=4,
+        repeats=1,
+        peers=[peer(tmp_path, {str(prompt): llm.logits(prompt)[-1].tolist()})],
+        probe=PROBE,
+    )
+    rows = {row.phase: row for row in report.rows if row.contender == "echo"}
+    assert rows["prefill"].tokens_per_second == pytest.approx(5 / 0.25)
+    assert rows["decode"].tokens_per_second == pytest.approx(1 / 0.5)
+    assert report.agreement["echo"] == pytest.approx(1, abs=1e-3)
+
+
+def test_a_peer_with_another_model_is_refused(llm: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(module, "random_tokens", lambda vocab_size, count: [1])
+    other = peer(tmp_path, {"[1]": (-llm.logits([1])[-1]).tolist()})
+    with pytest.raises(RequestError, match="echo computes other logits"):
+        measure_model(llm, name="tiny", prompts=[5], depths=[], peers=[other], probe=PROBE)
+
+
+def peer(folder: Path, logits: dict[str, list[float]]) -> str:
+    import json
+
+    (folder / "peer.py").write_text(PEER)
+    (folder / "logits.json").write_text(json.dumps(logits))
+    return f"{sys.executable} {folder}/peer.py {folder}/logits.json"
+
+
+def test_a_peer_that_fails_says_why():
+    with pytest.raises(RequestError, match="no such interpreter"):
+        OtherProgram(f"{sys.executable} -c 'raise SystemExit(\"no such interpreter\")'")
+    with pytest.raises(RequestError, match="cannot be started"):
+        OtherProgram("/no/such/program")
 
 
 @pytest.mark.parametrize(
     "asked",
-    [{"depths": []}, {"depths": [0]}, {"depths": [255]}, {"new_tokens": 1}, {"repeats": 0}, {"new_tokens": 200}],
+    [
+        {"prompts": [], "depths": []},
+        {"prompts": [0]},
+        {"depths": [250]},
+        {"new_tokens": 0},
+        {"repeats": 0},
+        {"new_tokens": 300},
+    ],
 )
 def test_what_cannot_be_measured_in_a_model_is_refused(llm: LLM, asked: dict[str, object]):
     with pytest.raises(RequestError):
-        measure_model(llm, name="tiny", **{"new_tokens": 2, "repeats": 1, **asked})
+        measure_model(llm, name="tiny", **{"prompts": [2], "depths": [], "probe": PROBE, **asked})
+
+
+@torch.inference_mode()
+def test_decoding_at_a_depth_reads_what_is_cached(llm: LLM):
+    contender = OwnDecoder(llm.decoder, llm.cache)
+    contender.decode(100, 2)
+    assert llm.cache.storage[0].abs().amax(dim=(0, 3)).min() > 0  # no token of any page is left empty
+
+
+def test_step_work_counted_by_hand():
+    config = read_config(CONFIG)
+    # q 32 x 32, kv_a 32 x 24, kv_b 16 x 48, o 32 x 32; dense 3 x 32 x 48; experts 3 x 32 x 24 each; router 32 x 4.
+    attention = 32 * 32 + 32 * 24 + 16 * 48 + 32 * 32
+    used = 2 * attention + 3 * 32 * 48 + (2 + 1) * 3 * 32 * 24 + 32 * 4 + 50 * 32
+    # A pair and head: 2 (2 L + R) absorbed, 2 (Dn + R + Dv) expanded.
+    assert decode_flops(config, 9) == 2 * used + 2 * 2 * 2 * (2 * 16 + 8) * 10
+    assert prefill_flops(config, 4) == 2 * (4 * (used - 50 * 32) + 50 * 32) + 2 * 2 * 2 * (8 + 8 + 16) * 10
+    norms = 2 * (2 * 32 + 16) + 32
+    decoder = Decoder(config).bfloat16()
+    assert weight_bytes_read(decoder) == 2 * (used + norms)
+
+
+def test_packed_weights_count_once_and_as_they_are_stored():
+    config = replace(read_config(CONFIG), hidden_size=128, vocab_size=64)
+    plain, packed = Decoder(config).bfloat16(), Decoder(config).bfloat16()
+    pack_module(packed, Packing("int8"))
+    assert 0.5 < weight_bytes_read(packed) / weight_bytes_read(plain) < 0.85
+
+
+@torch.inference_mode()
+def test_the_twin_shares_all_but_attention_and_runs():
+    decoder = Decoder(read_config(CONFIG)).bfloat16().eval()
+    twin = mha_twin(decoder, None)
+    assert mha_config(decoder.config).attention == GQAConfig(num_kv_heads=2, head_dim=16)
+    own, shared = dict(decoder.named_parameters()), dict(twin.named_parameters())
+    assert all(own[name] is shared[name] for name in own if "self_attn" not in name)
+    logits = OwnDecoder(twin, LatentCache(twin.config.planes("bf16"), 2)).logits([1, 2, 3])
+    assert logits.isfinite().all()
+    with pytest.raises(RequestError, match="no latent attention"):
+        mha_config(twin.config)
+
+
+@pytest.mark.parametrize("q_lora_rank", [None, 24])
+@torch.inference_mode()
+def test_a_shrunken_model_has_the_same_modules(q_lora_rank: int | None):
+    config = read_config(CONFIG | {"q_lora_rank": q_lora_rank, "hidden_size": 512, "num_attention_heads": 8})
+    tiny = shrunken(config, torch.bfloat16, None)
+    with torch.device("meta"):
+        names = [name for name, _ in Decoder(config).named_modules()]
+    assert [name for name, _ in tiny.named_modules()] == names
+    assert sum(p.numel() for p in tiny.parameters()) < 400_000
+    assert OwnDecoder(tiny, LatentCache(tiny.config.planes("int8"), 2)).decode(0, 2) > 0
+
+
+def test_agreement_leaves_out_the_twin(llm: LLM):
+    entry = module.Entry(OwnDecoder(llm.decoder, llm.cache), llm.config)
+    with torch.inference_mode():
+        assert compare_logits({LATENTKV: entry, MHA: entry}) == {}
+    assert entry.bytes_read(Case("decode", 4)) is None

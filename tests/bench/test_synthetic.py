@@ -8,6 +8,7 @@ from latentkv.errors import RequestError
 from latentkv.llm import LLM
 from latentkv.models.config_reader import read_config
 from latentkv.models.decoder import Decoder
+from latentkv.plan.parameters import count_parameters
 
 TINY = {
     "hidden_size": 32,
@@ -49,8 +50,8 @@ def test_an_unknown_shape_is_refused():
 def test_a_checkpoint_of_random_weights_loads_and_runs(tmp_path: Path):
     count = write_synthetic({**synthetic_config("v2-lite"), **TINY}, tmp_path / "a")
     llm = LLM(tmp_path / "a", kv_cache_bytes=10**6)
-    assert llm.decoder.output_weight.dtype == torch.bfloat16
-    assert count == sum(tensor.numel() for tensor in llm.decoder.state_dict().values())
+    assert llm.decoder.dtype == torch.bfloat16
+    assert count == count_parameters(llm.config)
     logits = llm.logits([1, 2, 3])
     assert logits.isfinite().all()
     assert logits.std() > 0

@@ -1,132 +1,336 @@
-"""A whole model: how fast it reads a prompt and writes after it, at several depths, and what memory that takes."""
+"""A whole model: how fast it reads a prompt and writes after it, at several depths, beside its peers."""
 
 from __future__ import annotations
 
-import random
 import resource
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Literal
 
+import torch
+
+from latentkv.bench.ceilings import CeilingProbe
 from latentkv.bench.environment import Environment, describe_environment
-from latentkv.bench.timing import Timing, torch_threads
-from latentkv.engine import SamplingParams
+from latentkv.bench.model_contenders import ModelContender, OtherProgram, OwnDecoder, TransformersModel, random_tokens
+from latentkv.bench.model_variants import mha_twin, shrunken
+from latentkv.bench.step_work import decode_flops, prefill_flops, weight_bytes_read
+from latentkv.bench.timing import Timing, time_once, torch_threads
+from latentkv.cache import LatentCache
 from latentkv.errors import RequestError
 from latentkv.llm import LLM
+from latentkv.models.config import MLAConfig, ModelConfig
+from latentkv.models.packing import choose_packing
+from latentkv.plan.parameters import count_parameters
 
-DEPTHS = (128, 512, 2048)
+Phase = Literal["prefill", "decode"]
+
+LATENTKV, MHA, TRANSFORMERS = "LatentKV", "LatentKV, MHA", "transformers"
+PROMPTS = (512, 2048)
+DEPTHS = (0, 4096, 16384, 32768)
+
+_COMPARED_TOKENS = 24
+_LEAST_AGREEMENT = 0.5
 
 
 @dataclass(frozen=True)
 class ModelRow:
-    """Medians at one depth, one sequence at a time.
+    """Medians of one contender in one case, one sequence at a time.
 
     Attributes:
-        depth: tokens of the prompt.
-        prefill_tokens_per_second: prompt tokens over the time to the first token.
-        prefill_spread: interquartile range over the median.
-        first_token_ms: milliseconds from the request to its first token.
-        decode_tokens_per_second: of the tokens after the first.
-        decode_spread: interquartile range over the median.
-        cache_bytes: of the pages that hold the prompt and the new tokens.
+        contender: whose.
+        phase: reading a prompt, or one token a step.
+        tokens: of the prompt; or in the cache before the first step.
+        tokens_per_second: median.
+        ms: of the whole prompt (the time to its first token); or of a step.
+        spread: interquartile range over the median.
+        samples: timed rounds; 1 where a single one was over the time limit.
+        times_slower: than LatentKV.
+        of_bf16_ceiling: FLOPs of the step (the cheaper form of latent attention) over the time and the bf16 ceiling.
+        of_read_ceiling: bytes of weights and cache that a step reads over the time and the read ceiling; None for
+            prefill, and where the bytes are not known.
+        bf16_ceiling: GFLOP/s of a bf16 matrix product, measured in turn with this.
+        read_ceiling: GB/s of reading memory, measured in turn with this.
     """
 
-    depth: int
-    prefill_tokens_per_second: float
-    prefill_spread: float
-    first_token_ms: float
-    decode_tokens_per_second: float
-    decode_spread: float
-    cache_bytes: int
+    contender: str
+    phase: Phase
+    tokens: int
+    tokens_per_second: float
+    ms: float
+    spread: float
+    samples: int
+    times_slower: float
+    of_bf16_ceiling: float
+    of_read_ceiling: float | None
+    bf16_ceiling: float
+    read_ceiling: float
 
 
 @dataclass(frozen=True)
 class ModelReport:
-    """The measurement of one model, with what is needed to repeat it; sizes in bytes."""
+    """The measurement of one model, with what is needed to repeat it; sizes in bytes.
+
+    Attributes:
+        weight_bytes_read: of the weights that decoding a token reads.
+        dispatch_ms: of a decode step of the same ops on next to no numbers: what is not kernels.
+        dispatch_share: dispatch_ms over a step at the smallest depth.
+        agreement: cosine of each contender's logits with LatentKV's, after the same prompt.
+        notes: what was not measured and why.
+    """
 
     environment: Environment
     model: str
     parameters: int
-    dtype: str
+    weights: str
     kv_dtype: str
     new_tokens: int
     repeats: int
-    bytes_per_token: int
+    weight_bytes_read: int
+    cache_bytes_per_token: int
+    mha_cache_bytes_per_token: int | None
     allocated_cache_bytes: int
     peak_rss_bytes: int
+    dispatch_ms: float
+    dispatch_share: float
+    agreement: Mapping[str, float]
     rows: tuple[ModelRow, ...]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is timed."""
+
+    phase: Phase
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A contender, and what is known of its work.
+
+    Attributes:
+        contender: itself.
+        config: whose arithmetic it does.
+        weight_bytes: read for a token; None: unknown.
+        cache_bytes: of a cached token; None: unknown.
+    """
+
+    contender: ModelContender
+    config: ModelConfig
+    weight_bytes: int | None = None
+    cache_bytes: int | None = None
+
+    def flops(self, case: Case) -> int:
+        """Of a prompt, or a step."""
+        return (prefill_flops if case.phase == "prefill" else decode_flops)(self.config, case.tokens)
+
+    def bytes_read(self, case: Case) -> int | None:
+        """By a step."""
+        if case.phase == "prefill" or self.weight_bytes is None or self.cache_bytes is None:
+            return None
+        return self.weight_bytes + self.cache_bytes * case.tokens
 
 
 def measure_model(
     llm: LLM,
     *,
     name: str,
-    depths: Sequence[int] | None = None,
-    new_tokens: int = 32,
+    prompts: Sequence[int] = PROMPTS,
+    depths: Sequence[int] = DEPTHS,
+    new_tokens: int = 16,
     repeats: int = 5,
     threads: int | None = None,
+    weights: str | None = None,
+    mha: bool = False,
+    transformers: bool = False,
+    peers: Sequence[str] = (),
+    limit_seconds: float = 20.0,
+    probe: CeilingProbe | None = None,
     progress: Callable[[str], None] = lambda message: None,
 ) -> ModelReport:
-    """Time greedy generation after random prompts; each run has a prompt of its own, so that no prefix is ever shared.
+    """Time prompts and decode steps, contenders in turn. What is cached before a step is made up once, not computed.
 
     Args:
-        llm: the model.
+        llm: the model; its cache must have room for the deepest case.
         name: how to call it.
-        depths: tokens of the prompts; None: those of `DEPTHS` that fit the model's context and cache.
-        new_tokens: tokens generated after each, 2 or more.
-        repeats: timed rounds over all depths.
+        prompts: tokens of the prompts that are read into an empty cache.
+        depths: tokens in the cache before the first decode step.
+        new_tokens: decode steps that are timed together.
+        repeats: timed rounds.
         threads: torch threads (None: torch's own number).
+        weights: how `llm` was asked to quantise its weights.
+        mha: measure the same model with multi-head attention, too.
+        transformers: measure the checkpoint in transformers, too.
+        peers: commands that start other programs (`OtherProgram`).
+        limit_seconds: a contender whose rounds of a case would take longer is timed once.
+        probe: of the ceilings, which are measured in turn with the contenders; None: of the usual size.
         progress: told what is being done.
 
     Raises:
-        RequestError: nothing to measure, or a depth that does not fit.
+        RequestError: nothing to measure, a case that does not fit, a peer that fails or computes something else.
     """
-    cache = llm.cache
-    room = min(llm.max_context, cache.num_pages * cache.page_size) - new_tokens
-    depths = tuple(d for d in DEPTHS if d <= room) if depths is None else tuple(depths)
-    if not depths or min(depths) < 1 or new_tokens < 2 or repeats < 1:
-        raise RequestError(
-            f"Nothing to measure: depths {list(depths)}, {new_tokens} new tokens, {repeats} repeats; "
-            f"use depths from 1 to {room:,}, 2 new tokens or more and 1 repeat or more."
-        )
-    if max(depths) > room:
-        raise RequestError(f"A depth of {max(depths):,} and {new_tokens} new tokens do not fit: at most {room:,} do.")
-    prefill: dict[int, list[float]] = {depth: [] for depth in depths}
-    decode: dict[int, list[float]] = {depth: [] for depth in depths}
-    with torch_threads(threads) as used:
+    cases = [Case("prefill", n) for n in prompts] + [Case("decode", n) for n in depths]
+    _require_measurable(llm, cases, new_tokens, repeats)
+    with torch_threads(threads) as used, torch.inference_mode(), ExitStack() as stack:
         environment = describe_environment(used)
-        for round_index in range(repeats + 1):
-            progress(f"round {round_index} of {repeats}" if round_index else "warming up")
-            for depth in depths:
-                first, rest = time_request(llm, _prompt(llm, depth, seed=round_index), new_tokens)
-                if round_index:
-                    prefill[depth].append(first)
-                    decode[depth].append(rest)
+        own = OwnDecoder(llm.decoder, llm.cache)
+        stack.callback(own.close)
+        progress("warming up")
+        for case in cases[:1] + cases[-1:]:
+            _run(own, case, 1)
+        peak_rss = peak_rss_bytes()  # before anything that is not ours takes memory
+        entries = {LATENTKV: Entry(own, llm.config, weight_bytes_read(llm.decoder), llm.cache.bytes_per_token)}
+        notes = _add_peers(entries, llm, weights, mha, transformers, peers, max(c.tokens for c in cases), stack)
+        progress("comparing logits")
+        agreement = compare_logits(entries)
+        probe = probe or CeilingProbe()
+        rows: list[ModelRow] = []
+        for case in cases:
+            progress(f"{case.phase} at {case.tokens:,} tokens")
+            rows += _measure_case(entries, case, new_tokens, repeats, limit_seconds, probe)
+        dispatch = _dispatch_seconds(llm, weights, new_tokens, repeats)
+    twin = entries.get(MHA)
+    steps = [row.ms for row in rows if row.contender == LATENTKV and row.phase == "decode"]
     return ModelReport(
         environment=environment,
         model=name,
-        parameters=sum(p.numel() for p in llm.decoder.parameters()),
-        dtype=str(llm.decoder.dtype).removeprefix("torch."),
-        kv_dtype=cache.format,
+        parameters=count_parameters(llm.config),
+        weights=weights or str(llm.decoder.dtype).removeprefix("torch."),
+        kv_dtype=llm.cache.format,
         new_tokens=new_tokens,
         repeats=repeats,
-        bytes_per_token=cache.bytes_per_token,
-        allocated_cache_bytes=cache.allocated_bytes,
-        peak_rss_bytes=peak_rss_bytes(),
-        rows=tuple(
-            _row(llm, depth, new_tokens, Timing(tuple(prefill[depth])), Timing(tuple(decode[depth])))
-            for depth in depths
-        ),
+        weight_bytes_read=weight_bytes_read(llm.decoder),
+        cache_bytes_per_token=llm.cache.bytes_per_token,
+        mha_cache_bytes_per_token=None if twin is None else twin.cache_bytes,
+        allocated_cache_bytes=llm.cache.allocated_bytes,
+        peak_rss_bytes=peak_rss,
+        dispatch_ms=dispatch * 1e3,
+        dispatch_share=dispatch * 1e3 / steps[0] if steps else 0.0,
+        agreement=agreement,
+        rows=tuple(rows),
+        notes=tuple(notes),
     )
 
 
-def time_request(llm: LLM, prompt: list[int], new_tokens: int) -> tuple[float, float]:
-    """Seconds to the first of `new_tokens` new tokens, and from there to the last."""
-    params = SamplingParams(max_tokens=new_tokens, temperature=0, ignore_eos=True)
-    started = time.perf_counter()
-    times = [time.perf_counter() for piece in llm.stream(prompt, params) if piece.token_ids]
-    return times[0] - started, times[-1] - times[0]
+def _require_measurable(llm: LLM, cases: Sequence[Case], new_tokens: int, repeats: int) -> None:
+    room = min(llm.max_context, llm.cache.num_pages * llm.cache.page_size) - new_tokens
+    if new_tokens < 1 or repeats < 1 or not cases or any(c.tokens < (c.phase == "prefill") for c in cases):
+        raise RequestError("Nothing to measure: give a prompt or a depth, and 1 new token and 1 repeat or more.")
+    deepest = max(case.tokens for case in cases)
+    if deepest > room:
+        raise RequestError(f"A depth of {deepest:,} and {new_tokens} new tokens do not fit: at most {room:,} do.")
+
+
+def _add_peers(
+    entries: dict[str, Entry],
+    llm: LLM,
+    weights: str | None,
+    mha: bool,
+    transformers: bool,
+    peers: Sequence[str],
+    deepest: int,
+    stack: ExitStack,
+) -> list[str]:
+    """Fill `entries`; gives notes of what could not be had."""
+    notes: list[str] = []
+    if mha:
+        entries[MHA] = _mha_entry(llm, weights, deepest)
+    if transformers and isinstance(llm.config.attention, MLAConfig):
+        try:
+            entries[TRANSFORMERS] = Entry(TransformersModel(llm.folder), llm.config)
+        except ImportError as error:
+            notes.append(f"transformers was not measured ({error}): pip install transformers==5.23.0")
+    for command in peers:
+        peer = OtherProgram(command)
+        stack.callback(peer.close)
+        entries[peer.name] = Entry(peer, llm.config)
+    return notes
+
+
+def _mha_entry(llm: LLM, weights: str | None, deepest: int) -> Entry:
+    packing = choose_packing(weights, llm.decoder.dtype, torch.device("cpu"))
+    twin = mha_twin(llm.decoder, packing)
+    planes = twin.config.planes("fp32" if llm.decoder.dtype == torch.float32 else "bf16")
+    cache = LatentCache(planes, -(-(deepest + 64) // llm.cache.page_size) + 1)
+    return Entry(OwnDecoder(twin, cache), twin.config, weight_bytes_read(twin), cache.bytes_per_token)
+
+
+def compare_logits(entries: Mapping[str, Entry]) -> dict[str, float]:
+    """Cosine of each contender's logits with LatentKV's after one prompt; the MHA twin computes something else.
+
+    Raises:
+        RequestError: they have little to do with each other.
+    """
+    first = entries[LATENTKV]
+    prompt = random_tokens(first.config.vocab_size, _COMPARED_TOKENS)
+    expected = first.contender.logits(prompt)
+    found: dict[str, float] = {}
+    for name, entry in entries.items():
+        if name in (LATENTKV, MHA):
+            continue
+        cosine = float(torch.cosine_similarity(entry.contender.logits(prompt), expected, dim=0))
+        if not cosine >= _LEAST_AGREEMENT:  # written so that NaN fails too
+            raise RequestError(f"{name} computes other logits (cosine {cosine:.3f}): it must be given the same model.")
+        found[name] = cosine
+    return found
+
+
+def _measure_case(
+    entries: Mapping[str, Entry], case: Case, new_tokens: int, repeats: int, limit: float, probe: CeilingProbe
+) -> list[ModelRow]:
+    samples: dict[str, list[float]] = {name: [] for name in [*entries, *probe.contenders]}
+    once: dict[str, list[float]] = {}
+    for name, entry in entries.items():
+        first = _run(entry.contender, case, 1)
+        if first * repeats * (new_tokens if case.phase == "decode" else 1) > limit:
+            once[name] = [first]
+    for _ in range(repeats):
+        for name, contender in probe.contenders.items():
+            samples[name].append(time_once(contender))
+        for name, entry in entries.items():
+            if name not in once:
+                samples[name].append(_run(entry.contender, case, new_tokens))
+    timings = {name: Timing(tuple(seconds)) for name, seconds in (samples | once).items()}
+    rates = probe.rates(timings)
+    return [_row(name, entry, case, timings[name], timings[LATENTKV], rates) for name, entry in entries.items()]
+
+
+def _run(contender: ModelContender, case: Case, new_tokens: int) -> float:
+    """Seconds of a prompt, or of one step."""
+    if case.phase == "prefill":
+        return contender.prefill(case.tokens)
+    return contender.decode(case.tokens, new_tokens) / new_tokens
+
+
+def _row(name: str, entry: Entry, case: Case, timing: Timing, own: Timing, rates: tuple[float, float]) -> ModelRow:
+    seconds, (bf16_ceiling, read_ceiling) = timing.median, rates
+    bytes_read = entry.bytes_read(case)
+    return ModelRow(
+        name,
+        phase=case.phase,
+        tokens=case.tokens,
+        tokens_per_second=(case.tokens if case.phase == "prefill" else 1) / seconds,
+        ms=seconds * 1e3,
+        spread=timing.spread,
+        samples=len(timing.seconds),
+        times_slower=seconds / own.median,
+        of_bf16_ceiling=entry.flops(case) / seconds / 1e9 / bf16_ceiling,
+        of_read_ceiling=None if bytes_read is None else bytes_read / seconds / 1e9 / read_ceiling,
+        bf16_ceiling=bf16_ceiling,
+        read_ceiling=read_ceiling,
+    )
+
+
+def _dispatch_seconds(llm: LLM, weights: str | None, new_tokens: int, repeats: int) -> float:
+    """Median seconds of a decode step of the shrunken model."""
+    packing = choose_packing(weights, llm.decoder.dtype, torch.device("cpu"))
+    tiny = shrunken(llm.config, llm.decoder.dtype, packing)
+    contender = OwnDecoder(tiny, LatentCache(tiny.config.planes(llm.cache.format), -(-new_tokens // 64) + 1))
+    contender.decode(0, new_tokens)
+    return Timing(tuple(contender.decode(0, new_tokens) / new_tokens for _ in range(repeats))).median
 
 
 def peak_rss_bytes() -> int:
@@ -134,20 +338,3 @@ def peak_rss_bytes() -> int:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     # macOS counts in bytes, Linux in KiB.
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def _prompt(llm: LLM, depth: int, *, seed: int) -> list[int]:
-    return random.Random(f"{seed}/{depth}").choices(range(llm.config.vocab_size), k=depth)
-
-
-def _row(llm: LLM, depth: int, new_tokens: int, prefill: Timing, decode: Timing) -> ModelRow:
-    cache = llm.cache
-    return ModelRow(
-        depth=depth,
-        prefill_tokens_per_second=depth / prefill.median,
-        prefill_spread=prefill.spread,
-        first_token_ms=prefill.median * 1e3,
-        decode_tokens_per_second=(new_tokens - 1) / decode.median,
-        decode_spread=decode.spread,
-        cache_bytes=cache.pages_for(depth + new_tokens) * cache.page_size * cache.bytes_per_token,
-    )

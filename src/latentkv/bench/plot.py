@@ -41,7 +41,7 @@ def plot_attention(report: AttentionReport, path: Path) -> None:
     contexts = sorted({row.context for row in report.rows})
     axes.xaxis.set_major_locator(FixedLocator(contexts))
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(_tokens_label))
+    axes.xaxis.set_major_formatter(FuncFormatter(tokens_label))
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(_number_label))
@@ -76,8 +76,9 @@ def _milliseconds(ms: float) -> str:
     return f"{ms:,.0f}" if ms >= 100 else f"{ms:.3g}"
 
 
-def _tokens_label(tokens: float, _position: int | None) -> str:
-    return f"{int(tokens) // 1024}k" if int(tokens) % 1024 == 0 else f"{int(tokens):,}"
+def tokens_label(tokens: float, _position: int | None = None) -> str:
+    """1024 as 1k."""
+    return f"{int(tokens) // 1024}k" if tokens and int(tokens) % 1024 == 0 else f"{int(tokens):,}"
 
 
 def _number_label(value: float, _position: int | None) -> str:

@@ -7,13 +7,11 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 
 from latentkv.bench.contenders import LATENTKV, TRANSFORMERS
-from latentkv.plan.sizes import format_bytes
 
 if TYPE_CHECKING:
     from latentkv.bench.attention import AttentionReport, AttentionRow
     from latentkv.bench.ceilings import Ceilings
     from latentkv.bench.environment import Environment
-    from latentkv.bench.model import ModelReport
 
 
 def describe(environment: Environment) -> str:
@@ -95,28 +93,3 @@ ATTENTION_NOTES = (
     "transformers' includes expanding the whole cache again. GB/s: weights and cache read once. max error: from the "
     "float64 answer, relative to its largest element. faster: than transformers."
 )
-
-
-def model_table(report: ModelReport) -> Table:
-    """Speed at each depth."""
-    table = Table(title=f"{report.model}: {report.parameters:,} parameters, {report.dtype}, {report.kv_dtype} cache")
-    for title in ("tokens before", "prefill tok/s", "first token ms", "decode tok/s", "ms a token", "cache bytes used"):
-        table.add_column(title, justify="right")
-    for row in report.rows:
-        table.add_row(
-            f"{row.depth:,}",
-            f"{row.prefill_tokens_per_second:,.1f} ± {row.prefill_spread / 2:.0%}",
-            f"{row.first_token_ms:,.1f}",
-            f"{row.decode_tokens_per_second:,.1f} ± {row.decode_spread / 2:.0%}",
-            f"{1e3 / row.decode_tokens_per_second:,.2f}",
-            f"{row.cache_bytes:,}",
-        )
-    return table
-
-
-def model_memory(report: ModelReport) -> str:
-    """One line: the memory that it took."""
-    return (
-        f"Peak memory of the process {format_bytes(report.peak_rss_bytes)}; cache allocated "
-        f"{format_bytes(report.allocated_cache_bytes)}, {report.bytes_per_token:,} B a token."
-    )

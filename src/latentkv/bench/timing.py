@@ -60,13 +60,14 @@ def time_interleaved(contenders: Mapping[str, Contender], *, repeats: int, warmu
     samples: dict[str, list[float]] = {name: [] for name in contenders}
     for round_index in range(warmup + repeats):
         for name, contender in contenders.items():
-            seconds = _time_once(contender)
+            seconds = time_once(contender)
             if round_index >= warmup:
                 samples[name].append(seconds)
     return {name: Timing(tuple(seconds)) for name, seconds in samples.items()}
 
 
-def _time_once(contender: Contender) -> float:
+def time_once(contender: Contender) -> float:
+    """Seconds of one step, its preparation left out."""
     if contender.prepare is not None:
         contender.prepare()
     started = time.perf_counter()

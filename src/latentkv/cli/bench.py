@@ -7,22 +7,19 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from latentkv.cli.bench_model import make_model, model
+from latentkv.cli.bench_options import Contexts, JsonFile, KVDtype, Repeats, Threads, numbers, require_folder, save
 from latentkv.cli.terminal import console
 
 if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
     from rich.table import Table
 
     from latentkv.bench.environment import Environment
     from latentkv.bench.shapes import AttentionShape
 
 bench_app = typer.Typer(no_args_is_help=True, help="Measure attention, models and this machine's ceilings.")
-
-Threads = Annotated[int | None, typer.Option(help="Torch threads.", show_default="torch's own number")]
-Repeats = Annotated[int, typer.Option(help="Timed rounds; medians are reported.")]
-Contexts = Annotated[str, typer.Option(help="Cached tokens, with commas between.")]
-JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write every number as JSON.")]
-KVDtype = Annotated[str, typer.Option(help="Format of LatentKV's cache: bf16, fp8, int8, fp16 or fp32.")]
+bench_app.command()(model)
+bench_app.command("make-model")(make_model)
 
 
 @bench_app.command()
@@ -50,12 +47,12 @@ def attention(
     from latentkv.plan import as_kv_format
 
     layer, kv_format = _shape(shape, heads), as_kv_format(kv_dtype)
-    _require_folder(json_file, plot)
+    require_folder(json_file, plot)
     screen = console()
     with console(stderr=True).status("starting") as status:
         report = measure_attention(
             layer,
-            contexts=_numbers(contexts),
+            contexts=numbers(contexts),
             kv_format=kv_format,
             repeats=repeats,
             threads=threads,
@@ -66,7 +63,7 @@ def attention(
     screen.print(attention_table(report))
     screen.print(ATTENTION_NOTES, style="dim")
     screen.print(describe(report.environment), style="dim")
-    _save(report, json_file)
+    save(report, json_file)
     if plot is not None:
         from latentkv.bench.plot import plot_attention
 
@@ -93,19 +90,19 @@ def mla_decode(
     from latentkv.bench.op_report import MLA_DECODE_NOTES, mla_decode_table
     from latentkv.plan import as_kv_format
 
-    _require_folder(json_file, plot)
+    require_folder(json_file, plot)
     with console(stderr=True).status("starting") as status:
         report = measure_mla_decode(
-            heads=_numbers(heads),
-            contexts=_numbers(contexts),
-            batches=_numbers(batches),
+            heads=numbers(heads),
+            contexts=numbers(contexts),
+            batches=numbers(batches),
             kv_formats=[as_kv_format(name.strip()) for name in kv_dtypes.split(",")],
             repeats=repeats,
             threads=threads,
             progress=status.update,
         )
     _print(mla_decode_table(report), MLA_DECODE_NOTES, report.environment)
-    _save(report, json_file)
+    save(report, json_file)
     if plot is not None:
         from latentkv.bench.roofline import plot_roofline
 
@@ -129,40 +126,20 @@ def linear(
     from latentkv.bench.linear import as_packed_format, measure_linear
     from latentkv.bench.op_report import LINEAR_NOTES, linear_table
 
-    _require_folder(json_file)
+    require_folder(json_file)
     out_features, in_features = _size(size)
     with console(stderr=True).status("starting") as status:
         report = measure_linear(
             out_features=out_features,
             in_features=in_features,
-            rows=_numbers(rows),
+            rows=numbers(rows),
             formats=[as_packed_format(name.strip()) for name in formats.split(",")],
             repeats=repeats,
             threads=threads,
             progress=status.update,
         )
     _print(linear_table(report), LINEAR_NOTES, report.environment)
-    _save(report, json_file)
-
-
-@bench_app.command("make-model")
-def make_model(
-    shape: Annotated[str, typer.Argument(help="v2-lite, v2-lite-4, v2-lite-8e or youtu-llm-2b.")],
-    folder: Annotated[Path, typer.Argument(help="Where the checkpoint goes.")],
-    seed: Annotated[int, typer.Option(help="Of the weights.")] = 0,
-) -> None:
-    """Write a checkpoint of a published shape with random bf16 weights, to measure speed and memory with.
-
-    v2-lite and youtu-llm-2b are DeepSeek-V2-Lite (15.7 B parameters, 31 GB) and Youtu-LLM-2B; v2-lite-4 has the first 4
-    layers and a vocabulary of 32,768 (1.97 B), v2-lite-8e all 27 layers with 8 of the 64 experts (3.11 B).
-
-    Example: latentkv bench make-model v2-lite-4 models/v2-lite-4
-    """
-    from latentkv.bench.synthetic import synthetic_config, write_synthetic
-
-    with console(stderr=True).status(f"writing {folder}"):
-        parameters = write_synthetic(synthetic_config(shape), folder, seed=seed)
-    console().print(f"{parameters:,} parameters in {folder}")
+    save(report, json_file)
 
 
 @bench_app.command()
@@ -177,64 +154,14 @@ def ceilings(
     from latentkv.bench.report import ceilings_table, describe
     from latentkv.bench.timing import torch_threads
 
-    _require_folder(json_file)
+    require_folder(json_file)
     with console(stderr=True).status("measuring this machine's ceilings"), torch_threads(threads) as used:
         environment = describe_environment(used)
         report = CeilingsReport(environment, measure_ceilings(repeats=repeats))
     screen = console()
     screen.print(ceilings_table(report.ceilings))
     screen.print(describe(report.environment), style="dim")
-    _save(report, json_file)
-
-
-@bench_app.command()
-def model(
-    model: Annotated[
-        str | None, typer.Argument(help="A folder or a repo id.", show_default="the embedded model")
-    ] = None,
-    depths: Annotated[
-        str | None, typer.Option(help="Prompt tokens, with commas between.", show_default="128,512,2k that fit")
-    ] = None,
-    new_tokens: Annotated[int, typer.Option(help="Tokens to generate after each prompt.")] = 32,
-    repeats: Repeats = 5,
-    dtype: Annotated[
-        str | None, typer.Option(help="Of the weights: bf16, fp16 or fp32.", show_default="the checkpoint's")
-    ] = None,
-    kv_dtype: Annotated[str, typer.Option(help="Of the cache: auto, bf16, fp8, int8, fp16 or fp32.")] = "auto",
-    threads: Threads = None,
-    json_file: JsonFile = None,
-) -> None:
-    """Measure how fast a model reads a prompt and writes after it, one sequence at a time, and the memory it takes.
-
-    Example: latentkv bench model --depths 128,1k
-    """
-    from latentkv.bench.model import measure_model
-    from latentkv.bench.report import describe, model_memory, model_table
-    from latentkv.llm import LLM
-    from latentkv.plan import as_kv_format
-
-    _require_folder(json_file)
-    with console(stderr=True).status("loading the model") as status:
-        report = measure_model(
-            LLM(model, dtype=dtype, kv_dtype="auto" if kv_dtype == "auto" else as_kv_format(kv_dtype)),
-            name=model or "the embedded model",
-            depths=None if depths is None else _numbers(depths),
-            new_tokens=new_tokens,
-            repeats=repeats,
-            threads=threads,
-            progress=status.update,
-        )
-    screen = console()
-    screen.print(model_table(report))
-    screen.print(model_memory(report))
-    screen.print(describe(report.environment), style="dim")
-    _save(report, json_file)
-
-
-def _numbers(text: str) -> list[int]:
-    from latentkv.plan.sizes import parse_tokens
-
-    return [parse_tokens(part) for part in text.split(",")]
+    save(report, json_file)
 
 
 def _size(text: str) -> tuple[int, int]:
@@ -268,24 +195,3 @@ def _shape(name: str, heads: int | None) -> AttentionShape:
     if heads < 1 or SHAPES[name].hidden_size % heads:
         raise RequestError(f"{heads} heads do not divide the hidden size of {SHAPES[name].hidden_size}.")
     return replace(SHAPES[name], num_heads=heads)
-
-
-def _require_folder(*files: Path | None) -> None:
-    """Find out before measuring, not after, that a result has nowhere to go."""
-    from latentkv.errors import RequestError
-
-    for file in files:
-        if file is not None and not file.absolute().parent.is_dir():
-            raise RequestError(
-                f"{file.parent} is not a folder, so {file.name} cannot be written there; create it first."
-            )
-
-
-def _save(report: DataclassInstance, json_file: Path | None) -> None:
-    if json_file is not None:
-        from dataclasses import asdict
-
-        from latentkv.files import write_json
-
-        write_json(json_file, asdict(report))
-        console().print(f"Numbers in {json_file}")

@@ -1,0 +1,99 @@
+"""The measurement of a model as a table and a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
+from rich.table import Table
+
+from latentkv.bench.model import LATENTKV, ModelReport
+from latentkv.bench.plot import tokens_label
+from latentkv.bench.report import describe
+from latentkv.files import write_whole
+from latentkv.plan.sizes import format_bytes
+
+MODEL_NOTES = (
+    "tok/s: median ± half the interquartile range, contenders timed in turn; 'once': a single round took too long. "
+    "of bf16 ceiling: FLOPs of the cheaper form of latent attention. of read ceiling: the weights and the cache that a "
+    "step reads."
+)
+# Colours that stay apart for colour-blind readers (Okabe and Ito).
+_COLORS = ("#0072B2", "#009E73", "#D55E00", "#CC79A7", "#E69F00", "#56B4E9")
+
+
+def model_table(report: ModelReport) -> Table:
+    """A section for each prompt and depth."""
+    table = Table(
+        title=f"{report.model}: {report.parameters:,} parameters, {report.weights} weights, {report.kv_dtype} cache"
+    )
+    table.add_column("case")
+    table.add_column("contender", no_wrap=True)
+    for title in ("tok/s", "ms", "of bf16 ceiling", "of read ceiling", "slower"):
+        table.add_column(title, justify="right")
+    for index, row in enumerate(report.rows):
+        following = report.rows[index + 1 : index + 2]
+        last = not following or (following[0].phase, following[0].tokens) != (row.phase, row.tokens)
+        spread = f"± {row.spread / 2:.0%}" if row.samples > 1 else "once"
+        table.add_row(
+            f"prompt of {row.tokens:,}" if row.phase == "prefill" else f"decode at {row.tokens:,}",
+            row.contender,
+            f"{row.tokens_per_second:,.1f} {spread}",
+            f"{row.ms:,.2f}",
+            f"{row.of_bf16_ceiling:.1%}",
+            "" if row.of_read_ceiling is None else f"{row.of_read_ceiling:.1%}",
+            f"{row.times_slower:.2f}x",
+            style="bold" if row.contender == LATENTKV else None,
+            end_section=last,
+        )
+    return table
+
+
+def model_facts(report: ModelReport) -> str:
+    """Lines: memory, what is not kernels, how well the contenders agree, what is missing."""
+    mha = report.mha_cache_bytes_per_token
+    lines = [
+        f"Peak memory of the process {format_bytes(report.peak_rss_bytes)} (before any peer was loaded); "
+        f"cache allocated {format_bytes(report.allocated_cache_bytes)}, {report.cache_bytes_per_token:,} B a token"
+        + (f" (multi-head attention: {mha:,} B)." if mha else "."),
+        f"Decoding a token reads {format_bytes(report.weight_bytes_read)} of weights. Of a step, "
+        f"{report.dispatch_ms:.2f} ms ({report.dispatch_share:.1%} at the smallest depth) are not kernels.",
+        *(f"Logits of {name} against LatentKV's: cosine {value:.4f}." for name, value in report.agreement.items()),
+        *report.notes,
+    ]
+    return "\n".join(lines)
+
+
+def plot_decode(reports: Sequence[ModelReport], path: Path) -> None:
+    """Decode speed against depth, one line for each contender of each report; PNG, whole or absent."""
+    figure = Figure(figsize=(7.2, 4.8), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    depths = sorted({row.tokens for report in reports for row in report.rows if row.phase == "decode"})
+    contenders = list(dict.fromkeys(row.contender for report in reports for row in report.rows))
+    for report, line in zip(reports, ("-", "--", ":", "-.") * len(reports), strict=False):
+        for index, name in enumerate(contenders):
+            points = [
+                (depths.index(row.tokens), row.tokens_per_second)
+                for row in report.rows
+                if row.phase == "decode" and row.contender == name
+            ]
+            if points:
+                label = f"{name}, {report.weights}" if len(reports) > 1 else name
+                color = _COLORS[index % len(_COLORS)]
+                axes.plot(*zip(*points, strict=True), color=color, linestyle=line, marker="o", linewidth=2, label=label)
+    axes.set(xlabel="tokens in the cache", ylabel="tokens a second", yscale="log")
+    axes.set_xticks(range(len(depths)), [tokens_label(depth) for depth in depths])
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.grid(which="major", color="#e5e5e5")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8)
+    first = reports[0]
+    axes.set_title(f"Decoding with {first.model}, batch 1", loc="left")
+    figure.supxlabel(describe(first.environment), fontsize=7, color="#666666")
+    write_whole(path, lambda temporary: figure.savefig(temporary, dpi=160, format="png"))

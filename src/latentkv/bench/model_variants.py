@@ -1,0 +1,95 @@
+"""Decoders made from a decoder: with multi-head attention, and shrunk to where arithmetic is nothing."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from latentkv.errors import RequestError
+from latentkv.models.config import GQAConfig, MLAConfig, ModelConfig
+from latentkv.models.decoder import Decoder
+from latentkv.models.packing import Packing, pack_module
+
+
+def mha_config(config: ModelConfig) -> ModelConfig:
+    """The same model with multi-head attention that caches as many numbers as its expanded heads have.
+
+    A head's key and value, Dn + R + Dv numbers, become a key and a value of half of that each.
+
+    Raises:
+        RequestError: the model has no latent attention.
+    """
+    mla = config.attention
+    if not isinstance(mla, MLAConfig):
+        raise RequestError(f"A {config.model_type} model has no latent attention to compare with multi-head attention.")
+    head_dim = (mla.qk_nope_head_dim + mla.qk_rope_head_dim + mla.v_head_dim) // 2
+    return replace(
+        config,
+        attention=GQAConfig(num_kv_heads=config.num_heads, head_dim=head_dim),
+        rope=replace(config.rope, dim=head_dim),
+    )
+
+
+def mha_twin(decoder: Decoder, packing: Packing | None) -> Decoder:
+    """`decoder` with random multi-head attention; everything else is shared with it.
+
+    Args:
+        decoder: with latent attention, packed or not.
+        packing: how its weights are packed; None: not at all.
+    """
+    with torch.device("meta"):
+        twin = Decoder(mha_config(decoder.config), max_context=decoder.max_context)
+    for index, own in enumerate(decoder.model.layers):
+        layer = twin.model.layers[index]
+        layer.self_attn = _random(layer.get_submodule("self_attn"), decoder, packing, f"model.layers.{index}.self_attn")
+        layer.mlp = own.mlp
+        layer.input_layernorm, layer.post_attention_layernorm = own.input_layernorm, own.post_attention_layernorm
+    twin.model.embed_tokens, twin.model.norm = decoder.model.embed_tokens, decoder.model.norm
+    twin.packed_embedding = decoder.packed_embedding
+    if not decoder.config.tie_word_embeddings:
+        twin.lm_head = decoder.lm_head
+    return twin.eval()
+
+
+def _random(attention: nn.Module, like: Decoder, packing: Packing | None, name: str) -> nn.Module:
+    attention = attention.to(like.dtype).to_empty(device=like.model.norm.weight.device)
+    for parameter in attention.parameters():
+        nn.init.normal_(parameter, std=like.config.initializer_range)
+    if packing is not None:
+        pack_module(attention, packing, prefix=name)
+    return attention
+
+
+def shrunken(config: ModelConfig, dtype: torch.dtype, packing: Packing | None) -> Decoder:
+    """A random decoder that calls the same ops as one of `config`, in the same order, on next to no numbers.
+
+    What a step of it takes is what a step of the model takes beside its kernels: Python, dispatch, allocation.
+    """
+    attention = config.attention
+    if isinstance(attention, MLAConfig):
+        q_lora_rank = None if attention.q_lora_rank is None else 64
+        small, rope_dim = replace(attention, **_SMALL_MLA, q_lora_rank=q_lora_rank), _SMALL_MLA["qk_rope_head_dim"]
+    else:
+        small, rope_dim = replace(attention, num_kv_heads=2, head_dim=32), 32
+    factors = {name: getattr(config.rope, name)[: rope_dim // 2] for name in ("short_factor", "long_factor")}
+    tiny = replace(
+        config,
+        vocab_size=128,
+        hidden_size=128,
+        num_heads=2,
+        intermediate_size=128,
+        attention=small,
+        rope=replace(config.rope, dim=rope_dim, **factors),
+        moe=None if config.moe is None else replace(config.moe, intermediate_size=32),
+        num_mtp_layers=0,
+    )
+    decoder = Decoder(tiny).to(dtype).eval().requires_grad_(False)
+    decoder.keep_routing_bias_exact()
+    if packing is not None:
+        pack_module(decoder, packing)
+    return decoder
+
+
+_SMALL_MLA = {"kv_lora_rank": 64, "qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 32}

@@ -1,0 +1,71 @@
+"""What one step of a model must read and compute at the least, to be compared with what the machine can do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import prod
+
+from torch import Tensor, nn
+
+from latentkv.models.config import MLAConfig, ModelConfig
+from latentkv.models.decoder import Decoder
+from latentkv.models.mla import MultiHeadLatentAttention
+from latentkv.models.moe import Experts
+from latentkv.ops import PackedWeight
+from latentkv.plan.parameters import tensor_groups
+
+
+def weight_bytes_read(decoder: Decoder) -> int:
+    """Bytes of weights that decoding one token of one sequence reads: as they are stored, and of its experts alone."""
+    moe = decoder.config.moe
+    unused = {
+        id(module.kv_b_proj)
+        for module in decoder.model.modules()
+        if isinstance(module, MultiHeadLatentAttention) and module.absorb_key is not None
+    }
+    total = decoder.output_weight.nbytes
+    for module in decoder.model.modules():
+        if isinstance(module, nn.Embedding) or id(module) in unused:
+            continue  # of an embedding one row is read
+        stored = sum(weight.nbytes for weight in _own_weights(module))
+        if isinstance(module, Experts) and moe is not None:
+            stored = stored * moe.experts_per_token // moe.num_experts
+        total += stored
+    return total
+
+
+def _own_weights(module: nn.Module) -> Iterator[Tensor | PackedWeight]:
+    yield from module.parameters(recurse=False)
+    yield from module.buffers(recurse=False)
+    yield from (value for value in vars(module).values() if isinstance(value, PackedWeight))
+
+
+def decode_flops(config: ModelConfig, depth: int) -> int:
+    """FLOPs of the matrix products of one step after `depth` tokens, latent attention in its absorbed form."""
+    attention = config.attention
+    if isinstance(attention, MLAConfig):
+        pair = 2 * attention.kv_lora_rank + attention.qk_rope_head_dim
+    else:
+        pair = 2 * attention.head_dim
+    return 2 * (_weights_used(config) + config.num_layers * config.num_heads * pair * (depth + 1))
+
+
+def prefill_flops(config: ModelConfig, tokens: int) -> int:
+    """FLOPs of reading a prompt, latent attention in its expanded form, with the logits of its last token alone."""
+    attention = config.attention
+    if isinstance(attention, MLAConfig):
+        pair = attention.qk_nope_head_dim + attention.qk_rope_head_dim + attention.v_head_dim
+    else:
+        pair = 2 * attention.head_dim
+    head = config.vocab_size * config.hidden_size
+    pairs = tokens * (tokens + 1) // 2
+    return 2 * ((_weights_used(config) - head) * tokens + head + config.num_layers * config.num_heads * pair * pairs)
+
+
+def _weights_used(config: ModelConfig) -> int:
+    """Numbers of the matrices that a token is multiplied with."""
+    return sum(
+        prod(group.shape) * group.used
+        for group in tensor_groups(config)
+        if len(group.shape) > 1 or (group.kind == "embedding" and config.tie_word_embeddings)
+    )

@@ -1,0 +1,109 @@
+"""`latentkv bench model` and `make-model`: whole models, real or of random weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from latentkv.cli.bench_options import JsonFile, Repeats, Threads, numbers, require_folder, save
+from latentkv.cli.terminal import console
+
+
+def model(
+    model: Annotated[
+        str | None, typer.Argument(help="A folder or a repo id.", show_default="the embedded model")
+    ] = None,
+    prompts: Annotated[str, typer.Option(help="Tokens of the prompts that are read, with commas between.")] = "512,2k",
+    depths: Annotated[
+        str, typer.Option(help="Tokens in the cache before the first decode step, with commas between.")
+    ] = "0,4k,16k,32k",
+    new_tokens: Annotated[int, typer.Option(help="Decode steps that are timed together.")] = 16,
+    repeats: Repeats = 5,
+    dtype: Annotated[
+        str | None, typer.Option(help="Of the weights: bf16, fp16 or fp32.", show_default="the checkpoint's")
+    ] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="Quantise while loading: int8 or int4.", show_default="as stored")
+    ] = None,
+    kv_dtype: Annotated[str, typer.Option(help="Of the cache: auto, bf16, fp8, int8, fp16 or fp32.")] = "auto",
+    threads: Threads = None,
+    mha: Annotated[bool, typer.Option("--mha", help="Measure the same model with multi-head attention, too.")] = False,
+    transformers: Annotated[
+        bool, typer.Option("--transformers", help="Measure the checkpoint in transformers, too (bf16).")
+    ] = False,
+    peer: Annotated[
+        list[str] | None,
+        typer.Option(metavar="COMMAND", help="Measure another program, too; benchmarks/llama_cpp has one."),
+    ] = None,
+    limit: Annotated[
+        float, typer.Option(help="Seconds: a contender whose rounds of a case take longer is timed once.")
+    ] = 20.0,
+    json_file: JsonFile = None,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw decode speed against depth.")] = None,
+) -> None:
+    """Measure how fast a model reads prompts and decodes at several depths, and the memory it takes.
+
+    One sequence at a time. The cache before a decode step is filled with random numbers once, not by reading a prompt.
+
+    Example: latentkv bench model --prompts 64 --depths 0,128
+    """
+    from latentkv.bench.model import measure_model
+    from latentkv.bench.model_report import MODEL_NOTES, model_facts, model_table, plot_decode
+    from latentkv.bench.report import describe
+    from latentkv.llm import LLM
+    from latentkv.plan import as_kv_format
+
+    require_folder(json_file, plot)
+    prompt_lens, depth_lens = numbers(prompts), numbers(depths)
+    with console(stderr=True).status("loading the model") as status:
+        report = measure_model(
+            LLM(
+                model,
+                dtype=dtype,
+                weights=weights,
+                kv_dtype="auto" if kv_dtype == "auto" else as_kv_format(kv_dtype),
+                max_context=max(*prompt_lens, *depth_lens) + new_tokens,
+            ),
+            name=Path(model).name if model else "the embedded model",
+            prompts=prompt_lens,
+            depths=depth_lens,
+            new_tokens=new_tokens,
+            repeats=repeats,
+            threads=threads,
+            weights=weights,
+            mha=mha,
+            transformers=transformers,
+            peers=peer or (),
+            limit_seconds=limit,
+            progress=status.update,
+        )
+    screen = console()
+    screen.print(model_table(report))
+    screen.print(model_facts(report))
+    screen.print(MODEL_NOTES, style="dim")
+    screen.print(describe(report.environment), style="dim")
+    save(report, json_file)
+    if plot is not None:
+        plot_decode([report], plot)
+        screen.print(f"Plot in {plot}")
+
+
+def make_model(
+    shape: Annotated[str, typer.Argument(help="v2-lite, v2-lite-4, v2-lite-8e or youtu-llm-2b.")],
+    folder: Annotated[Path, typer.Argument(help="Where the checkpoint goes.")],
+    seed: Annotated[int, typer.Option(help="Of the weights.")] = 0,
+) -> None:
+    """Write a checkpoint of a published shape with random bf16 weights, to measure speed and memory with.
+
+    v2-lite and youtu-llm-2b are DeepSeek-V2-Lite (15.7 B parameters, 31 GB) and Youtu-LLM-2B; v2-lite-4 has the first 4
+    layers and a vocabulary of 32,768 (1.97 B), v2-lite-8e all 27 layers with 8 of the 64 experts (3.11 B).
+
+    Example: latentkv bench make-model v2-lite-4 models/v2-lite-4
+    """
+    from latentkv.bench.synthetic import synthetic_config, write_synthetic
+
+    with console(stderr=True).status(f"writing {folder}"):
+        parameters = write_synthetic(synthetic_config(shape), folder, seed=seed)
+    console().print(f"{parameters:,} parameters in {folder}")
