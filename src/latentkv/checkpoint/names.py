@@ -21,6 +21,24 @@ _POST_NORM, _PUBLISHED_POST_NORM = ".mlp.post_mlp_layernorm.", ".post_mlp_layern
 _WRAPPED = ("language_model.", "model.language_model.")
 _VISION = re.compile(r"(model\.)?(vision_\w+|visual|image_\w+|multi_modal_projector|mm_projector|patch_merger)\.")
 
+# A tensor is of the first kind of which its published name contains the mark.
+_KINDS: Mapping[str, str] = {
+    "embed_tokens": "embedding",
+    "lm_head": "lm head",
+    "shared_head.head": "lm head",
+    "norm": "norms",
+    "self_attn": "attention",
+    "shared_experts": "shared experts",
+    "mlp.experts": "routed experts",
+    "mlp.gate.": "router",
+    "mlp.": "dense mlp",
+}
+
+
+def tensor_kind(published: str) -> str:
+    """What a checkpoint's tensor is part of: "attention", "routed experts", "norms", ..., or "other"."""
+    return next((kind for mark, kind in _KINDS.items() if mark in published), "other")
+
 
 def published_name(name: str, num_layers: int) -> str:
     """What a decoder's tensor is called in a checkpoint (routed experts aside: see `published_parts`)."""

@@ -78,6 +78,11 @@ class CheckpointReader:
         """Names of all tensors, shard by shard: reading in this order opens each shard once."""
         return tuple(sorted(self._file_of, key=lambda name: (self._file_of[name], name)))
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files that hold them."""
+        return tuple(self.folder / shard for shard in sorted(set(self._shard_of.values())))
+
     def __contains__(self, name: str) -> bool:
         return name in self._file_of
 

@@ -3,29 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from latentkv.checkpoint import CheckpointReader
-from latentkv.checkpoint.names import layer_of, text_model_names
+from latentkv.checkpoint.names import layer_of, tensor_kind, text_model_names
 from latentkv.models.config import MLAConfig, ModelConfig
 from latentkv.models.config_reader import read_config
 from latentkv.plan import count_active_parameters, count_mtp_parameters, count_parameters, mha_bytes
 from latentkv.text import has_tokenizer, load_tokenizer
-
-# A tensor is of the first kind of which its published name contains the mark.
-_KINDS: Mapping[str, str] = {
-    "embed_tokens": "embedding",
-    "lm_head": "lm head",
-    "norm": "norms",
-    "self_attn": "attention",
-    "shared_experts": "shared experts",
-    "mlp.experts": "routed experts",
-    "mlp.gate.": "router",
-    "mlp.": "dense mlp",
-}
 
 
 @dataclass(frozen=True)
@@ -136,13 +124,13 @@ def read_facts(folder: Path) -> CheckpointFacts:
 def _tensor_facts(reader: CheckpointReader, config: ModelConfig) -> Iterable[TensorFact]:
     published = {name: known_as for known_as, name in text_model_names(reader.names).items()}
     for name in reader.names:
-        shape, dtype = reader.shape(name), reader.dtype(name)
+        scheme = reader.scheme(name)
         yield TensorFact(
             name=name,
             kind=_kind(published.get(name), config),
-            shape=shape,
-            dtype=str(dtype).removeprefix("torch."),
-            bytes=math.prod(shape) * dtype.itemsize,
+            shape=reader.shape(name),
+            dtype=scheme.format if scheme else str(reader.dtype(name)).removeprefix("torch."),
+            bytes=reader.nbytes(name),
         )
 
 
@@ -152,7 +140,7 @@ def _kind(published: str | None, config: ModelConfig) -> str:
     layer = layer_of(published)
     if layer is not None and layer >= config.num_layers:
         return "mtp"
-    return next((kind for mark, kind in _KINDS.items() if mark in published), "other")
+    return tensor_kind(published)
 
 
 def _grouped(tensors: Iterable[TensorFact], key: Callable[[TensorFact], str]) -> dict[str, KindFact]:
