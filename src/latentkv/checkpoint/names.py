@@ -32,6 +32,7 @@ _KINDS: Mapping[str, str] = {
     "mlp.experts": "routed experts",
     "mlp.gate.": "router",
     "mlp.": "dense mlp",
+    "eh_proj": "mtp input",
 }
 
 

@@ -13,6 +13,7 @@ from latentkv.cli.doctor import doctor
 from latentkv.cli.generate import generate
 from latentkv.cli.inspect import inspect
 from latentkv.cli.plan import plan
+from latentkv.cli.quantize import quantize
 from latentkv.cli.train import train
 from latentkv.errors import LatentKVError
 
@@ -77,13 +78,13 @@ def latentkv(
         bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
     ] = False,
 ) -> None:
-    """Language models with Multi-head Latent Attention (MLA): run, chat, plan, inspect, train, measure.
+    """Language models with Multi-head Latent Attention (MLA): run, chat, plan, inspect, quantize, train, measure.
 
     Start with: latentkv generate "It was a dark night"
     """
 
 
-for command in (generate, chat, plan, inspect, train, doctor):
+for command in (generate, chat, plan, inspect, quantize, train, doctor):
     app.command()(command)
 app.add_typer(bench_app, name="bench")
 

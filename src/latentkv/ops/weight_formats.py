@@ -72,10 +72,7 @@ def quantize_weight(weight: Tensor, fmt: WeightFormat, group: int | None = None)
     Raises:
         OpError: unknown format or group; the weight is no floating-point matrix, or holds NaN or infinity.
     """
-    require(fmt in WEIGHT_FORMATS, f"unknown weight format {fmt!r}; choose one of {', '.join(WEIGHT_FORMATS)}")
-    require(
-        group is None or group in GROUP_SIZES, f"weights cannot share scales in groups of {group}; take 32, 64 or 128"
-    )
+    require_format(fmt, group)
     require(
         weight.ndim >= 2 and weight.is_floating_point() and weight.numel() > 0,
         f"quantize_weight takes a floating-point weight [..., O, D], not {list(weight.shape)} of {weight.dtype}",
@@ -90,6 +87,14 @@ def quantize_weight(weight: Tensor, fmt: WeightFormat, group: int | None = None)
         codes[block] = _round_to_codes(grouped, scales[block], bits).flatten(1)[:, : rows.shape[1]]
     require(bool(torch.isfinite(scales).all()), "quantize_weight was given a weight with NaN or infinite values")
     return QuantizedWeight(codes.view(weight.shape), scales.view(*weight.shape[:-1], -1), bits, group)
+
+
+def require_format(fmt: str, group: int | None) -> None:
+    """Raise `OpError` unless weights come in this format and group."""
+    require(fmt in WEIGHT_FORMATS, f"unknown weight format {fmt!r}; choose one of {', '.join(WEIGHT_FORMATS)}")
+    require(
+        group is None or group in GROUP_SIZES, f"weights cannot share scales in groups of {group}; take 32, 64 or 128"
+    )
 
 
 def _best_scales(weight: Tensor, bits: int) -> Tensor:

@@ -21,7 +21,7 @@ from latentkv.checkpoint.shard import write_shard
 from latentkv.checkpoint.writer import CONFIG_FILE
 from latentkv.errors import CheckpointError, OpError
 from latentkv.files import sync, write_json, write_whole
-from latentkv.ops.weight_formats import WeightFormat, quantize_weight
+from latentkv.ops.weight_formats import WeightFormat, quantize_weight, require_format
 from latentkv.quantize.layout import CopyLayout, Part, plan_copy
 from latentkv.quantize.report import QuantizationReport, ReportRow, squared_error
 
@@ -78,6 +78,7 @@ def quantize_checkpoint(
             the target holds something else, or cannot be written.
         OpError: unknown format or group.
     """
+    require_format(fmt, group)
     layout = plan_copy(source, fmt, group, max_shard_bytes)
     try:
         report = _finished_report(target, layout)
@@ -109,7 +110,7 @@ def _claim(target: Path, layout: CopyLayout) -> None:
             raise CheckpointError(
                 f"{target} holds an unfinished copy of another source, or with other options: remove it first"
             )
-    elif target.exists() and (not target.is_dir() or any(target.iterdir())):
+    elif target.exists() and (not target.is_dir() or any(path.name != _STATE for path in target.iterdir())):
         raise CheckpointError(f"{target} exists and is not empty: name a new folder for the quantised copy")
     state.parent.mkdir(parents=True, exist_ok=True)
     missing = [part for name, parts in layout.shards.items() if not (target / name).exists() for part in parts]

@@ -73,6 +73,15 @@ class QuantizationReport:
         """Everything together; its relative error is that of the quantised weights."""
         return _joined(self.rows, lambda _: (None, "all", "all"))[0]
 
+    @property
+    def layer_errors(self) -> dict[int, dict[str, float]]:
+        """Relative error of the quantised weights of each layer, by kind."""
+        errors: dict[int, dict[str, float]] = {}
+        for row in _joined((row for row in self.rows if row.squared_norm), lambda row: (row.layer, row.kind, "")):
+            if row.layer is not None:
+                errors.setdefault(row.layer, {})[row.kind] = row.relative_error
+        return dict(sorted(errors.items()))
+
     def as_json(self) -> dict[str, Any]:
         """For a file."""
         return {

@@ -1,0 +1,83 @@
+"""`latentkv quantize`: the report, the perplexity, and wrong usage."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from latentkv import LLM
+
+TEXT = "The whale swam on, and the harpooner watched it from the mast.\n" * 4
+
+
+def test_a_model_is_quantised_and_the_report_printed(latentkv, model_folder, tmp_path):
+    (tmp_path / "text.txt").write_text(TEXT)
+    asked = ("quantize", model_folder, tmp_path / "out", "--weights", "int4", "--text", tmp_path / "text.txt")
+    result = latentkv(*asked)
+    assert result.exit_code == 0, result.stderr
+    for words in ("relative error", "routed experts", "int4, groups of 32", "lm head", "int8, rows", "perplexity"):
+        assert words in result.stdout
+    saved = json.loads((tmp_path / "out" / "quantization_report.json").read_text())
+    measured = saved["perplexity"]
+    assert measured["before"]["perplexity"] == LLM(model_folder).perplexity(TEXT).perplexity
+    assert measured["after"]["perplexity"] == LLM(tmp_path / "out").perplexity(TEXT).perplexity
+    assert measured["before"] != measured["after"]
+    again = latentkv(*asked, "--json")
+    assert again.exit_code == 0, again.stderr
+    printed = json.loads(again.stdout)
+    assert printed["total"] == saved["total"] and printed["perplexity"] == measured
+
+
+def test_no_more_of_the_text_is_read_than_asked(latentkv, model_folder, tmp_path):
+    (tmp_path / "text.txt").write_text("é" * 100)
+    asked = ("--weights", "int8", "--text", tmp_path / "text.txt", "--text-bytes", 11, "--json")
+    result = latentkv("quantize", model_folder, tmp_path / "out", *asked)
+    assert json.loads(result.stdout)["perplexity"]["before"]["bytes"] == 10
+
+
+def test_inspect_shows_the_copy(latentkv, model_folder, tmp_path):
+    assert latentkv("quantize", model_folder, tmp_path / "out", "--weights", "int4").exit_code == 0
+    facts = json.loads(latentkv("inspect", tmp_path / "out", "--json").stdout)
+    assert facts["parameters_stored"] == facts["parameters"]
+    assert {"int4", "int8", "float32"} <= set(facts["by_dtype"])
+    assert facts["by_dtype"]["int4"]["bytes"] < 0.8 * facts["by_dtype"]["int4"]["parameters"]
+
+
+def test_the_copy_generates(latentkv, model_folder, tmp_path):
+    assert latentkv("quantize", model_folder, tmp_path / "out", "--weights", "int8").exit_code == 0
+    result = latentkv("generate", "-m", tmp_path / "out", "The whale", "--max-tokens", 4, "--seed", 0)
+    assert result.exit_code == 0, result.stderr
+
+
+WRONG = [
+    ((), "Missing option '--weights'"),
+    (("--weights", "int3"), "unknown weight format 'int3'"),
+    (("--weights", "int4", "--group", 48), "groups of 48"),
+    (("--weights", "int4", "--threads", 0), "--threads must be 1 or more"),
+    (("--weights", "int4", "--text", "nothing.txt"), "does not exist"),
+    (("--weights", "int4", "--text", "{empty}"), "no text to score"),
+    (("--weights", "int4", "--text", "{text}", "--text-bytes", 0), "--text-bytes must be 1 or more"),
+]
+
+
+@pytest.mark.parametrize(("options", "words"), WRONG, ids=[words for _, words in WRONG])
+def test_wrong_usage_is_said_and_nothing_is_made(latentkv, model_folder, tmp_path, options, words):
+    (tmp_path / "text.txt").write_text(TEXT)
+    (tmp_path / "empty.txt").write_text("")
+    files = {"{text}": tmp_path / "text.txt", "{empty}": tmp_path / "empty.txt"}
+    result = latentkv("quantize", model_folder, tmp_path / "out", *(files.get(option, option) for option in options))
+    assert result.exit_code == 2
+    assert words in " ".join(result.stderr.replace("│", " ").split())
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_sources_are_refused(latentkv, copied_model, tmp_path):
+    missing = latentkv("quantize", tmp_path / "nothing here", tmp_path / "out", "--weights", "int4")
+    assert missing.exit_code == 2 and "nothing here" in missing.stderr
+    (copied_model / "tokenizer.json").unlink()
+    (copied_model / "tokenizer_config.json").unlink()
+    (tmp_path / "text.txt").write_text(TEXT)
+    silent = latentkv("quantize", copied_model, tmp_path / "out", "--weights", "int4", "--text", tmp_path / "text.txt")
+    assert silent.exit_code == 2 and "needs a tokenizer" in silent.stderr
+    assert not (tmp_path / "out").exists()
