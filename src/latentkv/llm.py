@@ -75,8 +75,8 @@ class LLM:
         model: a folder or a Hugging Face repo id; None is the model embedded in this package.
         device: where it runs ("cpu", "cuda", "cuda:1").
         dtype: of the weights: "fp32", "bf16", "fp16" or a torch dtype; None is the checkpoint's.
-        weights: "int8" or "int4" quantises the large matrices as they are read (`latentkv quantize` does it once, and
-            searches longer for the best scales); None keeps what the checkpoint stores.
+        weights: "int8" or "int4" quantises the large matrices as they are read, as `latentkv quantize` does once for
+            all in a copy of the files; None keeps what the checkpoint stores.
         kv_dtype: how the cache stores tokens: "fp32", "bf16", "fp16", "int8", "fp8"; "auto" is that of the weights.
         max_context: tokens that a prompt and its completion have together at most; None is all that the model has.
         kv_cache_bytes: size of the cache; None is the smaller of one max_context and half of the free memory.
