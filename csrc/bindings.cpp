@@ -8,6 +8,7 @@ namespace nb = nanobind;
 namespace latentkv {
 void bind_attention(nb::module_& m);
 void bind_linear(nb::module_& m);
+void bind_moe(nb::module_& m);
 void bind_small(nb::module_& m);
 }  // namespace latentkv
 
@@ -21,5 +22,6 @@ NB_MODULE(_native, m) {
   m.def("runs", &latentkv::runs, "Whether this CPU runs kernels of the instruction set.");
   latentkv::bind_attention(m);
   latentkv::bind_linear(m);
+  latentkv::bind_moe(m);
   latentkv::bind_small(m);
 }

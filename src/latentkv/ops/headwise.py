@@ -1,35 +1,42 @@
-"""One matrix a head: the absorbed projections of MLA."""
+"""Each head's own projection: W_UK and W_UV of absorbed attention."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from latentkv.errors import OpError
 from latentkv.ops.basic import linear
-from latentkv.ops.checks import require
+from latentkv.ops.native import headwise as native
 from latentkv.ops.packed import PackedWeight
 
 
 def headwise_linear(x: Tensor, weight: PackedWeight, *, out: Tensor | None = None) -> Tensor:
-    """`W_h x_h` for every head h.
+    """`out[t, h] = W_h x[t, h]` (DeepSeek-V2, arXiv 2405.04434, section 2.1.2: the absorbed W_UK and W_UV).
+
+    Summed in float32 and rounded once. A token's result does not depend, bit for bit, on the other tokens or the number
+    of threads.
 
     Args:
-        x: [T, H, D] bfloat16 or float32; heads and tokens at any distance.
+        x: [T, H, D] bfloat16 or float32; may be a slice of a wider tensor.
         weight: H packed matrices [O, D].
-        out: [T, H, O] to write to, heads and tokens at any distance; None: a new tensor in x's dtype.
+        out: [T, H, O] in any float dtype, may be a slice of a wider tensor; None = a new tensor of x's dtype.
 
     Returns:
-        [T, H, O].
+        out.
 
     Raises:
         OpError: the shapes do not fit.
     """
-    require(
-        x.ndim == 3 and x.shape[1] == weight.count and x.shape[2] == weight.in_features,
-        f"headwise_linear takes x [T, H, D] and H packed weights [O, D]; these are {list(x.shape)} and "
-        f"{weight.count} of [{weight.out_features}, {weight.in_features}]",
-    )
-    heads = [linear(x[:, head], weight.matrix(head)) for head in range(weight.count)]
-    if out is None:
-        return torch.stack(heads, dim=1)
-    return torch.stack(heads, dim=1, out=out) if out.is_contiguous() else out.copy_(torch.stack(heads, dim=1))
+    if x.ndim != 3 or x.shape[1] != weight.count or x.shape[2] != weight.in_features:
+        raise OpError(
+            f"headwise_linear takes x [T, H, D] and H packed weights [O, D]; these are {list(x.shape)} and "
+            f"{weight.count} of [{weight.out_features}, {weight.in_features}]"
+        )
+    if out is not None and out.shape != (x.shape[0], weight.count, weight.out_features):
+        raise OpError(f"out must be {[x.shape[0], weight.count, weight.out_features]}, not {list(out.shape)}")
+    fast = native.headwise_linear(x, weight, out)
+    if fast is not None:
+        return fast
+    result = torch.stack([linear(x[:, head], weight.matrix(head)) for head in range(weight.count)], dim=1)
+    return result if out is None else out.copy_(result)

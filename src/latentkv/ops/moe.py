@@ -1,42 +1,41 @@
-"""Routed experts: each token goes through its K chosen gated MLPs."""
+"""Gated MLPs: one for all tokens, or the K that a router chose for each token."""
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from latentkv.errors import OpError
 from latentkv.ops.basic import linear
-from latentkv.ops.checks import require, require_shape
+from latentkv.ops.checks import require_shape
 from latentkv.ops.elementwise import silu_mul
+from latentkv.ops.native import moe as native
 from latentkv.ops.packed import PackedWeight
 
 
-def gated_mlp(x: Tensor, gate_up: PackedWeight, down: PackedWeight) -> Tensor:
-    """`down (silu(gate x) * up x)` (SwiGLU, arXiv 2002.05202): x [..., D], gate_up [2I, D], down [D, I] -> [..., D].
-
-    Raises:
-        OpError: the shapes do not fit together.
-    """
-    return linear(silu_mul(linear(x, gate_up)), down)
-
-
 def moe_experts(
-    x: Tensor, expert_ids: Tensor, weights: Tensor, gate_up: Tensor | PackedWeight, down: Tensor | PackedWeight
+    x: Tensor,
+    expert_ids: Tensor,
+    weights: Tensor,
+    gate_up: Tensor | PackedWeight,
+    down: Tensor | PackedWeight,
+    *,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """`sum_k weights[t, k] * down_e (silu(gate_e x_t) * up_e x_t)`, e = expert_ids[t, k] (arXiv 2401.06066, eq. 3).
 
     Tokens are sorted by expert, so that each expert in use is two matrix products over one contiguous slice; experts
-    without tokens cost nothing. Differentiable, works under autocast, and adds a token's experts in the order k.
+    without tokens cost nothing. A token's experts are added in the order k. Tensors: differentiable, works under
+    autocast. Packed weights: the products are added in float32, and a token's result does not depend, bit for bit, on
+    the other tokens or the number of threads.
 
     Args:
-        x: [T, D] tokens.
+        x: [T, D] tokens; bfloat16 or float32 for packed weights.
         expert_ids: [T, K] integers in [0, E).
         weights: [T, K] what each chosen expert's output is multiplied by.
-        gate_up: [E, 2I, D], packed or not; the first I rows are the gate's.
-        down: [E, D, I].
+        gate_up: [E, 2I, D]; the first I rows are the gate's.
+        down: [E, D, I], packed if gate_up is.
+        residual: [T, D] added to the sum before it is rounded, or None.
 
     Returns:
         [T, D] in x's dtype; the weighted sum is taken in the wider of the experts' and the weights' dtype.
@@ -46,48 +45,101 @@ def moe_experts(
     """
     require_shape("x", x, (None, None))
     require_shape("expert_ids", expert_ids, (x.shape[0], None))
-    require_shape("weights", weights, tuple(expert_ids.shape))
+    require_shape("weights", weights, (x.shape[0], expert_ids.shape[1]))
+    if residual is not None:
+        require_shape("residual", residual, (x.shape[0], x.shape[1]))
     num_experts = _require_experts(x, gate_up, down)
     if expert_ids.numel() == 0:
-        return torch.zeros_like(x)
-
-    flat_ids = expert_ids.reshape(-1)
-    require(int(flat_ids.min()) >= 0, f"expert_ids name expert {int(flat_ids.min())}; experts count from 0")
-    counts: list[int] = torch.bincount(flat_ids, minlength=num_experts).tolist()
-    require(len(counts) == num_experts, f"expert_ids name expert {len(counts) - 1} of only {num_experts}")
-    order = torch.argsort(flat_ids, stable=True)
-    sorted_x = x[order // expert_ids.shape[1]]
-    tokens = sorted_x.split(counts)
+        return torch.zeros_like(x) if residual is None else residual.to(x.dtype, copy=True)
     if isinstance(gate_up, PackedWeight) and isinstance(down, PackedWeight):
-        outputs = [gated_mlp(own, gate_up.matrix(e), down.matrix(e)) for e, own in enumerate(tokens) if own.shape[0]]
-    else:
-        # unbind, not indexing: its gradient is one stack; each indexed expert would fill a zero tensor of them all.
-        stacked = cast(Tensor, gate_up).unbind(), cast(Tensor, down).unbind()
-        experts = zip(tokens, *stacked, strict=True)
-        outputs = [_gated_mlp(own, into, out) for own, into, out in experts if own.shape[0]]
+        fast = native.moe_experts(x, expert_ids, weights, gate_up, down, residual)
+        if fast is not None:
+            return fast
+    counts = _tokens_per_expert(expert_ids, num_experts)
+    order = torch.argsort(expert_ids.reshape(-1), stable=True)
+    sorted_x = x[order // expert_ids.shape[1]]
+    experts = zip(sorted_x.split(counts), _matrices(gate_up), _matrices(down), strict=True)
+    outputs = [_gated(tokens, into, out) for tokens, into, out in experts if tokens.shape[0]]
     chosen = torch.cat(outputs)[torch.argsort(order)].view(*expert_ids.shape, -1)
-    return (chosen * weights.unsqueeze(-1)).sum(dim=1).to(x.dtype)
+    result = (chosen * weights.unsqueeze(-1)).sum(dim=1)
+    return (result if residual is None else result + residual).to(x.dtype)
+
+
+def gated_mlp(x: Tensor, gate_up: PackedWeight, down: PackedWeight, *, residual: Tensor | None = None) -> Tensor:
+    """`down (silu(gate x) * up x) + residual` (SwiGLU, arXiv 2002.05202).
+
+    The sum with the residual is rounded once; the kernels round the intermediate to x's dtype too. A token's result
+    does not depend, bit for bit, on the other tokens or the number of threads.
+
+    Args:
+        x: [..., D] bfloat16 or float32.
+        gate_up: one packed [2I, D]; the first I rows are the gate's.
+        down: one packed [O, I].
+        residual: [..., O] or None.
+
+    Returns:
+        [..., O] in x's dtype.
+
+    Raises:
+        OpError: the shapes do not fit together.
+    """
+    outs = down.out_features
+    if _sizes(gate_up) != (1, 2 * down.in_features, x.shape[-1]) or down.count != 1:
+        raise OpError(
+            f"gated_mlp takes one packed gate_up [2I, D] and down [O, I]; for x {list(x.shape)} these are "
+            f"{list(_sizes(gate_up))} and {list(_sizes(down))}"
+        )
+    if residual is not None:
+        require_shape("residual", residual, (*x.shape[:-1], outs))
+    rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
+    rows_residual = residual if residual is None or x.ndim == 2 else residual.reshape(-1, outs)
+    out = native.gated_mlp(rows, gate_up, down, rows_residual)
+    if out is None:
+        out = _gated(rows, gate_up, down)
+        out = (out if rows_residual is None else out + rows_residual).to(x.dtype)
+    return out if x.ndim == 2 else out.view(*x.shape[:-1], outs)
 
 
 def _require_experts(x: Tensor, gate_up: Tensor | PackedWeight, down: Tensor | PackedWeight) -> int:
     """Check the experts' shapes; return how many there are."""
-    (num_experts, outer, inner), (count, wide, dim) = _shape(down), _shape(gate_up)
-    require(
-        isinstance(gate_up, PackedWeight) == isinstance(down, PackedWeight)
-        and (count, wide, dim, outer) == (num_experts, 2 * inner, x.shape[1], x.shape[1]),
-        f"moe_experts takes gate_up [E, 2I, D] and down [E, D, I], both packed or neither; for x {list(x.shape)} these "
-        f"are {list(_shape(gate_up))} and {list(_shape(down))}",
-    )
+    (num_experts, outer, inner), wide = _sizes(down), _sizes(gate_up)
+    both = isinstance(gate_up, PackedWeight) == isinstance(down, PackedWeight)
+    if not both or outer != x.shape[1] or wide != (num_experts, 2 * inner, outer):
+        raise OpError(
+            f"moe_experts takes gate_up [E, 2I, D] and down [E, D, I], both packed or neither; for x {list(x.shape)} "
+            f"these are {list(wide)} and {[num_experts, outer, inner]}"
+        )
     return num_experts
 
 
-def _shape(weight: Tensor | PackedWeight) -> tuple[int, ...]:
+def _sizes(weight: Tensor | PackedWeight) -> tuple[int, ...]:
     if isinstance(weight, PackedWeight):
         return weight.count, weight.out_features, weight.in_features
-    require(weight.ndim == 3, f"moe_experts takes stacked experts [E, O, D], not {list(weight.shape)}")
+    require_shape("experts", weight, (None, None, None))
     return tuple(weight.shape)
 
 
-def _gated_mlp(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    gate, up = F.linear(x, gate_up).chunk(2, dim=-1)
-    return F.linear(F.silu(gate) * up, down)
+def _tokens_per_expert(expert_ids: Tensor, num_experts: int) -> list[int]:
+    flat_ids = expert_ids.reshape(-1)
+    if int(flat_ids.min()) < 0:
+        native.raise_unknown_expert(int(flat_ids.min()), num_experts)
+    counts: list[int] = torch.bincount(flat_ids, minlength=num_experts).tolist()
+    if len(counts) > num_experts:
+        native.raise_unknown_expert(len(counts) - 1, num_experts)
+    return counts
+
+
+def _matrices(weight: Tensor | PackedWeight) -> list[Tensor | PackedWeight]:
+    if isinstance(weight, PackedWeight):
+        return [weight.matrix(e) for e in range(weight.count)]
+    # unbind, not indexing: its gradient is one stack, where each indexed expert would fill a zero tensor of them all.
+    return list(weight.unbind())
+
+
+def _gated(x: Tensor, gate_up: Tensor | PackedWeight, down: Tensor | PackedWeight) -> Tensor:
+    """In the weights' dtype; packed: in float32 at least, the intermediate rounded to x's dtype as the kernels do."""
+    if isinstance(gate_up, Tensor):
+        return linear(silu_mul(linear(x, gate_up)), down)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    inner = silu_mul(linear(x, gate_up, out_dtype=wide)).to(x.dtype)
+    return linear(inner, down, out_dtype=wide)

@@ -1,0 +1,31 @@
+// Gated MLPs of packed weights: one for all tokens, or for each token those that a router chose.
+#pragma once
+
+#include "linear.h"
+
+namespace latentkv {
+
+// Rows first .. first + rows - 1 of those sorted by expert, all of one expert.
+struct Segment {
+  std::int64_t expert, first, rows;
+};
+
+// down (silu(gate x) * up x) of the rows of every segment; the intermediate has x's type.
+struct GatedProducts {
+  PackedWeight gate_up, down;  // [E, 2I, D], the gate first, and [E, D, I]
+  LinearInput x;               // the tokens
+  const Segment* segments;
+  std::int64_t num_segments, rows;    // rows of all segments
+  const std::int32_t* token_of_row;   // null: row i is token i, and its product is its result
+  const std::int32_t* row_of_choice;  // [tokens, chosen]
+  const float* weights;               // [tokens, chosen], by which a token's products are multiplied before they are added
+  std::int64_t chosen;
+  LinearOutput out;  // of each token; no bias
+};
+
+struct MoeKernels {
+  void (*gated)(const GatedProducts&);
+};
+LATENTKV_TABLE(MoeKernels, moe)
+
+}  // namespace latentkv

@@ -1,0 +1,216 @@
+"""`moe_experts`, `gated_mlp` and `headwise_linear` on packed weights against the definition in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from latentkv.errors import OpError
+from latentkv.ops import gated_mlp, headwise_linear, moe_experts, reference
+from latentkv.ops.native import core
+from latentkv.ops.packed import PackedWeight, pack_weight
+from latentkv.ops.weight_formats import quantize_weight
+
+FORMATS = [("bf16", None), ("int8", None), ("int8", 32), ("int4", 32)]
+every_format = pytest.mark.parametrize(("fmt", "group"), FORMATS)
+
+
+@pytest.fixture(params=core.available_isas(), autouse=True)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    with core.use_isa(request.param):
+        yield request.param
+
+
+def numbers(*shape: int, seed: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def weights(*shape: int, fmt: str = "bf16", group: int | None = None, seed: int = 0) -> tuple[PackedWeight, Tensor]:
+    """A packed weight and what it stands for, float64; products with it keep the size of what they multiply."""
+    weight = (numbers(*shape, seed=seed, dtype=torch.float32) / shape[-1] ** 0.5).bfloat16()
+    if fmt == "bf16":
+        return pack_weight(weight), weight.double()
+    quantised = quantize_weight(weight, "int8" if fmt == "int8" else "int4", group)
+    return pack_weight(quantised), quantised.dequantize().double()
+
+
+def choices(tokens: int, chosen: int, count: int) -> tuple[Tensor, Tensor]:
+    gen = torch.Generator().manual_seed(tokens)
+    ids = torch.stack([torch.randperm(count, generator=gen)[:chosen] for _ in range(tokens)])
+    return ids, torch.rand(tokens, chosen, generator=gen)
+
+
+ROUNDING = {torch.bfloat16: 2**-8, torch.float32: 2**-17}
+"""Of one number; float32 activations count as two bfloat16 numbers."""
+
+
+def intermediate(x: Tensor, gate_up: Tensor) -> Tensor:
+    return reference.silu_mul(reference.linear(x, gate_up))
+
+
+def assert_close(out: Tensor, expected: Tensor, size: Tensor) -> None:
+    """Where the intermediate was rounded, of which the sums' terms add up to `size`, and the result."""
+    exactness = 1e-5 if out.dtype == torch.bfloat16 else 2**-15  # of the products before the intermediate
+    allowed = ROUNDING[out.dtype] * (size + expected.abs()) + exactness * (1 + size)
+    assert ((out.double() - expected).abs() <= allowed).all()
+
+
+def experts_size(x: Tensor, ids: Tensor, scales: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """Sum of the magnitudes of the terms of each result."""
+    terms = [
+        [down[e].abs() @ intermediate(row, gate_up[e]).abs() for e in own] for row, own in zip(x, ids, strict=True)
+    ]
+    return (torch.stack([torch.stack(own) for own in terms]) * scales.double().unsqueeze(-1)).sum(dim=1)
+
+
+def on_threads(count: int, call: Callable[[], Tensor]) -> Tensor:
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(count)
+        return call()
+    finally:
+        torch.set_num_threads(threads)
+
+
+@every_format
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("dim", "inner"), [(96, 64), (50, 7), (33, 72)])
+def test_experts_match_the_reference(fmt: str, group: int | None, dtype: torch.dtype, dim: int, inner: int) -> None:
+    gate_up, exact_gate_up = weights(6, 2 * inner, dim, fmt=fmt, group=group, seed=1)
+    down, exact_down = weights(6, dim, inner, fmt=fmt, group=group, seed=2)
+    for tokens, chosen in [(1, 1), (1, 6), (2, 3), (70, 2)]:
+        x, (ids, scales) = numbers(tokens, dim + 5, seed=tokens, dtype=dtype)[:, 5:], choices(tokens, chosen, 6)
+        residual = numbers(tokens, dim, seed=9, dtype=dtype)
+        case = x, ids, scales, exact_gate_up, exact_down
+        expected, size = reference.moe_experts(*case), experts_size(*case)
+        out = moe_experts(x, ids, scales, gate_up, down)
+        assert out.dtype == dtype
+        assert_close(out, expected, size)
+        added = moe_experts(x, ids, scales, gate_up, down, residual=residual)
+        assert_close(added, expected + residual.double(), size)
+
+
+def test_all_tokens_may_choose_one_expert_and_others_none() -> None:
+    gate_up, exact_gate_up = weights(5, 64, 40, seed=1)
+    down, exact_down = weights(5, 40, 32, seed=2)
+    x, ids, scales = numbers(1100, 40, seed=3), torch.full((1100, 2), 3), torch.rand(1100, 2)
+    case = x, ids, scales, exact_gate_up, exact_down
+    out = moe_experts(x, ids, scales, gate_up, down)
+    assert_close(out, reference.moe_experts(*case), experts_size(*case))
+
+
+@every_format
+def test_a_token_does_not_depend_on_the_others_or_on_the_threads(isa: str, fmt: str, group: int | None) -> None:
+    if isa == "torch":
+        pytest.skip("torch's products depend on the number of rows")
+    gate_up, down = (weights(*s, fmt=fmt, group=group, seed=1)[0] for s in [(8, 192, 128), (8, 128, 96)])
+    x, (ids, scales) = numbers(60, 128, seed=2), choices(60, 3, 8)
+    whole = on_threads(1, lambda: moe_experts(x, ids, scales, gate_up, down))
+    for threads in (2, 3):
+        assert torch.equal(on_threads(threads, lambda: moe_experts(x, ids, scales, gate_up, down)), whole)
+    for part in (slice(7, 8), slice(0, 17), slice(20, 60)):
+        assert torch.equal(moe_experts(x[part], ids[part], scales[part], gate_up, down), whole[part])
+
+
+def test_many_tokens_are_the_same_tokens_in_several_passes(isa: str) -> None:
+    if isa in ("torch", "portable"):
+        pytest.skip("slow for so many tokens")
+    gate_up, down = (weights(*s, seed=1)[0] for s in [(2, 64, 4096), (2, 4096, 32)])
+    x, (ids, scales) = numbers(3000, 4096, seed=2), choices(3000, 2, 2)
+    out = moe_experts(x, ids, scales, gate_up, down)
+    assert torch.equal(moe_experts(x[2900:], ids[2900:], scales[2900:], gate_up, down), out[2900:])
+
+
+def test_not_a_number_stays_with_its_token() -> None:
+    gate_up, down = weights(3, 64, 40)[0], weights(3, 40, 32)[0]
+    x, (ids, scales) = numbers(9, 40, seed=1), choices(9, 2, 3)
+    x[4, 7] = float("nan")
+    rows = moe_experts(x, ids, scales, gate_up, down).isnan().sum(dim=1)
+    assert rows.tolist() == [0, 0, 0, 0, 40, 0, 0, 0, 0]
+
+
+def test_no_tokens_give_no_rows() -> None:
+    gate_up, down = weights(3, 64, 40)[0], weights(3, 40, 32)[0]
+    ids, scales = torch.zeros(0, 2, dtype=torch.int64), torch.zeros(0, 2)
+    assert moe_experts(numbers(0, 40, seed=1), ids, scales, gate_up, down).shape == (0, 40)
+    assert gated_mlp(numbers(0, 40, seed=1), gate_up.matrix(0), down.matrix(0)).shape == (0, 40)
+    assert headwise_linear(numbers(0, 3, 40, seed=1), gate_up).shape == (0, 3, 64)
+
+
+@every_format
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("dim", "inner", "outs"), [(96, 64, 96), (50, 7, 33)])
+def test_a_gated_mlp_matches_the_reference(
+    fmt: str, group: int | None, dtype: torch.dtype, dim: int, inner: int, outs: int
+) -> None:
+    gate_up, exact_gate_up = weights(2 * inner, dim, fmt=fmt, group=group, seed=1)
+    down, exact_down = weights(outs, inner, fmt=fmt, group=group, seed=2)
+    for shape in [(1,), (3, 5), (70,), (600,)]:
+        x, residual = numbers(*shape, dim, seed=3, dtype=dtype), numbers(*shape, outs, seed=4, dtype=dtype)
+        inside = intermediate(x, exact_gate_up)
+        expected, size = inside @ exact_down.T, inside.abs() @ exact_down.abs().T
+        assert_close(gated_mlp(x, gate_up, down), expected, size)
+        assert_close(gated_mlp(x, gate_up, down, residual=residual), expected + residual.double(), size)
+
+
+def test_a_row_of_a_gated_mlp_does_not_depend_on_the_others_or_on_the_threads(isa: str) -> None:
+    if isa == "torch":
+        pytest.skip("torch's products depend on the number of rows")
+    gate_up, down = weights(192, 128)[0], weights(128, 96)[0]
+    x = numbers(600, 128, seed=2)
+    whole = on_threads(1, lambda: gated_mlp(x, gate_up, down))
+    assert torch.equal(on_threads(3, lambda: gated_mlp(x, gate_up, down)), whole)
+    assert torch.equal(gated_mlp(x[550:551], gate_up, down), whole[550:551])
+
+
+@every_format
+@pytest.mark.parametrize(("heads", "outs", "dim"), [(1, 1, 1), (3, 33, 40), (16, 64, 32)])
+def test_headwise_linear_multiplies_slices_into_slices(
+    fmt: str, group: int | None, heads: int, outs: int, dim: int
+) -> None:
+    weight, exact = weights(heads, outs, dim, fmt=fmt, group=group)
+    exact = exact.view(heads, outs, dim)
+    for tokens in (1, 2, 19, 600):
+        for dtype in (torch.bfloat16, torch.float32):
+            x = numbers(tokens, heads, dim + 3, seed=tokens, dtype=dtype)[..., 3:]
+            expected = torch.einsum("thd,hod->tho", x.double(), exact)
+            size = torch.einsum("thd,hod->tho", x.double().abs(), exact.abs())
+            wider = torch.zeros(tokens, heads, outs + 4, dtype=dtype)
+            out = headwise_linear(x, weight, out=wider[..., :outs])
+            assert out.data_ptr() == wider.data_ptr()
+            assert not wider[..., outs:].any()
+            allowed = ROUNDING[dtype] * expected.abs() + 2**-17 * size
+            assert ((wider[..., :outs].double() - expected).abs() <= allowed).all()
+            assert torch.equal(headwise_linear(x, weight), wider[..., :outs])
+
+
+def test_headwise_results_do_not_depend_on_other_tokens_or_on_the_threads(isa: str) -> None:
+    if isa == "torch":
+        pytest.skip("torch's products depend on the number of rows")
+    weight, x = weights(5, 96, 64)[0], numbers(40, 5, 64, seed=1)
+    whole = on_threads(1, lambda: headwise_linear(x, weight))
+    assert torch.equal(on_threads(3, lambda: headwise_linear(x, weight)), whole)
+    assert torch.equal(headwise_linear(x[9:10], weight), whole[9:10])
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    gate_up, down = weights(3, 64, 40)[0], weights(3, 40, 32)[0]
+    x, ids, scales = numbers(2, 40, seed=1), torch.zeros(2, 2, dtype=torch.int64), torch.ones(2, 2)
+    for bad, message in [(4, "expert 4 of only 3"), (-1, "expert -1; experts count from 0")]:
+        with pytest.raises(OpError, match=message):
+            moe_experts(x, torch.full((2, 2), bad), scales, gate_up, down)
+    with pytest.raises(OpError, match="moe_experts takes gate_up"):
+        moe_experts(numbers(2, 41, seed=1), ids, scales, gate_up, down)
+    with pytest.raises(OpError, match="moe_experts takes gate_up"):
+        moe_experts(x, ids, scales, weights(3, 62, 40)[0], down)
+    with pytest.raises(OpError, match="residual has shape"):
+        moe_experts(x, ids, scales, gate_up, down, residual=x[:1])
+    with pytest.raises(OpError, match="gated_mlp takes"):
+        gated_mlp(x, gate_up, down)
+    with pytest.raises(OpError, match="headwise_linear takes"):
+        headwise_linear(numbers(2, 2, 40, seed=1), gate_up)
+    with pytest.raises(OpError, match="out must be"):
+        headwise_linear(numbers(2, 3, 40, seed=1), gate_up, out=torch.zeros(2, 3, 40))
