@@ -24,28 +24,46 @@ LATENTKV_INLINE RowBlock row_block(std::int64_t rows, std::int64_t blocks, std::
 
 LATENTKV_INLINE std::int64_t units_of(const Layout& layout) { return layout.padded_ins / UNIT; }
 
-// One row into lane `lane` of a block of packed rows, `lanes` units apart; zeros where weights are padded.
-void pack_row(const void* x, DType dtype, std::int64_t ins, std::int64_t padded_ins, Unit* out, int lanes) {
+// Units [first, end) of a row, `lanes` units apart; zeros where weights are padded.
 #if defined(__AVX512BF16__)
-  for (std::int64_t i = 0; i < padded_ins / 2; i++, out += lanes) {
-    Unit parts[2] = {0, 0};
-    for (int half = 0; half < 2; half++) {
-      const std::int64_t k = 2 * i + half;
-      if (k >= ins) break;
-      if (dtype == DType::bf16) {
-        parts[0] |= (Unit)((const bf16*)x)[k] << (16 * half);
-      } else {
-        const float value = ((const float*)x)[k];
-        const bf16 high = float_to_bf16(value);
-        parts[0] |= (Unit)high << (16 * half);
-        parts[1] |= (Unit)float_to_bf16(value - bf16_to_float(high)) << (16 * half);
-      }
+void pack_units(const bf16* x, std::int64_t ins, std::int64_t first, std::int64_t end, Unit* out, int lanes) {
+  std::int64_t i = first;
+  for (; i < end && 2 * i + 1 < ins; i++) std::memcpy(out + i * lanes, x + 2 * i, sizeof(Unit));
+  for (; i < end; i++) out[i * lanes] = 2 * i < ins ? x[2 * i] : 0;
+}
+void pack_units(const float* x, std::int64_t ins, std::int64_t first, std::int64_t end, Unit* out, int lanes) {
+  for (std::int64_t i = first; i < end; i++) {
+    Unit high = 0, low = 0;
+    for (int half = 0; half < 2 && 2 * i + half < ins; half++) {
+      const float value = x[2 * i + half];
+      const bf16 rounded = float_to_bf16(value);
+      high |= (Unit)rounded << (16 * half);
+      low |= (Unit)float_to_bf16(value - bf16_to_float(rounded)) << (16 * half);
     }
-    for (int p = 0; p < planes(dtype); p++) out[p] = parts[p];
+    out[i * lanes] = high;
+    out[i * lanes + 1] = low;
   }
+}
 #else
-  for (std::int64_t k = 0; k < padded_ins; k++) out[k * lanes] = k < ins ? load_one(x, dtype, k) : 0;
+LATENTKV_INLINE float as_float(float x) { return x; }
+LATENTKV_INLINE float as_float(bf16 x) { return bf16_to_float(x); }
+template <class T>
+void pack_units(const T* x, std::int64_t ins, std::int64_t first, std::int64_t end, Unit* out, int lanes) {
+  for (std::int64_t i = first; i < end; i++) out[i * lanes] = i < ins ? as_float(x[i]) : 0;
+}
 #endif
+
+// A block of rows into [units][rows, planes], a part that stays in the first-level cache at a time.
+template <class T>
+void pack_rows(const LinearInput& in, RowBlock rows, std::int64_t ins, std::int64_t units, Unit* out) {
+  constexpr std::int64_t PART = 256;
+  const int per_row = planes(in.dtype), lanes = (int)rows.count * per_row;
+  for (std::int64_t first = 0; first < units; first += PART)
+    for (std::int64_t i = 0; i < rows.count; i++) {
+      const std::int64_t row = in.index ? in.index[rows.first + i] : rows.first + i;
+      const std::int64_t end = first + PART < units ? first + PART : units;
+      pack_units((const T*)in.x + row * in.stride, ins, first, end, out + i * per_row, lanes);
+    }
 }
 
 // One block's sums [planes * rows][32] to rows of results.
@@ -118,17 +136,14 @@ std::int64_t packed_input_bytes(const PackedWeight& w, DType x, std::int64_t row
 }
 
 void pack_input(const PackedWeight& w, const LinearInput& in, std::int64_t first_block, std::int64_t end_block, void* packed) {
-  const Layout layout = layout_of(w);
-  const std::int64_t blocks = row_blocks(in.dtype, in.rows);
-  const int size = in.dtype == DType::f32 ? 4 : 2, per_row = planes(in.dtype);
+  const std::int64_t blocks = row_blocks(in.dtype, in.rows), units = units_of(layout_of(w));
   for (std::int64_t b = first_block; b < end_block; b++) {
     const RowBlock rows = row_block(in.rows, blocks, b);
-    Unit* block = (Unit*)packed + rows.first * per_row * units_of(layout);
-    for (std::int64_t i = 0; i < rows.count; i++) {
-      const std::int64_t row = in.index ? in.index[rows.first + i] : rows.first + i;
-      const char* x = (const char*)in.x + row * in.stride * size;
-      pack_row(x, in.dtype, w.ins, layout.padded_ins, block + i * per_row, (int)rows.count * per_row);
-    }
+    Unit* out = (Unit*)packed + rows.first * planes(in.dtype) * units;
+    if (in.dtype == DType::f32)
+      pack_rows<float>(in, rows, w.ins, units, out);
+    else
+      pack_rows<bf16>(in, rows, w.ins, units, out);
   }
 }
 

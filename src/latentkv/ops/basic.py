@@ -100,11 +100,7 @@ def _packed_linear(
             x.to(wide), unpack_weight(weight).to(wide), None if bias is None else bias.to(wide)
         )
         return (out if residual is None else out + residual).to(out_dtype)
-    rows = x if x.ndim == 2 and x.stride(1) == 1 else x.reshape(-1, weight.in_features).contiguous()
-    if residual is not None:
-        residual = residual.reshape(-1, out_features).contiguous()
-    out = native.linear(isa, rows, weight, None if bias is None else bias.contiguous(), residual, out_dtype)
-    return out if x.ndim == 2 else out.view(*x.shape[:-1], out_features)
+    return native.linear(isa, x, weight, bias, residual, out_dtype)
 
 
 def _require_residual(residual: Tensor, x: Tensor, out_features: int) -> None:

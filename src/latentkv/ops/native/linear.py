@@ -17,9 +17,12 @@ FORMAT_CODES = {"bf16": 0, "int8": 1, "int4": 2}
 def linear(
     isa: Any, x: Tensor, weight: PackedWeight, bias: Tensor | None, residual: Tensor | None, out_dtype: torch.dtype
 ) -> Tensor:
-    """`x W^T + bias + residual` for x [rows, D] (rows may be strided), residual [rows, O]."""
+    """`x W^T + bias + residual`, see `ops.basic.linear`."""
     out_features = weight.out_features
-    out = torch.empty((x.shape[0], out_features), dtype=out_dtype)
+    x, x_stride = _rows(x)
+    bias = None if bias is None else bias.contiguous()
+    residual, residual_stride = (None, 0) if residual is None else _rows(residual)
+    out = torch.empty(*x.shape[:-1], out_features, dtype=out_dtype)
     extension.linear(
         isa,
         weight.data.data_ptr(),
@@ -29,14 +32,22 @@ def linear(
         weight.group,
         x.data_ptr(),
         DTYPE_CODES[x.dtype],
-        x.shape[0],
-        x.stride(0),
+        out.numel() // out_features,
+        x_stride,
         out.data_ptr(),
         DTYPE_CODES[out_dtype],
         0 if bias is None else bias.data_ptr(),
         0 if bias is None else DTYPE_CODES[bias.dtype],
         0 if residual is None else residual.data_ptr(),
         0 if residual is None else DTYPE_CODES[residual.dtype],
-        0 if residual is None else residual.stride(0),
+        residual_stride,
     )
     return out
+
+
+def _rows(x: Tensor) -> tuple[Tensor, int]:
+    """A tensor whose rows are each contiguous and a fixed number of elements apart, and that number."""
+    if x.ndim == 2 and x.stride(1) == 1:
+        return x, x.stride(0)
+    x = x.contiguous()
+    return x, x.shape[-1]
