@@ -8,9 +8,11 @@ import pytest
 import torch
 
 from latentkv.cache import PAGE_SIZE, LatentCache
+from latentkv.checkpoint import CheckpointReader
 from latentkv.errors import CacheError, ConfigError, RequestError
 from latentkv.models.config_reader import read_config
 from latentkv.models.decoder import Decoder
+from latentkv.models.loading import save_pretrained
 from latentkv.plan import (
     BUILT_IN,
     Memory,
@@ -23,6 +25,7 @@ from latentkv.plan import (
 )
 from latentkv.plan.parameters import tensor_groups
 from latentkv.plan.sizes import format_bytes, format_count, parse_bytes, parse_tokens
+from latentkv.quantize import quantize_checkpoint
 
 GIB = 2**30
 MOE = {
@@ -201,6 +204,21 @@ def test_weights_dtype_is_the_checkpoints_unless_given():
     assert make_plan("v3", v3, memory=()).weights_dtype == "fp8"
     assert make_plan("v3", v3, memory=(), weights_dtype="bf16").weights_bytes == pytest.approx(1.342e12, rel=1e-3)
     assert make_plan("small", small_config("llama", dtype="float32"), memory=()).weights_dtype == "fp32"
+
+
+@pytest.mark.parametrize(("fmt", "group"), [("int8", None), ("int8", 32), ("int4", None), ("int4", 32)])
+@pytest.mark.parametrize("model_type", ["deepseek_v3", "minicpm3", "llama"])
+def test_quantised_weights_are_counted_as_their_files_hold_them(tmp_path, model_type, fmt, group):
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 256}
+    config = small_config(model_type, num_nextn_predict_layers=0, dtype="bfloat16", **sizes)
+    save_pretrained(Decoder(config), tmp_path / "source", dtype=torch.bfloat16)
+    quantize_checkpoint(tmp_path / "source", tmp_path / "out", fmt, group)
+    reader, copy = CheckpointReader(tmp_path / "out"), read_config(tmp_path / "out")
+    plan = make_plan("copy", copy, memory=())
+    assert plan.weights_dtype == fmt
+    assert plan.weights_bytes == sum(reader.nbytes(name) for name in reader.names)
+    if group is None:
+        assert weight_bytes(config, fmt) == plan.weights_bytes
 
 
 @pytest.mark.parametrize("option", [{"weights_dtype": "int3"}, {"kv_dtype": "fp4"}, {"batch": 0}])

@@ -135,6 +135,7 @@ def test_mixed_schemes_survive_their_config():
     assert config["config_groups"]["group_0"]["targets"] == ["Linear"]
     read = PackedSchemes(json.loads(json.dumps(config)))
     assert {name: read.of(name) for name in schemes} == schemes
+    assert read.asked == SCHEMES[3]
 
 
 def test_a_named_target_comes_before_a_pattern_and_that_before_every_linear():
@@ -168,6 +169,7 @@ UNSUPPORTED = [
     (group_change(output_activations={"num_bits": 8}), "output activations"),
     (group_change(weights=None), "nothing about weights"),
     (group_change(targets=["re:("]), "regular expression"),
+    (group_change(targets=[]), "name no targets"),
     (weights_change(symmetric=False), "symmetric is False"),
     (weights_change(type="float"), "type is 'float'"),
     (weights_change(actorder="group"), "actorder is 'group'"),

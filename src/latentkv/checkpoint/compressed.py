@@ -87,6 +87,8 @@ class PackedSchemes:
             scheme = _read_group(f"quantization_config.config_groups.{name}", group, config.get("format"))
             for target in cast("Iterable[Any]", group.get("targets") or ()):
                 self._by_target.setdefault(str(target), scheme)
+        if not self._by_target:
+            raise CheckpointError("quantization_config.config_groups name no targets: download config.json again")
         try:
             self._patterns = [
                 (re.compile(target.removeprefix("re:")), scheme)
@@ -95,6 +97,12 @@ class PackedSchemes:
             ]
         except re.error as error:
             raise CheckpointError(f"quantization_config has a target that is no regular expression: {error}") from error
+
+    @property
+    def asked(self) -> WeightScheme:
+        """What was asked for the whole model: the narrowest format in its largest group. The others are exceptions."""
+        bits = min(scheme.bits for scheme in self._by_target.values())
+        return max((s for s in self._by_target.values() if s.bits == bits), key=lambda scheme: scheme.group or 0)
 
     def of(self, module: str) -> WeightScheme:
         """The scheme of a module: the one that names it, else one whose pattern fits it, else that of all "Linear"."""

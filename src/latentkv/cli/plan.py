@@ -33,7 +33,8 @@ def plan(
     batch: Annotated[int, typer.Option(help="Sequences at the same time.")] = 1,
     kv_dtype: Annotated[str, typer.Option(help="Format of the cache: bf16, fp8, int8, fp16 or fp32.")] = "bf16",
     weights_dtype: Annotated[
-        str | None, typer.Option(help="bf16, fp16, fp32 or fp8.", show_default="as the checkpoint stores them")
+        str | None,
+        typer.Option(help="bf16, fp16, fp32, fp8, int8 or int4.", show_default="as the checkpoint stores them"),
     ] = None,
     memory: Annotated[
         str | None, typer.Option(help="Memory to fit into, like 24GiB.", show_default="what is free on this machine")

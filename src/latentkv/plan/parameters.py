@@ -8,18 +8,24 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 
+from latentkv.checkpoint.compressed import METHOD, PackedSchemes
+from latentkv.checkpoint.quantized import packed_layout
+from latentkv.checkpoint.schemes import WeightScheme, choose_scheme
+from latentkv.checkpoint.shard import entry_bytes
 from latentkv.errors import ConfigError
 from latentkv.models.config import GQAConfig, MLAConfig, ModelConfig, MoEConfig
 from latentkv.models.loading import stored_dtype
+from latentkv.ops.weight_formats import WEIGHT_FORMATS, WeightFormat
 
 Kind = Literal[
     "embedding", "attention", "dense mlp", "shared experts", "routed experts", "router", "norm", "lm head", "mtp"
 ]
-WEIGHT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1}
+_FLOAT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+WEIGHT_DTYPES = (*_FLOAT_BYTES, "fp8", *WEIGHT_FORMATS)
 _TORCH_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
@@ -37,6 +43,12 @@ class TensorGroup:
     used: int = 1
     linear: bool = False
     buffer: bool = False
+
+    @property
+    def published(self) -> str:
+        """What one of them is called in a checkpoint, the number of its layer left at 0."""
+        name = self.name if self.name == "lm_head" else f"model.layers.0.{self.name}"
+        return name if ".experts." in name else f"{name}.weight"
 
     @property
     def numel(self) -> int:
@@ -75,7 +87,9 @@ def count_mtp_parameters(config: ModelConfig) -> int:
 
 
 def checkpoint_dtype(config: ModelConfig) -> str:
-    """The dtype that the checkpoint's config names for its weights: fp8 if it is quantised so, else its torch dtype."""
+    """How the checkpoint's config says that most weights are stored: fp8, int8 or int4, else its torch dtype."""
+    if scheme := _packed_scheme(config):
+        return scheme.format
     return "fp8" if _fp8_block(config) else _TORCH_NAMES[stored_dtype(config)]
 
 
@@ -84,37 +98,64 @@ def weight_bytes(config: ModelConfig, dtype: str) -> int:
 
     Args:
         config: the model.
-        dtype: fp32, bf16, fp16, or fp8: linear layers as e4m3 with one float32 scale a block (128 x 128 unless the
-            checkpoint says otherwise) and everything else bf16, as DeepSeek-V3 is published (arXiv 2412.19437, 3.3).
+        dtype: fp32, bf16 or fp16; fp8: linear layers as e4m3 with one float32 scale a block (128 x 128 unless the
+            checkpoint says otherwise) and everything else bf16, as DeepSeek-V3 is published (arXiv 2412.19437, 3.3);
+            int8 or int4: what `latentkv quantize` stores, in groups of the checkpoint's size if it is of this format.
 
     Raises:
         ConfigError: if `dtype` is none of these.
     """
-    if dtype not in WEIGHT_BYTES:
-        raise ConfigError(f"{dtype!r} is not a dtype for weights; choose from {', '.join(WEIGHT_BYTES)}.")
-    block = _fp8_block(config) or (128, 128)
-    return sum(group.count * _tensor_bytes(group, dtype, block) for group in tensor_groups(config))
+    if dtype not in WEIGHT_DTYPES:
+        raise ConfigError(f"{dtype!r} is not a dtype for weights; choose from {', '.join(WEIGHT_DTYPES)}.")
+    return sum(group.count * _tensor_bytes(group, dtype, config) for group in tensor_groups(config))
 
 
-def _tensor_bytes(group: TensorGroup, dtype: str, block: tuple[int, int]) -> int:
+def _tensor_bytes(group: TensorGroup, dtype: str, config: ModelConfig) -> int:
     if group.buffer:
         return 4 * group.numel
-    if dtype != "fp8":
-        return WEIGHT_BYTES[dtype] * group.numel
+    if dtype in _FLOAT_BYTES:
+        return _FLOAT_BYTES[dtype] * group.numel
+    return _fp8_bytes(group, config) if dtype == "fp8" else _packed_bytes(group, cast(WeightFormat, dtype), config)
+
+
+def _fp8_bytes(group: TensorGroup, config: ModelConfig) -> int:
     if not group.linear:
         return 2 * group.numel
     rows, columns = group.shape
+    block = _fp8_block(config) or (128, 128)
     return group.numel + 4 * math.ceil(rows / block[0]) * math.ceil(columns / block[1])
 
 
-def _fp8_block(config: ModelConfig) -> tuple[int, int] | None:
-    """Rows and columns that share a scale; None if weights are not fp8 (the config reader refuses other kinds)."""
+def _packed_bytes(group: TensorGroup, fmt: WeightFormat, config: ModelConfig) -> int:
+    stored = _packed_scheme(config)
+    size = stored.group if stored and stored.format == fmt else None
+    scheme = choose_scheme(group.published, group.shape, fmt, size)
+    if scheme is None:
+        return 2 * group.numel
+    rows, columns = group.shape
+    return sum(entry_bytes(entry) for entry in packed_layout((rows, columns), scheme).values())
+
+
+def _quantization(config: ModelConfig) -> Mapping[str, Any]:
     inner: Mapping[str, Any] = config.source.get("text_config") or config.source
-    quantization = inner.get("quantization_config")
-    if not quantization:
+    return config.source.get("quantization_config") or inner.get("quantization_config") or {}
+
+
+def _fp8_block(config: ModelConfig) -> tuple[int, int] | None:
+    """Rows and columns that share a scale; None if weights are not fp8."""
+    quantization = _quantization(config)
+    if not quantization or quantization.get("quant_method") == METHOD:
         return None
     rows, columns = quantization.get("weight_block_size") or (128, 128)
     return int(rows), int(columns)
+
+
+def _packed_scheme(config: ModelConfig) -> WeightScheme | None:
+    """How weights are packed as integers; None if they are not."""
+    quantization = _quantization(config)
+    if quantization.get("quant_method") != METHOD:
+        return None
+    return PackedSchemes(quantization).asked
 
 
 def _is_moe(config: ModelConfig, index: int) -> bool:
@@ -144,26 +185,26 @@ def _mla(config: ModelConfig, mla: MLAConfig) -> Iterator[TensorGroup]:
     hidden, heads, rank = config.hidden_size, config.num_heads, mla.kv_lora_rank
     query_dim = heads * (mla.qk_nope_head_dim + mla.qk_rope_head_dim)
     if mla.q_lora_rank is None:
-        yield from _linear("attention", "q_proj", query_dim, hidden)
+        yield from _linear("attention", "self_attn.q_proj", query_dim, hidden)
     else:
-        yield from _linear("attention", "q_a_proj", mla.q_lora_rank, hidden, mla.bias)
-        yield TensorGroup("norm", "q_a_layernorm", (mla.q_lora_rank,))
-        yield from _linear("attention", "q_b_proj", query_dim, mla.q_lora_rank)
-    yield from _linear("attention", "kv_a_proj_with_mqa", rank + mla.qk_rope_head_dim, hidden, mla.bias)
-    yield TensorGroup("norm", "kv_a_layernorm", (rank,))
-    yield from _linear("attention", "kv_b_proj", heads * (mla.qk_nope_head_dim + mla.v_head_dim), rank)
-    yield from _linear("attention", "o_proj", hidden, heads * mla.v_head_dim, mla.bias)
+        yield from _linear("attention", "self_attn.q_a_proj", mla.q_lora_rank, hidden, mla.bias)
+        yield TensorGroup("norm", "self_attn.q_a_layernorm", (mla.q_lora_rank,))
+        yield from _linear("attention", "self_attn.q_b_proj", query_dim, mla.q_lora_rank)
+    yield from _linear("attention", "self_attn.kv_a_proj_with_mqa", rank + mla.qk_rope_head_dim, hidden, mla.bias)
+    yield TensorGroup("norm", "self_attn.kv_a_layernorm", (rank,))
+    yield from _linear("attention", "self_attn.kv_b_proj", heads * (mla.qk_nope_head_dim + mla.v_head_dim), rank)
+    yield from _linear("attention", "self_attn.o_proj", hidden, heads * mla.v_head_dim, mla.bias)
 
 
 def _gqa(config: ModelConfig, gqa: GQAConfig) -> Iterator[TensorGroup]:
     hidden, query_dim, kv_dim = config.hidden_size, config.num_heads * gqa.head_dim, gqa.num_kv_heads * gqa.head_dim
-    yield from _linear("attention", "q_proj", query_dim, hidden, gqa.qkv_bias)
-    yield from _linear("attention", "k_proj", kv_dim, hidden, gqa.qkv_bias)
-    yield from _linear("attention", "v_proj", kv_dim, hidden, gqa.qkv_bias)
-    yield from _linear("attention", "o_proj", hidden, query_dim, gqa.output_bias)
+    yield from _linear("attention", "self_attn.q_proj", query_dim, hidden, gqa.qkv_bias)
+    yield from _linear("attention", "self_attn.k_proj", kv_dim, hidden, gqa.qkv_bias)
+    yield from _linear("attention", "self_attn.v_proj", kv_dim, hidden, gqa.qkv_bias)
+    yield from _linear("attention", "self_attn.o_proj", hidden, query_dim, gqa.output_bias)
     if gqa.qk_norm:
-        yield TensorGroup("norm", "q_norm", (gqa.head_dim,))
-        yield TensorGroup("norm", "k_norm", (gqa.head_dim,))
+        yield TensorGroup("norm", "self_attn.q_norm", (gqa.head_dim,))
+        yield TensorGroup("norm", "self_attn.k_norm", (gqa.head_dim,))
 
 
 def _mlp(kind: Kind, name: str, config: ModelConfig, intermediate: int) -> Iterator[TensorGroup]:

@@ -87,7 +87,7 @@ def make_plan(
         context: tokens a sequence; None for the longest that the model was made for.
         batch: sequences at a time.
         kv_dtype: format of this model's cache (the attentions that it is compared with are counted in bf16).
-        weights_dtype: fp32, bf16, fp16 or fp8; None for what the checkpoint stores.
+        weights_dtype: fp32, bf16, fp16, fp8, int8 or int4; None for what the checkpoint stores.
 
     Raises:
         RequestError: if the batch or the cache format is none that can be.
