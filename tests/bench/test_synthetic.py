@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from latentkv.bench.synthetic import SYNTHETIC, synthetic_config, write_synthetic
+from latentkv.checkpoint.reader import CheckpointReader
 from latentkv.errors import RequestError
 from latentkv.llm import LLM
 from latentkv.models.config_reader import read_config
@@ -65,3 +66,20 @@ def test_weights_depend_on_the_seed_alone(tmp_path: Path):
     a, b, c = (LLM(tmp_path / name, kv_cache_bytes=10**6).logits([1, 2]) for name in "abc")
     assert torch.equal(a, b)
     assert not torch.equal(a, c)
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_quantised_weights_are_drawn_as_they_are_stored(tmp_path: Path, weights: str):
+    config = {**synthetic_config("v2-lite"), **TINY, "hidden_size": 128, "moe_intermediate_size": 64}
+    for name, asked in (("plain", None), ("quantised", weights)):
+        write_synthetic(config, tmp_path / name, weights=asked)
+    plain, quantised = (LLM(tmp_path / name, kv_cache_bytes=10**6) for name in ("plain", "quantised"))
+    assert quantised.logits([1, 2, 3]).isfinite().all()
+    size = {n: sum(f.stat().st_size for f in (tmp_path / n).glob("*.safetensors")) for n in ("plain", "quantised")}
+    assert size["quantised"] < 0.9 * size["plain"]
+    reader = CheckpointReader(tmp_path / "quantised")
+    name = "model.layers.1.mlp.shared_experts.up_proj.weight"
+    drawn = reader.quantized(name)
+    assert drawn is not None
+    assert drawn.dequantize().std() == pytest.approx(plain.config.initializer_range, rel=0.05)
+    assert reader.quantized("model.layers.0.self_attn.kv_a_proj_with_mqa.weight") is None

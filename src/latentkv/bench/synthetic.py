@@ -13,11 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from latentkv.checkpoint.compressed import build_config
 from latentkv.checkpoint.names import export_names
+from latentkv.checkpoint.quantized import PACKED, SCALE, SHAPE, packed_layout
+from latentkv.checkpoint.schemes import WeightScheme, choose_scheme
 from latentkv.checkpoint.writer import write_checkpoint
 from latentkv.errors import RequestError
 from latentkv.models.config_reader import read_config
 from latentkv.models.decoder import Decoder
+from latentkv.ops import WeightFormat
 
 _SHARD_BYTES = 10**9
 
@@ -47,13 +51,17 @@ def synthetic_config(shape: str) -> dict[str, Any]:
     return config
 
 
-def write_synthetic(config: Mapping[str, Any], folder: Path, *, seed: int = 0) -> int:
-    """Write a bf16 checkpoint of random weights; memory holds about one shard (1 GB) of it.
+def write_synthetic(
+    config: Mapping[str, Any], folder: Path, *, seed: int = 0, weights: WeightFormat | None = None
+) -> int:
+    """Write a checkpoint of random weights; memory holds about one shard (1 GB) of it.
 
     Args:
         config: what config.json says.
         folder: made if need be.
         seed: of the weights.
+        weights: None: bf16. Else as `latentkv quantize` stores them, but codes are drawn instead of quantised: a model
+            whose bf16 weights fit nowhere can be written too.
 
     Returns:
         The number of parameters.
@@ -64,28 +72,47 @@ def write_synthetic(config: Mapping[str, Any], folder: Path, *, seed: int = 0) -
     """
     with torch.device("meta"):
         decoder = Decoder(read_config(config))
-    state = decoder.state_dict()
-    write_checkpoint(
-        folder,
-        random_tensors(state, num_layers=decoder.config.num_layers, std=decoder.config.initializer_range, seed=seed),
-        {**config, "dtype": "bfloat16"},
-        max_shard_bytes=_SHARD_BYTES,
-    )
-    return sum(math.prod(tensor.shape) for tensor in state.values())
+    layers, std = decoder.config.num_layers, decoder.config.initializer_range
+    published = {name: like.shape for name, like in export_names(decoder.state_dict(), num_layers=layers)}
+    schemes = {
+        name: None if weights is None else choose_scheme(name, shape, weights) for name, shape in published.items()
+    }
+    written = dict(config) | {"dtype": "bfloat16"}
+    if weights is not None:
+        written["quantization_config"] = _quantization_config(published, schemes)
+    tensors = (part for name, shape in published.items() for part in _random(name, shape, schemes[name], std, seed))
+    write_checkpoint(folder, tensors, written, max_shard_bytes=_SHARD_BYTES)
+    return sum(math.prod(shape) for shape in published.values())
 
 
-def random_tensors(
-    state: Mapping[str, Tensor], *, num_layers: int, std: float, seed: int
+def _quantization_config(
+    published: Mapping[str, torch.Size], schemes: Mapping[str, WeightScheme | None]
+) -> dict[str, Any]:
+    """As `latentkv quantize` writes it: what is quantised, and the linear layers that are not."""
+    modules = {name.removesuffix(".weight"): schemes[name] for name, shape in published.items() if len(shape) == 2}
+    kept = [name for name, scheme in modules.items() if scheme is None and not name.endswith("embed_tokens")]
+    return build_config({name: scheme for name, scheme in modules.items() if scheme is not None}, kept)
+
+
+def _random(
+    name: str, shape: torch.Size, scheme: WeightScheme | None, std: float, seed: int
 ) -> Iterator[tuple[str, Tensor]]:
-    """A published name and a bf16 tensor for each weight of `state` (which may be on the meta device), as on day one.
+    """A tensor, or the parts of a quantised one, as on day one: matrices of deviation `std`, norms one, biases zero.
 
-    Matrices are normal(0, std), norms one, biases zero; each tensor depends on the seed and its name alone.
+    It depends on the seed and its name alone.
     """
-    for name, like in export_names(state, num_layers=num_layers):
-        if like.ndim > 1:
-            generator = torch.Generator().manual_seed(seed + zlib.crc32(name.encode()))
-            yield name, torch.empty(like.shape, dtype=torch.bfloat16).normal_(0, std, generator=generator)
-        else:
-            value = 0.0 if name.endswith("bias") else 1.0
-            dtype = torch.float32 if name.endswith("correction_bias") else torch.bfloat16
-            yield name, torch.full(like.shape, value, dtype=dtype)
+    generator = torch.Generator().manual_seed(seed + zlib.crc32(name.encode()))
+    if len(shape) == 1:
+        value = 0.0 if name.endswith("bias") else 1.0
+        dtype = torch.float32 if name.endswith("correction_bias") else torch.bfloat16
+        yield name, torch.full(shape, value, dtype=dtype)
+    elif scheme is None:
+        yield name, torch.empty(shape, dtype=torch.bfloat16).normal_(0, std, generator=generator)
+    else:
+        layout = packed_layout((shape[0], shape[1]), scheme)
+        # Every code is as likely as every other: their deviation is 2^bits / sqrt(12).
+        scale = std * math.sqrt(12) / 2**scheme.bits
+        dtype, packed_shape = layout[PACKED]
+        yield name + PACKED, torch.empty(packed_shape, dtype=dtype).random_(-(2**31), 2**31 - 1, generator=generator)
+        yield name + SCALE, torch.full(layout[SCALE][1], scale, dtype=layout[SCALE][0])
+        yield name + SHAPE, torch.tensor(shape)

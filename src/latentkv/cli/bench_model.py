@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
 from latentkv.cli.bench_options import JsonFile, Repeats, Threads, numbers, require_folder, save
 from latentkv.cli.terminal import console
+
+if TYPE_CHECKING:
+    from latentkv.ops import WeightFormat
 
 
 def model(
@@ -93,17 +96,24 @@ def model(
 def make_model(
     shape: Annotated[str, typer.Argument(help="v2-lite, v2-lite-4, v2-lite-8e or youtu-llm-2b.")],
     folder: Annotated[Path, typer.Argument(help="Where the checkpoint goes.")],
+    weights: Annotated[str | None, typer.Option(help="Store int8 or int4 weights.", show_default="bf16")] = None,
     seed: Annotated[int, typer.Option(help="Of the weights.")] = 0,
 ) -> None:
-    """Write a checkpoint of a published shape with random bf16 weights, to measure speed and memory with.
+    """Write a checkpoint of a published shape with random weights, to measure speed and memory with.
 
-    v2-lite and youtu-llm-2b are DeepSeek-V2-Lite (15.7 B parameters, 31 GB) and Youtu-LLM-2B; v2-lite-4 has the first 4
-    layers and a vocabulary of 32,768 (1.97 B), v2-lite-8e all 27 layers with 8 of the 64 experts (3.11 B).
+    v2-lite and youtu-llm-2b are DeepSeek-V2-Lite (15.7 B parameters; 31 GB in bf16, 9 GB in int4) and Youtu-LLM-2B;
+    v2-lite-4 has the first 4 layers and a vocabulary of 32,768 (1.97 B), v2-lite-8e all 27 layers with 8 of the 64
+    experts (3.11 B).
 
     Example: latentkv bench make-model v2-lite-4 models/v2-lite-4
     """
     from latentkv.bench.synthetic import synthetic_config, write_synthetic
+    from latentkv.ops.weight_formats import require_format
 
+    if weights is not None:
+        require_format(weights, None)
     with console(stderr=True).status(f"writing {folder}"):
-        parameters = write_synthetic(synthetic_config(shape), folder, seed=seed)
+        parameters = write_synthetic(
+            synthetic_config(shape), folder, seed=seed, weights=cast("WeightFormat | None", weights)
+        )
     console().print(f"{parameters:,} parameters in {folder}")
