@@ -61,38 +61,40 @@ class Worker {
     place(memory);
   }
 
-  void whole_group(const Group& group, const Group* upcoming) {
-    const int last = group.chunks - 1;
-    one_chunk({&group, 0}, last ? Chunk{&group, 1} : Chunk{upcoming, 0}, own_);
-    for (int i = 1; i <= last; i++) {
-      one_chunk({&group, i}, i < last ? Chunk{&group, i + 1} : Chunk{upcoming, 0}, part_);
-      for (int v = 0; v < group.rows * group.heads; v++) merge(own_, part_, v, sizes_.value_width);
+  template <class Upcoming>
+  void whole_group(const Group& group, Upcoming upcoming) {
+    for (int i = 0; i < group.chunks; i++) {
+      const auto next = [&] { return i + 1 < group.chunks ? Chunk{&group, i + 1} : upcoming(); };
+      one_chunk({&group, i}, next, i ? part_ : own_);
+      for (int v = 0; i && v < group.rows * group.heads; v++) merge(own_, part_, v, sizes_.value_width);
     }
     for (int v = 0; v < group.rows * group.heads; v++) write(group, own_, v);
   }
 
-  // Leaves the partial result of one chunk in `state`, and fetches the first tile of the upcoming one into L2.
-  void one_chunk(Chunk chunk, Chunk upcoming, const State& state) {
+  // Leaves the partial result of one chunk in `state`. At its last tile it asks for the upcoming chunk, whose first
+  // tile is fetched into L2 meanwhile.
+  template <class Upcoming>
+  void one_chunk(Chunk chunk, Upcoming upcoming, const State& state) {
     const Group& group = *chunk.group;
     engine_.load_queries(group);
-    const int vectors = group.rows * group.heads;
     for (int v = 0; v < sizes_.vectors; v++) {
       state.peak[v] = -INFINITY;
       state.total[v] = 0;
     }
-    std::memset(state.out, 0, sizeof(float) * vectors * sizes_.value_width);
+    std::memset(state.out, 0, sizeof(float) * group.rows * group.heads * sizes_.value_width);
     StoredTile<TILE>*now = &stored_[0], *next = &stored_[1];
     const int last = chunk.last();
-    locate_tile(chunk, chunk.first(), *now);
-    for (int s = chunk.first(), end; s < last; s = end) {
+    int s = chunk.first();
+    if (s < last) {
+      locate_tile(chunk, s, *now);
+    } else {
+      upcoming();
+    }
+    for (int end; s < last; s = end) {
       end = s + now->tokens;
-      if (end < last) {
-        locate_tile(chunk, end, *next);
-      } else if (upcoming.group) {
-        locate_tile(upcoming, upcoming.first(), *next);
-      } else {
-        next->tokens = 0;
-      }
+      const Chunk following = end < last ? chunk : upcoming();
+      next->tokens = 0;
+      if (following.group) locate_tile(following, end < last ? end : following.first(), *next);
       engine_.attend(group, s, *now, *next, state);
       StoredTile<TILE>* swap = now;
       now = next;
@@ -158,18 +160,21 @@ void attend_with(const Attention& a) {
   threads = threads < items ? threads : items;
   float* partials = nullptr;
   if (by_chunk) partials = (float*)thread_scratch(Scratch::team, sizeof(float) * sizes.state_floats() * items);
-  int claimed = 0;  // items are handed out in order; every thread knows its next one, to fetch it in time
+  int claimed = 0;
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     Worker<Engine> worker(a, sizes);
-    const auto claim = [&] { return __atomic_fetch_add(&claimed, 1, __ATOMIC_RELAXED); };
-    for (int item = claim(), next; item < items; item = next) {
-      next = claim();
+    const int team = omp_get_num_threads();
+    for (int item = omp_get_thread_num(), next; item < items; item = next) {
+      const auto upcoming = [&] {
+        next = team + __atomic_fetch_add(&claimed, 1, __ATOMIC_RELAXED);
+        if (next >= items) return Chunk{};
+        return by_chunk ? chunk_of(a, next) : Chunk{&a.groups[next], 0};
+      };
       if (by_chunk) {
-        worker.one_chunk(chunk_of(a, item), next < items ? chunk_of(a, next) : Chunk{},
-                         sizes.state(partials + item * sizes.state_floats()));
+        worker.one_chunk(chunk_of(a, item), upcoming, sizes.state(partials + item * sizes.state_floats()));
       } else {
-        worker.whole_group(a.groups[item], next < items ? &a.groups[next] : nullptr);
+        worker.whole_group(a.groups[item], upcoming);
       }
     }
     if (by_chunk) {

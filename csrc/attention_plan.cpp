@@ -8,8 +8,8 @@ namespace latentkv {
 namespace {
 
 constexpr int SMALLEST_CHUNK = 256, LARGEST_CHUNK = 2048, CHUNKS = 8;
-// A sequence of so many groups is not cut into chunks: it has enough work items.
-constexpr int MANY_GROUPS = 64;
+// A sequence of so many query vectors is not cut into chunks: it has enough work items.
+constexpr int MANY_VECTORS = 64 * GROUP_VECTORS;
 
 struct Range {
   int first = 0, last = 0;
@@ -28,8 +28,8 @@ Range read_by(const std::int32_t* start, const std::int32_t* stop, int first_row
 }
 
 // A function of the sequence alone, so that its result does not depend on the rest of the batch.
-int chunk_tokens(int tokens, int groups) {
-  if (groups >= MANY_GROUPS) return std::max(tokens, 1);
+int chunk_tokens(int tokens, std::int64_t vectors) {
+  if (vectors >= MANY_VECTORS) return std::max(tokens, 1);
   const int wanted = (tokens / CHUNKS + SMALLEST_CHUNK - 1) / SMALLEST_CHUNK * SMALLEST_CHUNK;
   return std::clamp(wanted, SMALLEST_CHUNK, LARGEST_CHUNK);
 }
@@ -113,13 +113,14 @@ void AttentionPlan::of_new_tokens(const RaggedRows& rows, const std::int32_t* kv
 }
 
 void AttentionPlan::cut(const RaggedRows& rows, int first_row, int last_row, const Sequence& where, bool chunked) {
-  const int sharing = rows.heads / rows.kv_heads;  // query heads of one key/value head
-  const int heads_a_group = std::min(sharing, GROUP_VECTORS);
-  const int rows_a_group = std::max(1, GROUP_VECTORS / sharing);
-  const int row_blocks = (last_row - first_row + rows_a_group - 1) / rows_a_group;
-  const int groups = rows.kv_heads * ((sharing + heads_a_group - 1) / heads_a_group) * row_blocks;
   const Range all = read_by(start_, stop_, first_row, last_row);
-  const int chunk = chunked ? chunk_tokens(all.last - all.first, groups) : std::max(all.last, 1);
+  const std::int64_t vectors = (std::int64_t)(last_row - first_row) * rows.heads;
+  const int chunk = chunked ? chunk_tokens(all.last - all.first, vectors) : std::max(all.last, 1);
+  // One chunk cannot be shared out, its query vectors can: how they are grouped changes no result.
+  const std::int64_t fair = ((std::int64_t)rows.rows * rows.heads / rows.threads + 3) / 4 * 4;
+  const int most = all.last <= chunk ? (int)std::clamp<std::int64_t>(fair, 4, GROUP_VECTORS) : GROUP_VECTORS;
+  const int sharing = rows.heads / rows.kv_heads;  // query heads of one key/value head
+  const int heads_a_group = std::min(sharing, most), rows_a_group = std::max(1, most / sharing);
   const int sequence = (int)sequences_.size();
   sequences_.push_back(where);
   for (int g = 0; g < rows.kv_heads; g++)

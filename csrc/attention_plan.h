@@ -13,6 +13,7 @@ struct RaggedRows {
   int sequences, rows, heads, kv_heads;
   const std::int32_t* q_start;  // [B + 1]
   const std::int32_t *start, *stop;  // [T]; start may be null
+  int threads;                       // to share the work out to
 };
 
 struct PageTable {

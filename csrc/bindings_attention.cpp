@@ -1,5 +1,6 @@
 // Python's way to the attention kernels. ValueError is raised with what the lengths or pages do wrong.
 #include <nanobind/nanobind.h>
+#include <omp.h>
 
 #include "attention_plan.h"
 
@@ -63,7 +64,7 @@ void bind_attention(nb::module_& m) {
         a.values = {at<char>(pages) + value_offset, slot_bytes, head_bytes, value_width};
         a.values_in_keys = value_offset == 0;
         const RaggedRows ragged = {sequences, rows, heads, kv_heads, at<std::int32_t>(q_start), at<std::int32_t>(start),
-                                   at<std::int32_t>(stop)};
+                                   at<std::int32_t>(stop), omp_get_max_threads()};
         if (slots) {
           plan().of_slots(ragged, at<std::int32_t>(slots), slots_per_row, (std::int64_t)num_pages * page_size);
           a.page_size = 1;
@@ -88,7 +89,8 @@ void bind_attention(nb::module_& m) {
         a.keys = {at<char>(keys), key_row_bytes, key_head_bytes, key_width};
         a.values = {at<char>(values), value_row_bytes, value_head_bytes, value_width};
         a.gather = true;  // up to 128 query vectors read each tile
-        plan().of_new_tokens({sequences, rows, heads, heads, at<std::int32_t>(q_start), nullptr, nullptr},
+        plan().of_new_tokens({sequences, rows, heads, heads, at<std::int32_t>(q_start), nullptr, nullptr,
+                              omp_get_max_threads()},
                              at<std::int32_t>(kv_start), causal);
         plan().fill(a);
         attention(isa).attend(a);

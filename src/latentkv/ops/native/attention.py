@@ -14,7 +14,10 @@ from latentkv.ops.native.core import DTYPE_CODES, extension
 
 def isa_for(*tensors: Tensor) -> Any | None:
     """The instruction set that computes attention of these tensors; None where torch has to."""
-    return eligible.isa_for(*tensors) if all(t.stride(-1) == 1 for t in tensors) else None
+    for t in tensors:
+        if t.stride(-1) != 1:
+            return None
+    return eligible.isa_for(*tensors)
 
 
 def attend_pages(
