@@ -67,7 +67,8 @@ void pack_rows(const LinearInput& in, RowBlock rows, std::int64_t ins, std::int6
 }
 
 // One block's sums [planes * rows][32] to rows of results.
-void write_rows(const float* sums, int planes, RowBlock rows, std::int64_t out, std::int64_t outs, const LinearOutput& to) {
+void write_rows(const float* sums, int planes, RowBlock rows, std::int64_t out, std::int64_t outs,
+                const LinearOutput& to) {
   const int valid = outs - out < BLOCK_OUTS ? (int)(outs - out) : BLOCK_OUTS;
   for (std::int64_t r = rows.first; r < rows.first + rows.count; r++, sums += planes * BLOCK_OUTS) {
     const std::int64_t y = r * to.stride + out, residual = r * to.residual_stride + out;
@@ -135,7 +136,8 @@ std::int64_t packed_input_bytes(const PackedWeight& w, DType x, std::int64_t row
   return rows * planes(x) * units_of(layout_of(w)) * (std::int64_t)sizeof(Unit);
 }
 
-void pack_input(const PackedWeight& w, const LinearInput& in, std::int64_t first_block, std::int64_t end_block, void* packed) {
+void pack_input(const PackedWeight& w, const LinearInput& in, std::int64_t first_block, std::int64_t end_block,
+                void* packed) {
   const std::int64_t blocks = row_blocks(in.dtype, in.rows), units = units_of(layout_of(w));
   for (std::int64_t b = first_block; b < end_block; b++) {
     const RowBlock rows = row_block(in.rows, blocks, b);
@@ -149,19 +151,27 @@ void pack_input(const PackedWeight& w, const LinearInput& in, std::int64_t first
 
 void multiply(const PackedWeight& w, std::int64_t e, const void* packed, DType x, std::int64_t rows,
               std::int64_t first_block, std::int64_t end_block, const LinearOutput& out) {
+  multiply_rows(w, e, packed, x, rows, 0, row_blocks(x, rows), first_block, end_block, out);
+}
+
+void multiply_rows(const PackedWeight& w, std::int64_t e, const void* packed, DType x, std::int64_t rows,
+                   std::int64_t first_rows, std::int64_t end_rows, std::int64_t first_block, std::int64_t end_block,
+                   const LinearOutput& out) {
   constexpr std::int64_t AHEAD = 4096;  // bytes that come from memory in its latency, and some
+  constexpr std::int64_t WORD_BYTES = sizeof(Word);
   const Layout layout = layout_of(w);
   const Tile* tiles = tiles_for(w.format);
   const int per_row = planes(x);
-  const std::int64_t blocks = row_blocks(x, rows), row_units = per_row * units_of(layout);
+  const std::int64_t turns = end_rows - first_rows, row_units = per_row * units_of(layout);
   const std::int64_t block_words = layout.block_stride();
   for (std::int64_t o = first_block; o < end_block; o++) {
     const Word* block = (const Word*)w.data + (e * layout.blocks + o) * block_words;
-    Panel panel = panel_of(layout, block, blocks);
-    for (std::int64_t b = 0; b < blocks; b++) {
-      const RowBlock block_rows = row_block(rows, blocks, b);
+    Panel panel = panel_of(layout, block, turns);
+    for (std::int64_t turn = 0; turn < turns; turn++) {
+      const RowBlock block_rows = row_block(rows, row_blocks(x, rows), first_rows + turn);
       // One pass over the weights streams through them; several find them in the cache, while the next block comes.
-      panel.ahead = (const char*)panel.words + (blocks == 1 ? AHEAD : (block_words + block_words * b / blocks) * (std::int64_t)sizeof(Word));
+      const std::int64_t ahead = turns == 1 ? AHEAD : (block_words + block_words * turn / turns) * WORD_BYTES;
+      panel.ahead = (const char*)panel.words + ahead;
       alignas(64) float sums[MAX_ROWS * BLOCK_OUTS] = {};
       tiles[block_rows.count * per_row - 1](panel, (const Unit*)packed + block_rows.first * row_units, sums);
       write_rows(sums, per_row, block_rows, o * BLOCK_OUTS, w.outs, out);
@@ -173,27 +183,37 @@ namespace {
 
 constexpr std::int64_t SERIAL_PRODUCTS = 1 << 15;  // below, starting threads takes longer
 
-struct Shares {  // of n things, those of one thread
+struct Share {  // of n things, one thread's
   std::int64_t first, end;
 };
-LATENTKV_INLINE Shares share(std::int64_t n, int thread, int threads) { return {n * thread / threads, n * (thread + 1) / threads}; }
+LATENTKV_INLINE Share share(std::int64_t n, int thread, int threads) {
+  return {n * thread / threads, n * (thread + 1) / threads};
+}
+
+// Whether threads share the rows. Sharing the outputs lets each weight be read by one thread only, so rows are shared
+// only where the thread with the largest share then has less to do.
+bool shares_rows(std::int64_t blocks, std::int64_t inputs, int threads) {
+  return ceil_div(inputs, threads) * blocks < ceil_div(blocks, threads) * inputs;
+}
 
 void linear(const PackedWeight& w, const LinearInput& in, const LinearOutput& out) {
   if (in.rows == 0) return;
   void* packed = thread_scratch(Scratch::team, packed_input_bytes(w, in.dtype, in.rows));
   const std::int64_t blocks = layout_of(w).blocks, inputs = row_blocks(in.dtype, in.rows);
-  const bool serial = w.outs * w.ins * in.rows < SERIAL_PRODUCTS || blocks == 1;
+  const bool serial = w.outs * w.ins * in.rows < SERIAL_PRODUCTS || blocks * inputs == 1;
   if (inputs == 1) pack_input(w, in, 0, 1, packed);
 #pragma omp parallel if (!serial)
   {
     const int thread = omp_get_thread_num(), threads = omp_get_num_threads();
+    const Share rows = share(inputs, thread, threads), outs = share(blocks, thread, threads);
     if (inputs > 1) {
-      const Shares mine = share(inputs, thread, threads);
-      pack_input(w, in, mine.first, mine.end, packed);
+      pack_input(w, in, rows.first, rows.end, packed);
 #pragma omp barrier
     }
-    const Shares mine = share(blocks, thread, threads);
-    multiply(w, 0, packed, in.dtype, in.rows, mine.first, mine.end, out);
+    if (shares_rows(blocks, inputs, threads))
+      multiply_rows(w, 0, packed, in.dtype, in.rows, rows.first, rows.end, 0, blocks, out);
+    else
+      multiply(w, 0, packed, in.dtype, in.rows, outs.first, outs.end, out);
   }
 }
 

@@ -1,9 +1,9 @@
 // The inner loop of products with packed weights: up to MAX_ROWS rows of activations times 32 outputs.
 //
 // One source for all instruction sets. The unit of work along the inner axis is what one instruction multiplies by: a
-// pair of bf16 (vdpbf16ps) or one float32. Codes of int8 and int4 weights are decoded to units exactly (bf16 holds every
-// 8-bit integer); the scale multiplies the sum of its group, in float32. Each result is summed in order along a group and
-// then over the groups in order, whatever the number of rows.
+// pair of bf16 (vdpbf16ps) or one float32. Codes of int8 and int4 weights are decoded to units exactly (bf16 holds
+// every 8-bit integer); the scale multiplies the sum of its group, in float32. Each result is summed in order along a
+// group and then over the groups in order, whatever the number of rows.
 #pragma once
 
 #include "linear_inner.h"
@@ -39,7 +39,7 @@ struct Int8Words {
   static constexpr int units = 4 / UNIT;
 #if defined(__AVX512BF16__)
   static constexpr float scale = 0x1p-24f;
-  // Byte `k` moved to the top of its word, other bytes zero: 2^24 times the code, as an integer, needs no sign extension.
+  // Byte `k` moved to the top of its word, other bytes zero: 2^24 times the code, without any sign to extend.
   LATENTKV_INLINE vu code(vu words, int k) {
     const vu top = (vu)_mm512_set4_epi32(0x0c808080, 0x08808080, 0x04808080, 0x00808080) + ((unsigned)k << 24);
     const __m512i integer = k == 3 ? (__m512i)(words & 0xff000000) : _mm512_shuffle_epi8((__m512i)words, (__m512i)top);
@@ -112,8 +112,8 @@ void multiply_tile(const Panel& panel, const Unit* x, float* sums) {
       }
 #pragma GCC unroll 2
       for (int v = 0; v < V; v++) {
-        const vf scale =
-            Decoder::scale * (panel.scales ? load_bf16(panel.scales + g * panel.scales_stride + first + v * W) : splat(1));
+        const std::int64_t at = g * panel.scales_stride + first + v * W;
+        const vf scale = Decoder::scale * (panel.scales ? load_bf16(panel.scales + at) : splat(1));
 #pragma GCC unroll 16
         for (int r = 0; r < R; r++) {
           float* sum = sums + r * BLOCK_OUTS + first + v * W;
