@@ -20,6 +20,7 @@ from latentkv import LLM
 from latentkv.checkpoint import CheckpointReader
 from latentkv.checkpoint.schemes import choose_scheme
 from latentkv.errors import CheckpointError, ConfigError, OpError
+from latentkv.ops.backends import why_not_native
 from latentkv.ops.weight_formats import quantize_weight
 from latentkv.quantize import REPORT_FILE, QuantizationReport, quantize_checkpoint
 
@@ -61,6 +62,15 @@ def test_the_config_says_it_and_the_copy_runs(source, tmp_path):
     assert [group["weights"]["num_bits"] for group in quantization["config_groups"].values()] == [4, 4, 8]
     exact, rounded = (LLM(folder).logits(list(range(40))) for folder in (source, tmp_path / "out"))
     assert 0 < (exact - rounded).norm() / exact.norm() < 0.5
+
+
+@pytest.mark.parametrize("fmt", ["int8", "int4"])
+def test_quantising_while_loading_gives_the_same_model(source, tmp_path, fmt):
+    if reason := why_not_native(torch.device("cpu")):
+        pytest.skip(f"quantised weights need the native kernels, which {reason}")
+    quantize_checkpoint(source, tmp_path / "out", fmt)
+    on_the_fly, copied = LLM(source, weights=fmt), LLM(tmp_path / "out")
+    assert torch.equal(on_the_fly.logits(list(range(40))), copied.logits(list(range(40))))
 
 
 def test_transformers_loads_the_copy(source, tmp_path):
