@@ -18,11 +18,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     Raises:
         OpError: weight is not [D].
     """
-    if weight.ndim != 1 or weight.shape[0] != x.shape[-1]:
-        raise OpError(f"rms_norm takes weight [{x.shape[-1]}] for x {list(x.shape)}, not {list(weight.shape)}")
     fast = native.rms_norm(x, weight, eps)
     if fast is not None:
         return fast
+    if weight.ndim != 1 or weight.shape[0] != x.shape[-1]:
+        raise OpError(f"rms_norm takes weight [{x.shape[-1]}] for x {list(x.shape)}, not {list(weight.shape)}")
     wide = x if x.dtype == torch.float64 else x.float()
     normed = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
     return (weight * normed.to(x.dtype)).to(x.dtype)
@@ -44,6 +44,9 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool, out: T
     Raises:
         OpError: R is odd, or cos and sin or out do not fit x.
     """
+    fast = native.apply_rope(x, cos, sin, interleaved=interleaved, out=out)
+    if fast is not None:
+        return fast
     half = x.shape[-1] // 2
     if x.shape[-1] != 2 * half or cos.shape != sin.shape or not _angles_fit(x, cos, half):
         raise OpError(
@@ -52,9 +55,6 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool, out: T
         )
     if out is not None and (out.shape != x.shape or out.dtype != x.dtype):
         raise OpError(f"out must be {list(x.shape)} of {x.dtype} like x, not {list(out.shape)} of {out.dtype}")
-    fast = native.apply_rope(x, cos, sin, interleaved=interleaved, out=out)
-    if fast is not None:
-        return fast
     if interleaved:
         first, second = x[..., 0::2], x[..., 1::2]
     else:
@@ -79,10 +79,10 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     Raises:
         OpError: the last dimension is odd.
     """
-    if gate_up.shape[-1] % 2:
-        raise OpError(f"silu_mul takes gate and up of one width side by side, not {list(gate_up.shape)}")
     fast = native.silu_mul(gate_up)
     if fast is not None:
         return fast
+    if gate_up.shape[-1] % 2:
+        raise OpError(f"silu_mul takes gate and up of one width side by side, not {list(gate_up.shape)}")
     gate, up = gate_up.chunk(2, dim=-1)
     return torch.nn.functional.silu(gate) * up

@@ -58,13 +58,13 @@ def write_latents(
     Raises:
         OpError: shapes or dtypes do not fit, or a slot lies outside the cache.
     """
+    if native.write_latents(kv_pages, slots, latents, k_rope, kv_format):
+        return
     require_shape("latents", latents, (None, None))
     tokens, latent_dim = latents.shape
     require_shape("slots", slots, (tokens,))
     require_shape("k_rope", k_rope, (tokens, None))
     check_latent_pages(kv_pages, latent_dim, k_rope.shape[1], kv_format)
-    if native.write_latents(kv_pages, slots, latents, k_rope, kv_format):
-        return
     _require_slots_inside(kv_pages, slots)
     if kv_format is None or kv_format in FLOAT_DTYPES:
         rows = torch.cat([latents, k_rope], dim=1).to(kv_pages.dtype)
@@ -103,6 +103,11 @@ def norm_rope_write(
     Raises:
         OpError: shapes or dtypes do not fit, or a slot lies outside the cache.
     """
+    angles = cos, sin
+    if native.norm_rope_write(
+        kv_pages, slots, kv_a, norm_weight, eps, *angles, interleaved=interleaved, kv_format=kv_format
+    ):
+        return
     require_shape("kv_a", kv_a, (None, None))
     require_shape("norm_weight", norm_weight, (None,))
     tokens, width = kv_a.shape
@@ -114,11 +119,6 @@ def norm_rope_write(
     require_shape("cos", cos, (tokens, rope_dim // 2))
     require_shape("sin", sin, (tokens, rope_dim // 2))
     check_latent_pages(kv_pages, latent_dim, rope_dim, kv_format)
-    angles = cos, sin
-    if native.norm_rope_write(
-        kv_pages, slots, kv_a, norm_weight, eps, *angles, interleaved=interleaved, kv_format=kv_format
-    ):
-        return
     latents, k_rope = kv_a.split([latent_dim, rope_dim], dim=1)
     latents, k_rope = rms_norm(latents, norm_weight, eps), apply_rope(k_rope, *angles, interleaved=interleaved)
     write_latents(kv_pages, slots, latents, k_rope, kv_format=kv_format)
@@ -130,7 +130,7 @@ def _require_slots_inside(kv_pages: Tensor, slots: Tensor) -> None:
     if slots.is_cpu and slots.numel():
         outside = slots[(slots < 0) | (slots >= count)]
         if outside.numel():
-            raise OpError(f"slot {int(outside[0])} is not one of the cache's {count} token slots")
+            native.raise_slot_outside(int(outside[0]), kv_pages)
 
 
 def read_latents(

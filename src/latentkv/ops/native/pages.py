@@ -1,44 +1,42 @@
-"""Writing the latent cache on the C++ kernels. Each returns whether it wrote: where not, torch is to."""
+"""Writing the latent cache on the C++ kernels. Each returns whether it wrote; where not, torch checks and writes."""
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from latentkv.errors import OpError
+from latentkv.ops.kv_formats import KV_FORMATS, KVFormat, latent_payload_bytes, storage_dtype
 from latentkv.ops.native.core import DTYPE_CODES, extension
 from latentkv.ops.native.elementwise import MAX_ROW
 from latentkv.ops.native.eligible import isa_for
 
-_FORMAT_CODES = {"fp32": 0, "bf16": 1, "fp16": 2, "int8": 3, "fp8": 4}
-"""Row formats as `csrc/cache_write.h` numbers them; the floats have their dtypes' numbers."""
 
-
-def write_latents(kv_pages: Tensor, slots: Tensor, latents: Tensor, k_rope: Tensor, kv_format: str | None) -> bool:
+def write_latents(kv_pages: Tensor, slots: Tensor, latents: Tensor, k_rope: Tensor, kv_format: KVFormat | None) -> bool:
     """See `pages.write_latents`."""
     isa = isa_for(latents, k_rope)
-    place = None if isa is None else _place(kv_pages, slots, kv_format)
-    if place is None or latents.stride(1) != 1 or k_rope.stride(1) != 1:
+    if isa is None or latents.ndim != 2 or k_rope.ndim != 2:
         return False
-    latent_dim, rope_dim = latents.shape[1], k_rope.shape[1]
-    if latent_dim + rope_dim > MAX_ROW:
+    (tokens, latent_dim), (rope_tokens, rope_dim) = latents.shape, k_rope.shape
+    latents_strides, k_rope_strides = latents.stride(), k_rope.stride()
+    place = _place(kv_pages, slots, tokens, latent_dim, rope_dim, kv_format)
+    if place is None or rope_tokens != tokens or latents_strides[1] != 1 or k_rope_strides[1] != 1:
         return False
     bad = extension.write_latents(
         isa,
         *place,
-        latents.shape[0],
-        latent_dim,
-        rope_dim,
         latents.data_ptr(),
-        latents.stride(0),
+        latents_strides[0],
         DTYPE_CODES[latents.dtype],
         k_rope.data_ptr(),
-        k_rope.stride(0),
+        k_rope_strides[0],
         DTYPE_CODES[k_rope.dtype],
     )
-    _require_slots(bad, slots, kv_pages)
+    if bad >= 0:
+        raise_slot_outside(int(slots[bad]), kv_pages)
     return True
 
 
@@ -52,28 +50,34 @@ def norm_rope_write(
     sin: Tensor,
     *,
     interleaved: bool,
-    kv_format: str | None,
+    kv_format: KVFormat | None,
 ) -> bool:
     """See `pages.norm_rope_write`."""
     isa = isa_for(kv_a, norm_weight, cos, sin)
-    place = None if isa is None else _place(kv_pages, slots, kv_format)
-    if place is None or cos.dtype is not torch.float32 or sin.dtype is not torch.float32:
-        return False
-    row_stride, number_stride = kv_a.stride()
-    if number_stride != 1 or kv_a.shape[1] > MAX_ROW:
-        return False
-    if not (norm_weight.is_contiguous() and cos.is_contiguous() and sin.is_contiguous()):
+    if isa is None or kv_a.ndim != 2 or norm_weight.ndim != 1:
         return False
     tokens, width = kv_a.shape
     latent_dim = norm_weight.shape[0]
+    rope_dim = width - latent_dim
+    place = _place(kv_pages, slots, tokens, latent_dim, rope_dim, kv_format)
+    angles = (tokens, rope_dim // 2)
+    strides = kv_a.stride()
+    if (
+        place is None
+        or rope_dim % 2
+        or strides[1] != 1
+        or cos.shape != angles
+        or sin.shape != angles
+        or cos.dtype is not torch.float32
+        or sin.dtype is not torch.float32
+        or not (cos.is_contiguous() and sin.is_contiguous() and norm_weight.is_contiguous())
+    ):
+        return False
     bad = extension.norm_rope_write(
         isa,
         *place,
-        tokens,
-        latent_dim,
-        width - latent_dim,
         kv_a.data_ptr(),
-        row_stride,
+        strides[0],
         DTYPE_CODES[kv_a.dtype],
         norm_weight.data_ptr(),
         DTYPE_CODES[norm_weight.dtype],
@@ -82,23 +86,44 @@ def norm_rope_write(
         sin.data_ptr(),
         interleaved,
     )
-    _require_slots(bad, slots, kv_pages)
+    if bad >= 0:
+        raise_slot_outside(int(slots[bad]), kv_pages)
     return True
 
 
-def _place(kv_pages: Tensor, slots: Tensor, kv_format: str | None) -> tuple[Any, ...] | None:
-    """Addresses and sizes of the cache's rows, or None where the kernels cannot write them."""
-    format_code = DTYPE_CODES.get(kv_pages.dtype) if kv_format is None else _FORMAT_CODES[kv_format]
-    if format_code is None or not kv_pages.is_cpu:
+def raise_slot_outside(slot: int, kv_pages: Tensor) -> None:
+    """Say which slot the cache does not have."""
+    raise OpError(f"slot {slot} is not one of the cache's {kv_pages.shape[0] * kv_pages.shape[1]} token slots")
+
+
+def _place(
+    kv_pages: Tensor, slots: Tensor, tokens: int, latent_dim: int, rope_dim: int, kv_format: KVFormat | None
+) -> tuple[Any, ...] | None:
+    """Addresses and sizes of the rows to write, or None where the kernels cannot write them."""
+    if kv_pages.ndim != 3 or not kv_pages.is_contiguous() or not kv_pages.is_cpu:
         return None
-    if slots.dtype is not torch.int64 or not slots.is_contiguous() or not slots.is_cpu:
+    if slots.dtype is not torch.int64 or slots.shape != (tokens,) or not slots.is_contiguous() or not slots.is_cpu:
         return None
     pages, page_size, width = kv_pages.shape
-    return kv_pages.data_ptr(), slots.data_ptr(), width * kv_pages.itemsize, pages * page_size, format_code
+    dtype = kv_pages.dtype
+    code = _format_code(kv_format, dtype, latent_dim, rope_dim, width)
+    if code is None:
+        return None
+    row_bytes = width * dtype.itemsize
+    return kv_pages.data_ptr(), slots.data_ptr(), row_bytes, pages * page_size, code, tokens, latent_dim, rope_dim
 
 
-def _require_slots(bad: int, slots: Tensor, kv_pages: Tensor) -> None:
-    if bad >= 0:
-        raise OpError(
-            f"slot {int(slots[bad])} is not one of the cache's {kv_pages.shape[0] * kv_pages.shape[1]} token slots"
-        )
+@cache
+def _format_code(
+    kv_format: KVFormat | None, dtype: torch.dtype, latent_dim: int, rope_dim: int, width: int
+) -> int | None:
+    """A row's format as `csrc/cache_write.h` numbers it (the floats by their dtypes); None where it does not fit."""
+    numbers = latent_dim + rope_dim
+    if kv_format is None:
+        return DTYPE_CODES.get(dtype) if rope_dim >= 0 and numbers <= min(width, MAX_ROW) else None
+    if kv_format not in KV_FORMATS or dtype != storage_dtype(kv_format):
+        return None
+    if latent_dim < 1 or rope_dim < 0 or numbers > MAX_ROW:
+        return None
+    payload = latent_payload_bytes(kv_format, latent_dim, rope_dim)
+    return KV_FORMATS.index(kv_format) if payload <= width * dtype.itemsize else None
