@@ -94,8 +94,8 @@ void multiply_tile(const Panel& panel, const Unit* x, float* sums) {
       const char* ahead = panel.ahead + g * panel.ahead_stride;
       vf acc[R][V] = {};
       for (std::int64_t i = 0; i < panel.group_words; i++, words += BLOCK_OUTS, ahead += panel.ahead_step) {
-        __builtin_prefetch(ahead);
-        __builtin_prefetch(ahead + 64);
+        __builtin_prefetch(ahead, 0, 2);  // into the second-level cache
+        __builtin_prefetch(ahead + 64, 0, 2);
         vu w[V];
 #pragma GCC unroll 2
         for (int v = 0; v < V; v++) w[v] = load_as<vu>(words + v * W);
