@@ -38,10 +38,8 @@ def describe_backends(device: torch.device, dtype: torch.dtype) -> dict[str, str
     if why_not_native(device) is not None or dtype not in core.DTYPE_CODES:
         return _torch_backends(device, dtype)
     isa = core.current_isa()
-    vnni = isa == "avx512bf16"
     native = f"native, {isa}"
-    attention = f"{native}, {'bf16' if vnni and dtype == torch.bfloat16 else 'float32'} products"
-    integers = f"{native}, {'integer' if vnni else 'float32'} products"
+    attention = f"{native}, {'bf16' if isa == 'avx512bf16' and dtype == torch.bfloat16 else 'float32'} products"
     return {
         "mla_attend": attention,
         "gqa_attend": attention,
@@ -49,8 +47,8 @@ def describe_backends(device: torch.device, dtype: torch.dtype) -> dict[str, str
         "linear": "torch: the weight is not packed",
         "moe_experts": "torch, one matrix product per expert in use: the weights are not packed",
         "linear, packed bf16": native,
-        "linear, packed int8": integers,
-        "linear, packed int4": integers,
+        "linear, packed int8": native,
+        "linear, packed int4": native,
         "moe_experts, packed": native,
         "headwise_linear": native,
         "rms_norm": native,
