@@ -19,6 +19,7 @@ from latentkv.errors import ConfigError
 from latentkv.models.batch import Batch
 from latentkv.models.decoder import Decoder
 from latentkv.models.loading import load_model
+from latentkv.models.mla import Form
 from latentkv.models.packing import Packing, choose_packing
 from latentkv.ops import PackedWeight, quantize_weight
 from latentkv.ops.native import core
@@ -98,6 +99,17 @@ def test_whole_sequences_without_a_cache_run_packed_too() -> None:
     packed, plain = load_model(folder, packing=Packing()), load_model(folder)
     with torch.inference_mode():
         assert_close(packed.logits(packed.forward_train(ids)), plain.logits(plain.forward_train(ids)), 1e-4)
+
+
+@pytest.mark.parametrize("form", ["absorbed", "expanded"])
+def test_a_packed_layer_runs_whole_sequences_in_both_forms(form: Form) -> None:
+    folder = checkpoint("v3")
+    x = torch.randn(2, 9, 48, generator=torch.Generator().manual_seed(2))
+    with torch.inference_mode():
+        packed, plain = (
+            load_model(folder, packing=packing).model.layers[1].self_attn(x, form=form) for packing in (Packing(), None)
+        )
+    assert_close(packed, plain, 1e-4)
 
 
 def test_only_bfloat16_is_packed_unasked() -> None:

@@ -53,8 +53,12 @@ class DecoderLayer(nn.Module):
             attended = self.self_attn.attend(h, positions, batch, pages, kv_format=cache.format, form=form)
         else:
             attended = self.self_attn.attend(h, positions, batch, pages, kv_format=cache.format)
-        x = x + attended * self.residual_multiplier
-        return x + self.mlp(self.post_attention_layernorm(x)) * self.residual_multiplier
+        x = self._add(x, attended)
+        return self._add(x, self.mlp(self.post_attention_layernorm(x)))
+
+    def _add(self, x: Tensor, block: Tensor) -> Tensor:
+        """The residual stream after a block."""
+        return x + block if self.residual_multiplier == 1.0 else x + block * self.residual_multiplier
 
 
 def _attention(config: ModelConfig, index: int, max_context: int) -> MultiHeadLatentAttention | GroupedQueryAttention:

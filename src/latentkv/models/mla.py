@@ -115,10 +115,11 @@ class MultiHeadLatentAttention(nn.Module):
         q_nope, q_rope = self._queries(x, positions)
         latent, k_rope = self._latents(x, positions)
         if form == "absorbed":
-            q = self._absorb(q_nope, q_rope)
+            q = self._absorb(q_nope.flatten(0, 1), q_rope.flatten(0, 1)).unflatten(0, x.shape[:2])
             keys = torch.cat([latent, k_rope], dim=-1)[:, :, None].expand(-1, -1, self.num_heads, -1)
             values = latent[:, :, None].expand(-1, -1, self.num_heads, -1)
-            return self._output(self._unabsorb(ops.causal_attention(q, keys, values, scale=self.scale)))
+            attended = ops.causal_attention(q, keys, values, scale=self.scale)
+            return self._output(self._unabsorb(attended.flatten(0, 1)).unflatten(0, x.shape[:2]))
         k_nope, values = self._expand(latent)
         keys = torch.cat([k_nope, k_rope[:, :, None].expand(-1, -1, self.num_heads, -1)], dim=-1)
         return self._output(ops.causal_attention(torch.cat([q_nope, q_rope], dim=-1), keys, values, scale=self.scale))
@@ -178,12 +179,13 @@ class MultiHeadLatentAttention(nn.Module):
         """q_nope [..., H, Dn] and rotated q_rope [..., H, R]."""
         full = self.config.q_lora_rank is None
         q = self.q_proj(x) if full else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
-        q = q.unflatten(-1, (self.num_heads, -1))
+        q = q.view(*q.shape[:-1], self.num_heads, -1)
         if positions.query_scale is not None:
             q = q * positions.query_scale[..., None, None].to(q.dtype)
-        q_nope, q_rope = q.split([self.config.qk_nope_head_dim, self.config.qk_rope_head_dim], dim=-1)
-        cos, sin = positions.cos[..., None, :], positions.sin[..., None, :]
-        return q_nope, ops.apply_rope(q_rope, cos, sin, interleaved=self.rope.interleaved)
+        # Slices and unsqueeze rather than split and unflatten: a decode step is many small calls.
+        nope = self.config.qk_nope_head_dim
+        cos, sin = positions.cos.unsqueeze(-2), positions.sin.unsqueeze(-2)
+        return q[..., :nope], ops.apply_rope(q[..., nope:], cos, sin, interleaved=self.rope.interleaved)
 
     def _latents(self, x: Tensor, positions: Rotary) -> tuple[Tensor, Tensor]:
         """What is cached: normed latent c [..., L] and rotated shared key [..., R]."""
@@ -201,7 +203,7 @@ class MultiHeadLatentAttention(nn.Module):
         return w_uk, w_uv
 
     def _absorb(self, q_nope: Tensor, q_rope: Tensor) -> Tensor:
-        """[W_UK^T q_nope ; q_rope]: [..., H, Dn] and [..., H, R] -> [..., H, L + R]."""
+        """[W_UK^T q_nope ; q_rope]: [T, H, Dn] and [T, H, R] -> [T, H, L + R]."""
         if self.absorb_key is None:
             w_uk, _ = self._split_up_projection(self.kv_b_proj.weight)
             return torch.cat([torch.einsum("...hn,hnl->...hl", q_nope, w_uk), q_rope], dim=-1)
@@ -212,7 +214,7 @@ class MultiHeadLatentAttention(nn.Module):
         return q
 
     def _unabsorb(self, attended: Tensor) -> Tensor:
-        """W_UV (sum of latents): [..., H, L] -> [..., H, Dv]."""
+        """W_UV (sum of latents): [T, H, L] -> [T, H, Dv]."""
         if self.absorb_value is None:
             _, w_uv = self._split_up_projection(self.kv_b_proj.weight)
             return torch.einsum("...hl,hvl->...hv", attended, w_uv)
