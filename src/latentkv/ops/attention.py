@@ -221,7 +221,7 @@ def mla_decode(
         if causal:
             stop = stop - torch.arange(steps - 1, -1, -1, dtype=torch.int32, device=stop.device)
         stop = stop.reshape(-1)
-    q_start = torch.arange(batch + 1, dtype=torch.int32, device=q.device) * steps
+    q_start = torch.arange(batch + 1, dtype=torch.int32, device=q.device).mul_(steps)
     out, lse = mla_attend(
         q.flatten(0, 1),
         kv_pages,
@@ -232,7 +232,7 @@ def mla_decode(
         scale=scale,
         kv_format=kv_format,
     )
-    return out.unflatten(0, (batch, steps)), lse.view(batch, steps, heads).transpose(1, 2)
+    return out.view(batch, steps, heads, latent_dim), lse.view(batch, steps, heads).transpose(1, 2)
 
 
 def _attend_ranges(
