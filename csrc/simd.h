@@ -186,8 +186,8 @@ LATENTKV_INLINE vf exp(vf x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + r + 1.0f;
-  const vi exponent = ((vi)shifted - 0x4b400000) << 23;
-  const vf y = (vf)((vi)p + exponent);
+  const vu exponent = ((vu)shifted - 0x4b400000u) << 23;  // unsigned: it may wrap where x is far below
+  const vf y = (vf)((vu)p + exponent);
   return x < -87.3f ? vf{} : y;
 }
 
