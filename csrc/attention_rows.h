@@ -66,7 +66,7 @@ class RowsEngine {
     }
     score(vectors, tokens, next);
     soften(vectors, tokens, state);
-    accumulate(vectors, state);
+    accumulate(vectors, next, state);
   }
 
   static void in_order(const float* accumulated, float* out) { A::in_order(accumulated, out); }
@@ -102,8 +102,6 @@ class RowsEngine {
     const int end = t + 4 < next.tokens ? t + 4 : next.tokens;
     const int bytes = sizeof_dtype(a_.kv_dtype);
     for (int i = t + blocks; i < end; i++) prefetch_row(next.keys[i], a_.keys.width * bytes);
-    if (!a_.values_in_keys)
-      for (int i = t; i < end; i++) prefetch_row(next.values[i], a_.values.width * bytes);
   }
   template <bool PREFETCH>
   void score_block(int v, int t, const char* ahead) {
@@ -151,10 +149,15 @@ class RowsEngine {
     return sum(total);
   }
 
-  void accumulate(int vectors, const State& state) {
+  // Meanwhile the next tile's values are fetched, a share with each block of columns.
+  void accumulate(int vectors, const StoredTile<TILE>& next, const State& state) {
     constexpr int WIDE = A::COLUMNS * A::STEP;
-    int column = 0;
-    for (; column + WIDE <= value_width_; column += WIDE) accumulate_columns<A::COLUMNS>(vectors, column, state);
+    const int bytes = a_.values.width * sizeof_dtype(a_.kv_dtype);
+    int column = 0, fetched = a_.values_in_keys ? next.tokens : 0;
+    for (; column + WIDE <= value_width_; column += WIDE) {
+      for (; fetched < next.tokens * (column + WIDE) / value_width_; fetched++) prefetch_row(next.values[fetched], bytes);
+      accumulate_columns<A::COLUMNS>(vectors, column, state);
+    }
     for (; column < value_width_; column += A::STEP) accumulate_columns<1>(vectors, column, state);
   }
   template <int C>
