@@ -37,8 +37,9 @@ void pack_units(const float* x, std::int64_t ins, std::int64_t first, std::int64
     for (int half = 0; half < 2 && 2 * i + half < ins; half++) {
       const float value = x[2 * i + half];
       const bf16 rounded = float_to_bf16(value);
+      const float rest = value - bf16_to_float(rounded);
       high |= (Unit)rounded << (16 * half);
-      low |= (Unit)float_to_bf16(value - bf16_to_float(rounded)) << (16 * half);
+      if (rest - rest == 0) low |= (Unit)float_to_bf16(rest) << (16 * half);  // not for infinity and NaN
     }
     out[i * lanes] = high;
     out[i * lanes + 1] = low;

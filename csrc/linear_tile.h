@@ -39,7 +39,8 @@ struct Int8Words {
   static constexpr int units = 4 / UNIT;
 #if defined(__AVX512BF16__)
   static constexpr float scale = 0x1p-24f;
-  // Byte `k` moved to the top of its word, other bytes zero: 2^24 times the code, without any sign to extend.
+  // Byte `k` moved to the top of its word, other bytes zero: 2^24 times the code, without any sign to extend. A group's
+  // sum stays finite for activations below 2^90.
   LATENTKV_INLINE vu code(vu words, int k) {
     const vu top = (vu)_mm512_set4_epi32(0x0c808080, 0x08808080, 0x04808080, 0x00808080) + ((unsigned)k << 24);
     const __m512i integer = k == 3 ? (__m512i)(words & 0xff000000) : _mm512_shuffle_epi8((__m512i)words, (__m512i)top);
@@ -92,6 +93,7 @@ void multiply_tile(const Panel& panel, const Unit* x, float* sums) {
     for (std::int64_t g = 0; g < panel.groups; g++) {
       const Word* words = panel.words + g * panel.words_stride + first;
       const char* ahead = panel.ahead + g * panel.ahead_stride;
+      __builtin_prefetch(ahead - 64, 0, 2);  // where scales lie between the groups
       vf acc[R][V] = {};
       for (std::int64_t i = 0; i < panel.group_words; i++, words += BLOCK_OUTS, ahead += panel.ahead_step) {
         __builtin_prefetch(ahead, 0, 2);  // into the second-level cache
