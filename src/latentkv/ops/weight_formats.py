@@ -19,10 +19,12 @@ _DEFAULT_GROUP: dict[WeightFormat, int | None] = {"int8": None, "int4": 128}
 _CODES = {4: (-8, 7), 8: (-127, 127)}
 
 # Scales that are tried after plain rounding's max|w| / 127 or max|w| / 7. int8: a few steps of bfloat16 less; more
-# clipping never pays. int4: parts of max|w| / 8, of the sign that takes the largest weight to the code -8. On normal
-# and on heavy-tailed weights, ten times as many scales or least-squares steps after these gain less than 2 % more.
+# clipping never pays. int4: parts of max|w| / 8, of the sign that takes the largest weight to the code -8; then to both
+# sides of the best so far. On normal and on heavy-tailed weights, ten times as many scales or least-squares steps
+# after these gain less than 2 % more.
 _SHRINK_INT8 = (0.996, 0.992, 0.988, 0.984)
-_SHRINK_INT4 = tuple(1.04 - 0.04 * step for step in range(11))
+_SHRINK_INT4 = (1.0, 0.88, 0.76, 0.64)
+_STEPS_INT4 = (0.06, 0.03)
 _CHUNK = 2**19  # weights at a time: the temporaries stay in the processor's cache
 
 
@@ -101,18 +103,27 @@ def _best_scales(weight: Tensor, bits: int) -> Tensor:
     """[rows, groups] bfloat16 for `weight` [rows, groups, g] float32; NaN or infinite where the weight is."""
     top, bottom = _largest(weight), _largest(-weight)
     widest = torch.maximum(top, bottom)
-    best = (widest / _CODES[bits][1]).bfloat16()
+    plain = (widest / _CODES[bits][1]).bfloat16()
+    best = plain, _error(weight, plain, bits)
     if bits == 8:
-        tried = [best * shrink for shrink in _SHRINK_INT8]
-    else:
-        toward = torch.where(top >= bottom, -widest, widest) / 8
-        tried = [(toward * shrink).bfloat16() for shrink in _SHRINK_INT4]
-    least = _error(weight, best, bits)
-    for scale in tried:
-        error = _error(weight, scale, bits)
-        better = error < least
-        best, least = torch.where(better, scale, best), torch.where(better, error, least)
-    return best
+        for shrink in _SHRINK_INT8:
+            best = _better(weight, bits, best, plain * shrink)
+        return best[0]
+    toward = torch.where(top >= bottom, -widest, widest) / 8
+    for shrink in _SHRINK_INT4:
+        best = _better(weight, bits, best, toward * shrink)
+    for step in _STEPS_INT4:
+        for scale in (best[0] + toward * step, best[0] - toward * step):
+            best = _better(weight, bits, best, scale)
+    return best[0]
+
+
+def _better(weight: Tensor, bits: int, best: tuple[Tensor, Tensor], scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Scales and errors of `best`, replaced for the groups that `scale`, rounded to bfloat16, serves better."""
+    scale = scale.bfloat16()
+    error = _error(weight, scale, bits)
+    better = error < best[1]
+    return torch.where(better, scale, best[0]), torch.where(better, error, best[1])
 
 
 def _error(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
