@@ -10,6 +10,7 @@
 
 #include "attention_bf16.h"
 #include "attention_float.h"
+#include "attention_packed.h"
 #include "attention_rows.h"
 #include "scratch.h"
 
@@ -115,7 +116,8 @@ class Worker {
       int i = 0;
       for (; i < Engine::STEP && d + i + W <= a_.values.width; i += W)
         store_any(a_.out, a_.out_dtype, to + d + i, load(part + i) * inverse);
-      for (; i < Engine::STEP && d + i < a_.values.width; i++) store_one(a_.out, a_.out_dtype, to + d + i, part[i] * inverse);
+      for (; i < Engine::STEP && d + i < a_.values.width; i++)
+        store_one(a_.out, a_.out_dtype, to + d + i, part[i] * inverse);
     }
   }
 
@@ -197,7 +199,8 @@ void attend_with(const Attention& a) {
 void attend(const Attention& a) {
   if (a.num_groups == 0) return;
 #if defined(__AVX512BF16__)
-  if (a.q_dtype == DType::bf16 && a.kv_dtype == DType::bf16) return attend_with<RowsEngine<Bf16Arithmetic>>(a);
+  if (a.q_dtype == DType::bf16 && a.kv_dtype == DType::bf16)
+    return a.gather ? attend_with<PackedEngine>(a) : attend_with<RowsEngine<Bf16Arithmetic>>(a);
 #endif
   attend_with<RowsEngine<FloatArithmetic>>(a);
 }

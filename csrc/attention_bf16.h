@@ -2,8 +2,8 @@
 //
 // Nothing is repacked. Scores are dot products along the rows, 4 query vectors x 4 tokens in registers, finished by one
 // transposed reduction. For the values, vdpbf16ps wants pairs of tokens side by side: two rows are interleaved as they
-// are loaded, which permutes the columns inside each 32, put right once in `in_order`; a pair of weights is broadcast as
-// one 32-bit word.
+// are loaded, which permutes the columns inside each 32, put right once in `in_order`; a pair of weights is broadcast
+// as one 32-bit word.
 #pragma once
 
 #include "simd.h"

@@ -33,7 +33,7 @@ class RowsEngine {
     rescale_ = memory.take<float>(vectors);
     sum_ = memory.take<float>(vectors);
     q_ = memory.take<Element>(vectors * key_width_);
-    tile_.zeros = memory.take<Element>(key_width_);
+    tile_.zeros = memory.take<Element>(widest());
     tile_.key_scratch = memory.take<Element>(scratch_rows * key_width_);
     tile_.value_scratch = memory.take<Element>(scratch_rows * value_width_);
     tile_.key_width = key_width_;
@@ -50,28 +50,35 @@ class RowsEngine {
     }
     const int whole = (vectors + 3) / 4 * 4;
     std::memset(q_ + (std::ptrdiff_t)vectors * key_width_, 0, sizeof(Element) * (whole - vectors) * key_width_);
-    std::memset(tile_.zeros, 0, sizeof(Element) * key_width_);
+    std::memset(tile_.zeros, 0, sizeof(Element) * widest());
   }
 
   // Adds the tile of stored rows, whose first token is `first`, to the state; prefetches the next tile.
   void attend(const Group& group, int first, const StoredTile<TILE>& stored, const StoredTile<TILE>& next,
               const State& state) {
-    const int vectors = group.rows * group.heads, tokens = stored.tokens;
+    const int vectors = group.rows * group.heads;
     tile_.take(a_, stored);
-    for (int v = 0; v < vectors; v++) {
-      const int t = group.row + v / group.heads;
-      const int from = (a_.start ? a_.start[t] : 0) - first, to = a_.stop[t] - first;
-      from_[v] = from > 0 ? from : 0;
-      to_[v] = to < tokens ? to : tokens;
-    }
-    score(vectors, tokens, next);
-    soften(vectors, tokens, state);
+    find_ranges(group, first, stored.tokens);
+    score(vectors, stored.tokens, next);
+    soften(vectors, stored.tokens, state);
     accumulate(vectors, next, state);
   }
 
   static void in_order(const float* accumulated, float* out) { A::in_order(accumulated, out); }
 
- private:
+ protected:
+  int widest() const { return key_width_ > value_width_ ? key_width_ : value_width_; }
+
+  // Which of the tile's tokens each query vector reads.
+  void find_ranges(const Group& group, int first, int tokens) {
+    for (int v = 0; v < group.rows * group.heads; v++) {
+      const int t = group.row + v / group.heads;
+      const int from = (a_.start ? a_.start[t] : 0) - first, to = a_.stop[t] - first;
+      from_[v] = from > 0 ? from : 0;
+      to_[v] = to < tokens ? to : tokens;
+    }
+  }
+
   // The end of the last range among query vectors v .. v + count - 1.
   int read_until(int v, int count, int vectors) const {
     int end = 0;
@@ -155,7 +162,8 @@ class RowsEngine {
     const int bytes = a_.values.width * sizeof_dtype(a_.kv_dtype);
     int column = 0, fetched = a_.values_in_keys ? next.tokens : 0;
     for (; column + WIDE <= value_width_; column += WIDE) {
-      for (; fetched < next.tokens * (column + WIDE) / value_width_; fetched++) prefetch_row(next.values[fetched], bytes);
+      for (; fetched < next.tokens * (column + WIDE) / value_width_; fetched++)
+        prefetch_row(next.values[fetched], bytes);
       accumulate_columns<A::COLUMNS>(vectors, column, state);
     }
     for (; column < value_width_; column += A::STEP) accumulate_columns<1>(vectors, column, state);

@@ -45,9 +45,10 @@ def test_ragged_prefill_meets_the_bar(dtype: torch.dtype, causal: bool, q_lens: 
     assert_meets_bar((out, lse), reference.mla_prefill(*case, scale=5.0, causal=causal))
 
 
-@pytest.mark.parametrize(("dim", "value_dim"), [(192, 128), (24, 40), (16, 16)])
-def test_keys_and_values_may_differ_in_width_either_way(dim: int, value_dim: int) -> None:
-    case = ragged([20], [50], dim=dim, value_dim=value_dim, dtype=torch.float32)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("dim", "value_dim"), [(192, 128), (24, 40), (16, 16), (32, 256), (40, 136)])
+def test_keys_and_values_may_differ_in_width_either_way(dim: int, value_dim: int, dtype: torch.dtype) -> None:
+    case = ragged([20], [51], dim=dim, value_dim=value_dim, dtype=dtype)
     assert_meets_bar(mla_prefill(*case, scale=1.0), reference.mla_prefill(*case, scale=1.0))
 
 
@@ -104,14 +105,17 @@ def test_the_gradient_of_a_causal_prefill_is_that_of_plain_attention(dtype: torc
     lens=st.lists(st.tuples(st.integers(0, 20), st.integers(0, 20)), min_size=1, max_size=4),
     dim=st.integers(1, 20),
     value_dim=st.integers(1, 20),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     causal=st.booleans(),
 )
 def test_any_lengths_and_widths_match_the_reference(
-    lens: list[tuple[int, int]], dim: int, value_dim: int, causal: bool
+    lens: list[tuple[int, int]], dim: int, value_dim: int, dtype: torch.dtype, causal: bool
 ) -> None:
-    case = ragged([a for a, _ in lens], [b for _, b in lens], dim=dim, value_dim=value_dim, dtype=torch.float32)
+    case = ragged([a for a, _ in lens], [b for _, b in lens], dim=dim, value_dim=value_dim, dtype=dtype)
     expected = reference.mla_prefill(*case, scale=2.0, causal=causal)
-    for actual, exact in zip(mla_prefill(*case, scale=2.0, causal=causal), expected, strict=True):
+    result = mla_prefill(*case, scale=2.0, causal=causal)
+    assert_meets_bar(result, expected)
+    for actual, exact in zip(result, expected, strict=True) if dtype == torch.float32 else ():
         torch.testing.assert_close(actual.double(), exact, atol=1e-6, rtol=1e-5)
 
 

@@ -1,0 +1,129 @@
+// The bf16 engine for groups of many query vectors over short keys: expanded prefill.
+//
+// The finishing reduction of a dot product costs as much as 90 of its numbers, half of a 192 wide key. So the keys of a
+// tile are turned once, pairs of numbers by tokens, and scores are summed for 16 tokens in the lanes of a register.
+#pragma once
+
+#include "attention_bf16.h"
+#include "attention_rows.h"
+
+#if defined(__AVX512BF16__)
+
+namespace latentkv::LATENTKV_ISA {
+
+// out[i * stride ..] = word i of each of the 16 rows, 64 bytes each.
+LATENTKV_INLINE void turn_16_words(const bf16* const* rows, std::ptrdiff_t at, std::uint32_t* out, int stride) {
+  __m512i a[16], b[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; i++) a[i] = _mm512_loadu_si512(rows[i] + at);
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
+    b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {
+    a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
+    a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
+    a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
+    a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
+  }
+  // a[4 r + w] holds words w, 4 + w, 8 + w and 12 + w of rows 4 r .. 4 r + 3, one in each 128 bits.
+#pragma GCC unroll 4
+  for (int w = 0; w < 4; w++) {
+    const __m512i x = _mm512_shuffle_i32x4(a[w], a[4 + w], 0x88), z = _mm512_shuffle_i32x4(a[8 + w], a[12 + w], 0x88);
+    const __m512i y = _mm512_shuffle_i32x4(a[w], a[4 + w], 0xdd), u = _mm512_shuffle_i32x4(a[8 + w], a[12 + w], 0xdd);
+    _mm512_storeu_si512(out + w * stride, _mm512_shuffle_i32x4(x, z, 0x88));
+    _mm512_storeu_si512(out + (4 + w) * stride, _mm512_shuffle_i32x4(y, u, 0x88));
+    _mm512_storeu_si512(out + (8 + w) * stride, _mm512_shuffle_i32x4(x, z, 0xdd));
+    _mm512_storeu_si512(out + (12 + w) * stride, _mm512_shuffle_i32x4(y, u, 0xdd));
+  }
+}
+
+class PackedEngine : public RowsEngine<Bf16Arithmetic> {
+  static constexpr int VECTORS = 6, WORDS = 4;  // the register block: query vectors x 16 tokens
+
+ public:
+  using RowsEngine::RowsEngine;
+
+  void place(Memory& memory) {
+    RowsEngine::place(memory);
+    turned_ = memory.take<std::uint32_t>((std::size_t)key_width_ / 2 * TILE);
+    tile_.in_place = key_width_ == a_.keys.width && value_width_ == a_.values.width;
+  }
+
+  void attend(const Group& group, int first, const StoredTile<TILE>& stored, const StoredTile<TILE>& next,
+              const State& state) {
+    const int vectors = group.rows * group.heads;
+    tile_.take(a_, stored);
+    turn_keys(stored.tokens);
+    if (tile_.in_place) gather_values(stored.tokens);
+    find_ranges(group, first, stored.tokens);
+    score(vectors, next);
+    soften(vectors, stored.tokens, state);
+    accumulate(vectors, next, state);
+  }
+
+ private:
+  void turn_keys(int tokens) {
+    for (int i = tokens; i % 16; i++) tile_.keys[i] = tile_.zeros;
+    for (int t = 0; t < tokens; t += 16)
+      for (int d = 0; d < key_width_; d += 32) turn_16_words(tile_.keys + t, d, turned_ + d / 2 * TILE + t, TILE);
+  }
+
+  // Rows of one head lie so far apart that a few of them would fill their sets of the first-level cache.
+  void gather_values(int tokens) {
+    for (int i = 0; i < tokens; i++) {
+      bf16* row = tile_.value_scratch + i * value_width_;
+      for (int d = 0; d < value_width_; d += 32)
+        _mm512_store_si512(row + d, _mm512_loadu_si512(tile_.values[i] + d));
+      tile_.values[i] = row;
+    }
+  }
+
+  void score(int vectors, const StoredTile<TILE>& next) {
+    int v = 0;
+    for (; v + VECTORS <= vectors; v += VECTORS) score_vectors<VECTORS>(v, vectors, next);
+    for (; v < vectors; v += 2) score_vectors<2>(v, vectors, next);  // q has zeros after the last vector
+  }
+  template <int V>
+  void score_vectors(int v, int vectors, const StoredTile<TILE>& next) {
+    const int row_bytes = a_.keys.width * (int)sizeof(bf16), until = read_until(v, V, vectors);
+    for (int i = next.tokens * v / vectors; v < vectors && i < next.tokens * (v + V) / vectors && i < next.tokens; i++)
+      prefetch_row(next.keys[i], row_bytes);
+    int t = 0;
+    for (; t + 16 * WORDS <= until; t += 16 * WORDS) score_block<V, WORDS>(v, t);
+    for (; t < until; t += 16) score_block<V, 1>(v, t);
+  }
+  template <int V, int C>
+  void score_block(int v, int t) {
+    const bf16* q = q_ + (std::ptrdiff_t)v * key_width_;
+    __m512 a[V][C];
+#pragma GCC unroll 8
+    for (int i = 0; i < V; i++)
+#pragma GCC unroll 8
+      for (int c = 0; c < C; c++) a[i][c] = _mm512_setzero_ps();
+    for (int d = 0; d < key_width_; d += 2) {
+      const std::uint32_t* words = turned_ + d / 2 * TILE + t;
+      __m512bh y[C];
+#pragma GCC unroll 8
+      for (int c = 0; c < C; c++) y[c] = (__m512bh)_mm512_load_si512(words + c * 16);
+#pragma GCC unroll 8
+      for (int i = 0; i < V; i++) {
+        const __m512bh x = (__m512bh)_mm512_set1_epi32(load_as<std::int32_t>(q + i * key_width_ + d));
+#pragma GCC unroll 8
+        for (int c = 0; c < C; c++) a[i][c] = _mm512_dpbf16_ps(a[i][c], x, y[c]);
+      }
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < V; i++)
+#pragma GCC unroll 8
+      for (int c = 0; c < C; c++) _mm512_store_ps(scores_ + (v + i) * TILE + t + c * 16, a[i][c]);
+  }
+
+  std::uint32_t* turned_;  // [padded key width / 2, TILE] pairs of numbers
+};
+
+}  // namespace latentkv::LATENTKV_ISA
+
+#endif
