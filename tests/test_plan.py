@@ -221,6 +221,22 @@ def test_quantised_weights_are_counted_as_their_files_hold_them(tmp_path, model_
         assert weight_bytes(config, fmt) == plan.weights_bytes
 
 
+def test_a_foreign_int4_checkpoint_is_counted_by_what_it_leaves_alone():
+    # As Kimi-K2-Thinking is published: routed experts in int4, everything else in bf16; about 594 GB in all.
+    weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32, "dynamic": False}
+    quantization = {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": None}},
+        "ignore": ["lm_head", "re:.*self_attn.*", "re:.*shared_experts.*", r"re:.*mlp\.(gate|up|gate_up|down)_proj.*"],
+    }
+    plan = make_plan(
+        "k2", read_config({**load_config("kimi-k2").source, "quantization_config": quantization}), memory=()
+    )
+    assert plan.weights_dtype == "int4"
+    assert plan.weights_bytes == pytest.approx(594e9, rel=0.02)
+
+
 @pytest.mark.parametrize("option", [{"weights_dtype": "int3"}, {"kv_dtype": "fp4"}, {"batch": 0}])
 def test_impossible_options_are_refused_by_name(option):
     with pytest.raises((RequestError, ConfigError), match=str(next(iter(option.values())))):

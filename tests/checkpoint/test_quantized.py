@@ -136,6 +136,7 @@ def test_mixed_schemes_survive_their_config():
     read = PackedSchemes(json.loads(json.dumps(config)))
     assert {name: read.of(name) for name in schemes} == schemes
     assert read.asked == SCHEMES[3]
+    assert read.ignores("model.layers.0.mlp.gate") and not read.ignores("model.layers.0.mlp.gate_proj")
 
 
 def test_a_named_target_comes_before_a_pattern_and_that_before_every_linear():
@@ -170,6 +171,7 @@ UNSUPPORTED = [
     (group_change(weights=None), "nothing about weights"),
     (group_change(targets=["re:("]), "regular expression"),
     (group_change(targets=[]), "name no targets"),
+    (lambda c: c.update(ignore=["re:*"]), "regular expression"),
     (weights_change(symmetric=False), "symmetric is False"),
     (weights_change(type="float"), "type is 'float'"),
     (weights_change(actorder="group"), "actorder is 'group'"),

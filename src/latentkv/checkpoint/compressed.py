@@ -13,7 +13,7 @@ from latentkv.ops.weight_formats import GROUP_SIZES, WeightFormat
 
 METHOD = "compressed-tensors"
 _FORMAT = "pack-quantized"
-_EVERY_LINEAR = "Linear"
+_EVERY_LINEAR, _EXPRESSION = "Linear", "re:"
 _FORMATS: dict[int, WeightFormat] = {4: "int4", 8: "int8"}
 # Keys whose presence changes what stored numbers mean, with the values that leave them alone.
 _OFF: Mapping[str, tuple[Any, ...]] = {
@@ -89,20 +89,19 @@ class PackedSchemes:
                 self._by_target.setdefault(str(target), scheme)
         if not self._by_target:
             raise CheckpointError("quantization_config.config_groups name no targets: download config.json again")
-        try:
-            self._patterns = [
-                (re.compile(target.removeprefix("re:")), scheme)
-                for target, scheme in sorted(self._by_target.items())
-                if target.startswith("re:")
-            ]
-        except re.error as error:
-            raise CheckpointError(f"quantization_config has a target that is no regular expression: {error}") from error
+        patterns = sorted(target for target in self._by_target if target.startswith(_EXPRESSION))
+        self._patterns = [(_pattern(target), self._by_target[target]) for target in patterns]
+        self._ignored = [_pattern(str(target)) for target in config.get("ignore") or ()]
 
     @property
     def asked(self) -> WeightScheme:
         """What was asked for the whole model: the narrowest format in its largest group. The others are exceptions."""
         bits = min(scheme.bits for scheme in self._by_target.values())
         return max((s for s in self._by_target.values() if s.bits == bits), key=lambda scheme: scheme.group or 0)
+
+    def ignores(self, module: str) -> bool:
+        """Whether the config says that a module stays unquantised."""
+        return any(pattern.match(module) for pattern in self._ignored)
 
     def of(self, module: str) -> WeightScheme:
         """The scheme of a module: the one that names it, else one whose pattern fits it, else that of all "Linear"."""
@@ -114,6 +113,15 @@ class PackedSchemes:
         if _EVERY_LINEAR in self._by_target:
             return self._by_target[_EVERY_LINEAR]
         raise CheckpointError(f"{module} is stored packed, but no target of quantization_config fits it")
+
+
+def _pattern(target: str) -> re.Pattern[str]:
+    """The names that a target of the config means: itself, or what the regular expression after "re:" fits."""
+    is_expression = target.startswith(_EXPRESSION)
+    try:
+        return re.compile(target.removeprefix(_EXPRESSION) if is_expression else re.escape(target) + "$")
+    except re.error as error:
+        raise CheckpointError(f"quantization_config has {target!r}, which is no regular expression: {error}") from error
 
 
 def _read_group(where: str, group: Any, common_format: Any) -> WeightScheme:

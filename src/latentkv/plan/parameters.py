@@ -14,7 +14,7 @@ import torch
 
 from latentkv.checkpoint.compressed import METHOD, PackedSchemes
 from latentkv.checkpoint.quantized import packed_layout
-from latentkv.checkpoint.schemes import WeightScheme, choose_scheme
+from latentkv.checkpoint.schemes import choose_scheme
 from latentkv.checkpoint.shard import entry_bytes
 from latentkv.errors import ConfigError
 from latentkv.models.config import GQAConfig, MLAConfig, ModelConfig, MoEConfig
@@ -88,8 +88,8 @@ def count_mtp_parameters(config: ModelConfig) -> int:
 
 def checkpoint_dtype(config: ModelConfig) -> str:
     """How the checkpoint's config says that most weights are stored: fp8, int8 or int4, else its torch dtype."""
-    if scheme := _packed_scheme(config):
-        return scheme.format
+    if schemes := _packed_schemes(config):
+        return schemes.asked.format
     return "fp8" if _fp8_block(config) else _TORCH_NAMES[stored_dtype(config)]
 
 
@@ -127,10 +127,11 @@ def _fp8_bytes(group: TensorGroup, config: ModelConfig) -> int:
 
 
 def _packed_bytes(group: TensorGroup, fmt: WeightFormat, config: ModelConfig) -> int:
-    stored = _packed_scheme(config)
-    size = stored.group if stored and stored.format == fmt else None
-    scheme = choose_scheme(group.published, group.shape, fmt, size)
-    if scheme is None:
+    stored = _packed_schemes(config)
+    if stored is not None and stored.asked.format != fmt:
+        stored = None  # the checkpoint is of another format than the one that is asked about
+    scheme = choose_scheme(group.published, group.shape, fmt, stored.asked.group if stored else None)
+    if scheme is None or (stored is not None and stored.ignores(group.published.removesuffix(".weight"))):
         return 2 * group.numel
     rows, columns = group.shape
     return sum(entry_bytes(entry) for entry in packed_layout((rows, columns), scheme).values())
@@ -150,12 +151,10 @@ def _fp8_block(config: ModelConfig) -> tuple[int, int] | None:
     return int(rows), int(columns)
 
 
-def _packed_scheme(config: ModelConfig) -> WeightScheme | None:
+def _packed_schemes(config: ModelConfig) -> PackedSchemes | None:
     """How weights are packed as integers; None if they are not."""
     quantization = _quantization(config)
-    if quantization.get("quant_method") != METHOD:
-        return None
-    return PackedSchemes(quantization).asked
+    return PackedSchemes(quantization) if quantization.get("quant_method") == METHOD else None
 
 
 def _is_moe(config: ModelConfig, index: int) -> bool:
