@@ -105,10 +105,10 @@ Panel panel_of(const Layout& layout, const Word* block, std::int64_t turns) {
   Panel panel = {};
   panel.words = block + layout.scale_words;
   if (layout.scale_words) panel.scales = (const bf16*)block;
-  panel.groups = layout.groups * layout.parts;
-  panel.group_words = layout.group_words / layout.parts;
-  panel.words_stride = layout.parts > 1 ? panel.group_words * BLOCK_OUTS : layout.group_stride();
-  panel.scales_stride = layout.parts > 1 ? 0 : 2 * layout.group_stride();
+  panel.groups = layout.groups;
+  panel.group_words = layout.group_words;
+  panel.words_stride = layout.group_stride();
+  panel.scales_stride = 2 * layout.group_stride();
   panel.ahead_step = BLOCK_OUTS * sizeof(Word) / turns;
   panel.ahead_stride = panel.words_stride * sizeof(Word) / turns;
   return panel;
@@ -117,15 +117,12 @@ Panel panel_of(const Layout& layout, const Word* block, std::int64_t turns) {
 }  // namespace
 
 Layout layout_of(const PackedWeight& w) {
-  constexpr std::int64_t PART_INS = 128;
   const std::int64_t word_ins = w.format == WeightFormat::bf16 ? 2 : w.format == WeightFormat::int8 ? 4 : 8;
   const bool scaled = w.format != WeightFormat::bf16;
   Layout layout;
   layout.blocks = ceil_div(w.outs, BLOCK_OUTS);
   layout.groups = scaled ? ceil_div(w.ins, w.group) : 1;
   layout.group_words = ceil_div(scaled ? w.group : w.ins, word_ins);
-  layout.parts = scaled && layout.groups == 1 ? ceil_div(layout.group_words * word_ins, PART_INS) : 1;
-  layout.group_words = ceil_div(layout.group_words, layout.parts) * layout.parts;
   layout.scale_words = scaled ? BLOCK_OUTS / 2 : 0;
   layout.padded_ins = layout.groups * layout.group_words * word_ins;
   return layout;

@@ -20,7 +20,6 @@ struct Layout {
   std::int64_t blocks;       // of outputs in a matrix
   std::int64_t groups;       // of weights along the inner axis
   std::int64_t group_words;  // words of an output in a group
-  std::int64_t parts;        // that a group is summed in
   std::int64_t scale_words;  // before each group's words: the block's scales
   std::int64_t padded_ins;
   std::int64_t group_stride() const { return scale_words + group_words * BLOCK_OUTS; }

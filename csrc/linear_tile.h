@@ -39,8 +39,8 @@ struct Int8Words {
   static constexpr int units = 4 / UNIT;
 #if defined(__AVX512BF16__)
   static constexpr float scale = 0x1p-24f;
-  // Byte `k` moved to the top of its word, other bytes zero: 2^24 times the code, without any sign to extend. A group's
-  // sum stays finite for activations below 2^90.
+  // Byte `k` moved to the top of its word, other bytes zero: 2^24 times the code, without any sign to extend. The sum of
+  // a group of 2^n stays finite for activations below 2^(96 - n).
   LATENTKV_INLINE vu code(vu words, int k) {
     const vu top = (vu)_mm512_set4_epi32(0x0c808080, 0x08808080, 0x04808080, 0x00808080) + ((unsigned)k << 24);
     const __m512i integer = k == 3 ? (__m512i)(words & 0xff000000) : _mm512_shuffle_epi8((__m512i)words, (__m512i)top);

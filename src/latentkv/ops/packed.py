@@ -9,8 +9,7 @@ consecutive weights of one output:
 - int4: 8 codes, each plus 8; from bit 4 i, the low half holds code 2 i and the high half code 2 i + 1.
 
 Quantised weights have their block's 32 scales (bf16) before the words of each group. The inner axis is padded with zero
-weights to whole groups and words; where a whole row shares a scale, to equal parts of at most 128 weights, because such
-parts are summed one after the other.
+weights to whole groups and words.
 """
 
 from __future__ import annotations
@@ -35,7 +34,6 @@ BLOCK_OUTS = 32
 _WORD_WEIGHTS: dict[PackedFormat, int] = {"bf16": 2, "int8": 4, "int4": 8}
 _HUGE_PAGE = 2 << 20
 _CHUNK = 1 << 19
-_PART = 128
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,9 +131,6 @@ def _layout(format_: PackedFormat, count: int, out_features: int, in_features: i
     group = group or in_features
     group_words = -(-group // _WORD_WEIGHTS[format_])
     blocks, groups = -(-out_features // BLOCK_OUTS), -(-in_features // group)
-    if groups == 1 and format_ != "bf16":
-        parts = -(-group_words * _WORD_WEIGHTS[format_] // _PART)
-        group_words = -(-group_words // parts) * parts
     return count, blocks, groups, _scale_words(format_) + group_words * BLOCK_OUTS
 
 
