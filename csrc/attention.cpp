@@ -199,7 +199,8 @@ void attend_with(const Attention& a) {
 void attend(const Attention& a) {
   if (a.num_groups == 0) return;
 #if defined(__AVX512BF16__)
-  if (a.q_dtype == DType::bf16 && a.kv_dtype == DType::bf16)
+  // Quantised rows are rounded to bf16 when they are decoded.
+  if (a.q_dtype == DType::bf16 && a.kv_format != RowFormat::fp32 && a.kv_format != RowFormat::fp16)
     return a.gather ? attend_with<PackedEngine>(a) : attend_with<RowsEngine<Bf16Arithmetic>>(a);
 #endif
   attend_with<RowsEngine<FloatArithmetic>>(a);

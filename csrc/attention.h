@@ -18,6 +18,7 @@ struct Rows {
   const char* base;
   std::int64_t slot_bytes, head_bytes;
   int width;  // numbers a row
+  int bytes;  // that they take
 };
 
 // Where the tokens of one sequence lie: page pages[s / page_size], or slot first_slot + s where there are no pages.
@@ -41,7 +42,7 @@ struct Attention {
   DType q_dtype;
   std::int64_t q_row, q_head;  // strides in numbers
   Rows keys, values;
-  DType kv_dtype;
+  RowFormat kv_format;
   bool values_in_keys;  // a value is the first numbers of its key's row
   bool gather;          // copy rows together before use: worth it where many query vectors read far strided rows
   int page_size;

@@ -43,13 +43,13 @@ struct Bf16Arithmetic {
 
   template <bool PREFETCH>
   LATENTKV_INLINE void scores(const bf16* q, std::ptrdiff_t width, const bf16* const* keys, float* s,
-                              const char* ahead) {
+                              const char* ahead, int ahead_step) {
     __m512 a[16];
 #pragma GCC unroll 16
     for (int i = 0; i < 16; i++) a[i] = _mm512_setzero_ps();
     const bf16 *k0 = keys[0], *k1 = keys[1], *k2 = keys[2], *k3 = keys[3];
-    for (std::ptrdiff_t d = 0; d < width; d += STEP) {
-      if (PREFETCH) __builtin_prefetch(ahead + d * sizeof(bf16), 0, 2);
+    for (std::ptrdiff_t d = 0; d < width; d += STEP, ahead += ahead_step) {
+      if (PREFETCH) __builtin_prefetch(ahead, 0, 2);
       const __m512bh y[4] = {load_pairs(k0 + d), load_pairs(k1 + d), load_pairs(k2 + d), load_pairs(k3 + d)};
 #pragma GCC unroll 4
       for (int i = 0; i < 4; i++) {

@@ -36,15 +36,16 @@ struct FloatArithmetic {
 
   LATENTKV_INLINE void store_weights(Weight* p, vf v) { store(p, v); }
 
-  // s[i * TILE + j] = q[i * width ..] . keys[j], 4 x 4; meanwhile the row at `ahead` is fetched into the L2 cache.
+  // s[i * TILE + j] = q[i * width ..] . keys[j], 4 x 4; meanwhile the row at `ahead` is fetched into the L2 cache,
+  // `ahead_step` bytes (a line at most) with each STEP.
   template <bool PREFETCH>
   LATENTKV_INLINE void scores(const float* q, std::ptrdiff_t width, const float* const* keys, float* s,
-                              const char* ahead) {
+                              const char* ahead, int ahead_step) {
     constexpr int ROWS = W == 16 ? 4 : 2;  // query vectors at a time: what the registers hold
     for (int i = 0; i < 4; i += ROWS, q += ROWS * width, s += ROWS * TILE) {
       vf a[ROWS][4] = {};
       for (std::ptrdiff_t d = 0; d < width; d += W) {
-        if (PREFETCH && i == 0) __builtin_prefetch(ahead + d * sizeof(float), 0, 2);
+        if (PREFETCH && i == 0) __builtin_prefetch(ahead + d / STEP * ahead_step, 0, 2);
         vf x[ROWS];
 #pragma GCC unroll 4
         for (int r = 0; r < ROWS; r++) x[r] = load(q + r * width + d);

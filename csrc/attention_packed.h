@@ -55,7 +55,7 @@ class PackedEngine : public RowsEngine<Bf16Arithmetic> {
   void attend(const Group& group, int first, const StoredTile<TILE>& stored, const StoredTile<TILE>& next,
               const State& state) {
     const int vectors = group.rows * group.heads;
-    tile_.take(a_, stored);
+    for (int i = 0; i < (stored.tokens + 15) / 16 * 16; i++) tile_.take(a_, stored, i);
     turn_keys(stored.tokens);
     if (tile_.in_place) gather_values(stored.tokens);
     find_ranges(group, first, stored.tokens);
@@ -66,7 +66,6 @@ class PackedEngine : public RowsEngine<Bf16Arithmetic> {
 
  private:
   void turn_keys(int tokens) {
-    for (int i = tokens; i % 16; i++) tile_.keys[i] = tile_.zeros;
     for (int t = 0; t < tokens; t += 16)
       for (int d = 0; d < key_width_; d += 32) turn_16_words(tile_.keys + t, d, turned_ + d / 2 * TILE + t, TILE);
   }
@@ -88,9 +87,9 @@ class PackedEngine : public RowsEngine<Bf16Arithmetic> {
   }
   template <int V>
   void score_vectors(int v, int vectors, const StoredTile<TILE>& next) {
-    const int row_bytes = a_.keys.width * (int)sizeof(bf16), until = read_until(v, V, vectors);
+    const int until = read_until(v, V, vectors);
     for (int i = next.tokens * v / vectors; v < vectors && i < next.tokens * (v + V) / vectors && i < next.tokens; i++)
-      prefetch_row(next.keys[i], row_bytes);
+      prefetch_row(next.keys[i], a_.keys.bytes);
     int t = 0;
     for (; t + 16 * WORDS <= until; t += 16 * WORDS) score_block<V, WORDS>(v, t);
     for (; t < until; t += 16) score_block<V, 1>(v, t);

@@ -20,7 +20,7 @@ class RowsEngine {
   // For groups of at most `vectors` query vectors.
   RowsEngine(const Attention& a, int vectors)
       : a_(a), key_width_(Tile<A>::padded(a.keys.width)), value_width_(Tile<A>::padded(a.values.width)),
-        vectors_(vectors) {}
+        vectors_(vectors), step_bytes_((a.keys.bytes - 1) / (key_width_ / STEP) + 1) {}
 
   int value_width() const { return value_width_; }
 
@@ -45,7 +45,7 @@ class RowsEngine {
     const int vectors = group.rows * group.heads, size = sizeof_dtype(a_.q_dtype);
     for (int v = 0; v < vectors; v++) {
       const std::int64_t row = group.row + v / group.heads, head = group.head + v % group.heads;
-      decode_row(a_.q + (row * a_.q_row + head * a_.q_head) * size, a_.q_dtype, a_.keys.width, key_width_,
+      decode_row(a_.q + (row * a_.q_row + head * a_.q_head) * size, (RowFormat)a_.q_dtype, a_.keys.width, 0, key_width_,
                  q_ + (std::ptrdiff_t)v * key_width_);
     }
     const int whole = (vectors + 3) / 4 * 4;
@@ -57,9 +57,8 @@ class RowsEngine {
   void attend(const Group& group, int first, const StoredTile<TILE>& stored, const StoredTile<TILE>& next,
               const State& state) {
     const int vectors = group.rows * group.heads;
-    tile_.take(a_, stored);
     find_ranges(group, first, stored.tokens);
-    score(vectors, stored.tokens, next);
+    score(vectors, stored, next);
     soften(vectors, stored.tokens, state);
     accumulate(vectors, next, state);
   }
@@ -86,16 +85,22 @@ class RowsEngine {
     return end;
   }
 
-  void score(int vectors, int tokens, const StoredTile<TILE>& next) {
+  // Takes the tile's rows as it comes to them: they are still in L1 when they are used.
+  void score(int vectors, const StoredTile<TILE>& stored, const StoredTile<TILE>& next) {
+    int taken = 0;
     for (int block = 0; block < vectors; block += SCORE_BLOCK) {
       const int block_end = block + SCORE_BLOCK < vectors ? block + SCORE_BLOCK : vectors;
       int until[SCORE_BLOCK / 4];
       for (int v = block; v < block_end; v += 4) until[(v - block) / 4] = read_until(v, 4, vectors);
-      for (int t = 0; t < tokens; t += 4) {
-        if (block == 0) prefetch_rest(next, t, (vectors + 3) / 4);
+      for (int t = 0; t < stored.tokens; t += 4) {
+        if (block == 0) {
+          for (; taken < t + 4; taken++) tile_.take(a_, stored, taken);
+          prefetch_rest(next, t, (vectors + 3) / 4);
+        }
         for (int v = block; v < block_end; v += 4) {
           if (t >= until[(v - block) / 4]) continue;
           const int ahead = t + (v - block) / 4;
+          if (block == 0 && taken < t + 8 && taken < TILE) tile_.take(a_, stored, taken++);
           if (block == 0 && ahead < next.tokens && next.keys[ahead])
             score_block<true>(v, t, next.keys[ahead]);
           else
@@ -107,13 +112,12 @@ class RowsEngine {
   // What `score` does not fetch of the next tile's rows t .. t + 3: it takes one key for each block of 4 vectors.
   void prefetch_rest(const StoredTile<TILE>& next, int t, int blocks) {
     const int end = t + 4 < next.tokens ? t + 4 : next.tokens;
-    const int bytes = sizeof_dtype(a_.kv_dtype);
-    for (int i = t + blocks; i < end; i++) prefetch_row(next.keys[i], a_.keys.width * bytes);
+    for (int i = t + blocks; i < end; i++) prefetch_row(next.keys[i], a_.keys.bytes);
   }
   template <bool PREFETCH>
   void score_block(int v, int t, const char* ahead) {
     A::template scores<PREFETCH>(q_ + (std::ptrdiff_t)v * key_width_, key_width_, tile_.keys + t,
-                                 scores_ + v * TILE + t, ahead);
+                                 scores_ + v * TILE + t, ahead, step_bytes_);
   }
 
   // Scores -> weights exp(scale * score - peak), the new peaks and totals, and what the sums so far are rescaled by.
@@ -159,11 +163,10 @@ class RowsEngine {
   // Meanwhile the next tile's values are fetched, a share with each block of columns.
   void accumulate(int vectors, const StoredTile<TILE>& next, const State& state) {
     constexpr int WIDE = A::COLUMNS * A::STEP;
-    const int bytes = a_.values.width * sizeof_dtype(a_.kv_dtype);
     int column = 0, fetched = a_.values_in_keys ? next.tokens : 0;
     for (; column + WIDE <= value_width_; column += WIDE) {
       for (; fetched < next.tokens * (column + WIDE) / value_width_; fetched++)
-        prefetch_row(next.values[fetched], bytes);
+        prefetch_row(next.values[fetched], a_.values.bytes);
       accumulate_columns<A::COLUMNS>(vectors, column, state);
     }
     for (; column < value_width_; column += A::STEP) accumulate_columns<1>(vectors, column, state);
@@ -184,6 +187,7 @@ class RowsEngine {
 
   const Attention& a_;
   int key_width_, value_width_, vectors_;
+  int step_bytes_;                   // of a stored key, for each STEP of it
   float *scores_, *rescale_, *sum_;  // [vectors, TILE], [vectors], [vectors]
   Weight* weights_;                  // [vectors, TILE]
   Element* q_;                       // [vectors, padded key width]

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "attention.h"
-#include "simd.h"
+#include "attention_decode.h"
 
 namespace latentkv::LATENTKV_ISA {
 
@@ -54,24 +54,13 @@ LATENTKV_INLINE void hide_unread(const Attention& a, const Group& group, int fir
 LATENTKV_INLINE void prefetch_row(const char* row, int bytes) {
   if (!row) return;
   for (int i = 0; i < bytes; i += 64) __builtin_prefetch(row + i, 0, 2);
-}
-
-// One stored row as `padded` elements, zeros after `width`; never reads past the row.
-LATENTKV_INLINE void decode_row(const char* stored, DType dtype, int width, int padded, float* row) {
-  int i = 0;
-  for (; i + W <= width; i += W) store(row + i, load_any(stored, dtype, i));
-  for (; i < width; i++) row[i] = load_one(stored, dtype, i);
-  for (; i < padded; i++) row[i] = 0;
-}
-LATENTKV_INLINE void decode_row(const char* stored, DType, int width, int padded, bf16* row) {
-  std::memcpy(row, stored, width * sizeof(bf16));
-  std::memset(row + width, 0, (padded - width) * sizeof(bf16));
+  asm volatile("");  // GCC drops calls of functions that do nothing but prefetch
 }
 
 // The rows of one tile as an arithmetic takes them: in place where they are stored so, else decoded into `scratch`.
 //
-// This is where pages of other formats come in: a format whose rows are not the arithmetic's elements is decoded by
-// `decode_row` (one row at a time, a tile of rows stays in L2), and everything after this works on elements.
+// A format whose rows are not the arithmetic's elements is decoded a row at a time (a tile of rows stays in L2), and
+// everything after this works on elements.
 template <class A>
 struct Tile {
   using Element = typename A::Element;
@@ -83,26 +72,27 @@ struct Tile {
 
   static int padded(int width) { return (width + A::STEP - 1) / A::STEP * A::STEP; }
   static bool reads_in_place(const Attention& a) {
-    return a.kv_dtype == A::DTYPE && !a.gather && a.keys.width % A::STEP == 0 &&
+    return a.kv_format == (RowFormat)A::DTYPE && !a.gather && a.keys.width % A::STEP == 0 &&
            (a.values_in_keys || a.values.width % A::STEP == 0);
   }
 
-  void take(const Attention& a, const StoredTile<A::TILE>& stored) {
-    int i = 0;
-    for (; i < stored.tokens; i++) {
-      keys[i] = row(stored.keys[i], a.kv_dtype, a.keys.width, key_width, key_scratch + i * key_width);
-      values[i] = a.values_in_keys
-                      ? keys[i]
-                      : row(stored.values[i], a.kv_dtype, a.values.width, value_width, value_scratch + i * value_width);
+  // Rows first .. end - 1; those after the tile's last token are zeros.
+  void take(const Attention& a, const StoredTile<A::TILE>& stored, int i) {
+    if (i >= stored.tokens) {
+      keys[i] = values[i] = zeros;
+      return;
     }
-    for (; i % 4; i++) keys[i] = values[i] = zeros;  // whole register blocks
+    keys[i] = row(stored.keys[i], a, a.keys.width, key_width, key_scratch + i * key_width);
+    values[i] = a.values_in_keys
+                    ? keys[i]
+                    : row(stored.values[i], a, a.values.width, value_width, value_scratch + i * value_width);
   }
 
  private:
-  const Element* row(const char* stored, DType dtype, int width, int padded, Element* scratch) {
+  const Element* row(const char* stored, const Attention& a, int width, int padded, Element* scratch) {
     if (!stored) return zeros;
     if (in_place) return (const Element*)stored;
-    decode_row(stored, dtype, width, padded, scratch);
+    decode_row(stored, a.kv_format, width, a.values_in_keys ? width - a.values.width : 0, padded, scratch);
     return scratch;
   }
 };

@@ -31,7 +31,7 @@ struct Vectors {
   Address lse;
 };
 
-Attention start_call(const Vectors& v, int heads, int kv_dtype, float scale) {
+Attention start_call(const Vectors& v, int heads, int kv_format, float scale) {
   Attention a{};
   a.q = at<char>(v.q);
   a.q_dtype = static_cast<DType>(v.q_dtype);
@@ -43,7 +43,7 @@ Attention start_call(const Vectors& v, int heads, int kv_dtype, float scale) {
   a.out_head = v.out_head;
   a.lse = reinterpret_cast<float*>(v.lse);
   a.heads = heads;
-  a.kv_dtype = static_cast<DType>(kv_dtype);
+  a.kv_format = static_cast<RowFormat>(kv_format);
   a.scale = scale;
   return a;
 }
@@ -55,13 +55,13 @@ void bind_attention(nb::module_& m) {
       "attend_pages",
       [](Isa isa, Address q, int q_dtype, std::int64_t q_row, std::int64_t q_head, Address out, int out_dtype,
          std::int64_t out_row, std::int64_t out_head, Address lse, int rows, int heads, int kv_heads, Address pages,
-         int kv_dtype, std::int64_t slot_bytes, std::int64_t head_bytes, std::int64_t value_offset, int key_width,
-         int value_width, int num_pages, int page_size, Address table, std::int64_t table_row, int table_pages,
+         int kv_format, std::int64_t slot_bytes, std::int64_t head_bytes, std::int64_t value_offset, int key_width,
+         int key_bytes, int value_width, int value_bytes, int num_pages, int page_size, Address table, std::int64_t table_row, int table_pages,
          int sequences, Address q_start, Address start, Address stop, Address slots, int slots_per_row, float scale) {
-        Attention a = start_call({q, q_dtype, q_row, q_head, out, out_dtype, out_row, out_head, lse}, heads, kv_dtype,
+        Attention a = start_call({q, q_dtype, q_row, q_head, out, out_dtype, out_row, out_head, lse}, heads, kv_format,
                                  scale);
-        a.keys = {at<char>(pages), slot_bytes, head_bytes, key_width};
-        a.values = {at<char>(pages) + value_offset, slot_bytes, head_bytes, value_width};
+        a.keys = {at<char>(pages), slot_bytes, head_bytes, key_width, key_bytes};
+        a.values = {at<char>(pages) + value_offset, slot_bytes, head_bytes, value_width, value_bytes};
         a.values_in_keys = value_offset == 0;
         const RaggedRows ragged = {sequences, rows, heads, kv_heads, at<std::int32_t>(q_start), at<std::int32_t>(start),
                                    at<std::int32_t>(stop), omp_get_max_threads()};
@@ -86,8 +86,9 @@ void bind_attention(nb::module_& m) {
          Address kv_start, bool causal, float scale) {
         Attention a = start_call({q, q_dtype, q_row, q_head, out, out_dtype, out_row, out_head, lse}, heads, kv_dtype,
                                  scale);
-        a.keys = {at<char>(keys), key_row_bytes, key_head_bytes, key_width};
-        a.values = {at<char>(values), value_row_bytes, value_head_bytes, value_width};
+        const int size = sizeof_dtype(static_cast<DType>(kv_dtype));
+        a.keys = {at<char>(keys), key_row_bytes, key_head_bytes, key_width, key_width * size};
+        a.values = {at<char>(values), value_row_bytes, value_head_bytes, value_width, value_width * size};
         a.gather = true;  // up to 128 query vectors read each tile
         plan().of_new_tokens({sequences, rows, heads, heads, at<std::int32_t>(q_start), nullptr, nullptr,
                               omp_get_max_threads()},

@@ -5,7 +5,6 @@
 namespace latentkv::LATENTKV_ISA {
 namespace {
 
-constexpr int SCALE_GROUP = 128;
 constexpr int WORTH_A_FORK = 32;  // tokens
 
 LATENTKV_INLINE std::uint32_t bits_of(float x) {

@@ -5,8 +5,6 @@
 
 namespace latentkv {
 
-enum class RowFormat : int { fp32 = 0, bf16 = 1, fp16 = 2, int8 = 3, fp8 = 4 };
-
 // Where T tokens go: token t's row lies at pages + slots[t] * row_bytes.
 struct CacheRows {
   unsigned char* pages;

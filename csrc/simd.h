@@ -78,6 +78,9 @@ LATENTKV_INLINE void store_f16(f16* p, vf v) {
   _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 #endif
+#if defined(__AVX2__)
+LATENTKV_INLINE float f16_to_float(f16 x) { return _cvtsh_ss(x); }
+#else
 LATENTKV_INLINE float f16_to_float(f16 x) {
   // Shift the fields into place, then multiply away the difference of the exponents' biases: exact, subnormals included.
   std::uint32_t bits = (std::uint32_t)(x & 0x7fff) << 13;
@@ -90,6 +93,7 @@ LATENTKV_INLINE float f16_to_float(f16 x) {
   std::memcpy(&y, &bits, 4);
   return y;
 }
+#endif
 LATENTKV_INLINE f16 float_to_f16(float x) {
   const _Float16 half = (_Float16)x;
   f16 bits;

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from ops_cases import Paged, assert_meets_bar, mla_case, token_slots
 
 from latentkv.errors import OpError
-from latentkv.ops import mla_attend, mla_decode, reference
+from latentkv.ops import KVFormat, mla_attend, mla_decode, reference
 
 pytestmark = pytest.mark.usefixtures("isa")
 
@@ -52,6 +52,34 @@ def test_float32_results_are_accurate_to_float32_over_several_chunks_and_blocks(
     expected, expected_lse = reference.mla_attend(*case.args, latent_dim=16, scale=3.0)
     torch.testing.assert_close(out.double(), expected, atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(lse.double(), expected_lse, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("kv_format", ["int8", "fp8"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("latent_dim", "rope_dim"), [(512, 64), (256, 32), (160, 20), (44, 9), (128, 0)])
+def test_quantised_pages_are_read_as_the_numbers_that_they_stand_for(
+    kv_format: KVFormat, dtype: torch.dtype, latent_dim: int, rope_dim: int
+) -> None:
+    shape = {"latent_dim": latent_dim, "rope_dim": rope_dim, "page_size": 24}
+    case = mla_case([3, 1, 20], [150, 2100, 77], heads=16, dtype=dtype, kv_format=kv_format, **shape)
+    # Products in bf16 round what int8 stands for once more, which the bar allows at the scale of a real softmax.
+    scale = 2.0 if dtype == torch.float32 else (latent_dim + rope_dim) ** -0.5
+    assert_matches_reference(case, latent_dim, scale)
+    slots = torch.full((24, 30), -1)
+    slots[5, ::2] = token_slots(case.table, 2, 77, 24)[10:25]
+    assert_matches_reference(case, latent_dim, scale, slots=slots)
+
+
+def test_fp8_pages_may_have_scales_that_are_not_powers_of_two_and_codes_of_every_kind() -> None:
+    case = mla_case([2], [256], heads=5, latent_dim=256, rope_dim=32, page_size=64, kv_format="fp8")
+    rows = case.pages.view(-1, case.pages.shape[2])[token_slots(case.table, 0, 256, 64)]
+    codes = torch.arange(256, dtype=torch.uint8).masked_fill(torch.arange(256) % 128 == 127, 0)  # without NaN
+    rows[:, :256] = codes.roll(13)
+    scales = torch.tensor([2.0**-7, 3e-3]).repeat(128, 1)
+    scales[0], scales[1] = torch.tensor([2.0**-130, 1.5]), torch.tensor([0.0, 2.0**-126])
+    rows[:, 256:264] = torch.cat([scales, scales.flip(1)]).view(torch.uint8)
+    case.pages.view(-1, case.pages.shape[2])[token_slots(case.table, 0, 256, 64)] = rows
+    assert_matches_reference(case, 256, 0.02)
 
 
 def test_a_sequence_without_tokens_or_rows_gives_zero_and_minus_infinity() -> None:
@@ -176,6 +204,7 @@ def test_both_forms_of_mla_agree_to_1e_12_and_the_fast_op_with_them() -> None:
     rope_dim=st.integers(0, 6),
     page_size=st.integers(1, 20),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    kv_format=st.sampled_from([None, "int8", "fp8"]),
     data=st.data(),
 )
 def test_any_shape_page_size_and_ranges_match_the_reference(
@@ -185,6 +214,7 @@ def test_any_shape_page_size_and_ranges_match_the_reference(
     rope_dim: int,
     page_size: int,
     dtype: torch.dtype,
+    kv_format: KVFormat | None,
     data: st.DataObject,
 ) -> None:
     case = mla_case(
@@ -195,13 +225,15 @@ def test_any_shape_page_size_and_ranges_match_the_reference(
         rope_dim=rope_dim,
         page_size=page_size,
         dtype=dtype,
+        kv_format=kv_format,
     )
     ranges = [(data.draw(st.integers(0, n)), data.draw(st.integers(0, n))) for q, n in lens for _ in range(q)]
     start = torch.tensor([a for a, _ in ranges], dtype=torch.int32)
     stop = torch.tensor([b for _, b in ranges], dtype=torch.int32)
-    args = (*case.args[:4], stop)
-    expected = reference.mla_attend(*args, latent_dim=latent_dim, scale=0.5, start=start)
-    result = mla_attend(*args, latent_dim=latent_dim, scale=0.5, start=start)
+    args, options = (*case.args[:4], stop), {"latent_dim": latent_dim, "scale": 0.5, "kv_format": kv_format}
+    expected = reference.mla_attend(*args, start=start, **options)
+    # In float32: to round a result of a few numbers to bf16 may alone turn it by more than the bar allows.
+    result = mla_attend(*args, start=start, out_dtype=torch.float32, **options)
     assert_meets_bar(result, expected)
     for actual, exact in zip(result, expected, strict=True) if dtype == torch.float32 else ():
         torch.testing.assert_close(actual.double(), exact, atol=1e-6, rtol=1e-5)

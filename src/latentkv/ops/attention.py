@@ -13,7 +13,7 @@ from torch import Tensor
 
 from latentkv.errors import OpError
 from latentkv.ops.checks import require, require_shape
-from latentkv.ops.kv_formats import FLOAT_DTYPES, KVFormat
+from latentkv.ops.kv_formats import KVFormat
 from latentkv.ops.native import attention as native
 from latentkv.ops.online_softmax import CHUNK_TOKENS, attend, compute_dtype
 from latentkv.ops.pages import check_latent_pages, decode_rows, gather_tokens
@@ -75,7 +75,7 @@ def mla_attend(
     dtype = compute_dtype(q)
     out = _output(out, (rows, heads, latent_dim), out_dtype or q.dtype, q.device)
     lse = torch.empty(rows, heads, dtype=dtype, device=q.device)
-    isa = native.isa_for(q, kv_pages, out) if kv_format is None or kv_format in FLOAT_DTYPES else None
+    isa = native.isa_for(q, kv_pages, out)
     if isa is not None:
         native.attend_pages(
             isa,
@@ -92,6 +92,7 @@ def mla_attend(
             head_numbers=0,
             value_offset=0,
             scale=scale,
+            kv_format=kv_format,
         )
         return out, lse
 

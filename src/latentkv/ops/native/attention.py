@@ -8,16 +8,20 @@ import torch
 from torch import Tensor
 
 from latentkv.errors import OpError
+from latentkv.ops.kv_formats import KV_FORMATS, KVFormat, latent_payload_bytes
 from latentkv.ops.native import eligible
 from latentkv.ops.native.core import DTYPE_CODES, extension
 
 
-def isa_for(*tensors: Tensor) -> Any | None:
+def isa_for(q: Tensor, pages: Tensor, *others: Tensor) -> Any | None:
     """The instruction set that computes attention of these tensors; None where torch has to."""
-    for t in tensors:
+    tensors = q, *others
+    for t in (pages, *tensors):
         if t.stride(-1) != 1:
             return None
-    return eligible.isa_for(*tensors)
+    if pages.dtype is torch.uint8 and pages.is_cpu:
+        return eligible.isa_for(*tensors)
+    return eligible.isa_for(pages, *tensors)
 
 
 def attend_pages(
@@ -36,11 +40,13 @@ def attend_pages(
     head_numbers: int,
     value_offset: int,
     scale: float,
+    kv_format: KVFormat | None = None,
 ) -> None:
     """Fill out [T, H, Dv] and lse [T, H].
 
     A token's row in kv_pages [N, P, ...] holds the key of key/value head g from number g * head_numbers on, and its
-    value value_offset numbers later (0: the value begins the key).
+    value value_offset numbers later (0: the value begins the key). Quantised rows (kv_format) are latents: one head,
+    whose value begins its key.
 
     Raises:
         OpError: q_start does not fit, or the pages or slots do not cover what is read.
@@ -48,7 +54,12 @@ def attend_pages(
     rows, heads, width = q.shape
     q_row, q_head, _ = q.stride()
     out_row, out_head, _ = out.stride()
-    size = kv_pages.element_size()
+    value_width, size = out.shape[2], kv_pages.element_size()
+    if kv_pages.dtype is torch.uint8 and kv_format is not None:
+        format_code = KV_FORMATS.index(kv_format)
+        key_bytes = value_bytes = latent_payload_bytes(kv_format, value_width, width - value_width)
+    else:
+        format_code, key_bytes, value_bytes = DTYPE_CODES[kv_pages.dtype], width * size, value_width * size
     block_table, q_start, stop = _int32(block_table), _int32(q_start), _int32(stop)
     start = None if start is None else _int32(start)
     slots = None if slots is None else _int32(slots)
@@ -68,12 +79,14 @@ def attend_pages(
             heads,
             kv_heads,
             kv_pages.data_ptr(),
-            DTYPE_CODES[kv_pages.dtype],
+            format_code,
             kv_pages.stride(1) * size,
             head_numbers * size,
             value_offset * size,
             width,
-            out.shape[2],
+            key_bytes,
+            value_width,
+            value_bytes,
             kv_pages.shape[0],
             kv_pages.shape[1],
             block_table.data_ptr(),
