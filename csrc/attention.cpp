@@ -10,6 +10,7 @@
 
 #include "attention_bf16.h"
 #include "attention_float.h"
+#include "attention_int8.h"
 #include "attention_packed.h"
 #include "attention_rows.h"
 #include "scratch.h"
@@ -198,6 +199,9 @@ void attend_with(const Attention& a) {
 
 void attend(const Attention& a) {
   if (a.num_groups == 0) return;
+#if defined(__AVX512VNNI__)
+  if (a.int8_products) return attend_with<Int8Engine>(a);
+#endif
 #if defined(__AVX512BF16__)
   // Quantised rows are rounded to bf16 when they are decoded.
   if (a.q_dtype == DType::bf16 && a.kv_format != RowFormat::fp32 && a.kv_format != RowFormat::fp16)

@@ -44,6 +44,7 @@ struct Attention {
   Rows keys, values;
   RowFormat kv_format;
   bool values_in_keys;  // a value is the first numbers of its key's row
+  bool int8_products;   // where the kernels have them; int8 rows of latents only
   bool gather;          // copy rows together before use: worth it where many query vectors read far strided rows
   int page_size;
   const std::int32_t *start, *stop;  // row t reads tokens start[t] <= s < stop[t]; start may be null = 0

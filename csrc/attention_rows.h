@@ -1,25 +1,22 @@
 // Attention of a group of query vectors over one tile of rows, by an arithmetic on rows of its elements.
 #pragma once
 
-#include <math.h>
-
-#include "attention_state.h"
-#include "attention_tile.h"
+#include "attention_softmax.h"
 
 namespace latentkv::LATENTKV_ISA {
 
 template <class A>
-class RowsEngine {
+class RowsEngine : public Softmax<A> {
   using Element = typename A::Element;
-  using Weight = typename A::Weight;
   static constexpr int SCORE_BLOCK = 16;  // query vectors whose scores are computed together: they stay in L1
 
  public:
-  static constexpr int TILE = A::TILE, STEP = A::STEP;
+  using Softmax<A>::TILE;
+  static constexpr int STEP = A::STEP;
 
   // For groups of at most `vectors` query vectors.
   RowsEngine(const Attention& a, int vectors)
-      : a_(a), key_width_(Tile<A>::padded(a.keys.width)), value_width_(Tile<A>::padded(a.values.width)),
+      : Softmax<A>(a), key_width_(Tile<A>::padded(a.keys.width)), value_width_(Tile<A>::padded(a.values.width)),
         vectors_(vectors), step_bytes_((a.keys.bytes - 1) / (key_width_ / STEP) + 1) {}
 
   int value_width() const { return value_width_; }
@@ -28,10 +25,7 @@ class RowsEngine {
     const std::size_t vectors = vectors_;
     const bool in_place = Tile<A>::reads_in_place(a_);
     const std::size_t scratch_rows = in_place ? 0 : TILE;
-    scores_ = memory.take<float>(vectors * TILE);
-    weights_ = memory.take<Weight>(vectors * TILE);
-    rescale_ = memory.take<float>(vectors);
-    sum_ = memory.take<float>(vectors);
+    Softmax<A>::place(memory, vectors);
     q_ = memory.take<Element>(vectors * key_width_);
     tile_.zeros = memory.take<Element>(widest());
     tile_.key_scratch = memory.take<Element>(scratch_rows * key_width_);
@@ -57,9 +51,9 @@ class RowsEngine {
   void attend(const Group& group, int first, const StoredTile<TILE>& stored, const StoredTile<TILE>& next,
               const State& state) {
     const int vectors = group.rows * group.heads;
-    find_ranges(group, first, stored.tokens);
+    this->find_ranges(group, first, stored.tokens);
     score(vectors, stored, next);
-    soften(vectors, stored.tokens, state);
+    this->soften(vectors, stored.tokens, state);
     accumulate(vectors, next, state);
   }
 
@@ -68,30 +62,13 @@ class RowsEngine {
  protected:
   int widest() const { return key_width_ > value_width_ ? key_width_ : value_width_; }
 
-  // Which of the tile's tokens each query vector reads.
-  void find_ranges(const Group& group, int first, int tokens) {
-    for (int v = 0; v < group.rows * group.heads; v++) {
-      const int t = group.row + v / group.heads;
-      const int from = (a_.start ? a_.start[t] : 0) - first, to = a_.stop[t] - first;
-      from_[v] = from > 0 ? from : 0;
-      to_[v] = to < tokens ? to : tokens;
-    }
-  }
-
-  // The end of the last range among query vectors v .. v + count - 1.
-  int read_until(int v, int count, int vectors) const {
-    int end = 0;
-    for (int i = v; i < v + count && i < vectors; i++) end = to_[i] > end ? to_[i] : end;
-    return end;
-  }
-
   // Takes the tile's rows as it comes to them: they are still in L1 when they are used.
   void score(int vectors, const StoredTile<TILE>& stored, const StoredTile<TILE>& next) {
     int taken = 0;
     for (int block = 0; block < vectors; block += SCORE_BLOCK) {
       const int block_end = block + SCORE_BLOCK < vectors ? block + SCORE_BLOCK : vectors;
       int until[SCORE_BLOCK / 4];
-      for (int v = block; v < block_end; v += 4) until[(v - block) / 4] = read_until(v, 4, vectors);
+      for (int v = block; v < block_end; v += 4) until[(v - block) / 4] = this->read_until(v, 4, vectors);
       for (int t = 0; t < stored.tokens; t += 4) {
         if (block == 0) {
           for (; taken < t + 4; taken++) tile_.take(a_, stored, taken);
@@ -120,46 +97,6 @@ class RowsEngine {
                                  scores_ + v * TILE + t, ahead, step_bytes_);
   }
 
-  // Scores -> weights exp(scale * score - peak), the new peaks and totals, and what the sums so far are rescaled by.
-  void soften(int vectors, int tokens, const State& state) {
-    for (int v = 0; v < vectors; v++) {
-      const float old_peak = state.peak[v];
-      sum_[v] = weigh(scores_ + v * TILE, weights_ + v * TILE, tokens, from_[v], to_[v], state.peak[v]);
-      rescale_[v] = old_peak == state.peak[v] ? 0 : old_peak - state.peak[v];
-    }
-    for (int v = 0; v < vectors; v += W) {
-      const vf rescale = exp(load(rescale_ + v));
-      store(rescale_ + v, rescale);
-      store(state.total + v, load(state.total + v) * rescale + load(sum_ + v));
-    }
-  }
-
-  float weigh(float* s, Weight* p, int tokens, int from, int to, float& peak) {
-    if (from >= to) {
-      std::memset(p, 0, sizeof(Weight) * TILE);
-      return 0;
-    }
-    vi lane;
-    for (int i = 0; i < W; i++) lane[i] = i;
-    const int end = (tokens + W - 1) / W * W;
-    vf largest = splat(-INFINITY);
-    for (int i = 0; i < end; i += W) {
-      vf x = load(s + i) * a_.scale;
-      if (i < from || i + W > to) x = (lane + i >= from) & (lane + i < to) ? x : splat(-INFINITY);
-      store(s + i, x);
-      largest = maximum(x, largest);
-    }
-    const float tile_peak = max_of(largest);
-    peak = tile_peak > peak ? tile_peak : peak;
-    vf total{};
-    for (int i = 0; i < end; i += W) {
-      const vf weight = exp(load(s + i) - peak);
-      A::store_weights(p + i, weight);
-      total += weight;
-    }
-    return sum(total);
-  }
-
   // Meanwhile the next tile's values are fetched, a share with each block of columns.
   void accumulate(int vectors, const StoredTile<TILE>& next, const State& state) {
     constexpr int WIDE = A::COLUMNS * A::STEP;
@@ -181,18 +118,18 @@ class RowsEngine {
   }
   template <int V, int C>
   void accumulate_block(int v, int column, const State& state) {
-    A::template accumulate<V, C>(weights_ + v * TILE, rescale_ + v, tile_.values, read_until(v, V, v + V), column,
+    A::template accumulate<V, C>(weights_ + v * TILE, rescale_ + v, tile_.values, this->read_until(v, V, v + V), column,
                                  state.out + (std::ptrdiff_t)v * value_width_ + column, value_width_);
   }
 
-  const Attention& a_;
+  using Softmax<A>::a_;
+  using Softmax<A>::scores_;
+  using Softmax<A>::weights_;
+  using Softmax<A>::rescale_;
   int key_width_, value_width_, vectors_;
-  int step_bytes_;                   // of a stored key, for each STEP of it
-  float *scores_, *rescale_, *sum_;  // [vectors, TILE], [vectors], [vectors]
-  Weight* weights_;                  // [vectors, TILE]
-  Element* q_;                       // [vectors, padded key width]
+  int step_bytes_;  // of a stored key, for each STEP of it
+  Element* q_;      // [vectors, padded key width]
   Tile<A> tile_;
-  int from_[GROUP_VECTORS], to_[GROUP_VECTORS];  // tokens of the tile that each query vector reads
 };
 
 }  // namespace latentkv::LATENTKV_ISA

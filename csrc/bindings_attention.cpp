@@ -57,12 +57,14 @@ void bind_attention(nb::module_& m) {
          std::int64_t out_row, std::int64_t out_head, Address lse, int rows, int heads, int kv_heads, Address pages,
          int kv_format, std::int64_t slot_bytes, std::int64_t head_bytes, std::int64_t value_offset, int key_width,
          int key_bytes, int value_width, int value_bytes, int num_pages, int page_size, Address table, std::int64_t table_row, int table_pages,
-         int sequences, Address q_start, Address start, Address stop, Address slots, int slots_per_row, float scale) {
+         int sequences, Address q_start, Address start, Address stop, Address slots, int slots_per_row, float scale,
+         bool int8_products) {
         Attention a = start_call({q, q_dtype, q_row, q_head, out, out_dtype, out_row, out_head, lse}, heads, kv_format,
                                  scale);
         a.keys = {at<char>(pages), slot_bytes, head_bytes, key_width, key_bytes};
         a.values = {at<char>(pages) + value_offset, slot_bytes, head_bytes, value_width, value_bytes};
         a.values_in_keys = value_offset == 0;
+        a.int8_products = int8_products;
         const RaggedRows ragged = {sequences, rows, heads, kv_heads, at<std::int32_t>(q_start), at<std::int32_t>(start),
                                    at<std::int32_t>(stop), omp_get_max_threads()};
         if (slots) {

@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from shutil import copytree
 from typing import Any
@@ -16,6 +17,7 @@ from transformers import AutoModelForCausalLM, DeepseekV3Config, LlamaConfig
 from latentkv import LLM, SamplingParams, llm
 from latentkv.errors import CacheError, CheckpointError, ConfigError, RequestError, TokenizerError
 from latentkv.llm import Completion, Piece
+from latentkv.ops.native.core import has_int8_products, use_isa
 from latentkv.text.bpe_trainer import train_bpe
 
 VOCAB, CONTEXT = 320, 192
@@ -269,6 +271,37 @@ def test_a_smaller_cache_gives_almost_the_same_logits(folders: dict[str, Path], 
     rounded = LLM(folders["mla"], kv_dtype=kv_dtype).logits(tokens)
     difference = float((rounded - exact).norm() / exact.norm())
     assert 0 < difference < bound
+
+
+@pytest.mark.skipif(not has_int8_products(), reason="this CPU has no AVX-512 VNNI kernels")
+def test_int8_products_decode_almost_the_same_and_only_where_asked_for(folders: dict[str, Path]):
+    params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, logprobs=1)
+    prompt = list(range(3, 90))
+    scores: list[list[float]] = []
+    for chosen in ({}, {"int8_products": True}):
+        model = LLM(folders["mla"], kv_dtype="int8", **chosen)
+        done = model.generate(prompt, replace(params, max_tokens=2))[0]
+        scores.append([score.logprob for score in done.logprobs or ()])
+    assert scores[0][0] == scores[1][0]  # of the prompt, which is read without
+    assert scores[0][1] != scores[1][1]
+    assert scores[0][1] == pytest.approx(scores[1][1], abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("mla", {}, "the cache is kept as auto, and it takes kv_dtype='int8'"),
+        ("gqa", {"kv_dtype": "int8"}, "the model has no latent attention"),
+    ],
+)
+def test_int8_products_that_cannot_be_had_are_refused(folders: dict[str, Path], name: str, options: Any, message: str):
+    with pytest.raises(ConfigError, match=f"int8_products cannot be had: {message}"):
+        LLM(folders[name], int8_products=True, **options)
+
+
+def test_kernels_without_int8_products_are_named(folders: dict[str, Path]):
+    with use_isa("torch"), pytest.raises(ConfigError, match="the native kernels (are switched off|were not built)"):
+        LLM(folders["mla"], kv_dtype="int8", int8_products=True)
 
 
 def test_a_request_may_use_the_whole_context(model: LLM):

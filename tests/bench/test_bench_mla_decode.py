@@ -5,9 +5,10 @@ import torch
 
 from latentkv.bench import mla_decode as module
 from latentkv.bench.ceilings import CeilingProbe
-from latentkv.bench.mla_decode import TORCH, DecodeInputs, DecodeReport, measure_mla_decode
+from latentkv.bench.mla_decode import INT8_PRODUCTS, TORCH, DecodeInputs, DecodeReport, measure_mla_decode
 from latentkv.bench.op_report import mla_decode_table
 from latentkv.errors import OpError, RequestError
+from latentkv.ops.native.core import has_int8_products
 
 PROBE = CeilingProbe(gemm_size=16, buffer_mib=1)
 
@@ -23,7 +24,8 @@ def report() -> DecodeReport:
 
 
 def test_every_case_has_a_row_for_each_format_and_for_torch(report: DecodeReport):
-    names = [*(f"mla_decode, {name} pages" for name in ("bf16", "int8", "fp8")), TORCH]
+    products = [INT8_PRODUCTS] if has_int8_products() else []
+    names = [*(f"mla_decode, {name} pages" for name in ("bf16", "int8", "fp8")), *products, TORCH]
     expected = [(h, c, b, n) for h in (1, 3) for c in (2, 130) for b in (1, 2) for n in names]
     assert [(row.heads, row.context, row.batch, row.contender) for row in report.rows] == expected
     assert mla_decode_table(report).row_count == len(expected)

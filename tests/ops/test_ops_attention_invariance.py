@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextvars
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from ops_cases import gqa_case, mla_case, tenth
 from torch import Tensor
 
 from latentkv.ops import gqa_attend, mla_attend, mla_prefill
+from latentkv.ops.native.core import current_isa
 
 Attend = Callable[[], tuple[Tensor, Tensor]]
 
@@ -35,9 +37,19 @@ def attentions(dtype: torch.dtype) -> list[Attend]:
     several = mla_case([3, 1, 9], [1500, 700, 40], heads=21, latent_dim=44, rope_dim=9, page_size=13, dtype=dtype)
     many = mla_case([1] * 9, [300 + 60 * i for i in range(9)], heads=8, dtype=dtype)
     grouped = gqa_case([1, 4], [1100, 600], heads=6, kv_heads=3, dtype=dtype)
+    calls: list[Attend] = []
+    if current_isa() == "avx512bf16" and dtype == torch.bfloat16:  # the kernels with int8 products
+        short = mla_case([3, 1, 9], [1500, 700, 40], heads=21, latent_dim=44, rope_dim=9, dtype=dtype, kv_format="int8")
+        long = mla_case([1], [2500], heads=16, dtype=dtype, kv_format="int8")
+        options: dict[str, Any] = {"kv_format": "int8", "int8_products": True, "scale": 0.3}
+        calls += [
+            lambda: mla_attend(*short.args, latent_dim=44, **options),
+            lambda: mla_attend(*long.args, latent_dim=64, **options),
+        ]
     q, k, v = (tenth((n, 3, d), dtype, n) for n, d in ((240, 24), (310, 24), (310, 16)))
     bounds = torch.tensor([0, 200, 240]), torch.tensor([0, 260, 310])
     return [
+        *calls,
         lambda: mla_attend(*one.args, latent_dim=64, scale=0.3),
         lambda: mla_attend(*several.args, latent_dim=44, scale=0.3),
         lambda: mla_attend(*many.args, latent_dim=64, scale=0.3),

@@ -16,12 +16,22 @@ from latentkv.bench.timing import Contender, time_interleaved, torch_threads
 from latentkv.cache.layout import PAGE_SIZE, LatentPlane
 from latentkv.errors import OpError, RequestError
 from latentkv.ops import KVFormat
+from latentkv.ops.backends import why_no_int8_products
 
 LATENT_DIM, ROPE_DIM = 512, 64
 """L and R of every DeepSeek model."""
 
 TORCH = "torch matmul, bf16"
-TOLERANCE: Mapping[str, float] = {"fp8": 0.1, "int8": 0.04, "bf16": 0.02, "fp16": 0.02, "fp32": 0.02, TORCH: 0.05}
+INT8_PRODUCTS = "mla_decode, int8 pages, int8 products"
+TOLERANCE: Mapping[str, float] = {
+    "fp8": 0.1,
+    "int8": 0.04,
+    "bf16": 0.02,
+    "fp16": 0.02,
+    "fp32": 0.02,
+    TORCH: 0.05,
+    INT8_PRODUCTS: 0.08,
+}
 """Largest error, over the largest output, that rounding explains: of the stored latents, and of bf16 arithmetic."""
 
 FROM_MEMORY = 64 << 20
@@ -35,7 +45,7 @@ class DecodeRow:
     """What one contender did in one case.
 
     Attributes:
-        contender: "mla_decode, FORMAT pages", or torch.
+        contender: "mla_decode, FORMAT pages", with int8 products where they can be had, or torch.
         heads: H.
         context: cached tokens of each sequence, the new one included.
         batch: sequences.
@@ -169,6 +179,8 @@ def _measure(
     inputs: DecodeInputs, kv_formats: Sequence[KVFormat], repeats: int, probe: CeilingProbe
 ) -> list[DecodeRow]:
     entries = {f"mla_decode, {name} pages": mla_decode_entry(inputs, name) for name in kv_formats}
+    if "int8" in kv_formats and why_no_int8_products(inputs.q.device) is None:
+        entries[INT8_PRODUCTS] = mla_decode_entry(inputs, "int8", int8_products=True)
     entries[TORCH] = torch_entry(inputs)
     expected = inputs.expected()
     errors = {name: _checked_error(name, inputs, entry, expected) for name, entry in entries.items()}
@@ -222,7 +234,7 @@ class DecodeEntry:
             self.layer(cache)
 
 
-def mla_decode_entry(inputs: DecodeInputs, kv_format: KVFormat) -> DecodeEntry:
+def mla_decode_entry(inputs: DecodeInputs, kv_format: KVFormat, *, int8_products: bool = False) -> DecodeEntry:
     """`mla_decode` over pages in no order, as after hours of serving."""
     batch, context, _ = inputs.latents.shape
     plane = LatentPlane(inputs.layers, LATENT_DIM, ROPE_DIM, kv_format)
@@ -241,11 +253,19 @@ def mla_decode_entry(inputs: DecodeInputs, kv_format: KVFormat) -> DecodeEntry:
 
     def layer(pages: Tensor) -> Tensor:
         out, _ = ops.mla_decode(
-            inputs.q, pages, table, lens, latent_dim=LATENT_DIM, scale=inputs.scale, kv_format=kv_format
+            inputs.q,
+            pages,
+            table,
+            lens,
+            latent_dim=LATENT_DIM,
+            scale=inputs.scale,
+            kv_format=kv_format,
+            int8_products=int8_products,
         )
         return out[:, 0]
 
-    return DecodeEntry(layer, caches, batch * context * plane.token_bytes, TOLERANCE[kv_format])
+    tolerance = TOLERANCE[INT8_PRODUCTS if int8_products else kv_format]
+    return DecodeEntry(layer, caches, batch * context * plane.token_bytes, tolerance)
 
 
 def torch_entry(inputs: DecodeInputs) -> DecodeEntry:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 import typer
 
 from latentkv.cli.bench_options import JsonFile, Repeats, Threads, numbers, require_folder, save
+from latentkv.cli.options import Int8ProductsOption
 from latentkv.cli.terminal import console
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ def model(
         str | None, typer.Option(help="Quantise while loading: int8 or int4.", show_default="as stored")
     ] = None,
     kv_dtype: Annotated[str, typer.Option(help="Of the cache: auto, bf16, fp8, int8, fp16 or fp32.")] = "auto",
+    int8_products: Int8ProductsOption = False,
     threads: Threads = None,
     mha: Annotated[bool, typer.Option("--mha", help="Measure the same model with multi-head attention, too.")] = False,
     transformers: Annotated[
@@ -67,6 +69,7 @@ def model(
                 dtype=dtype,
                 weights=weights,
                 kv_dtype="auto" if kv_dtype == "auto" else as_kv_format(kv_dtype),
+                int8_products=int8_products,
                 max_context=max(*prompt_lens, *depth_lens) + new_tokens,
             ),
             name=Path(model).name if model else "the embedded model",

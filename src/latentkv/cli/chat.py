@@ -14,6 +14,7 @@ from latentkv.cli.options import (
     CacheBytesOption,
     DeviceOption,
     DtypeOption,
+    Int8ProductsOption,
     KVDtypeOption,
     MaxContextOption,
     MinPOption,
@@ -59,6 +60,7 @@ def chat(
     seed: SeedOption = None,
     weights: WeightsOption = None,
     kv_dtype: KVDtypeOption = "auto",
+    int8_products: Int8ProductsOption = False,
     dtype: DtypeOption = None,
     device: DeviceOption = "cpu",
     max_context: MaxContextOption = None,
@@ -80,7 +82,7 @@ def chat(
         repetition_penalty=repetition_penalty,
         seed=seed,
     )
-    llm = ModelChoice(model, device, dtype, weights, kv_dtype, max_context, kv_cache_bytes).load()
+    llm = ModelChoice(model, device, dtype, weights, kv_dtype, int8_products, max_context, kv_cache_bytes).load()
     conversation = Conversation(llm, params, system)
     notes = console(stderr=True)
     notes.print(f"{llm.folder.name}; {cache_summary(llm)}", style="dim")

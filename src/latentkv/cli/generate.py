@@ -14,6 +14,7 @@ from latentkv.cli.options import (
     CacheBytesOption,
     DeviceOption,
     DtypeOption,
+    Int8ProductsOption,
     KVDtypeOption,
     MaxContextOption,
     MinPOption,
@@ -55,6 +56,7 @@ def generate(
     token_ids: Annotated[bool, typer.Option("--token-ids", help="The prompt is token ids, like 1 17 42.")] = False,
     weights: WeightsOption = None,
     kv_dtype: KVDtypeOption = "auto",
+    int8_products: Int8ProductsOption = False,
     dtype: DtypeOption = None,
     device: DeviceOption = "cpu",
     max_context: MaxContextOption = None,
@@ -83,7 +85,7 @@ def generate(
         stop=tuple(stop or ()),
         logprobs=logprobs,
     )
-    llm = ModelChoice(model, device, dtype, weights, kv_dtype, max_context, kv_cache_bytes).load()
+    llm = ModelChoice(model, device, dtype, weights, kv_dtype, int8_products, max_context, kv_cache_bytes).load()
     run = _Run(llm, text if ids is None else ids, params)
     if as_json:
         run.finish()

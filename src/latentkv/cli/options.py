@@ -27,6 +27,9 @@ WeightsOption = Annotated[
     ),
 ]
 KVDtypeOption = Annotated[str, typer.Option(help="Of the cache: bf16, fp8, int8, fp16, fp32 or auto (as the weights).")]
+Int8ProductsOption = Annotated[
+    bool, typer.Option("--int8-products", help="With --kv-dtype int8: decode faster at depth, less exactly.")
+]
 MaxContextOption = Annotated[
     str | None,
     typer.Option(help="Prompt and answer together, in tokens, like 4096 or 32k.", show_default="the model's longest"),
@@ -54,6 +57,7 @@ class ModelChoice:
     dtype: str | None
     weights: str | None
     kv_dtype: str
+    int8_products: bool
     max_context: str | None
     kv_cache_bytes: str | None
 
@@ -70,6 +74,7 @@ class ModelChoice:
                 dtype=self.dtype,
                 weights=self.weights,
                 kv_dtype="auto" if self.kv_dtype == "auto" else as_kv_format(self.kv_dtype),
+                int8_products=self.int8_products,
                 max_context=None if self.max_context is None else parse_tokens(self.max_context),
                 kv_cache_bytes=None if self.kv_cache_bytes is None else parse_bytes(self.kv_cache_bytes),
             )

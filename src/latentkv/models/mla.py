@@ -52,7 +52,12 @@ class MultiHeadLatentAttention(nn.Module):
         bias: on q_a_proj, kv_a_proj_with_mqa and o_proj.
         norm_eps: epsilon of the two latent norms.
         max_context: longest sequence (only longrope depends on it); None: the rope's original length.
+
+    Attributes:
+        int8_products: whether the absorbed form multiplies bytes over an int8 cache, see `ops.mla_attend`.
     """
+
+    int8_products: bool = False
 
     absorb_key: PackedWeight | None = None
     absorb_value: PackedWeight | None = None
@@ -241,6 +246,7 @@ class MultiHeadLatentAttention(nn.Module):
             latent_dim=self.config.kv_lora_rank,
             scale=self.scale,
             kv_format=kv_format,
+            int8_products=self.int8_products,
         )
         return self._unabsorb(attended)
 

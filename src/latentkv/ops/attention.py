@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from latentkv.errors import OpError
+from latentkv.ops.backends import why_no_int8_products
 from latentkv.ops.checks import require, require_shape
 from latentkv.ops.kv_formats import KVFormat
 from latentkv.ops.native import attention as native
@@ -36,6 +37,7 @@ def mla_attend(
     slots: Tensor | None = None,
     out: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
+    int8_products: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Absorbed MLA: every head attends to the one cached latent a token (arXiv 2405.04434, section 2.1.2).
 
@@ -55,13 +57,15 @@ def mla_attend(
         slots: [T, K] int, explicit cache slots (page * P + offset, -1 unused) that row t reads instead of the range.
         out: [T, H, L] to write the output to.
         out_dtype: of the output, None = q's (or that of `out`).
+        int8_products: quantise queries and softmax weights too, and multiply bytes: faster over int8 pages, and less
+            exact (docs/attention.md says by how much).
 
     Returns:
         out [T, H, L]; lse [T, H] float32 (float64 for float64 q), natural log of sum exp(score). A row that reads
         nothing gives 0 and -inf.
 
     Raises:
-        OpError: shapes or dtypes do not fit, or the pages do not cover a range.
+        OpError: shapes or dtypes do not fit, the pages do not cover a range, or there are no int8 products here.
     """
     if q.ndim != 3:
         require_shape("q", q, (None, None, None))
@@ -76,6 +80,8 @@ def mla_attend(
     out = _output(out, (rows, heads, latent_dim), out_dtype or q.dtype, q.device)
     lse = torch.empty(rows, heads, dtype=dtype, device=q.device)
     isa = native.isa_for(q, kv_pages, out)
+    if int8_products:
+        _require_int8_products(kv_format, isa, q)
     if isa is not None:
         native.attend_pages(
             isa,
@@ -93,6 +99,7 @@ def mla_attend(
             value_offset=0,
             scale=scale,
             kv_format=kv_format,
+            int8_products=int8_products,
         )
         return out, lse
 
@@ -194,6 +201,7 @@ def mla_decode(
     scale: float,
     causal: bool = True,
     kv_format: KVFormat | None = None,
+    int8_products: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """`mla_attend` in FlashMLA's manner: S new tokens a sequence, which are the last of its kv_lens cached ones.
 
@@ -206,6 +214,7 @@ def mla_decode(
         scale: softmax scale.
         causal: new token i does not read those after it.
         kv_format: layout of uint8 pages; None = numbers of the pages' own dtype.
+        int8_products: as `mla_attend`.
 
     Returns:
         out [B, S, H, L] in q's dtype; lse [B, H, S] float32 (float64 for float64 q).
@@ -232,6 +241,7 @@ def mla_decode(
         latent_dim=latent_dim,
         scale=scale,
         kv_format=kv_format,
+        int8_products=int8_products,
     )
     return out.view(batch, steps, heads, latent_dim), lse.view(batch, steps, heads).transpose(1, 2)
 
@@ -311,6 +321,14 @@ def _check_rows(q: Tensor, block_table: Tensor, q_start: Tensor, start: Tensor |
         require_shape("stop", stop, (rows,))
     if start is not None:
         require_shape("start", start, (rows,))
+
+
+def _require_int8_products(kv_format: KVFormat | None, isa: object, q: Tensor) -> None:
+    require(kv_format == "int8", f"int8_products multiplies int8 pages, not those of kv_format={kv_format!r}")
+    reason = why_no_int8_products(q.device)
+    if reason is None and isa is None:
+        reason = f"torch computes gradients and {q.dtype}"
+    require(reason is None, f"int8_products cannot be had here: {reason}")
 
 
 def _output(out: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

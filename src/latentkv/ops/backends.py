@@ -33,6 +33,15 @@ def why_not_native(device: torch.device) -> str | None:
     return None
 
 
+def why_no_int8_products(device: torch.device) -> str | None:
+    """Why attention over int8 pages cannot be computed in int8 products there, as a clause; None where it can."""
+    if (reason := why_not_native(device)) is not None:
+        return f"the native kernels {reason}"
+    if not core.has_int8_products():
+        return f"the kernels for {core.current_isa()} have none, avx512bf16's do (AVX-512 VNNI)"
+    return None
+
+
 def describe_backends(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
     """One line an op: what computes it on this device (`why_not_native` says why where that is torch)."""
     if why_not_native(device) is not None or dtype not in core.DTYPE_CODES:
@@ -44,6 +53,7 @@ def describe_backends(device: torch.device, dtype: torch.dtype) -> dict[str, str
         "mla_attend": attention,
         "gqa_attend": attention,
         "mla_prefill": attention,
+        "mla_attend, int8 products": why_no_int8_products(device) or f"{native}, where they are asked for",
         "linear": "torch: the weight is not packed",
         "moe_experts": "torch, one matrix product per expert in use: the weights are not packed",
         "linear, packed bf16": native,

@@ -41,6 +41,7 @@ def attend_pages(
     value_offset: int,
     scale: float,
     kv_format: KVFormat | None = None,
+    int8_products: bool = False,
 ) -> None:
     """Fill out [T, H, Dv] and lse [T, H].
 
@@ -99,6 +100,7 @@ def attend_pages(
             0 if slots is None else slots.data_ptr(),
             0 if slots is None else slots.shape[1],
             scale,
+            int8_products,
         )
     except ValueError as error:
         raise OpError(str(error)) from None

@@ -56,6 +56,11 @@ def native_isa() -> Any | None:
     return None if name == "torch" else _numbers()[name]
 
 
+def has_int8_products() -> bool:
+    """Whether attention over int8 pages may be computed in int8 products: the kernels for VNNI have them."""
+    return current_isa() == "avx512bf16"
+
+
 @contextmanager
 def use_isa(isa: Isa) -> Generator[None]:
     """Compute with `isa` in this block (and this thread).

@@ -1,0 +1,93 @@
+// The online softmax over one tile: scores of a group's query vectors to weights, peaks and totals.
+#pragma once
+
+#include <math.h>
+
+#include "attention_state.h"
+#include "attention_tile.h"
+
+namespace latentkv::LATENTKV_ISA {
+
+// A says how many tokens a tile has (TILE), and the type that weights are kept in (Weight, store_weights).
+template <class A>
+class Softmax {
+  using Weight = typename A::Weight;
+
+ public:
+  static constexpr int TILE = A::TILE;
+
+ protected:
+  explicit Softmax(const Attention& a) : a_(a) {}
+
+  void place(Memory& memory, std::size_t vectors) {
+    scores_ = memory.take<float>(vectors * TILE);
+    weights_ = memory.take<Weight>(vectors * TILE);
+    rescale_ = memory.take<float>(vectors);
+    sum_ = memory.take<float>(vectors);
+  }
+
+  // Which of the tile's tokens each query vector reads.
+  void find_ranges(const Group& group, int first, int tokens) {
+    for (int v = 0; v < group.rows * group.heads; v++) {
+      const int t = group.row + v / group.heads;
+      const int from = (a_.start ? a_.start[t] : 0) - first, to = a_.stop[t] - first;
+      from_[v] = from > 0 ? from : 0;
+      to_[v] = to < tokens ? to : tokens;
+    }
+  }
+
+  // The end of the last range among query vectors v .. v + count - 1.
+  int read_until(int v, int count, int vectors) const {
+    int end = 0;
+    for (int i = v; i < v + count && i < vectors; i++) end = to_[i] > end ? to_[i] : end;
+    return end;
+  }
+
+  // Scores -> weights exp(scale * score - peak), the new peaks and totals, and what the sums so far are rescaled by.
+  void soften(int vectors, int tokens, const State& state) {
+    for (int v = 0; v < vectors; v++) {
+      const float old_peak = state.peak[v];
+      sum_[v] = weigh(scores_ + v * TILE, weights_ + v * TILE, tokens, from_[v], to_[v], state.peak[v]);
+      rescale_[v] = old_peak == state.peak[v] ? 0 : old_peak - state.peak[v];
+    }
+    for (int v = 0; v < vectors; v += W) {
+      const vf rescale = exp(load(rescale_ + v));
+      store(rescale_ + v, rescale);
+      store(state.total + v, load(state.total + v) * rescale + load(sum_ + v));
+    }
+  }
+
+  const Attention& a_;
+  float *scores_, *rescale_, *sum_;  // [vectors, TILE], [vectors], [vectors]
+  Weight* weights_;                  // [vectors, TILE]
+  int from_[GROUP_VECTORS], to_[GROUP_VECTORS];  // tokens of the tile that each query vector reads
+
+ private:
+  float weigh(float* s, Weight* p, int tokens, int from, int to, float& peak) {
+    if (from >= to) {
+      std::memset(p, 0, sizeof(Weight) * TILE);
+      return 0;
+    }
+    vi lane;
+    for (int i = 0; i < W; i++) lane[i] = i;
+    const int end = (tokens + W - 1) / W * W;
+    vf largest = splat(-INFINITY);
+    for (int i = 0; i < end; i += W) {
+      vf x = load(s + i) * a_.scale;
+      if (i < from || i + W > to) x = (lane + i >= from) & (lane + i < to) ? x : splat(-INFINITY);
+      store(s + i, x);
+      largest = maximum(x, largest);
+    }
+    const float tile_peak = max_of(largest);
+    peak = tile_peak > peak ? tile_peak : peak;
+    vf total{};
+    for (int i = 0; i < end; i += W) {
+      const vf weight = exp(load(s + i) - peak);
+      A::store_weights(p + i, weight);
+      total += weight;
+    }
+    return sum(total);
+  }
+};
+
+}  // namespace latentkv::LATENTKV_ISA
