@@ -2,6 +2,7 @@
 #include <nanobind/nanobind.h>
 
 #include "isa.h"
+#include "recording.h"
 
 namespace nb = nanobind;
 
@@ -20,6 +21,15 @@ NB_MODULE(_native, m) {
       .value("avx512", Isa::avx512)
       .value("avx512bf16", Isa::avx512bf16);
   m.def("runs", &latentkv::runs, "Whether this CPU runs kernels of the instruction set.");
+  using latentkv::Recording;
+  nb::class_<Recording>(m, "Recording", "Native calls of one thread, to be run again.")
+      .def(nb::init<>())
+      .def("start", &Recording::start, "Add what this thread calls from here on.")
+      .def("stop", [](Recording&) { Recording::stop(); }, "Add no more.")
+      .def("run", &Recording::run, nb::call_guard<nb::gil_scoped_release>(),
+           "Run all calls; the number of the first that something was wrong with, or -1.")
+      .def("__len__", &Recording::size);
+  m.def("kernel_seconds", [] { return latentkv::kernel_seconds(); }, "Seconds that this thread has spent in kernels.");
   latentkv::bind_attention(m);
   latentkv::bind_linear(m);
   latentkv::bind_moe(m);

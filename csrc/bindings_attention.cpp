@@ -3,6 +3,7 @@
 #include <omp.h>
 
 #include "attention_plan.h"
+#include "recording.h"
 
 namespace nb = nanobind;
 
@@ -53,7 +54,7 @@ Attention start_call(const Vectors& v, int heads, int kv_format, float scale) {
 void bind_attention(nb::module_& m) {
   m.def(
       "attend_pages",
-      [](Isa isa, Address q, int q_dtype, std::int64_t q_row, std::int64_t q_head, Address out, int out_dtype,
+      recordable(+[](Isa isa, Address q, int q_dtype, std::int64_t q_row, std::int64_t q_head, Address out, int out_dtype,
          std::int64_t out_row, std::int64_t out_head, Address lse, int rows, int heads, int kv_heads, Address pages,
          int kv_format, std::int64_t slot_bytes, std::int64_t head_bytes, std::int64_t value_offset, int key_width,
          int key_bytes, int value_width, int value_bytes, int num_pages, int page_size, Address table, std::int64_t table_row, int table_pages,
@@ -76,12 +77,12 @@ void bind_attention(nb::module_& m) {
         }
         plan().fill(a);
         attention(isa).attend(a);
-      },
+      }),
       nb::call_guard<nb::gil_scoped_release>(),
       "Attention over paged rows: absorbed MLA (value_offset 0: values begin their keys' rows) or grouped-query.");
   m.def(
       "attend_new_tokens",
-      [](Isa isa, Address q, int q_dtype, std::int64_t q_row, std::int64_t q_head, Address out, int out_dtype,
+      recordable(+[](Isa isa, Address q, int q_dtype, std::int64_t q_row, std::int64_t q_head, Address out, int out_dtype,
          std::int64_t out_row, std::int64_t out_head, Address lse, int rows, int heads, Address keys, Address values,
          int kv_dtype, std::int64_t key_row_bytes, std::int64_t key_head_bytes, std::int64_t value_row_bytes,
          std::int64_t value_head_bytes, int key_width, int value_width, int sequences, Address q_start,
@@ -97,7 +98,7 @@ void bind_attention(nb::module_& m) {
                              at<std::int32_t>(kv_start), causal);
         plan().fill(a);
         attention(isa).attend(a);
-      },
+      }),
       nb::call_guard<nb::gil_scoped_release>(),
       "Attention over keys and values of each head that lie in rows; causal rows end with the last key.");
 }

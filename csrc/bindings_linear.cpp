@@ -2,6 +2,7 @@
 #include <nanobind/nanobind.h>
 
 #include "linear.h"
+#include "recording.h"
 
 namespace nb = nanobind;
 
@@ -27,7 +28,7 @@ static void linear(Isa isa, Address weight, int format, std::int64_t outs, std::
 }
 
 void bind_linear(nb::module_& m) {
-  m.def("linear", &linear, nb::call_guard<nb::gil_scoped_release>(), "y = x W^T + bias + residual, W packed.");
+  m.def("linear", recordable(&linear), nb::call_guard<nb::gil_scoped_release>(), "y = x W^T + bias + residual, W packed.");
 }
 
 }  // namespace latentkv

@@ -4,6 +4,8 @@
 #include <algorithm>
 
 #include "headwise.h"
+#include "recording.h"
+#include "router.h"
 #include "routing.h"
 
 namespace nb = nanobind;
@@ -63,8 +65,18 @@ Routing& routing() {
 
 void bind_moe(nb::module_& m) {
   m.def(
+      "select_experts",
+      recordable(+[](Address logits, Address bias, std::int64_t tokens, std::int64_t experts, std::int64_t chosen,
+                     bool softmax, std::int64_t groups, std::int64_t kept_groups, bool group_max, bool normalize,
+                     float scaling, Address ids, Address weights) {
+        select_experts({reinterpret_cast<const float*>(logits), reinterpret_cast<const float*>(bias), tokens, experts,
+                        chosen, softmax, groups, kept_groups, group_max, normalize, scaling,
+                        reinterpret_cast<std::int64_t*>(ids), reinterpret_cast<float*>(weights)});
+      }),
+      nb::call_guard<nb::gil_scoped_release>(), "logits [tokens, experts] -> ids and weights [tokens, chosen].");
+  m.def(
       "moe_experts",
-      [](Isa isa, Address gate_up, int gate_up_format, std::int64_t gate_up_group, Address down, int down_format,
+      recordable(+[](Isa isa, Address gate_up, int gate_up_format, std::int64_t gate_up_group, Address down, int down_format,
          std::int64_t down_group, std::int64_t experts, std::int64_t dim, std::int64_t inner, Address x,
          std::int64_t x_stride, int dtype, std::int64_t tokens, Address ids, Address weights, std::int64_t chosen,
          Address out, Address residual, int residual_dtype) -> std::int64_t {
@@ -89,11 +101,11 @@ void bind_moe(nb::module_& m) {
           moe(isa).gated(p);
         });
         return -1;
-      },
+      }),
       nb::call_guard<nb::gil_scoped_release>(), "The first choice that names none of the experts, or -1.");
   m.def(
       "gated_mlp",
-      [](Isa isa, Address gate_up, int gate_up_format, std::int64_t gate_up_group, Address down, int down_format,
+      recordable(+[](Isa isa, Address gate_up, int gate_up_format, std::int64_t gate_up_group, Address down, int down_format,
          std::int64_t down_group, std::int64_t outs, std::int64_t dim, std::int64_t inner, Address x,
          std::int64_t x_stride, int dtype, std::int64_t tokens, Address out, Address residual, int residual_dtype) {
         GatedProducts all{};
@@ -110,17 +122,17 @@ void bind_moe(nb::module_& m) {
           p.rows = p.x.rows;
           moe(isa).gated(p);
         });
-      },
+      }),
       nb::call_guard<nb::gil_scoped_release>(), "out = down (silu(gate x) * up x) + residual.");
   m.def(
       "headwise_linear",
-      [](Isa isa, Address weight, int format, std::int64_t heads, std::int64_t outs, std::int64_t ins,
+      recordable(+[](Isa isa, Address weight, int format, std::int64_t heads, std::int64_t outs, std::int64_t ins,
          std::int64_t group, Address x, std::ptrdiff_t x_token, std::ptrdiff_t x_head, int x_dtype, Address out,
          std::ptrdiff_t out_token, std::ptrdiff_t out_head, int out_dtype, int tokens) {
         headwise(isa).linear(packed(weight, format, heads, outs, ins, group),
                              {reinterpret_cast<void*>(x), x_token, x_head, static_cast<DType>(x_dtype)},
                              {reinterpret_cast<void*>(out), out_token, out_head, static_cast<DType>(out_dtype)}, tokens);
-      },
+      }),
       nb::call_guard<nb::gil_scoped_release>(), "x [tokens, heads, ins] -> out [tokens, heads, outs].");
 }
 

@@ -9,7 +9,7 @@
 namespace latentkv {
 
 // R of a rotated row and L + R of a cached one at most.
-constexpr int MAX_ROW = 4096;
+constexpr int MAX_ROW = 16384;
 
 struct Matrix {
   void* data;

@@ -300,7 +300,7 @@ def test_int8_products_that_cannot_be_had_are_refused(folders: dict[str, Path], 
 
 
 def test_kernels_without_int8_products_are_named(folders: dict[str, Path]):
-    with use_isa("torch"), pytest.raises(ConfigError, match="the native kernels (are switched off|were not built)"):
+    with use_isa("torch"), pytest.raises(ConfigError, match=r"the native kernels (are switched off|were not built)"):
         LLM(folders["mla"], kv_dtype="int8", int8_products=True)
 
 

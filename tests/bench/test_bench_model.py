@@ -10,7 +10,7 @@ from latentkv.bench.ceilings import CeilingProbe
 from latentkv.bench.model import LATENTKV, MHA, TRANSFORMERS, Case, ModelReport, compare_logits, measure_model
 from latentkv.bench.model_contenders import OtherProgram, OwnDecoder
 from latentkv.bench.model_report import model_facts, model_table, plot_decode
-from latentkv.bench.model_variants import mha_config, mha_twin, shrunken
+from latentkv.bench.model_variants import mha_config, mha_twin
 from latentkv.bench.step_work import decode_flops, prefill_flops, weight_bytes_read
 from latentkv.cache import LatentCache
 from latentkv.errors import RequestError
@@ -20,6 +20,7 @@ from latentkv.models.config_reader import read_config
 from latentkv.models.decoder import Decoder
 from latentkv.models.loading import save_pretrained
 from latentkv.models.packing import Packing, pack_module
+from latentkv.ops.native.core import current_isa
 
 PROBE = CeilingProbe(gemm_size=16, buffer_mib=1)
 CONFIG = {
@@ -93,12 +94,21 @@ def test_every_case_has_a_row_for_each_contender(llm: LLM, tmp_path: Path):
     assert (report.cache_bytes_per_token, report.mha_cache_bytes_per_token) == (96, 256)
     assert report.parameters == sum(p.numel() for p in Decoder(read_config(CONFIG)).parameters())
     assert report.agreement[TRANSFORMERS] > 0.99
-    assert report.dispatch_ms > 0
+    assert (report.outside_kernels_ms is None) == (current_isa() == "torch")
     assert report.peak_rss_bytes > report.allocated_cache_bytes
     assert model_table(report).row_count == len(report.rows)
     assert "96 B a token" in model_facts(report)
     plot_decode([report, report], tmp_path / "decode.png")
     assert (tmp_path / "decode.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.skipif(current_isa() == "torch", reason="the native kernels do not run here")
+def test_time_outside_kernels_is_a_part_of_the_step(llm: LLM):
+    report = measure_model(llm, name="tiny", prompts=[], depths=[4], new_tokens=2, repeats=2, probe=PROBE)
+    assert report.outside_kernels_ms is not None
+    assert report.outside_kernels_ms > 0
+    assert 0 < (report.outside_kernels_share or 0) < 1
+    assert "are not kernels" in model_facts(report)
 
 
 def test_all_pages_are_given_back(llm: LLM):
@@ -123,7 +133,6 @@ def with_times(llm: LLM, monkeypatch: pytest.MonkeyPatch, times: list[float], **
     """One prompt of 10 tokens (after two warm-ups and a trial) that takes `times`, one after the other."""
     left = iter(times)
     monkeypatch.setattr(module, "_run", lambda contender, case, new_tokens: next(left))
-    monkeypatch.setattr(module, "_dispatch_seconds", lambda *_: 0.0)
     return measure_model(llm, name="tiny", prompts=[10], depths=[], probe=PROBE, **asked)
 
 
@@ -222,18 +231,6 @@ def test_the_twin_shares_all_but_attention_and_runs():
     assert logits.isfinite().all()
     with pytest.raises(RequestError, match="no latent attention"):
         mha_config(twin.config)
-
-
-@pytest.mark.parametrize("q_lora_rank", [None, 24])
-@torch.inference_mode()
-def test_a_shrunken_model_has_the_same_modules(q_lora_rank: int | None):
-    config = read_config(CONFIG | {"q_lora_rank": q_lora_rank, "hidden_size": 512, "num_attention_heads": 8})
-    tiny = shrunken(config, torch.bfloat16, None)
-    with torch.device("meta"):
-        names = [name for name, _ in Decoder(config).named_modules()]
-    assert [name for name, _ in tiny.named_modules()] == names
-    assert sum(p.numel() for p in tiny.parameters()) < 400_000
-    assert OwnDecoder(tiny, LatentCache(tiny.config.planes("int8"), 2)).decode(0, 2) > 0
 
 
 def test_agreement_leaves_out_the_twin(llm: LLM):

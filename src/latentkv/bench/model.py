@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -14,7 +15,7 @@ import torch
 from latentkv.bench.ceilings import CeilingProbe
 from latentkv.bench.environment import Environment, describe_environment
 from latentkv.bench.model_contenders import ModelContender, OtherProgram, OwnDecoder, TransformersModel, random_tokens
-from latentkv.bench.model_variants import mha_twin, shrunken
+from latentkv.bench.model_variants import mha_twin
 from latentkv.bench.step_work import decode_flops, prefill_flops, weight_bytes_read
 from latentkv.bench.timing import Timing, time_once, torch_threads
 from latentkv.cache import LatentCache
@@ -22,6 +23,7 @@ from latentkv.errors import RequestError
 from latentkv.llm import LLM
 from latentkv.models.config import MLAConfig, ModelConfig
 from latentkv.models.packing import choose_packing
+from latentkv.ops.native.recording import kernel_seconds
 from latentkv.plan.parameters import count_parameters
 
 Phase = Literal["prefill", "decode"]
@@ -74,8 +76,9 @@ class ModelReport:
 
     Attributes:
         weight_bytes_read: of the weights that decoding a token reads.
-        dispatch_ms: of a decode step of the same ops on next to no numbers: what is not kernels.
-        dispatch_share: dispatch_ms over a step at the smallest depth.
+        outside_kernels_ms: of a decode step at the smallest depth: its time less that in native kernels, whose clock
+            is in C++; None where none run.
+        outside_kernels_share: that over the step.
         agreement: cosine of each contender's logits with LatentKV's, after the same prompt.
         notes: what was not measured and why.
     """
@@ -92,8 +95,8 @@ class ModelReport:
     mha_cache_bytes_per_token: int | None
     allocated_cache_bytes: int
     peak_rss_bytes: int
-    dispatch_ms: float
-    dispatch_share: float
+    outside_kernels_ms: float | None
+    outside_kernels_share: float | None
     agreement: Mapping[str, float]
     rows: tuple[ModelRow, ...]
     notes: tuple[str, ...]
@@ -191,9 +194,8 @@ def measure_model(
         for case in cases:
             progress(f"{case.phase} at {case.tokens:,} tokens")
             rows += _measure_case(entries, case, new_tokens, repeats, limit_seconds, probe)
-        dispatch = _dispatch_seconds(llm, weights, new_tokens, repeats)
+        outside = _outside_kernels(own, min(depths), new_tokens, repeats) if depths else None
     twin = entries.get(MHA)
-    steps = [row.ms for row in rows if row.contender == LATENTKV and row.phase == "decode"]
     return ModelReport(
         environment=environment,
         model=name,
@@ -207,8 +209,8 @@ def measure_model(
         mha_cache_bytes_per_token=None if twin is None else twin.cache_bytes,
         allocated_cache_bytes=llm.cache.allocated_bytes,
         peak_rss_bytes=peak_rss,
-        dispatch_ms=dispatch * 1e3,
-        dispatch_share=dispatch * 1e3 / steps[0] if steps else 0.0,
+        outside_kernels_ms=None if outside is None else outside[0] * 1e3,
+        outside_kernels_share=None if outside is None else outside[0] / outside[1],
         agreement=agreement,
         rows=tuple(rows),
         notes=tuple(notes),
@@ -324,13 +326,19 @@ def _row(name: str, entry: Entry, case: Case, timing: Timing, own: Timing, rates
     )
 
 
-def _dispatch_seconds(llm: LLM, weights: str | None, new_tokens: int, repeats: int) -> float:
-    """Median seconds of a decode step of the shrunken model."""
-    packing = choose_packing(weights, llm.decoder.dtype, torch.device("cpu"))
-    tiny = shrunken(llm.config, llm.decoder.dtype, packing)
-    contender = OwnDecoder(tiny, LatentCache(tiny.config.planes(llm.cache.format), -(-new_tokens // 64) + 1))
-    contender.decode(0, new_tokens)
-    return Timing(tuple(contender.decode(0, new_tokens) / new_tokens for _ in range(repeats))).median
+def _outside_kernels(own: OwnDecoder, depth: int, new_tokens: int, repeats: int) -> tuple[float, float] | None:
+    """Median seconds of a decode step outside native kernels, and of the whole step."""
+    outside: list[float] = []
+    steps: list[float] = []
+    for _ in range(repeats):
+        before = kernel_seconds()
+        seconds = own.decode(depth, new_tokens)
+        inside = kernel_seconds() - before
+        if inside == 0:
+            return None
+        outside.append((seconds - inside) / new_tokens)
+        steps.append(seconds / new_tokens)
+    return statistics.median(outside), statistics.median(steps)
 
 
 def peak_rss_bytes() -> int:

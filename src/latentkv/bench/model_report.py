@@ -59,8 +59,13 @@ def model_facts(report: ModelReport) -> str:
         f"Peak memory of the process {format_bytes(report.peak_rss_bytes)} (before any peer was loaded); "
         f"cache allocated {format_bytes(report.allocated_cache_bytes)}, {report.cache_bytes_per_token:,} B a token"
         + (f" (multi-head attention: {mha:,} B)." if mha else "."),
-        f"Decoding a token reads {format_bytes(report.weight_bytes_read)} of weights. Of a step, "
-        f"{report.dispatch_ms:.2f} ms ({report.dispatch_share:.1%} at the smallest depth) are not kernels.",
+        f"Decoding a token reads {format_bytes(report.weight_bytes_read)} of weights."
+        + (
+            ""
+            if report.outside_kernels_ms is None
+            else f" Of a step at the smallest depth, {report.outside_kernels_ms:.2f} ms "
+            f"({report.outside_kernels_share:.1%}) are not kernels."
+        ),
         *(f"Logits of {name} against LatentKV's: cosine {value:.4f}." for name, value in report.agreement.items()),
         *report.notes,
     ]

@@ -1,4 +1,4 @@
-"""Decoders made from a decoder: with multi-head attention, and shrunk to where arithmetic is nothing."""
+"""A decoder made from a decoder, with multi-head attention."""
 
 from __future__ import annotations
 
@@ -60,36 +60,3 @@ def _random(attention: nn.Module, like: Decoder, packing: Packing | None, name: 
     if packing is not None:
         pack_module(attention, packing, prefix=name)
     return attention
-
-
-def shrunken(config: ModelConfig, dtype: torch.dtype, packing: Packing | None) -> Decoder:
-    """A random decoder that calls the same ops as one of `config`, in the same order, on next to no numbers.
-
-    What a step of it takes is what a step of the model takes beside its kernels: Python, dispatch, allocation.
-    """
-    attention = config.attention
-    if isinstance(attention, MLAConfig):
-        q_lora_rank = None if attention.q_lora_rank is None else 64
-        small, rope_dim = replace(attention, **_SMALL_MLA, q_lora_rank=q_lora_rank), _SMALL_MLA["qk_rope_head_dim"]
-    else:
-        small, rope_dim = replace(attention, num_kv_heads=2, head_dim=32), 32
-    factors = {name: getattr(config.rope, name)[: rope_dim // 2] for name in ("short_factor", "long_factor")}
-    tiny = replace(
-        config,
-        vocab_size=128,
-        hidden_size=128,
-        num_heads=2,
-        intermediate_size=128,
-        attention=small,
-        rope=replace(config.rope, dim=rope_dim, **factors),
-        moe=None if config.moe is None else replace(config.moe, intermediate_size=32),
-        num_mtp_layers=0,
-    )
-    decoder = Decoder(tiny).to(dtype).eval().requires_grad_(False)
-    decoder.keep_routing_bias_exact()
-    if packing is not None:
-        pack_module(decoder, packing)
-    return decoder
-
-
-_SMALL_MLA = {"kv_lora_rank": 64, "qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 32}

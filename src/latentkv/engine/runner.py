@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from latentkv.cache import LatentCache
+from latentkv.engine.replay import Replay
 from latentkv.engine.sequence import Sequence
 from latentkv.errors import CheckpointError
 from latentkv.models.batch import Batch
@@ -32,6 +33,7 @@ class Runner:
         self.decoder = decoder
         self.cache = cache
         self.device = next(decoder.parameters()).device
+        self.replay = Replay(decoder, cache)
 
     @contextmanager
     def sequences(self, tokens: SequenceOf[SequenceOf[int]]) -> Generator[list[Sequence]]:
@@ -73,7 +75,9 @@ class Runner:
             page_size=self.cache.page_size,
             device=self.device,
         )
-        hidden = self.decoder(batch, self.cache)
+        hidden = self.replay.hidden(batch)
+        if hidden is None:
+            hidden = self.decoder(batch, self.cache)
         for sequence, count in zip(sequences, counts, strict=True):
             sequence.num_cached += count
         return hidden

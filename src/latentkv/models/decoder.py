@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -46,15 +47,18 @@ class DecoderLayer(nn.Module):
         form: Form | None = None,
     ) -> Tensor:
         """[B, S, hidden] whole sequences, or with a batch and its pages [T, hidden] new tokens."""
-        h = self.input_layernorm(x)
         if batch is None or pages is None or cache is None:
-            attended = self.self_attn(h, positions)
-        elif isinstance(self.self_attn, MultiHeadLatentAttention):
-            attended = self.self_attn.attend(h, positions, batch, pages, kv_format=cache.format, form=form)
-        else:
-            attended = self.self_attn.attend(h, positions, batch, pages, kv_format=cache.format)
-        x = self._add(x, attended)
-        return self._add(x, self.mlp(self.post_attention_layernorm(x)))
+            x = self._add(x, self.self_attn(self.input_layernorm(x), positions))
+            return self._add(x, self.mlp(self.post_attention_layernorm(x)))
+        # Blocks add the residual stream themselves, which saves a rounding, unless they are to be multiplied first.
+        plain = self.residual_multiplier == 1.0
+        options: dict[str, Any] = {"form": form} if isinstance(self.self_attn, MultiHeadLatentAttention) else {}
+        h, residual = self.input_layernorm(x), x if plain else None
+        block = self.self_attn.attend(h, positions, batch, pages, residual, kv_format=cache.format, **options)
+        x = block if plain else self._add(x, block)
+        h, residual = self.post_attention_layernorm(x), x if plain else None
+        block = self.mlp(h, residual)
+        return block if plain else self._add(x, block)
 
     def _add(self, x: Tensor, block: Tensor) -> Tensor:
         """The residual stream after a block."""
@@ -161,8 +165,16 @@ class Decoder(nn.Module):
         Returns:
             final hidden states of the T new tokens, [T, hidden].
         """
-        x = self.embed(batch.input_ids)
-        positions = self._rotary(batch.positions)
+        return self.run_layers(*self.inputs(batch), batch, cache, form=form)
+
+    def inputs(self, batch: Batch) -> tuple[Tensor, Rotary]:
+        """Embeddings [T, hidden] and rotary angles of the new tokens."""
+        return self.embed(batch.input_ids), self._rotary(batch.positions)
+
+    def run_layers(
+        self, x: Tensor, positions: Rotary, batch: Batch, cache: LatentCache, *, form: Form | None = None
+    ) -> Tensor:
+        """`forward` from what `inputs` gives on."""
         for index, layer in enumerate(self.model.layers):
             x = layer(x, positions, batch, cache.layer(index), cache, form)
         return self.model.norm(x)

@@ -60,7 +60,16 @@ class GroupedQueryAttention(nn.Module):
         )
         return self.o_proj(out.transpose(1, 2).flatten(-2))
 
-    def attend(self, x: Tensor, positions: Rotary, batch: Batch, pages: Tensor, *, kv_format: KVFormat) -> Tensor:
+    def attend(
+        self,
+        x: Tensor,
+        positions: Rotary,
+        batch: Batch,
+        pages: Tensor,
+        residual: Tensor | None = None,
+        *,
+        kv_format: KVFormat,
+    ) -> Tensor:
         """Write the new tokens' keys and values into the cache, then attend to everything cached.
 
         Args:
@@ -68,16 +77,18 @@ class GroupedQueryAttention(nn.Module):
             positions: rotary angles of the T tokens.
             batch: where they belong.
             pages: this layer's plane of the cache, [N, P, 2, G, D].
+            residual: [T, hidden] that the result is added to.
             kv_format: the plane's format (its dtype says the same; accepted for symmetry with MLA).
 
         Returns:
             [T, hidden].
         """
         q, k, v = self._project(x, positions)
-        pages.flatten(0, 1).index_copy_(0, batch.slots, torch.stack([k, v], dim=1).to(pages.dtype))
+        # A key and its value lie beside each other, as a latent and its rotated key do.
+        ops.write_latents(pages.flatten(2), batch.slots, k.flatten(-2), v.flatten(-2))
         start = None if self.sliding_window is None else (batch.stop - self.sliding_window).clamp(min=0)
         out, _ = ops.gqa_attend(q, pages, batch.block_table, batch.q_start, batch.stop, scale=self.scale, start=start)
-        return self.o_proj(out.flatten(-2))
+        return self.o_proj(out.flatten(-2), residual)
 
     def _project(self, x: Tensor, positions: Rotary) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated q [..., H, D] and k [..., G, D], and v [..., G, D]."""

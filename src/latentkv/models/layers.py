@@ -29,9 +29,9 @@ class Linear(nn.Linear):
 
     packed: PackedWeight | None = None
 
-    def forward(self, input: Tensor) -> Tensor:
-        """[..., in] -> [..., out]."""
-        return ops.linear(input, self.weight if self.packed is None else self.packed, self.bias)
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        """[..., in] -> [..., out], plus the residual [..., out]."""
+        return ops.linear(input, self.weight if self.packed is None else self.packed, self.bias, residual=residual)
 
     def pack(self, packer: Packer) -> None:
         """See `Packable`."""
@@ -51,11 +51,11 @@ class MLP(nn.Module):
         self.up_proj = Linear(hidden_size, intermediate_size, bias=bias)
         self.down_proj = Linear(intermediate_size, hidden_size, bias=bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., hidden] -> [..., hidden]."""
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """[..., hidden] -> [..., hidden], plus the residual."""
         if self.gate_up is not None and self.down is not None:
-            return ops.gated_mlp(x, self.gate_up, self.down)
-        return self.down_proj(functional.silu(self.gate_proj(x)) * self.up_proj(x))
+            return ops.gated_mlp(x, self.gate_up, self.down, residual=residual)
+        return self.down_proj(functional.silu(self.gate_proj(x)) * self.up_proj(x), residual)
 
     def pack(self, packer: Packer) -> None:
         """See `Packable`; a block with biases is packed projection by projection."""

@@ -135,6 +135,7 @@ class MultiHeadLatentAttention(nn.Module):
         positions: Rotary,
         batch: Batch,
         pages: Tensor,
+        residual: Tensor | None = None,
         *,
         kv_format: KVFormat,
         form: Form | None = None,
@@ -146,13 +147,14 @@ class MultiHeadLatentAttention(nn.Module):
             positions: rotary angles of the T tokens.
             batch: where they belong.
             pages: this layer's plane of the cache, [N, P, ...].
+            residual: [T, hidden] that the result is added to.
             kv_format: how the plane stores a token.
             form: None: `choose_form` decides for each sequence.
 
         Returns:
             [T, hidden].
         """
-        q_nope, q_rope = self._queries(x, positions)
+        q_nope, q_rope = self._project_queries(x, positions)
         ops.norm_rope_write(
             pages,
             batch.slots,
@@ -166,13 +168,18 @@ class MultiHeadLatentAttention(nn.Module):
         )
         forms = [form or choose_form(self.config, n, kv) for n, kv in zip(batch.query_lens, batch.kv_lens, strict=True)]
         if all(chosen == "absorbed" for chosen in forms):
-            return self._output(self._attend_absorbed(q_nope, q_rope, batch, pages, kv_format))
+            q = self._absorb_and_rotate(q_nope, q_rope, positions)
+            return self._output(self._attend_absorbed(q, batch, pages, kv_format), residual)
+        q_rope = self._rotate(q_rope, positions)
         outputs: list[Tensor] = []
         for row, chosen in enumerate(forms):
             one, rows = batch.only(row)
-            attend = self._attend_absorbed if chosen == "absorbed" else self._attend_expanded
-            outputs.append(attend(q_nope[rows], q_rope[rows], one, pages, kv_format))
-        return self._output(torch.cat(outputs))
+            own = q_nope[rows], q_rope[rows]
+            if chosen == "absorbed":
+                outputs.append(self._attend_absorbed(self._absorb(*own), one, pages, kv_format))
+            else:
+                outputs.append(self._attend_expanded(*own, one, pages, kv_format))
+        return self._output(torch.cat(outputs), residual)
 
     def pack(self, packer: Packer) -> None:
         """See `Packable`: W_UK and W_UV a head, beside kv_b_proj, which expands."""
@@ -182,6 +189,11 @@ class MultiHeadLatentAttention(nn.Module):
 
     def _queries(self, x: Tensor, positions: Rotary) -> tuple[Tensor, Tensor]:
         """q_nope [..., H, Dn] and rotated q_rope [..., H, R]."""
+        q_nope, q_rope = self._project_queries(x, positions)
+        return q_nope, self._rotate(q_rope, positions)
+
+    def _project_queries(self, x: Tensor, positions: Rotary) -> tuple[Tensor, Tensor]:
+        """q_nope [..., H, Dn] and q_rope [..., H, R], not yet rotated."""
         full = self.config.q_lora_rank is None
         q = self.q_proj(x) if full else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
         q = q.view(*q.shape[:-1], self.num_heads, -1)
@@ -189,8 +201,11 @@ class MultiHeadLatentAttention(nn.Module):
             q = q * positions.query_scale[..., None, None].to(q.dtype)
         # Slices and unsqueeze rather than split and unflatten: a decode step is many small calls.
         nope = self.config.qk_nope_head_dim
+        return q[..., :nope], q[..., nope:]
+
+    def _rotate(self, q_rope: Tensor, positions: Rotary, out: Tensor | None = None) -> Tensor:
         cos, sin = positions.cos.unsqueeze(-2), positions.sin.unsqueeze(-2)
-        return q[..., :nope], ops.apply_rope(q[..., nope:], cos, sin, interleaved=self.rope.interleaved)
+        return ops.apply_rope(q_rope, cos, sin, interleaved=self.rope.interleaved, out=out)
 
     def _latents(self, x: Tensor, positions: Rotary) -> tuple[Tensor, Tensor]:
         """What is cached: normed latent c [..., L] and rotated shared key [..., R]."""
@@ -208,14 +223,22 @@ class MultiHeadLatentAttention(nn.Module):
         return w_uk, w_uv
 
     def _absorb(self, q_nope: Tensor, q_rope: Tensor) -> Tensor:
-        """[W_UK^T q_nope ; q_rope]: [T, H, Dn] and [T, H, R] -> [T, H, L + R]."""
+        """[W_UK^T q_nope ; q_rope]: [T, H, Dn] and rotated [T, H, R] -> [T, H, L + R]."""
         if self.absorb_key is None:
             w_uk, _ = self._split_up_projection(self.kv_b_proj.weight)
-            return torch.cat([torch.einsum("...hn,hnl->...hl", q_nope, w_uk), q_rope], dim=-1)
+            absorbed = torch.einsum("...hn,hnl->...hl", q_nope, w_uk)
+        else:
+            absorbed = ops.headwise_linear(q_nope, self.absorb_key)
+        return torch.cat([absorbed, q_rope], dim=-1)
+
+    def _absorb_and_rotate(self, q_nope: Tensor, q_rope: Tensor, positions: Rotary) -> Tensor:
+        """The same of a q_rope that is still to be rotated; packed, both are written where they belong."""
+        if self.absorb_key is None:
+            return self._absorb(q_nope, self._rotate(q_rope, positions))
         rank = self.config.kv_lora_rank
         q = q_nope.new_empty(*q_nope.shape[:-1], rank + q_rope.shape[-1])
         ops.headwise_linear(q_nope, self.absorb_key, out=q[..., :rank])
-        q[..., rank:] = q_rope
+        self._rotate(q_rope, positions, out=q[..., rank:])
         return q
 
     def _unabsorb(self, attended: Tensor) -> Tensor:
@@ -231,14 +254,12 @@ class MultiHeadLatentAttention(nn.Module):
         k_nope, values = expanded.split([self.config.qk_nope_head_dim, self.config.v_head_dim], dim=-1)
         return k_nope, values
 
-    def _output(self, heads: Tensor) -> Tensor:
-        return self.o_proj(heads.flatten(-2))
+    def _output(self, heads: Tensor, residual: Tensor | None = None) -> Tensor:
+        return self.o_proj(heads.flatten(-2), residual)
 
-    def _attend_absorbed(
-        self, q_nope: Tensor, q_rope: Tensor, batch: Batch, pages: Tensor, kv_format: KVFormat
-    ) -> Tensor:
+    def _attend_absorbed(self, q: Tensor, batch: Batch, pages: Tensor, kv_format: KVFormat) -> Tensor:
         attended, _ = ops.mla_attend(
-            self._absorb(q_nope, q_rope),
+            q,
             pages,
             batch.block_table,
             batch.q_start,

@@ -1,4 +1,4 @@
-"""Mixture of experts: the routers of the DeepSeek line, and the block of routed and shared experts."""
+"""Mixture of experts: the router, and the block of routed and shared experts."""
 
 from __future__ import annotations
 
@@ -11,38 +11,6 @@ from latentkv.models.config import MoEConfig
 from latentkv.models.layers import MLP, RMSNorm
 from latentkv.models.packing import Packer
 from latentkv.ops import PackedWeight
-
-
-def select_experts(logits: Tensor, config: MoEConfig, correction_bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Choose each token's experts (DeepSeek-V2, section 2.1.2; DeepSeek-V3, section 2.1.2).
-
-    The correction bias takes part in the choice only; weights come from the unbiased scores.
-
-    Args:
-        logits: [T, E] float32 affinities.
-        config: scoring, groups, normalisation and scaling.
-        correction_bias: [E] or None.
-
-    Returns:
-        expert ids [T, K] int64 and their weights [T, K] float32.
-    """
-    scores = logits.softmax(-1) if config.scoring == "softmax" else logits.sigmoid()
-    choice = scores if correction_bias is None else scores + correction_bias
-    if config.group_score is not None:
-        choice = choice.masked_fill(~_allowed_groups(choice, config), float("-inf"))
-    ids = choice.topk(config.experts_per_token, dim=-1).indices
-    weights = scores.gather(-1, ids)
-    if config.normalize_weights:
-        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-    return ids, weights * config.scaling_factor
-
-
-def _allowed_groups(choice: Tensor, config: MoEConfig) -> Tensor:
-    """[T, E] True where the expert's group is among the token's `topk_group` best."""
-    groups = choice.unflatten(-1, (config.num_groups, -1))
-    best = groups.amax(-1) if config.group_score == "max" else groups.topk(2, dim=-1).values.sum(-1)
-    chosen = torch.zeros_like(best, dtype=torch.bool).scatter_(-1, best.topk(config.topk_group, dim=-1).indices, True)
-    return chosen[..., None].expand_as(groups).flatten(-2)
 
 
 class Router(nn.Module):
@@ -65,7 +33,18 @@ class Router(nn.Module):
         else:
             with torch.autocast(x.device.type, enabled=False):
                 logits = functional.linear(x.float(), self.weight.float())
-        return select_experts(logits, self.config, self.e_score_correction_bias)
+        config = self.config
+        return ops.select_experts(
+            logits,
+            config.experts_per_token,
+            scoring=config.scoring,
+            correction_bias=self.e_score_correction_bias,
+            group_score=config.group_score,
+            num_groups=config.num_groups,
+            topk_group=config.topk_group,
+            normalize=config.normalize_weights,
+            scaling=config.scaling_factor,
+        )
 
     def pack(self, packer: Packer) -> None:
         """See `Packable`; a float32 router stays as it is, for packing would round it."""
@@ -85,11 +64,11 @@ class Experts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * width, hidden_size))
         self.down_proj = nn.Parameter(torch.empty(experts, hidden_size, width))
 
-    def forward(self, x: Tensor, expert_ids: Tensor, weights: Tensor) -> Tensor:
-        """[T, hidden] -> weighted sum of each token's experts, [T, hidden]."""
+    def forward(self, x: Tensor, expert_ids: Tensor, weights: Tensor, residual: Tensor | None = None) -> Tensor:
+        """[T, hidden] -> weighted sum of each token's experts, [T, hidden], plus the residual."""
         gate_up = self.gate_up_proj if self.gate_up is None else self.gate_up
         down = self.down_proj if self.down is None else self.down
-        return ops.moe_experts(x, expert_ids, weights, gate_up, down)
+        return ops.moe_experts(x, expert_ids, weights, gate_up, down, residual=residual)
 
     def pack(self, packer: Packer) -> None:
         """See `Packable`."""
@@ -113,13 +92,18 @@ class MoE(nn.Module):
         self.config = config
         self.expert_counts: Tensor | None = None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., hidden] -> [..., hidden]."""
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """[..., hidden] -> [..., hidden], plus the residual."""
         tokens = x.flatten(0, -2)
         expert_ids, weights = self.gate(tokens)
         if self.training:
             self.expert_counts = torch.bincount(expert_ids.flatten(), minlength=self.config.num_experts)
-        out = self.experts(tokens, expert_ids, weights).view_as(x)
+        # What the experts' products are added to, in one sum: the shared experts', and the residual if no norm follows.
+        base = None if self.config.post_norm else residual
         if self.config.num_shared_experts:
-            out = out + self.shared_experts(x)
-        return self.post_mlp_layernorm(out) if self.config.post_norm else out
+            base = self.shared_experts(x, base)
+        out = self.experts(tokens, expert_ids, weights, None if base is None else base.view_as(tokens)).view_as(x)
+        if not self.config.post_norm:
+            return out
+        normed = self.post_mlp_layernorm(out)
+        return normed if residual is None else normed + residual

@@ -18,6 +18,7 @@ from latentkv.ops.moe import gated_mlp, moe_experts
 from latentkv.ops.packed import PackedFormat, PackedWeight, pack_weight
 from latentkv.ops.pages import norm_rope_write, read_latents, write_latents
 from latentkv.ops.prefill import mla_prefill
+from latentkv.ops.routing import select_experts
 from latentkv.ops.states import merge_states
 from latentkv.ops.weight_formats import QuantizedWeight, WeightFormat, quantize_weight
 
@@ -49,6 +50,7 @@ __all__ = [
     "quantize_weight",
     "read_latents",
     "rms_norm",
+    "select_experts",
     "silu_mul",
     "storage_dtype",
     "write_latents",

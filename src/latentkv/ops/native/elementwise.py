@@ -8,7 +8,7 @@ from torch import Tensor
 from latentkv.ops.native.core import DTYPE_CODES, extension
 from latentkv.ops.native.eligible import isa_for
 
-MAX_ROW = 4096
+MAX_ROW = 16384
 """Numbers of a rotated or cached row at most, as in `csrc/elementwise.h`."""
 
 

@@ -1,0 +1,91 @@
+"""Native calls recorded once and run again, without the Python that led to them.
+
+A decode step makes the same calls on the same memory for every token, if it is written so: `Recording.record` sees to
+it that nothing else is computed meanwhile, and keeps what was allocated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from latentkv.errors import OpError
+from latentkv.ops.native.core import extension
+
+_ALLOCATES = {"aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty", "aten::new_empty_strided"}
+
+
+class NotRecordableError(OpError):
+    """Something was computed that is not a native call."""
+
+
+class Recording:
+    """The native calls of one block of code, and the memory that they use."""
+
+    def __init__(self) -> None:
+        self._calls = extension.Recording()
+        self._kept: list[Tensor] = []
+
+    @contextmanager
+    def record(self) -> Generator[None]:
+        """Run the block, and keep the native calls that it makes in this thread.
+
+        The block may allocate tensors and take views of them, but torch may compute nothing.
+
+        Raises:
+            NotRecordableError: torch computed something.
+        """
+        self._calls.start()
+        try:
+            with _OnlyMemory(self._kept):
+                yield
+        finally:
+            self._calls.stop()
+
+    def run(self) -> None:
+        """Make the calls again, on what now lies in the memory that they were recorded with.
+
+        Raises:
+            OpError: a call was given what it cannot take.
+        """
+        try:
+            failed = self._calls.run()
+        except ValueError as error:
+            raise OpError(str(error)) from None
+        if failed >= 0:
+            raise OpError(f"recorded call {failed} of {len(self._calls)} names a slot or an expert that there is not")
+
+
+class _OnlyMemory(TorchDispatchMode):
+    """Keeps what is allocated, lets views pass, and refuses everything else."""
+
+    def __init__(self, kept: list[Tensor]) -> None:
+        super().__init__()
+        self._kept = kept
+
+    def __torch_dispatch__(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func._schema.name in _ALLOCATES:
+            self._kept.append(out)
+        elif func._schema.is_mutable or not _shares_memory(out, args):
+            raise NotRecordableError(f"{func._schema.name} is computed by torch")
+        return out
+
+
+def _shares_memory(out: Any, args: Sequence[Any]) -> bool:
+    outs = out if isinstance(out, (tuple, list)) else (out,)
+    if not args or not isinstance(args[0], Tensor):
+        return False
+    memory = args[0].untyped_storage().data_ptr()
+    return all(isinstance(t, Tensor) and t.untyped_storage().data_ptr() == memory for t in outs)
+
+
+def kernel_seconds() -> float:
+    """Seconds that this thread has spent in native calls so far; 0 without the extension."""
+    return 0.0 if extension is None else extension.kernel_seconds()

@@ -1,0 +1,92 @@
+"""Recorded decode steps give the bits that steps from Python give, and are left where they cannot be had."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from engine_models import CONFIGS
+
+from latentkv.cache import LatentCache
+from latentkv.engine import replay as module
+from latentkv.engine.replay import Replay
+from latentkv.engine.runner import Runner
+from latentkv.engine.sequence import Sequence
+from latentkv.models.config_reader import read_config
+from latentkv.models.decoder import Decoder
+from latentkv.models.packing import Packing, pack_module
+from latentkv.ops import KVFormat
+from latentkv.ops.native.core import available_isas, use_isa
+
+pytestmark = pytest.mark.skipif(len(available_isas()) == 1, reason="the native kernels were not built")
+
+MODELS: dict[str, dict[str, Any]] = {
+    "mla": {**CONFIGS["mla"], "q_lora_rank": 24},
+    "softmax router": {**CONFIGS["mla"], "model_type": "deepseek_v2", "topk_method": "greedy", "norm_topk_prob": False},
+    "gqa": CONFIGS["gqa"],
+}
+
+
+def packed_decoder(config: dict[str, Any], **packing: Any) -> Decoder:
+    torch.manual_seed(0)
+    decoder = Decoder(read_config(config)).bfloat16().eval().requires_grad_(False)
+    decoder.keep_routing_bias_exact()
+    pack_module(decoder, Packing(**packing))
+    return decoder
+
+
+def decode(decoder: Decoder, kv_format: KVFormat, lens: list[int], steps: int) -> tuple[list[torch.Tensor], Runner]:
+    cache = LatentCache(decoder.config.planes(kv_format), 40, page_size=8)
+    runner = Runner(decoder, cache)
+    sequences = [Sequence(i, [(7 * i + t) % 60 for t in range(n)], cache.pool.allocate(6)) for i, n in enumerate(lens)]
+    for sequence in sequences:
+        runner.step([sequence], 100)
+    hidden: list[torch.Tensor] = []
+    for step in range(steps):
+        for sequence in sequences:
+            sequence.tokens.append((5 * step + sequence.index) % 60)
+        hidden.append(runner.step(sequences, len(sequences))[1])
+    return hidden, runner
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("format_", ["bf16", "int8"])
+@pytest.mark.parametrize("lens", [[5], [3, 20, 9]])
+def test_recorded_steps_give_the_same_bits(
+    model: str, format_: Any, lens: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder = packed_decoder(MODELS[model], format=format_)
+    recorded, runner = decode(decoder, "bf16", lens, 12)
+    assert runner.replay.why_not is None
+    assert [key[0] for key in runner.replay._steps] == [len(lens)]  # pyright: ignore[reportPrivateUsage]
+    monkeypatch.setattr(module, "MOST_SEQUENCES", 0)
+    plain, runner = decode(decoder, "bf16", lens, 12)
+    assert not runner.replay._steps  # pyright: ignore[reportPrivateUsage]
+    for own, expected in zip(recorded, plain, strict=True):
+        assert torch.equal(own, expected)
+
+
+@pytest.mark.parametrize("kv_format", ["int8", "fp8"])
+def test_quantised_caches_are_recorded_too(kv_format: KVFormat, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = packed_decoder(MODELS["mla"])
+    recorded, runner = decode(decoder, kv_format, [17], 5)
+    assert runner.replay.why_not is None
+    monkeypatch.setattr(module, "MOST_SEQUENCES", 0)
+    plain, _ = decode(decoder, kv_format, [17], 5)
+    assert torch.equal(torch.stack(recorded), torch.stack(plain))
+
+
+def test_the_result_of_a_step_outlives_the_next() -> None:
+    hidden, _ = decode(packed_decoder(MODELS["mla"]), "bf16", [5], 3)
+    assert len({tuple(row.flatten().tolist()) for row in hidden}) == 3
+
+
+def test_models_that_torch_computes_say_why_they_are_not_recorded() -> None:
+    torch.manual_seed(0)
+    decoder = Decoder(read_config(CONFIGS["mla"])).eval().requires_grad_(False)
+    hidden, runner = decode(decoder, "fp32", [5], 3)
+    assert "is computed by torch" in (runner.replay.why_not or "")
+    assert torch.stack(hidden).isfinite().all()
+    with use_isa("torch"):
+        assert Replay(decoder, runner.cache).why_not == "the native kernels do not run"
