@@ -16,6 +16,7 @@ from latentkv.bench.shapes import StepForm
 from latentkv.cache import KVFormat, LatentCache, LatentPlane
 from latentkv.models.batch import Batch
 from latentkv.models.mla import MultiHeadLatentAttention
+from latentkv.models.packing import choose_packing, pack_module
 from latentkv.ops import write_latents
 
 LATENTKV, TRANSFORMERS, MHA_SDPA, MHA_MATMUL = "LatentKV", "transformers", "MHA, SDPA", "MHA, matmul"
@@ -55,7 +56,10 @@ def latentkv_entry(case: DecodeCase, kv_format: KVFormat) -> Entry:
         norm_eps=NORM_EPS,
         max_context=case.context,
     )
-    module.to(torch.bfloat16).load_state_dict(case.weights)
+    module.to(torch.bfloat16).requires_grad_(False).load_state_dict(case.weights)
+    packing = choose_packing(None, torch.bfloat16, torch.device("cpu"))
+    if packing is not None:  # as a model is when it is loaded
+        pack_module(module, packing)
     planned = case.shape.plan(case.context, kv_format).cache[0].cache_bytes
     cache = LatentCache.sized([LatentPlane(1, mla.kv_lora_rank, mla.qk_rope_head_dim, kv_format)], planned)
     pages = cache.pool.allocate(cache.pages_for(case.context))
