@@ -64,6 +64,9 @@ def describe_backends(device: torch.device, dtype: torch.dtype) -> dict[str, str
         "rms_norm": native,
         "apply_rope": native,
         "norm_rope_write": native,
+        "select_experts": "native",
+        "latents as fp8": f"{native}; torch reads them back",
+        "latents as int8": f"{native}; torch reads them back",
         "merge_states": "torch",
     }
 
