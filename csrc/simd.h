@@ -125,19 +125,24 @@ LATENTKV_INLINE void store_any(void* p, DType dtype, std::ptrdiff_t i, vf v) {
     default: store((float*)p + i, v);
   }
 }
+// These may lie at any address: fp8 rows hold bf16 after an odd number of codes.
 LATENTKV_INLINE float load_one(const void* p, DType dtype, std::ptrdiff_t i) {
-  switch (dtype) {
-    case DType::bf16: return bf16_to_float(((const bf16*)p)[i]);
-    case DType::f16: return f16_to_float(((const f16*)p)[i]);
-    default: return ((const float*)p)[i];
+  if (dtype == DType::f32) {
+    float x;
+    std::memcpy(&x, (const char*)p + i * 4, 4);
+    return x;
   }
+  std::uint16_t half;
+  std::memcpy(&half, (const char*)p + i * 2, 2);
+  return dtype == DType::bf16 ? bf16_to_float(half) : f16_to_float(half);
 }
 LATENTKV_INLINE void store_one(void* p, DType dtype, std::ptrdiff_t i, float x) {
-  switch (dtype) {
-    case DType::bf16: ((bf16*)p)[i] = float_to_bf16(x); break;
-    case DType::f16: ((f16*)p)[i] = float_to_f16(x); break;
-    default: ((float*)p)[i] = x;
+  if (dtype == DType::f32) {
+    std::memcpy((char*)p + i * 4, &x, 4);
+    return;
   }
+  const std::uint16_t half = dtype == DType::bf16 ? float_to_bf16(x) : float_to_f16(x);
+  std::memcpy((char*)p + i * 2, &half, 2);
 }
 
 // a b + c, rounded once where the instruction set can. The compiler fuses a plain `a * b + c` or not as it sees fit;
