@@ -44,7 +44,8 @@ struct Chunk {
   int index;
 
   int begin() const { return (group->first / group->chunk + index) * group->chunk; }
-  int first() const { return begin() > group->first ? begin() : group->first; }
+  // Down to where a vector of weights or a pair of values could begin: what lies beside what does not depend on the group.
+  int first() const { return begin() > group->first / 16 * 16 ? begin() : group->first / 16 * 16; }
   int last() const { return begin() + group->chunk < group->last ? begin() + group->chunk : group->last; }
 };
 

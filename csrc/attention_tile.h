@@ -20,7 +20,9 @@ LATENTKV_INLINE void locate(const Attention& a, const Group& group, int first, i
   const char* keys = a.keys.base + group.kv_head * a.keys.head_bytes;
   const char* values = a.values.base + group.kv_head * a.values.head_bytes;
   tile.tokens = last - first;
-  for (int s = first; s < last;) {
+  int s = first;
+  for (; s < group.first && s < last; s++) tile.keys[s - first] = tile.values[s - first] = nullptr;
+  while (s < last) {
     std::int64_t slot = sequence.first_slot + s;
     int run = last - s;
     if (sequence.pages) {
@@ -76,7 +78,7 @@ struct Tile {
            (a.values_in_keys || a.values.width % A::STEP == 0);
   }
 
-  // Rows first .. end - 1; those after the tile's last token are zeros.
+  // Row i; those after the tile's last token are zeros.
   void take(const Attention& a, const StoredTile<A::TILE>& stored, int i) {
     if (i >= stored.tokens) {
       keys[i] = values[i] = zeros;

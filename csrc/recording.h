@@ -17,6 +17,12 @@ using Status = std::int64_t;
 
 class Recording {
  public:
+  Recording() = default;
+  Recording(const Recording&) = delete;
+  ~Recording() {
+    if (current() == this) stop();
+  }
+
   // From here on until `stop`, what this thread calls is added.
   void start() { current() = this; }
   static void stop() { current() = nullptr; }

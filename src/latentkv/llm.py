@@ -21,9 +21,8 @@ from latentkv.engine.memory import default_cache_bytes, free_memory
 from latentkv.engine.request import validate_token_ids
 from latentkv.engine.scoring import sequence_logits, text_nats
 from latentkv.errors import ConfigError, RequestError
-from latentkv.models.config import ModelConfig
+from latentkv.models.config import MLAConfig, ModelConfig
 from latentkv.models.config_reader import read_config
-from latentkv.models.decoder import Decoder
 from latentkv.models.loading import load_model, stored_dtype
 from latentkv.models.mla import MultiHeadLatentAttention
 from latentkv.models.packing import choose_packing
@@ -116,6 +115,8 @@ class LLM:
         weights_dtype, device = _as_dtype(dtype), _as_device(device)
         self.folder = _embedded_model() if model is None else resolve_model(model)
         config = read_config(self.folder)
+        if int8_products:
+            _require_int8_products(config, kv_dtype, device)
         self.max_context = _context(max_context, config)
         self.tokenizer = _load_tokenizer(self.folder, config)
         self.decoder = load_model(
@@ -127,7 +128,9 @@ class LLM:
         )
         self.config: ModelConfig = self.decoder.config
         if int8_products:
-            _use_int8_products(self.decoder, kv_dtype, device)
+            for module in self.decoder.modules():
+                if isinstance(module, MultiHeadLatentAttention):
+                    module.int8_products = True
         planes = self.config.planes(_kv_format(kv_dtype, self.decoder.dtype))
         if kv_cache_bytes is None:
             kv_cache_bytes = default_cache_bytes(planes, self.max_context, free_memory(device))
@@ -348,23 +351,15 @@ def _as_device(device: str | torch.device) -> torch.device:
     return resolved
 
 
-def _use_int8_products(decoder: Decoder, kv_dtype: str, device: torch.device) -> None:
-    """Have every layer decode in int8 products.
-
-    Raises:
-        ConfigError: the model, the cache or this machine cannot.
-    """
-    layers = [layer.self_attn for layer in decoder.model.layers]
-    latent = [layer for layer in layers if isinstance(layer, MultiHeadLatentAttention)]
+def _require_int8_products(config: ModelConfig, kv_dtype: str, device: torch.device) -> None:
+    """Raise `ConfigError` where the model, the cache or this machine cannot decode in int8 products."""
     reason = why_no_int8_products(device)
-    if not latent:
+    if not isinstance(config.attention, MLAConfig):
         reason = "the model has no latent attention"
     elif kv_dtype != "int8":
-        reason = f"the cache is kept as {kv_dtype}, and it takes kv_dtype='int8'"
+        reason = f"it takes kv_dtype='int8', not {kv_dtype!r}"
     if reason is not None:
         raise ConfigError(f"int8_products cannot be had: {reason}. Leave it out, or change that.")
-    for layer in latent:
-        layer.int8_products = True
 
 
 def _kv_format(kv_dtype: str, weights: torch.dtype) -> KVFormat:

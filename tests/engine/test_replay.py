@@ -10,7 +10,6 @@ from engine_models import CONFIGS
 
 from latentkv.cache import LatentCache
 from latentkv.engine import replay as module
-from latentkv.engine.replay import Replay
 from latentkv.engine.runner import Runner
 from latentkv.engine.sequence import Sequence
 from latentkv.models.config_reader import read_config
@@ -77,6 +76,32 @@ def test_quantised_caches_are_recorded_too(kv_format: KVFormat, monkeypatch: pyt
     assert torch.equal(torch.stack(recorded), torch.stack(plain))
 
 
+def test_int8_products_and_other_numbers_of_threads_are_recorded_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = packed_decoder(MODELS["mla"])
+    for layer in decoder.model.layers:
+        layer.self_attn.int8_products = available_isas()[-1] == "avx512bf16"
+    threads = torch.get_num_threads()
+    try:
+        recorded, runner = decode(decoder, "int8", [17], 3)
+        torch.set_num_threads(2)
+        more, _ = decode(decoder, "int8", [17], 3)
+    finally:
+        torch.set_num_threads(threads)
+    assert runner.replay.why_not is None
+    monkeypatch.setattr(module, "MOST_SEQUENCES", 0)
+    plain, _ = decode(decoder, "int8", [17], 3)
+    assert torch.equal(torch.stack(recorded), torch.stack(plain))
+    assert torch.equal(torch.stack(more), torch.stack(plain))
+
+
+def test_a_step_on_torch_does_not_end_recording() -> None:
+    decoder = packed_decoder(MODELS["mla"])
+    with use_isa("torch"):
+        _, runner = decode(decoder, "bf16", [5], 2)
+        assert not runner.replay._steps  # pyright: ignore[reportPrivateUsage]
+    assert runner.replay.why_not is None
+
+
 def test_the_result_of_a_step_outlives_the_next() -> None:
     hidden, _ = decode(packed_decoder(MODELS["mla"]), "bf16", [5], 3)
     assert len({tuple(row.flatten().tolist()) for row in hidden}) == 3
@@ -88,5 +113,3 @@ def test_models_that_torch_computes_say_why_they_are_not_recorded() -> None:
     hidden, runner = decode(decoder, "fp32", [5], 3)
     assert "is computed by torch" in (runner.replay.why_not or "")
     assert torch.stack(hidden).isfinite().all()
-    with use_isa("torch"):
-        assert Replay(decoder, runner.cache).why_not == "the native kernels do not run"

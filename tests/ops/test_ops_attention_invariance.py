@@ -46,6 +46,8 @@ def attentions(dtype: torch.dtype) -> list[Attend]:
             lambda: mla_attend(*short.args, latent_dim=44, **options),
             lambda: mla_attend(*long.args, latent_dim=64, **options),
         ]
+    window = mla_case([40, 9], [300, 45], heads=4, latent_dim=44, rope_dim=9, page_size=13, dtype=dtype)
+    window_start = (window.stop - 10).clamp(min=0)
     q, k, v = (tenth((n, 3, d), dtype, n) for n, d in ((240, 24), (310, 24), (310, 16)))
     bounds = torch.tensor([0, 200, 240]), torch.tensor([0, 260, 310])
     return [
@@ -54,6 +56,7 @@ def attentions(dtype: torch.dtype) -> list[Attend]:
         lambda: mla_attend(*several.args, latent_dim=44, scale=0.3),
         lambda: mla_attend(*many.args, latent_dim=64, scale=0.3),
         lambda: gqa_attend(*grouped.args, scale=0.3),
+        lambda: mla_attend(*window.args, latent_dim=44, scale=0.3, start=window_start),
         lambda: mla_prefill(q, k, v, *bounds, scale=0.3),
     ]
 
@@ -99,6 +102,19 @@ def test_a_row_does_not_change_with_the_rows_of_its_sequence_beside_it(heads: in
             case.q[t : t + 1], case.pages, case.table, bounds, case.stop[t : t + 1], latent_dim=64, scale=0.3
         )
         assert_same_bits(alone, (out[t : t + 1], lse[t : t + 1]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window", [5, 10, 150])
+def test_a_row_with_a_window_does_not_change_with_the_rows_beside_it(dtype: torch.dtype, window: int) -> None:
+    case = mla_case([40], [300], heads=8, dtype=dtype)
+    start = (case.stop - window).clamp(min=0)
+    options: dict[str, Any] = {"latent_dim": 64, "scale": 10.0, "out_dtype": torch.float32}  # so that every bit shows
+    out, lse = mla_attend(*case.args, start=start, **options)
+    for t in range(40):
+        own, bounds = slice(t, t + 1), torch.tensor([0, 1])
+        alone = mla_attend(case.q[own], case.pages, case.table, bounds, case.stop[own], start=start[own], **options)
+        assert_same_bits(alone, (out[own], lse[own]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

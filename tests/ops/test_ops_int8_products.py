@@ -90,6 +90,32 @@ def test_rows_without_tokens_give_zero_and_minus_infinity() -> None:
 
 
 @needs_vnni
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_query_that_is_not_finite_is_not_hidden(value: float) -> None:
+    case = mla_case([1], [40], heads=3, latent_dim=128, rope_dim=64, kv_format="int8")
+    case.q[0, 1, 7] = value
+    out, lse = mla_attend(*case.args, latent_dim=128, scale=0.1, **OPTIONS)
+    assert out[0, 1].isnan().all() and not lse[0, 1].isfinite()
+    assert out[0, [0, 2]].isfinite().all() and lse[0, [0, 2]].isfinite().all()
+
+
+@needs_vnni
+@pytest.mark.parametrize("size", [0.0, 1e-44, 1e-37, 1e-20])
+def test_tiny_queries_give_the_plain_mean(size: float) -> None:
+    case = mla_case([1], [40], heads=3, latent_dim=128, rope_dim=64, dtype=torch.float32, kv_format="int8")
+    case.q.fill_(size)
+    assert_close(case, 128, 0.1)
+
+
+@needs_vnni
+def test_tiles_far_below_the_peak_stay_finite() -> None:
+    case = mla_case([1], [600], heads=2, latent_dim=128, rope_dim=64, dtype=torch.float32, kv_format="int8")
+    case.q.mul_(4000)
+    out, lse = mla_attend(*case.args, latent_dim=128, scale=1.0, **OPTIONS)
+    assert out.isfinite().all() and lse.isfinite().all()
+
+
+@needs_vnni
 def test_mla_decode_passes_the_choice_on() -> None:
     case = mla_case([1], [700], heads=16, latent_dim=128, kv_format="int8")
     q, lens = case.q[None], torch.tensor([700])
@@ -106,6 +132,14 @@ def test_other_pages_are_refused(kv_format: Any) -> None:
     case = mla_case([1], [9], heads=2, kv_format=kv_format)
     with pytest.raises(OpError, match="int8_products multiplies int8 pages"):
         mla_attend(*case.args, latent_dim=64, scale=0.1, kv_format=kv_format, int8_products=True)
+
+
+@needs_vnni
+def test_what_the_kernels_cannot_take_is_named() -> None:
+    case = mla_case([1], [9], heads=2, dtype=torch.float32, kv_format="int8")
+    args = (case.q.double(), *case.args[1:])
+    with pytest.raises(OpError, match="q and out must be bf16, fp16 or fp32"):
+        mla_attend(*args, latent_dim=64, scale=0.1, **OPTIONS)
 
 
 @pytest.mark.parametrize("isa", [name for name in available_isas() if name != "avx512bf16"])

@@ -32,7 +32,7 @@ def test_recorded_calls_compute_on_what_lies_in_their_memory_now() -> None:
     assert len(junk) == 50
 
 
-@pytest.mark.parametrize("name", ["add", "copy", "contiguous", "item"])
+@pytest.mark.parametrize("name", ["add", "copy", "contiguous", "item", "tensor"])
 @torch.inference_mode()
 def test_what_torch_computes_is_refused(name: str) -> None:
     x = torch.randn(4, 6)
@@ -43,6 +43,8 @@ def test_what_torch_computes_is_refused(name: str) -> None:
             x[:, 1:].zero_()
         elif name == "contiguous":
             x.T.contiguous()
+        elif name == "tensor":
+            torch.tensor([1.0, 2.0])
         else:
             x[0, 0].item()
     assert torch.equal(x + 1, 1 + x)  # and nothing of it lasts

@@ -90,7 +90,22 @@ def test_a_nan_score_still_names_experts_that_there_are() -> None:
     assert int(ids.min()) >= 0 and int(ids.max()) < 8
 
 
-@pytest.mark.parametrize(("chosen", "groups"), [(0, 1), (9, 1), (2, 3)])
-def test_what_cannot_be_chosen_is_refused(chosen: int, groups: int) -> None:
-    with pytest.raises(OpError, match="select_experts takes"):
-        select_experts(torch.zeros(1, 8), chosen, scoring="sigmoid", num_groups=groups)
+@pytest.mark.parametrize(
+    ("chosen", "options"),
+    [
+        (0, {}),
+        (9, {}),
+        (2, {"num_groups": 3}),
+        (2, {"num_groups": 0}),
+        (2, {"num_groups": -4}),
+        (2, {"num_groups": 4, "topk_group": 5}),
+        (2, {"num_groups": 4, "topk_group": 0}),
+        (5, {"num_groups": 4, "topk_group": 2}),
+        (2, {"num_groups": 8, "topk_group": 2, "group_score": "top2"}),
+        (2, {"correction_bias": torch.zeros(1)}),
+        (2, {"correction_bias": torch.zeros(7)}),
+    ],
+)
+def test_what_cannot_be_chosen_is_refused(chosen: int, options: dict[str, Any]) -> None:
+    with pytest.raises(OpError, match=r"select_experts takes|correction_bias has shape"):
+        select_experts(torch.zeros(1, 8), chosen, scoring="sigmoid", **{"group_score": "max", **options})

@@ -42,15 +42,14 @@ class Replay:
     def __init__(self, decoder: Decoder, cache: LatentCache) -> None:
         self.decoder = decoder
         self.cache = cache
-        native = current_isa() != "torch" and decoder.model.norm.weight.is_cpu
-        self.why_not: str | None = None if native else "the native kernels do not run"
+        self.why_not: str | None = None if decoder.model.norm.weight.is_cpu else "the model is not on the CPU"
         self._steps: dict[tuple[int, str], _Step] = {}
 
     def hidden(self, batch: Batch) -> Tensor | None:
         """Final hidden states [B, hidden] of a batch of one token each, or None where it cannot be recorded."""
         if self.why_not is not None or len(batch.query_lens) > MOST_SEQUENCES or max(batch.query_lens) > 1:
             return None
-        if min(batch.kv_lens) == 1:  # a first token takes the expanded form
+        if current_isa() == "torch" or min(batch.kv_lens) == 1:  # a first token takes the expanded form
             return None
         x, positions = self.decoder.inputs(batch)
         key = len(batch.query_lens), current_isa()

@@ -54,7 +54,7 @@ class MultiHeadLatentAttention(nn.Module):
         max_context: longest sequence (only longrope depends on it); None: the rope's original length.
 
     Attributes:
-        int8_products: whether the absorbed form multiplies bytes over an int8 cache, see `ops.mla_attend`.
+        int8_products: whether steps of one token a sequence multiply bytes over an int8 cache, see `ops.mla_attend`.
     """
 
     int8_products: bool = False
@@ -267,7 +267,8 @@ class MultiHeadLatentAttention(nn.Module):
             latent_dim=self.config.kv_lora_rank,
             scale=self.scale,
             kv_format=kv_format,
-            int8_products=self.int8_products,
+            # Decoding only: else a prompt's numbers would change with where it is cut.
+            int8_products=self.int8_products and max(batch.query_lens) == 1,
         )
         return self._unabsorb(attended)
 

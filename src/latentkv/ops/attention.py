@@ -327,7 +327,7 @@ def _require_int8_products(kv_format: KVFormat | None, isa: object, q: Tensor) -
     require(kv_format == "int8", f"int8_products multiplies int8 pages, not those of kv_format={kv_format!r}")
     reason = why_no_int8_products(q.device)
     if reason is None and isa is None:
-        reason = f"torch computes gradients and {q.dtype}"
+        reason = "q and out must be bf16, fp16 or fp32, without gradients, their last dimension contiguous"
     require(reason is None, f"int8_products cannot be had here: {reason}")
 
 

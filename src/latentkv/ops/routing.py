@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from latentkv.errors import OpError
+from latentkv.ops.checks import require_shape
 from latentkv.ops.native import routing as native
 
 Scoring = Literal["softmax", "sigmoid"]
@@ -49,11 +50,17 @@ def select_experts(
         OpError: there are fewer than K experts, or groups do not divide them.
     """
     experts = logits.shape[-1]
-    if logits.ndim != 2 or not 1 <= experts_per_token <= experts or experts % num_groups:
+    grouped = num_groups >= 1 and experts % num_groups == 0 and 1 <= topk_group <= num_groups
+    reachable = experts if group_score is None or not grouped else experts // num_groups * topk_group
+    if logits.ndim != 2 or not grouped or not 1 <= experts_per_token <= reachable:
         raise OpError(
-            f"select_experts takes logits [T, E] and chooses 1 to E experts from equal groups; these are "
-            f"{list(logits.shape)}, {experts_per_token} and {num_groups}"
+            f"select_experts takes logits [T, E] and chooses 1 or more experts in topk_group of num_groups equal groups; "
+            f"these are {list(logits.shape)}, {experts_per_token}, {topk_group} and {num_groups}"
         )
+    if group_score == "top2" and experts == num_groups:
+        raise OpError("select_experts takes groups of two experts or more where the best two count")
+    if correction_bias is not None:
+        require_shape("correction_bias", correction_bias, (experts,))
     groups = 0 if group_score is None else num_groups
     fast = native.select_experts(
         logits, experts_per_token, scoring == "softmax", correction_bias, groups, topk_group, group_score == "max",

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from latentkv.errors import OpError
 from latentkv.ops.native.core import extension
 
+_BRINGS_NUMBERS = {"aten::lift_fresh"}  # torch.tensor's, whose memory nothing fills again
 _ALLOCATES = {"aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty", "aten::new_empty_strided"}
 
 
@@ -39,8 +40,8 @@ class Recording:
         Raises:
             NotRecordableError: torch computed something.
         """
-        self._calls.start()
         try:
+            self._calls.start()
             with _OnlyMemory(self._kept):
                 yield
         finally:
@@ -73,7 +74,7 @@ class _OnlyMemory(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         if func._schema.name in _ALLOCATES:
             self._kept.append(out)
-        elif func._schema.is_mutable or not _shares_memory(out, args):
+        elif func._schema.name in _BRINGS_NUMBERS or func._schema.is_mutable or not _shares_memory(out, args):
             raise NotRecordableError(f"{func._schema.name} is computed by torch")
         return out
 
