@@ -54,7 +54,7 @@ def select_experts(
     reachable = experts if group_score is None or not grouped else experts // num_groups * topk_group
     if logits.ndim != 2 or not grouped or not 1 <= experts_per_token <= reachable:
         raise OpError(
-            f"select_experts takes logits [T, E] and chooses 1 or more experts in topk_group of num_groups equal groups; "
+            f"select_experts takes logits [T, E] and chooses experts in topk_group of num_groups equal groups; "
             f"these are {list(logits.shape)}, {experts_per_token}, {topk_group} and {num_groups}"
         )
     if group_score == "top2" and experts == num_groups:
