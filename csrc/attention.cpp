@@ -11,6 +11,7 @@
 #include "attention_bf16.h"
 #include "attention_float.h"
 #include "attention_int8.h"
+#include "attention_lanes.h"
 #include "attention_packed.h"
 #include "attention_rows.h"
 #include "scratch.h"
@@ -198,15 +199,26 @@ void attend_with(const Attention& a) {
   }
 }
 
+#if defined(__AVX512BF16__)
+template <class Codes>
+void attend_in_lanes(const Attention& a) {
+  LanesEngine<Codes>::takes(a) ? attend_with<LanesEngine<Codes>>(a) : attend_with<RowsEngine<Bf16Arithmetic>>(a);
+}
+#endif
+
 void attend(const Attention& a) {
   if (a.num_groups == 0) return;
 #if defined(__AVX512VNNI__)
   if (a.int8_products) return attend_with<Int8Engine>(a);
 #endif
 #if defined(__AVX512BF16__)
-  // Quantised rows are rounded to bf16 when they are decoded.
-  if (a.q_dtype == DType::bf16 && a.kv_format != RowFormat::fp32 && a.kv_format != RowFormat::fp16)
-    return a.gather ? attend_with<PackedEngine>(a) : attend_with<RowsEngine<Bf16Arithmetic>>(a);
+  const bool quantised = a.kv_format == RowFormat::int8 || a.kv_format == RowFormat::fp8;
+  if (a.q_dtype == DType::bf16 && (quantised || a.kv_format == RowFormat::bf16)) {
+    if (a.gather) return attend_with<PackedEngine>(a);
+    if (a.kv_format == RowFormat::int8) return attend_in_lanes<Int8Rows>(a);
+    if (a.kv_format == RowFormat::fp8) return attend_in_lanes<Fp8Rows>(a);
+    return attend_in_lanes<Bf16Rows>(a);
+  }
 #endif
   attend_with<RowsEngine<FloatArithmetic>>(a);
 }

@@ -2,9 +2,10 @@
 //
 // An arithmetic says what a tile is computed with: its element, how many tokens a tile has (TILE), the multiple that
 // rows are padded to (STEP), the weights it takes, and two register blocks: 4 x 4 scores, and the sum of weighted
-// values for V query vectors x C steps of columns.
+// values for V query vectors x C steps of columns, at most VECTORS x COLUMNS, of TOKENS tokens at a time.
 #pragma once
 
+#include "attention_fetch.h"
 #include "simd.h"
 
 namespace latentkv::LATENTKV_ISA {
@@ -32,20 +33,19 @@ struct FloatArithmetic {
   using Weight = float;
   static constexpr DType DTYPE = DType::f32;
   static constexpr int TILE = 64, STEP = W;
-  static constexpr int VECTORS = W == 16 ? 6 : 4, COLUMNS = W == 16 ? 4 : 2;  // the register block of `accumulate`
+  static constexpr int VECTORS = W == 16 ? 6 : 4, COLUMNS = W == 16 ? 4 : 2, TOKENS = 1;
 
   LATENTKV_INLINE void store_weights(Weight* p, vf v) { store(p, v); }
 
-  // s[i * TILE + j] = q[i * width ..] . keys[j], 4 x 4; meanwhile the row at `ahead` is fetched into the L2 cache,
-  // `ahead_step` bytes (a line at most) with each STEP.
+  // s[i * TILE + j] = q[i * width ..] . keys[j], 4 x 4; a line ahead is fetched with every STEP.
   template <bool PREFETCH>
   LATENTKV_INLINE void scores(const float* q, std::ptrdiff_t width, const float* const* keys, float* s,
-                              const char* ahead, int ahead_step) {
+                              Walk& ahead) {
     constexpr int ROWS = W == 16 ? 4 : 2;  // query vectors at a time: what the registers hold
     for (int i = 0; i < 4; i += ROWS, q += ROWS * width, s += ROWS * TILE) {
       vf a[ROWS][4] = {};
       for (std::ptrdiff_t d = 0; d < width; d += W) {
-        if (PREFETCH && i == 0) __builtin_prefetch(ahead + d / STEP * ahead_step, 0, 2);
+        if (PREFETCH && i == 0) ahead.fetch();
         vf x[ROWS];
 #pragma GCC unroll 4
         for (int r = 0; r < ROWS; r++) x[r] = load(q + r * width + d);
@@ -61,16 +61,19 @@ struct FloatArithmetic {
     }
   }
 
-  // out[v * width + c] = out[..] * rescale[v] + sum over tokens t of p[v * TILE + t] * values[t][c]
-  template <int V, int C>
+  // out[v * width + c] = out[..] * rescale[v] + sum over tokens t of p[v * TILE + t] * values[t][column + c]; a
+  // line ahead is fetched with every TOKENS tokens.
+  template <int V, int C, bool PREFETCH>
   LATENTKV_INLINE void accumulate(const Weight* p, const float* rescale, const float* const* values, int tokens,
-                                  std::ptrdiff_t column, float* out, std::ptrdiff_t width) {
+                                  std::ptrdiff_t column, float* out, std::ptrdiff_t width, Walk& ahead) {
+    Walk walk = ahead;
     vf a[V][C];
 #pragma GCC unroll 8
     for (int v = 0; v < V; v++)
 #pragma GCC unroll 8
       for (int c = 0; c < C; c++) a[v][c] = load(out + v * width + c * W) * rescale[v];
     for (int t = 0; t < tokens; t++) {
+      if (PREFETCH) walk.fetch();
       const float* row = values[t] + column;
       vf y[C];
 #pragma GCC unroll 8
@@ -86,6 +89,7 @@ struct FloatArithmetic {
     for (int v = 0; v < V; v++)
 #pragma GCC unroll 8
       for (int c = 0; c < C; c++) store(out + v * width + c * W, a[v][c]);
+    if (PREFETCH) ahead = walk;
   }
 
   // `accumulate` may leave columns in another order inside each STEP; this gives them in the order of the values.

@@ -33,7 +33,8 @@ class PackedEngine : public RowsEngine<Bf16Arithmetic> {
     find_ranges(group, first, stored.tokens);
     score(vectors, next);
     soften(vectors, stored.tokens, state);
-    accumulate(vectors, next, state);
+    Fetcher values(next.values, next.tokens, a_.values.bytes, blocks_of_values(vectors));
+    accumulate(vectors, values, state);
   }
 
  private:

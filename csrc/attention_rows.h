@@ -9,6 +9,7 @@ template <class A>
 class RowsEngine : public Softmax<A> {
   using Element = typename A::Element;
   static constexpr int SCORE_BLOCK = 16;  // query vectors whose scores are computed together: they stay in L1
+  static constexpr int WIDE = A::COLUMNS * A::STEP;
 
  public:
   using Softmax<A>::TILE;
@@ -17,7 +18,7 @@ class RowsEngine : public Softmax<A> {
   // For groups of at most `vectors` query vectors.
   RowsEngine(const Attention& a, int vectors)
       : Softmax<A>(a), key_width_(Tile<A>::padded(a.keys.width)), value_width_(Tile<A>::padded(a.values.width)),
-        vectors_(vectors), step_bytes_((a.keys.bytes - 1) / (key_width_ / STEP) + 1) {}
+        vectors_(vectors) {}
 
   int value_width() const { return value_width_; }
 
@@ -47,14 +48,21 @@ class RowsEngine : public Softmax<A> {
     std::memset(tile_.zeros, 0, sizeof(Element) * widest());
   }
 
-  // Adds the tile of stored rows, whose first token is `first`, to the state; prefetches the next tile.
+  // Adds the tile of stored rows, whose first token is `first`, to the state; meanwhile the next tile is fetched.
   void attend(const Group& group, int first, const StoredTile<TILE>& stored, const StoredTile<TILE>& next,
               const State& state) {
     const int vectors = group.rows * group.heads;
     this->find_ranges(group, first, stored.tokens);
-    score(vectors, stored, next);
+    const int scored = (vectors + 3) / 4 * ((stored.tokens + 3) / 4), summed = blocks_of_values(vectors);
+    Fetcher keys(next.keys, next.tokens, a_.keys.bytes, scored + (a_.values_in_keys ? summed : 0));
+    score(vectors, stored, keys);
     this->soften(vectors, stored.tokens, state);
-    accumulate(vectors, next, state);
+    if (a_.values_in_keys) {
+      accumulate(vectors, keys, state);
+    } else {
+      Fetcher values(next.values, next.tokens, a_.values.bytes, summed);
+      accumulate(vectors, values, state);
+    }
   }
 
   static void in_order(const float* accumulated, float* out) { A::in_order(accumulated, out); }
@@ -63,63 +71,50 @@ class RowsEngine : public Softmax<A> {
   int widest() const { return key_width_ > value_width_ ? key_width_ : value_width_; }
 
   // Takes the tile's rows as it comes to them: they are still in L1 when they are used.
-  void score(int vectors, const StoredTile<TILE>& stored, const StoredTile<TILE>& next) {
+  void score(int vectors, const StoredTile<TILE>& stored, Fetcher& fetcher) {
     int taken = 0;
     for (int block = 0; block < vectors; block += SCORE_BLOCK) {
       const int block_end = block + SCORE_BLOCK < vectors ? block + SCORE_BLOCK : vectors;
       int until[SCORE_BLOCK / 4];
       for (int v = block; v < block_end; v += 4) until[(v - block) / 4] = this->read_until(v, 4, vectors);
       for (int t = 0; t < stored.tokens; t += 4) {
-        if (block == 0) {
-          for (; taken < t + 4; taken++) tile_.take(a_, stored, taken);
-          prefetch_rest(next, t, (vectors + 3) / 4);
-        }
+        for (; block == 0 && taken < t + 4; taken++) tile_.take(a_, stored, taken);
         for (int v = block; v < block_end; v += 4) {
-          if (t >= until[(v - block) / 4]) continue;
-          const int ahead = t + (v - block) / 4;
           if (block == 0 && taken < t + 8 && taken < TILE) tile_.take(a_, stored, taken++);
-          if (block == 0 && ahead < next.tokens && next.keys[ahead])
-            score_block<true>(v, t, next.keys[ahead]);
-          else
-            score_block<false>(v, t, nullptr);
+          fetcher.with_block(key_width_ / STEP, [&](Walk& ahead, auto fetches) {
+            if (fetches() || t < until[(v - block) / 4])
+              A::template scores<fetches()>(q_ + (std::ptrdiff_t)v * key_width_, key_width_, tile_.keys + t,
+                                            scores_ + v * TILE + t, ahead);
+          });
         }
       }
     }
   }
-  // What `score` does not fetch of the next tile's rows t .. t + 3: it takes one key for each block of 4 vectors.
-  void prefetch_rest(const StoredTile<TILE>& next, int t, int blocks) {
-    const int end = t + 4 < next.tokens ? t + 4 : next.tokens;
-    for (int i = t + blocks; i < end; i++) prefetch_row(next.keys[i], a_.keys.bytes);
-  }
-  template <bool PREFETCH>
-  void score_block(int v, int t, const char* ahead) {
-    A::template scores<PREFETCH>(q_ + (std::ptrdiff_t)v * key_width_, key_width_, tile_.keys + t,
-                                 scores_ + v * TILE + t, ahead, step_bytes_);
-  }
 
-  // Meanwhile the next tile's values are fetched, a share with each block of columns.
-  void accumulate(int vectors, const StoredTile<TILE>& next, const State& state) {
-    constexpr int WIDE = A::COLUMNS * A::STEP;
-    int column = 0, fetched = a_.values_in_keys ? next.tokens : 0;
-    for (; column + WIDE <= value_width_; column += WIDE) {
-      for (; fetched < next.tokens * (column + WIDE) / value_width_; fetched++)
-        prefetch_row(next.values[fetched], a_.values.bytes);
-      accumulate_columns<A::COLUMNS>(vectors, column, state);
-    }
-    for (; column < value_width_; column += A::STEP) accumulate_columns<1>(vectors, column, state);
+  void accumulate(int vectors, Fetcher& fetcher, const State& state) {
+    int column = 0;
+    for (; column + WIDE <= value_width_; column += WIDE) accumulate_columns<A::COLUMNS>(vectors, column, fetcher, state);
+    for (; column < value_width_; column += STEP) accumulate_columns<1>(vectors, column, fetcher, state);
   }
   template <int C>
-  void accumulate_columns(int vectors, int column, const State& state) {
+  void accumulate_columns(int vectors, int column, Fetcher& fetcher, const State& state) {
     int v = 0;
-    for (; v + A::VECTORS <= vectors; v += A::VECTORS) accumulate_block<A::VECTORS, C>(v, column, state);
-    for (; v + 4 <= vectors; v += 4) accumulate_block<4, C>(v, column, state);
-    for (; v + 2 <= vectors; v += 2) accumulate_block<2, C>(v, column, state);
-    for (; v < vectors; v++) accumulate_block<1, C>(v, column, state);
+    for (; v + A::VECTORS <= vectors; v += A::VECTORS) accumulate_block<A::VECTORS, C>(v, column, fetcher, state);
+    for (; v + 4 <= vectors; v += 4) accumulate_block<4, C>(v, column, fetcher, state);
+    for (; v + 2 <= vectors; v += 2) accumulate_block<2, C>(v, column, fetcher, state);
+    for (; v < vectors; v++) accumulate_block<1, C>(v, column, fetcher, state);
   }
   template <int V, int C>
-  void accumulate_block(int v, int column, const State& state) {
-    A::template accumulate<V, C>(weights_ + v * TILE, rescale_ + v, tile_.values, this->read_until(v, V, v + V), column,
-                                 state.out + (std::ptrdiff_t)v * value_width_ + column, value_width_);
+  void accumulate_block(int v, int column, Fetcher& fetcher, const State& state) {
+    fetcher.with_block(TILE / A::TOKENS, [&](Walk& ahead, auto fetches) {
+      A::template accumulate<V, C, fetches()>(weights_ + v * TILE, rescale_ + v, tile_.values,
+                                              this->read_until(v, V, v + V), column,
+                                              state.out + (std::ptrdiff_t)v * value_width_ + column, value_width_, ahead);
+    });
+  }
+  int blocks_of_values(int vectors) const {
+    const int rest = vectors % A::VECTORS, columns = value_width_ / WIDE + value_width_ % WIDE / STEP;
+    return columns * (vectors / A::VECTORS + rest / 4 + rest % 4 / 2 + rest % 2);
   }
 
   using Softmax<A>::a_;
@@ -127,7 +122,6 @@ class RowsEngine : public Softmax<A> {
   using Softmax<A>::weights_;
   using Softmax<A>::rescale_;
   int key_width_, value_width_, vectors_;
-  int step_bytes_;  // of a stored key, for each STEP of it
   Element* q_;      // [vectors, padded key width]
   Tile<A> tile_;
 };

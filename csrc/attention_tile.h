@@ -3,6 +3,7 @@
 
 #include "attention.h"
 #include "attention_decode.h"
+#include "attention_fetch.h"
 
 namespace latentkv::LATENTKV_ISA {
 
@@ -51,12 +52,6 @@ LATENTKV_INLINE void hide_unread(const Attention& a, const Group& group, int fir
   }
   for (int i = 0; i < tile.tokens; i++)
     if (!read[i]) tile.keys[i] = tile.values[i] = nullptr;
-}
-
-LATENTKV_INLINE void prefetch_row(const char* row, int bytes) {
-  if (!row) return;
-  for (int i = 0; i < bytes; i += 64) __builtin_prefetch(row + i, 0, 2);
-  asm volatile("");  // GCC drops calls of functions that do nothing but prefetch
 }
 
 // The rows of one tile as an arithmetic takes them: in place where they are stored so, else decoded into `scratch`.
