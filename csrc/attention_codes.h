@@ -10,6 +10,7 @@ namespace latentkv::LATENTKV_ISA {
 
 // The first `coded` of a row's numbers are codes that `decode` takes TOGETHER of.
 struct Bf16Rows {
+  using Number = bf16;
   static constexpr bool SCALED = false;
   static constexpr int TOGETHER = 64;
   LATENTKV_INLINE int coded(int, int) { return 0; }
@@ -18,6 +19,7 @@ struct Bf16Rows {
 
 // int8 codes are exact in bf16.
 struct Int8Rows {
+  using Number = bf16;
   static constexpr bool SCALED = true;
   static constexpr int TOGETHER = 64;
   LATENTKV_INLINE int coded(int latent_dim, int width) { return width % TOGETHER ? latent_dim : width; }
@@ -67,6 +69,7 @@ struct E4m3Bytes {
 // e4m3 codes are exact in bf16 too: looked up.
 class Fp8Rows {
  public:
+  using Number = bf16;
   static constexpr bool SCALED = true;
   static constexpr int TOGETHER = 64;
   LATENTKV_INLINE int coded(int latent_dim, int) { return latent_dim; }
@@ -92,6 +95,28 @@ class Fp8Rows {
   alignas(64) static constexpr E4m3Bytes TABLE = {};
 
   LATENTKV_INLINE __m512i load(const std::uint8_t* p) { return _mm512_loadu_si512(p); }
+};
+
+// Decodes the codes of some rows, TOGETHER at a time.
+template <class Codes>
+struct Decoder {
+  const char* const* rows;
+  typename Codes::Number* out;
+  int coded, rest;  // numbers of a row
+  int left;
+  const char* codes;
+
+  void some() {
+    if (left == 0) {
+      codes = *rows++;
+      out += rest;
+      left = coded;
+    }
+    Codes::decode(codes, out);
+    codes += Codes::TOGETHER;
+    out += Codes::TOGETHER;
+    left -= Codes::TOGETHER;
+  }
 };
 
 }  // namespace latentkv::LATENTKV_ISA

@@ -5,12 +5,9 @@
 // the numbers: int8 and fp8 codes become bf16 as they are, exactly, between the products of the tokens before them.
 #pragma once
 
-#include <math.h>
-
 #include "attention_bf16.h"
 #include "attention_codes.h"
-#include "attention_state.h"
-#include "attention_tile.h"
+#include "attention_lane_softmax.h"
 #include "turn.h"
 
 #if defined(__AVX512BF16__)
@@ -45,14 +42,14 @@ struct Lanes8 {
 
 // Codes says how the rows are stored; see attention_codes.h.
 template <class Codes>
-class LanesEngine {
-  static constexpr int LANES = 16, TOKENS = 8;       // a block of scores
-  static constexpr int VECTORS = 6, COLUMNS = 2;     // a block of sums of values
+class LanesEngine : public LaneSoftmax<128> {
+  static constexpr int TOKENS = 8;                // a block of scores, of 16 or 8 lanes
+  static constexpr int VECTORS = 6, COLUMNS = 2;  // a block of sums of values
   // Numbers of a key for each line that is fetched ahead and TOGETHER codes that are decoded: TOKENS rows' worth.
   static constexpr int AHEAD = 8;
 
  public:
-  static constexpr int TILE = 128, STEP = Bf16Arithmetic::STEP;
+  static constexpr int STEP = Bf16Arithmetic::STEP;
 
   // Fewer heads would leave lanes empty.
   static bool takes(const Attention& a) {
@@ -61,19 +58,15 @@ class LanesEngine {
   }
 
   LanesEngine(const Attention& a, int vectors)
-      : a_(a), width_(a.keys.width), latents_(a.values.width), vectors_((vectors + LANES - 1) / LANES * LANES), stride_((vectors_ / LANES | 1) * LANES),
+      : LaneSoftmax(a, vectors), width_(a.keys.width), latents_(a.values.width),
         latent_groups_(Codes::SCALED ? (latents_ + SCALE_GROUP - 1) / SCALE_GROUP : 1) {}
 
   int value_width() const { return latents_; }
 
   void place(Memory& memory) {
-    const std::size_t vectors = vectors_;
-    q_ = memory.take<std::uint32_t>(vectors * width_ / 2);
-    scores_ = memory.take<float>((std::size_t)TILE * stride_);
+    LaneSoftmax::place(memory);
+    q_ = memory.take<std::uint32_t>((std::size_t)vectors_ * width_ / 2);
     weights_ = memory.take<std::uint32_t>((std::size_t)TILE / 2 * stride_);
-    rescale_ = memory.take<float>(vectors);
-    from_ = memory.take<std::int32_t>(vectors);
-    to_ = memory.take<std::int32_t>(vectors);
     zeros_ = memory.take<char>(width_ * sizeof(bf16));
     decoded_ = memory.take<bf16>(Codes::SCALED ? (std::size_t)TILE * width_ : 0);
     scales_ = memory.take<float>(Codes::SCALED ? TILE * (latent_groups_ + 1) : 0);
@@ -119,45 +112,8 @@ class LanesEngine {
   }
   float* scales_of(int token) { return scales_ + token * (latent_groups_ + 1); }
 
-  // Which of the tile's tokens each query vector reads; lanes without one read none.
-  void find_ranges(const Group& group, int first, int tokens) {
-    const int vectors = group.rows * group.heads;
-    for (int v = 0; v < (vectors + LANES - 1) / LANES * LANES; v++) {
-      from_[v] = to_[v] = 0;
-      if (v >= vectors) continue;
-      const int t = group.row + v / group.heads;
-      const int from = (a_.start ? a_.start[t] : 0) - first, to = a_.stop[t] - first;
-      from_[v] = from > 0 ? from : 0;
-      to_[v] = to < tokens ? to : tokens;
-    }
-  }
-  int read_until(int v, int count) const {
-    int end = 0;
-    for (int i = v; i < v + count; i++) end = to_[i] > end ? to_[i] : end;
-    return end;
-  }
-
-  // Decodes the codes of some rows, TOGETHER at a time.
-  struct Decoder {
-    const char* const* rows;
-    bf16* out;
-    int coded, rest, left;
-    const char* codes;
-
-    void some() {
-      if (left == 0) {
-        codes = *rows++;
-        out += rest;
-        left = coded;
-      }
-      Codes::decode(codes, out);
-      codes += Codes::TOGETHER;
-      out += Codes::TOGETHER;
-      left -= Codes::TOGETHER;
-    }
-  };
   // Of rows t .. t + TOKENS - 1; their scales and what is not coded are taken at once.
-  Decoder start_decoding(const StoredTile<TILE>& stored, int t) {
+  Decoder<Codes> start_decoding(const StoredTile<TILE>& stored, int t) {
     const int coded = Codes::coded(latents_, width_);
     for (int i = t; i < t + TOKENS; i++) {
       const char* row = i < stored.tokens ? stored.keys[i] : nullptr;
@@ -178,12 +134,12 @@ class LanesEngine {
     const int rest = width_ - coded;
     return {codes_ + t, decoded_ + (std::ptrdiff_t)t * width_ - rest, coded, rest, 0, nullptr};
   }
-  void decode_all(Decoder decoder) {
+  void decode_all(Decoder<Codes> decoder) {
     for (int i = 0; i < TOKENS * decoder.coded; i += Codes::TOGETHER) decoder.some();
   }
 
   void score(int vectors, const StoredTile<TILE>& stored, Fetcher& fetcher) {
-    Decoder decoder = start_decoding(stored, 0);
+    Decoder<Codes> decoder = start_decoding(stored, 0);
     if (Codes::SCALED) decode_all(decoder);
     for (int t = 0; t < stored.tokens; t += TOKENS) {
       bool more = t + TOKENS < stored.tokens;
@@ -203,17 +159,17 @@ class LanesEngine {
     }
   }
   template <bool FETCH, bool DECODE>
-  void score_lanes(int v, int vectors, int t, Walk& ahead, Decoder& decoder) {
+  void score_lanes(int v, int vectors, int t, Walk& ahead, Decoder<Codes>& decoder) {
     if (vectors - v > 8)
       score_block<Lanes16, FETCH, DECODE>(v, t, ahead, decoder);
     else
       score_block<Lanes8, FETCH, DECODE>(v, t, ahead, decoder);
   }
   template <class Lanes, bool FETCH, bool DECODE>
-  __attribute__((noinline)) void score_block(int v, int t, Walk& ahead, Decoder& decoder) {
+  __attribute__((noinline)) void score_block(int v, int t, Walk& ahead, Decoder<Codes>& decoder) {
     using Sums = typename Lanes::Sums;
     Walk walk = ahead;
-    Decoder codes = decoder;
+    Decoder<Codes> codes = decoder;
     const std::uint32_t* q = q_ + (std::ptrdiff_t)v * width_ / 2;
     const bf16* keys[TOKENS];
     Sums sums[TOKENS], scaled[TOKENS];
@@ -253,37 +209,8 @@ class LanesEngine {
     }
 #pragma GCC unroll 8
     for (int j = 0; j < TOKENS; j++)
-      Lanes::store(scores_ + (std::ptrdiff_t)(t + j) * stride_ + v, Codes::SCALED ? scaled[j] : sums[j]);
+      Lanes::store(scores(t + j, v), Codes::SCALED ? scaled[j] : sums[j]);
     if (FETCH) ahead = walk;
-  }
-
-  // Scores of 16 query vectors -> weights exp(scale * score - peak), the new peaks and totals, and what the sums so far
-  // are rescaled by.
-  void soften(int v, int tokens, const State& state) {
-    const vi from = load_as<vi>(from_ + v), to = load_as<vi>(to_ + v);
-    bool all = true;
-    for (int i = 0; i < LANES; i++) all = all && from[i] == 0 && to[i] == tokens;
-    float* s = scores_ + v;
-    const vf none = splat(-INFINITY);
-    vf peaks[2] = {none, none};
-    for (int t = 0; t < tokens; t++) {
-      vf x = load(s + (std::ptrdiff_t)t * stride_) * a_.scale;
-      if (!all) x = (from <= t) & (t < to) ? x : none;
-      store(s + (std::ptrdiff_t)t * stride_, x);
-      peaks[t % 2] = maximum(x, peaks[t % 2]);
-    }
-    const vf old = load(state.peak + v), peak = maximum(maximum(peaks[0], peaks[1]), old);
-    const vf base = peak == none ? vf{} : peak;  // a vector that has read nothing yet
-    vf totals[2] = {};
-    for (int t = 0; t < tokens; t++) {
-      const vf weight = exp(load(s + (std::ptrdiff_t)t * stride_) - base);
-      store(s + (std::ptrdiff_t)t * stride_, weight);
-      totals[t % 2] += weight;
-    }
-    const vf rescale = exp(old == peak ? vf{} : old - peak);
-    store(rescale_ + v, rescale);
-    store(state.peak + v, peak);
-    store(state.total + v, multiply_add(load(state.total + v), rescale, totals[0] + totals[1]));
   }
 
   // Weights times the scales of group g, in bf16, the pair of tokens t and t + 1 of a query vector side by side.
@@ -296,7 +223,7 @@ class LanesEngine {
     const __m512i pairs = _mm512_load_si512(side_by_side);
     const auto weight = [&](int t) {
       if (t >= tokens) return vf{};
-      const vf w = load(scores_ + (std::ptrdiff_t)t * stride_ + v);
+      const vf w = load(scores(t, v));
       return Codes::SCALED ? w * scales_of(t)[g] : w;
     };
     for (int t = 0; t < tokens; t += 2) {
@@ -330,20 +257,14 @@ class LanesEngine {
     });
   }
 
-  const Attention& a_;
-  int width_, latents_;
-  int vectors_, stride_;  // a row of scores: an odd number of lines, so that a column does not share a few sets of L1
-  int latent_groups_;
+  int width_, latents_, latent_groups_;
   std::uint32_t* q_;        // [vectors / 16, width / 2, 16] pairs of numbers
-  float* scores_;           // [TILE, vectors]; then weights
-  std::uint32_t* weights_;  // [TILE / 2, vectors] pairs of tokens
-  float* rescale_;          // [vectors]
-  std::int32_t *from_, *to_;  // [vectors]
+  std::uint32_t* weights_;  // [TILE / 2, stride] pairs of tokens
   char* zeros_;             // a row
   bf16* decoded_;           // [TILE, width]
   float* scales_;           // [TILE, latent groups + 1]
-  const char* codes_[TILE + TOKENS];
-  const bf16* keys_[TILE + TOKENS];
+  const char* codes_[TILE];
+  const bf16* keys_[TILE];
 };
 
 }  // namespace latentkv::LATENTKV_ISA
