@@ -6,6 +6,8 @@
 // group and then over the groups in order, whatever the number of rows.
 #pragma once
 
+#include <type_traits>
+
 #include "linear_inner.h"
 
 namespace latentkv::LATENTKV_ISA {
@@ -28,6 +30,7 @@ LATENTKV_INLINE vf multiply_add(vf sum, vu weights, Unit x) { return multiply_ad
 
 // How a vector of words becomes units: unit i of each word, 1 / scale times the weights or codes.
 struct Bf16Words {
+  static constexpr bool short_groups = false;
   static constexpr float scale = 1;
   static constexpr int units = 2 / UNIT;
   LATENTKV_INLINE vu unit(vu words, int i) {
@@ -36,6 +39,7 @@ struct Bf16Words {
   }
 };
 struct Int8Words {
+  static constexpr bool short_groups = false;
   static constexpr int units = 4 / UNIT;
 #if defined(__AVX512BF16__)
   static constexpr float scale = 0x1p-24f;
@@ -55,6 +59,7 @@ struct Int8Words {
 #endif
 };
 struct Int4Words {
+  static constexpr bool short_groups = true;
   static constexpr float scale = 1;
   static constexpr int units = 8 / UNIT;
 #if defined(__AVX512BF16__)
@@ -84,20 +89,25 @@ struct Panel {
   std::int64_t ahead_stride, ahead_step;     // bytes from group to group, and from word to word; two lines each time
 };
 
-// sums [R][32] += x [groups * group_words * units][R] times the panel.
+// sums [R][32] = x [groups * group_words * units][R] times the panel.
 template <class Decoder, int R>
 void multiply_tile(const Panel& panel, const Unit* x, float* sums) {
-  constexpr int V = 2;
-  for (int first = 0; first < BLOCK_OUTS; first += V * W) {
+  // Groups' sums and their totals fill the registers where groups are short: storing totals for each would cost more
+  // than reading activations twice.
+  constexpr int V = Decoder::short_groups && R > MAX_ROWS / 2 ? 1 : 2;
+  const auto pass = [&](int first, auto fetches) __attribute__((always_inline)) {
     const Unit* units = x;
+    vf total[R][V] = {};
     for (std::int64_t g = 0; g < panel.groups; g++) {
       const Word* words = panel.words + g * panel.words_stride + first;
       const char* ahead = panel.ahead + g * panel.ahead_stride;
-      __builtin_prefetch(ahead - 64, 0, 2);  // where scales lie between the groups
+      if (fetches()) __builtin_prefetch(ahead - 64, 0, 2);  // where scales lie between the groups
       vf acc[R][V] = {};
       for (std::int64_t i = 0; i < panel.group_words; i++, words += BLOCK_OUTS, ahead += panel.ahead_step) {
-        __builtin_prefetch(ahead, 0, 2);  // into the second-level cache
-        __builtin_prefetch(ahead + 64, 0, 2);
+        if (fetches()) {
+          __builtin_prefetch(ahead, 0, 2);  // into the second-level cache
+          __builtin_prefetch(ahead + 64, 0, 2);
+        }
         vu w[V];
 #pragma GCC unroll 2
         for (int v = 0; v < V; v++) w[v] = load_as<vu>(words + v * W);
@@ -117,13 +127,16 @@ void multiply_tile(const Panel& panel, const Unit* x, float* sums) {
         const std::int64_t at = g * panel.scales_stride + first + v * W;
         const vf scale = Decoder::scale * (panel.scales ? load_bf16(panel.scales + at) : splat(1));
 #pragma GCC unroll 16
-        for (int r = 0; r < R; r++) {
-          float* sum = sums + r * BLOCK_OUTS + first + v * W;
-          store(sum, multiply_add(acc[r][v], scale, load(sum)));
-        }
+        for (int r = 0; r < R; r++) total[r][v] = multiply_add(acc[r][v], scale, total[r][v]);
       }
     }
-  }
+#pragma GCC unroll 16
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 2
+      for (int v = 0; v < V; v++) store(sums + r * BLOCK_OUTS + first + v * W, total[r][v]);
+  };
+  pass(0, std::true_type{});
+  for (int first = V * W; first < BLOCK_OUTS; first += V * W) pass(first, std::false_type{});
 }
 
 using Tile = void (*)(const Panel&, const Unit*, float*);
