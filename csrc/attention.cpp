@@ -45,7 +45,8 @@ struct Chunk {
   int index;
 
   int begin() const { return (group->first / group->chunk + index) * group->chunk; }
-  // Down to where a vector of weights or a pair of values could begin: what lies beside what does not depend on the group.
+  // Down to where a vector of weights or a pair of values could begin: what lies beside what does not depend on the
+  // group.
   int first() const { return begin() > group->first / 16 * 16 ? begin() : group->first / 16 * 16; }
   int last() const { return begin() + group->chunk < group->last ? begin() + group->chunk : group->last; }
 };
@@ -201,7 +202,7 @@ void attend_with(const Attention& a) {
 
 #if defined(__AVX512BF16__)
 template <class Codes>
-void attend_in_lanes(const Attention& a) {
+void attend_pages(const Attention& a) {
   LanesEngine<Codes>::takes(a) ? attend_with<LanesEngine<Codes>>(a) : attend_with<RowsEngine<Bf16Arithmetic>>(a);
 }
 #endif
@@ -212,12 +213,13 @@ void attend(const Attention& a) {
   if (a.int8_products) return attend_with<Int8Engine>(a);
 #endif
 #if defined(__AVX512BF16__)
-  const bool quantised = a.kv_format == RowFormat::int8 || a.kv_format == RowFormat::fp8;
-  if (a.q_dtype == DType::bf16 && (quantised || a.kv_format == RowFormat::bf16)) {
+  if (a.q_dtype == DType::bf16 && a.kv_format != RowFormat::fp32 && a.kv_format != RowFormat::fp16) {
     if (a.gather) return attend_with<PackedEngine>(a);
-    if (a.kv_format == RowFormat::int8) return attend_in_lanes<Int8Rows>(a);
-    if (a.kv_format == RowFormat::fp8) return attend_in_lanes<Fp8Rows>(a);
-    return attend_in_lanes<Bf16Rows>(a);
+    switch (a.kv_format) {
+      case RowFormat::int8: return attend_pages<Int8Rows>(a);
+      case RowFormat::fp8: return attend_pages<Fp8Rows>(a);
+      default: return attend_pages<Bf16Rows>(a);
+    }
   }
 #endif
   attend_with<RowsEngine<FloatArithmetic>>(a);

@@ -5,7 +5,7 @@
 // lost: up to 1/254 of the largest number of a group of the query, and 1/510 of the largest of a query vector's weights
 // times scales in 256 tokens.
 //
-// As in attention_lanes.h, query vectors lie in the lanes of a register: four numbers of a key are broadcast.
+// As in attention_lanes.h, query vectors lie in the lanes of a register; four numbers of a key are broadcast.
 #pragma once
 
 #include "attention_codes.h"
@@ -59,9 +59,9 @@ struct RaisedCodes {
 };
 
 class Int8Engine : public LaneSoftmax<256> {
-  static constexpr int TOKENS = 8;                    // a block of scores, of 16 or 8 lanes
-  static constexpr int VECTORS = 6, MIXED = 4 * 16;   // a block of sums of values
-  static constexpr int PAD = 64;                      // groups of numbers are padded to whole registers
+  static constexpr int TOKENS = 8;                   // a block of scores, of 16 or 8 lanes
+  static constexpr int VECTORS = 6, MIXED = 4 * 16;  // a block of sums of values
+  static constexpr int PAD = 64;                     // groups of numbers are padded to whole registers
   // Numbers of a key for each line that is fetched ahead and TOGETHER codes that are raised: TOKENS rows' worth.
   static constexpr int AHEAD = 8;
 
@@ -192,9 +192,7 @@ class Int8Engine : public LaneSoftmax<256> {
   }
 
   // Codes of tokens t .. t + TOKENS - 1 into one half of `raised_`.
-  Decoder<RaisedCodes> start_raising(int t) {
-    return {codes_ + t, raised(t), width_, 0, 0, nullptr};
-  }
+  Decoder<RaisedCodes> start_raising(int t) { return {codes_ + t, raised(t), width_, 0, 0, nullptr}; }
   std::uint8_t* raised(int t) { return raised_ + (std::ptrdiff_t)(t / TOKENS % 2) * TOKENS * width_; }
 
   void score(int vectors, int tokens, Fetcher& fetcher) {
@@ -247,7 +245,8 @@ class Int8Engine : public LaneSoftmax<256> {
       }
 #pragma GCC unroll 8
       for (int j = 0; j < TOKENS; j++)
-        sums[j] = Lanes::add_scaled(sums[j], products[j], q_scale_ + g * vectors_ + v, token_scale_[(t + j) * groups + g]);
+        sums[j] = Lanes::add_scaled(sums[j], products[j], q_scale_ + g * vectors_ + v,
+                                    token_scale_[(t + j) * groups + g]);
     }
 #pragma GCC unroll 8
     for (int j = 0; j < TOKENS; j++) Lanes::store(scores(t + j, v), sums[j]);
@@ -269,11 +268,9 @@ class Int8Engine : public LaneSoftmax<256> {
         const vf exact = weight(t + i) * inverse;
         word |= (vu)_mm512_min_epu32(_mm512_cvtps_epu32((__m512)exact), _mm512_set1_epi32(255)) << (8 * i);
       }
-      store_words(levels_ + (std::ptrdiff_t)t / 4 * stride_ + v, word);
+      std::memcpy(levels_ + (std::ptrdiff_t)t / 4 * stride_ + v, &word, sizeof word);
     }
   }
-  LATENTKV_INLINE void store_words(std::uint32_t* p, vu words) { std::memcpy(p, &words, sizeof words); }
-
   // Four tokens' codes of each column side by side.
   void mix(int tokens, int column) {
     for (int t = 0; t < tokens; t += 4) {

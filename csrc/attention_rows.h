@@ -93,7 +93,8 @@ class RowsEngine : public Softmax<A> {
 
   void accumulate(int vectors, Fetcher& fetcher, const State& state) {
     int column = 0;
-    for (; column + WIDE <= value_width_; column += WIDE) accumulate_columns<A::COLUMNS>(vectors, column, fetcher, state);
+    for (; column + WIDE <= value_width_; column += WIDE)
+      accumulate_columns<A::COLUMNS>(vectors, column, fetcher, state);
     for (; column < value_width_; column += STEP) accumulate_columns<1>(vectors, column, fetcher, state);
   }
   template <int C>
@@ -107,9 +108,9 @@ class RowsEngine : public Softmax<A> {
   template <int V, int C>
   void accumulate_block(int v, int column, Fetcher& fetcher, const State& state) {
     fetcher.with_block(TILE / A::TOKENS, [&](Walk& ahead, auto fetches) {
+      float* out = state.out + (std::ptrdiff_t)v * value_width_ + column;
       A::template accumulate<V, C, fetches()>(weights_ + v * TILE, rescale_ + v, tile_.values,
-                                              this->read_until(v, V, v + V), column,
-                                              state.out + (std::ptrdiff_t)v * value_width_ + column, value_width_, ahead);
+                                              this->read_until(v, V, v + V), column, out, value_width_, ahead);
     });
   }
   int blocks_of_values(int vectors) const {

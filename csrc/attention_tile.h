@@ -56,8 +56,8 @@ LATENTKV_INLINE void hide_unread(const Attention& a, const Group& group, int fir
 
 // The rows of one tile as an arithmetic takes them: in place where they are stored so, else decoded into `scratch`.
 //
-// A format whose rows are not the arithmetic's elements is decoded a row at a time (a tile of rows stays in L2), and
-// everything after this works on elements.
+// A format whose rows are not the arithmetic's elements is decoded a row at a time, and everything after this works on
+// elements.
 template <class A>
 struct Tile {
   using Element = typename A::Element;

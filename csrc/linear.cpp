@@ -155,22 +155,21 @@ void multiply(const PackedWeight& w, std::int64_t e, const void* packed, DType x
 void multiply_rows(const PackedWeight& w, std::int64_t e, const void* packed, DType x, std::int64_t rows,
                    std::int64_t first_rows, std::int64_t end_rows, std::int64_t first_block, std::int64_t end_block,
                    const LinearOutput& out) {
-  constexpr std::int64_t AHEAD = 4096;  // bytes that come from memory in its latency, and some
+  constexpr std::int64_t AHEAD = 4096;       // bytes that come from memory in its latency, and some
+  constexpr std::int64_t AT_ONCE = 1 << 19;  // bytes of activations that stay in L2 while all outputs pass by, ..
+  constexpr std::int64_t FEWEST = 4;         // .. unless so few turns would read all weights once more
   constexpr std::int64_t WORD_BYTES = sizeof(Word);
-  constexpr std::int64_t AT_ONCE = 1 << 19;
   const Layout layout = layout_of(w);
   const Tile* tiles = tiles_for(w.format);
   const int per_row = planes(x);
   const std::int64_t row_units = per_row * units_of(layout), block_words = layout.block_stride();
-  const std::int64_t most = AT_ONCE / (MAX_ROWS * units_of(layout) * (std::int64_t)sizeof(Unit));
-  if (end_rows - first_rows > most && most > 0) {
-    const std::int64_t parts = ceil_div(end_rows - first_rows, most), all = end_rows - first_rows;
-    for (std::int64_t i = 0; i < parts; i++)
-      multiply_rows(w, e, packed, x, rows, first_rows + all * i / parts, first_rows + all * (i + 1) / parts, first_block,
-                    end_block, out);
+  const std::int64_t turns = end_rows - first_rows, bytes = turns * MAX_ROWS * units_of(layout) * sizeof(Unit);
+  if (turns >= 2 * FEWEST && bytes > AT_ONCE) {
+    const std::int64_t middle = first_rows + turns / 2;
+    multiply_rows(w, e, packed, x, rows, first_rows, middle, first_block, end_block, out);
+    multiply_rows(w, e, packed, x, rows, middle, end_rows, first_block, end_block, out);
     return;
   }
-  const std::int64_t turns = end_rows - first_rows;
   for (std::int64_t o = first_block; o < end_block; o++) {
     const Word* block = (const Word*)w.data + (e * layout.blocks + o) * block_words;
     Panel panel = panel_of(layout, block, turns);
