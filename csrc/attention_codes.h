@@ -86,7 +86,7 @@ class Fp8Rows {
   }
   LATENTKV_INLINE void decode_rest(const char* row, int latent_dim, int rope_dim, bf16* out, float* scales) {
     const char* stored = row + latent_dim;
-    for (int i = 0; i < latent_dim; i += SCALE_GROUP, stored += sizeof(float)) *scales++ = read<float>(stored);
+    for (int i = 0; i < latent_dim; i += SCALE_GROUP, stored += sizeof(float)) *scales++ = load_as<float>(stored);
     *scales = 1;
     std::memcpy(out + latent_dim, stored, rope_dim * sizeof(bf16));
   }

@@ -5,13 +5,6 @@
 
 namespace latentkv::LATENTKV_ISA {
 
-template <class T>
-LATENTKV_INLINE T read(const void* p) {
-  T x;
-  std::memcpy(&x, p, sizeof x);
-  return x;
-}
-
 LATENTKV_INLINE void put(float* out, vf v) { store(out, v); }
 LATENTKV_INLINE void put(bf16* out, vf v) { store_bf16(out, v); }
 LATENTKV_INLINE void put_one(float* out, float x) { *out = x; }
@@ -25,7 +18,7 @@ struct Int8Codes {
   vf many(const char* p) const {
     return __builtin_convertvector(__builtin_convertvector(load_as<vb>(p), vi), vf) * scale;
   }
-  float one(const char* p) const { return read<std::int8_t>(p) * scale; }
+  float one(const char* p) const { return load_as<std::int8_t>(p) * scale; }
 };
 
 // The same of e4m3 codes. Moved to a float32's exponent and mantissa they are 2^-120 times their value, subnormals
@@ -39,8 +32,8 @@ struct E4m3Codes {
     return (vf)((code & 0x7f) << 20 | (code & 0x80) << 24) * 0x1p120f * scale;
   }
   float one(const char* p) const {
-    const std::uint32_t code = read<std::uint8_t>(p), bits = (code & 0x7f) << 20 | (code & 0x80) << 24;
-    return read<float>(&bits) * 0x1p120f * scale;
+    const std::uint32_t code = load_as<std::uint8_t>(p), bits = (code & 0x7f) << 20 | (code & 0x80) << 24;
+    return load_as<float>(&bits) * 0x1p120f * scale;
   }
 };
 
@@ -62,7 +55,7 @@ template <class Element>
 void decode_int8(const char* row, int latent_dim, int rope_dim, Element* out) {
   const char* scales = row + latent_dim + rope_dim;
   const auto group = [&](int from, int n) {
-    decode_group(Int8Codes(f16_to_float(read<f16>(scales))), row + from, n, out + from);
+    decode_group(Int8Codes(f16_to_float(load_as<f16>(scales))), row + from, n, out + from);
     scales += sizeof(f16);
   };
   for (int i = 0; i < latent_dim; i += SCALE_GROUP)
@@ -75,7 +68,7 @@ void decode_fp8(const char* row, int latent_dim, int rope_dim, Element* out) {
   const char* scales = row + latent_dim;
   for (int i = 0; i < latent_dim; i += SCALE_GROUP) {
     const int n = latent_dim - i < SCALE_GROUP ? latent_dim - i : SCALE_GROUP;
-    decode_group(E4m3Codes(read<float>(scales)), row + i, n, out + i);
+    decode_group(E4m3Codes(load_as<float>(scales)), row + i, n, out + i);
     scales += sizeof(float);
   }
   decode_floats(scales, DType::bf16, rope_dim, out + latent_dim);

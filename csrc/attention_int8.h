@@ -28,7 +28,7 @@ struct ByteLanes16 {
   using Sums = __m512i;
   using Floats = __m512;
   LATENTKV_INLINE Sums load(const void* p) { return _mm512_load_si512(p); }
-  LATENTKV_INLINE Sums broadcast(const std::uint8_t* p) { return _mm512_set1_epi32(read<std::int32_t>(p)); }
+  LATENTKV_INLINE Sums broadcast(const std::uint8_t* p) { return _mm512_set1_epi32(load_as<std::int32_t>(p)); }
   LATENTKV_INLINE Floats zero() { return _mm512_setzero_ps(); }
   LATENTKV_INLINE Floats add_scaled(Floats sums, Sums products, const float* lane_scales, float scale) {
     const Floats scales = _mm512_mul_ps(_mm512_load_ps(lane_scales), _mm512_set1_ps(scale));
@@ -40,7 +40,7 @@ struct ByteLanes8 {
   using Sums = __m256i;
   using Floats = __m256;
   LATENTKV_INLINE Sums load(const void* p) { return _mm256_load_si256((const __m256i*)p); }
-  LATENTKV_INLINE Sums broadcast(const std::uint8_t* p) { return _mm256_set1_epi32(read<std::int32_t>(p)); }
+  LATENTKV_INLINE Sums broadcast(const std::uint8_t* p) { return _mm256_set1_epi32(load_as<std::int32_t>(p)); }
   LATENTKV_INLINE Floats zero() { return _mm256_setzero_ps(); }
   LATENTKV_INLINE Floats add_scaled(Floats sums, Sums products, const float* lane_scales, float scale) {
     const Floats scales = _mm256_mul_ps(_mm256_load_ps(lane_scales), _mm256_set1_ps(scale));
@@ -159,7 +159,7 @@ class Int8Engine : public LaneSoftmax<256> {
     for (int d = begin; d < end; d += W)
       largest = _mm512_max_epi32(largest, (__m512i)((vu)load(q_row_ + d) & 0x7fffffff));
     const int bits = _mm512_reduce_max_epi32(largest);
-    const float most = read<float>(&bits), inverse = inverse_of(most, 127);
+    const float most = load_as<float>(&bits), inverse = inverse_of(most, 127);
     __m512i total = _mm512_setzero_si512();
     for (int d = begin; d < end; d += W) {
       const vf exact = inverse == 0 ? vf{} : load(q_row_ + d) * inverse;  // not zero times NaN
@@ -179,7 +179,7 @@ class Int8Engine : public LaneSoftmax<256> {
       const char* row = i < stored.tokens ? stored.keys[i] : nullptr;
       codes_[i] = row ? in_place_ ? row : padded_row(row, i) : zeros_;
       for (int g = 0; g < groups; g++)
-        token_scale_[i * groups + g] = row ? f16_to_float(read<f16>(row + a_.keys.width + g * sizeof(f16))) : 0;
+        token_scale_[i * groups + g] = row ? f16_to_float(load_as<f16>(row + a_.keys.width + g * sizeof(f16))) : 0;
     }
   }
   const char* padded_row(const char* row, int i) {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextvars
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from ops_cases import gqa_case, mla_case, tenth
 from torch import Tensor
 
-from latentkv.ops import gqa_attend, mla_attend, mla_prefill
+from latentkv.ops import KVFormat, gqa_attend, mla_attend, mla_prefill
 from latentkv.ops.native.core import current_isa
 
 Attend = Callable[[], tuple[Tensor, Tensor]]
@@ -37,7 +38,12 @@ def attentions(dtype: torch.dtype) -> list[Attend]:
     several = mla_case([3, 1, 9], [1500, 700, 40], heads=21, latent_dim=44, rope_dim=9, page_size=13, dtype=dtype)
     many = mla_case([1] * 9, [300 + 60 * i for i in range(9)], heads=8, dtype=dtype)
     grouped = gqa_case([1, 4], [1100, 600], heads=6, kv_heads=3, dtype=dtype)
-    calls: list[Attend] = []
+    shape = {"heads": 21, "latent_dim": 64, "rope_dim": 32, "page_size": 13}
+    formats: list[KVFormat | None] = [None, "int8", "fp8"]
+    lanes = [(kv, mla_case([3, 1, 9], [1500, 700, 40], dtype=dtype, kv_format=kv, **shape)) for kv in formats]
+    calls: list[Attend] = [
+        partial(mla_attend, *case.args, latent_dim=64, kv_format=kv, scale=0.3) for kv, case in lanes
+    ]
     if current_isa() == "avx512bf16" and dtype == torch.bfloat16:  # the kernels with int8 products
         short = mla_case([3, 1, 9], [1500, 700, 40], heads=21, latent_dim=44, rope_dim=9, dtype=dtype, kv_format="int8")
         long = mla_case([1], [2500], heads=16, dtype=dtype, kv_format="int8")
@@ -92,22 +98,27 @@ def test_four_callers_at_once_change_nothing(dtype: torch.dtype, threads: Callab
             assert_same_bits(future.result(), alone)
 
 
-@pytest.mark.parametrize("heads", [1, 5, 16, 130])
-def test_a_row_does_not_change_with_the_rows_of_its_sequence_beside_it(heads: int) -> None:
-    case = mla_case([7], [90], heads=heads)
-    out, lse = mla_attend(*case.args, latent_dim=64, scale=0.3)
+@pytest.mark.parametrize("heads", [1, 5, 9, 16, 130])
+@pytest.mark.parametrize(("rope_dim", "kv_format"), [(16, None), (32, None), (64, "int8"), (64, "fp8")])
+def test_a_row_does_not_change_with_the_rows_of_its_sequence_beside_it(
+    heads: int, rope_dim: int, kv_format: KVFormat | None
+) -> None:
+    case = mla_case([7], [90], heads=heads, rope_dim=rope_dim, kv_format=kv_format)
+    options: dict[str, Any] = {"latent_dim": 64, "scale": 0.3, "kv_format": kv_format}
+    out, lse = mla_attend(*case.args, **options)
     for t in range(7):
-        bounds = torch.tensor([0, 1])
-        alone = mla_attend(
-            case.q[t : t + 1], case.pages, case.table, bounds, case.stop[t : t + 1], latent_dim=64, scale=0.3
-        )
-        assert_same_bits(alone, (out[t : t + 1], lse[t : t + 1]))
+        own, bounds = slice(t, t + 1), torch.tensor([0, 1])
+        alone = mla_attend(case.q[own], case.pages, case.table, bounds, case.stop[own], **options)
+        assert_same_bits(alone, (out[own], lse[own]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("window", [5, 10, 150])
-def test_a_row_with_a_window_does_not_change_with_the_rows_beside_it(dtype: torch.dtype, window: int) -> None:
-    case = mla_case([40], [300], heads=8, dtype=dtype)
+@pytest.mark.parametrize("rope_dim", [16, 32])
+def test_a_row_with_a_window_does_not_change_with_the_rows_beside_it(
+    dtype: torch.dtype, window: int, rope_dim: int
+) -> None:
+    case = mla_case([40], [300], heads=8, rope_dim=rope_dim, dtype=dtype)
     start = (case.stop - window).clamp(min=0)
     options: dict[str, Any] = {"latent_dim": 64, "scale": 10.0, "out_dtype": torch.float32}  # so that every bit shows
     out, lse = mla_attend(*case.args, start=start, **options)
@@ -118,17 +129,21 @@ def test_a_row_with_a_window_does_not_change_with_the_rows_beside_it(dtype: torc
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_where_pages_lie_and_how_large_they_are_changes_nothing(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("heads", "latent_dim", "rope_dim"), [(3, 44, 9), (24, 64, 32)])
+def test_where_pages_lie_and_how_large_they_are_changes_nothing(
+    dtype: torch.dtype, heads: int, latent_dim: int, rope_dim: int
+) -> None:
     expected = None
     for page_size, seed in ((64, 0), (64, 1), (13, 0), (1, 0)):
-        case = mla_case([2], [700], heads=3, latent_dim=44, rope_dim=9, page_size=page_size, dtype=dtype)
+        shape = {"heads": heads, "latent_dim": latent_dim, "rope_dim": rope_dim, "page_size": page_size}
+        case = mla_case([2], [700], dtype=dtype, **shape)
         order = torch.randperm(len(case.pages), generator=torch.Generator().manual_seed(seed))
         pages = torch.full_like(case.pages, float("nan"))
         pages[order] = case.pages
         table = case.table.clone()
         used = -(-700 // page_size)
         table[0, :used] = order.int()[case.table[0, :used].long()]
-        result = mla_attend(case.q, pages, table, case.q_start, case.stop, latent_dim=44, scale=0.3)
+        result = mla_attend(case.q, pages, table, case.q_start, case.stop, latent_dim=latent_dim, scale=0.3)
         expected = expected or result
         assert_same_bits(result, expected)
 

@@ -70,8 +70,9 @@ def test_quantised_pages_are_read_as_the_numbers_that_they_stand_for(
     assert_matches_reference(case, latent_dim, scale, slots=slots)
 
 
-def test_fp8_pages_may_have_scales_that_are_not_powers_of_two_and_codes_of_every_kind() -> None:
-    case = mla_case([2], [256], heads=5, latent_dim=256, rope_dim=32, page_size=64, kv_format="fp8")
+@pytest.mark.parametrize("heads", [5, 12])
+def test_fp8_pages_may_have_scales_that_are_not_powers_of_two_and_codes_of_every_kind(heads: int) -> None:
+    case = mla_case([2], [256], heads=heads, latent_dim=256, rope_dim=32, page_size=64, kv_format="fp8")
     rows = case.pages.view(-1, case.pages.shape[2])[token_slots(case.table, 0, 256, 64)]
     codes = torch.arange(256, dtype=torch.uint8).masked_fill(torch.arange(256) % 128 == 127, 0)  # without NaN
     rows[:, :256] = codes.roll(13)
@@ -80,6 +81,17 @@ def test_fp8_pages_may_have_scales_that_are_not_powers_of_two_and_codes_of_every
     rows[:, 256:264] = torch.cat([scales, scales.flip(1)]).view(torch.uint8)
     case.pages.view(-1, case.pages.shape[2])[token_slots(case.table, 0, 256, 64)] = rows
     assert_matches_reference(case, 256, 0.02)
+
+
+@pytest.mark.parametrize("heads", [8, 9, 24, 25, 40, 120])
+@pytest.mark.parametrize(("latent_dim", "rope_dim"), [(512, 64), (256, 32), (192, 64), (64, 0), (96, 32)])
+@pytest.mark.parametrize("kv_format", [None, "int8", "fp8"])
+def test_any_number_of_heads_meets_the_bar_in_every_format(
+    heads: int, latent_dim: int, rope_dim: int, kv_format: KVFormat | None
+) -> None:
+    shape = {"latent_dim": latent_dim, "rope_dim": rope_dim, "page_size": 24}
+    case = mla_case([1, 3, 2], [131, 300, 9], heads=heads, kv_format=kv_format, **shape)
+    assert_matches_reference(case, latent_dim, (latent_dim + rope_dim) ** -0.5)
 
 
 def test_a_sequence_without_tokens_or_rows_gives_zero_and_minus_infinity() -> None:
@@ -98,26 +110,29 @@ def test_no_rows_at_all_give_an_empty_result() -> None:
 
 
 @pytest.mark.parametrize("window", [1, 5, 24])
-def test_sliding_windows_read_only_their_tokens(window: int) -> None:
-    case = mla_case([4, 1, 40], [30, 3, 45], heads=3)
+@pytest.mark.parametrize(("heads", "rope_dim"), [(3, 16), (24, 32)])
+def test_sliding_windows_read_only_their_tokens(window: int, heads: int, rope_dim: int) -> None:
+    case = mla_case([4, 1, 40], [30, 3, 45], heads=heads, rope_dim=rope_dim)
     start = (case.stop - window).clamp(min=0)
     for t, b in enumerate(torch.repeat_interleave(torch.arange(3), torch.tensor([4, 1, 40])).tolist()):
         if t == int(case.q_start[b]):  # the first row's window starts first: all before it is poisoned
-            case.pages.view(-1, 80)[token_slots(case.table, b, int(start[t]), 16)] = float("nan")
+            case.pages.view(-1, 64 + rope_dim)[token_slots(case.table, b, int(start[t]), 16)] = float("nan")
     assert_matches_reference(case, 64, start=start)
 
 
-def test_tokens_that_no_row_reads_may_be_nan_even_between_rows() -> None:
-    case = mla_case([3], [30], heads=2)
+@pytest.mark.parametrize(("heads", "rope_dim"), [(2, 16), (24, 32)])
+def test_tokens_that_no_row_reads_may_be_nan_even_between_rows(heads: int, rope_dim: int) -> None:
+    case = mla_case([3], [30], heads=heads, rope_dim=rope_dim)
     start, stop = torch.tensor([0, 20, 25]), torch.tensor([5, 30, 25])
-    case.pages.view(-1, 80)[token_slots(case.table, 0, 30, 16)[5:20]] = float("nan")
+    case.pages.view(-1, 64 + rope_dim)[token_slots(case.table, 0, 30, 16)[5:20]] = float("nan")
     args = (*case.args[:4], stop)
     expected = reference.mla_attend(*args, latent_dim=64, scale=0.1, start=start)
     assert_meets_bar(mla_attend(*args, latent_dim=64, scale=0.1, start=start), expected)
 
 
-def test_slots_name_the_tokens_to_read() -> None:
-    case = mla_case([2, 2], [20, 37], heads=3)
+@pytest.mark.parametrize(("heads", "rope_dim"), [(3, 16), (24, 32)])
+def test_slots_name_the_tokens_to_read(heads: int, rope_dim: int) -> None:
+    case = mla_case([2, 2], [20, 37], heads=heads, rope_dim=rope_dim)
     slots = torch.full((4, 9), -1)
     slots[0, :4] = token_slots(case.table, 0, 20, 16)[[3, 19, 0, 7]]
     slots[2, 1:] = token_slots(case.table, 1, 37, 16)[10:18]
@@ -140,10 +155,14 @@ def test_slots_of_a_whole_range_equal_the_range() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_sequence_does_not_change_by_a_bit_with_the_rest_of_the_batch(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("heads", "latent_dim", "rope_dim"), [(3, 44, 9), (21, 64, 32)])
+def test_a_sequence_does_not_change_by_a_bit_with_the_rest_of_the_batch(
+    dtype: torch.dtype, heads: int, latent_dim: int, rope_dim: int
+) -> None:
     q_lens, kv_lens = [3, 1, 18, 2], [2100, 7, 1030, 65]
-    case = mla_case(q_lens, kv_lens, heads=3, latent_dim=44, rope_dim=9, page_size=13, dtype=dtype)
-    out, lse = mla_attend(*case.args, latent_dim=44, scale=0.3)
+    shape = {"heads": heads, "latent_dim": latent_dim, "rope_dim": rope_dim, "page_size": 13}
+    case = mla_case(q_lens, kv_lens, dtype=dtype, **shape)
+    out, lse = mla_attend(*case.args, latent_dim=latent_dim, scale=0.3)
     for b, (first, last) in enumerate(zip(case.q_start[:-1].tolist(), case.q_start[1:].tolist(), strict=True)):
         own = slice(first, last)
         alone = mla_attend(
@@ -152,7 +171,7 @@ def test_a_sequence_does_not_change_by_a_bit_with_the_rest_of_the_batch(dtype: t
             case.table[b : b + 1],
             torch.tensor([0, last - first]),
             case.stop[own],
-            latent_dim=44,
+            latent_dim=latent_dim,
             scale=0.3,
         )
         assert torch.equal(alone[0], out[own])
@@ -196,12 +215,12 @@ def test_both_forms_of_mla_agree_to_1e_12_and_the_fast_op_with_them() -> None:
     torch.testing.assert_close(torch.einsum("hdl,thl->thd", w_uv, out), expanded, atol=1e-12, rtol=1e-12)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     lens=st.lists(st.tuples(st.integers(0, 6), st.integers(0, 40)), min_size=1, max_size=4),
-    heads=st.integers(1, 7),
-    latent_dim=st.integers(1, 20),
-    rope_dim=st.integers(0, 6),
+    heads=st.one_of(st.integers(1, 7), st.integers(8, 40)),
+    latent_dim=st.one_of(st.integers(1, 20), st.sampled_from([32, 64, 160])),
+    rope_dim=st.one_of(st.integers(0, 6), st.sampled_from([32, 64])),
     page_size=st.integers(1, 20),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
     kv_format=st.sampled_from([None, "int8", "fp8"]),
