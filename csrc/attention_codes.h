@@ -55,7 +55,7 @@ struct E4m3Bytes {
   std::uint8_t low[128] = {}, high[128] = {};
 
   constexpr E4m3Bytes() {
-    for (int code = 1; code < 127; code++) {
+    for (int code = 1; code < 128; code++) {
       int exponent = code >> 3, mantissa = code & 7;
       if (exponent == 0)  // subnormal: mantissa / 8 * 2^-6
         for (exponent = 1; mantissa < 8; mantissa *= 2) exponent--;
@@ -63,8 +63,6 @@ struct E4m3Bytes {
       low[code] = bits & 0xff;
       high[code] = bits >> 8;
     }
-    low[127] = 0xc0;  // NaN
-    high[127] = 0x7f;
   }
 };
 

@@ -1,8 +1,6 @@
 // Rows of the latent cache as an arithmetic's elements, from each of the formats of `ops/kv_formats.py`.
 #pragma once
 
-#include <math.h>
-
 #include "rows.h"
 
 namespace latentkv::LATENTKV_ISA {
@@ -31,12 +29,11 @@ struct E4m3Codes {
   explicit E4m3Codes(float scale) : scale(scale) {}
   vf many(const char* p) const {
     const vu code = __builtin_convertvector(load_as<vub>(p), vu);
-    const vf value = (vf)((code & 0x7f) << 20 | (code & 0x80) << 24) * 0x1p120f * scale;
-    return (code & 0x7f) == 0x7f ? splat(NAN) : value;
+    return (vf)((code & 0x7f) << 20 | (code & 0x80) << 24) * 0x1p120f * scale;
   }
   float one(const char* p) const {
     const std::uint32_t code = load_as<std::uint8_t>(p), bits = (code & 0x7f) << 20 | (code & 0x80) << 24;
-    return (code & 0x7f) == 0x7f ? NAN : load_as<float>(&bits) * 0x1p120f * scale;
+    return load_as<float>(&bits) * 0x1p120f * scale;
   }
 };
 
