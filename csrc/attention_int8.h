@@ -96,7 +96,7 @@ class Int8Engine : public LaneSoftmax<256> {
   void load_queries(const Group& group) {
     const int vectors = group.rows * group.heads;
     std::memset(zeros_, 0, width_);
-    for (int v = 0; v < vectors_; v += LANES) {
+    for (int v = 0; v < vectors; v += LANES) {
       const std::int8_t* rows[LANES];
       for (int i = 0; i < LANES; i++) {
         rows[i] = q_codes_ + (std::ptrdiff_t)i * width_;
@@ -258,8 +258,10 @@ class Int8Engine : public LaneSoftmax<256> {
     const float* scale = token_scale_ + g;
     const int groups = latent_groups_ + 1;
     const auto weight = [&](int t) { return t < tokens ? load(scores(t, v)) * scale[t * groups] : vf{}; };
-    vf most{};
-    for (int t = 0; t < tokens; t++) most = maximum(weight(t), most);
+    // Magnitudes as integers are ordered as the numbers are, with NaN above infinity: it reaches the level.
+    __m512i largest = _mm512_setzero_si512();
+    for (int t = 0; t < tokens; t++) largest = _mm512_max_epi32(largest, (__m512i)((vu)weight(t) & 0x7fffffff));
+    const vf most = (vf)largest;
     store(level_ + v, most / 255);
     const vf inverse = (most > 1e-36f) & (most < INFINITY) ? 255 / most : vf{};
     for (int t = 0; t < tokens; t += 4) {

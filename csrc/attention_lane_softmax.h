@@ -62,7 +62,8 @@ class LaneSoftmax {
       peaks[t % 2] = maximum(x, peaks[t % 2]);
     }
     const vf old = load(state.peak + v), peak = maximum(maximum(peaks[0], peaks[1]), old);
-    const vf base = peak == none ? vf{} : peak;  // a vector that has read nothing yet
+    // Not of a vector that reads nothing here; where all scores are -inf, exp(-inf + inf) shows it as NaN.
+    const vf base = (peak == none) & (from >= to) ? vf{} : peak;
     vf totals[2] = {};
     for (int t = 0; t < tokens; t++) {
       const vf weight = exp(load(scores(t, v)) - base);

@@ -1,8 +1,8 @@
 // The bf16 engine for latent pages: query vectors lie in the lanes of a register.
 //
 // A pair of numbers of a key is broadcast against that pair of 16 query vectors. So neither scores nor the softmax need
-// sums across lanes, and the scale that the cache keeps for a group of numbers multiplies a sum of products instead of
-// the numbers: int8 and fp8 codes become bf16 as they are, exactly, between the products of the tokens before them.
+// sums across lanes, and the scale that the cache keeps for a group of numbers multiplies sums of products (scores) or
+// softmax weights (values) instead of the numbers: int8 and fp8 codes become bf16 as they are, exactly, between the products of the tokens before them.
 #pragma once
 
 #include "attention_bf16.h"

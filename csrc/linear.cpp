@@ -164,7 +164,8 @@ void multiply_rows(const PackedWeight& w, std::int64_t e, const void* packed, DT
   const int per_row = planes(x);
   const std::int64_t row_units = per_row * units_of(layout), block_words = layout.block_stride();
   const std::int64_t turns = end_rows - first_rows, bytes = turns * MAX_ROWS * units_of(layout) * sizeof(Unit);
-  if (turns >= 2 * FEWEST && bytes > AT_ONCE) {
+  if (turns == 0) return;  // more threads than blocks of rows
+  if (turns >= 2 * FEWEST && bytes > AT_ONCE && end_block - first_block > 1) {
     const std::int64_t middle = first_rows + turns / 2;
     multiply_rows(w, e, packed, x, rows, first_rows, middle, first_block, end_block, out);
     multiply_rows(w, e, packed, x, rows, middle, end_rows, first_block, end_block, out);
@@ -178,7 +179,7 @@ void multiply_rows(const PackedWeight& w, std::int64_t e, const void* packed, DT
       // One pass over the weights streams through them; several find them in the cache, while the next block comes.
       const std::int64_t ahead = turns == 1 ? AHEAD : (block_words + block_words * turn / turns) * WORD_BYTES;
       panel.ahead = (const char*)panel.words + ahead;
-      alignas(64) float sums[MAX_ROWS * BLOCK_OUTS] = {};
+      alignas(64) float sums[MAX_ROWS * BLOCK_OUTS];
       tiles[block_rows.count * per_row - 1](panel, (const Unit*)packed + block_rows.first * row_units, sums);
       write_rows(sums, per_row, block_rows, o * BLOCK_OUTS, w.outs, out);
     }

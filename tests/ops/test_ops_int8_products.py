@@ -147,3 +147,13 @@ def test_kernels_without_int8_products_refuse_instead_of_falling_back(isa: Any) 
     case = mla_case([1], [9], heads=2, kv_format="int8")
     with use_isa(isa), pytest.raises(OpError, match="int8_products cannot be had here"):
         mla_attend(*case.args, latent_dim=64, scale=0.1, **OPTIONS)
+
+
+@needs_vnni
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_scale_that_is_not_finite_shows_in_every_head(value: float) -> None:
+    case = mla_case([1], [2], heads=8, latent_dim=64, rope_dim=64, kv_format="int8")
+    row = case.pages.view(-1, case.pages.shape[2])[token_slots(case.table, 0, 2, 16)[1]]
+    row[128:130] = torch.tensor([value], dtype=torch.float16).view(torch.int8)
+    out, _ = mla_attend(*case.args, latent_dim=64, scale=0.1, **OPTIONS)
+    assert not out.isfinite().all(-1).any()

@@ -98,6 +98,21 @@ def test_a_row_does_not_depend_on_the_other_rows(
 
 
 @every_isa
+@pytest.mark.parametrize(("outs", "ins", "rows"), [(32, 1024, 6), (32, 1024, 20), (32, 1024, 40), (576, 256, 150)])
+def test_more_threads_than_there_is_work_to_share_are_fine(isa: core.Isa, outs: int, ins: int, rows: int) -> None:
+    packed, weight = weights(outs, ins, fmt="bf16", group=None)
+    x = numbers(rows, ins, seed=1, dtype=torch.bfloat16)
+    threads = torch.get_num_threads()
+    with core.use_isa(isa):
+        try:
+            for count in (3, 4, 16):
+                torch.set_num_threads(count)
+                assert_close(linear(x, packed, out_dtype=torch.float32), x, weight)
+        finally:
+            torch.set_num_threads(threads)
+
+
+@every_isa
 @every_format
 def test_the_number_of_threads_changes_no_bit(isa: core.Isa, fmt: str, group: int | None) -> None:
     packed, _ = weights(200, 256, fmt=fmt, group=group)

@@ -62,7 +62,7 @@ def test_quantised_pages_are_read_as_the_numbers_that_they_stand_for(
 ) -> None:
     shape = {"latent_dim": latent_dim, "rope_dim": rope_dim, "page_size": 24}
     case = mla_case([3, 1, 20], [150, 2100, 77], heads=16, dtype=dtype, kv_format=kv_format, **shape)
-    # Products in bf16 round what int8 stands for once more, which the bar allows at the scale of a real softmax.
+    # Some kernels round what int8 stands for to bf16, which the bar allows at the scale of a real softmax.
     scale = 2.0 if dtype == torch.float32 else (latent_dim + rope_dim) ** -0.5
     assert_matches_reference(case, latent_dim, scale)
     slots = torch.full((24, 30), -1)
@@ -81,6 +81,22 @@ def test_fp8_pages_may_have_scales_that_are_not_powers_of_two_and_codes_of_every
     rows[:, 256:264] = torch.cat([scales, scales.flip(1)]).view(torch.uint8)
     case.pages.view(-1, case.pages.shape[2])[token_slots(case.table, 0, 256, 64)] = rows
     assert_matches_reference(case, 256, 0.02)
+
+
+@pytest.mark.parametrize("heads", [4, 8, 16, 24])
+@pytest.mark.parametrize("kv_format", [None, "int8", "fp8"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("tokens", [1, 30])
+def test_a_query_that_is_not_finite_shows(heads: int, kv_format: KVFormat | None, value: float, tokens: int) -> None:
+    case = mla_case([1], [tokens], heads=heads, rope_dim=32, kv_format=kv_format)
+    options: dict[str, Any] = {"latent_dim": 64, "scale": 0.1, "kv_format": kv_format}
+    for number in range(8):  # of both signs in the key: scores of +inf and of -inf
+        q = case.q.clone()
+        q[0, 1, number] = value
+        out, lse = mla_attend(q, *case.args[1:], **options)
+        assert out[0, 1].isnan().all()
+        assert not lse[0, 1].isfinite()
+        assert out[0, 0].isfinite().all()
 
 
 @pytest.mark.parametrize("heads", [8, 9, 24, 25, 40, 120])

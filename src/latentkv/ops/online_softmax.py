@@ -96,7 +96,9 @@ def _attend_block(
         total = total * rescale + weights.sum(dim=-1)
         out = torch.baddbmm(out * rescale.unsqueeze(-1), weights, values)
         peak = new_peak
-    out = out / torch.where(total > 0, total, 1.0).unsqueeze(-1)
+    # Only a row that reads nothing may have no weights; where all its scores are -inf, 0 / 0 shows it as NaN.
+    empty = (start >= stop).repeat_interleave(heads).to(total.device)
+    out = out / torch.where(empty, 1.0, total).unsqueeze(-1)
     lse = peak + total.log()
     return out.view(groups, rows, heads, value_dim), lse.view(groups, rows, heads)
 
