@@ -38,8 +38,8 @@ class Fetcher {
   Fetcher(const char* const* rows, int num_rows, int bytes, int blocks)
       : walk_(rows, (bytes + 63) / 64), lines_((bytes + 63) / 64 * num_rows), blocks_(blocks) {}
 
-  // Calls f(walk, fetches) for the next block, which fetches up to `piece` lines of the walk where `fetches` is true. To
-  // be called `blocks` times: the walk ends with the rows.
+  // Calls f(walk, fetches) for the next block, which fetches up to `piece` lines of the walk where `fetches` is true.
+  // To be called `blocks` times: the walk ends with the rows.
   template <class F>
   void with_block(int piece, F f) {
     long owed = (long)lines_ * ++block_ / blocks_ - done_;

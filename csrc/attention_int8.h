@@ -1,9 +1,9 @@
 // Attention over int8 pages in int8 products (AVX-512 VNNI): faster than bf16's, with rounding of its own.
 //
 // A query vector gets a scale for each group of numbers that shares one in the cache, and so do the weights of a tile
-// times those tokens' scales: everything that is multiplied is a byte, sums are exact, and scales multiply sums. What is
-// lost: up to 1/254 of the largest number of a group of the query, and 1/510 of the largest of a query vector's weights
-// times scales in 256 tokens.
+// times those tokens' scales: everything that is multiplied is a byte, sums are exact, and scales multiply sums. What
+// is lost: up to 1/254 of the largest number of a group of the query, and 1/510 of the largest of a query vector's
+// weights times scales in 256 tokens.
 //
 // As in attention_lanes.h, query vectors lie in the lanes of a register; four numbers of a key are broadcast.
 #pragma once
@@ -117,10 +117,10 @@ class Int8Engine : public LaneSoftmax<256> {
   void attend(const Group& group, int first, const StoredTile<TILE>& stored, const StoredTile<TILE>& next,
               const State& state) {
     const int vectors = group.rows * group.heads, lanes = (vectors + LANES - 1) / LANES;
-    const int scored = lanes * ((stored.tokens + TOKENS - 1) / TOKENS), rest = vectors % VECTORS;
-    const int summed = (vectors / VECTORS + rest / 4 + rest % 4) * (latents_ / MIXED);
+    const int scored = lanes * ((stored.tokens + TOKENS - 1) / TOKENS);
+    const int summed = num_vector_blocks<VECTORS>(vectors) * (latents_ / MIXED);
     Fetcher fetcher(next.keys, next.tokens, a_.keys.bytes, scored + summed);
-    find_ranges(group, first, stored.tokens);
+    ranges_.find(a_, group, first, stored.tokens);
     take(stored);
     score(vectors, stored.tokens, fetcher);
     for (int v = 0; v < vectors; v += LANES) soften(v, stored.tokens, state);
@@ -204,7 +204,7 @@ class Int8Engine : public LaneSoftmax<256> {
         fetcher.with_block(width_ / AHEAD, [&](Walk& ahead, auto fetches) {
           if (v == 0 && more)
             score_lanes<fetches(), true>(v, vectors, t, ahead);
-          else if (fetches() || t < read_until(v, LANES))
+          else if (fetches() || t < ranges_.until(v, LANES))
             score_lanes<fetches(), false>(v, vectors, t, ahead);
         });
       }
@@ -289,15 +289,12 @@ class Int8Engine : public LaneSoftmax<256> {
   }
 
   void accumulate(int vectors, float* out, Fetcher& fetcher) {
-    int v = 0;
-    for (; v + VECTORS <= vectors; v += VECTORS) accumulate_block<VECTORS>(v, out, fetcher);
-    for (; v + 4 <= vectors; v += 4) accumulate_block<4>(v, out, fetcher);
-    for (; v < vectors; v++) accumulate_block<1>(v, out, fetcher);
+    for_vector_blocks<VECTORS>(vectors, [&](auto count, int v) { accumulate_block<count()>(v, out, fetcher); });
   }
   template <int V>
   void accumulate_block(int v, float* out, Fetcher& fetcher) {
     fetcher.with_block(TILE / 4, [&](Walk& ahead, auto fetches) {
-      accumulate<V, fetches()>(v, read_until(v, V), out + (std::ptrdiff_t)v * latents_, ahead);
+      accumulate<V, fetches()>(v, ranges_.until(v, V), out + (std::ptrdiff_t)v * latents_, ahead);
     });
   }
   template <int V, bool FETCH>

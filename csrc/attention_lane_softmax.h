@@ -5,6 +5,7 @@
 
 #include "attention_state.h"
 #include "attention_tile.h"
+#include "attention_vectors.h"
 
 #if defined(__AVX512F__)
 
@@ -23,34 +24,14 @@ class LaneSoftmax {
   void place(Memory& memory) {
     scores_ = memory.take<float>((std::size_t)TILE * stride_);
     rescale_ = memory.take<float>(vectors_);
-    from_ = memory.take<std::int32_t>(vectors_);
-    to_ = memory.take<std::int32_t>(vectors_);
   }
 
   float* scores(int token, int v) { return scores_ + (std::ptrdiff_t)token * stride_ + v; }
 
-  // Which of the tile's tokens each query vector reads; lanes without one read none.
-  void find_ranges(const Group& group, int first, int tokens) {
-    const int vectors = group.rows * group.heads;
-    for (int v = 0; v < (vectors + LANES - 1) / LANES * LANES; v++) {
-      from_[v] = to_[v] = 0;
-      if (v >= vectors) continue;
-      const int t = group.row + v / group.heads;
-      const int from = (a_.start ? a_.start[t] : 0) - first, to = a_.stop[t] - first;
-      from_[v] = from > 0 ? from : 0;
-      to_[v] = to < tokens ? to : tokens;
-    }
-  }
-  int read_until(int v, int count) const {
-    int end = 0;
-    for (int i = v; i < v + count; i++) end = to_[i] > end ? to_[i] : end;
-    return end;
-  }
-
   // Scores of 16 query vectors -> weights exp(scale * score - peak), the new peaks and totals, and what the sums so far
   // are rescaled by.
   void soften(int v, int tokens, const State& state) {
-    const vi from = load_as<vi>(from_ + v), to = load_as<vi>(to_ + v);
+    const vi from = load_as<vi>(ranges_.from + v), to = load_as<vi>(ranges_.to + v);
     bool all = true;
     for (int i = 0; i < LANES; i++) all = all && from[i] == 0 && to[i] == tokens;
     const vf none = splat(-INFINITY);
@@ -79,9 +60,9 @@ class LaneSoftmax {
   const Attention& a_;
   int vectors_;  // whole registers
   int stride_;   // of a token's scores: an odd number of lines, or a vector's would share a few sets of the L1 cache
-  float* scores_;             // [TILE, stride]; then weights
-  float* rescale_;            // [vectors]
-  std::int32_t *from_, *to_;  // [vectors] tokens of the tile that each query vector reads
+  float* scores_;   // [TILE, stride]; then weights
+  float* rescale_;  // [vectors]
+  Ranges ranges_;
 };
 
 }  // namespace latentkv::LATENTKV_ISA

@@ -2,7 +2,8 @@
 //
 // A pair of numbers of a key is broadcast against that pair of 16 query vectors. So neither scores nor the softmax need
 // sums across lanes, and the scale that the cache keeps for a group of numbers multiplies sums of products (scores) or
-// softmax weights (values) instead of the numbers: int8 and fp8 codes become bf16 as they are, exactly, between the products of the tokens before them.
+// softmax weights (values) instead of the numbers: int8 and fp8 codes become bf16 as they are, exactly, between the
+// products of the tokens before them.
 #pragma once
 
 #include "attention_bf16.h"
@@ -90,10 +91,10 @@ class LanesEngine : public LaneSoftmax<128> {
   void attend(const Group& group, int first, const StoredTile<TILE>& stored, const StoredTile<TILE>& next,
               const State& state) {
     const int vectors = group.rows * group.heads, lanes = (vectors + LANES - 1) / LANES;
-    const int scored = lanes * ((stored.tokens + TOKENS - 1) / TOKENS), rest = vectors % VECTORS;
-    const int summed = (vectors / VECTORS + rest / 4 + rest % 4 / 2 + rest % 2) * ((latents_ + 63) / 64);
+    const int scored = lanes * ((stored.tokens + TOKENS - 1) / TOKENS);
+    const int summed = num_vector_blocks<VECTORS>(vectors) * ((latents_ + 63) / 64);
     Fetcher fetcher(next.keys, next.tokens, a_.keys.bytes, scored + summed);
-    find_ranges(group, first, stored.tokens);
+    ranges_.find(a_, group, first, stored.tokens);
     score(vectors, stored, fetcher);
     for (int v = 0; v < vectors; v += LANES) soften(v, stored.tokens, state);
     for (int g = 0; g < latent_groups_; g++) {
@@ -146,7 +147,7 @@ class LanesEngine : public LaneSoftmax<128> {
       if (more) decoder = start_decoding(stored, t + TOKENS);
       for (int v = 0; v < vectors; v += LANES) {
         fetcher.with_block(width_ / AHEAD, [&](Walk& ahead, auto fetches) {
-          if (!fetches() && t >= read_until(v, LANES)) return;
+          if (!fetches() && t >= ranges_.until(v, LANES)) return;
           if (Codes::SCALED && more) {
             score_lanes<fetches(), Codes::SCALED>(v, vectors, t, ahead, decoder);
             more = false;
@@ -242,18 +243,15 @@ class LanesEngine : public LaneSoftmax<128> {
   }
   template <int C>
   void accumulate_columns(int vectors, int column, Fetcher& fetcher, const State& state) {
-    int v = 0;
-    for (; v + VECTORS <= vectors; v += VECTORS) accumulate_block<VECTORS, C>(v, column, fetcher, state);
-    for (; v + 4 <= vectors; v += 4) accumulate_block<4, C>(v, column, fetcher, state);
-    for (; v + 2 <= vectors; v += 2) accumulate_block<2, C>(v, column, fetcher, state);
-    for (; v < vectors; v++) accumulate_block<1, C>(v, column, fetcher, state);
+    for_vector_blocks<VECTORS>(
+        vectors, [&](auto count, int v) { accumulate_block<count(), C>(v, column, fetcher, state); });
   }
   template <int V, int C>
   void accumulate_block(int v, int column, Fetcher& fetcher, const State& state) {
     fetcher.with_block(TILE / 2, [&](Walk& ahead, auto fetches) {
       accumulate_pairs<V, C, fetches(), 2>((const bf16*)(weights_ + v), 2 * stride_, rescale_ + v, keys_,
-                                           read_until(v, V), column, state.out + (std::ptrdiff_t)v * latents_ + column,
-                                           latents_, ahead);
+                                           ranges_.until(v, V), column,
+                                           state.out + (std::ptrdiff_t)v * latents_ + column, latents_, ahead);
     });
   }
 

@@ -30,7 +30,7 @@ class PackedEngine : public RowsEngine<Bf16Arithmetic> {
     for (int i = 0; i < (stored.tokens + 15) / 16 * 16; i++) tile_.take(a_, stored, i);
     turn_keys(stored.tokens);
     if (tile_.in_place) gather_values(stored.tokens);
-    find_ranges(group, first, stored.tokens);
+    ranges_.find(a_, group, first, stored.tokens);
     score(vectors, next);
     soften(vectors, stored.tokens, state);
     Fetcher values(next.values, next.tokens, a_.values.bytes, blocks_of_values(vectors));
@@ -60,7 +60,7 @@ class PackedEngine : public RowsEngine<Bf16Arithmetic> {
   }
   template <int V>
   void score_vectors(int v, int vectors, const StoredTile<TILE>& next) {
-    const int until = read_until(v, V, vectors);
+    const int until = ranges_.until(v, V);
     for (int i = next.tokens * v / vectors; v < vectors && i < next.tokens * (v + V) / vectors && i < next.tokens; i++)
       prefetch_row(next.keys[i], a_.keys.bytes);
     int t = 0;

@@ -52,7 +52,7 @@ class RowsEngine : public Softmax<A> {
   void attend(const Group& group, int first, const StoredTile<TILE>& stored, const StoredTile<TILE>& next,
               const State& state) {
     const int vectors = group.rows * group.heads;
-    this->find_ranges(group, first, stored.tokens);
+    ranges_.find(a_, group, first, stored.tokens);
     const int scored = (vectors + 3) / 4 * ((stored.tokens + 3) / 4), summed = blocks_of_values(vectors);
     Fetcher keys(next.keys, next.tokens, a_.keys.bytes, scored + (a_.values_in_keys ? summed : 0));
     score(vectors, stored, keys);
@@ -76,7 +76,7 @@ class RowsEngine : public Softmax<A> {
     for (int block = 0; block < vectors; block += SCORE_BLOCK) {
       const int block_end = block + SCORE_BLOCK < vectors ? block + SCORE_BLOCK : vectors;
       int until[SCORE_BLOCK / 4];
-      for (int v = block; v < block_end; v += 4) until[(v - block) / 4] = this->read_until(v, 4, vectors);
+      for (int v = block; v < block_end; v += 4) until[(v - block) / 4] = ranges_.until(v, 4);
       for (int t = 0; t < stored.tokens; t += 4) {
         for (; block == 0 && taken < t + 4; taken++) tile_.take(a_, stored, taken);
         for (int v = block; v < block_end; v += 4) {
@@ -99,29 +99,26 @@ class RowsEngine : public Softmax<A> {
   }
   template <int C>
   void accumulate_columns(int vectors, int column, Fetcher& fetcher, const State& state) {
-    int v = 0;
-    for (; v + A::VECTORS <= vectors; v += A::VECTORS) accumulate_block<A::VECTORS, C>(v, column, fetcher, state);
-    for (; v + 4 <= vectors; v += 4) accumulate_block<4, C>(v, column, fetcher, state);
-    for (; v + 2 <= vectors; v += 2) accumulate_block<2, C>(v, column, fetcher, state);
-    for (; v < vectors; v++) accumulate_block<1, C>(v, column, fetcher, state);
+    for_vector_blocks<A::VECTORS>(
+        vectors, [&](auto count, int v) { this->template accumulate_block<count(), C>(v, column, fetcher, state); });
   }
   template <int V, int C>
   void accumulate_block(int v, int column, Fetcher& fetcher, const State& state) {
     fetcher.with_block(TILE / A::TOKENS, [&](Walk& ahead, auto fetches) {
       float* out = state.out + (std::ptrdiff_t)v * value_width_ + column;
       A::template accumulate<V, C, fetches()>(weights_ + v * TILE, rescale_ + v, tile_.values,
-                                              this->read_until(v, V, v + V), column, out, value_width_, ahead);
+                                              ranges_.until(v, V), column, out, value_width_, ahead);
     });
   }
   int blocks_of_values(int vectors) const {
-    const int rest = vectors % A::VECTORS, columns = value_width_ / WIDE + value_width_ % WIDE / STEP;
-    return columns * (vectors / A::VECTORS + rest / 4 + rest % 4 / 2 + rest % 2);
+    return (value_width_ / WIDE + value_width_ % WIDE / STEP) * num_vector_blocks<A::VECTORS>(vectors);
   }
 
   using Softmax<A>::a_;
   using Softmax<A>::scores_;
   using Softmax<A>::weights_;
   using Softmax<A>::rescale_;
+  using Softmax<A>::ranges_;
   int key_width_, value_width_, vectors_;
   Element* q_;      // [vectors, padded key width]
   Tile<A> tile_;

@@ -5,6 +5,7 @@
 
 #include "attention_state.h"
 #include "attention_tile.h"
+#include "attention_vectors.h"
 
 namespace latentkv::LATENTKV_ISA {
 
@@ -26,28 +27,11 @@ class Softmax {
     sum_ = memory.take<float>(vectors);
   }
 
-  // Which of the tile's tokens each query vector reads.
-  void find_ranges(const Group& group, int first, int tokens) {
-    for (int v = 0; v < group.rows * group.heads; v++) {
-      const int t = group.row + v / group.heads;
-      const int from = (a_.start ? a_.start[t] : 0) - first, to = a_.stop[t] - first;
-      from_[v] = from > 0 ? from : 0;
-      to_[v] = to < tokens ? to : tokens;
-    }
-  }
-
-  // The end of the last range among query vectors v .. v + count - 1.
-  int read_until(int v, int count, int vectors) const {
-    int end = 0;
-    for (int i = v; i < v + count && i < vectors; i++) end = to_[i] > end ? to_[i] : end;
-    return end;
-  }
-
   // Scores -> weights exp(scale * score - peak), the new peaks and totals, and what the sums so far are rescaled by.
   void soften(int vectors, int tokens, const State& state) {
     for (int v = 0; v < vectors; v++) {
       const float old_peak = state.peak[v];
-      sum_[v] = weigh(scores_ + v * TILE, weights_ + v * TILE, tokens, from_[v], to_[v], state.peak[v]);
+      sum_[v] = weigh(scores_ + v * TILE, weights_ + v * TILE, tokens, ranges_.from[v], ranges_.to[v], state.peak[v]);
       rescale_[v] = old_peak == state.peak[v] ? 0 : old_peak - state.peak[v];
     }
     for (int v = 0; v < vectors; v += W) {
@@ -60,7 +44,7 @@ class Softmax {
   const Attention& a_;
   float *scores_, *rescale_, *sum_;  // [vectors, TILE], [vectors], [vectors]
   Weight* weights_;                  // [vectors, TILE]
-  int from_[GROUP_VECTORS], to_[GROUP_VECTORS];  // tokens of the tile that each query vector reads
+  Ranges ranges_;
 
  private:
   float weigh(float* s, Weight* p, int tokens, int from, int to, float& peak) {

@@ -92,9 +92,10 @@ void write_rows(const float* sums, int planes, RowBlock rows, std::int64_t out, 
   }
 }
 
-const Tile* tiles_for(WeightFormat format) {
+const Tile* tiles_for(WeightFormat format, std::int64_t groups) {
   switch (format) {
-    case WeightFormat::int8: return Tiles<Int8Words, MAX_ROWS>::for_rows;
+    case WeightFormat::int8:
+      return groups > 1 ? Tiles<GroupedInt8Words, MAX_ROWS>::for_rows : Tiles<Int8Words, MAX_ROWS>::for_rows;
     case WeightFormat::int4: return Tiles<Int4Words, MAX_ROWS>::for_rows;
     default: return Tiles<Bf16Words, MAX_ROWS>::for_rows;
   }
@@ -160,7 +161,7 @@ void multiply_rows(const PackedWeight& w, std::int64_t e, const void* packed, DT
   constexpr std::int64_t FEWEST = 4;         // .. unless so few turns would read all weights once more
   constexpr std::int64_t WORD_BYTES = sizeof(Word);
   const Layout layout = layout_of(w);
-  const Tile* tiles = tiles_for(w.format);
+  const Tile* tiles = tiles_for(w.format, layout.groups);
   const int per_row = planes(x);
   const std::int64_t row_units = per_row * units_of(layout), block_words = layout.block_stride();
   const std::int64_t turns = end_rows - first_rows, bytes = turns * MAX_ROWS * units_of(layout) * sizeof(Unit);

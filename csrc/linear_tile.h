@@ -58,6 +58,9 @@ struct Int8Words {
   }
 #endif
 };
+struct GroupedInt8Words : Int8Words {
+  static constexpr bool short_groups = true;
+};
 struct Int4Words {
   static constexpr bool short_groups = true;
   static constexpr float scale = 1;

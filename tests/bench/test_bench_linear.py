@@ -43,6 +43,14 @@ def test_rates_count_the_stored_bytes_and_the_arithmetic(report: LinearReport):
     assert row.of_bf16_ceiling == pytest.approx(row.gflops / row.bf16_ceiling)
 
 
+def test_scales_can_be_shared_by_fewer_weights():
+    entries = module._entries(96, 256, ["int8", "int4"], group=32)
+    assert entries["linear, int8"].weight_bytes == 24576 + 2 * 8 * 96
+    assert entries["linear, int4"].weight_bytes == 12288 + 2 * 8 * 96
+    with pytest.raises(OpError, match="groups of 33"):
+        measure_linear(out_features=96, in_features=256, rows=[1], group=33, probe=PROBE)
+
+
 def test_matrices_are_used_in_turn_and_do_not_fit_in_the_cache():
     used: list[int] = []
     entry = module._entries(96, 256, ["int4"])["linear, int4"]

@@ -27,7 +27,6 @@ ROTATED_BYTES = 256 << 20
 TOLERANCE = 0.02
 """Largest error, over the largest output, that bf16 activations and sums explain."""
 
-_GROUPS: Mapping[PackedFormat, int] = {"int4": 128}
 _CHECKED_OUTPUTS = 64
 
 
@@ -112,6 +111,7 @@ def measure_linear(
     in_features: int = 2048,
     rows: Sequence[int] = ROWS,
     formats: Sequence[PackedFormat] = get_args(PackedFormat),
+    group: int | None = None,
     repeats: int = 15,
     threads: int | None = None,
     probe: CeilingProbe | None = None,
@@ -123,7 +123,8 @@ def measure_linear(
         out_features: O.
         in_features: D.
         rows: numbers of rows M.
-        formats: how weights are packed: bf16, int8 (a scale a row), int4 (a scale for 128 weights).
+        formats: how weights are packed: bf16, int8, int4.
+        group: weights that share a scale; None: a row's in int8, 128 in int4.
         repeats: timed rounds.
         threads: torch threads (None: torch's own number).
         probe: of the ceilings, which are measured in turn with the contenders; None: of the usual size.
@@ -131,7 +132,7 @@ def measure_linear(
 
     Raises:
         RequestError: nothing to measure.
-        OpError: a product is wrong, so that its time would mean nothing.
+        OpError: no such group; or a product is wrong, so that its time would mean nothing.
     """
     if not rows or min(*rows, out_features, in_features) < 1:
         raise RequestError(
@@ -141,7 +142,7 @@ def measure_linear(
         environment = describe_environment(used)
         probe = probe or CeilingProbe()
         progress("packing weights")
-        entries = _entries(out_features, in_features, formats)
+        entries = _entries(out_features, in_features, formats, group)
         measured: list[LinearRow] = []
         for m in rows:
             progress(f"{m} rows")
@@ -192,7 +193,9 @@ def _step(entry: LinearEntry, x: Tensor, products: int) -> Callable[[], None]:
     return step
 
 
-def _entries(out_features: int, in_features: int, formats: Sequence[PackedFormat]) -> dict[str, LinearEntry]:
+def _entries(
+    out_features: int, in_features: int, formats: Sequence[PackedFormat], group: int | None = None
+) -> dict[str, LinearEntry]:
     count = -(-ROTATED_BYTES // (2 * out_features * in_features))
     plain = torch.empty(count, out_features, in_features, dtype=torch.bfloat16)
     plain.normal_(0, in_features**-0.5, generator=torch.Generator().manual_seed(0))
@@ -205,7 +208,7 @@ def _entries(out_features: int, in_features: int, formats: Sequence[PackedFormat
         )
     }
     for name in formats:
-        weight, exact = (plain, plain[0]) if name == "bf16" else _quantized(plain[0], name)
+        weight, exact = (plain, plain[0]) if name == "bf16" else _quantized(plain[0], name, group)
         entries[f"linear, {name}"] = _packed_entry(pack_weight(weight), exact[:_CHECKED_OUTPUTS].double())
     return entries
 
@@ -217,9 +220,9 @@ def _packed_entry(packed: PackedWeight, exact: Tensor) -> LinearEntry:
     )
 
 
-def _quantized(weight: Tensor, fmt: PackedFormat) -> tuple[QuantizedWeight, Tensor]:
+def _quantized(weight: Tensor, fmt: PackedFormat, group: int | None) -> tuple[QuantizedWeight, Tensor]:
     """Enough equal copies of a quantised weight, and the weight that they stand for."""
-    quantized = ops.quantize_weight(weight, "int8" if fmt == "int8" else "int4", _GROUPS.get(fmt))
+    quantized = ops.quantize_weight(weight, "int8" if fmt == "int8" else "int4", group)
     copies = -(-ROTATED_BYTES // quantized.nbytes)
     stacked = QuantizedWeight(
         quantized.codes.expand(copies, *weight.shape),
