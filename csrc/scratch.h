@@ -6,9 +6,8 @@
 namespace latentkv {
 
 enum class Scratch : int {
-  own,      // of one thread of a team
-  team,     // taken by the thread that opens a parallel region, used by its whole team
-  weights,  // of one thread while it multiplies by packed weights
+  own,   // of one thread of a team
+  team,  // taken by the thread that opens a parallel region, used by its whole team
 };
 
 // At least `bytes`, aligned to a cache line; what it holds is undefined, and a later call may move it.
