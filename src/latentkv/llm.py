@@ -16,7 +16,7 @@ from torch import Tensor
 from latentkv.cache import KVFormat, LatentCache
 from latentkv.checkpoint.source import resolve_model
 from latentkv.completion import Completion, Piece, TextOutput, join_pieces, pieces_of
-from latentkv.engine import Generator, Request, SamplingParams
+from latentkv.engine import Engine, Request, SamplingParams
 from latentkv.engine.memory import default_cache_bytes, free_memory
 from latentkv.engine.request import validate_token_ids
 from latentkv.engine.scoring import sequence_logits, text_nats
@@ -136,7 +136,7 @@ class LLM:
             kv_cache_bytes = default_cache_bytes(planes, self.max_context, free_memory(device))
         self.cache = LatentCache.sized(planes, kv_cache_bytes, device=device)
         eos_ids = set(self.config.eos_token_ids) | set(self.tokenizer.eos_ids if self.tokenizer else ())
-        self._generator = Generator(self.decoder, self.cache, eos_ids)
+        self._engine = Engine(self.decoder, self.cache, eos_ids)
 
     def generate(
         self,
@@ -209,7 +209,7 @@ class LLM:
         ids = validate_token_ids(token_ids, vocab_size=self.config.vocab_size)
         if len(ids) > self.max_context:
             raise RequestError(f"{len(ids):,} tokens do not fit into the context of {self.max_context:,}: give fewer.")
-        return sequence_logits(self._generator.runner, ids)
+        return sequence_logits(self._engine.runner, ids)
 
     def perplexity(self, text: str) -> Perplexity:
         """How well the model predicts `text`, with BOS before it (unscored).
@@ -227,7 +227,7 @@ class LLM:
         if len(ids) < 2:
             raise RequestError("The tokenizer makes no token of this text, so there is nothing to score.")
         nats = text_nats(
-            self._generator.runner, validate_token_ids(ids, vocab_size=self.config.vocab_size), self.max_context
+            self._engine.runner, validate_token_ids(ids, vocab_size=self.config.vocab_size), self.max_context
         )
         tokens, num_bytes = len(ids) - 1, len(text.encode())
         return Perplexity(math.exp(nats / tokens), nats / (math.log(2) * num_bytes), nats, tokens, num_bytes)
@@ -238,7 +238,7 @@ class LLM:
 
     def _run(self, requests: list[Request]) -> abc.Generator[tuple[int, Piece]]:
         outputs = [TextOutput(self.tokenizer, request) for request in requests]
-        events = self._generator.run(requests, lambda index, token: outputs[index].push(token))
+        events = self._engine.run(requests, lambda index, token: outputs[index].push(token))
         return pieces_of(events, outputs)
 
     def _requests(

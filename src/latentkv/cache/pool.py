@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter, deque
-from collections.abc import Iterable
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable
 
 from latentkv.errors import CacheError
 
@@ -11,15 +11,17 @@ from latentkv.errors import CacheError
 class PagePool:
     """Reference-counted page numbers 0 .. num_pages - 1.
 
-    A page is free xor held: free pages have a count of 0 and wait in a queue (first freed, first reused); a held page
-    counts its holders and returns to the queue when the last one frees it.
+    A page is free xor held: free pages have a count of 0 and wait in a queue; a held page counts its holders and returns
+    to the queue when the last one frees it. A free page may be *kept*: its content is worth finding again. Pages that are
+    not kept are reused first, then the kept ones, first freed first.
     """
 
     def __init__(self, num_pages: int) -> None:
         if num_pages < 1:
             raise CacheError(f"a page pool of {num_pages} pages can hold nothing: ask for at least one page")
         self._counts = [0] * num_pages
-        self._free = deque(range(num_pages))
+        self._free = OrderedDict.fromkeys(range(num_pages))
+        self._kept: dict[int, Callable[[int], None]] = {}
 
     @property
     def num_pages(self) -> int:
@@ -37,7 +39,7 @@ class PagePool:
         return self._counts[page]
 
     def allocate(self, n: int) -> list[int]:
-        """Take `n` free pages, each held once. All or none.
+        """Take `n` free pages, each held once. All or none. Who kept one of them is told that its content is lost.
 
         Raises:
             CacheError: fewer than `n` pages are free.
@@ -49,22 +51,36 @@ class PagePool:
                 f"the cache is full: {n} pages were asked for and {len(self._free)} of {self.num_pages} are free; "
                 "raise kv_cache_bytes, or use a smaller context or fewer sequences at once"
             )
-        pages = [self._free.popleft() for _ in range(n)]
+        pages = [self._free.popitem(last=False)[0] for _ in range(n)]
         for page in pages:
             self._counts[page] = 1
+            lost = self._kept.pop(page, None)
+            if lost:
+                lost(page)
         return pages
 
-    def share(self, pages: Iterable[int]) -> None:
-        """Hold each of `pages` once more, for one more sequence that reads them.
+    def keep(self, page: int, lost: Callable[[int], None]) -> None:
+        """Reuse `page`, once free, as late as can be; `lost(page)` is called when it is.
 
         Raises:
-            CacheError: a page does not exist or is free; then no count has changed.
+            CacheError: the page does not exist or is free.
+        """
+        self._require_held(page, "kept")
+        self._kept[page] = lost
+
+    def share(self, pages: Iterable[int]) -> None:
+        """Hold each of `pages` once more, for one more sequence that reads them; a kept one may be free until now.
+
+        Raises:
+            CacheError: a page does not exist, or is free and not kept; then no count has changed.
         """
         pages = list(pages)
         for page in pages:
-            self._require_held(page, "shared")
+            if page not in self._kept:
+                self._require_held(page, "shared")
         for page in pages:
             self._counts[page] += 1
+            self._free.pop(page, None)
 
     def free(self, pages: Iterable[int]) -> None:
         """Let go of each of `pages` once.
@@ -78,7 +94,9 @@ class PagePool:
         for page in pages:
             self._counts[page] -= 1
             if self._counts[page] == 0:
-                self._free.append(page)
+                self._free[page] = None
+                if page not in self._kept:
+                    self._free.move_to_end(page, last=False)
 
     def check(self) -> None:
         """Prove that every page is free xor held and that the counts add up.
@@ -87,8 +105,6 @@ class PagePool:
             CacheError: an invariant is broken; the message names the page.
         """
         free = set(self._free)
-        if len(free) != len(self._free):
-            raise CacheError("the page pool is inconsistent: a page is in the free queue twice")
         for page, count in enumerate(self._counts):
             if count < 0 or (count == 0) != (page in free):
                 state = "in" if page in free else "not in"

@@ -34,8 +34,8 @@ class Request:
         """Validate a prompt for a model of `vocab_size` tokens that sees at most `max_context` of them.
 
         Raises:
-            RequestError: the prompt is empty, leaves no room for a new token, or leaves the vocabulary; or a stop token
-                is outside the vocabulary, or more logprobs than there are tokens are asked for.
+            RequestError: the prompt is empty, leaves no room for a new token, or leaves the vocabulary; or a stop token or
+                a biased one is outside the vocabulary, or more logprobs than there are tokens are asked for.
         """
         prompt = validate_token_ids(prompt_token_ids, vocab_size=vocab_size)
         if len(prompt) + 1 > max_context:
@@ -47,6 +47,9 @@ class Request:
             raise RequestError(
                 f"stop_token_ids={params.stop_token_ids} must lie in the vocabulary, 0 to {vocab_size - 1}."
             )
+        outside = [token for token in params.logit_bias if token >= vocab_size]
+        if outside:
+            raise RequestError(f"logit_bias names token {outside[0]}, outside the vocabulary of 0 to {vocab_size - 1}.")
         if params.logprobs is not None and params.logprobs > vocab_size:
             raise RequestError(f"logprobs={params.logprobs} is more than the vocabulary's {vocab_size} tokens.")
         seed = secrets.randbelow(MAX_SEED + 1) if params.seed is None else params.seed

@@ -18,7 +18,7 @@ from latentkv.models.batch import Batch
 from latentkv.models.decoder import Decoder
 
 PREFILL_CHUNK = 2048
-"""Prompt tokens that one step reads at most: it bounds the memory of a step, whatever the prompt."""
+"""Tokens that one step reads at most: it bounds the memory of a step, whatever the prompt."""
 
 
 class Runner:
@@ -54,16 +54,11 @@ class Runner:
             self.cache.pool.free(pages)
 
     @torch.inference_mode()
-    def step(self, sequences: SequenceOf[Sequence], limit: int) -> tuple[list[Sequence], Tensor]:
-        """Read the next uncached tokens of `sequences`, at most `limit` in all; earlier sequences come first.
-
-        Returns:
-            The sequences that took part, and the hidden states [B, D] of the last token that each of them read.
-        """
-        chosen, counts = share_out(sequences, limit)
-        hidden = self.read(chosen, counts)
+    def last_hidden(self, sequences: SequenceOf[Sequence], counts: SequenceOf[int]) -> Tensor:
+        """Read as `read` does; returns the hidden states [B, D] of the last token that each sequence read."""
         last = torch.tensor(counts).cumsum(0) - 1
-        return chosen, hidden[last.to(hidden.device)]
+        hidden = self.read(sequences, counts)
+        return hidden[last.to(hidden.device)]
 
     @torch.inference_mode()
     def read(self, sequences: SequenceOf[Sequence], counts: SequenceOf[int]) -> Tensor:

@@ -1,6 +1,7 @@
 """Choosing the next token from float32 logits.
 
-Order: repetition penalty -> temperature -> top_k -> top_p -> min_p -> choice (the order of transformers).
+Order: bias -> repetition, presence and frequency penalties -> no end yet -> temperature -> top_k -> top_p -> min_p ->
+choice (the order of transformers, with what it lacks at the front).
 
 The choice is the Gumbel-max trick: argmax(logits + noise) is distributed as softmax(logits). The noise is a pure
 function of (seed, position): a request's text depends neither on the rest of the batch nor on how the steps were cut.
@@ -9,7 +10,8 @@ function of (seed, position): a request's text depends neither on the rest of th
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -34,7 +36,15 @@ class TokenLogprobs:
     top: dict[int, float] = field(default_factory=dict)
 
 
-def sample(logits: Tensor, params: SamplingParams, *, seed: int, tokens: Sequence[int]) -> int:
+def sample(
+    logits: Tensor,
+    params: SamplingParams,
+    *,
+    seed: int,
+    tokens: Sequence[int],
+    prompt_len: int | None = None,
+    end_ids: Collection[int] = (),
+) -> int:
     """The token that follows `tokens`.
 
     Args:
@@ -42,9 +52,15 @@ def sample(logits: Tensor, params: SamplingParams, *, seed: int, tokens: Sequenc
         params: how to choose.
         seed: of the request; with the position (the length of `tokens`) it decides the noise.
         tokens: prompt and text so far, what the repetition penalty looks at.
+        prompt_len: how many of them are the prompt; None: all. The other penalties look at the rest.
+        end_ids: tokens that may not be chosen before `params.min_tokens`.
     """
-    if params.repetition_penalty != 1:
-        logits = penalize_repetition(logits, tokens, params.repetition_penalty)
+    text = tokens[len(tokens) if prompt_len is None else prompt_len :]
+    logits = add_bias(logits, params.logit_bias)
+    logits = penalize_repetition(logits, tokens, params.repetition_penalty)
+    logits = penalize_text(logits, text, params.presence_penalty, params.frequency_penalty)
+    if len(text) < params.min_tokens and end_ids:
+        logits = logits.index_fill(0, torch.tensor(sorted(end_ids), device=logits.device), -math.inf)
     if params.greedy:
         return int(logits.argmax())
     logits = scale_temperature(logits, params.temperature)
@@ -63,8 +79,26 @@ def token_logprobs(logits: Tensor, token_id: int, count: int) -> TokenLogprobs:
     return TokenLogprobs(token_id, float(logprobs[token_id]), top)
 
 
+def add_bias(logits: Tensor, bias: Mapping[int, float]) -> Tensor:
+    """Add to the logits of some tokens, which must be in the vocabulary."""
+    if not bias:
+        return logits
+    tokens = torch.tensor(list(bias), dtype=torch.int64, device=logits.device)
+    return logits.index_add(0, tokens, torch.tensor(list(bias.values()), dtype=logits.dtype, device=logits.device))
+
+
+def penalize_text(logits: Tensor, text: Sequence[int], presence: float, frequency: float) -> Tensor:
+    """Subtract `presence` from the logits of the text's tokens, and `frequency` for each time that it holds them."""
+    if not text or (presence == 0 and frequency == 0):
+        return logits
+    counts = Counter(text)
+    return add_bias(logits, {token: -(presence + frequency * times) for token, times in counts.items()})
+
+
 def penalize_repetition(logits: Tensor, tokens: Sequence[int], penalty: float) -> Tensor:
     """Divide positive logits of seen tokens by `penalty`, multiply the others (CTRL, arXiv 1909.05858, 4.1)."""
+    if penalty == 1:
+        return logits
     seen = torch.tensor(sorted(set(tokens)), dtype=torch.int64, device=logits.device)
     scores = logits[seen]
     return logits.index_copy(0, seen, torch.where(scores > 0, scores / penalty, scores * penalty))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import cast
 
 from latentkv.errors import RequestError
 
 MAX_SEED = 2**63 - 1
+MAX_BIASES = 1024
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,10 @@ class SamplingParams:
         logprobs: report each token's log-probability and those of this many likeliest tokens; None reports nothing.
         repetition_penalty: above 1 makes tokens of the prompt and of the text so far less likely, below 1 more
             (CTRL, arXiv 1909.05858); in (0, 100], 1 changes nothing.
+        presence_penalty: is subtracted from the logits of tokens that the text so far holds, in [-2, 2].
+        frequency_penalty: is subtracted once for each time that the text so far holds a token, in [-2, 2].
+        logit_bias: is added to the logits of these token ids, each in [-100, 100]; at most 1,024 of them.
+        min_tokens: new tokens before the completion may end by an end token (0 or more, at most max_tokens).
 
     Raises:
         RequestError: a value has the wrong type or is out of range; the message names it and the range.
@@ -45,6 +50,10 @@ class SamplingParams:
     seed: int | None = None
     logprobs: int | None = None
     repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict[int, float])
+    min_tokens: int = 0
 
     def __post_init__(self) -> None:
         _require_int("max_tokens", self.max_tokens, low=1)
@@ -53,6 +62,9 @@ class SamplingParams:
         _require_number("top_p", self.top_p, low=0, high=1, above_low=True)
         _require_number("min_p", self.min_p, low=0, high=1)
         _require_number("repetition_penalty", self.repetition_penalty, low=0, high=100, above_low=True)
+        _require_number("presence_penalty", self.presence_penalty, low=-2, high=2)
+        _require_number("frequency_penalty", self.frequency_penalty, low=-2, high=2)
+        _require_int("min_tokens", self.min_tokens, low=0, high=self.max_tokens, note=" (max_tokens)")
         if self.seed is not None:
             _require_int("seed", self.seed, low=0, high=MAX_SEED)
         if self.logprobs is not None:
@@ -61,6 +73,7 @@ class SamplingParams:
             raise _refused("ignore_eos", self.ignore_eos, "True or False")
         object.__setattr__(self, "stop", _stop_strings(self.stop))
         object.__setattr__(self, "stop_token_ids", _token_ids(self.stop_token_ids))
+        object.__setattr__(self, "logit_bias", _biases(self.logit_bias))
 
     @property
     def greedy(self) -> bool:
@@ -94,6 +107,17 @@ def _token_ids(value: object) -> tuple[int, ...]:
         if type(token) is not int or token < 0:
             raise _refused("stop_token_ids", value, "token ids, integers of 0 or more")
     return cast("tuple[int, ...]", ids)
+
+
+def _biases(value: object) -> dict[int, float]:
+    allowed = f"at most {MAX_BIASES} token ids of 0 or more, each with a number from -100 to 100"
+    if not isinstance(value, Mapping) or len(cast("Mapping[object, object]", value)) > MAX_BIASES:
+        raise _refused("logit_bias", value, allowed)
+    for token, bias in cast("Mapping[object, object]", value).items():
+        number = type(bias) in (int, float) and -100 <= cast(float, bias) <= 100
+        if type(token) is not int or token < 0 or not number:
+            raise _refused("logit_bias", value, allowed)
+    return dict(cast("Mapping[int, float]", value))
 
 
 def _as_tuple(name: str, value: object, allowed: str) -> tuple[object, ...]:

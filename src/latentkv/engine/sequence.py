@@ -4,24 +4,37 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from latentkv.cache import KnownPage
 
-@dataclass
+
+@dataclass(eq=False)
 class Sequence:
     """Tokens on their way through the model.
 
     Attributes:
-        index: which request of its run this is.
+        index: of its request; smaller ones came earlier.
         tokens: the prompt and the tokens chosen since.
         pages: cache pages that the sequence holds, in order.
         num_cached: how many of the tokens the cache holds already.
+        salt: whose prefixes it shares; texts of different salts share nothing.
+        num_known: its first pages that other sequences can find.
+        last_known: what they find as the last of those.
     """
 
     index: int
     tokens: list[int]
     pages: list[int] = field(default_factory=list[int])
     num_cached: int = 0
+    salt: str = ""
+    num_known: int = 0
+    last_known: KnownPage | None = None
 
     @property
     def num_uncached(self) -> int:
         """Tokens that the model has not read yet."""
         return len(self.tokens) - self.num_cached
+
+    @property
+    def decodes(self) -> bool:
+        """Whether only the newest token is unread."""
+        return self.num_uncached == 1

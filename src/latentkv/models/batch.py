@@ -76,18 +76,18 @@ class Batch:
             kv_lens=kv_lens,
         )
 
-    def only(self, row: int) -> tuple[Batch, slice]:
-        """Sequence `row` as a batch of its own, and the rows of T that it owns."""
-        first = sum(self.query_lens[:row])
-        rows = slice(first, first + self.query_lens[row])
-        one = Batch(
+    def part(self, first: int, last: int) -> tuple[Batch, slice]:
+        """Sequences first .. last - 1 as a batch of their own, and the rows of T that they own."""
+        begin = sum(self.query_lens[:first])
+        rows = slice(begin, begin + sum(self.query_lens[first:last]))
+        part = Batch(
             input_ids=self.input_ids[rows],
             positions=self.positions[rows],
-            q_start=self.q_start[row : row + 2] - self.q_start[row],
-            block_table=self.block_table[row : row + 1],
+            q_start=self.q_start[first : last + 1] - self.q_start[first],
+            block_table=self.block_table[first:last],
             slots=self.slots[rows],
             stop=self.stop[rows],
-            query_lens=self.query_lens[row : row + 1],
-            kv_lens=self.kv_lens[row : row + 1],
+            query_lens=self.query_lens[first:last],
+            kv_lens=self.kv_lens[first:last],
         )
-        return one, rows
+        return part, rows

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import torch
@@ -167,18 +167,22 @@ class MultiHeadLatentAttention(nn.Module):
             kv_format=kv_format,
         )
         forms = [form or choose_form(self.config, n, kv) for n, kv in zip(batch.query_lens, batch.kv_lens, strict=True)]
-        if all(chosen == "absorbed" for chosen in forms):
+        if all(chosen == "absorbed" for chosen in forms) and len({n == 1 for n in batch.query_lens}) == 1:
             q = self._absorb_and_rotate(q_nope, q_rope, positions)
             return self._output(self._attend_absorbed(q, batch, pages, kv_format), residual)
         q_rope = self._rotate(q_rope, positions)
         outputs: list[Tensor] = []
-        for row, chosen in enumerate(forms):
-            one, rows = batch.only(row)
-            own = q_nope[rows], q_rope[rows]
+        for first, last in runs([(chosen, n == 1) for chosen, n in zip(forms, batch.query_lens, strict=True)]):
+            chosen = forms[first]
             if chosen == "absorbed":
-                outputs.append(self._attend_absorbed(self._absorb(*own), one, pages, kv_format))
-            else:
-                outputs.append(self._attend_expanded(*own, one, pages, kv_format))
+                part, rows = batch.part(first, last)
+                outputs.append(
+                    self._attend_absorbed(self._absorb(q_nope[rows], q_rope[rows]), part, pages, kv_format)
+                )
+                continue
+            for row in range(first, last):
+                one, rows = batch.part(row, row + 1)
+                outputs.append(self._attend_expanded(q_nope[rows], q_rope[rows], one, pages, kv_format))
         return self._output(torch.cat(outputs), residual)
 
     def pack(self, packer: Packer) -> None:
@@ -334,6 +338,12 @@ class MultiHeadLatentAttention(nn.Module):
         latent, k_rope = cached.split([self.config.kv_lora_rank, self.config.qk_rope_head_dim], dim=-1)
         k_nope, values = self._expand(latent)
         return torch.cat([k_nope, k_rope[:, None].expand(-1, self.num_heads, -1)], dim=-1), values
+
+
+def runs(keys: Sequence[object]) -> list[tuple[int, int]]:
+    """Where runs of equal keys begin and end: [1, 1, 2] -> [(0, 2), (2, 3)]."""
+    starts = [i for i, key in enumerate(keys) if i == 0 or key != keys[i - 1]]
+    return list(zip(starts, [*starts[1:], len(keys)], strict=True))
 
 
 def chunk_bounds(past: int, total: int, chunk: int) -> list[tuple[int, int]]:

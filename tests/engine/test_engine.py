@@ -3,7 +3,7 @@ import torch
 from engine_models import CONFIGS, VOCAB, cache_for, tiny_decoder
 
 from latentkv.cache import LatentCache
-from latentkv.engine import Generator, Request, SamplingParams
+from latentkv.engine import Engine, Request, SamplingParams
 from latentkv.errors import CacheError, CheckpointError, RequestError
 from latentkv.models.decoder import Decoder
 
@@ -32,7 +32,7 @@ def run(decoder: Decoder, requests: list[Request], *, pages: int = PAGES, chunk:
     """What each request produces; the cache must be whole after every event."""
     cache = cache_for(decoder, pages)
     result: list[list[int]] = [[] for _ in requests]
-    for event in Generator(decoder, cache, (2,), prefill_chunk=chunk).run(requests):
+    for event in Engine(decoder, cache, (2,), step_tokens=chunk).run(requests):
         cache.check()
         result[event.index].append(event.token_id)
     assert_all_free(cache)
@@ -89,11 +89,11 @@ def test_same_seed_same_tokens_and_other_seeds_others(decoder: Decoder):
 def test_end_tokens_end_unless_ignored(decoder: Decoder):
     greedy = naive(decoder, PROMPTS[0], 12)
     end = greedy[4]
-    generator = Generator(decoder, cache_for(decoder, PAGES), (end,))
+    engine = Engine(decoder, cache_for(decoder, PAGES), (end,))
     cut = greedy[: greedy.index(end) + 1]
 
     def finish(**params):
-        events = list(generator.run([ask(PROMPTS[0], **params)]))
+        events = list(engine.run([ask(PROMPTS[0], **params)]))
         assert all(event.finish_reason is None for event in events[:-1])
         return [event.token_id for event in events], events[-1].finish_reason
 
@@ -111,7 +111,7 @@ def test_the_text_may_end_a_completion(decoder: Decoder):
         return index == 1 and sum(i == 1 for i, _ in seen) == 3
 
     cache = cache_for(decoder, PAGES)
-    events = list(Generator(decoder, cache).run([ask(PROMPTS[0]), ask(PROMPTS[1])], ends_text))
+    events = list(Engine(decoder, cache).run([ask(PROMPTS[0]), ask(PROMPTS[1])], ends_text))
     assert [event.finish_reason for event in events if event.index == 1] == [None, None, "stop"]
     assert len([event for event in events if event.index == 0]) == 12
     assert seen == [(event.index, event.token_id) for event in events]
@@ -125,24 +125,24 @@ def test_a_completion_may_fill_the_context_to_its_end(decoder: Decoder):
 def test_a_request_that_can_never_fit_is_refused_before_anything_runs(decoder: Decoder):
     cache = cache_for(decoder, 3)
     with pytest.raises(RequestError, match="more than the 24 tokens that the cache holds: lower max_tokens"):
-        Generator(decoder, cache).run([ask([1], max_tokens=2), ask([1] * 13, max_tokens=12)])
+        Engine(decoder, cache).run([ask([1], max_tokens=2), ask([1] * 13, max_tokens=12)])
     assert_all_free(cache)
-    assert len(list(Generator(decoder, cache).run([ask([1] * 12, max_tokens=12)]))) == 12
+    assert len(list(Engine(decoder, cache).run([ask([1] * 12, max_tokens=12)]))) == 12
 
 
 def test_pages_return_when_the_iterator_is_closed_dropped_or_never_started(decoder: Decoder):
     cache = cache_for(decoder, PAGES)
-    generator = Generator(decoder, cache)
-    events = generator.run([ask(prompt) for prompt in PROMPTS])
+    engine = Engine(decoder, cache)
+    events = engine.run([ask(prompt) for prompt in PROMPTS])
     next(events)
     assert cache.pool.free_pages < cache.num_pages
     events.close()
     assert_all_free(cache)
-    events = generator.run([ask(PROMPTS[0])])
+    events = engine.run([ask(PROMPTS[0])])
     next(events)
     del events
     assert_all_free(cache)
-    generator.run([ask(PROMPTS[0])])
+    engine.run([ask(PROMPTS[0])])
     assert_all_free(cache)
 
 
@@ -153,7 +153,7 @@ def test_pages_return_when_a_step_fails(decoder: Decoder):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        list(Generator(decoder, cache).run([ask(prompt) for prompt in PROMPTS], fail))
+        list(Engine(decoder, cache).run([ask(prompt) for prompt in PROMPTS], fail))
     assert_all_free(cache)
 
 
@@ -161,30 +161,67 @@ def test_logits_that_are_not_finite_are_an_error(decoder: Decoder):
     cache = cache_for(decoder, PAGES)
     decoder.model.norm.weight[0] = float("nan")
     with pytest.raises(CheckpointError, match="not finite"):
-        list(Generator(decoder, cache).run([ask([1])]))
+        list(Engine(decoder, cache).run([ask([1])]))
     assert_all_free(cache)
 
 
-def test_two_unfinished_runs_share_the_cache_and_say_so_when_it_is_full(decoder: Decoder):
+def test_unfinished_runs_go_on_together(decoder: Decoder):
     cache = cache_for(decoder, 4)
-    generator = Generator(decoder, cache)
-    first = generator.run([ask([1, 2], max_tokens=10)])
-    second = generator.run([ask([3, 4], max_tokens=10)])
-    third = generator.run([ask([5], max_tokens=1)])
+    engine = Engine(decoder, cache)
+    first = engine.run([ask([1, 2], max_tokens=10)])
+    second = engine.run([ask([3, 4], max_tokens=10)])
     interleaved = [event.token_id for pair in zip(first, second, strict=True) for event in pair]
     assert interleaved[::2] == naive(decoder, [1, 2], 10)
     assert interleaved[1::2] == naive(decoder, [3, 4], 10)
-
-    holder = generator.run([ask([1, 2], max_tokens=30)])
-    next(holder)
-    with pytest.raises(CacheError, match="All but 0 of 4 cache pages are held by streams"):
-        next(third)
-    holder.close()
     assert_all_free(cache)
 
 
+def test_pages_that_others_hold_are_an_error_where_nothing_can_run(decoder: Decoder):
+    cache = cache_for(decoder, 4)
+    held = cache.pool.allocate(4)
+    with pytest.raises(CacheError, match="All but 0 of 4 cache pages are held elsewhere"):
+        list(Engine(decoder, cache).run([ask([1])]))
+    cache.pool.free(held)
+    assert_all_free(cache)
+
+
+def test_a_failing_step_ends_every_run_that_took_part(decoder: Decoder):
+    cache = cache_for(decoder, PAGES)
+    engine = Engine(decoder, cache)
+
+    def fail(index: int, token: int) -> bool:
+        raise ValueError("no more")
+
+    first, second = engine.run([ask([1, 2])]), engine.run([ask([3, 4])], fail)
+    next(first)
+    for run in (second, first):
+        with pytest.raises(ValueError, match="no more"):
+            list(run)
+    assert_all_free(cache)
+
+
+def test_requests_with_the_same_beginning_read_it_once(decoder: Decoder):
+    sizes: list[int] = []
+    decoder.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0].input_ids)))
+    prompts = [[*[9, 4, 7, 30] * 6, last] for last in (1, 2, 3)]
+    together = run(decoder, [ask(prompt, max_tokens=1) for prompt in prompts])
+    assert sum(sizes) == 25 + 1 + 1
+    assert together == [run(decoder, [ask(prompt, max_tokens=1)])[0] for prompt in prompts]
+
+
+@pytest.mark.parametrize("salts", [("a", "a"), ("a", "b")])
+def test_a_beginning_is_shared_between_steps_within_a_salt_only(decoder: Decoder, salts: tuple[str, str]):
+    engine = Engine(decoder, cache_for(decoder, PAGES))
+    sizes: list[int] = []
+    decoder.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0].input_ids)))
+    for salt in salts:
+        engine.add(ask([5] * 17, max_tokens=1), salt=salt)
+        engine.step()
+    assert sizes == ([17, 1] if salts[0] == salts[1] else [17, 17])
+
+
 def test_logprobs_are_reported_where_asked(decoder: Decoder):
-    events = list(Generator(decoder, cache_for(decoder, PAGES)).run([ask([1, 2], logprobs=2), ask([1, 2])]))
+    events = list(Engine(decoder, cache_for(decoder, PAGES)).run([ask([1, 2], logprobs=2), ask([1, 2])]))
     for event in events:
         if event.index == 1:
             assert event.logprobs is None

@@ -1,0 +1,259 @@
+"""`Engine`: many requests through one model and one cache, step by step."""
+
+from __future__ import annotations
+
+from collections import abc, deque
+from collections.abc import Callable, Collection
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import count
+from typing import Literal
+
+from torch import Tensor
+
+from latentkv.cache import LatentCache
+from latentkv.engine.request import Request
+from latentkv.engine.runner import PREFILL_CHUNK, Runner
+from latentkv.engine.sampler import TokenLogprobs, sample, token_logprobs
+from latentkv.engine.scheduler import MAX_RUNNING, Scheduler
+from latentkv.engine.sequence import Sequence
+from latentkv.errors import CacheError, RequestError
+from latentkv.models.decoder import Decoder
+
+FinishReason = Literal["stop", "length"]
+EndsText = Callable[[int], bool]
+
+
+@dataclass(frozen=True)
+class Event:
+    """One new token.
+
+    Attributes:
+        index: which request.
+        token_id: the token.
+        logprobs: where the request asked for them.
+        finish_reason: "stop" (an end token, or the text ended), "length" (no more tokens allowed), None (goes on).
+    """
+
+    index: int
+    token_id: int
+    logprobs: TokenLogprobs | None = None
+    finish_reason: FinishReason | None = None
+
+
+_Inbox = deque[Event | BaseException]
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A request on its way."""
+
+    request: Request
+    sequence: Sequence
+    ends_text: EndsText
+    end_ids: frozenset[int]
+
+
+class Engine:
+    """Runs requests through a model and its cache. Use it from one thread.
+
+    A request may come, end or be given up between any two steps. What a request produces does not depend on the others.
+
+    Args:
+        decoder: the model, in eval mode.
+        cache: made of the decoder's planes, on its device.
+        eos_ids: tokens that end a completion, unless the request ignores them.
+        step_tokens: tokens that one step reads, about: it bounds a step's memory and time.
+        max_running: requests that take part in steps at once; the others wait.
+
+    Attributes:
+        runner: for reading texts beside the requests.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        cache: LatentCache,
+        eos_ids: Collection[int] = (),
+        *,
+        step_tokens: int = PREFILL_CHUNK,
+        max_running: int = MAX_RUNNING,
+    ) -> None:
+        self.cache = cache
+        self.runner = Runner(decoder, cache)
+        self.eos_ids = frozenset(eos_ids)
+        self.step_tokens = step_tokens
+        self._scheduler = Scheduler(cache, max_running=max_running)
+        self._jobs: dict[int, _Job] = {}
+        self._inboxes: dict[int, _Inbox] = {}  # of requests that belong to a run
+        self._indices = count()
+
+    @property
+    def num_running(self) -> int:
+        """Requests that hold pages."""
+        return len(self._scheduler.running)
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that wait for pages."""
+        return len(self._scheduler.waiting)
+
+    def add(self, request: Request, ends_text: EndsText | None = None, *, salt: str = "") -> int:
+        """Take a request in.
+
+        Args:
+            request: what to run.
+            ends_text: called with each new token but end tokens; True ends the completion. The engine knows no strings,
+                so this is where stop strings come in.
+            salt: only requests of the same salt read each other's prefixes from the cache.
+
+        Returns:
+            The index that its events carry.
+
+        Raises:
+            RequestError: it could not fit even into an empty cache.
+        """
+        self._require_fits(request)
+        sequence = Sequence(next(self._indices), list(request.prompt_token_ids), salt=salt)
+        end_ids = frozenset(request.params.stop_token_ids)
+        if not request.params.ignore_eos:
+            end_ids |= self.eos_ids
+        self._jobs[sequence.index] = _Job(request, sequence, ends_text or _never, end_ids)
+        self._scheduler.add(sequence)
+        return sequence.index
+
+    def abort(self, index: int) -> None:
+        """Give a request up: its pages are free at once, no event of it follows. One that has ended stays so."""
+        if index in self._jobs:
+            self._end(index)
+            self._inboxes.pop(index, None)
+
+    def step(self) -> list[Event]:
+        """Read one step's tokens: the next token of every completion on its way, and a part of the prompts.
+
+        Returns:
+            The new tokens, in the order in which the requests came; none while there are only prompts to read, or
+            nothing to do.
+
+        Raises:
+            CacheError: nothing can run, because others hold the cache's pages.
+            Exception: whatever the model raised; the requests that took part are given up.
+        """
+        shares = self._scheduler.plan(self.step_tokens)
+        if not shares:
+            self._require_idle()
+            return []
+        sequences = [sequence for sequence, _ in shares]
+        try:
+            hidden = self.runner.last_hidden(sequences, [tokens for _, tokens in shares])
+            self._scheduler.have_read(sequences)
+            rows = [row for row, sequence in enumerate(sequences) if sequence.num_uncached == 0]
+            rows.sort(key=lambda row: sequences[row].index)
+            logits = self.runner.logits(hidden[rows]) if rows else hidden
+            events = [self._choose(self._jobs[sequences[row].index], logits[i]) for i, row in enumerate(rows)]
+        except BaseException as error:
+            for sequence in sequences:
+                self._fail(sequence, error)
+            raise
+        for event in events:
+            if event.finish_reason:
+                self._end(event.index)
+        return events
+
+    def run(
+        self, requests: SequenceOf[Request], ends_text: Callable[[int, int], bool] | None = None
+    ) -> abc.Generator[Event]:
+        """Produce the tokens of `requests`, step by step; several such runs may be under way.
+
+        Args:
+            requests: what to run.
+            ends_text: called with (which of the requests, new token), as in `add`.
+
+        Returns:
+            An iterator of events, whose indices count the requests from 0. Pages are given back as each request ends,
+            and all of them when the iterator is exhausted, closed or dropped, or when a step fails.
+
+        Raises:
+            RequestError: a request could not fit even into an empty cache. Nothing has run then.
+        """
+        for request in requests:
+            self._require_fits(request)
+        return self._run(requests, ends_text or _never_of)
+
+    def _run(
+        self, requests: SequenceOf[Request], ends_text: Callable[[int, int], bool]
+    ) -> abc.Generator[Event]:
+        inbox: _Inbox = deque()
+        unfinished: dict[int, int] = {}
+        try:
+            for i, request in enumerate(requests):
+                index = self.add(request, partial(ends_text, i))
+                unfinished[index] = i
+                self._inboxes[index] = inbox
+            while unfinished:
+                if not inbox:
+                    self._deliver(self.step())
+                    continue
+                event = inbox.popleft()
+                if isinstance(event, BaseException):
+                    raise event
+                own = unfinished.pop(event.index) if event.finish_reason else unfinished[event.index]
+                yield replace(event, index=own)
+        finally:
+            for index in unfinished:
+                self.abort(index)
+
+    def _deliver(self, events: list[Event]) -> None:
+        for event in events:
+            inbox = self._inboxes.pop(event.index) if event.finish_reason else self._inboxes[event.index]
+            inbox.append(event)
+
+    def _choose(self, job: _Job, logits: Tensor) -> Event:
+        params, tokens = job.request.params, job.sequence.tokens
+        prompt_len = len(job.request.prompt_token_ids)
+        token = sample(
+            logits, params, seed=job.request.seed, tokens=tokens, prompt_len=prompt_len, end_ids=job.end_ids
+        )
+        tokens.append(token)
+        logprobs = None if params.logprobs is None else token_logprobs(logits, token, params.logprobs)
+        reason: FinishReason | None = None
+        if token in job.end_ids or job.ends_text(token):
+            reason = "stop"
+        elif len(tokens) - prompt_len == job.request.max_new_tokens:
+            reason = "length"
+        return Event(job.sequence.index, token, logprobs, reason)
+
+    def _end(self, index: int) -> None:
+        self._scheduler.remove(self._jobs.pop(index).sequence)
+
+    def _fail(self, sequence: Sequence, error: BaseException) -> None:
+        if sequence.index in self._jobs:
+            self._end(sequence.index)
+            inbox = self._inboxes.pop(sequence.index, None)
+            if inbox is not None:
+                inbox.append(error)
+
+    def _require_fits(self, request: Request) -> None:
+        needed = self.cache.pages_for(len(request.prompt_token_ids) + request.max_new_tokens)
+        if needed > self.cache.num_pages:
+            raise RequestError(
+                f"A prompt of {len(request.prompt_token_ids):,} tokens and max_tokens={request.max_new_tokens:,} "
+                f"need more than the {self.cache.num_pages * self.cache.page_size:,} tokens that the cache holds: "
+                "lower max_tokens, shorten the prompt, or load the model with a larger kv_cache_bytes."
+            )
+
+    def _require_idle(self) -> None:
+        if self._scheduler.waiting:
+            raise CacheError(
+                f"All but {self.cache.pool.free_pages} of {self.cache.num_pages} cache pages are held elsewhere, and "
+                "no request can go on: let them go, or load the model with a larger kv_cache_bytes."
+            )
+
+
+def _never(token: int) -> bool:
+    return False
+
+
+def _never_of(index: int, token: int) -> bool:
+    return False

@@ -1,0 +1,142 @@
+"""`Scheduler`: which sequences read how many tokens in the next step, and who holds the cache's pages meanwhile."""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections.abc import Iterator
+
+from latentkv.cache import LatentCache, PrefixIndex
+from latentkv.engine.sequence import Sequence
+
+MAX_RUNNING = 256
+"""Sequences that have pages at once."""
+
+FAIR_SHARE = 128
+"""Prompt tokens that a step should at least give to a prompt: smaller pieces would cost more than fairness is worth."""
+
+Share = tuple[Sequence, int]
+
+
+class Scheduler:
+    """Hands out a step's tokens and the cache's pages.
+
+    Every running sequence that decodes gets its token; what is left of a step's budget is shared equally among the oldest
+    prompts, so that neither a long prompt nor a stream of short ones holds up the others. A sequence waits until all its
+    tokens' pages are free, first come first served. It takes further pages as it grows; where none is free, the youngest
+    sequence gives all of its back and is read again later: the oldest always goes on, so everything ends.
+
+    Args:
+        cache: whose pages are handed out.
+        max_running: sequences that have pages at once.
+
+    Attributes:
+        running: sequences with pages, oldest first.
+        waiting: those without, oldest first.
+        prefixes: pages that can be shared.
+    """
+
+    def __init__(self, cache: LatentCache, *, max_running: int = MAX_RUNNING) -> None:
+        self.running: list[Sequence] = []
+        self.waiting: list[Sequence] = []
+        self.prefixes = PrefixIndex(cache.pool, cache.page_size)
+        self._cache = cache
+        self._max_running = max_running
+
+    def add(self, sequence: Sequence) -> None:
+        """Let a sequence without pages wait for them."""
+        insort(self.waiting, sequence, key=_age)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Forget a sequence, and give back its pages."""
+        (self.running if sequence in self.running else self.waiting).remove(sequence)
+        self._give_back(sequence)
+
+    def plan(self, budget: int) -> list[Share]:
+        """Who reads how many tokens in a step of `budget` tokens, those that decode first; empty: nobody can.
+
+        Every sequence that decodes takes part, even where the budget is smaller; a prompt moves on in every step.
+        """
+        self._admit()
+        decoding = [sequence for sequence in self._with_room() if sequence.decodes]
+        prompts = [sequence for sequence in self.running if not sequence.decodes]
+        left = max(budget - len(decoding), 1)
+        prompts = prompts[: max(left // FAIR_SHARE, 1)]
+        shares: dict[Sequence, int] = {}
+        for done, sequence in enumerate(sorted(prompts, key=lambda each: each.num_uncached)):
+            shares[sequence] = min(sequence.num_uncached, -(-left // (len(prompts) - done)))
+            left -= shares[sequence]
+        return [(sequence, 1) for sequence in decoding] + [(each, shares[each]) for each in prompts if shares[each]]
+
+    def have_read(self, sequences: list[Sequence]) -> None:
+        """Make the pages that `sequences` have filled findable."""
+        size = self._cache.page_size
+        for sequence in sequences:
+            while (sequence.num_known + 1) * size <= sequence.num_cached:
+                page = sequence.num_known
+                tokens = sequence.tokens[page * size : (page + 1) * size]
+                sequence.last_known = self.prefixes.add(
+                    sequence.salt, sequence.last_known, tokens, sequence.pages[page]
+                )
+                sequence.num_known += 1
+
+    def _admit(self) -> None:
+        pool = self._cache.pool
+        for sequence in list(self.waiting):
+            if len(self.running) == self._max_running:
+                return
+            # The newest token is read even where all are known: what follows it is asked for.
+            known = self.prefixes.find(sequence.salt, sequence.tokens[:-1])
+            if self._is_read_by_another(sequence, len(known)):
+                continue
+            new = self._cache.pages_for(len(sequence.tokens)) - len(known)
+            taken = new + sum(pool.holders(each.page) == 0 for each in known)
+            # Room to grow for those that run: else this one would soon be the youngest, and give its pages back.
+            if taken + len(self.running) > pool.free_pages and (self.running or taken > pool.free_pages):
+                return
+            pool.share(each.page for each in known)
+            sequence.pages = [each.page for each in known] + pool.allocate(new)
+            sequence.num_cached = len(known) * self._cache.page_size
+            sequence.num_known, sequence.last_known = len(known), known[-1] if known else None
+            self.waiting.remove(sequence)
+            insort(self.running, sequence, key=_age)
+
+    def _is_read_by_another(self, sequence: Sequence, known: int) -> bool:
+        """Whether a running prompt is about to fill the page that `sequence` would have to read next."""
+        end = (known + 1) * self._cache.page_size
+        if end >= len(sequence.tokens):
+            return False
+        return any(
+            not other.decodes
+            and other.salt == sequence.salt
+            and other.num_cached < end <= len(other.tokens)
+            and other.tokens[:end] == sequence.tokens[:end]
+            for other in self.running
+        )
+
+    def _with_room(self) -> Iterator[Sequence]:
+        """Running sequences that have a page for their next token, oldest first; the youngest make room."""
+        for sequence in list(self.running):
+            while sequence in self.running and self._needs_page(sequence):
+                if self._cache.pool.free_pages:
+                    sequence.pages += self._cache.pool.allocate(1)
+                else:
+                    self._preempt(self.running[-1])
+            if sequence in self.running:
+                yield sequence
+
+    def _needs_page(self, sequence: Sequence) -> bool:
+        return sequence.num_cached == len(sequence.pages) * self._cache.page_size
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self._give_back(sequence)
+        self.add(sequence)
+
+    def _give_back(self, sequence: Sequence) -> None:
+        self._cache.pool.free(reversed(sequence.pages))  # of pages worth keeping the last goes first
+        sequence.pages, sequence.num_cached = [], 0
+        sequence.num_known, sequence.last_known = 0, None
+
+
+def _age(sequence: Sequence) -> int:
+    return sequence.index

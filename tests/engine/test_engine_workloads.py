@@ -1,0 +1,115 @@
+"""Random workloads: whatever comes, ends, is given up or pushed out, every request gets the tokens it gets alone."""
+
+import functools
+from dataclasses import dataclass, field
+
+import torch
+from engine_models import VOCAB, cache_for, tiny_decoder
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from latentkv.engine import Engine, Request, SamplingParams, sample
+from latentkv.models.decoder import Decoder
+
+PAGE = 8  # tokens, see cache_for
+SYSTEM = [5, 9, 33, 7, 50, 2, 41, 18]  # a page that many prompts begin with
+PROMPTS = [
+    [7],
+    [11, 3],
+    SYSTEM,
+    [*SYSTEM, 21],
+    [*SYSTEM, 40, 2, 17, 1, 60, 13, 14, 8],
+    [*SYSTEM, 40, 2, 17, 1, 60, 13, 14, 8, 30, 30],
+    [50] * 25,
+    [*SYSTEM, *[3, 4] * 12],
+]
+
+
+@functools.cache
+def decoder() -> Decoder:
+    return tiny_decoder("mla")
+
+
+@functools.cache
+@torch.inference_mode()
+def alone(prompt: tuple[int, ...], count: int, temperature: float, seed: int) -> list[int]:
+    """The tokens of a loop without a cache."""
+    params = SamplingParams(max_tokens=count, temperature=temperature)
+    tokens = list(prompt)
+    for _ in range(count):
+        hidden = decoder().forward_train(torch.tensor([tokens]))
+        tokens.append(sample(decoder().logits(hidden[0, -1]).float(), params, seed=seed, tokens=tokens))
+    return tokens[len(prompt) :]
+
+
+@dataclass
+class Asked:
+    prompt: tuple[int, ...]
+    count: int
+    temperature: float
+    seed: int
+    got: list[int] = field(default_factory=list)
+
+
+class Workload(RuleBasedStateMachine):
+    @initialize(pages=st.integers(6, 14), step_tokens=st.integers(1, 40), max_running=st.sampled_from([2, 4, 256]))
+    def start(self, pages: int, step_tokens: int, max_running: int) -> None:
+        self.cache = cache_for(decoder(), pages)
+        self.engine = Engine(decoder(), self.cache, step_tokens=step_tokens, max_running=max_running)
+        self.running: dict[int, Asked] = {}
+
+    @rule(
+        prompt=st.sampled_from(PROMPTS),
+        count=st.integers(1, 14),
+        temperature=st.sampled_from([0.0, 1.5]),
+        seed=st.integers(0, 2),
+        salt=st.sampled_from(["", "", "b"]),
+    )
+    def add(self, prompt: list[int], count: int, temperature: float, seed: int, salt: str) -> None:
+        params = SamplingParams(max_tokens=count, temperature=temperature, seed=seed, ignore_eos=True)
+        request = Request.create(prompt, params, vocab_size=VOCAB, max_context=128)
+        index = self.engine.add(request, salt=salt)
+        self.running[index] = Asked(tuple(prompt), count, temperature, seed)
+
+    @rule(steps=st.integers(1, 6))
+    def step(self, steps: int) -> None:
+        for _ in range(steps):
+            self.one_step()
+
+    @rule(data=st.data())
+    def abort(self, data: st.DataObject) -> None:
+        if self.running:
+            index = data.draw(st.sampled_from(sorted(self.running)))
+            self.engine.abort(index)
+            del self.running[index]
+
+    def one_step(self) -> None:
+        for event in self.engine.step():
+            asked = self.running[event.index]
+            asked.got.append(event.token_id)
+            expected = alone(asked.prompt, asked.count, asked.temperature, asked.seed)
+            assert asked.got == expected[: len(asked.got)]
+            assert (event.finish_reason == "length") == (len(asked.got) == asked.count)
+            if event.finish_reason:
+                del self.running[event.index]
+        self.cache.check()
+
+    @invariant()
+    def nothing_is_lost(self) -> None:
+        if hasattr(self, "engine"):
+            assert self.engine.num_running + self.engine.num_waiting == len(self.running)
+
+    def teardown(self) -> None:
+        if not hasattr(self, "engine"):
+            return
+        for _ in range(2000):
+            if not self.running:
+                break
+            self.one_step()
+        assert not self.running, "some requests never end"
+        assert self.cache.pool.free_pages == self.cache.num_pages
+
+
+Workload.TestCase.settings = settings(max_examples=60, stateful_step_count=25, deadline=None)
+TestWorkload = Workload.TestCase
