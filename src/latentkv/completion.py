@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections import abc
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from latentkv.engine import Event, FinishReason, Request, TokenLogprobs
+from latentkv.engine import Event, FinishReason, Request, SamplingParams, TokenLogprobs
 from latentkv.text import StopMatcher, StreamDecoder, Tokenizer
 
 
@@ -21,6 +21,7 @@ class Completion:
         finish_reason: "stop" (an end token or a stop string) or "length" (max_tokens or the context is used up).
         prompt_token_ids: what the model read.
         seed: of the sampling; the same seed gives the same text again.
+        prompt_logprobs: of the prompt's tokens but the first, None unless asked for.
     """
 
     text: str
@@ -29,6 +30,7 @@ class Completion:
     finish_reason: FinishReason
     prompt_token_ids: list[int]
     seed: int
+    prompt_logprobs: list[TokenLogprobs] | None = None
 
 
 @dataclass(frozen=True)
@@ -39,12 +41,14 @@ class Piece:
         text: whole characters that are certain to stay, often none.
         token_ids: the new tokens.
         logprobs: one entry a new token, None unless asked for.
+        prompt_logprobs: on the first piece, of the prompt's tokens but the first, None unless asked for.
         finish_reason: set on the last piece.
     """
 
     text: str
     token_ids: list[int]
     logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: list[TokenLogprobs] | None = None
     finish_reason: FinishReason | None = None
 
 
@@ -86,15 +90,20 @@ class TextOutput:
         self._text += self._stops.push(text)
 
 
+def piece_of(event: Event, output: TextOutput) -> Piece:
+    """What an event adds to the text; `output` was told of its token already."""
+    reason = event.finish_reason
+    if reason and output.finish():
+        reason = "stop"
+    logprobs = None if event.logprobs is None else [event.logprobs]
+    return Piece(output.take(), [event.token_id], logprobs, event.prompt_logprobs, reason)
+
+
 def pieces_of(events: abc.Generator[Event], outputs: list[TextOutput]) -> abc.Generator[tuple[int, Piece]]:
     """(request index, piece) for each event; closing this closes `events`."""
     with closing(events):
         for event in events:
-            output, reason = outputs[event.index], event.finish_reason
-            if reason and output.finish():
-                reason = "stop"
-            logprobs = None if event.logprobs is None else [event.logprobs]
-            yield event.index, Piece(output.take(), [event.token_id], logprobs, reason)
+            yield event.index, piece_of(event, outputs[event.index])
 
 
 def join_pieces(request: Request, pieces: list[Piece]) -> Completion:
@@ -106,4 +115,18 @@ def join_pieces(request: Request, pieces: list[Piece]) -> Completion:
         finish_reason=pieces[-1].finish_reason or "length",
         prompt_token_ids=list(request.prompt_token_ids),
         seed=request.seed,
+        prompt_logprobs=pieces[0].prompt_logprobs,
     )
+
+
+def best_of(completions: list[Completion], params: SamplingParams) -> list[Completion]:
+    """The `n` likeliest a token of all completions of a prompt, or all where as many were made."""
+    if len(completions) == params.n:
+        return completions
+    ranked = sorted(completions, key=_mean_logprob, reverse=True)[: params.n]
+    return ranked if params.logprobs is not None else [replace(each, logprobs=None) for each in ranked]
+
+
+def _mean_logprob(completion: Completion) -> float:
+    logprobs = [entry.logprob for entry in completion.logprobs or ()]
+    return sum(logprobs) / len(logprobs)

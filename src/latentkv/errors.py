@@ -31,3 +31,11 @@ class TrainingError(LatentKVError):
 
 class OpError(LatentKVError):
     """An operation was called with shapes, dtypes or values that it does not take."""
+
+
+class BusyError(LatentKVError):
+    """More requests wait than are let in: come again later."""
+
+
+class EngineStoppedError(LatentKVError):
+    """The engine has stopped, or is stopping, and takes no request any more."""

@@ -7,6 +7,7 @@ from collections import abc
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -15,10 +16,12 @@ from torch import Tensor
 
 from latentkv.cache import KVFormat, LatentCache
 from latentkv.checkpoint.source import resolve_model
-from latentkv.completion import Completion, Piece, TextOutput, join_pieces, pieces_of
+from latentkv.completion import Completion, Piece, TextOutput, best_of, join_pieces, pieces_of
 from latentkv.engine import Engine, Request, SamplingParams
+from latentkv.engine.drafts import NGramDrafter
 from latentkv.engine.memory import default_cache_bytes, free_memory
 from latentkv.engine.request import validate_token_ids
+from latentkv.engine.scheduler import MAX_RUNNING
 from latentkv.engine.scoring import sequence_logits, text_nats
 from latentkv.errors import ConfigError, RequestError
 from latentkv.models.config import MLAConfig, ModelConfig
@@ -28,6 +31,7 @@ from latentkv.models.mla import MultiHeadLatentAttention
 from latentkv.models.packing import choose_packing
 from latentkv.ops import WeightFormat
 from latentkv.ops.backends import why_no_int8_products
+from latentkv.progress import progress_bar
 from latentkv.text import Tokenizer, has_tokenizer, load_tokenizer, require_match
 
 __all__ = ["LLM", "Completion", "Perplexity", "Piece"]
@@ -84,6 +88,10 @@ class LLM:
             docs/attention.md tells.
         max_context: tokens that a prompt and its completion have together at most; None is all that the model has.
         kv_cache_bytes: size of the cache; None is the smaller of one max_context and half of the free memory.
+        max_running: requests that take part in a step at most; the others wait.
+        speculate: draft so many tokens from the text so far, and check them in one step: the answers are the same, and
+            come sooner where they repeat their prompt; 0 drafts none.
+        step_seconds: time that one step should take, about; None: as long as it takes.
 
     Attributes:
         folder: where the model was read from.
@@ -92,6 +100,7 @@ class LLM:
         decoder: the model itself.
         cache: the paged cache; `cache.bytes_per_token` counts all layers, `cache.allocated_bytes` what is taken.
         max_context: as asked, or the model's.
+        engine: what requests go through.
 
     Raises:
         ConfigError: there is no such model, or it cannot be run as asked.
@@ -111,12 +120,17 @@ class LLM:
         int8_products: bool = False,
         max_context: int | None = None,
         kv_cache_bytes: int | None = None,
+        max_running: int = MAX_RUNNING,
+        speculate: int = 0,
+        step_seconds: float | None = None,
     ) -> None:
         weights_dtype, device = _as_dtype(dtype), _as_device(device)
         self.folder = _embedded_model() if model is None else resolve_model(model)
         config = read_config(self.folder)
         if int8_products:
             _require_int8_products(config, kv_dtype, device)
+        if int8_products and speculate:
+            raise ConfigError("int8_products and speculate exclude each other: a draft is checked in exact products.")
         self.max_context = _context(max_context, config)
         self.tokenizer = _load_tokenizer(self.folder, config)
         self.decoder = load_model(
@@ -136,31 +150,48 @@ class LLM:
             kv_cache_bytes = default_cache_bytes(planes, self.max_context, free_memory(device))
         self.cache = LatentCache.sized(planes, kv_cache_bytes, device=device)
         eos_ids = set(self.config.eos_token_ids) | set(self.tokenizer.eos_ids if self.tokenizer else ())
-        self._engine = Engine(self.decoder, self.cache, eos_ids)
+        self.engine = Engine(
+            self.decoder,
+            self.cache,
+            eos_ids,
+            step_seconds=step_seconds,
+            max_running=max_running,
+            drafter=NGramDrafter(speculate) if speculate else None,
+        )
 
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        progress: bool = False,
     ) -> list[Completion]:
         """Complete one prompt or many, together.
 
         Args:
             prompts: a string or a list of token ids; or a list of such.
             sampling_params: for all prompts, or one for each; None is `SamplingParams()`.
+            progress: show a bar on stderr.
 
         Returns:
-            One completion a prompt, in order.
+            One completion a prompt, in order; where `n` asks for several, those of a prompt one after another.
 
         Raises:
             RequestError: a prompt or a parameter is out of range; then nothing has run.
         """
         requests = self._requests(_as_list(prompts), sampling_params)
-        pieces: list[list[Piece]] = [[] for _ in requests]
-        with closing(self._run(requests)) as steps:
+        choices = [choice for request in requests for choice in request.choices()]
+        pieces: list[list[Piece]] = [[] for _ in choices]
+        with closing(self._run(choices)) as steps, progress_bar(len(choices), shown=progress) as bar:
             for index, piece in steps:
                 pieces[index].append(piece)
-        return [join_pieces(request, parts) for request, parts in zip(requests, pieces, strict=True)]
+                bar.add(len(piece.token_ids), finished=piece.finish_reason is not None)
+        completions = iter([join_pieces(choice, parts) for choice, parts in zip(choices, pieces, strict=True)])
+        return [
+            completion
+            for request in requests
+            for completion in best_of(list(islice(completions, request.params.num_choices)), request.params)
+        ]
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[Piece]:
         """Complete one prompt, a piece at a time: never half a character, never text of or past a stop string.
@@ -168,9 +199,12 @@ class LLM:
         The pieces together are what `generate` returns. Dropping the iterator ends the completion.
 
         Raises:
-            RequestError: as `generate`, at once.
+            RequestError: as `generate`, at once; or several completions were asked for.
         """
-        return self._stream(self._requests([prompt], sampling_params))
+        request = self.request(prompt, sampling_params)
+        if request.params.num_choices > 1:
+            raise RequestError("stream() gives one completion: use generate() for n or best_of above 1.")
+        return (piece for _, piece in self._run([request]))
 
     def chat(
         self,
@@ -189,7 +223,7 @@ class LLM:
             RequestError: as `generate`.
             TokenizerError: the messages are malformed, or the template refuses them.
         """
-        return self.generate(*self._chat_request(messages, sampling_params, template_variables))[0]
+        return self.generate(self.chat_prompt(messages, **template_variables), self.chat_params(sampling_params))[0]
 
     def stream_chat(
         self,
@@ -198,7 +232,37 @@ class LLM:
         **template_variables: Any,
     ) -> Iterator[Piece]:
         """As `chat`, a piece at a time."""
-        return self.stream(*self._chat_request(messages, sampling_params, template_variables))
+        return self.stream(self.chat_prompt(messages, **template_variables), self.chat_params(sampling_params))
+
+    def request(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Request:
+        """What `generate` would run, validated.
+
+        Raises:
+            RequestError: as `generate`.
+        """
+        params = _params(sampling_params)
+        if params.stop:
+            self._require_tokenizer("A stop string")
+        ids = self._encode(prompt) if isinstance(prompt, str) else prompt
+        return Request.create(ids, params, vocab_size=self.config.vocab_size, max_context=self.max_context)
+
+    def chat_prompt(self, messages: Sequence[Mapping[str, Any]], **template_variables: Any) -> list[int]:
+        """The token ids that `chat` gives to the model.
+
+        Raises:
+            RequestError: the model has no tokenizer.
+            TokenizerError: as `chat`.
+        """
+        tokenizer = self._require_tokenizer("A conversation")
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, **template_variables)
+        return tokenizer.encode(text, add_bos=False, allow_special=True)
+
+    def chat_params(self, sampling_params: SamplingParams | None = None) -> SamplingParams:
+        """What `chat` makes of its parameters: where a model knows no turns, the next one's opening is a stop."""
+        params = _params(sampling_params)
+        if self._require_tokenizer("A conversation").chat_template_source == "plain":
+            params = replace(params, stop=(*params.stop, _PLAIN_NEXT_TURN))
+        return params
 
     def logits(self, token_ids: Sequence[int]) -> Tensor:
         """Float32 logits [T, V] that follow each of `token_ids`, read through the cache.
@@ -209,7 +273,7 @@ class LLM:
         ids = validate_token_ids(token_ids, vocab_size=self.config.vocab_size)
         if len(ids) > self.max_context:
             raise RequestError(f"{len(ids):,} tokens do not fit into the context of {self.max_context:,}: give fewer.")
-        return sequence_logits(self._engine.runner, ids)
+        return sequence_logits(self.engine.runner, ids)
 
     def perplexity(self, text: str) -> Perplexity:
         """How well the model predicts `text`, with BOS before it (unscored).
@@ -227,18 +291,14 @@ class LLM:
         if len(ids) < 2:
             raise RequestError("The tokenizer makes no token of this text, so there is nothing to score.")
         nats = text_nats(
-            self._engine.runner, validate_token_ids(ids, vocab_size=self.config.vocab_size), self.max_context
+            self.engine.runner, validate_token_ids(ids, vocab_size=self.config.vocab_size), self.max_context
         )
         tokens, num_bytes = len(ids) - 1, len(text.encode())
         return Perplexity(math.exp(nats / tokens), nats / (math.log(2) * num_bytes), nats, tokens, num_bytes)
 
-    def _stream(self, requests: list[Request]) -> Iterator[Piece]:
-        steps = self._run(requests)
-        return (piece for _, piece in steps)
-
     def _run(self, requests: list[Request]) -> abc.Generator[tuple[int, Piece]]:
         outputs = [TextOutput(self.tokenizer, request) for request in requests]
-        events = self._engine.run(requests, lambda index, token: outputs[index].push(token))
+        events = self.engine.run(requests, lambda index, token: outputs[index].push(token))
         return pieces_of(events, outputs)
 
     def _requests(
@@ -250,31 +310,13 @@ class LLM:
             raise RequestError(
                 f"{len(prompts)} prompts came with {len(sampling_params)} sampling_params: give one, or one for each."
             )
-        return [self._request(prompt, _params(given)) for prompt, given in zip(prompts, sampling_params, strict=True)]
-
-    def _request(self, prompt: Prompt, params: SamplingParams) -> Request:
-        if params.stop:
-            self._require_tokenizer("A stop string")
-        ids = self._encode(prompt) if isinstance(prompt, str) else prompt
-        return Request.create(ids, params, vocab_size=self.config.vocab_size, max_context=self.max_context)
+        return [self.request(prompt, given) for prompt, given in zip(prompts, sampling_params, strict=True)]
 
     def _encode(self, prompt: str) -> list[int]:
         tokenizer = self._require_tokenizer("A prompt in words")
         if not prompt:
             raise RequestError("The prompt is empty: give at least one character.")
         return tokenizer.encode(prompt, add_bos=tokenizer.adds_bos)
-
-    def _chat_request(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        params: SamplingParams | None,
-        template_variables: Mapping[str, Any],
-    ) -> tuple[list[int], SamplingParams]:
-        params, tokenizer = _params(params), self._require_tokenizer("A conversation")
-        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, **template_variables)
-        if tokenizer.chat_template_source == "plain":
-            params = replace(params, stop=(*params.stop, _PLAIN_NEXT_TURN))
-        return tokenizer.encode(text, add_bos=False, allow_special=True), params
 
     def _first_token(self, tokenizer: Tokenizer) -> int:
         """BOS; where a model has none, an end token, which begins a text in training as well."""

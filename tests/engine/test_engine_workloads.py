@@ -9,7 +9,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from latentkv.engine import Engine, Request, SamplingParams, sample
+from latentkv.engine import Engine, Request, SamplingParams, Sequence, sample
+from latentkv.engine.drafts import Drafter, NGramDrafter
 from latentkv.models.decoder import Decoder
 
 PAGE = 8  # tokens, see cache_for
@@ -43,6 +44,18 @@ def alone(prompt: tuple[int, ...], count: int, temperature: float, seed: int) ->
     return tokens[len(prompt) :]
 
 
+@dataclass(frozen=True)
+class Foreseen:
+    """Drafts that are right at first and wrong from some token on, so that every length is accepted."""
+
+    most: int
+
+    def propose(self, sequence: Sequence) -> list[int]:
+        right = len(sequence.tokens) % (self.most + 1)
+        greedy = alone(tuple(sequence.tokens), self.most, 0.0, 0)
+        return greedy[:right] + [(token + 1) % VOCAB for token in greedy[right:]]
+
+
 @dataclass
 class Asked:
     prompt: tuple[int, ...]
@@ -53,10 +66,15 @@ class Asked:
 
 
 class Workload(RuleBasedStateMachine):
-    @initialize(pages=st.integers(6, 14), step_tokens=st.integers(1, 40), max_running=st.sampled_from([2, 4, 256]))
-    def start(self, pages: int, step_tokens: int, max_running: int) -> None:
+    @initialize(
+        pages=st.integers(6, 14),
+        step_tokens=st.integers(1, 40),
+        max_running=st.sampled_from([2, 4, 256]),
+        drafter=st.sampled_from([None, NGramDrafter(3, shortest=1), Foreseen(5)]),
+    )
+    def start(self, pages: int, step_tokens: int, max_running: int, drafter: Drafter | None) -> None:
         self.cache = cache_for(decoder(), pages)
-        self.engine = Engine(decoder(), self.cache, step_tokens=step_tokens, max_running=max_running)
+        self.engine = Engine(decoder(), self.cache, step_tokens=step_tokens, max_running=max_running, drafter=drafter)
         self.running: dict[int, Asked] = {}
 
     @rule(

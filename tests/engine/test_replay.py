@@ -40,12 +40,12 @@ def decode(decoder: Decoder, kv_format: KVFormat, lens: list[int], steps: int) -
     runner = Runner(decoder, cache)
     sequences = [Sequence(i, [(7 * i + t) % 60 for t in range(n)], cache.pool.allocate(6)) for i, n in enumerate(lens)]
     for sequence in sequences:
-        runner.step([sequence], 100)
+        runner.read([sequence], [sequence.num_uncached])
     hidden: list[torch.Tensor] = []
     for step in range(steps):
         for sequence in sequences:
             sequence.tokens.append((5 * step + sequence.index) % 60)
-        hidden.append(runner.step(sequences, len(sequences))[1])
+        hidden.append(runner.read(sequences, [1] * len(sequences)))
     return hidden, runner
 
 

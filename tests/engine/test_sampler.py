@@ -142,11 +142,11 @@ def test_noise_depends_on_seed_and_position_alone():
 
 def test_logprobs_are_those_of_the_raw_logits_best_first():
     logits = some_logits(4)
-    reported = token_logprobs(logits, 11, 3)
+    reported = token_logprobs(logits[None], [11], 3)[0]
     probs = logits.double().softmax(-1)
     assert reported.token_id == 11
     assert reported.logprob == pytest.approx(math.log(probs[11]), abs=1e-5)
     assert list(reported.top) == probs.topk(3).indices.tolist()
-    everything = token_logprobs(logits, 0, SIZE).top
+    everything = token_logprobs(logits[None], [0], SIZE)[0].top
     assert sum(math.exp(value) for value in everything.values()) == pytest.approx(1, abs=1e-5)
-    assert token_logprobs(logits, 0, 0).top == {}
+    assert token_logprobs(logits[None], [0], 0)[0].top == {}

@@ -47,7 +47,7 @@ def test_cutting_steps_and_logits_changes_nothing(decoder: Decoder, monkeypatch:
     nats = scoring.text_nats(runner, TOKENS, 32)
     logits = scoring.sequence_logits(runner, TOKENS)
     monkeypatch.setattr(scoring, "PREFILL_CHUNK", 7)
-    monkeypatch.setattr(scoring, "_LOGIT_BYTES", 3 * 4 * VOCAB)
+    monkeypatch.setattr(runner_module, "_LOGIT_BYTES", 3 * 4 * VOCAB)
     assert scoring.text_nats(runner, TOKENS, 32) == pytest.approx(nats, rel=1e-6)
     torch.testing.assert_close(scoring.sequence_logits(runner, TOKENS), logits, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(logits, whole(decoder, TOKENS), rtol=1e-4, atol=1e-4)

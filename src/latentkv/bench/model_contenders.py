@@ -68,9 +68,9 @@ class OwnDecoder:
         """As `ModelContender`, in the engine's own chunks."""
         sequence = TokenSequence(0, random_tokens(self.decoder.config.vocab_size, tokens), self._pages_for(tokens))
         started = time.perf_counter()
-        _, hidden = self._runner.step([sequence], PREFILL_CHUNK)
+        hidden = self._read(sequence)
         while sequence.num_uncached:
-            _, hidden = self._runner.step([sequence], PREFILL_CHUNK)
+            hidden = self._read(sequence)
         int(self._runner.logits(hidden).argmax())
         return time.perf_counter() - started
 
@@ -79,19 +79,22 @@ class OwnDecoder:
         sequence = TokenSequence(0, [0] * (depth + 1), self._pages_for(depth + tokens), num_cached=depth)
         started = time.perf_counter()
         for _ in range(tokens):
-            _, hidden = self._runner.step([sequence], 1)
+            hidden = self._read(sequence)
             sequence.tokens.append(int(self._runner.logits(hidden).argmax()))
         return time.perf_counter() - started
 
     def logits(self, token_ids: Sequence[int]) -> Tensor:
         """As `ModelContender`."""
         sequence = TokenSequence(0, list(token_ids), self._pages_for(len(token_ids)))
-        _, hidden = self._runner.step([sequence], PREFILL_CHUNK)
-        return self._runner.logits(hidden)[0]
+        return self._runner.logits(self._read(sequence))[0]
 
     def close(self) -> None:
         """As `ModelContender`."""
         self.cache.pool.free(self._pages)
+
+    def _read(self, sequence: TokenSequence) -> Tensor:
+        """Read the next tokens, a chunk at most; the hidden state [1, D] of the last."""
+        return self._runner.read([sequence], [min(sequence.num_uncached, PREFILL_CHUNK)])[-1:]
 
     def _pages_for(self, tokens: int) -> list[int]:
         return self._pages[: self.cache.pages_for(tokens)]

@@ -11,9 +11,9 @@ from latentkv.errors import CacheError
 class PagePool:
     """Reference-counted page numbers 0 .. num_pages - 1.
 
-    A page is free xor held: free pages have a count of 0 and wait in a queue; a held page counts its holders and returns
-    to the queue when the last one frees it. A free page may be *kept*: its content is worth finding again. Pages that are
-    not kept are reused first, then the kept ones, first freed first.
+    A page is free xor held: free pages have a count of 0 and wait in a queue; a held page counts its holders and
+    returns to the queue when the last one frees it. A free page may be *kept*: its content is worth finding again.
+    Pages that are not kept are reused first, then the kept ones, first freed first.
     """
 
     def __init__(self, num_pages: int) -> None:
@@ -32,6 +32,11 @@ class PagePool:
     def free_pages(self) -> int:
         """Pages that nobody holds."""
         return len(self._free)
+
+    @property
+    def kept_pages(self) -> int:
+        """Free pages whose content can still be found."""
+        return len(self._kept.keys() & self._free.keys())
 
     def holders(self, page: int) -> int:
         """How many times `page` is held (0: free)."""

@@ -14,6 +14,7 @@ from latentkv.cli.generate import generate
 from latentkv.cli.inspect import inspect
 from latentkv.cli.plan import plan
 from latentkv.cli.quantize import quantize
+from latentkv.cli.serve import serve
 from latentkv.cli.train import train
 from latentkv.errors import LatentKVError
 
@@ -78,13 +79,13 @@ def latentkv(
         bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
     ] = False,
 ) -> None:
-    """Language models with Multi-head Latent Attention (MLA): run, chat, plan, inspect, quantize, train, measure.
+    """Language models with Multi-head Latent Attention (MLA): run, chat, serve, plan, quantize, train, measure.
 
     Start with: latentkv generate "It was a dark night"
     """
 
 
-for command in (generate, chat, plan, inspect, quantize, train, doctor):
+for command in (generate, chat, serve, plan, inspect, quantize, train, doctor):
     app.command()(command)
 app.add_typer(bench_app, name="bench")
 

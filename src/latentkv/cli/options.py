@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -61,8 +61,8 @@ class ModelChoice:
     max_context: str | None
     kv_cache_bytes: str | None
 
-    def load(self) -> LLM:
-        """Load it, saying so on a terminal while it lasts."""
+    def load(self, **engine: Any) -> LLM:
+        """Load it, saying so on a terminal while it lasts; `engine` are further arguments of `LLM`."""
         with console(stderr=True).status(f"Loading {self.model or 'the small model in this package'}"):
             from latentkv import LLM
             from latentkv.plan import as_kv_format
@@ -77,6 +77,7 @@ class ModelChoice:
                 int8_products=self.int8_products,
                 max_context=None if self.max_context is None else parse_tokens(self.max_context),
                 kv_cache_bytes=None if self.kv_cache_bytes is None else parse_bytes(self.kv_cache_bytes),
+                **engine,
             )
 
 

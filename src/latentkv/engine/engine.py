@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import time
 from collections import abc, deque
 from collections.abc import Callable, Collection
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import count
+from itertools import accumulate, count
 from typing import Literal
 
 from torch import Tensor
 
 from latentkv.cache import LatentCache
+from latentkv.engine.drafts import Drafter
+from latentkv.engine.pace import Pace
 from latentkv.engine.request import Request
 from latentkv.engine.runner import PREFILL_CHUNK, Runner
 from latentkv.engine.sampler import TokenLogprobs, sample, token_logprobs
-from latentkv.engine.scheduler import MAX_RUNNING, Scheduler
+from latentkv.engine.scheduler import MAX_RUNNING, Scheduler, Share
 from latentkv.engine.sequence import Sequence
 from latentkv.errors import CacheError, RequestError
 from latentkv.models.decoder import Decoder
@@ -33,12 +36,14 @@ class Event:
         index: which request.
         token_id: the token.
         logprobs: where the request asked for them.
+        prompt_logprobs: on the first event, where the request asked for them: of the prompt's tokens but the first.
         finish_reason: "stop" (an end token, or the text ended), "length" (no more tokens allowed), None (goes on).
     """
 
     index: int
     token_id: int
     logprobs: TokenLogprobs | None = None
+    prompt_logprobs: list[TokenLogprobs] | None = None
     finish_reason: FinishReason | None = None
 
 
@@ -53,6 +58,7 @@ class _Job:
     sequence: Sequence
     ends_text: EndsText
     end_ids: frozenset[int]
+    prompt_logprobs: dict[int, TokenLogprobs] = field(default_factory=dict[int, TokenLogprobs])  # by position
 
 
 class Engine:
@@ -64,11 +70,14 @@ class Engine:
         decoder: the model, in eval mode.
         cache: made of the decoder's planes, on its device.
         eos_ids: tokens that end a completion, unless the request ignores them.
-        step_tokens: tokens that one step reads, about: it bounds a step's memory and time.
+        step_tokens: tokens that one step reads, about: it bounds a step's memory.
+        step_seconds: time that one step takes, about: steps read fewer tokens where more would take longer.
         max_running: requests that take part in steps at once; the others wait.
+        drafter: proposes tokens that the model checks several at once; the result is the same, sooner.
 
     Attributes:
         runner: for reading texts beside the requests.
+        counters: what has been done.
     """
 
     def __init__(
@@ -78,13 +87,17 @@ class Engine:
         eos_ids: Collection[int] = (),
         *,
         step_tokens: int = PREFILL_CHUNK,
+        step_seconds: float | None = None,
         max_running: int = MAX_RUNNING,
+        drafter: Drafter | None = None,
     ) -> None:
         self.cache = cache
         self.runner = Runner(decoder, cache)
         self.eos_ids = frozenset(eos_ids)
-        self.step_tokens = step_tokens
+        self._pace = Pace(step_tokens, step_seconds)
+        self._drafter = drafter
         self._scheduler = Scheduler(cache, max_running=max_running)
+        self.counters = self._scheduler.counters
         self._jobs: dict[int, _Job] = {}
         self._inboxes: dict[int, _Inbox] = {}  # of requests that belong to a run
         self._indices = count()
@@ -98,6 +111,20 @@ class Engine:
     def num_waiting(self) -> int:
         """Requests that wait for pages."""
         return len(self._scheduler.waiting)
+
+    def __contains__(self, index: int) -> bool:
+        """Whether a request is on its way."""
+        return index in self._jobs
+
+    def require_fits(self, request: Request) -> None:
+        """Raise `RequestError` for a request that could not fit even into an empty cache. From any thread."""
+        needed = self.cache.pages_for(len(request.prompt_token_ids) + request.max_new_tokens)
+        if needed > self.cache.num_pages:
+            raise RequestError(
+                f"A prompt of {len(request.prompt_token_ids):,} tokens and max_tokens={request.max_new_tokens:,} "
+                f"need more than the {self.cache.num_pages * self.cache.page_size:,} tokens that the cache holds: "
+                "lower max_tokens, shorten the prompt, or load the model with a larger kv_cache_bytes."
+            )
 
     def add(self, request: Request, ends_text: EndsText | None = None, *, salt: str = "") -> int:
         """Take a request in.
@@ -114,13 +141,16 @@ class Engine:
         Raises:
             RequestError: it could not fit even into an empty cache.
         """
-        self._require_fits(request)
+        self.require_fits(request)
         sequence = Sequence(next(self._indices), list(request.prompt_token_ids), salt=salt)
+        if request.params.prompt_logprobs is not None:
+            sequence.salt = None  # all of the prompt must be read
         end_ids = frozenset(request.params.stop_token_ids)
         if not request.params.ignore_eos:
             end_ids |= self.eos_ids
         self._jobs[sequence.index] = _Job(request, sequence, ends_text or _never, end_ids)
         self._scheduler.add(sequence)
+        self.counters.prompt_tokens += len(sequence.tokens)
         return sequence.index
 
     def abort(self, index: int) -> None:
@@ -140,25 +170,42 @@ class Engine:
             CacheError: nothing can run, because others hold the cache's pages.
             Exception: whatever the model raised; the requests that took part are given up.
         """
-        shares = self._scheduler.plan(self.step_tokens)
+        shares = self._scheduler.plan(self._pace.budget)
         if not shares:
             self._require_idle()
             return []
-        sequences = [sequence for sequence, _ in shares]
+        began = time.perf_counter()
         try:
-            hidden = self.runner.last_hidden(sequences, [tokens for _, tokens in shares])
-            self._scheduler.have_read(sequences)
-            rows = [row for row, sequence in enumerate(sequences) if sequence.num_uncached == 0]
-            rows.sort(key=lambda row: sequences[row].index)
-            logits = self.runner.logits(hidden[rows]) if rows else hidden
-            events = [self._choose(self._jobs[sequences[row].index], logits[i]) for i, row in enumerate(rows)]
+            events = self._read(shares)
         except BaseException as error:
-            for sequence in sequences:
+            for sequence, _ in shares:
                 self._fail(sequence, error)
             raise
+        self._pace.took(sum(tokens for _, tokens in shares), time.perf_counter() - began)
         for event in events:
             if event.finish_reason:
                 self._end(event.index)
+        return events
+
+    def _read(self, shares: SequenceOf[Share]) -> list[Event]:
+        """Read every share, and choose the next tokens of the sequences that have no unread token left."""
+        sequences, counts = [sequence for sequence, _ in shares], [tokens for _, tokens in shares]
+        self.counters.steps += 1
+        self.counters.read_tokens += sum(counts)
+        self.counters.drafted_tokens += sum(len(sequence.draft) for sequence in sequences)
+        hidden = self.runner.read(sequences, counts)
+        for sequence, own in zip(sequences, hidden.split(counts), strict=True):
+            self._score_prompt(sequence, own)
+        ends = dict(zip(sequences, accumulate(counts), strict=True))
+        asked = sorted((each for each in sequences if each.num_uncached <= 0), key=lambda each: each.index)
+        # A draft asks what follows each of its tokens, and the one before it.
+        rows = [row for each in asked for row in range(ends[each] - 1 - len(each.draft), ends[each])]
+        events: list[Event] = []
+        if rows:
+            logits = self.runner.logits(hidden[rows]).split([1 + len(each.draft) for each in asked])
+            for sequence, own in zip(asked, logits, strict=True):
+                events += self._choose(sequence, own)
+        self._scheduler.have_read(sequences)
         return events
 
     def run(
@@ -178,12 +225,10 @@ class Engine:
             RequestError: a request could not fit even into an empty cache. Nothing has run then.
         """
         for request in requests:
-            self._require_fits(request)
+            self.require_fits(request)
         return self._run(requests, ends_text or _never_of)
 
-    def _run(
-        self, requests: SequenceOf[Request], ends_text: Callable[[int, int], bool]
-    ) -> abc.Generator[Event]:
+    def _run(self, requests: SequenceOf[Request], ends_text: Callable[[int, int], bool]) -> abc.Generator[Event]:
         inbox: _Inbox = deque()
         unfinished: dict[int, int] = {}
         try:
@@ -209,20 +254,56 @@ class Engine:
             inbox = self._inboxes.pop(event.index) if event.finish_reason else self._inboxes[event.index]
             inbox.append(event)
 
-    def _choose(self, job: _Job, logits: Tensor) -> Event:
+    def _choose(self, sequence: Sequence, logits: Tensor) -> list[Event]:
+        """Append the next token, and further ones as long as the draft has foreseen them.
+
+        Noise depends on the position alone, so a foreseen token is the one that would be chosen without a draft.
+        """
+        job = self._jobs[sequence.index]
+        draft, sequence.draft = sequence.draft, []
+        events: list[Event] = []
+        for i, row in enumerate(logits):
+            event = self._choose_one(job, row)
+            events.append(event)
+            if event.finish_reason or i == len(draft) or draft[i] != event.token_id:
+                break
+        # What was read of the draft's other tokens is overwritten by what comes instead.
+        sequence.num_cached = len(sequence.tokens) - 1
+        self.counters.generated_tokens += len(events)
+        self.counters.accepted_tokens += len(events) - 1
+        if self._drafter and not events[-1].finish_reason:
+            left = job.request.max_new_tokens - (len(sequence.tokens) - len(job.request.prompt_token_ids))
+            sequence.draft = self._drafter.propose(sequence)[: left - 1]
+        return events
+
+    def _choose_one(self, job: _Job, logits: Tensor) -> Event:
         params, tokens = job.request.params, job.sequence.tokens
         prompt_len = len(job.request.prompt_token_ids)
-        token = sample(
-            logits, params, seed=job.request.seed, tokens=tokens, prompt_len=prompt_len, end_ids=job.end_ids
-        )
+        token = sample(logits, params, seed=job.request.seed, tokens=tokens, prompt_len=prompt_len, end_ids=job.end_ids)
         tokens.append(token)
-        logprobs = None if params.logprobs is None else token_logprobs(logits, token, params.logprobs)
+        logprobs = None if params.logprobs is None else token_logprobs(logits[None], [token], params.logprobs)[0]
         reason: FinishReason | None = None
         if token in job.end_ids or job.ends_text(token):
             reason = "stop"
         elif len(tokens) - prompt_len == job.request.max_new_tokens:
             reason = "length"
-        return Event(job.sequence.index, token, logprobs, reason)
+        scores = job.prompt_logprobs
+        of_prompt = None
+        if params.prompt_logprobs is not None and len(tokens) == prompt_len + 1:
+            of_prompt = [scores[position] for position in range(1, prompt_len)]
+        return Event(job.sequence.index, token, logprobs, of_prompt, reason)
+
+    def _score_prompt(self, sequence: Sequence, hidden: Tensor) -> None:
+        """Keep what the states [T, D] of the tokens that were just read say of the prompt's tokens after them."""
+        job = self._jobs[sequence.index]
+        count, prompt = job.request.params.prompt_logprobs, job.request.prompt_token_ids
+        if count is None:
+            return
+        first = sequence.num_cached - len(hidden) + 1
+        targets = prompt[first : sequence.num_cached + 1]
+        for rows, part in self.runner.logits_in_parts(hidden[: len(targets)]):
+            scores = token_logprobs(part, targets[rows], count)
+            job.prompt_logprobs.update(enumerate(scores, start=first + rows.start))
 
     def _end(self, index: int) -> None:
         self._scheduler.remove(self._jobs.pop(index).sequence)
@@ -233,15 +314,6 @@ class Engine:
             inbox = self._inboxes.pop(sequence.index, None)
             if inbox is not None:
                 inbox.append(error)
-
-    def _require_fits(self, request: Request) -> None:
-        needed = self.cache.pages_for(len(request.prompt_token_ids) + request.max_new_tokens)
-        if needed > self.cache.num_pages:
-            raise RequestError(
-                f"A prompt of {len(request.prompt_token_ids):,} tokens and max_tokens={request.max_new_tokens:,} "
-                f"need more than the {self.cache.num_pages * self.cache.page_size:,} tokens that the cache holds: "
-                "lower max_tokens, shorten the prompt, or load the model with a larger kv_cache_bytes."
-            )
 
     def _require_idle(self) -> None:
         if self._scheduler.waiting:

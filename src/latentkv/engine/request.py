@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 from latentkv.engine.sampling_params import MAX_SEED, SamplingParams
@@ -27,6 +27,16 @@ class Request:
     seed: int
     max_new_tokens: int
 
+    def choices(self) -> list[Request]:
+        """The requests that make the completions which `params` ask for: the same but for the seed.
+
+        Where the likeliest are to be found, they report their tokens' log-probabilities.
+        """
+        params = self.params
+        if params.num_choices > params.n and params.logprobs is None:
+            params = replace(params, logprobs=0)
+        return [replace(self, params=params, seed=(self.seed + i) % (MAX_SEED + 1)) for i in range(params.num_choices)]
+
     @classmethod
     def create(
         cls, prompt_token_ids: Iterable[int], params: SamplingParams, *, vocab_size: int, max_context: int
@@ -34,8 +44,8 @@ class Request:
         """Validate a prompt for a model of `vocab_size` tokens that sees at most `max_context` of them.
 
         Raises:
-            RequestError: the prompt is empty, leaves no room for a new token, or leaves the vocabulary; or a stop token or
-                a biased one is outside the vocabulary, or more logprobs than there are tokens are asked for.
+            RequestError: the prompt is empty, leaves no room for a new token, or leaves the vocabulary; or a stop token
+                or a biased one is outside the vocabulary, or more logprobs than there are tokens are asked for.
         """
         prompt = validate_token_ids(prompt_token_ids, vocab_size=vocab_size)
         if len(prompt) + 1 > max_context:
@@ -50,8 +60,9 @@ class Request:
         outside = [token for token in params.logit_bias if token >= vocab_size]
         if outside:
             raise RequestError(f"logit_bias names token {outside[0]}, outside the vocabulary of 0 to {vocab_size - 1}.")
-        if params.logprobs is not None and params.logprobs > vocab_size:
-            raise RequestError(f"logprobs={params.logprobs} is more than the vocabulary's {vocab_size} tokens.")
+        for name, asked in (("logprobs", params.logprobs), ("prompt_logprobs", params.prompt_logprobs)):
+            if asked is not None and asked > vocab_size:
+                raise RequestError(f"{name}={asked} is more than the vocabulary's {vocab_size} tokens.")
         seed = secrets.randbelow(MAX_SEED + 1) if params.seed is None else params.seed
         return cls(prompt, params, seed, min(params.max_tokens, max_context - len(prompt)))
 

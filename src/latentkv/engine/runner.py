@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from collections.abc import Sequence as SequenceOf
 from contextlib import contextmanager
 from itertools import accumulate
@@ -19,6 +19,9 @@ from latentkv.models.decoder import Decoder
 
 PREFILL_CHUNK = 2048
 """Tokens that one step reads at most: it bounds the memory of a step, whatever the prompt."""
+
+_LOGIT_BYTES = 1 << 26
+"""Float32 logits of prompts and scored texts that exist at once."""
 
 
 class Runner:
@@ -54,17 +57,10 @@ class Runner:
             self.cache.pool.free(pages)
 
     @torch.inference_mode()
-    def last_hidden(self, sequences: SequenceOf[Sequence], counts: SequenceOf[int]) -> Tensor:
-        """Read as `read` does; returns the hidden states [B, D] of the last token that each sequence read."""
-        last = torch.tensor(counts).cumsum(0) - 1
-        hidden = self.read(sequences, counts)
-        return hidden[last.to(hidden.device)]
-
-    @torch.inference_mode()
     def read(self, sequences: SequenceOf[Sequence], counts: SequenceOf[int]) -> Tensor:
         """Read the next `counts[b]` uncached tokens of each sequence; returns their hidden states [T, D]."""
         batch = Batch.build(
-            [s.tokens[s.num_cached : s.num_cached + n] for s, n in zip(sequences, counts, strict=True)],
+            [sequence.unread(count) for sequence, count in zip(sequences, counts, strict=True)],
             [s.num_cached for s in sequences],
             [s.pages for s in sequences],
             page_size=self.cache.page_size,
@@ -91,6 +87,13 @@ class Runner:
                 f"or they overflow in {hidden.dtype}; check the checkpoint, or load it with dtype='fp32'."
             )
         return logits
+
+    def logits_in_parts(self, hidden: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Which rows, and their logits: so few at a time that they need bounded memory."""
+        size = max(1, _LOGIT_BYTES // (4 * self.decoder.config.vocab_size))
+        for start in range(0, len(hidden), size):
+            rows = slice(start, min(start + size, len(hidden)))
+            yield rows, self.logits(hidden[rows])
 
 
 def share_out(sequences: SequenceOf[Sequence], limit: int) -> tuple[list[Sequence], list[int]]:

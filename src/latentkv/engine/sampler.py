@@ -71,12 +71,13 @@ def sample(
     return int((logits + noise.to(logits.device)).argmax())
 
 
-def token_logprobs(logits: Tensor, token_id: int, count: int) -> TokenLogprobs:
-    """What `SamplingParams.logprobs = count` reports of `token_id`, from raw `logits` [V]."""
+def token_logprobs(logits: Tensor, token_ids: Sequence[int], count: int) -> list[TokenLogprobs]:
+    """What `SamplingParams.logprobs = count` reports of `token_ids` [T], from raw `logits` [T, V]."""
     logprobs = logits.float().log_softmax(-1)
     best, ids = logprobs.topk(min(count, logprobs.shape[-1]))
-    top = dict(zip(ids.tolist(), best.tolist(), strict=True))
-    return TokenLogprobs(token_id, float(logprobs[token_id]), top)
+    chosen = logprobs.gather(1, torch.tensor(token_ids, dtype=torch.int64, device=logits.device)[:, None])
+    rows = zip(token_ids, chosen[:, 0].tolist(), ids.tolist(), best.tolist(), strict=True)
+    return [TokenLogprobs(token, own, dict(zip(top, values, strict=True))) for token, own, top, values in rows]
 
 
 def add_bias(logits: Tensor, bias: Mapping[int, float]) -> Tensor:

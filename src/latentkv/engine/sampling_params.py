@@ -11,6 +11,7 @@ from latentkv.errors import RequestError
 
 MAX_SEED = 2**63 - 1
 MAX_BIASES = 1024
+MAX_CHOICES = 128
 
 
 @dataclass(frozen=True)
@@ -28,11 +29,15 @@ class SamplingParams:
         ignore_eos: do not end at the model's own end tokens (stop_token_ids still end it).
         seed: same seed, same text; None draws a fresh one, reported in the completion.
         logprobs: report each token's log-probability and those of this many likeliest tokens; None reports nothing.
+        prompt_logprobs: report those of the prompt's tokens too, but the first; the whole prompt is read for it, even
+            what the cache knows.
         repetition_penalty: above 1 makes tokens of the prompt and of the text so far less likely, below 1 more
             (CTRL, arXiv 1909.05858); in (0, 100], 1 changes nothing.
         presence_penalty: is subtracted from the logits of tokens that the text so far holds, in [-2, 2].
         frequency_penalty: is subtracted once for each time that the text so far holds a token, in [-2, 2].
         logit_bias: is added to the logits of these token ids, each in [-100, 100]; at most 1,024 of them.
+        n: completions of the prompt, each with noise of its own: completion i has the seed `seed + i`; 1 to 128.
+        best_of: completions that are made, of which the n likeliest a token are returned; None is n, at most 128.
         min_tokens: new tokens before the completion may end by an end token (0 or more, at most max_tokens).
 
     Raises:
@@ -49,11 +54,14 @@ class SamplingParams:
     ignore_eos: bool = False
     seed: int | None = None
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
-    logit_bias: Mapping[int, float] = field(default_factory=dict[int, float])
+    logit_bias: Mapping[int, float] = field(default_factory=dict[int, float], hash=False)
     min_tokens: int = 0
+    n: int = 1
+    best_of: int | None = None
 
     def __post_init__(self) -> None:
         _require_int("max_tokens", self.max_tokens, low=1)
@@ -65,15 +73,24 @@ class SamplingParams:
         _require_number("presence_penalty", self.presence_penalty, low=-2, high=2)
         _require_number("frequency_penalty", self.frequency_penalty, low=-2, high=2)
         _require_int("min_tokens", self.min_tokens, low=0, high=self.max_tokens, note=" (max_tokens)")
+        _require_int("n", self.n, low=1, high=MAX_CHOICES)
+        if self.best_of is not None:
+            _require_int("best_of", self.best_of, low=self.n, high=MAX_CHOICES, note=" (from n on)")
         if self.seed is not None:
             _require_int("seed", self.seed, low=0, high=MAX_SEED)
-        if self.logprobs is not None:
-            _require_int("logprobs", self.logprobs, low=0)
+        for name, asked in (("logprobs", self.logprobs), ("prompt_logprobs", self.prompt_logprobs)):
+            if asked is not None:
+                _require_int(name, asked, low=0)
         if type(self.ignore_eos) is not bool:
             raise _refused("ignore_eos", self.ignore_eos, "True or False")
         object.__setattr__(self, "stop", _stop_strings(self.stop))
         object.__setattr__(self, "stop_token_ids", _token_ids(self.stop_token_ids))
         object.__setattr__(self, "logit_bias", _biases(self.logit_bias))
+
+    @property
+    def num_choices(self) -> int:
+        """Completions that are made."""
+        return self.best_of or self.n
 
     @property
     def greedy(self) -> bool:

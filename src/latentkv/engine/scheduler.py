@@ -6,6 +6,7 @@ from bisect import insort
 from collections.abc import Iterator
 
 from latentkv.cache import LatentCache, PrefixIndex
+from latentkv.engine.counters import Counters
 from latentkv.engine.sequence import Sequence
 
 MAX_RUNNING = 256
@@ -20,10 +21,10 @@ Share = tuple[Sequence, int]
 class Scheduler:
     """Hands out a step's tokens and the cache's pages.
 
-    Every running sequence that decodes gets its token; what is left of a step's budget is shared equally among the oldest
-    prompts, so that neither a long prompt nor a stream of short ones holds up the others. A sequence waits until all its
-    tokens' pages are free, first come first served. It takes further pages as it grows; where none is free, the youngest
-    sequence gives all of its back and is read again later: the oldest always goes on, so everything ends.
+    Every running sequence that decodes gets its token; what is left of a step's budget is shared equally among the
+    oldest prompts, so that neither a long prompt nor a stream of short ones holds up the others. A sequence waits until
+    all its tokens' pages are free, first come first served. It takes further pages as it grows; where none is free, the
+    youngest sequence gives all of its back and is read again later: the oldest always goes on, so everything ends.
 
     Args:
         cache: whose pages are handed out.
@@ -33,11 +34,13 @@ class Scheduler:
         running: sequences with pages, oldest first.
         waiting: those without, oldest first.
         prefixes: pages that can be shared.
+        counters: what has been done.
     """
 
     def __init__(self, cache: LatentCache, *, max_running: int = MAX_RUNNING) -> None:
         self.running: list[Sequence] = []
         self.waiting: list[Sequence] = []
+        self.counters = Counters()
         self.prefixes = PrefixIndex(cache.pool, cache.page_size)
         self._cache = cache
         self._max_running = max_running
@@ -55,23 +58,28 @@ class Scheduler:
         """Who reads how many tokens in a step of `budget` tokens, those that decode first; empty: nobody can.
 
         Every sequence that decodes takes part, even where the budget is smaller; a prompt moves on in every step.
+        Drafts are read where no prompt waits for the same time.
         """
         self._admit()
         decoding = [sequence for sequence in self._with_room() if sequence.decodes]
         prompts = [sequence for sequence in self.running if not sequence.decodes]
         left = max(budget - len(decoding), 1)
+        for sequence in decoding:
+            self._cut_draft(sequence, 0 if prompts else left)
+            left -= len(sequence.draft)
         prompts = prompts[: max(left // FAIR_SHARE, 1)]
         shares: dict[Sequence, int] = {}
         for done, sequence in enumerate(sorted(prompts, key=lambda each: each.num_uncached)):
             shares[sequence] = min(sequence.num_uncached, -(-left // (len(prompts) - done)))
             left -= shares[sequence]
-        return [(sequence, 1) for sequence in decoding] + [(each, shares[each]) for each in prompts if shares[each]]
+        decodes = [(sequence, 1 + len(sequence.draft)) for sequence in decoding]
+        return decodes + [(sequence, shares[sequence]) for sequence in prompts if shares[sequence]]
 
     def have_read(self, sequences: list[Sequence]) -> None:
         """Make the pages that `sequences` have filled findable."""
         size = self._cache.page_size
         for sequence in sequences:
-            while (sequence.num_known + 1) * size <= sequence.num_cached:
+            while sequence.salt is not None and (sequence.num_known + 1) * size <= sequence.num_cached:
                 page = sequence.num_known
                 tokens = sequence.tokens[page * size : (page + 1) * size]
                 sequence.last_known = self.prefixes.add(
@@ -85,7 +93,7 @@ class Scheduler:
             if len(self.running) == self._max_running:
                 return
             # The newest token is read even where all are known: what follows it is asked for.
-            known = self.prefixes.find(sequence.salt, sequence.tokens[:-1])
+            known = [] if sequence.salt is None else self.prefixes.find(sequence.salt, sequence.tokens[:-1])
             if self._is_read_by_another(sequence, len(known)):
                 continue
             new = self._cache.pages_for(len(sequence.tokens)) - len(known)
@@ -97,13 +105,15 @@ class Scheduler:
             sequence.pages = [each.page for each in known] + pool.allocate(new)
             sequence.num_cached = len(known) * self._cache.page_size
             sequence.num_known, sequence.last_known = len(known), known[-1] if known else None
+            self.counters.prefix_queries += len(sequence.tokens)
+            self.counters.prefix_hits += sequence.num_cached
             self.waiting.remove(sequence)
             insort(self.running, sequence, key=_age)
 
     def _is_read_by_another(self, sequence: Sequence, known: int) -> bool:
         """Whether a running prompt is about to fill the page that `sequence` would have to read next."""
         end = (known + 1) * self._cache.page_size
-        if end >= len(sequence.tokens):
+        if sequence.salt is None or end >= len(sequence.tokens):
             return False
         return any(
             not other.decodes
@@ -127,14 +137,23 @@ class Scheduler:
     def _needs_page(self, sequence: Sequence) -> bool:
         return sequence.num_cached == len(sequence.pages) * self._cache.page_size
 
+    def _cut_draft(self, sequence: Sequence, most: int) -> None:
+        """Leave of the draft at most so many tokens, and none for which there is no page."""
+        sequence.draft = sequence.draft[:most]
+        missing = self._cache.pages_for(sequence.num_cached + 1 + len(sequence.draft)) - len(sequence.pages)
+        sequence.pages += self._cache.pool.allocate(max(min(missing, self._cache.pool.free_pages), 0))
+        room = len(sequence.pages) * self._cache.page_size - sequence.num_cached - 1
+        sequence.draft = sequence.draft[:room]
+
     def _preempt(self, sequence: Sequence) -> None:
+        self.counters.preemptions += 1
         self.running.remove(sequence)
         self._give_back(sequence)
         self.add(sequence)
 
     def _give_back(self, sequence: Sequence) -> None:
         self._cache.pool.free(reversed(sequence.pages))  # of pages worth keeping the last goes first
-        sequence.pages, sequence.num_cached = [], 0
+        sequence.pages, sequence.num_cached, sequence.draft = [], 0, []
         sequence.num_known, sequence.last_known = 0, None
 
 

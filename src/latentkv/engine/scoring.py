@@ -13,9 +13,6 @@ from torch.nn import functional
 from latentkv.engine.runner import PREFILL_CHUNK, Runner, share_out
 from latentkv.engine.sequence import Sequence
 
-_LOGIT_BYTES = 1 << 26
-"""Float32 logits that exist at once while scoring."""
-
 
 @dataclass(frozen=True)
 class Window:
@@ -89,8 +86,7 @@ def _read_through(runner: Runner, sequences: list[Sequence]) -> Iterator[tuple[S
 
 def _nats(runner: Runner, hidden: Tensor, targets: Tensor) -> float:
     """Summed -log p of `targets` [T] under the logits of `hidden` [T, D], a bounded block of logits at a time."""
-    rows = max(1, _LOGIT_BYTES // (4 * runner.decoder.config.vocab_size))
     total = 0.0
-    for part, expected in zip(hidden.split(rows), targets.split(rows), strict=True):
-        total += float(functional.cross_entropy(runner.logits(part), expected, reduction="none").double().sum())
+    for rows, logits in runner.logits_in_parts(hidden):
+        total += float(functional.cross_entropy(logits, targets[rows], reduction="none").double().sum())
     return total

@@ -16,7 +16,8 @@ class Sequence:
         tokens: the prompt and the tokens chosen since.
         pages: cache pages that the sequence holds, in order.
         num_cached: how many of the tokens the cache holds already.
-        salt: whose prefixes it shares; texts of different salts share nothing.
+        draft: tokens that may come next; they are read together with the newest one, and checked.
+        salt: whose prefixes it shares; texts of different salts share nothing. None: it shares with nobody.
         num_known: its first pages that other sequences can find.
         last_known: what they find as the last of those.
     """
@@ -25,7 +26,8 @@ class Sequence:
     tokens: list[int]
     pages: list[int] = field(default_factory=list[int])
     num_cached: int = 0
-    salt: str = ""
+    draft: list[int] = field(default_factory=list[int])
+    salt: str | None = ""
     num_known: int = 0
     last_known: KnownPage | None = None
 
@@ -38,3 +40,8 @@ class Sequence:
     def decodes(self) -> bool:
         """Whether only the newest token is unread."""
         return self.num_uncached == 1
+
+    def unread(self, count: int) -> list[int]:
+        """The next `count` tokens to read, the draft behind them."""
+        own = self.tokens[self.num_cached : self.num_cached + count]
+        return own + self.draft[: count - len(own)]

@@ -176,9 +176,7 @@ class MultiHeadLatentAttention(nn.Module):
             chosen = forms[first]
             if chosen == "absorbed":
                 part, rows = batch.part(first, last)
-                outputs.append(
-                    self._attend_absorbed(self._absorb(q_nope[rows], q_rope[rows]), part, pages, kv_format)
-                )
+                outputs.append(self._attend_absorbed(self._absorb(q_nope[rows], q_rope[rows]), part, pages, kv_format))
                 continue
             for row in range(first, last):
                 one, rows = batch.part(row, row + 1)

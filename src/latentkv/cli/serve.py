@@ -1,0 +1,97 @@
+"""`latentkv serve`: an OpenAI-compatible server for one model."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from latentkv.cli.options import (
+    CacheBytesOption,
+    DeviceOption,
+    DtypeOption,
+    Int8ProductsOption,
+    KVDtypeOption,
+    MaxContextOption,
+    ModelChoice,
+    WeightsOption,
+    cache_summary,
+)
+from latentkv.cli.terminal import console
+from latentkv.errors import ConfigError
+
+KEYS_VARIABLE = "LATENTKV_API_KEYS"
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+
+def serve(
+    model: Annotated[
+        str | None,
+        typer.Argument(help="A folder or a repo id.", show_default="the small model in this package"),
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    name: Annotated[
+        str | None, typer.Option(help="What clients call the model.", show_default="its folder or repo id")
+    ] = None,
+    api_key_file: Annotated[
+        Path | None, typer.Option(help=f"API keys, one a line; the variable {KEYS_VARIABLE} works too.")
+    ] = None,
+    allow_anyone: Annotated[
+        bool, typer.Option("--allow-anyone", help="Let other machines in without an API key.")
+    ] = False,
+    cors_origin: Annotated[
+        list[str] | None, typer.Option(help="A web page's origin that browsers let in; repeatable.")
+    ] = None,
+    weights: WeightsOption = None,
+    kv_dtype: KVDtypeOption = "auto",
+    int8_products: Int8ProductsOption = False,
+    dtype: DtypeOption = None,
+    device: DeviceOption = "cpu",
+    max_context: MaxContextOption = None,
+    kv_cache_bytes: CacheBytesOption = None,
+    speculate: Annotated[
+        int, typer.Option(min=0, max=16, help="Draft so many tokens from the text so far; the answers stay the same.")
+    ] = 0,
+    max_running: Annotated[int, typer.Option(min=1, max=1024, help="Requests in a step at most.")] = 64,
+    max_open: Annotated[
+        int, typer.Option(min=1, max=65536, help="Requests under way and waiting; more get 429.")
+    ] = 256,
+    request_seconds: Annotated[float, typer.Option(min=1, help="A request may take at most.")] = 3600,
+    drain_seconds: Annotated[float, typer.Option(min=0, help="Open requests may take when told to stop.")] = 30,
+    max_body_mib: Annotated[int, typer.Option(min=1, max=1024, help="Size of a request's body at most.")] = 16,
+    log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Write prompts and answers into the log.")] = False,
+) -> None:
+    """Serve a model: an OpenAI-compatible API, a chat page at /, metrics at /metrics.
+
+    Example: latentkv serve ./model --port 8000 --kv-cache-bytes 4GiB
+    """
+    from latentkv.server.run import bind, serve_forever
+    from latentkv.server.served import STEP_SECONDS
+    from latentkv.server.settings import ServerSettings, read_keys
+
+    settings = ServerSettings(
+        api_keys=read_keys(api_key_file, os.environ.get(KEYS_VARIABLE)),
+        cors_origins=tuple(cors_origin or ()),
+        max_body_bytes=max_body_mib << 20,
+        max_open=max_open,
+        request_seconds=request_seconds,
+        drain_seconds=drain_seconds,
+        log_prompts=log_prompts,
+    )
+    if host not in LOOPBACK and not settings.api_keys and not allow_anyone:
+        raise ConfigError(
+            f"{host} can be reached from other machines: give API keys by --api-key-file or {KEYS_VARIABLE}, "
+            "or say --allow-anyone."
+        )
+    listening = bind(host, port)
+    choice = ModelChoice(model, device, dtype, weights, kv_dtype, int8_products, max_context, kv_cache_bytes)
+    llm = choice.load(max_running=max_running, speculate=speculate, step_seconds=STEP_SECONDS)
+    shown = name or (Path(model).name if model and Path(model).is_dir() else model) or "latentkv"
+    out = console(stderr=True)
+    address = f"http://{host}:{listening.getsockname()[1]}"
+    out.print(f"Serving {shown} on {address} - chat page at {address}/, API at {address}/v1", highlight=False)
+    out.print(cache_summary(llm), style="dim")
+    raise typer.Exit(serve_forever(listening, llm, shown, settings))

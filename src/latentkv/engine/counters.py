@@ -1,0 +1,32 @@
+"""`Counters`: what an engine has done since it began."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass
+class Counters:
+    """Totals; they only grow.
+
+    Attributes:
+        steps: steps of the model.
+        read_tokens: tokens read by the model: of prompts (again after a preemption), chosen ones, and drafts.
+        prompt_tokens: of the prompts that were taken in.
+        generated_tokens: tokens chosen.
+        preemptions: sequences that gave their pages back and are read again.
+        prefix_queries: prompt tokens that were looked for among the known prefixes.
+        prefix_hits: those that were found.
+        drafted_tokens: tokens proposed to the model.
+        accepted_tokens: those that it would have chosen too.
+    """
+
+    steps: int = 0
+    read_tokens: int = 0
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    preemptions: int = 0
+    prefix_queries: int = 0
+    prefix_hits: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0

@@ -1,0 +1,1 @@
+"""HTTP in, words out: an OpenAI-compatible server in front of one engine."""

@@ -1,0 +1,139 @@
+"""`create_app`: the routes, behind those who guard them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, Callable
+from contextlib import asynccontextmanager, suppress
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+from starlette.types import ASGIApp
+
+from latentkv.errors import LatentKVError
+from latentkv.server.context import Server
+from latentkv.server.errors import ApiError, as_api_error
+from latentkv.server.logs import LogRequests, logger
+from latentkv.server.protocol.operations import ErrorResponse
+from latentkv.server.routes import chat, completions, operations
+from latentkv.server.security import LimitBody, RequireKey
+
+REFUSALS = (400, 401, 404, 405, 413, 429, 500, 503, 504)
+WATCH_SECONDS = 1.0
+
+
+def create_app(server: Server, *, died: Callable[[str], None] | None = None) -> ASGIApp:
+    """An ASGI app that serves one model.
+
+    Args:
+        server: what is served, and how.
+        died: called once with the reason if the engine dies.
+
+    Returns:
+        The app; its lifespan starts the engine's thread, watches over it, and drains it at the end.
+    """
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
+        server.model.thread.start()
+        watch = asyncio.create_task(_watch(server, died or (lambda reason: None)))
+        try:
+            yield
+        finally:
+            watch.cancel()
+            with suppress(asyncio.CancelledError):
+                await watch
+            await asyncio.to_thread(server.model.thread.drain, server.settings.drain_seconds)
+
+    app = FastAPI(
+        title="LatentKV",
+        summary="An OpenAI-compatible server for models with Multi-head Latent Attention.",
+        lifespan=lifespan,
+        docs_url=None,  # its page loads scripts from elsewhere
+        redoc_url=None,
+        responses={status: {"model": ErrorResponse} for status in REFUSALS},
+    )
+    app.state.server = server
+    for routes in (completions, chat, operations):
+        app.include_router(routes.router)
+    app.add_exception_handler(ApiError, _answer)
+    app.add_exception_handler(LatentKVError, _answer)
+    app.add_exception_handler(TimeoutError, _answer)
+    app.add_exception_handler(Exception, _answer)
+    app.add_exception_handler(HTTPException, _answer_http)
+    app.add_exception_handler(RequestValidationError, _answer_invalid)
+    _leave_out_422(app)
+
+    guarded: ASGIApp = LimitBody(app, server.settings.max_body_bytes)
+    guarded = RequireKey(guarded, server.settings.api_keys)
+    if server.settings.cors_origins:
+        guarded = CORSMiddleware(
+            guarded, allow_origins=server.settings.cors_origins, allow_methods=["GET", "POST"], allow_headers=["*"]
+        )
+    return LogRequests(guarded)
+
+
+async def _watch(server: Server, died: Callable[[str], None]) -> None:
+    """Look after the engine: a dead one is reported once, even if nobody asks for its health."""
+    while True:
+        health = server.model.thread.health()
+        if health.state in ("dead", "stopped"):
+            logger.critical("the engine died", extra={"fields": {"reason": health.reason}})
+            died(health.reason)
+            return
+        await asyncio.sleep(WATCH_SECONDS)
+
+
+async def _answer(_: HttpRequest, error: Exception) -> Response:
+    found = as_api_error(error)
+    if found.status >= 500:
+        logger.error("request failed", exc_info=error)
+    # Written in ASCII: what it quotes of a request may not be valid Unicode.
+    return Response(json.dumps(found.body), found.status, headers=found.headers, media_type="application/json")
+
+
+async def _answer_http(request: HttpRequest, error: Exception) -> Response:
+    found = error if isinstance(error, HTTPException) else HTTPException(500)
+    known = {404: "There is no such path here: see /openapi.json.", 405: "This path takes another method."}
+    message = known.get(found.status_code, str(found.detail))
+    return await _answer(request, ApiError(found.status_code, message, headers=dict(found.headers or {})))
+
+
+async def _answer_invalid(request: HttpRequest, error: Exception) -> Response:
+    """Name the parameter that is wrong; one is enough."""
+    first = error.errors()[0] if isinstance(error, RequestValidationError) else {}
+    return await _answer(request, _invalid(first))
+
+
+def _invalid(found: dict[str, Any]) -> ApiError:
+    where = [str(part)[:100] for part in found.get("loc", ()) if part not in ("body", "path", "query")]
+    # Of a union each member's complaint carries its own name; the parameter is what the client wrote.
+    param = where[0] if where else None
+    kind = found.get("type", "")
+    if kind == "json_invalid":
+        return ApiError(400, f"The body is not valid JSON: {found.get('ctx', {}).get('error', 'it ends early')}.")
+    if kind == "extra_forbidden":
+        return ApiError(400, f"{'.'.join(where)} is not a parameter that this server knows: leave it out.", param=param)
+    if kind == "missing":
+        return ApiError(400, f"{'.'.join(where) or 'A JSON body'} is missing.", param=param)
+    return ApiError(400, f"{'.'.join(where)}: {found.get('msg', 'is not valid')}.", param=param)
+
+
+def _leave_out_422(app: FastAPI) -> None:
+    """FastAPI documents 422 for invalid bodies; this server answers 400 as OpenAI does."""
+    original = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        schema = original()
+        for path in schema["paths"].values():
+            for operation in path.values():
+                operation["responses"].pop("422", None)
+        return schema
+
+    app.openapi = openapi

@@ -1,0 +1,92 @@
+"""What a route knows of the request under way beside its body."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Annotated, Any, TypeVar, cast
+
+from fastapi import Depends
+from starlette.requests import Request as HttpRequest
+
+from latentkv.server.errors import ApiError
+from latentkv.server.metrics import Metrics
+from latentkv.server.served import ServedModel
+from latentkv.server.settings import ServerSettings
+
+T = TypeVar("T")
+
+CLIENT_LEFT = 499  # nginx's status for it, in the log only: nobody reads the answer
+
+
+@dataclass
+class Server:
+    """What lives as long as the app."""
+
+    model: ServedModel
+    settings: ServerSettings
+    metrics: Metrics
+
+
+@dataclass
+class Context:
+    """One request's surroundings.
+
+    Attributes:
+        server: all that is shared.
+        http: the request.
+        salt: who shares prefixes with it.
+        log: what its line in the log says beside the usual.
+    """
+
+    server: Server
+    http: HttpRequest
+    salt: str
+    log: dict[str, Any] = field(default_factory=dict[str, Any])
+
+    @property
+    def model(self) -> ServedModel:
+        """The model."""
+        return self.server.model
+
+    def require_model(self, name: str | None) -> None:
+        """Raise a 404 unless the one model is meant."""
+        if name is not None and name != self.model.name:
+            raise ApiError(
+                404,
+                f"There is no model {name[:200]!r} here: use {self.model.name!r}, or leave model out.",
+                param="model",
+                code="model_not_found",
+            )
+
+    async def unless_client_leaves(self, work: Awaitable[T]) -> T:
+        """Await `work`, and cancel it when the client goes away: nobody else would notice before the end."""
+        task = asyncio.ensure_future(work)
+        leaving = asyncio.create_task(_until_disconnect(self.http.receive))
+        try:
+            await asyncio.wait({task, leaving}, return_when=asyncio.FIRST_COMPLETED)
+            if not task.done():
+                raise ApiError(CLIENT_LEFT, "The client left.", code="client_left")
+            return task.result()
+        finally:
+            for each in (task, leaving):
+                each.cancel()
+                with suppress(BaseException):
+                    await each
+
+
+async def _until_disconnect(receive: Callable[[], Awaitable[Any]]) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def _context(http: HttpRequest) -> Context:
+    server = cast(Server, http.app.state.server)
+    context = Context(server, http, salt=http.scope.get("latentkv.salt", ""))
+    http.scope["latentkv.log"] = context.log
+    return context
+
+
+InContext = Annotated[Context, Depends(_context)]

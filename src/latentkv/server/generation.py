@@ -1,0 +1,88 @@
+"""What all routes that generate have in common: run requests, count, and put together or stream."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator
+
+from latentkv.completion import Completion, Piece, best_of, join_pieces
+from latentkv.engine import Request
+from latentkv.server.context import Context
+from latentkv.server.errors import ApiError
+from latentkv.server.metrics import RequestClock
+from latentkv.server.protocol.sampling import Usage
+from latentkv.server.settings import MAX_PROMPTS
+
+
+class Job:
+    """The completions of one HTTP request, from its arrival on.
+
+    Args:
+        context: of the request.
+        prompts: validated, one a prompt.
+
+    Attributes:
+        choices: all completions of all prompts, those of a prompt one after another.
+
+    Raises:
+        ApiError: more completions than are allowed.
+        LatentKVError: as `ServedModel.submit`.
+    """
+
+    def __init__(self, context: Context, prompts: list[Request]) -> None:
+        if sum(prompt.params.num_choices for prompt in prompts) > MAX_PROMPTS:
+            raise ApiError(400, f"n: all prompts together may have {MAX_PROMPTS} completions.", param="n")
+        self.choices = [choice for prompt in prompts for choice in prompt.choices()]
+        self._context = context
+        self._prompts = prompts
+        self._tokens = [0] * len(self.choices)
+        self._texts = [""] * len(self.choices)
+        self._clocks = [RequestClock(time.monotonic()) for _ in self.choices]
+        server = context.server
+        self._logs_text = server.settings.log_prompts
+        self._generation = server.model.submit(self.choices, context.salt, server.settings.request_seconds)
+
+    @property
+    def usage(self) -> Usage:
+        """Tokens so far."""
+        return Usage.of(sum(len(prompt.prompt_token_ids) for prompt in self._prompts), sum(self._tokens))
+
+    async def pieces(self) -> AsyncGenerator[tuple[int, Piece]]:
+        """(choice, what is new of it), until all have ended."""
+        metrics = self._context.server.metrics
+        async for index, piece in self._generation.pieces():
+            self._tokens[index] += len(piece.token_ids)
+            if self._logs_text:
+                self._texts[index] += piece.text
+            metrics.token(self._clocks[index])
+            if piece.finish_reason:
+                prompt_tokens = len(self.choices[index].prompt_token_ids)
+                metrics.finish(self._clocks[index], prompt_tokens, self._tokens[index], piece.finish_reason)
+            yield index, piece
+
+    def close(self) -> None:
+        """Give up what has not ended, and note what it was; more than once does no harm."""
+        self._generation.close()
+        self._context.log |= self.usage.model_dump()
+        if self._logs_text:
+            text_of = self._context.model.text_of
+            self._context.log["prompts"] = [text_of(prompt.prompt_token_ids) for prompt in self._prompts]
+            self._context.log["completions"] = self._texts
+
+    async def completions(self) -> list[Completion]:
+        """All of them, the best where more were made than asked for; given up when the client leaves."""
+        try:
+            return await self._context.unless_client_leaves(self._completions())
+        finally:
+            self.close()
+
+    async def _completions(self) -> list[Completion]:
+        parts: list[list[Piece]] = [[] for _ in self.choices]
+        async for index, piece in self.pieces():
+            parts[index].append(piece)
+        made = iter([join_pieces(choice, own) for choice, own in zip(self.choices, parts, strict=True)])
+        return [
+            completion
+            for prompt in self._prompts
+            for completion in best_of([next(made) for _ in range(prompt.params.num_choices)], prompt.params)
+        ]

@@ -1,0 +1,127 @@
+"""`Metrics`: what Prometheus reads. Names and meanings are vLLM's behind another prefix, so dashboards port."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from latentkv.engine.engine import Engine
+
+_SECONDS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640)
+_TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
+_WINDOW = 5.0  # seconds over which a speed is taken
+
+
+@dataclass
+class RequestClock:
+    """When things happened to one completion."""
+
+    arrived: float
+    first: float | None = None
+    last: float | None = None
+
+
+class Metrics:
+    """Everything that is counted, in a registry of its own.
+
+    Args:
+        engine: whose state is read when somebody asks for it.
+        model: the label of every series.
+    """
+
+    def __init__(self, engine: Engine, model: str) -> None:
+        self.registry = CollectorRegistry()
+        self.finished = 0
+        self.started_at = time.time()
+        self._engine = engine
+        self._history: deque[tuple[float, int, int]] = deque()
+        self._labels = {"model_name": model}
+        self._ttft = self._histogram("time_to_first_token_seconds", "From arrival to the first token.", _SECONDS)
+        self._itl = self._histogram("inter_token_latency_seconds", "Between two tokens.", _SECONDS)
+        self._e2e = self._histogram("e2e_request_latency_seconds", "From arrival to the last token.", _SECONDS)
+        self._prompt = self._histogram("request_prompt_tokens", "Tokens of a prompt.", _TOKENS)
+        self._generation = self._histogram("request_generation_tokens", "Tokens of a completion.", _TOKENS)
+        self._success = Counter(
+            "latentkv:request_success",
+            "Finished completions.",
+            ["model_name", "finished_reason"],
+            registry=self.registry,
+        )
+        self._gauges = {
+            name: Gauge(f"latentkv:{name}", text, ["model_name"], registry=self.registry).labels(**self._labels)
+            for name, text in (
+                ("num_requests_running", "Requests that hold pages."),
+                ("num_requests_waiting", "Requests that wait for pages."),
+                ("kv_cache_usage_perc", "Share of the cache's pages that requests hold; 1 is all."),
+            )
+        }
+        self._totals = {
+            name: Counter(f"latentkv:{name}", text, ["model_name"], registry=self.registry).labels(**self._labels)
+            for name, text in (
+                ("prompt_tokens", "Tokens of all prompts."),
+                ("generation_tokens", "Tokens of all completions."),
+                ("num_preemptions", "Requests that gave their pages back and were read again."),
+                ("prefix_cache_queries", "Prompt tokens that were looked for among known prefixes."),
+                ("prefix_cache_hits", "Those that were found."),
+                ("spec_decode_num_draft_tokens", "Tokens that were drafted."),
+                ("spec_decode_num_accepted_tokens", "Those that were accepted."),
+            )
+        }
+        self._seen = dict.fromkeys(self._totals, 0)
+
+    def token(self, clock: RequestClock) -> None:
+        """A completion has a new piece."""
+        now = time.monotonic()
+        if clock.last is None:
+            clock.first = now
+            self._ttft.observe(now - clock.arrived)
+        else:
+            self._itl.observe(now - clock.last)
+        clock.last = now
+
+    def finish(self, clock: RequestClock, prompt_tokens: int, tokens: int, reason: str) -> None:
+        """A completion has ended."""
+        self.finished += 1
+        self._e2e.observe(time.monotonic() - clock.arrived)
+        self._prompt.observe(prompt_tokens)
+        self._generation.observe(tokens)
+        self._success.labels(finished_reason=reason, **self._labels).inc()
+
+    def text(self) -> bytes:
+        """All of it, as Prometheus reads it."""
+        engine, counters = self._engine, self._engine.counters
+        self._gauges["num_requests_running"].set(engine.num_running)
+        self._gauges["num_requests_waiting"].set(engine.num_waiting)
+        self._gauges["kv_cache_usage_perc"].set(1 - engine.cache.pool.free_pages / engine.cache.num_pages)
+        for name, total in (
+            ("prompt_tokens", counters.prompt_tokens),
+            ("generation_tokens", counters.generated_tokens),
+            ("num_preemptions", counters.preemptions),
+            ("prefix_cache_queries", counters.prefix_queries),
+            ("prefix_cache_hits", counters.prefix_hits),
+            ("spec_decode_num_draft_tokens", counters.drafted_tokens),
+            ("spec_decode_num_accepted_tokens", counters.accepted_tokens),
+        ):
+            self._totals[name].inc(total - self._seen[name])
+            self._seen[name] = total
+        return generate_latest(self.registry)
+
+    def speeds(self) -> tuple[float, float]:
+        """Generated and prompt tokens a second over the last seconds in which somebody asked."""
+        counters, now = self._engine.counters, time.monotonic()
+        self._history.append((now, counters.generated_tokens, counters.read_tokens))
+        while len(self._history) > 2 and now - self._history[1][0] > _WINDOW:
+            self._history.popleft()
+        then, generated, read = self._history[0]
+        if now - then < 0.1:
+            return 0.0, 0.0
+        new, all_read = counters.generated_tokens - generated, counters.read_tokens - read
+        return new / (now - then), max(all_read - new, 0) / (now - then)
+
+    def _histogram(self, name: str, text: str, buckets: Iterable[float]) -> Histogram:
+        histogram = Histogram(f"latentkv:{name}", text, ["model_name"], registry=self.registry, buckets=tuple(buckets))
+        return histogram.labels(**self._labels)

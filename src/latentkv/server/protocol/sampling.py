@@ -1,0 +1,117 @@
+"""The parameters that all kinds of generation share."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from latentkv.engine import SamplingParams
+from latentkv.engine.sampling_params import MAX_BIASES, MAX_CHOICES, MAX_SEED
+from latentkv.server.errors import ApiError
+from latentkv.server.settings import MAX_STOP_CHARACTERS, MAX_STOPS
+
+StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
+
+
+class Strict(BaseModel):
+    """A part of a request: what it does not know it refuses by name, and it turns no type into another."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_null(cls, given: object) -> object:
+        """A parameter that is null is one that was left out."""
+        if not isinstance(given, dict):
+            return given
+        return {name: value for name, value in given.items() if value is not None}
+
+
+class StreamOptions(Strict):
+    """How a stream is written."""
+
+    include_usage: bool = Field(False, description="End the stream with a chunk that counts all tokens.")
+
+
+class SamplingRequest(Strict):
+    """How tokens are chosen and when a completion ends."""
+
+    model: str | None = Field(None, description="As /v1/models names it; may be left out.", max_length=1024)
+    temperature: float = Field(1.0, ge=0, le=2, description="0 always takes the likeliest token.")
+    top_p: float = Field(1.0, gt=0, le=1, description="Keep the likeliest tokens up to this probability.")
+    top_k: int = Field(0, ge=0, description="Keep this many likeliest tokens; 0 keeps all.")
+    min_p: float = Field(0.0, ge=0, le=1, description="Keep tokens at least this times as likely as the likeliest.")
+    n: int = Field(1, ge=1, le=MAX_CHOICES, description="Completions of each prompt.")
+    stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOPS)] | None = Field(
+        None, description="Strings that end the text; it is cut before them."
+    )
+    stop_token_ids: Annotated[list[int], Field(max_length=MAX_STOPS)] = Field(
+        default_factory=list[int], description="Token ids that end the text, besides the model's own."
+    )
+    ignore_eos: bool = Field(False, description="Go on after the model's own end tokens.")
+    min_tokens: int = Field(0, ge=0, description="New tokens before an end token may come.")
+    seed: int | None = Field(None, ge=0, le=MAX_SEED, description="The same seed gives the same text.")
+    presence_penalty: float = Field(0.0, ge=-2, le=2, description="Less likely what the text already holds.")
+    frequency_penalty: float = Field(0.0, ge=-2, le=2, description="Less likely, each time that the text holds it.")
+    repetition_penalty: float = Field(1.0, gt=0, le=100, description="Above 1: less of prompt and text again.")
+    logit_bias: Annotated[dict[str, float], Field(max_length=MAX_BIASES)] | None = Field(
+        None, description="Is added to the logits of these token ids, -100 to 100."
+    )
+    stream: bool = Field(False, description="Send the text as it comes, as server-sent events.")
+    stream_options: StreamOptions | None = Field(None, description="Only with stream.")
+    user: str | None = Field(None, max_length=256, description="Is written into the server's log.")
+
+    def sampling(self, max_tokens: int, **more: Any) -> SamplingParams:
+        """These parameters, and `more`, as the engine knows them.
+
+        Raises:
+            ApiError: stream_options came without stream, or a token id of logit_bias is no number.
+            RequestError: a value is out of range.
+        """
+        if self.stream_options and not self.stream:
+            raise ApiError(400, "stream_options needs stream=true: set it, or leave the options out.", param="stream")
+        params = SamplingParams(
+            max_tokens=max_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            min_p=self.min_p,
+            n=self.n,
+            stop=() if self.stop is None else (self.stop,) if isinstance(self.stop, str) else tuple(self.stop),
+            stop_token_ids=tuple(self.stop_token_ids),
+            ignore_eos=self.ignore_eos,
+            min_tokens=self.min_tokens,
+            seed=self.seed,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            repetition_penalty=self.repetition_penalty,
+            logit_bias=_biases(self.logit_bias or {}),
+        )
+        return replace(params, **more)
+
+    @property
+    def includes_usage(self) -> bool:
+        """Whether a stream ends by counting its tokens."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+
+def _biases(given: dict[str, float]) -> dict[int, float]:
+    for token in given:
+        if not (token.isascii() and token.isdecimal() and len(token) < 10):
+            raise ApiError(400, f"logit_bias: {token[:20]!r} is not a token id.", param="logit_bias")
+    return {int(token): bias for token, bias in given.items()}
+
+
+class Usage(BaseModel):
+    """Tokens of a request; a prompt counts once, however many completions it gets."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+    @classmethod
+    def of(cls, prompt: int, completion: int) -> Usage:
+        """The two and their sum."""
+        return cls(prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion)

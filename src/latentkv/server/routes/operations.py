@@ -1,0 +1,130 @@
+"""Models, tokens, and how the server does."""
+
+from __future__ import annotations
+
+import time
+from importlib.metadata import PackageNotFoundError, version
+from typing import Annotated
+
+from fastapi import APIRouter, Path
+from starlette.responses import Response
+
+from latentkv.plan import mha_bytes
+from latentkv.server.context import InContext
+from latentkv.server.errors import ApiError
+from latentkv.server.protocol.operations import (
+    CacheState,
+    DetokenizeRequest,
+    DetokenizeResponse,
+    HealthResponse,
+    ModelCard,
+    ModelList,
+    RequestCounts,
+    StatsResponse,
+    Throughput,
+    TokenizeRequest,
+    TokenizeResponse,
+)
+
+router = APIRouter()
+
+
+@router.get("/health", responses={503: {"model": HealthResponse, "description": "The engine does not serve."}})
+async def health(context: InContext, response: Response) -> HealthResponse:
+    """Whether new requests can be served; needs no key."""
+    found = context.model.thread.health()
+    response.status_code = 200 if found.ok else 503
+    return HealthResponse(status=found.state, reason=found.reason)
+
+
+@router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
+async def metrics(context: InContext) -> Response:
+    """For Prometheus."""
+    return Response(context.server.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+@router.get("/v1/models")
+async def models(context: InContext) -> ModelList:
+    """The one model."""
+    return ModelList(data=[_card(context)])
+
+
+@router.get("/v1/models/{name:path}")
+async def model(name: Annotated[str, Path(max_length=1024)], context: InContext) -> ModelCard:
+    """The one model, by name."""
+    context.require_model(name)
+    return _card(context)
+
+
+@router.post("/tokenize", response_model_exclude_none=True)
+async def tokenize(body: TokenizeRequest, context: InContext) -> TokenizeResponse:
+    """A text or a conversation as token ids."""
+    context.require_model(body.model)
+    served = context.model
+    if (body.prompt is None) == (body.messages is None):
+        raise ApiError(400, "prompt or messages: give one of them.", param="prompt")
+    tokenizer = served.require_tokenizer()
+
+    def encoded() -> list[int]:
+        if body.messages is not None:
+            return served.llm.chat_prompt(body.messages)
+        return tokenizer.encode(body.prompt or "", add_bos=body.add_special_tokens and tokenizer.adds_bos)
+
+    tokens = await served.off_loop(encoded)
+    pieces = [served.text_of([token]) for token in tokens] if body.return_token_strs else None
+    return TokenizeResponse(count=len(tokens), max_model_len=served.llm.max_context, tokens=tokens, token_strs=pieces)
+
+
+@router.post("/detokenize")
+async def detokenize(body: DetokenizeRequest, context: InContext) -> DetokenizeResponse:
+    """Token ids as text."""
+    context.require_model(body.model)
+    served = context.model
+    served.require_tokenizer()
+    size = served.llm.config.vocab_size
+    outside = [token for token in body.tokens if not 0 <= token < size]
+    if outside:
+        raise ApiError(400, f"tokens: {outside[0]} is outside the vocabulary of 0 to {size - 1}.", param="tokens")
+    return DetokenizeResponse(prompt=await served.off_loop(lambda: served.text_of(body.tokens)))
+
+
+@router.get("/stats")
+async def stats(context: InContext) -> StatsResponse:
+    """What the page shows."""
+    server, llm = context.server, context.model.llm
+    cache, engine = llm.cache, llm.engine
+    used = (cache.num_pages - cache.pool.free_pages) * cache.page_size
+    generated, prompt = server.metrics.speeds()
+    mha = mha_bytes(llm.config)
+    return StatsResponse(
+        model=context.model.name,
+        version=_version(),
+        uptime_s=round(time.time() - server.metrics.started_at, 3),
+        context=context.model.capacity,
+        requests=RequestCounts(
+            running=engine.num_running, waiting=engine.num_waiting, finished=server.metrics.finished
+        ),
+        throughput=Throughput(generated_tokens_per_s=round(generated, 2), prompt_tokens_per_s=round(prompt, 2)),
+        cache=CacheState(
+            format=cache.format,
+            used_tokens=used,
+            capacity_tokens=cache.num_pages * cache.page_size,
+            used_bytes=used * cache.bytes_per_token,
+            capacity_bytes=cache.allocated_bytes,
+            kept_bytes=cache.pool.kept_pages * cache.page_size * cache.bytes_per_token,
+            mha_bytes=used * mha,
+            mha_ratio=round(mha / cache.bytes_per_token, 2),
+        ),
+    )
+
+
+def _card(context: InContext) -> ModelCard:
+    served = context.model
+    return ModelCard(id=served.name, created=served.created, max_model_len=served.llm.max_context)
+
+
+def _version() -> str:
+    try:
+        return version("latentkv")
+    except PackageNotFoundError:
+        return "unknown"

@@ -1,0 +1,107 @@
+"""`serve_forever`: a socket, the app behind it, and an honest exit code."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import math
+import socket
+import sys
+import threading
+from collections.abc import Callable
+from types import FrameType
+
+import uvicorn
+
+from latentkv.engine.thread import EngineThread
+from latentkv.errors import ConfigError
+from latentkv.llm import LLM
+from latentkv.server.app import create_app
+from latentkv.server.context import Server
+from latentkv.server.logs import JsonFormatter, logger
+from latentkv.server.metrics import Metrics
+from latentkv.server.served import ServedModel
+from latentkv.server.settings import ServerSettings
+
+BACKLOG = 2048
+KEEP_ALIVE_SECONDS = 15
+GRACE_SECONDS = 2
+"""After draining, for the last words to be sent."""
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A listening socket, taken before a model is loaded: a port that is in use shows at once.
+
+    Raises:
+        ConfigError: the address cannot be had.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listening = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind((host, port))
+        listening.listen(BACKLOG)
+    except OSError as error:
+        listening.close()
+        if error.errno == errno.EADDRINUSE:
+            raise ConfigError(
+                f"Port {port} of {host} is in use already: stop the other server, or choose another --port."
+            ) from None
+        raise ConfigError(
+            f"{host}:{port} cannot be listened on ({error.strerror}): choose another --host or --port."
+        ) from None
+    return listening
+
+
+def make_server(llm: LLM, name: str, settings: ServerSettings) -> Server:
+    """All that `create_app` needs; the engine's thread is not started yet."""
+    thread = EngineThread(llm.engine, max_open=settings.max_open, stall_seconds=settings.stall_seconds)
+    return Server(ServedModel(llm, name, thread), settings, Metrics(llm.engine, name))
+
+
+def serve_forever(listening: socket.socket, llm: LLM, name: str, settings: ServerSettings) -> int:
+    """Serve until a signal or the engine's death.
+
+    Returns:
+        The exit code: 0 after a signal, 1 if the engine died.
+    """
+    _log_to_stderr()
+    deaths: list[str] = []
+
+    def died(reason: str) -> None:
+        deaths.append(reason)
+        uvicorn_server.should_exit = True
+
+    server = make_server(llm, name, settings)
+    thread = server.model.thread
+    config = uvicorn.Config(
+        create_app(server, died=died),
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        timeout_graceful_shutdown=math.ceil(settings.drain_seconds) + GRACE_SECONDS,
+    )
+    uvicorn_server = _Server(config, lambda: thread.drain(settings.drain_seconds))
+    uvicorn_server.run(sockets=[listening])
+    return 1 if deaths else 0
+
+
+class _Server(uvicorn.Server):
+    """Begins to drain the engine as soon as a signal comes, so that open requests get an end or an error in time."""
+
+    def __init__(self, config: uvicorn.Config, drain: Callable[[], object]) -> None:
+        super().__init__(config)
+        self._drain = drain
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        super().handle_exit(sig, frame)
+        threading.Thread(target=self._drain, name="latentkv-drain", daemon=True).start()
+
+
+def _log_to_stderr() -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonFormatter())
+    logger.handlers[:] = [handler]
+    logger.setLevel(logging.INFO)
+    logger.propagate = False

@@ -1,0 +1,116 @@
+"""Who is let in, and how much they may send: ASGI middleware in front of every route."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from latentkv.server.errors import ApiError
+
+OPEN_PATHS = frozenset({"/", "/health", "/page/chat.js", "/page/style.css", "/page/icon.svg"})
+"""That need no key, for GET and HEAD. Everything else does, whatever it is."""
+
+
+class RequireKey:
+    """Lets requests in that carry one of `keys`, and tells the routes whose prefixes they may share.
+
+    Args:
+        app: what is behind.
+        keys: empty: everybody is let in.
+    """
+
+    def __init__(self, app: ASGIApp, keys: tuple[str, ...]) -> None:
+        self._app = app
+        self._keys = [key.encode() for key in keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """As an ASGI app."""
+        if scope["type"] == "lifespan" or not self._keys or _is_open(scope):
+            await self._app(scope, receive, send)
+            return
+        given = _bearer(Headers(scope=scope))
+        # Every key is compared, and in constant time: how long it takes tells nothing of them.
+        matches = [hmac.compare_digest(given, key) for key in self._keys]
+        if any(matches):
+            scope["latentkv.salt"] = hashlib.sha256(given).hexdigest()
+            await self._app(scope, receive, send)
+        elif scope["type"] == "http":
+            error = ApiError(
+                401,
+                "This server needs an API key: send it as the header 'Authorization: Bearer KEY'.",
+                code="invalid_api_key",
+                headers={"WWW-Authenticate": "Bearer"},
+            )
+            await send_error(error, send)
+        else:
+            await send({"type": "websocket.close", "code": 1008})
+
+
+class LimitBody:
+    """Refuses bodies of more than `max_bytes`, whether they say so or not."""
+
+    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+        self._app = app
+        self._max_bytes = max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """As an ASGI app."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        declared = Headers(scope=scope).get("content-length", "0")
+        if not (declared.isascii() and declared.isdecimal()) or int(declared[:20]) > self._max_bytes:
+            await send_error(self._too_large(), send)
+            return
+        seen = 0
+
+        async def counted() -> Message:
+            nonlocal seen
+            message = await receive()
+            if message["type"] == "http.request":
+                seen += len(message.get("body", b""))
+                if seen > self._max_bytes:
+                    # The one kind of error that passes through the reading of a body as it is.
+                    raise HTTPException(413, self._too_large().message, headers={"Connection": "close"})
+            return message
+
+        await self._app(scope, counted, send)
+
+    def _too_large(self) -> ApiError:
+        return ApiError(
+            413,
+            f"The request's body is larger than the {self._max_bytes:,} bytes that this server takes: send less.",
+            code="body_too_large",
+            headers={"Connection": "close"},
+        )
+
+
+async def send_error(error: ApiError, send: Send) -> None:
+    """Answer with `error`."""
+    body = json.dumps(error.body).encode()
+    headers = {"Content-Type": "application/json", "Content-Length": str(len(body)), **error.headers}
+    raw = [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
+    await send({"type": "http.response.start", "status": error.status, "headers": raw})
+    await send({"type": "http.response.body", "body": body})
+
+
+def _is_open(scope: Scope) -> bool:
+    """Judged by the path as it was sent: one that must first be decoded or joined to be open is not."""
+    raw = scope.get("raw_path")
+    path = scope["path"]
+    return (
+        scope["type"] == "http"
+        and scope["method"] in ("GET", "HEAD")
+        and path in OPEN_PATHS
+        and (raw is None or raw.partition(b"?")[0] == path.encode())
+    )
+
+
+def _bearer(headers: Headers) -> bytes:
+    scheme, _, key = headers.get("authorization", "").partition(" ")
+    return key.strip().encode("latin-1", "replace") if scheme.lower() == "bearer" else b""

@@ -1,0 +1,140 @@
+"""`ServedModel`: one loaded model, its engine in a thread, and its tokens as pieces of text for the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import suppress
+from typing import TypeVar
+
+from latentkv.completion import Piece, TextOutput, piece_of
+from latentkv.engine import Event, Request
+from latentkv.engine.thread import EngineThread
+from latentkv.errors import RequestError
+from latentkv.llm import LLM
+from latentkv.text import Tokenizer
+
+T = TypeVar("T")
+
+STEP_SECONDS = 0.25
+"""That a step may take, about: so long a newcomer waits, and so long the pages of a client who left stay taken."""
+ENCODERS = 4
+"""Prompts that are turned into tokens at once."""
+
+
+class Generation:
+    """Requests on their way, and what comes out of them.
+
+    Args:
+        thread: of the engine.
+        count: how many requests will be added.
+        deadline: when to give them up, by `time.monotonic`.
+    """
+
+    def __init__(self, thread: EngineThread, count: int, deadline: float) -> None:
+        self._thread = thread
+        self._left = count
+        self._deadline = deadline
+        self._loop = asyncio.get_running_loop()
+        self._arrived: asyncio.Queue[tuple[int, Piece | Exception]] = asyncio.Queue()
+        self._tickets: list[int] = []
+
+    def add(self, index: int, request: Request, output: TextOutput, salt: str) -> None:
+        """Let a request run; raises as `EngineThread.submit`."""
+
+        def listen(event: Event | Exception) -> None:  # in the engine's thread
+            piece = event if isinstance(event, Exception) else piece_of(event, output)
+            with suppress(RuntimeError):  # the event loop has ended, and so has whoever asked
+                self._loop.call_soon_threadsafe(self._arrived.put_nowait, (index, piece))
+
+        self._tickets.append(self._thread.submit(request, listen, ends_text=output.push, salt=salt))
+
+    async def pieces(self) -> AsyncGenerator[tuple[int, Piece]]:
+        """(which request, what is new of it), until all have ended.
+
+        Raises:
+            TimeoutError: the deadline has passed.
+            LatentKVError: a request failed.
+        """
+        while self._left:
+            waiting = asyncio.timeout_at(self._loop.time() + self._deadline - time.monotonic())
+            async with waiting:
+                index, piece = await self._arrived.get()
+            if isinstance(piece, Exception):
+                raise piece
+            self._left -= piece.finish_reason is not None
+            yield index, piece
+
+    def close(self) -> None:
+        """Give up the requests that have not ended; more than once does no harm."""
+        for ticket in self._tickets:
+            self._thread.abort(ticket)
+
+
+class ServedModel:
+    """What the routes ask.
+
+    Args:
+        llm: the model.
+        name: what clients call it.
+        thread: its engine's.
+
+    Attributes:
+        created: when it was loaded, in seconds since 1970.
+    """
+
+    def __init__(self, llm: LLM, name: str, thread: EngineThread) -> None:
+        self.llm = llm
+        self.name = name
+        self.thread = thread
+        self.created = int(time.time())
+        self._encoders = asyncio.Semaphore(ENCODERS)
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that one request may have, prompt and completion together."""
+        cache = self.llm.cache
+        return min(self.llm.max_context, cache.num_pages * cache.page_size)
+
+    def require_tokenizer(self) -> Tokenizer:
+        """The tokenizer, or a `RequestError`."""
+        if self.llm.tokenizer is None:
+            raise RequestError("This model has no tokenizer: use token ids.")
+        return self.llm.tokenizer
+
+    def room_after(self, prompt_tokens: int) -> int:
+        """New tokens that the context and the cache can hold after a prompt; 1 where it is too long already."""
+        return max(self.capacity - prompt_tokens, 1)
+
+    def text_of(self, token_ids: Sequence[int]) -> str:
+        """Their text, special tokens too; without a tokenizer the ids themselves, with commas between."""
+        tokenizer = self.llm.tokenizer
+        return tokenizer.decode(token_ids, skip_special=False) if tokenizer else ",".join(map(str, token_ids))
+
+    async def off_loop(self, work: Callable[[], T]) -> T:
+        """Run what takes long (templates, tokenizers) beside the event loop, a few at a time."""
+        async with self._encoders:
+            return await asyncio.to_thread(work)
+
+    def submit(self, requests: list[Request], salt: str, seconds: float) -> Generation:
+        """Let `requests` run, from the event loop; close what is returned.
+
+        Args:
+            requests: what to run.
+            salt: who shares prefixes with them.
+            seconds: that they may take altogether.
+
+        Raises:
+            BusyError: too many requests are open; none of these runs.
+            EngineStoppedError: the engine takes none.
+            RequestError: one could not fit even into an empty cache.
+        """
+        generation = Generation(self.thread, len(requests), time.monotonic() + seconds)
+        try:
+            for index, request in enumerate(requests):
+                generation.add(index, request, TextOutput(self.llm.tokenizer, request), salt)
+        except BaseException:
+            generation.close()
+            raise
+        return generation

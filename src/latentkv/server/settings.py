@@ -1,0 +1,73 @@
+"""`ServerSettings`: what the person who starts a server decides, and the caps that every request meets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from latentkv.errors import ConfigError
+
+MAX_PROMPTS = 128
+"""Prompts of one request, and completions of all its prompts together."""
+MAX_STOPS = 16
+"""Stop strings of one request."""
+MAX_STOP_CHARACTERS = 1024
+"""Characters of a stop string."""
+MAX_TOP_LOGPROBS = 20
+"""Likeliest tokens that are reported beside each token."""
+MAX_MESSAGES = 4096
+"""Messages of one conversation."""
+MAX_TOOLS = 128
+"""Tools that one request may offer."""
+
+MIN_KEY_CHARACTERS = 8
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    """How a server behaves.
+
+    Attributes:
+        api_keys: who may use it; empty: anyone who reaches it.
+        cors_origins: web pages of other origins that browsers let in; none by default.
+        max_body_bytes: of a request.
+        max_open: requests under way and waiting at once; more get 429.
+        request_seconds: from a request's arrival to its last token; then it is given up.
+        stall_seconds: without progress, after which the engine counts as dead.
+        drain_seconds: that open requests have to finish when the server is told to stop.
+        log_prompts: write prompts and answers into the log.
+    """
+
+    api_keys: tuple[str, ...] = field(default=(), repr=False)
+    cors_origins: tuple[str, ...] = ()
+    max_body_bytes: int = 16 << 20
+    max_open: int = 256
+    request_seconds: float = 3600
+    stall_seconds: float = 120
+    drain_seconds: float = 30
+    log_prompts: bool = False
+
+    def __post_init__(self) -> None:
+        if any(len(key) < MIN_KEY_CHARACTERS or not key.isascii() or not key.isprintable() for key in self.api_keys):
+            raise ConfigError(
+                f"An API key is shorter than {MIN_KEY_CHARACTERS} characters or not plain ASCII: choose longer ones, "
+                "for example the output of: openssl rand -hex 24"
+            )
+
+
+def read_keys(file: Path | None, environment: str | None) -> tuple[str, ...]:
+    """API keys of a file (one a line; # begins a comment) and of an environment variable (with commas between).
+
+    Raises:
+        ConfigError: the file cannot be read or names no key.
+    """
+    keys = [key.strip() for key in (environment or "").split(",") if key.strip()]
+    if file is not None:
+        try:
+            lines = [line.split("#")[0].strip() for line in file.read_text().splitlines()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"The API keys in {file} cannot be read: {error}.") from None
+        if not any(lines):
+            raise ConfigError(f"{file} names no API key: write one a line.")
+        keys += [line for line in lines if line]
+    return tuple(dict.fromkeys(keys))

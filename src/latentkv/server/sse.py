@@ -1,0 +1,54 @@
+"""Server-sent events, the form of OpenAI's streams."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+
+from pydantic import BaseModel
+from starlette.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from latentkv.server.errors import as_api_error
+from latentkv.server.logs import logger
+
+DONE = "data: [DONE]\n\n"
+HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # no proxy may hold pieces back
+
+
+def data(chunk: BaseModel) -> str:
+    """One event; of what is None nothing is written, but a finish_reason of null is."""
+    return f"data: {chunk.model_dump_json(exclude_none=True)}\n\n"
+
+
+class EventStream(StreamingResponse):
+    """`events`, then `done`; an error becomes a last event of its own, as OpenAI's clients expect it.
+
+    Args:
+        events: written by `data`.
+        close: called at the end, however it comes, even before the first event.
+        done: the last event.
+    """
+
+    def __init__(self, events: AsyncIterator[str], close: Callable[[], None], *, done: str = DONE) -> None:
+        super().__init__(_with_errors(events, done), media_type="text/event-stream", headers=HEADERS)
+        self._close = close
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """As an ASGI app."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._close()
+
+
+async def _with_errors(events: AsyncIterator[str], done: str) -> AsyncGenerator[str]:
+    try:
+        async for event in events:
+            yield event
+    except Exception as error:  # the status was sent long ago, so it comes as an event
+        found = as_api_error(error)
+        if found.status >= 500:
+            logger.error("stream failed", exc_info=error)
+        yield f"data: {json.dumps(found.body)}\n\n"
+    yield done

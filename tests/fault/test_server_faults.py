@@ -1,0 +1,235 @@
+"""RELIABILITY lines 3 to 9, 15 and 16: a server that people and accidents do things to."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import socket
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import psutil
+import pytest
+
+from latentkv import LLM
+from live_server import Live, serving
+
+LONG = {"prompt": "The sea", "max_tokens": 1500, "ignore_eos": True, "temperature": 1.0}
+
+
+def post(live: Live, path: str, body: object, key: str | None = None, timeout: float = 30):
+    """(status, parsed body, headers)."""
+    connection = http.client.HTTPConnection(live.url.removeprefix("http://"), timeout=timeout)
+    headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})}
+    connection.request("POST", path, body if isinstance(body, bytes) else json.dumps(body), headers)
+    answer = connection.getresponse()
+    text = answer.read()
+    connection.close()
+    return answer.status, json.loads(text) if text else None, dict(answer.headers)
+
+
+def get(live: Live, path: str, key: str | None = None) -> tuple[int, bytes]:
+    connection = http.client.HTTPConnection(live.url.removeprefix("http://"), timeout=10)
+    connection.request("GET", path, headers={"Authorization": f"Bearer {key}"} if key else {})
+    answer = connection.getresponse()
+    body = answer.read()
+    connection.close()
+    return answer.status, body
+
+
+def leave_in_the_middle(live: Live, *, stream: bool) -> float:
+    """Start a long completion, hang up after it began; seconds until its pages are free."""
+    host, port = live.url.removeprefix("http://").split(":")
+    body = json.dumps({**LONG, "stream": stream}).encode()
+    with socket.create_connection((host, int(port))) as connection:
+        connection.sendall(
+            b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: "
+            + str(len(body)).encode()
+            + b"\r\n\r\n"
+            + body
+        )
+        while live.llm.engine.num_running == 0:
+            time.sleep(0.005)
+        if stream:
+            assert connection.recv(1000).startswith(b"HTTP/1.1 200")
+    left = time.monotonic()
+    live.wait_until_free()
+    return time.monotonic() - left
+
+
+def test_line_03_a_request_that_can_never_fit_is_a_400_that_says_the_limit(live: Live) -> None:
+    status, body, _ = post(live, "/v1/completions", {"prompt": [5] * 100_000, "max_tokens": 5})
+    assert status == 400
+    assert f"{live.llm.max_context:,}" in body["error"]["message"]
+    assert post(live, "/v1/completions", {"prompt": "x", "max_tokens": 2})[0] == 200
+
+
+def test_line_03_a_request_larger_than_the_cache_is_a_400_too() -> None:
+    with serving(LLM(dtype="fp32", kv_cache_bytes=1 << 20)) as small:
+        room = small.llm.cache.num_pages * small.llm.cache.page_size
+        assert room < small.llm.max_context
+        status, body, _ = post(small, "/v1/completions", {"prompt": [5] * (room - 5), "max_tokens": 50})
+        assert (status, f"{room:,}" in body["error"]["message"]) == (400, True)
+        assert post(small, "/v1/completions", {"prompt": "x", "max_tokens": 2})[0] == 200
+
+
+def test_line_04_an_engine_without_progress_is_found_dead_and_everyone_is_told(monkeypatch) -> None:
+    with serving(LLM(dtype="fp32", kv_cache_bytes=4 << 20), stall_seconds=0.5, drain_seconds=0) as own:
+        stuck = threading.Event()
+        monkeypatch.setattr(own.llm.engine, "step", lambda: stuck.wait(20) and [])
+        began = time.monotonic()
+        status, body, _ = post(own, "/v1/completions", {"prompt": "x", "max_tokens": 2})
+        assert time.monotonic() - began < 5
+        assert (status, body["error"]["code"]) == (503, "engine_stopped")
+        status, body = get(own, "/health")
+        assert (status, json.loads(body)["status"]) == (503, "dead")
+        assert post(own, "/v1/completions", {"prompt": "x"})[0] == 503
+        stuck.set()
+
+
+def test_line_05_steps_that_keep_failing_end_the_engine_openly(own: Live, monkeypatch) -> None:
+    def broken(*_):
+        raise RuntimeError("broken")
+
+    assert get(own, "/health")[0] == 200
+    monkeypatch.setattr(own.llm.engine.runner, "read", broken)
+    answers = [post(own, "/v1/completions", {"prompt": "x", "max_tokens": 2})[0] for _ in range(4)]
+    assert answers[:2] == [500, 500]
+    assert answers[3] == 503
+    status, body = get(own, "/health")
+    assert (status, json.loads(body)["status"]) == (503, "dead")
+
+
+def test_line_06_and_07_a_storm_of_clients_who_leave_frees_every_page_and_keeps_memory_flat(live: Live) -> None:
+    process = psutil.Process()
+
+    def storm(rounds: int) -> None:
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(lambda i: leave_somewhere(live, i), range(rounds)))
+        live.wait_until_free()
+
+    storm(48)
+    before = process.memory_info().rss
+    storm(96)
+    assert process.memory_info().rss - before < 16 << 20
+    assert live.server.model.thread.num_open == 0
+
+
+def leave_somewhere(live: Live, number: int) -> None:
+    host, port = live.url.removeprefix("http://").split(":")
+    body = json.dumps({**LONG, "stream": number % 2 == 0, "seed": number}).encode()
+    request = (
+        b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: "
+        + str(len(body)).encode()
+        + b"\r\n\r\n"
+        + body
+    )
+    with socket.create_connection((host, int(port))) as connection:
+        connection.sendall(request[: len(request) - number % 3 * 20])  # some leave before they have asked
+        time.sleep(number % 7 * 0.02)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_line_07_pages_of_a_client_who_left_are_free_within_a_second(live: Live, stream: bool) -> None:
+    assert min(leave_in_the_middle(live, stream=stream) for _ in range(3)) < 1
+
+
+@pytest.mark.parametrize(
+    ("path", "given"),
+    [
+        ("/v1/completions", {"n": 129}),
+        ("/v1/completions", {"best_of": 129}),
+        ("/v1/completions", {"prompt": ["x"] * 129}),
+        ("/v1/completions", {"prompt": ["x"] * 100, "n": 2}),
+        ("/v1/completions", {"stop": ["x"] * 17}),
+        ("/v1/completions", {"stop": "x" * 1025}),
+        ("/v1/completions", {"logit_bias": {str(i): 1 for i in range(1025)}}),
+        ("/v1/completions", {"logprobs": 21}),
+        ("/v1/completions", {"seed": 1 << 70}),
+        ("/v1/completions", {"top_k": -1}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}] * 4097}),
+        ("/v1/chat/completions", {"top_logprobs": 21, "logprobs": True}),
+    ],
+)
+def test_line_09_every_number_has_a_cap(live: Live, path: str, given: dict) -> None:
+    body = {"prompt": "x", "max_tokens": 2} if path == "/v1/completions" else {"messages": [], "max_tokens": 2}
+    status, answer, _ = post(live, path, {**body, **given})
+    assert status == 400, answer
+    assert answer["error"]["message"]
+
+
+def test_line_09_a_full_queue_answers_429_and_when_to_come_again() -> None:
+    with serving(LLM(dtype="fp32", kv_cache_bytes=4 << 20), max_open=3) as own, ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda i: post(own, "/v1/completions", {**LONG, "max_tokens": 200}), range(8)))
+        refused = [headers for status, _, headers in answers if status == 429]
+        assert refused and all(int(headers["retry-after"]) > 0 for headers in refused)
+        assert [status for status, _, _ in answers].count(200) >= 3
+        assert {status for status, _, _ in answers} == {200, 429}
+        own.wait_until_free()
+
+
+def test_line_09_a_body_that_is_too_large_is_a_413_whether_it_says_so_or_not() -> None:
+    with serving(LLM(dtype="fp32", kv_cache_bytes=4 << 20), max_body_bytes=10_000) as own:
+        status, body, _ = post(own, "/v1/completions", {"prompt": "x" * 20_000})
+        assert (status, body["error"]["code"]) == (413, "body_too_large")
+        connection = http.client.HTTPConnection(own.url.removeprefix("http://"), timeout=10)
+        chunks = (b"x" * 5_000 for _ in range(10))
+        connection.request("POST", "/v1/completions", chunks, {"Transfer-Encoding": "chunked"}, encode_chunked=True)
+        assert connection.getresponse().status == 413
+
+
+KEYS = ("a-key-of-alice", "a-key-of-bob")
+
+
+@pytest.fixture(scope="module")
+def locked():
+    with serving(LLM(dtype="fp32", kv_cache_bytes=8 << 20), api_keys=KEYS) as server:
+        yield server
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/v1/models", "/metrics", "/stats", "/openapi.json", "/docs", "/nothing", "//", "/health/", "/health%2f",
+        "/%68ealth", "/health/../metrics", "/page/../metrics", "/page/%2e%2e/metrics", "/;/health",
+        "/v1/models?x=/health",
+    ],
+)  # fmt: skip
+def test_line_15_every_path_but_a_few_open_ones_needs_a_key(locked: Live, path: str) -> None:
+    assert get(locked, path)[0] == 401
+    assert get(locked, path, "a-key-of-alic")[0] == 401
+    assert get(locked, path, "a-key-of-alice ")[0] != 401
+
+
+def test_line_15_open_paths_are_open_for_reading_only(locked: Live) -> None:
+    assert get(locked, "/health")[0] == 200
+    assert post(locked, "/health", {})[0] == 401
+    assert post(locked, "/v1/completions", {"prompt": "x", "max_tokens": 1})[0] == 401
+    for key in KEYS:
+        assert post(locked, "/v1/completions", {"prompt": "x", "max_tokens": 1}, key)[0] == 200
+
+
+def test_line_18_no_key_shares_prefixes_with_another(locked: Live) -> None:
+    body = {"prompt": "The ship lay at anchor, and nobody spoke. " * 20, "max_tokens": 1}
+    counters = locked.llm.engine.counters
+
+    def hits(key: str) -> int:
+        before = counters.prefix_hits
+        assert post(locked, "/v1/completions", body, key)[0] == 200
+        return counters.prefix_hits - before
+
+    assert (hits(KEYS[0]), hits(KEYS[1])) == (0, 0)
+    assert hits(KEYS[0]) > 0
+
+
+@pytest.mark.parametrize("kind", ["image_url", "input_audio", "file", "video_url"])
+def test_line_16_no_address_in_a_request_is_ever_fetched(live: Live, kind: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as trap:
+        trap.settimeout(0.3)
+        url = f"http://127.0.0.1:{trap.getsockname()[1]}/x.png"
+        part = {"type": kind, kind: {"url": url}}
+        body = {"messages": [{"role": "user", "content": [part]}], "max_tokens": 1}
+        assert post(live, "/v1/chat/completions", body)[0] == 400
+        with pytest.raises(TimeoutError):
+            trap.accept()

@@ -1,0 +1,66 @@
+"""A real server on a free port of this machine, in a thread."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import uvicorn
+
+from latentkv import LLM
+from latentkv.server.app import create_app
+from latentkv.server.context import Server
+from latentkv.server.run import bind, make_server
+from latentkv.server.settings import ServerSettings
+
+NAME = "small"
+
+
+@dataclass
+class Live:
+    """A server that answers.
+
+    Attributes:
+        url: without a path.
+        server: its insides.
+    """
+
+    url: str
+    server: Server
+
+    @property
+    def llm(self) -> LLM:
+        return self.server.model.llm
+
+    def wait_until_free(self, seconds: float = 5) -> None:
+        """Until no request holds a page."""
+        deadline = time.monotonic() + seconds
+        pool = self.llm.cache.pool
+        while pool.free_pages < pool.num_pages or self.server.model.thread.num_open:
+            assert time.monotonic() < deadline, f"{pool.num_pages - pool.free_pages} pages are still held"
+            time.sleep(0.01)
+        self.llm.cache.check()
+
+
+@contextmanager
+def serving(llm: LLM, **settings: Any) -> Generator[Live]:
+    """Serve `llm` while the context lasts; its engine cannot be used again afterwards."""
+    server = make_server(llm, NAME, ServerSettings(**{"drain_seconds": 5, **settings}))
+    listening = bind("127.0.0.1", 0)
+    config = uvicorn.Config(create_app(server), log_config=None, access_log=False)
+    web = uvicorn.Server(config)
+    thread = threading.Thread(target=web.run, kwargs={"sockets": [listening]}, daemon=True)
+    thread.start()
+    while not web.started:
+        time.sleep(0.005)
+    try:
+        yield Live(f"http://127.0.0.1:{listening.getsockname()[1]}", server)
+    finally:
+        web.should_exit = True
+        thread.join(timeout=20)
+        listening.close()
+        assert not thread.is_alive(), "the server did not stop"
