@@ -7,7 +7,7 @@ import pytest
 from templates_for_text_tests import STYLES
 from transformers import AutoTokenizer
 
-from latentkv.errors import TokenizerError
+from latentkv.errors import RequestError, TokenizerError
 from latentkv.text import Tokenizer, load_tokenizer
 from latentkv.text.chat import MAX_CHARACTERS
 
@@ -45,6 +45,8 @@ def test_templates_write_what_transformers_writes(tmp_path: Path, style: str) ->
         if name == "parts" and style != "glm":
             continue  # the others take text only
         for options in ({}, {"tools": TOOLS}, {"enable_thinking": False}, {"date_string": "May"}):
+            if "tools" in options and not ours.takes_tools:
+                continue
             for generate in (True, False):
                 text = ours.apply_chat_template(messages, add_generation_prompt=generate, **options)
                 assert text == theirs.apply_chat_template(
@@ -133,6 +135,34 @@ def test_only_named_templates_without_a_default_are_refused(tmp_path: Path) -> N
 def test_malformed_messages_are_named(tmp_path: Path, messages: Any, message: str) -> None:
     with pytest.raises(TokenizerError, match=message):
         make(tmp_path / "t", None).apply_chat_template(messages)
+
+
+def test_tools_need_a_template_that_takes_them(tmp_path: Path) -> None:
+    for number, template in enumerate((None, STYLES["qwen"])):
+        tokenizer = make(tmp_path / str(number), template)
+        assert not tokenizer.takes_tools
+        assert tokenizer.apply_chat_template(USER, tools=[]) == tokenizer.apply_chat_template(USER)
+        with pytest.raises(RequestError, match="takes no tools: ask without"):
+            tokenizer.apply_chat_template(USER, tools=TOOLS)
+    tokenizer = make(tmp_path / "t", STYLES["glm"])
+    assert tokenizer.takes_tools
+    with pytest.raises(RequestError, match=r"tools\[0\] must be"):
+        tokenizer.apply_chat_template(USER, tools=[{"name": "f"}])
+
+
+def test_the_template_for_tools_is_the_one_to_look_for_markers_in(tmp_path: Path) -> None:
+    named = [{"name": "default", "template": "plain"}, {"name": "tool_use", "template": "{{ tools }}"}]
+    assert make(tmp_path / "named", named).chat_template_text == "{{ tools }}"
+    assert make(tmp_path / "one", "{{ messages }}").chat_template_text == "{{ messages }}"
+    assert make(tmp_path / "none", None).chat_template_text == ""
+
+
+def test_deep_nesting_is_one_clear_error(tmp_path: Path) -> None:
+    deep: Any = []
+    for _ in range(5000):
+        deep = [deep]
+    with pytest.raises(TokenizerError, match="Message 1 is nested more than 100 deep"):
+        make(tmp_path / "t", None).apply_chat_template([{"role": "user", "content": "Hi", "extra": deep}])
 
 
 def test_variables_must_be_json(tmp_path: Path) -> None:

@@ -69,6 +69,18 @@ def test_special_tokens_are_shown_only_on_request(tokenizer_folder: Folder) -> N
         assert "".join(map(decoder.push, tokenizer.encode("whale"))) + decoder.finish() == expected
 
 
+@pytest.mark.parametrize("name", ["deepseek", "kimi", "llama2", "wordpiece"])
+def test_special_tokens_that_are_kept_are_text_and_no_others(tokenizer_folder: Folder, name: str) -> None:
+    tokenizer = load_tokenizer(tokenizer_folder(name))
+    begin, end = sorted(tokenizer.special_ids)[:2]
+    kept = tokenizer.decode([end], skip_special=False)
+    ids = [begin, *tokenizer.encode("whale", add_bos=False), end, begin]
+    decoder = StreamDecoder(tokenizer, keep=[kept, "<no token>"])
+    text = "".join(map(decoder.push, ids)) + decoder.finish()
+    assert text == tokenizer.decode([i for i in ids if i != begin], skip_special=False)
+    assert kept in text
+
+
 def test_a_decoder_of_whole_texts_shows_all_at_the_end(tokenizer_folder: Folder) -> None:
     tokenizer = load_tokenizer(tokenizer_folder("wordpiece"))
     decoder = StreamDecoder(tokenizer)

@@ -3,18 +3,22 @@
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from functools import cached_property
 from typing import Any, Literal, cast
 
 import jinja2
-from jinja2 import nodes
+from jinja2 import meta, nodes
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from latentkv.errors import TokenizerError
+from latentkv.errors import RequestError, TokenizerError
+from latentkv.text.tools.history import CallStyle, find_style, has_calls, with_style
+from latentkv.text.tools.specs import read_tools
 
 MAX_CHARACTERS = 1 << 24  # of a rendered conversation, and of any string or list that a template multiplies up
+MAX_DEPTH = 100  # of lists and dicts within each other in what is given to a template
 
 # For models that were given no template: names and paragraphs, the way a script is printed.
 PLAIN_TEMPLATE = """\
@@ -40,6 +44,22 @@ class ChatTemplate:
         self._sources = dict(sources) or {"default": PLAIN_TEMPLATE}
         self._variables = {**named_tokens, "plain_bos": named_tokens.get("bos_token", "") if plain_bos else ""}
         self._compiled: dict[str, jinja2.Template] = {}
+        self._styles: dict[str, CallStyle] = {}
+
+    @property
+    def tools_source(self) -> str:
+        """The jinja source that conversations with tools are written with; "" for the plain template."""
+        return "" if self.source == "plain" else self._sources.get(self._name(with_tools=True), "")
+
+    @cached_property
+    def takes_tools(self) -> bool:
+        """Whether the template does anything with tools."""
+        if "tool_use" in self._sources:
+            return True
+        try:
+            return "tools" in meta.find_undeclared_variables(_ENVIRONMENT.parse(self.tools_source))
+        except jinja2.TemplateError:
+            return False
 
     def render(
         self,
@@ -54,27 +74,47 @@ class ChatTemplate:
 
         Args:
             messages: dicts with `role` and `content`. Content is text or a list of `{"type": "text", "text": ...}`
-                parts, which are joined; it may be None or absent beside `tool_calls`. Other keys reach the template.
+                parts, which are joined; it may be None or absent beside `tool_calls`, whose arguments are JSON text or
+                an object, whichever the template wants. Other keys reach the template.
             add_generation_prompt: end with the opening of the assistant's turn.
-            tools: JSON schemas of functions, if the template knows tools.
+            tools: functions as OpenAI's API writes them; an empty list is none.
             documents: documents, if the template knows them.
             json_kwargs: further variables for the template (`enable_thinking=False`), JSON values only.
 
         Raises:
             TokenizerError: messages are malformed, an argument is not JSON, or the template fails or refuses.
+            RequestError: tools are malformed, or the template takes none.
         """
+        if tools is not None and read_tools(tools) and not self.takes_tools:
+            raise RequestError(
+                "The model's chat template takes no tools: ask without, or give the model's folder a "
+                "chat_template.jinja that takes them."
+            )
+        checked = _checked_messages(messages)
         variables = {
             **self._variables,
             **{name: _plain_json(value, name) for name, value in json_kwargs.items()},
-            "messages": _checked_messages(messages),
-            "tools": _plain_json(tools, "tools"),
+            "tools": _plain_json(tools, "tools") or None,
             "documents": _plain_json(documents, "documents"),
             "add_generation_prompt": bool(add_generation_prompt),
         }
+        name = self._name(with_tools=bool(tools))
+        if has_calls(checked):
+            checked = with_style(checked, self._style(name))
+        return self._write(name, {**variables, "messages": checked})
+
+    def _style(self, name: str) -> CallStyle:
+        """Found with no variable of a request, because it holds for all of them."""
+        if name not in self._styles:
+            variables = {**self._variables, "tools": None, "documents": None, "add_generation_prompt": False}
+            self._styles[name] = find_style(lambda messages: self._write(name, {**variables, "messages": messages}))
+        return self._styles[name]
+
+    def _write(self, name: str, variables: Mapping[str, Any]) -> str:
         parts: list[str] = []
         size = 0
         try:
-            for part in self._template(with_tools=tools is not None).generate(variables):
+            for part in self._template(name).generate(variables):
                 size += len(part)
                 if size > MAX_CHARACTERS:
                     raise TokenizerError(f"The chat template wrote more than {MAX_CHARACTERS} characters.")
@@ -85,8 +125,10 @@ class ChatTemplate:
             raise TokenizerError(f"The chat template failed: {_first_line(error)}.") from error
         return "".join(parts)
 
-    def _template(self, *, with_tools: bool) -> jinja2.Template:
-        name = "tool_use" if with_tools and "tool_use" in self._sources else "default"
+    def _name(self, *, with_tools: bool) -> str:
+        return "tool_use" if with_tools and "tool_use" in self._sources else "default"
+
+    def _template(self, name: str) -> jinja2.Template:
         if name not in self._compiled:
             if name not in self._sources:
                 known = ", ".join(sorted(self._sources))
@@ -165,8 +207,12 @@ def _checked_message(message: Mapping[str, Any], index: int) -> dict[str, Any]:
     plain = cast(dict[str, Any], _plain_json(message, where))
     if not isinstance(plain.get("role"), str) or not plain["role"]:
         raise TokenizerError(f'{where} has no "role".')
+    if not plain.get("tool_calls"):
+        plain.pop("tool_calls", None)  # templates ask whether there is such a key
+    elif not isinstance(plain["tool_calls"], list):
+        raise TokenizerError(f'{where}: "tool_calls" must be a list.')
     content = plain.get("content")
-    if content is None and not plain.get("tool_calls"):
+    if content is None and "tool_calls" not in plain:
         raise TokenizerError(f'{where} has no "content".')
     if isinstance(content, list):
         plain["content"] = "".join(_text_part(part, where) for part in cast(list[Any], content))
@@ -183,17 +229,19 @@ def _text_part(part: Any, where: str) -> str:
             raise TokenizerError(f'{where}: only parts {{"type": "text", "text": ...}} are supported.')
 
 
-def _plain_json(value: Any, where: str) -> Any:
+def _plain_json(value: Any, where: str, depth: int = 0) -> Any:
     """A copy made of plain JSON types, so that a template never holds an object with methods of its own."""
+    if depth > MAX_DEPTH:
+        raise TokenizerError(f"{where} is nested more than {MAX_DEPTH} deep.")
     if value is None or isinstance(value, bool):
         return value
     for scalar in (str, int, float):
         if isinstance(value, scalar):
             return scalar(value)
     if isinstance(value, Mapping):
-        return {str(key): _plain_json(item, where) for key, item in cast(Mapping[Any, Any], value).items()}
+        return {str(key): _plain_json(item, where, depth + 1) for key, item in cast(Mapping[Any, Any], value).items()}
     if isinstance(value, (list, tuple)):
-        return [_plain_json(item, where) for item in cast(Sequence[Any], value)]
+        return [_plain_json(item, where, depth + 1) for item in cast(Sequence[Any], value)]
     raise TokenizerError(f"{where} must be JSON (text, numbers, lists, dicts), but holds a {type(value).__name__}.")
 
 

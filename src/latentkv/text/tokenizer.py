@@ -92,6 +92,16 @@ class Tokenizer:
         """Where the chat template comes from: the checkpoint, or the plain one for models that were given none."""
         return self._chat_template.source
 
+    @property
+    def chat_template_text(self) -> str:
+        """The source of the template that conversations with tools are written with; "" for the plain one."""
+        return self._chat_template.tools_source
+
+    @property
+    def takes_tools(self) -> bool:
+        """Whether the chat template does anything with tools."""
+        return self._chat_template.takes_tools
+
     def apply_chat_template(
         self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, **json_kwargs: Any
     ) -> str:
