@@ -77,6 +77,12 @@ def test_ids_of_others_become_those_that_a_template_writes_calls_by() -> None:
     assert messages[1]["tool_calls"][0]["id"] == "call_0"
 
 
+def test_an_id_that_is_no_text_reaches_the_template_as_it_is() -> None:
+    template = ChatTemplate({"default": "{{ messages[0].tool_call_id }}" + TEMPLATES["kimi_k2"]}, {})
+    written = template.render([{"role": "tool", "tool_call_id": [1], "content": "x"}, assistant()])
+    assert written.startswith("[1]")
+
+
 def test_no_calls_are_no_key() -> None:
     template = ChatTemplate({"default": "{{ 'tool_calls' in messages[0] }}"}, {})
     for none in ([], None):

@@ -67,8 +67,8 @@ def with_style(messages: Sequence[Message], style: CallStyle) -> list[Message]:
                     call["id"] = ids[given] = f"functions.{name}:{number}"
                 number += 1
             message = {**message, "tool_calls": calls, "content": message.get("content") or style.blank}
-        elif message.get("tool_call_id") in ids:
-            message = {**message, "tool_call_id": ids[message["tool_call_id"]]}
+        elif (call_id := str(message.get("tool_call_id"))) in ids:
+            message = {**message, "tool_call_id": ids[call_id]}
         out.append(message)
     return out
 
