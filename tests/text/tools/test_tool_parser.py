@@ -192,6 +192,21 @@ def test_a_call_after_a_broken_one_is_found() -> None:
     assert without_ids(of("hermes", text)) == ('<tool_call>{"name":', "", [("get_time", "{}")])
 
 
+def test_only_the_broken_one_of_two_calls_is_content() -> None:
+    first, second = (
+        "<｜tool▁call▁begin｜>f<｜tool▁sep｜>{}<｜tool▁call▁end｜>",
+        "<｜tool▁call▁begin｜>g h<｜tool▁sep｜>{}",
+    )
+    message = of("deepseek_v31", f"<｜tool▁calls▁begin｜>{first}{second}")
+    assert without_ids(message) == (second, "", [("f", "{}")])
+
+
+def test_a_name_without_end_is_given_up_at_the_same_character_however_it_comes() -> None:
+    text = f'<tool_call>{{"{"a" * 300}<tool_call>{{"name": "get_time"}}'
+    whole, by_character = (parse(OutputFormat(CALL_FORMATS["hermes"]), pieces) for pieces in ([text], list(text)))
+    assert without_ids(whole) == without_ids(by_character) == (text[:313], "", [("get_time", "{}")])
+
+
 def test_a_complete_call_needs_no_closing_marker() -> None:
     for name, text in (
         ("hermes", '<tool_call>{"name": "f", "arguments": {}}'),
@@ -256,10 +271,12 @@ def test_a_string_of_bare_text_is_passed_on_as_it_comes() -> None:
 
 
 def test_ids_are_the_models_own_where_it_writes_some_and_unique() -> None:
-    call = "<|tool_call_begin|>functions.f:3<|tool_call_argument_begin|>{}<|tool_call_end|>"
-    ids = [call.id for call in of("kimi_k2", call * 3).tool_calls]
+    text = "<|tool_call_begin|>functions.f:3<|tool_call_argument_begin|>{}<|tool_call_end|>"
+    ids = [call.id for call in of("kimi_k2", text * 3).tool_calls]
     assert ids[0] == "functions.f:3"
     assert len(set(ids)) == 3
+    (call,) = of("kimi_k2", "<|tool_call_begin|>a.b<|tool_call_argument_begin|>{}<|tool_call_end|>").tool_calls
+    assert (call.name, call.id[:5]) == ("a.b", "call_")
     (first,), (second,) = (of("glm", "<tool_call>f</tool_call>").tool_calls for _ in range(2))
     assert first.id != second.id
 

@@ -101,14 +101,13 @@ class CallReader:
         end = body.after_name.strip()
         header = yield from self._source.text_until((end,), (*self.openers, self._format.close), 2 * MAX_NAME)
         yield from self._source.expect(end)
-        name = call_id = header.strip().removeprefix(body.before_name)
-        if body.numbered:
-            call_id = header.strip()
-            numbered = _NUMBERED.fullmatch(name)
-            name = numbered.group(1) if numbered else name
+        header, call_id = header.strip(), ""
+        name = header.removeprefix(body.before_name)
+        if body.numbered and (numbered := _NUMBERED.fullmatch(name)):
+            name, call_id = numbered.group(1), header
         if (yield from self._source.next_character()) != "{":
             raise MalformedError
-        self._start(name, call_id if body.numbered else "")
+        self._start(name, call_id)
         yield from self._json(self._give)
 
     def _json_call(self, body: JsonCall) -> Waiting:
