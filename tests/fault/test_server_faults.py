@@ -192,7 +192,7 @@ def locked():
     "path",
     [
         "/v1/models", "/metrics", "/stats", "/openapi.json", "/docs", "/nothing", "//", "/health/", "/health%2f",
-        "/%68ealth", "/health/../metrics", "/page/../metrics", "/page/%2e%2e/metrics", "/;/health",
+        "/%68ealth", "/health/../metrics", "/page/../x", "/page/%2e%2e/x", "/;/health",
         "/v1/models?x=/health",
     ],
 )  # fmt: skip
