@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import abc
+from collections.abc import Collection
 from contextlib import closing
 from dataclasses import dataclass, replace
 
@@ -53,11 +54,17 @@ class Piece:
 
 
 class TextOutput:
-    """The tokens of one request as text, stop strings cut off."""
+    """The tokens of one request as text, stop strings cut off.
 
-    def __init__(self, tokenizer: Tokenizer | None, request: Request) -> None:
+    Args:
+        tokenizer: None gives no text.
+        request: whose tokens will come.
+        keep: special tokens that stay in the text, as `StreamDecoder` takes them.
+    """
+
+    def __init__(self, tokenizer: Tokenizer | None, request: Request, keep: Collection[str] = ()) -> None:
         self._stops = StopMatcher(request.params.stop)
-        self._decoder = StreamDecoder(tokenizer) if tokenizer else None
+        self._decoder = StreamDecoder(tokenizer, keep=keep) if tokenizer else None
         self._text = ""
         self._of_prompt = ""
         if self._decoder and tokenizer:

@@ -223,7 +223,8 @@ class LLM:
             RequestError: as `generate`.
             TokenizerError: the messages are malformed, or the template refuses them.
         """
-        return self.generate(self.chat_prompt(messages, **template_variables), self.chat_params(sampling_params))[0]
+        prompt = self.chat_tokens(self.chat_text(messages, **template_variables))
+        return self.generate(prompt, self.chat_params(sampling_params))[0]
 
     def stream_chat(
         self,
@@ -232,7 +233,8 @@ class LLM:
         **template_variables: Any,
     ) -> Iterator[Piece]:
         """As `chat`, a piece at a time."""
-        return self.stream(self.chat_prompt(messages, **template_variables), self.chat_params(sampling_params))
+        prompt = self.chat_tokens(self.chat_text(messages, **template_variables))
+        return self.stream(prompt, self.chat_params(sampling_params))
 
     def request(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Request:
         """What `generate` would run, validated.
@@ -246,16 +248,19 @@ class LLM:
         ids = self._encode(prompt) if isinstance(prompt, str) else prompt
         return Request.create(ids, params, vocab_size=self.config.vocab_size, max_context=self.max_context)
 
-    def chat_prompt(self, messages: Sequence[Mapping[str, Any]], **template_variables: Any) -> list[int]:
-        """The token ids that `chat` gives to the model.
+    def chat_text(self, messages: Sequence[Mapping[str, Any]], **template_variables: Any) -> str:
+        """A conversation as the one text that the model continues.
 
         Raises:
             RequestError: the model has no tokenizer.
             TokenizerError: as `chat`.
         """
         tokenizer = self._require_tokenizer("A conversation")
-        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, **template_variables)
-        return tokenizer.encode(text, add_bos=False, allow_special=True)
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, **template_variables)
+
+    def chat_tokens(self, text: str) -> list[int]:
+        """The token ids of what `chat_text` gave."""
+        return self._require_tokenizer("A conversation").encode(text, add_bos=False, allow_special=True)
 
     def chat_params(self, sampling_params: SamplingParams | None = None) -> SamplingParams:
         """What `chat` makes of its parameters: where a model knows no turns, the next one's opening is a stop."""

@@ -52,6 +52,9 @@ def serve(
     device: DeviceOption = "cpu",
     max_context: MaxContextOption = None,
     kv_cache_bytes: CacheBytesOption = None,
+    tool_format: Annotated[
+        str | None, typer.Option(help="How the model writes tool calls.", show_default="as its template tells")
+    ] = None,
     speculate: Annotated[
         int, typer.Option(min=0, max=16, help="Draft so many tokens from the text so far; the answers stay the same.")
     ] = 0,
@@ -68,7 +71,7 @@ def serve(
 
     Example: latentkv serve ./model --port 8000 --kv-cache-bytes 4GiB
     """
-    from latentkv.server.run import bind, serve_forever
+    from latentkv.server.run import bind, make_server, serve_forever
     from latentkv.server.served import STEP_SECONDS
     from latentkv.server.settings import ServerSettings, read_keys
 
@@ -90,8 +93,9 @@ def serve(
     choice = ModelChoice(model, device, dtype, weights, kv_dtype, int8_products, max_context, kv_cache_bytes)
     llm = choice.load(max_running=max_running, speculate=speculate, step_seconds=STEP_SECONDS)
     shown = name or (Path(model).name if model and Path(model).is_dir() else model) or "latentkv"
+    server = make_server(llm, shown, settings, tool_format=tool_format)
     out = console(stderr=True)
     address = f"http://{host}:{listening.getsockname()[1]}"
     out.print(f"Serving {shown} on {address} - chat page at {address}/, API at {address}/v1", highlight=False)
     out.print(cache_summary(llm), style="dim")
-    raise typer.Exit(serve_forever(listening, llm, shown, settings))
+    raise typer.Exit(serve_forever(listening, server))

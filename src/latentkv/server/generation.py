@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Collection
 
 from latentkv.completion import Completion, Piece, best_of, join_pieces
 from latentkv.engine import Request
@@ -20,6 +20,7 @@ class Job:
     Args:
         context: of the request.
         prompts: validated, one a prompt.
+        keep: special tokens that stay in the text.
 
     Attributes:
         choices: all completions of all prompts, those of a prompt one after another.
@@ -29,7 +30,7 @@ class Job:
         LatentKVError: as `ServedModel.submit`.
     """
 
-    def __init__(self, context: Context, prompts: list[Request]) -> None:
+    def __init__(self, context: Context, prompts: list[Request], *, keep: Collection[str] = ()) -> None:
         if sum(prompt.params.num_choices for prompt in prompts) > MAX_PROMPTS:
             raise ApiError(400, f"n: all prompts together may have {MAX_PROMPTS} completions.", param="n")
         self.choices = [choice for prompt in prompts for choice in prompt.choices()]
@@ -40,7 +41,7 @@ class Job:
         self._clocks = [RequestClock(time.monotonic()) for _ in self.choices]
         server = context.server
         self._logs_text = server.settings.log_prompts
-        self._generation = server.model.submit(self.choices, context.salt, server.settings.request_seconds)
+        self._generation = server.model.submit(self.choices, context.salt, server.settings.request_seconds, keep=keep)
 
     @property
     def usage(self) -> Usage:

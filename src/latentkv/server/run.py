@@ -22,6 +22,7 @@ from latentkv.server.logs import JsonFormatter, logger
 from latentkv.server.metrics import Metrics
 from latentkv.server.served import ServedModel
 from latentkv.server.settings import ServerSettings
+from latentkv.text.tools import choose_format
 
 BACKLOG = 2048
 KEEP_ALIVE_SECONDS = 15
@@ -53,13 +54,19 @@ def bind(host: str, port: int) -> socket.socket:
     return listening
 
 
-def make_server(llm: LLM, name: str, settings: ServerSettings) -> Server:
-    """All that `create_app` needs; the engine's thread is not started yet."""
+def make_server(llm: LLM, name: str, settings: ServerSettings, *, tool_format: str | None = None) -> Server:
+    """All that `create_app` needs; the engine's thread is not started yet.
+
+    Raises:
+        RequestError: there is no tool format of this name.
+    """
     thread = EngineThread(llm.engine, max_open=settings.max_open, stall_seconds=settings.stall_seconds)
-    return Server(ServedModel(llm, name, thread), settings, Metrics(llm.engine, name))
+    template = llm.tokenizer.chat_template_text if llm.tokenizer else ""
+    format = choose_format(template, llm.config.model_type, tool_format)
+    return Server(ServedModel(llm, name, thread, format), settings, Metrics(llm.engine, name))
 
 
-def serve_forever(listening: socket.socket, llm: LLM, name: str, settings: ServerSettings) -> int:
+def serve_forever(listening: socket.socket, server: Server) -> int:
     """Serve until a signal or the engine's death.
 
     Returns:
@@ -72,8 +79,7 @@ def serve_forever(listening: socket.socket, llm: LLM, name: str, settings: Serve
         deaths.append(reason)
         uvicorn_server.should_exit = True
 
-    server = make_server(llm, name, settings)
-    thread = server.model.thread
+    thread, settings = server.model.thread, server.settings
     config = uvicorn.Config(
         create_app(server, died=died),
         log_config=None,

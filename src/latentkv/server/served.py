@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Sequence
 from contextlib import suppress
 from typing import TypeVar
 
@@ -14,6 +14,7 @@ from latentkv.engine.thread import EngineThread
 from latentkv.errors import RequestError
 from latentkv.llm import LLM
 from latentkv.text import Tokenizer
+from latentkv.text.tools import OutputFormat
 
 T = TypeVar("T")
 
@@ -79,15 +80,17 @@ class ServedModel:
         llm: the model.
         name: what clients call it.
         thread: its engine's.
+        format: how it writes tool calls and reasoning.
 
     Attributes:
         created: when it was loaded, in seconds since 1970.
     """
 
-    def __init__(self, llm: LLM, name: str, thread: EngineThread) -> None:
+    def __init__(self, llm: LLM, name: str, thread: EngineThread, format: OutputFormat) -> None:
         self.llm = llm
         self.name = name
         self.thread = thread
+        self.format = format
         self.created = int(time.time())
         self._encoders = asyncio.Semaphore(ENCODERS)
 
@@ -117,13 +120,14 @@ class ServedModel:
         async with self._encoders:
             return await asyncio.to_thread(work)
 
-    def submit(self, requests: list[Request], salt: str, seconds: float) -> Generation:
+    def submit(self, requests: list[Request], salt: str, seconds: float, *, keep: Collection[str] = ()) -> Generation:
         """Let `requests` run, from the event loop; close what is returned.
 
         Args:
             requests: what to run.
             salt: who shares prefixes with them.
             seconds: that they may take altogether.
+            keep: special tokens that stay in the text.
 
         Raises:
             BusyError: too many requests are open; none of these runs.
@@ -133,7 +137,7 @@ class ServedModel:
         generation = Generation(self.thread, len(requests), time.monotonic() + seconds)
         try:
             for index, request in enumerate(requests):
-                generation.add(index, request, TextOutput(self.llm.tokenizer, request), salt)
+                generation.add(index, request, TextOutput(self.llm.tokenizer, request, keep), salt)
         except BaseException:
             generation.close()
             raise

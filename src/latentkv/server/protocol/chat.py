@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field
 
 from latentkv.server.protocol.sampling import SamplingRequest, Usage
-from latentkv.server.settings import MAX_MESSAGES, MAX_TOP_LOGPROBS
+from latentkv.server.settings import MAX_MESSAGES, MAX_TOOLS, MAX_TOP_LOGPROBS
 
 
 class ChatRequest(SamplingRequest):
@@ -20,6 +20,13 @@ class ChatRequest(SamplingRequest):
     max_completion_tokens: int | None = Field(None, ge=1, description="The newer name of max_tokens.")
     logprobs: bool = Field(False, description="Report each token's log-probability.")
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS, description="And of so many likeliest; logprobs.")
+    tools: Annotated[list[dict[str, Any]], Field(max_length=MAX_TOOLS)] | None = Field(
+        None, description="Functions that the model may call."
+    )
+    tool_choice: str | dict[str, Any] | None = Field(
+        None, description="none, auto, required, or a function that must be called."
+    )
+    parallel_tool_calls: bool = Field(True, description="Whether one answer may make several calls.")
     chat_template_kwargs: dict[str, Any] = Field(
         default_factory=dict[str, Any], description="Variables of the checkpoint's template, like enable_thinking."
     )
@@ -45,11 +52,31 @@ class ChatLogprobs(BaseModel):
     content: list[TokenLogprob]
 
 
+class FunctionCall(BaseModel):
+    """A function's name and its arguments as JSON text; in a stream, what is new of them."""
+
+    name: str | None = None
+    arguments: str
+
+
+class ToolCall(BaseModel):
+    """A call that the model makes."""
+
+    id: str
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+
 class ChatMessage(BaseModel):
     """The answer."""
 
     role: Literal["assistant"] = "assistant"
     content: str | None
+    reasoning_content: str | None = None
+    tool_calls: list[ToolCall] | None = None
+
+
+FinishReason = Literal["stop", "length", "tool_calls"]
 
 
 class ChatChoice(BaseModel):
@@ -58,7 +85,7 @@ class ChatChoice(BaseModel):
     index: int
     message: ChatMessage
     logprobs: ChatLogprobs | None = None
-    finish_reason: Literal["stop", "length"]
+    finish_reason: FinishReason
 
 
 class ChatResponse(BaseModel):
@@ -72,11 +99,22 @@ class ChatResponse(BaseModel):
     usage: Usage
 
 
+class ToolCallDelta(BaseModel):
+    """What is new of a call: its id and name come first, then its arguments."""
+
+    index: int
+    id: str | None = None
+    type: Literal["function"] | None = None
+    function: FunctionCall
+
+
 class ChatDelta(BaseModel):
     """What is new of an answer."""
 
     role: Literal["assistant"] | None = None
     content: str | None = None
+    reasoning_content: str | None = None
+    tool_calls: list[ToolCallDelta] | None = None
 
 
 class ChatChunkChoice(BaseModel):
@@ -85,7 +123,7 @@ class ChatChunkChoice(BaseModel):
     index: int
     delta: ChatDelta
     logprobs: ChatLogprobs | None = None
-    finish_reason: Literal["stop", "length"] | None = None
+    finish_reason: FinishReason | None = None
 
 
 class ChatChunk(BaseModel):

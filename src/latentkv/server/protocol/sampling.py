@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from latentkv.engine import SamplingParams
+from latentkv.engine import SamplingParams, Structure
 from latentkv.engine.sampling_params import MAX_BIASES, MAX_CHOICES, MAX_SEED
 from latentkv.server.errors import ApiError
 from latentkv.server.settings import MAX_STOP_CHARACTERS, MAX_STOPS
@@ -35,6 +35,31 @@ class StreamOptions(Strict):
     include_usage: bool = Field(False, description="End the stream with a chunk that counts all tokens.")
 
 
+class JsonSchema(Strict):
+    """A named JSON schema."""
+
+    name: str = Field(max_length=256)
+    description: str | None = Field(None, max_length=4096)
+    schema_: dict[str, Any] = Field(alias="schema")
+    strict: bool = Field(True, description="Schemas are always held to strictly.")
+
+
+class ResponseFormat(Strict):
+    """What form the text must have."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+
+class StructuredOutputs(Strict):
+    """A form beyond JSON, as vLLM names it: give one."""
+
+    json_: dict[str, Any] | str | None = Field(None, alias="json")
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = Field(None, description="In llguidance's dialect of Lark.")
+
+
 class SamplingRequest(Strict):
     """How tokens are chosen and when a completion ends."""
 
@@ -59,6 +84,8 @@ class SamplingRequest(Strict):
     logit_bias: Annotated[dict[str, float], Field(max_length=MAX_BIASES)] | None = Field(
         None, description="Is added to the logits of these token ids, -100 to 100."
     )
+    response_format: ResponseFormat | None = Field(None, description="Hold the text to JSON.")
+    structured_outputs: StructuredOutputs | None = Field(None, description="Hold the text to another form.")
     stream: bool = Field(False, description="Send the text as it comes, as server-sent events.")
     stream_options: StreamOptions | None = Field(None, description="Only with stream.")
     user: str | None = Field(None, max_length=256, description="Is written into the server's log.")
@@ -88,13 +115,59 @@ class SamplingRequest(Strict):
             frequency_penalty=self.frequency_penalty,
             repetition_penalty=self.repetition_penalty,
             logit_bias=_biases(self.logit_bias or {}),
+            structure=self.structure,
         )
         return replace(params, **more)
+
+    @property
+    def structure(self) -> Structure | None:
+        """The form that the text must have.
+
+        Raises:
+            ApiError: two forms were given, or one without what it needs.
+            RequestError: it is malformed or too large.
+        """
+        forms = [
+            *_of_response_format(self.response_format),
+            *_of_structured_outputs(self.structured_outputs),
+        ]
+        if len(forms) > 1:
+            raise ApiError(400, "response_format and structured_outputs: give one form.", param="structured_outputs")
+        return forms[0] if forms else None
 
     @property
     def includes_usage(self) -> bool:
         """Whether a stream ends by counting its tokens."""
         return self.stream_options is not None and self.stream_options.include_usage
+
+
+def _of_response_format(given: ResponseFormat | None) -> list[Structure]:
+    match given:
+        case ResponseFormat(type="json_object"):
+            return [Structure.json_object()]
+        case ResponseFormat(type="json_schema", json_schema=JsonSchema() as schema):
+            return [Structure.json_schema(schema.schema_)]
+        case ResponseFormat(type="json_schema"):
+            raise ApiError(400, "response_format of type json_schema needs json_schema.", param="response_format")
+        case _:
+            return []
+
+
+def _of_structured_outputs(given: StructuredOutputs | None) -> list[Structure]:
+    if given is None:
+        return []
+    forms: list[Structure] = []
+    if given.json_ is not None:
+        forms.append(Structure.json_schema(given.json_))
+    if given.regex is not None:
+        forms.append(Structure.regex(given.regex))
+    if given.choice is not None:
+        forms.append(Structure.choice(given.choice))
+    if given.grammar is not None:
+        forms.append(Structure.grammar(given.grammar))
+    if not forms:
+        raise ApiError(400, "structured_outputs needs json, regex, choice or grammar.", param="structured_outputs")
+    return forms
 
 
 def _biases(given: dict[str, float]) -> dict[int, float]:

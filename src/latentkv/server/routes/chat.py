@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncGenerator
+from dataclasses import dataclass
 from uuid import uuid4
 
 from fastapi import APIRouter
 
 from latentkv.completion import Completion
-from latentkv.engine import Request, TokenLogprobs
+from latentkv.engine import Request, Structure, TokenLogprobs
+from latentkv.server.answers import Answer
 from latentkv.server.context import Context, InContext
 from latentkv.server.errors import ApiError
 from latentkv.server.generation import Job
@@ -19,14 +21,15 @@ from latentkv.server.protocol.chat import (
     ChatChunkChoice,
     ChatDelta,
     ChatLogprobs,
-    ChatMessage,
     ChatRequest,
     ChatResponse,
     TokenLogprob,
     TopLogprob,
 )
 from latentkv.server.protocol.sampling import Usage
+from latentkv.server.served import ServedModel
 from latentkv.server.sse import EventStream, data
+from latentkv.text.tools import Tool, call_grammar, read_tool_choice, read_tools, reasoning_is_open
 
 router = APIRouter()
 
@@ -35,45 +38,114 @@ router = APIRouter()
 async def chat(body: ChatRequest, context: InContext) -> ChatResponse:
     """Answer a conversation."""
     context.require_model(body.model)
-    request = await context.model.off_loop(lambda: _request(context, body))
-    job = Job(context, [request])
-    writer = _Writer(context)
+    conversation = await context.model.off_loop(lambda: _read(context.model, body))
+    job = Job(context, [conversation.request], keep=context.model.format.markers)
+    writer = _Writer(context, conversation, len(job.choices))
     if body.stream:
         events = writer.stream(job, usage=body.includes_usage)
         return EventStream(events, job.close)  # pyright: ignore[reportReturnType] FastAPI sends it as it is
     return writer.whole(await job.completions(), job.usage)
 
 
+@dataclass(frozen=True)
+class _Conversation:
+    """What was asked.
+
+    Attributes:
+        request: for the engine.
+        tools: that may be called.
+        reasoning_open: whether the prompt ends inside of reasoning.
+        parallel: whether an answer may make several calls.
+    """
+
+    request: Request
+    tools: tuple[Tool, ...]
+    reasoning_open: bool
+    parallel: bool
+
+
+def _read(model: ServedModel, body: ChatRequest) -> _Conversation:
+    """Everything that takes long: the template, the tokens, the grammar."""
+    if body.top_logprobs is not None and not body.logprobs:
+        raise ApiError(400, "top_logprobs needs logprobs=true: set it, or leave it out.", param="top_logprobs")
+    if body.max_tokens is not None and body.max_completion_tokens not in (None, body.max_tokens):
+        raise ApiError(400, "max_tokens and max_completion_tokens differ: give one of them.", param="max_tokens")
+    tools = read_tools(body.tools)
+    choice = read_tool_choice(body.tool_choice, tools)
+    text = model.llm.chat_text(body.messages, **({"tools": body.tools} if tools else {}), **body.chat_template_kwargs)
+    reasoning_open = reasoning_is_open(text, model.format)
+    prompt = model.llm.chat_tokens(text)
+    structure = body.structure
+    if structure and reasoning_open:
+        raise ApiError(
+            400,
+            "response_format cannot be held to while the model reasons: turn its reasoning off, with most templates by "
+            'chat_template_kwargs={"enable_thinking": false}.',
+            param="response_format",
+        )
+    grammar = call_grammar(
+        model.format,
+        tools,
+        choice,
+        special=model.special_markers,
+        reasoning_open=reasoning_open,
+        parallel=body.parallel_tool_calls,
+    )
+    if grammar and structure:
+        raise ApiError(400, "tool_choice and response_format ask for different forms: give one.", param="tool_choice")
+    params = body.sampling(
+        body.max_completion_tokens or body.max_tokens or model.room_after(len(prompt)),
+        logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        **({"structure": Structure.grammar(grammar)} if grammar else {}),
+    )
+    request = model.llm.request(prompt, model.llm.chat_params(params))
+    return _Conversation(
+        request, () if choice.mode == "none" else tools, reasoning_open, parallel=body.parallel_tool_calls
+    )
+
+
 class _Writer:
     """Writes answers."""
 
-    def __init__(self, context: Context) -> None:
+    def __init__(self, context: Context, conversation: _Conversation, choices: int) -> None:
         self._model = context.model
+        self._conversation = conversation
         self._id, self._created = f"chatcmpl-{uuid4().hex}", int(time.time())
 
     def whole(self, completions: list[Completion], usage: Usage) -> ChatResponse:
-        choices = [
-            ChatChoice(
-                index=index,
-                message=ChatMessage(content=completion.text),
-                logprobs=self._logprobs(completion.logprobs),
-                finish_reason=completion.finish_reason,
+        choices: list[ChatChoice] = []
+        for index, completion in enumerate(completions):
+            answer = self._answer()
+            answer.push(completion.text, last=True)
+            choices.append(
+                ChatChoice(
+                    index=index,
+                    message=answer.message(),
+                    logprobs=self._logprobs(completion.logprobs),
+                    finish_reason=answer.finish_reason(completion.finish_reason),
+                )
             )
-            for index, completion in enumerate(completions)
-        ]
         return ChatResponse(id=self._id, created=self._created, model=self._model.name, choices=choices, usage=usage)
 
     async def stream(self, job: Job, *, usage: bool) -> AsyncGenerator[str]:
-        for index in range(len(job.choices)):
+        answers = [self._answer() for _ in job.choices]
+        for index in range(len(answers)):
             yield self._chunk(ChatChunkChoice(index=index, delta=ChatDelta(role="assistant", content="")))
         async for index, piece in job.pieces():
-            if piece.text or piece.logprobs:
-                delta = ChatDelta(content=piece.text)
-                yield self._chunk(ChatChunkChoice(index=index, delta=delta, logprobs=self._logprobs(piece.logprobs)))
+            answer, logprobs = answers[index], self._logprobs(piece.logprobs)
+            deltas = answer.push(piece.text, last=piece.finish_reason is not None)
+            for delta in deltas or ([ChatDelta(content="")] if logprobs else []):
+                yield self._chunk(ChatChunkChoice(index=index, delta=delta, logprobs=logprobs))
+                logprobs = None  # with the first of what a token adds
             if piece.finish_reason:
-                yield self._chunk(ChatChunkChoice(index=index, delta=ChatDelta(), finish_reason=piece.finish_reason))
+                reason = answer.finish_reason(piece.finish_reason)
+                yield self._chunk(ChatChunkChoice(index=index, delta=ChatDelta(), finish_reason=reason))
         if usage:
             yield self._chunk(usage=job.usage)
+
+    def _answer(self) -> Answer:
+        asked = self._conversation
+        return Answer(self._model.format, asked.tools, reasoning_open=asked.reasoning_open, parallel=asked.parallel)
 
     def _chunk(self, *choices: ChatChunkChoice, usage: Usage | None = None) -> str:
         return data(
@@ -96,17 +168,3 @@ class _Writer:
     def _token(self, token: int, logprob: float) -> TopLogprob:
         text = self._model.text_of([token])
         return TopLogprob(token=text, logprob=logprob, bytes=list(text.encode()))
-
-
-def _request(context: Context, body: ChatRequest) -> Request:
-    if body.top_logprobs is not None and not body.logprobs:
-        raise ApiError(400, "top_logprobs needs logprobs=true: set it, or leave it out.", param="top_logprobs")
-    if body.max_tokens is not None and body.max_completion_tokens not in (None, body.max_tokens):
-        raise ApiError(400, "max_tokens and max_completion_tokens differ: give one of them.", param="max_tokens")
-    llm = context.model.llm
-    prompt = llm.chat_prompt(body.messages, **body.chat_template_kwargs)
-    params = body.sampling(
-        body.max_completion_tokens or body.max_tokens or context.model.room_after(len(prompt)),
-        logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-    )
-    return llm.request(prompt, llm.chat_params(params))

@@ -67,7 +67,7 @@ async def tokenize(body: TokenizeRequest, context: InContext) -> TokenizeRespons
 
     def encoded() -> list[int]:
         if body.messages is not None:
-            return served.llm.chat_prompt(body.messages)
+            return served.llm.chat_tokens(served.llm.chat_text(body.messages))
         return tokenizer.encode(body.prompt or "", add_bos=body.add_special_tokens and tokenizer.adds_bos)
 
     tokens = await served.off_loop(encoded)

@@ -1,0 +1,112 @@
+"""`/v1/responses`, for text: the newer of OpenAI's two ways to ask."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, Field
+
+from latentkv.server.protocol.sampling import Strict
+from latentkv.server.settings import MAX_MESSAGES
+
+
+class TextFormat(Strict):
+    """What form the text must have."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    name: str | None = Field(None, max_length=256)
+    description: str | None = Field(None, max_length=4096)
+    schema_: dict[str, Any] | None = Field(None, alias="schema")
+    strict: bool = Field(True, description="Schemas are always held to strictly.")
+
+
+class TextOptions(Strict):
+    """How the text is written."""
+
+    format: TextFormat | None = None
+
+
+class ResponsesRequest(Strict):
+    """A question; nothing of it is stored."""
+
+    model: str | None = Field(None, max_length=1024, description="As /v1/models names it; may be left out.")
+    input: str | Annotated[list[dict[str, Any]], Field(min_length=1, max_length=MAX_MESSAGES)] = Field(
+        description="A text, or messages, oldest first."
+    )
+    instructions: str | None = Field(None, description="A system message before the input.")
+    max_output_tokens: int | None = Field(None, ge=1, description="New tokens at most; all that fit if left out.")
+    temperature: float = Field(1.0, ge=0, le=2)
+    top_p: float = Field(1.0, gt=0, le=1)
+    text: TextOptions | None = None
+    stream: bool = False
+    store: Literal[False] | None = Field(None, description="Nothing is stored here.")
+    user: str | None = Field(None, max_length=256, description="Is written into the server's log.")
+
+
+class OutputText(BaseModel):
+    """A part of a message."""
+
+    type: Literal["output_text"] = "output_text"
+    text: str
+    annotations: list[Any] = Field(default_factory=list[Any])
+
+
+class OutputMessage(BaseModel):
+    """The answer."""
+
+    type: Literal["message"] = "message"
+    id: str
+    role: Literal["assistant"] = "assistant"
+    status: Literal["in_progress", "completed", "incomplete"]
+    content: list[OutputText]
+
+
+class InputDetails(BaseModel):
+    """Of the prompt's tokens."""
+
+    cached_tokens: int = 0
+
+
+class OutputDetails(BaseModel):
+    """Of the new tokens."""
+
+    reasoning_tokens: int = 0
+
+
+class ResponsesUsage(BaseModel):
+    """Tokens."""
+
+    input_tokens: int
+    input_tokens_details: InputDetails = Field(default_factory=InputDetails)
+    output_tokens: int
+    output_tokens_details: OutputDetails = Field(default_factory=OutputDetails)
+    total_tokens: int
+
+
+class IncompleteDetails(BaseModel):
+    """Why an answer is cut short."""
+
+    reason: Literal["max_output_tokens"] = "max_output_tokens"
+
+
+class ResponsesResponse(BaseModel):
+    """An answer and what it was asked with."""
+
+    id: str
+    object: Literal["response"] = "response"
+    created_at: int
+    status: Literal["in_progress", "completed", "incomplete"]
+    model: str
+    output: list[OutputMessage]
+    instructions: str | None = None
+    max_output_tokens: int | None = None
+    temperature: float
+    top_p: float
+    parallel_tool_calls: bool = False
+    tool_choice: Literal["none"] = "none"
+    tools: list[Any] = Field(default_factory=list[Any])
+    store: Literal[False] = False
+    incomplete_details: IncompleteDetails | None = None
+    error: None = None
+    metadata: dict[str, str] = Field(default_factory=dict[str, str])
+    usage: ResponsesUsage | None = None

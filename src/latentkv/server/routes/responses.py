@@ -1,0 +1,178 @@
+"""`POST /v1/responses`, for text."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import AsyncGenerator
+from typing import Any
+from uuid import uuid4
+
+from fastapi import APIRouter
+
+from latentkv.completion import Completion, Piece
+from latentkv.engine import FinishReason, Request, SamplingParams, Structure
+from latentkv.server.answers import Answer
+from latentkv.server.context import Context, InContext
+from latentkv.server.errors import ApiError
+from latentkv.server.generation import Job
+from latentkv.server.protocol.responses import (
+    IncompleteDetails,
+    OutputMessage,
+    OutputText,
+    ResponsesRequest,
+    ResponsesResponse,
+    ResponsesUsage,
+    TextFormat,
+)
+from latentkv.server.served import ServedModel
+from latentkv.server.sse import EventStream
+from latentkv.text.tools import reasoning_is_open
+
+router = APIRouter()
+
+
+@router.post("/v1/responses")
+async def respond(body: ResponsesRequest, context: InContext) -> ResponsesResponse:
+    """Answer a text or a conversation."""
+    context.require_model(body.model)
+    request, reasoning_open = await context.model.off_loop(lambda: _read(context.model, body))
+    job = Job(context, [request], keep=context.model.format.markers)
+    writer = _Writer(context, body, job, reasoning_open=reasoning_open)
+    if body.stream:
+        events = EventStream(writer.stream(), job.close, done="")
+        return events  # pyright: ignore[reportReturnType] FastAPI sends it as it is
+    (completion,) = await job.completions()
+    return writer.whole(completion)
+
+
+def _read(model: ServedModel, body: ResponsesRequest) -> tuple[Request, bool]:
+    text = model.llm.chat_text(_messages(body))
+    reasoning_open = reasoning_is_open(text, model.format)
+    prompt = model.llm.chat_tokens(text)
+    params = SamplingParams(
+        max_tokens=body.max_output_tokens or model.room_after(len(prompt)),
+        temperature=body.temperature,
+        top_p=body.top_p,
+        structure=_structure(body.text.format if body.text else None),
+    )
+    if params.structure and reasoning_open:
+        raise ApiError(400, "text.format cannot be held to by a model that reasons first: leave it out.", param="text")
+    return model.llm.request(prompt, model.llm.chat_params(params)), reasoning_open
+
+
+def _messages(body: ResponsesRequest) -> list[dict[str, Any]]:
+    """Input items as the messages of a chat."""
+    messages: list[dict[str, Any]] = []
+    if body.instructions is not None:
+        messages.append({"role": "system", "content": body.instructions})
+    if isinstance(body.input, str):
+        return [*messages, {"role": "user", "content": body.input}]
+    for index, item in enumerate(body.input):
+        match item:
+            case {"role": str(role), "content": content, **rest} if rest.get("type", "message") == "message":
+                messages.append({"role": role, "content": _content(content, f"input[{index}]")})
+            case _:
+                raise ApiError(400, f"input[{index}] is no message: give role and content.", param="input")
+    return messages
+
+
+def _content(content: Any, where: str) -> str:
+    if isinstance(content, str):
+        return content
+    texts: list[str] = []
+    for part in content if isinstance(content, list) else [None]:
+        match part:
+            case {"type": "input_text" | "output_text" | "text", "text": str(text)}:
+                texts.append(text)
+            case _:
+                raise ApiError(
+                    400, f"{where} has content that is not text: this server takes text only.", param="input"
+                )
+    return "".join(texts)
+
+
+def _structure(format: TextFormat | None) -> Structure | None:
+    match format:
+        case TextFormat(type="json_object"):
+            return Structure.json_object()
+        case TextFormat(type="json_schema", schema_=dict() as schema):
+            return Structure.json_schema(schema)
+        case TextFormat(type="json_schema"):
+            raise ApiError(400, "text.format of type json_schema needs a schema.", param="text")
+        case _:
+            return None
+
+
+class _Writer:
+    """Writes one answer, as a whole or as the events of its growth."""
+
+    def __init__(self, context: Context, body: ResponsesRequest, job: Job, *, reasoning_open: bool) -> None:
+        self._model = context.model
+        self._body = body
+        self._job = job
+        self._id, self._message_id = f"resp_{uuid4().hex}", f"msg_{uuid4().hex}"
+        self._created = int(time.time())
+        self._answer = Answer(context.model.format, (), reasoning_open=reasoning_open, parallel=True)
+        self._sequence = 0
+
+    def whole(self, completion: Completion) -> ResponsesResponse:
+        self._answer.push(completion.text, last=True)
+        return self._response(completion.finish_reason)
+
+    async def stream(self) -> AsyncGenerator[str]:
+        started = self._response(None)
+        yield self._event("response.created", response=started)
+        yield self._event("response.in_progress", response=started)
+        place = {"output_index": 0}
+        part = {**place, "item_id": self._message_id, "content_index": 0}
+        yield self._event("response.output_item.added", **place, item=self._message(None))
+        yield self._event("response.content_part.added", **part, part=OutputText(text=""))
+        reason: FinishReason | None = None
+        async for _, piece in self._job.pieces():
+            reason = piece.finish_reason
+            for text in self._push(piece):
+                yield self._event("response.output_text.delta", **part, delta=text, logprobs=[])
+        message = self._message(reason)
+        yield self._event("response.output_text.done", **part, text=message.content[0].text, logprobs=[])
+        yield self._event("response.content_part.done", **part, part=message.content[0])
+        yield self._event("response.output_item.done", **place, item=message)
+        kind = "response.completed" if reason == "stop" else "response.incomplete"
+        yield self._event(kind, response=self._response(reason))
+
+    def _push(self, piece: Piece) -> list[str]:
+        deltas = self._answer.push(piece.text, last=piece.finish_reason is not None)
+        return [delta.content for delta in deltas if delta.content]
+
+    def _event(self, kind: str, **fields: Any) -> str:
+        shown = {name: value.model_dump() if hasattr(value, "model_dump") else value for name, value in fields.items()}
+        event = {"type": kind, "sequence_number": self._sequence, **shown}
+        self._sequence += 1
+        return f"event: {kind}\ndata: {json.dumps(event)}\n\n"
+
+    def _message(self, reason: FinishReason | None) -> OutputMessage:
+        text = self._answer.message().content or ""
+        status = {None: "in_progress", "stop": "completed", "length": "incomplete"}[reason]
+        return OutputMessage(id=self._message_id, status=status, content=[OutputText(text=text)])
+
+    def _response(self, reason: FinishReason | None) -> ResponsesResponse:
+        body, usage = self._body, self._job.usage
+        return ResponsesResponse(
+            id=self._id,
+            created_at=self._created,
+            status={None: "in_progress", "stop": "completed", "length": "incomplete"}[reason],
+            model=self._model.name,
+            output=[] if reason is None else [self._message(reason)],
+            instructions=body.instructions,
+            max_output_tokens=body.max_output_tokens,
+            temperature=body.temperature,
+            top_p=body.top_p,
+            incomplete_details=IncompleteDetails() if reason == "length" else None,
+            usage=None
+            if reason is None
+            else ResponsesUsage(
+                input_tokens=usage.prompt_tokens,
+                output_tokens=usage.completion_tokens,
+                total_tokens=usage.total_tokens,
+            ),
+        )
