@@ -34,8 +34,8 @@ from latentkv.text.tools import Tool, call_grammar, read_tool_choice, read_tools
 router = APIRouter()
 
 
-@router.post("/v1/chat/completions", response_model_exclude_none=True)
-async def chat(body: ChatRequest, context: InContext) -> ChatResponse:
+@router.post("/v1/chat/completions", response_model=ChatResponse, response_model_exclude_none=True)
+async def chat(body: ChatRequest, context: InContext) -> ChatResponse | EventStream:
     """Answer a conversation."""
     context.require_model(body.model)
     conversation = await context.model.off_loop(lambda: _read(context.model, body))
@@ -43,7 +43,7 @@ async def chat(body: ChatRequest, context: InContext) -> ChatResponse:
     writer = _Writer(context, conversation, len(job.choices))
     if body.stream:
         events = writer.stream(job, usage=body.includes_usage)
-        return EventStream(events, job.close)  # pyright: ignore[reportReturnType] FastAPI sends it as it is
+        return EventStream(events, job.close)
     return writer.whole(await job.completions(), job.usage)
 
 

@@ -24,8 +24,8 @@ from latentkv.server.sse import EventStream, data
 router = APIRouter()
 
 
-@router.post("/v1/completions", response_model_exclude_none=True)
-async def complete(body: CompletionRequest, context: InContext) -> CompletionResponse:
+@router.post("/v1/completions", response_model=CompletionResponse, response_model_exclude_none=True)
+async def complete(body: CompletionRequest, context: InContext) -> CompletionResponse | EventStream:
     """Continue one prompt or several."""
     context.require_model(body.model)
     params = _params(body)
@@ -33,7 +33,7 @@ async def complete(body: CompletionRequest, context: InContext) -> CompletionRes
     job = Job(context, prompts)
     writer = _Writer(context, body, prompts)
     if body.stream:
-        return EventStream(writer.stream(job), job.close)  # pyright: ignore[reportReturnType] FastAPI sends it as it is
+        return EventStream(writer.stream(job), job.close)
     return writer.whole(await job.completions(), job)
 
 

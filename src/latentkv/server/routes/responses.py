@@ -32,16 +32,15 @@ from latentkv.text.tools import reasoning_is_open
 router = APIRouter()
 
 
-@router.post("/v1/responses")
-async def respond(body: ResponsesRequest, context: InContext) -> ResponsesResponse:
+@router.post("/v1/responses", response_model=ResponsesResponse)
+async def respond(body: ResponsesRequest, context: InContext) -> ResponsesResponse | EventStream:
     """Answer a text or a conversation."""
     context.require_model(body.model)
     request, reasoning_open = await context.model.off_loop(lambda: _read(context.model, body))
     job = Job(context, [request], keep=context.model.format.markers)
     writer = _Writer(context, body, job, reasoning_open=reasoning_open)
     if body.stream:
-        events = EventStream(writer.stream(), job.close, done="")
-        return events  # pyright: ignore[reportReturnType] FastAPI sends it as it is
+        return EventStream(writer.stream(), job.close, done="")
     (completion,) = await job.completions()
     return writer.whole(completion)
 
