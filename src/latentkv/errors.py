@@ -39,3 +39,7 @@ class BusyError(LatentKVError):
 
 class EngineStoppedError(LatentKVError):
     """The engine has stopped, or is stopping, and takes no request any more."""
+
+
+class RemoteServerError(LatentKVError):
+    """A server that is to be measured cannot be reached, refuses the key, or does not know the model."""

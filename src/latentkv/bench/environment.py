@@ -36,7 +36,7 @@ class Environment:
 def describe_environment(threads: int) -> Environment:
     """What is here; called before measuring with `threads` torch threads."""
     return Environment(
-        cpu=_cpu_name(),
+        cpu=cpu_name(),
         threads=threads,
         load_before=round(os.getloadavg()[0], 2),
         python=platform.python_version(),
@@ -52,7 +52,8 @@ def _version_or_none(package: str) -> str | None:
         return None
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """What this machine's processor calls itself."""
     if _CPUINFO.exists():
         for line in _CPUINFO.read_text().splitlines():
             key, _, value = line.partition(":")
