@@ -211,6 +211,7 @@ def test_a_server_that_is_not_there_is_one_sentence(unused_url: str):
         (["--prompt-tokens", "9-3"], "9-3"),
         (["--output-tokens", "some"], "some"),
         (["--endpoint", "embeddings"], "embeddings"),
+        (["--api-key", "sk-\n"], "API key"),
         (["--body", "[]"], "--body"),
         (["--body", "{"], "--body"),
         (["--slo", "mood=1s"], "mood"),

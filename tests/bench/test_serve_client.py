@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator
+from itertools import pairwise
 from time import perf_counter
 
 import httpx2
@@ -180,7 +181,7 @@ def stream(end: str) -> bytes:
 def test_a_stream_means_the_same_wherever_it_is_split(end: str, cuts: list[int]):
     whole = stream(end)
     places = sorted({0, *(cut for cut in cuts if cut < len(whole)), len(whole)})
-    answer = read([whole[a:b] for a, b in zip(places, places[1:], strict=False)])
+    answer = read([whole[a:b] for a, b in pairwise(places)])
     assert answer.failure is None
     assert len(answer.chunk_times) == 2
     assert (answer.prompt_tokens, answer.cached_tokens, answer.output_tokens) == (9, 4, 3)

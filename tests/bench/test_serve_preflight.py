@@ -102,18 +102,21 @@ def test_a_server_that_is_not_there(unused_url: str):
 @pytest.mark.parametrize("key", [None, "wrong"])
 def test_a_wrong_key(server: FakeServer, model: str | None, key: str | None):
     server.key = "secret"
-    with pytest.raises(RemoteServerError, match="refuses the API key .*OPENAI_API_KEY"):
+    with pytest.raises(RemoteServerError, match=r"refuses the API key .*OPENAI_API_KEY"):
         prepared(server.url, model=model, key=key)
     assert prepared(server.url, model=model, key="secret").form.model == "tiny"
 
 
 def test_an_unknown_model_is_named_beside_those_that_are_there(server: FakeServer):
     server.models = ("tiny", "small")
-    with pytest.raises(RemoteServerError, match="'huge'.*tiny, small"):
+    with pytest.raises(RemoteServerError, match=r"'huge'.*tiny, small"):
         prepared(server.url, model="huge")
 
 
-@pytest.mark.parametrize(("models", "listed"), [((), "none"), (("tiny", "small"), "tiny, small")])
+@pytest.mark.parametrize(
+    ("models", "listed"),
+    [((), "none"), (("tiny", "small"), "tiny, small"), (tuple("abcdefghij"), "a, b, c, d, e, f, g, h and 2 more")],
+)
 def test_a_model_must_be_chosen_where_there_is_not_exactly_one(
     server: FakeServer, models: tuple[str, ...], listed: str
 ):
@@ -141,7 +144,9 @@ def test_an_address_may_end_in_v1(given: str, root: str):
     assert server_root(given) == root
 
 
-@pytest.mark.parametrize("url", ["127.0.0.1:8000", "ftp://host", "http://", ""])
+@pytest.mark.parametrize(
+    "url", ["127.0.0.1:8000", "ftp://host", "http://", "", "http://a:99999", "http://a:0", "http://[::1"]
+)
 def test_what_is_no_address_is_refused(url: str):
     with pytest.raises(RequestError, match="not the address"):
         server_root(url)

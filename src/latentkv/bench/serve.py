@@ -58,6 +58,8 @@ class ServeOptions:
     def __post_init__(self) -> None:
         if self.endpoint not in PATHS:
             raise RequestError(f"{self.endpoint!r} is no endpoint; choose from {', '.join(PATHS)}.")
+        if self.api_key is not None and not (self.api_key.isascii() and self.api_key.isprintable()):
+            raise RequestError("The API key has characters that no HTTP header can carry; check it for a line break.")
         require_positive("--requests", self.requests)
         require_positive("--duration", self.duration)
         require_positive("--timeout", self.timeout)

@@ -15,7 +15,7 @@ from latentkv.bench.serve_report import describe_load, level_name, load_title
 from latentkv.files import write_whole
 
 # Colours that stay apart for colour-blind readers (Okabe and Ito).
-_METRICS = (("TTFT", "ttft_ms", "#D55E00"), ("ITL", "itl_ms", "#0072B2"), ("TPOT", "tpot_ms", "#009E73"))
+_METRICS = (("TTFT", "ttft_ms", "#D55E00"), ("ITL", "itl_ms", "#0072B2"), ("E2E", "e2e_ms", "#009E73"))
 _PERCENTILES = (("p50", "o", "-"), ("p90", "^", "--"), ("p99", "v", ":"))
 
 
@@ -29,7 +29,7 @@ def plot_serve(report: ServeReport, path: Path) -> None:
     for axes in (throughput, latency):
         axes.set_xticks(range(len(report.levels)), [level_name(level) for level in report.levels])
         axes.set_xlabel("requests at a time" if load_title(report) == "concurrency" else "requests sent a second")
-        axes.margins(x=0.12)
+        axes.margins(x=0.15)
         axes.grid(which="major", color="#e5e5e5")
         axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(f"{report.model} at {report.url}", x=0.02, ha="left", fontsize=12)
@@ -41,7 +41,7 @@ def _plot_throughput(report: ServeReport, axes: Axes) -> None:
     speeds = [level.output_tokens_per_second for level in report.levels]
     axes.plot(range(len(speeds)), speeds, color="#0072B2", marker="o", linewidth=2)
     for index, speed in enumerate(speeds):
-        axes.annotate(f"{speed:,.0f}", (index, speed), (0, 7), textcoords="offset points", ha="center", color="#0072B2")
+        axes.annotate(f"{speed:,.0f}", (index, speed), (-5, 6), textcoords="offset points", ha="right", color="#0072B2")
     axes.set(ylabel="output tokens a second")
     axes.set_ylim(bottom=0, top=max(speeds, default=0) * 1.12 or 1)
 
@@ -60,8 +60,10 @@ def _plot_latency(report: ServeReport, axes: Axes) -> None:
                     *zip(*points, strict=True), color=color, marker=marker, linestyle=line, linewidth=2, label=label
                 )
     axes.set(ylabel="milliseconds", yscale="log")
+    axes.margins(y=0.08)
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
     if axes.lines:
-        axes.legend(frameon=False, fontsize=8, ncols=len(_METRICS))
+        # Above the lines, wherever they run; a column for each metric.
+        axes.legend(frameon=False, fontsize=8, ncols=len(_METRICS), loc="lower center", bbox_to_anchor=(0.5, 1.0))

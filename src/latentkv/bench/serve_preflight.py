@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
@@ -16,6 +16,7 @@ from latentkv.errors import RemoteServerError, RequestError
 # many as the average prompt will have.
 _FIRST_SAMPLE, _LEAST_SECOND_SAMPLE, _MOST_SECOND_SAMPLE = 16, 2048, 16384
 _LIKELY_CHARACTERS_PER_TOKEN = 4
+_MOST_LISTED = 8
 
 _IGNORE_EOS: Mapping[str, Any] = {"ignore_eos": True}
 _WANT_USAGE: Mapping[str, Any] = {"stream_options": {"include_usage": True}}
@@ -43,8 +44,12 @@ def server_root(url: str) -> str:
     Raises:
         RequestError: it is no http(s) address.
     """
-    parts = urlsplit(url.strip())
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+    try:
+        parts = urlsplit(url.strip())
+        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port beyond 65535, half an IPv6 address
+        usable = False
+    if not usable:
         raise RequestError(f"{url!r} is not the address of a server; write for example http://127.0.0.1:8000.")
     path = parts.path.rstrip("/").removesuffix("/v1")
     return urlunsplit((parts.scheme, parts.netloc, path, "", ""))
@@ -104,8 +109,9 @@ async def _only_model(client: ServeClient) -> str:
     if isinstance(models, Failure):
         raise _refused(client.url, models, "/v1/models", "name the model with --model if it has no such list")
     if len(models) != 1:
-        listed = ", ".join(models) or "none"
-        raise RemoteServerError(f"The server at {client.url} lists these models: {listed}; choose one with --model.")
+        raise RemoteServerError(
+            f"The server at {client.url} lists these models: {_listed(models)}; choose one with --model."
+        )
     return models[0]
 
 
@@ -132,11 +138,16 @@ async def _accepted_form(
     if failures[0].status != 404:
         raise _refused(client.url, failures[0], PATHS[endpoint], "see what the server's own log says")
     models = await client.models()
-    served = "" if isinstance(models, Failure) else f"; it lists: {', '.join(models)}"
+    served = "" if isinstance(models, Failure) else f"; it lists: {_listed(models)}"
     raise RemoteServerError(
         f"The server at {client.url} does not know {PATHS[endpoint]} or the model {model!r} ({failures[0].message})"
         f"{served}."
     )
+
+
+def _listed(models: Sequence[str]) -> str:
+    more = f" and {len(models) - _MOST_LISTED} more" if len(models) > _MOST_LISTED else ""
+    return (", ".join(models[:_MOST_LISTED]) or "none") + more
 
 
 def _refused(url: str, failure: Failure, path: str, remedy: str) -> RemoteServerError:

@@ -154,8 +154,11 @@ def _measure(options: ServeOptions, workload: Workload) -> ServeReport:
     from latentkv.bench.serve import LoadProgress, measure_serve
 
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[ended]}"), TimeElapsedColumn())
+    screen = console(stderr=True)
     # Redrawn seldom: the client's time is part of what is measured.
-    with Progress(*columns, console=console(stderr=True), transient=True, refresh_per_second=2) as bar:
+    with Progress(
+        *columns, console=screen, transient=True, refresh_per_second=2, disable=not screen.is_terminal
+    ) as bar:
         task = bar.add_task("preparing", total=None, ended="")
 
         def show(progress: LoadProgress) -> None:
