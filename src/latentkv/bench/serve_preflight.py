@@ -48,7 +48,7 @@ def server_root(url: str) -> str:
         parts = urlsplit(url.strip())
         usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
     except ValueError:  # a port beyond 65535, half an IPv6 address
-        usable = False
+        parts, usable = urlsplit(""), False
     if not usable:
         raise RequestError(f"{url!r} is not the address of a server; write for example http://127.0.0.1:8000.")
     path = parts.path.rstrip("/").removesuffix("/v1")

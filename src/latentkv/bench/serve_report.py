@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from rich.table import Table
+from rich.text import Text
 
 if TYPE_CHECKING:
     from latentkv.bench.serve import ServeReport
@@ -33,7 +34,7 @@ def load_title(report: ServeReport) -> str:
 
 def throughput_table(report: ServeReport) -> Table:
     """A row for each level: how much."""
-    table = Table(title=f"{report.model} at {report.url}")
+    table = Table(title=Text(f"{report.model} at {report.url}"))
     titles = [load_title(report), "n", "errors", "requests/s", "output tok/s", "total tok/s", "tokens in", "tokens out"]
     goodput = any(level.goodput for level in report.levels)
     for title in [*titles, *(["good/s", "good"] if goodput else [])]:
