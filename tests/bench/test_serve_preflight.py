@@ -76,6 +76,12 @@ def test_fields_of_the_user_are_sent_and_never_left_out(server: FakeServer):
         prepared(server.url, extra_body={"top_k": 5})
 
 
+def test_what_is_wrong_besides_a_refused_field_is_what_is_said(server: FakeServer):
+    server.refused_fields, server.always = ("ignore_eos",), 500
+    with pytest.raises(RemoteServerError, match="HTTP 500: refused with 500"):
+        prepared(server.url)
+
+
 def test_a_server_that_takes_neither_field_is_measured_if_told_how_long_tokens_are(server: FakeServer):
     server.refused_fields = ("ignore_eos", "stream_options")
     with pytest.raises(RemoteServerError, match="--chars-per-token"):

@@ -41,7 +41,15 @@ def _plot_throughput(report: ServeReport, axes: Axes) -> None:
     speeds = [level.output_tokens_per_second for level in report.levels]
     axes.plot(range(len(speeds)), speeds, color="#0072B2", marker="o", linewidth=2)
     for index, speed in enumerate(speeds):
-        axes.annotate(f"{speed:,.0f}", (index, speed), (-5, 6), textcoords="offset points", ha="right", color="#0072B2")
+        axes.annotate(
+            f"{speed:,.0f}",
+            (index, speed),
+            (0, 9),
+            textcoords="offset points",
+            ha="center",
+            color="#0072B2",
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
+        )
     axes.set(ylabel="output tokens a second")
     axes.set_ylim(bottom=0, top=max(speeds, default=0) * 1.12 or 1)
 

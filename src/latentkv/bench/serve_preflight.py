@@ -125,23 +125,27 @@ async def _accepted_form(
 ) -> tuple[RequestForm, Answer, list[str]]:
     """The form with all optional fields that the server takes, and its answer to a first prompt in it."""
     wanted = {**(_IGNORE_EOS if ignore_eos else {}), **_WANT_USAGE}
-    failures: list[Failure] = []
     for fields in (wanted, _WANT_USAGE, {}):
         form = RequestForm(model, endpoint, {**fields, **extra_body})
         answer = await client.ask(form, workload.sample(_FIRST_SAMPLE), perf_counter())
-        if answer.failure is None or answer.failure.kind == NO_TEXT:  # one token may well be half a character
+        failure = answer.failure
+        if failure is None or failure.kind == NO_TEXT:  # one token may well be half a character
             refused = [name for name in wanted if name not in fields]
             return form, answer, [f"The server takes no {name}: {_WITHOUT[name]}." for name in refused]
-        failures.append(answer.failure)
-        if answer.failure.status not in (400, 422):
+        if failure.status not in (400, 422):
             break
-    if failures[0].status != 404:
-        raise _refused(client.url, failures[0], PATHS[endpoint], "see what the server's own log says")
+    # The last one: what is left to object to is not these fields.
+    raise await _why_refused(client, form, failure)
+
+
+async def _why_refused(client: ServeClient, form: RequestForm, failure: Failure) -> RemoteServerError:
+    path = PATHS[form.endpoint]
+    if failure.status != 404:
+        return _refused(client.url, failure, path, "see what the server's own log says")
     models = await client.models()
     served = "" if isinstance(models, Failure) else f"; it lists: {_listed(models)}"
-    raise RemoteServerError(
-        f"The server at {client.url} does not know {PATHS[endpoint]} or the model {model!r} ({failures[0].message})"
-        f"{served}."
+    return RemoteServerError(
+        f"The server at {client.url} does not know {path} or the model {form.model!r} ({failure.message}){served}."
     )
 
 
