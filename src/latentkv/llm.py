@@ -7,8 +7,9 @@ from collections import abc
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from torch import Tensor
 from latentkv.cache import KVFormat, LatentCache
 from latentkv.checkpoint.source import resolve_model
 from latentkv.completion import Completion, Piece, TextOutput, join_pieces, pieces_of
-from latentkv.engine import Engine, Request, SamplingParams
+from latentkv.engine import Constraint, Engine, Request, SamplingParams, Structure
 from latentkv.engine.memory import default_cache_bytes, free_memory
 from latentkv.engine.request import validate_token_ids
 from latentkv.engine.scoring import sequence_logits, text_nats
@@ -29,6 +30,9 @@ from latentkv.models.packing import choose_packing
 from latentkv.ops import WeightFormat
 from latentkv.ops.backends import why_no_int8_products
 from latentkv.text import Tokenizer, has_tokenizer, load_tokenizer, require_match
+
+if TYPE_CHECKING:
+    from latentkv.text.grammar import GrammarCompiler
 
 __all__ = ["LLM", "Completion", "Perplexity", "Piece"]
 
@@ -153,7 +157,8 @@ class LLM:
             One completion a prompt, in order.
 
         Raises:
-            RequestError: a prompt or a parameter is out of range; then nothing has run.
+            RequestError: a prompt or a parameter is out of range, or a structure cannot be compiled; then nothing has
+                run.
         """
         requests = self._requests(_as_list(prompts), sampling_params)
         pieces: list[list[Piece]] = [[] for _ in requests]
@@ -232,6 +237,23 @@ class LLM:
         tokens, num_bytes = len(ids) - 1, len(text.encode())
         return Perplexity(math.exp(nats / tokens), nats / (math.log(2) * num_bytes), nats, tokens, num_bytes)
 
+    def compile(self, structure: Structure) -> Constraint:
+        """What the engine needs of a structure; kept for later requests. The one method for any thread.
+
+        Raises:
+            RequestError: it is malformed, asks for what cannot be enforced, allows no text, or is too much work; or the
+                model has no tokenizer.
+            TokenizerError: the tokenizer's tokens stand for no text of their own.
+        """
+        return self._grammars.compile(structure.kind, structure.source)
+
+    @cached_property
+    def _grammars(self) -> GrammarCompiler:
+        from latentkv.text.grammar import GrammarCompiler  # a slow import that few requests need
+
+        tokenizer = self._require_tokenizer("A structure")
+        return GrammarCompiler(tokenizer, self.config.vocab_size, self._engine.eos_ids)
+
     def _stream(self, requests: list[Request]) -> Iterator[Piece]:
         steps = self._run(requests)
         return (piece for _, piece in steps)
@@ -256,7 +278,13 @@ class LLM:
         if params.stop:
             self._require_tokenizer("A stop string")
         ids = self._encode(prompt) if isinstance(prompt, str) else prompt
-        return Request.create(ids, params, vocab_size=self.config.vocab_size, max_context=self.max_context)
+        return Request.create(
+            ids,
+            params,
+            vocab_size=self.config.vocab_size,
+            max_context=self.max_context,
+            constraint=None if params.structure is None else self.compile(params.structure),
+        )
 
     def _encode(self, prompt: str) -> list[int]:
         tokenizer = self._require_tokenizer("A prompt in words")

@@ -13,6 +13,7 @@ from typing import Literal
 from torch import Tensor
 
 from latentkv.cache import LatentCache
+from latentkv.engine.constraint import ConstraintState, blocked_tokens
 from latentkv.engine.request import Request
 from latentkv.engine.runner import PREFILL_CHUNK, Runner
 from latentkv.engine.sampler import TokenLogprobs, sample, token_logprobs
@@ -34,6 +35,7 @@ class Event:
         token_id: the token.
         logprobs: where the request asked for them.
         finish_reason: "stop" (an end token, or the text ended), "length" (no more tokens allowed), None (goes on).
+            Where a structure allows no further token, it is "stop" if the text is complete, else "length".
     """
 
     index: int
@@ -47,12 +49,13 @@ _Inbox = deque[Event | BaseException]
 
 @dataclass(frozen=True)
 class _Job:
-    """A request on its way."""
+    """A request on its way; one that is preempted keeps its tokens, and with them its state."""
 
     request: Request
     sequence: Sequence
     ends_text: EndsText
     end_ids: frozenset[int]
+    state: ConstraintState | None
 
 
 class Engine:
@@ -119,7 +122,8 @@ class Engine:
         end_ids = frozenset(request.params.stop_token_ids)
         if not request.params.ignore_eos:
             end_ids |= self.eos_ids
-        self._jobs[sequence.index] = _Job(request, sequence, ends_text or _never, end_ids)
+        state = request.constraint.start() if request.constraint else None
+        self._jobs[sequence.index] = _Job(request, sequence, ends_text or _never, end_ids, state)
         self._scheduler.add(sequence)
         return sequence.index
 
@@ -181,9 +185,7 @@ class Engine:
             self._require_fits(request)
         return self._run(requests, ends_text or _never_of)
 
-    def _run(
-        self, requests: SequenceOf[Request], ends_text: Callable[[int, int], bool]
-    ) -> abc.Generator[Event]:
+    def _run(self, requests: SequenceOf[Request], ends_text: Callable[[int, int], bool]) -> abc.Generator[Event]:
         inbox: _Inbox = deque()
         unfinished: dict[int, int] = {}
         try:
@@ -210,16 +212,24 @@ class Engine:
             inbox.append(event)
 
     def _choose(self, job: _Job, logits: Tensor) -> Event:
-        params, tokens = job.request.params, job.sequence.tokens
+        params, tokens, state = job.request.params, job.sequence.tokens, job.state
         prompt_len = len(job.request.prompt_token_ids)
         token = sample(
-            logits, params, seed=job.request.seed, tokens=tokens, prompt_len=prompt_len, end_ids=job.end_ids
+            logits,
+            params,
+            seed=job.request.seed,
+            tokens=tokens,
+            prompt_len=prompt_len,
+            end_ids=job.end_ids,
+            blocked=None if state is None else blocked_tokens(state, job.end_ids, logits.device),
         )
         tokens.append(token)
         logprobs = None if params.logprobs is None else token_logprobs(logits, token, params.logprobs)
         reason: FinishReason | None = None
         if token in job.end_ids or job.ends_text(token):
             reason = "stop"
+        elif state is not None and not state.accept(token):
+            reason = "stop" if state.may_end else "length"
         elif len(tokens) - prompt_len == job.request.max_new_tokens:
             reason = "length"
         return Event(job.sequence.index, token, logprobs, reason)

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import cast
 
+from latentkv.engine.structure import Structure
 from latentkv.errors import RequestError
 
 MAX_SEED = 2**63 - 1
@@ -34,6 +35,8 @@ class SamplingParams:
         frequency_penalty: is subtracted once for each time that the text so far holds a token, in [-2, 2].
         logit_bias: is added to the logits of these token ids, each in [-100, 100]; at most 1,024 of them.
         min_tokens: new tokens before the completion may end by an end token (0 or more, at most max_tokens).
+        structure: the form that the text must have, None for any. A text that is complete ends with "stop"; one that
+            is cut short by max_tokens, or that no token can complete, with "length".
 
     Raises:
         RequestError: a value has the wrong type or is out of range; the message names it and the range.
@@ -54,6 +57,7 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     logit_bias: Mapping[int, float] = field(default_factory=dict[int, float])
     min_tokens: int = 0
+    structure: Structure | None = None
 
     def __post_init__(self) -> None:
         _require_int("max_tokens", self.max_tokens, low=1)
@@ -71,6 +75,8 @@ class SamplingParams:
             _require_int("logprobs", self.logprobs, low=0)
         if type(self.ignore_eos) is not bool:
             raise _refused("ignore_eos", self.ignore_eos, "True or False")
+        if self.structure is not None and not isinstance(cast(object, self.structure), Structure):
+            raise _refused("structure", self.structure, "a Structure, like Structure.regex('[0-9]+'), or None")
         object.__setattr__(self, "stop", _stop_strings(self.stop))
         object.__setattr__(self, "stop_token_ids", _token_ids(self.stop_token_ids))
         object.__setattr__(self, "logit_bias", _biases(self.logit_bias))

@@ -1,0 +1,46 @@
+"""Compiles one grammar in a process of its own, which its limits on time, memory and stack may end.
+
+Run as a file, it knows only llguidance. It reads {"grammar", "limits", "seconds", "memory", "stack"} from stdin, and
+writes {"error": what is wrong or "", "bytes": memory that compiling took}.
+"""
+
+import json
+import os
+import resource
+import sys
+import threading
+from typing import Any
+
+import llguidance
+
+
+def main() -> None:
+    """Read one grammar, compile it for a vocabulary of single bytes, and write how that went."""
+    task: dict[str, Any] = json.load(sys.stdin)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_CPU, (task["seconds"], task["seconds"]))
+    resource.setrlimit(resource.RLIMIT_AS, (task["memory"], task["memory"]))
+    os.nice(10)
+    tokenizer = llguidance.LLTokenizer("byte")
+    limits = llguidance.LLParserLimits(**task["limits"])
+    result: dict[str, Any] = {}
+
+    def compile_grammar() -> None:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        matcher = llguidance.LLMatcher(tokenizer, task["grammar"], log_level=0, limits=limits)
+        if not matcher.is_error():
+            matcher.compute_bitmask()
+        warnings = matcher.get_grammar_warnings()
+        result["error"] = matcher.get_error() or (warnings[0] if warnings else "")
+        result["bytes"] = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+
+    # A stack smaller than any that the grammar will run on later: what nests too deeply fails here.
+    threading.stack_size(task["stack"])
+    thread = threading.Thread(target=compile_grammar)
+    thread.start()
+    thread.join()
+    json.dump(result, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()
