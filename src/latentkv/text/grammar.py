@@ -69,12 +69,10 @@ class GrammarCompiler:
     """
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, end_ids: Collection[int]) -> None:
-        tokens = token_bytes(tokenizer)
+        tokens = [b"" if i in end_ids else content for i, content in enumerate(token_bytes(tokenizer))]
         tokens += [b""] * (vocab_size - len(tokens))
-        for end in end_ids:
-            tokens[end] = b""
-        self._end_ids = np.array(sorted(end_ids), dtype=np.intp)
-        self._vocab_size = vocab_size
+        # Not only those with bytes: a grammar may name special tokens by their numbers, but no others.
+        self._tokens = np.array([i not in end_ids and tokenizer.piece(i) is not None for i in range(vocab_size)])
         self._tokenizer = LLTokenizer(TokenizerWrapper(_Vocabulary(tokens)))
         self._slots = threading.BoundedSemaphore(_COMPILATIONS_AT_ONCE)
         self._lock = threading.Lock()
@@ -108,7 +106,7 @@ class GrammarCompiler:
         lark, name = as_lark(kind, source), _NAMES[kind]
         num_bytes = _try_out(lark, kind)
         matcher = LLMatcher(self._tokenizer, lark, log_level=0, limits=LLParserLimits(**_LIMITS))
-        grammar = Grammar(matcher, self._vocab_size, self._end_ids)
+        grammar = Grammar(matcher, self._tokens)
         if not grammar.start().allowed.any():
             reason = _reason(matcher.get_error(), kind) or "change it"
             raise RequestError(f"The {name} allows no text that this tokenizer can write: {reason}.")
@@ -126,14 +124,17 @@ class GrammarCompiler:
 class Grammar:
     """A compiled structure; what `latentkv.engine` calls a constraint.
 
+    Args:
+        matcher: at the beginning of a text.
+        tokens: [V] those that a text may hold at all.
+
     Attributes:
         worn: a completion has used up what its states may take; the next one needs a freshly compiled grammar.
     """
 
-    def __init__(self, matcher: LLMatcher, vocab_size: int, end_ids: NDArray[np.intp]) -> None:
+    def __init__(self, matcher: LLMatcher, tokens: NDArray[np.bool_]) -> None:
         self.worn = False
-        self._vocab_size = vocab_size
-        self._end_ids = end_ids
+        self._tokens = tokens
         self._matcher = matcher
         self._first = self.allowed_by(matcher)
 
@@ -144,9 +145,7 @@ class Grammar:
     def allowed_by(self, matcher: LLMatcher) -> NDArray[np.bool_]:
         """[V] tokens of text that a matcher takes next; none after an error."""
         bits = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8)
-        allowed = np.unpackbits(bits, count=self._vocab_size, bitorder="little").view(np.bool_)
-        allowed[self._end_ids] = False  # a grammar may name any token by its number
-        return allowed
+        return np.unpackbits(bits, count=len(self._tokens), bitorder="little").view(np.bool_) & self._tokens
 
 
 class GrammarState:

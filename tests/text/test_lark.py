@@ -1,0 +1,40 @@
+import time
+
+import pytest
+
+from latentkv.errors import RequestError
+from latentkv.text.lark import as_lark
+
+
+@pytest.mark.parametrize("option", ["temperature=0.7", 'stop="x"', "stop = /a/", 'stop_capture="n"'])
+def test_an_option_of_a_rule_that_would_have_no_effect_is_refused(option):
+    with pytest.raises(RequestError, match=f"sets {option.split('=')[0].strip()}="):
+        as_lark("grammar", f"start: a\na[{option}]: /[a-z]*/")
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        '"[temperature=1]"',
+        "/a[stop=]b/",
+        '"x" // temperature=1',
+        '"x" # stop="y"',
+        r'"\"" "temperature="',
+        '"/" "stop=/"',
+    ],
+)
+def test_such_words_in_strings_expressions_and_comments_are_only_text(rule):
+    assert rule in as_lark("grammar", f"start: {rule}")
+
+
+def test_a_schema_inside_a_grammar_is_looked_through():
+    with pytest.raises(RequestError, match="'uniqueItems' at #/properties/a"):
+        as_lark("grammar", 'start: "x" inner\ninner: %json {"properties": {"a": {"uniqueItems": true}}}')
+    as_lark("grammar", 'start: "%json {\\"oops\\": 1}" %json {"type": "null"}')
+
+
+@pytest.mark.parametrize("text", ['"' * 60_000, '\\"' * 30_000, "/\\" * 30_000, "/" * 60_000, "%json {" * 8_000])
+def test_no_text_takes_long_to_look_through(text):
+    started = time.process_time()
+    as_lark("grammar", text)
+    assert time.process_time() - started < 1
