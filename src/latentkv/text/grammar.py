@@ -38,17 +38,17 @@ COMPILE_MEMORY = 512 << 20
 COMPILE_STACK = 1 << 20
 """Bytes of stack that compiling may take; threads have 2 MiB or more."""
 
-MAX_CACHED = 128
+MAX_CACHED = 64
 MAX_CACHED_BYTES = 256 << 20
 
 _COMPILATIONS_AT_ONCE = 2
-# llguidance's own words for "so much work, and no more": about 20 ms of compiling, 20 ms a token, 50 MB of states.
+# llguidance's own words for "so much work, and no more": about 20 ms a token, and 15 MB of states a grammar.
 _LIMITS: dict[str, Any] = {
     "initial_lexer_fuel": 1_000_000,
     "step_lexer_fuel": 200_000,
     "step_max_items": 50_000,
     "max_items_in_row": 2_000,
-    "max_lexer_states": 50_000,
+    "max_lexer_states": 25_000,
     "max_grammar_size": 500_000,
     "verbose_errors": False,
 }
@@ -208,6 +208,8 @@ def _try_out(lark: str, kind: str) -> int:
         )
     except subprocess.TimeoutExpired:
         raise RequestError(f"The {name} was not compiled within {WAIT_SECONDS} s: simplify it, or try again.") from None
+    except OSError as error:
+        raise RequestError(f"The {name} cannot be compiled now ({error}): try again.") from error
     if trial.returncode in (-signal.SIGXCPU, -signal.SIGKILL):
         raise RequestError(f"The {name} takes more than {COMPILE_SECONDS} s to compile: simplify it.")
     if trial.returncode:

@@ -1,7 +1,7 @@
 """Compiles one grammar in a process of its own, which its limits on time, memory and stack may end.
 
 Run as a file, it knows only llguidance. It reads {"grammar", "limits", "seconds", "memory", "stack"} from stdin, and
-writes {"error": what is wrong or "", "bytes": memory that compiling took}.
+writes {"error": what is wrong or "", "bytes": memory that the compiled grammar takes}.
 """
 
 import json
@@ -9,6 +9,7 @@ import os
 import resource
 import sys
 import threading
+from pathlib import Path
 from typing import Any
 
 import llguidance
@@ -26,13 +27,13 @@ def main() -> None:
     result: dict[str, Any] = {}
 
     def compile_grammar() -> None:
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        before = _resident_bytes()
         matcher = llguidance.LLMatcher(tokenizer, task["grammar"], log_level=0, limits=limits)
         if not matcher.is_error():
             matcher.compute_bitmask()
         warnings = matcher.get_grammar_warnings()
         result["error"] = matcher.get_error() or (warnings[0] if warnings else "")
-        result["bytes"] = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+        result["bytes"] = max(_resident_bytes() - before, 0)
 
     # A stack smaller than any that the grammar will run on later: what nests too deeply fails here.
     threading.stack_size(task["stack"])
@@ -40,6 +41,14 @@ def main() -> None:
     thread.start()
     thread.join()
     json.dump(result, sys.stdout)
+
+
+def _resident_bytes() -> int:
+    """Memory of this process; what Linux tells of its peak would be the peak of the process that started it."""
+    statm = Path("/proc/self/statm")
+    if statm.exists():
+        return int(statm.read_text().split()[1]) * resource.getpagesize()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 if __name__ == "__main__":
