@@ -261,6 +261,23 @@ def test_special_tokens_are_never_taken_for_their_text(compiler: GrammarCompiler
         assert not allowed[list(tokenizer.special_ids)].any()
 
 
+def test_a_grammar_may_ask_for_a_special_token_by_its_number(compiler: GrammarCompiler, tokenizer: Tokenizer) -> None:
+    special = max(tokenizer.special_ids - tokenizer.eos_ids)
+    grammar = compiled(compiler, Structure.grammar(f'start: <[{special}]> "a"'))
+    assert takes(grammar, [special, *bytewise(tokenizer, "a")])
+    assert not takes(grammar, bytewise(tokenizer, "a"))
+
+
+def test_text_without_a_choice_may_be_cut_into_any_tokens(
+    any_compiler: GrammarCompiler, tokenizer_folder: Folder
+) -> None:
+    tokenizer = load_tokenizer(tokenizer_folder("deepseek"))
+    for options in ("", '%llguidance {"no_forcing": false}\n'):
+        grammar = compiled(any_compiler, Structure.grammar(f'{options}start: "The whale"'))
+        assert takes(grammar, bytewise(tokenizer, "The whale"))
+        assert takes(grammar, tokenizer.encode("The whale", add_bos=False))
+
+
 def test_blanks_between_the_signs_of_json_are_few(any_compiler: GrammarCompiler, tokenizer_folder: Folder) -> None:
     tokenizer = load_tokenizer(tokenizer_folder("deepseek"))
     grammar = compiled(any_compiler, Structure.json_object())
@@ -300,13 +317,13 @@ def test_texts_go_their_own_ways(any_compiler: GrammarCompiler, tokenizer_folder
         (Structure.json_schema({"type": "strin"}), "^The JSON schema cannot be used: Invalid type: strin.$"),
         (Structure.json_schema({"format": "foo"}), "Unknown format: foo.$"),
         (Structure.json_schema({"uniqueItems": True}), "'uniqueItems' at #, which cannot be enforced"),
-        (Structure.json_schema({"$ref": "http://localhost/"}), "'http://localhost/' at #, which is not fetched"),
+        (Structure.json_schema({"$ref": "http://localhost/"}), "at # to 'http://localhost/', which is not fetched"),
         (Structure.json_schema({"$ref": "#/$defs/none"}), "cannot be used: .*none"),
         (Structure.json_schema({"allOf": [{"type": "null"}, {"type": "object"}]}), "cannot be used: Unsatisfiable"),
         (Structure.json_schema({"oneOf": [{"minimum": 1}, {"maximum": 3}]}), "cannot be used: oneOf"),
         (Structure.grammar("start: foo"), '^The grammar cannot be used: at 1\\(8\\): unknown name: "foo".$'),
         (Structure.grammar("begin: /a/"), "^The grammar cannot be used: "),
-        (Structure.grammar('start: <｜end｜> "a"'), "unknown special token"),
+        (Structure.grammar('start: <｜end｜> "a"'), "names the special token <｜end｜>: write its number"),
         (Structure.grammar('start: %json {"x-guidance": {"lenient": true}, "format": "foo"}'), "Unknown format: foo"),
         (Structure.grammar('{"grammars": [{"json_schema": {"x-guidance": {"lenient": true}}}]}'), "cannot be used"),
     ],
@@ -419,7 +436,7 @@ def test_the_cache_drops_what_was_not_used_longest(
 ) -> None:
     compiler = compiler_of(load_tokenizer(tokenizer_folder("deepseek")))
     monkeypatch.setattr(grammar_module, limit, value)
-    monkeypatch.setattr(grammar_module, "_try_out", lambda lark, kind: 400 << 10)
+    monkeypatch.setattr(grammar_module, "_try_out", lambda *args: 400 << 10)
     a, b, c = (Structure.regex(letter) for letter in "abc")
     first, second = compiled(compiler, a), compiled(compiler, b)
     assert compiled(compiler, a) is first

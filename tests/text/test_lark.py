@@ -12,6 +12,14 @@ def test_an_option_of_a_rule_that_would_have_no_effect_is_refused(option):
         as_lark("grammar", f"start: a\na[{option}]: /[a-z]*/")
 
 
+def test_a_special_token_is_refused_by_name():
+    for grammar in ("start: <end>", 'start: "a" b\nb: <|im_end|> | /</'):
+        with pytest.raises(RequestError, match="names the special token <.*end"):
+            as_lark("grammar", grammar)
+    for grammar in ('start: "<end>"', "start: /<end>/", "start: <[3]> <[4-5]> <[*]>"):
+        as_lark("grammar", grammar)
+
+
 @pytest.mark.parametrize(
     "rule",
     [
@@ -33,7 +41,18 @@ def test_a_schema_inside_a_grammar_is_looked_through():
     as_lark("grammar", 'start: "%json {\\"oops\\": 1}" %json {"type": "null"}')
 
 
-@pytest.mark.parametrize("text", ['"' * 60_000, '\\"' * 30_000, "/\\" * 30_000, "/" * 60_000, "%json {" * 8_000])
+@pytest.mark.parametrize(
+    "text",
+    [
+        '"' * 60_000,
+        '\\"' * 30_000,
+        "/\\" * 30_000,
+        "/" * 60_000,
+        "%json {" * 8_000,
+        "<" * 60_000,
+        "temperature" * 5_000,
+    ],
+)
 def test_no_text_takes_long_to_look_through(text):
     started = time.process_time()
     as_lark("grammar", text)

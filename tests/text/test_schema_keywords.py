@@ -62,6 +62,12 @@ def test_only_as_many_properties_are_promised_as_cannot_be_the_same():
         require_enforced({"minProperties": 2})
 
 
+def test_a_message_stays_short_whatever_the_schema_says():
+    with pytest.raises(RequestError) as caught:
+        require_enforced({"properties": {"a" * 50_000: {"b" * 50_000: 1}}})
+    assert len(str(caught.value)) < 300
+
+
 def test_a_schema_as_deep_as_json_goes_is_looked_through():
     schema: dict = {"oops": 1}
     for _ in range(5_000):

@@ -104,7 +104,8 @@ class GrammarCompiler:
 
     def _compile(self, kind: str, source: str) -> Grammar:
         lark, name = as_lark(kind, source), _NAMES[kind]
-        num_bytes = _try_out(lark, kind)
+        # Many tokens take their time, and only a grammar that asks for them by number needs to know how many there are.
+        num_bytes = _try_out(lark, kind, len(self._tokens) if "<[" in lark else 0)
         matcher = LLMatcher(self._tokenizer, lark, log_level=0, limits=LLParserLimits(**_LIMITS))
         grammar = Grammar(matcher, self._tokens)
         if not grammar.start().allowed.any():
@@ -188,11 +189,12 @@ class _Vocabulary:
         return []  # it would be asked to cut forced text into tokens, and none is forced
 
 
-def _try_out(lark: str, kind: str) -> int:
+def _try_out(lark: str, kind: str, vocab_size: int) -> int:
     """Compile a grammar elsewhere; returns the bytes that it took."""
     name = _NAMES[kind]
     task = {
         "grammar": lark,
+        "vocab_size": vocab_size,
         "limits": _LIMITS,
         "seconds": COMPILE_SECONDS,
         "memory": COMPILE_MEMORY,

@@ -1,7 +1,7 @@
 """Compiles one grammar in a process of its own, which its limits on time, memory and stack may end.
 
-Run as a file, it knows only llguidance. It reads {"grammar", "limits", "seconds", "memory", "stack"} from stdin, and
-writes {"error": what is wrong or "", "bytes": memory that the compiled grammar takes}.
+Run as a file, it knows only llguidance. It reads {"grammar", "vocab_size", "limits", "seconds", "memory", "stack"} from
+stdin, and writes {"error": what is wrong or "", "bytes": memory that the compiled grammar takes}.
 """
 
 import json
@@ -15,6 +15,19 @@ from typing import Any
 import llguidance
 
 
+class _Bytes:
+    """A vocabulary of single bytes, and as many empty tokens as the model has further ones."""
+
+    bos_token_id = None
+
+    def __init__(self, vocab_size: int) -> None:
+        self.tokens = [bytes([byte]) for byte in range(256)] + [b""] * (max(vocab_size - 256, 0) + 1)
+        self.eos_token_id = len(self.tokens) - 1
+
+    def __call__(self, text: bytes) -> list[int]:
+        return list(text)
+
+
 def main() -> None:
     """Read one grammar, compile it for a vocabulary of single bytes, and write how that went."""
     task: dict[str, Any] = json.load(sys.stdin)
@@ -22,7 +35,7 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_CPU, (task["seconds"], task["seconds"]))
     resource.setrlimit(resource.RLIMIT_AS, (task["memory"], task["memory"]))
     os.nice(10)
-    tokenizer = llguidance.LLTokenizer("byte")
+    tokenizer = llguidance.LLTokenizer(llguidance.TokenizerWrapper(_Bytes(task["vocab_size"])))
     limits = llguidance.LLParserLimits(**task["limits"])
     result: dict[str, Any] = {}
 
@@ -40,6 +53,8 @@ def main() -> None:
     thread = threading.Thread(target=compile_grammar)
     thread.start()
     thread.join()
+    if "bytes" not in result:
+        sys.exit(1)
     json.dump(result, sys.stdout)
 
 

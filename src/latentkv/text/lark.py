@@ -18,6 +18,7 @@ _OPTIONS = '\n%llguidance {"no_forcing": true}\n'
 # Strings, expressions and comments; those that do not end go to the end of the line, so that no text takes long.
 _QUIET = re.compile(r'"(?:[^"\\\n]|\\.)*"?|/(?:[^/\\\n]|\\.)+/?|(?://|#)[^\n]*')
 _UNHEARD = re.compile(r"\b(temperature|stop|stop_capture)\s*=")
+_SPECIAL_TOKEN = re.compile(r"<(?!\[)[^<>\n]*>")
 _INLINE_SCHEMA = re.compile(r"%json\s*(?={)")
 
 
@@ -45,7 +46,10 @@ def as_lark(kind: str, source: str) -> str:
 
 
 def _require_heard(grammar: str) -> None:
-    option = _UNHEARD.search(_QUIET.sub("", grammar))
+    words = _QUIET.sub("", grammar)
+    option, token = _UNHEARD.search(words), _SPECIAL_TOKEN.search(words)
+    if token:
+        raise RequestError(f"The grammar names the special token {token[0][:100]}: write its number, as in <[128]>.")
     if option:
         raise RequestError(
             f"The grammar sets {option[1]}=, which is not supported: for a text's end use suffix= or lazy."

@@ -42,24 +42,27 @@ def require_enforced(schema: dict[str, Any]) -> None:
 
 def _check(path: str, schema: dict[str, Any]) -> None:
     for key, value in schema.items():
+        found = f"The JSON schema has {_short(repr(key))} at {_short(path)}"
         if key not in _KNOWN and (not key.startswith("x-") or key == _COMPILER_OPTIONS):
-            raise RequestError(f"The JSON schema has {key!r} at {path}, which cannot be enforced: leave it out.")
+            raise RequestError(f"{found}, which cannot be enforced: leave it out.")
         if key == "$ref" and not str(value).startswith("#"):
-            raise RequestError(
-                f"The JSON schema refers to {value!r} at {path}, which is not fetched: put it under $defs."
-            )
+            raise RequestError(f"{found} to {_short(repr(value))}, which is not fetched: put it under $defs.")
         if key in _LIMITS and type(value) not in (int, float):
-            raise RequestError(f"The JSON schema has {key}={value!r} at {path}, and it must be a number.")
+            raise RequestError(f"{found} with the value {_short(repr(value))}, and it must be a number.")
         if key in _COUNTS and (type(value) is not int or value < 0):
-            raise RequestError(f"The JSON schema has {key}={value!r} at {path}, and it must be an integer, 0 or more.")
+            raise RequestError(f"{found} with the value {_short(repr(value))}, and it must be an integer, 0 or more.")
     # Keys that `properties` does not list may come twice, so that two of them may be one.
     required = schema.get("required")
     unlisted = schema.get("minProperties", 0) - (len(cast("list[Any]", required)) if isinstance(required, list) else 0)
     if unlisted > 1:
         raise RequestError(
-            f"The JSON schema has minProperties={schema['minProperties']} at {path}, which can be enforced only up to "
-            "one more than the properties that are required: lower it, or require properties."
+            f"The JSON schema has minProperties={schema['minProperties']} at {_short(path)}, which can be enforced "
+            "only up to one more than the properties that are required: lower it, or require properties."
         )
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 100 else f"{text[:48]} ... {text[-48:]}"
 
 
 def _inside(path: str, schema: dict[str, Any]) -> Iterator[_Found]:
