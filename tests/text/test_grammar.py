@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -192,6 +194,7 @@ def test_any_json_object_is_one(compiler: GrammarCompiler, tokenizer: Tokenizer)
 
 def small_schemas() -> st.SearchStrategy[dict[str, Any]]:
     numbers = st.integers(-50, 50)
+    characters = st.characters(exclude_categories=["Cs", "Cc"])
     leaves = st.one_of(
         st.sampled_from([{"type": "null"}, {"type": "boolean"}, {"type": "string"}, {"type": "integer"}]),
         st.builds(
@@ -203,12 +206,14 @@ def small_schemas() -> st.SearchStrategy[dict[str, Any]]:
         st.builds(
             lambda low, span: {"type": "string", "minLength": low, "maxLength": low + span}, *[st.integers(0, 5)] * 2
         ),
-        st.builds(lambda values: {"enum": values}, st.lists(st.none() | numbers | st.text(max_size=6), min_size=1)),
-        st.builds(lambda value: {"const": value}, st.text(max_size=6) | st.lists(numbers, max_size=3)),
+        st.builds(
+            lambda values: {"enum": values}, st.lists(st.none() | numbers | st.text(characters, max_size=6), min_size=1)
+        ),
+        st.builds(lambda value: {"const": value}, st.text(characters, max_size=6) | st.lists(numbers, max_size=3)),
     )
 
     def inside(schemas: st.SearchStrategy[dict[str, Any]]) -> st.SearchStrategy[dict[str, Any]]:
-        names = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=4)
+        names = st.text(characters, min_size=1, max_size=4)
         properties = st.dictionaries(names, schemas, min_size=1, max_size=3)
         return st.one_of(
             st.builds(
@@ -278,6 +283,29 @@ def test_text_without_a_choice_may_be_cut_into_any_tokens(
         assert takes(grammar, tokenizer.encode("The whale", add_bos=False))
 
 
+def test_a_key_that_the_schema_describes_cannot_be_written_as_another(
+    any_compiler: GrammarCompiler, tokenizer_folder: Folder
+) -> None:
+    tokenizer = load_tokenizer(tokenizer_folder("deepseek"))
+    schema = {
+        "properties": {"a": {"type": "integer"}, "\n": {"type": "null"}},
+        "additionalProperties": {"type": "boolean"},
+    }
+    structure = Structure.json_schema({"type": "object", **schema})
+    inline = Structure.grammar(f"start: %json {structure.source}")
+    for grammar in (compiled(any_compiler, structure), compiled(any_compiler, inline)):
+        for text in (
+            '{"a":1}',
+            '{"b":true}',
+            '{"a":true}',
+            r'{"\u0061":true}',
+            r'{"\n":true}',
+            r'{"\u000a":true}',
+            r'{"\t":true}',
+        ):
+            assert takes(grammar, bytewise(tokenizer, text)) == (is_valid(schema, text)), text
+
+
 def test_blanks_between_the_signs_of_json_are_few(any_compiler: GrammarCompiler, tokenizer_folder: Folder) -> None:
     tokenizer = load_tokenizer(tokenizer_folder("deepseek"))
     grammar = compiled(any_compiler, Structure.json_object())
@@ -285,7 +313,9 @@ def test_blanks_between_the_signs_of_json_are_few(any_compiler: GrammarCompiler,
         '{"a":1,"b":[]}': True,
         '{"a": 1, "b": []}': True,
         '{\n    "a": 1,\n    "b": []\n}': True,
-        "{" + " " * 41 + "}": False,
+        "{\n" + " " * 40 + "}": True,
+        "{\n" + " " * 41 + "}": False,
+        "{  }": False,
         "{\n\n}": False,
         " {}": False,
         "{} ": False,
@@ -313,6 +343,7 @@ def test_texts_go_their_own_ways(any_compiler: GrammarCompiler, tokenizer_folder
         (Structure.regex("a(?=b)"), "^The regular expression cannot be used: look-around, .* is not supported.$"),
         (Structure.regex(r"(a)\1"), "^The regular expression cannot be used: backreferences are not supported.$"),
         (Structure.regex("(a"), "^The regular expression cannot be used: unclosed group.$"),
+        (Structure.json_schema({"$ref": "#"}), "^The JSON schema cannot be used: no text follows it.$"),
         (Structure.regex("(a){0}"), "^The regular expression allows no text"),
         (Structure.json_schema({"type": "strin"}), "^The JSON schema cannot be used: Invalid type: strin.$"),
         (Structure.json_schema({"format": "foo"}), "Unknown format: foo.$"),
@@ -391,16 +422,31 @@ HEAVY = {
 
 
 @pytest.mark.parametrize("name", HEAVY)
-def test_what_is_much_work_costs_little_a_token_or_ends(
-    any_compiler: GrammarCompiler, tokenizer_folder: Folder, name: str
-) -> None:
-    tokenizer = load_tokenizer(tokenizer_folder("deepseek"))
-    try:
-        grammar = compiled(any_compiler, HEAVY[name])
-    except RequestError:
-        return
+def test_what_is_much_work_takes_no_step_long(any_compiler: GrammarCompiler, name: str) -> None:
+    grammar = compiled(any_compiler, HEAVY[name])
     for seed in range(3):
-        random_text(grammar, tokenizer, seed, max_tokens=100)
+        state, rng = grammar.start(), random.Random(seed)
+        for _ in range(100):
+            started = time.process_time()
+            goes_on = state.accept(int(rng.choice(state.allowed.nonzero()[0])))
+            assert time.process_time() - started < 0.5  # some 20 ms, unless the machine is very slow
+            if not goes_on:
+                break
+
+
+def test_a_trial_ends_when_its_time_or_memory_does(
+    any_compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(grammar_module, "WAIT_SECONDS", 0.01)
+        with pytest.raises(RequestError, match=r"was not compiled within 0.01 s: simplify it, or try again"):
+            compiled(any_compiler, Structure.regex("time"))
+    with monkeypatch.context() as patch:
+        patch.setattr(grammar_module, "COMPILE_MEMORY", 1 << 20)
+        with pytest.raises(RequestError, match="is too large or nests too deeply"):
+            compiled(any_compiler, Structure.regex("memory"))
+    for pattern in ("time", "memory"):
+        compiled(any_compiler, Structure.regex(pattern))
 
 
 def test_a_grammar_whose_states_are_used_up_is_compiled_anew(

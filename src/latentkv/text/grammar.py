@@ -226,6 +226,8 @@ def _reason(error: str, kind: str) -> str:
     """One line of llguidance's explanation, without its place in a grammar that the user has not written."""
     lines = error.replace("<non-verbose/>", "").strip().splitlines()
     line = next((line for line in lines if line.startswith("error: ")), lines[0] if lines else "")
+    if line.startswith("NoExtension"):
+        return "no text follows it"
     if kind != "grammar":
         line = re.sub(r"^at \d+\(\d+\): |failed to compile JSON schema: ", "", line)
     return line.removeprefix("error: ")[:200].rstrip(" .")

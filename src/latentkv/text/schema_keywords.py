@@ -1,5 +1,7 @@
 """Which words of JSON Schema are enforced. Any other is refused: a word that is ignored promises what does not hold."""
 
+import json
+import re
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -23,6 +25,9 @@ _KNOWN = _ONE_SCHEMA | _LISTED_SCHEMAS | _NAMED_SCHEMAS | _LIMITS | _COUNTS | _P
 # Keys that the grammar's own compiler would read: they can turn the checks off.
 _COMPILER_OPTIONS = "x-guidance"
 
+# Without escapes by number (see lark.py) nothing can write these.
+_CONTROL = re.compile(r"(?<!\\)(?:\\\\)*(\\u00..|\x7f)")
+
 _Found = tuple[str, Any]
 
 
@@ -30,8 +35,11 @@ def require_enforced(schema: dict[str, Any]) -> None:
     """Look through a schema and those inside it.
 
     Raises:
-        RequestError: one has a keyword that would not be enforced; the message names it and where it stands.
+        RequestError: one has a keyword that would not be enforced, or a character; the message names it.
     """
+    control = _CONTROL.search(json.dumps(schema, ensure_ascii=False))
+    if control:
+        raise RequestError(f"The JSON schema holds the control character {control[1]!a}, which cannot be enforced.")
     waiting: list[_Found] = [("#", schema)]
     while waiting:
         path, found = waiting.pop()
