@@ -172,6 +172,7 @@ def test_a_structure_and_its_constraint_come_together():
 
 def test_blocking_leaves_what_the_state_says_as_it_is():
     state = Word(0, endless=True).start()
-    blocked = blocked_tokens(state, {EOS}, torch.device("cpu"))
+    blocked = blocked_tokens(state, {EOS, VOCAB + 3}, torch.device("cpu"))
+    assert torch.equal(blocked_tokens(state, (), torch.device("cpu")).nonzero().flatten()[:3], torch.tensor([0, 1, 2]))
     assert (~blocked).nonzero().flatten().tolist() == [EOS, *LETTERS, CLOSE]
     assert state.allowed.nonzero()[0].tolist() == [*LETTERS, CLOSE]

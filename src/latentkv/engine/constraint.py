@@ -40,6 +40,7 @@ class Constraint(Protocol):
 def blocked_tokens(state: ConstraintState, end_ids: Collection[int], device: torch.device) -> Tensor:
     """[V] bool: tokens that may not come next; `end_ids` may where the text may end."""
     blocked = ~torch.from_numpy(state.allowed)
-    if state.may_end and end_ids:
-        blocked[list(end_ids)] = False
+    if state.may_end:
+        # A checkpoint may name end tokens that its vocabulary does not have.
+        blocked[[token for token in end_ids if token < len(blocked)]] = False
     return blocked.to(device)
