@@ -8,18 +8,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from latentkv.cache import LatentCache
-    from latentkv.engine import SamplingParams
+    from latentkv.engine import SamplingParams, Structure
     from latentkv.llm import LLM
     from latentkv.models.mla import MultiHeadLatentAttention
     from latentkv.ops import mla_decode
 
-__all__ = ["LLM", "LatentCache", "MultiHeadLatentAttention", "SamplingParams", "mla_decode"]
+__all__ = ["LLM", "LatentCache", "MultiHeadLatentAttention", "SamplingParams", "Structure", "mla_decode"]
 
 _HOMES = {
     "LLM": "latentkv.llm",
     "LatentCache": "latentkv.cache",
     "MultiHeadLatentAttention": "latentkv.models.mla",
     "SamplingParams": "latentkv.engine",
+    "Structure": "latentkv.engine",
     "mla_decode": "latentkv.ops",
 }
 

@@ -7,9 +7,10 @@ from collections import abc
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from torch import Tensor
 from latentkv.cache import KVFormat, LatentCache
 from latentkv.checkpoint.source import resolve_model
 from latentkv.completion import Completion, Piece, TextOutput, best_of, join_pieces, pieces_of
-from latentkv.engine import Engine, Request, SamplingParams
+from latentkv.engine import Constraint, Engine, Request, SamplingParams, Structure
 from latentkv.engine.drafts import NGramDrafter
 from latentkv.engine.memory import default_cache_bytes, free_memory
 from latentkv.engine.request import validate_token_ids
@@ -33,6 +34,9 @@ from latentkv.ops import WeightFormat
 from latentkv.ops.backends import why_no_int8_products
 from latentkv.progress import progress_bar
 from latentkv.text import Tokenizer, has_tokenizer, load_tokenizer, require_match
+
+if TYPE_CHECKING:
+    from latentkv.text.grammar import GrammarCompiler
 
 __all__ = ["LLM", "Completion", "Perplexity", "Piece"]
 
@@ -177,7 +181,8 @@ class LLM:
             One completion a prompt, in order; where `n` asks for several, those of a prompt one after another.
 
         Raises:
-            RequestError: a prompt or a parameter is out of range; then nothing has run.
+            RequestError: a prompt or a parameter is out of range, or a structure cannot be compiled; then nothing has
+                run.
         """
         requests = self._requests(_as_list(prompts), sampling_params)
         choices = [choice for request in requests for choice in request.choices()]
@@ -246,7 +251,13 @@ class LLM:
         if params.stop:
             self._require_tokenizer("A stop string")
         ids = self._encode(prompt) if isinstance(prompt, str) else prompt
-        return Request.create(ids, params, vocab_size=self.config.vocab_size, max_context=self.max_context)
+        return Request.create(
+            ids,
+            params,
+            vocab_size=self.config.vocab_size,
+            max_context=self.max_context,
+            constraint=None if params.structure is None else self.compile(params.structure),
+        )
 
     def chat_text(self, messages: Sequence[Mapping[str, Any]], **template_variables: Any) -> str:
         """A conversation as the one text that the model continues.
@@ -300,6 +311,23 @@ class LLM:
         )
         tokens, num_bytes = len(ids) - 1, len(text.encode())
         return Perplexity(math.exp(nats / tokens), nats / (math.log(2) * num_bytes), nats, tokens, num_bytes)
+
+    def compile(self, structure: Structure) -> Constraint:
+        """What the engine needs of a structure; kept for later requests. The one method for any thread.
+
+        Raises:
+            RequestError: it is malformed, asks for what cannot be enforced, allows no text, or is too much work; or the
+                model has no tokenizer.
+            TokenizerError: the tokenizer's tokens stand for no text of their own.
+        """
+        return self._grammars.compile(structure.kind, structure.source)
+
+    @cached_property
+    def _grammars(self) -> GrammarCompiler:
+        from latentkv.text.grammar import GrammarCompiler  # a slow import that few requests need
+
+        tokenizer = self._require_tokenizer("A structure")
+        return GrammarCompiler(tokenizer, self.config.vocab_size, self.engine.eos_ids)
 
     def _run(self, requests: list[Request]) -> abc.Generator[tuple[int, Piece]]:
         outputs = [TextOutput(self.tokenizer, request) for request in requests]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
@@ -77,6 +78,37 @@ def test_logprobs_are_shown_as_a_table(latentkv, model_folder):
     assert result.exit_code == 0, result.stderr
     assert "log-probability" in result.stdout
     assert result.stdout.count("-") > 3
+
+
+def test_a_text_of_a_given_form(latentkv, model_folder, tmp_path):
+    schema, grammar = tmp_path / "schema.json", tmp_path / "grammar.lark"
+    schema.write_text('{"type": "array", "items": {"enum": [1, 2]}, "minItems": 2, "maxItems": 2}')
+    grammar.write_text('start: "<" /[a-c]{3}/ ">"')
+    for option, value, pattern in (
+        ("--json-schema", schema, r"\[\s*[12]\s*,\s*[12]\s*\]"),
+        ("--regex", "[a-f]{4}", "[a-f]{4}"),
+        ("--grammar", grammar, "<[a-c]{3}>"),
+    ):
+        result = latentkv("generate", PROMPT, "-m", model_folder, "-n", 200, "--seed", 1, option, value)
+        assert result.exit_code == 0, result.stderr
+        assert re.fullmatch(pattern + "\n", result.stdout)
+    result = latentkv("generate", PROMPT, "-m", model_folder, "--seed", 1, "--choice", "yes", "--choice", "no")
+    assert result.stdout in ("yes\n", "no\n")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--regex", "a", "--choice", "b"], "--regex and --choice cannot be had together: give one of them"),
+        (["--json-schema", "nowhere.json"], "Cannot read nowhere.json as text"),
+        (["--regex", "(a"], "The regular expression cannot be used: unclosed group"),
+        (["--choice", ""], "none of them empty"),
+    ],
+)
+def test_a_form_that_cannot_be_had_is_one_line(latentkv, model_folder, options, message):
+    result = latentkv("generate", PROMPT, "-m", model_folder, *options)
+    assert result.exit_code == 2
+    assert message in result.stderr and result.stderr.count("\n") == 1
 
 
 def test_a_model_without_tokenizer_answers_in_token_ids(latentkv, copied_model, llm):

@@ -18,6 +18,7 @@ REFUSED = {
     "ignore_eos": [1, 0, None, "yes"],
     "stop": ["", ["a", ""], [1], 3, None, b"x"],
     "stop_token_ids": [[-1], [1.5], [True], 3, "12", None],
+    "structure": ["[0-9]+", {"type": "object"}, True],
 }
 
 

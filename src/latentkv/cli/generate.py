@@ -28,6 +28,7 @@ from latentkv.cli.options import (
     WeightsOption,
     cache_summary,
 )
+from latentkv.cli.structure_options import ChoiceOption, GrammarOption, RegexOption, SchemaOption, read_structure
 from latentkv.cli.terminal import console, print_json
 from latentkv.errors import RequestError
 
@@ -50,6 +51,10 @@ def generate(
     repetition_penalty: PenaltyOption = 1.0,
     seed: SeedOption = None,
     stop: Annotated[list[str] | None, typer.Option(help="Text that ends the answer; repeatable.")] = None,
+    json_schema: SchemaOption = None,
+    regex: RegexOption = None,
+    choice: ChoiceOption = None,
+    grammar: GrammarOption = None,
     logprobs: Annotated[
         int | None, typer.Option(help="Also show each token's log-probability and so many alternatives.")
     ] = None,
@@ -84,6 +89,7 @@ def generate(
         seed=secrets.randbelow(2**32) if seed is None else seed,
         stop=tuple(stop or ()),
         logprobs=logprobs,
+        structure=read_structure(json_schema, regex, choice, grammar),
     )
     llm = ModelChoice(model, device, dtype, weights, kv_dtype, int8_products, max_context, kv_cache_bytes).load()
     run = _Run(llm, text if ids is None else ids, params)

@@ -1,18 +1,23 @@
 """Request -> Sequence -> Batch -> tokens: the engine above the model, below the strings."""
 
+from latentkv.engine.constraint import Constraint, ConstraintState
 from latentkv.engine.engine import Engine, Event, FinishReason
 from latentkv.engine.request import Request
 from latentkv.engine.sampler import TokenLogprobs, sample
 from latentkv.engine.sampling_params import SamplingParams
 from latentkv.engine.sequence import Sequence
+from latentkv.engine.structure import Structure
 
 __all__ = [
+    "Constraint",
+    "ConstraintState",
     "Engine",
     "Event",
     "FinishReason",
     "Request",
     "SamplingParams",
     "Sequence",
+    "Structure",
     "TokenLogprobs",
     "sample",
 ]

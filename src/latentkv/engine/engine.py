@@ -14,6 +14,7 @@ from typing import Literal
 from torch import Tensor
 
 from latentkv.cache import LatentCache
+from latentkv.engine.constraint import ConstraintState, blocked_tokens
 from latentkv.engine.drafts import Drafter
 from latentkv.engine.pace import Pace
 from latentkv.engine.request import Request
@@ -38,6 +39,7 @@ class Event:
         logprobs: where the request asked for them.
         prompt_logprobs: on the first event, where the request asked for them: of the prompt's tokens but the first.
         finish_reason: "stop" (an end token, or the text ended), "length" (no more tokens allowed), None (goes on).
+            Where a structure allows no further token, it is "stop" if the text is complete, else "length".
     """
 
     index: int
@@ -52,12 +54,13 @@ _Inbox = deque[Event | BaseException]
 
 @dataclass(frozen=True)
 class _Job:
-    """A request on its way."""
+    """A request on its way; one that is preempted keeps its tokens, and with them its state."""
 
     request: Request
     sequence: Sequence
     ends_text: EndsText
     end_ids: frozenset[int]
+    state: ConstraintState | None
     prompt_logprobs: dict[int, TokenLogprobs] = field(default_factory=dict[int, TokenLogprobs])  # by position
 
 
@@ -148,7 +151,8 @@ class Engine:
         end_ids = frozenset(request.params.stop_token_ids)
         if not request.params.ignore_eos:
             end_ids |= self.eos_ids
-        self._jobs[sequence.index] = _Job(request, sequence, ends_text or _never, end_ids)
+        state = request.constraint.start() if request.constraint else None
+        self._jobs[sequence.index] = _Job(request, sequence, ends_text or _never, end_ids, state)
         self._scheduler.add(sequence)
         self.counters.prompt_tokens += len(sequence.tokens)
         return sequence.index
@@ -277,14 +281,24 @@ class Engine:
         return events
 
     def _choose_one(self, job: _Job, logits: Tensor) -> Event:
-        params, tokens = job.request.params, job.sequence.tokens
+        params, tokens, state = job.request.params, job.sequence.tokens, job.state
         prompt_len = len(job.request.prompt_token_ids)
-        token = sample(logits, params, seed=job.request.seed, tokens=tokens, prompt_len=prompt_len, end_ids=job.end_ids)
+        token = sample(
+            logits,
+            params,
+            seed=job.request.seed,
+            tokens=tokens,
+            prompt_len=prompt_len,
+            end_ids=job.end_ids,
+            blocked=None if state is None else blocked_tokens(state, job.end_ids, logits.device),
+        )
         tokens.append(token)
         logprobs = None if params.logprobs is None else token_logprobs(logits[None], [token], params.logprobs)[0]
         reason: FinishReason | None = None
         if token in job.end_ids or job.ends_text(token):
             reason = "stop"
+        elif state is not None and not state.accept(token):
+            reason = "stop" if state.may_end else "length"
         elif len(tokens) - prompt_len == job.request.max_new_tokens:
             reason = "length"
         scores = job.prompt_logprobs

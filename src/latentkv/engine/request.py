@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import cast
 
+from latentkv.engine.constraint import Constraint
 from latentkv.engine.sampling_params import MAX_SEED, SamplingParams
 from latentkv.errors import RequestError
 
@@ -20,12 +21,14 @@ class Request:
         params: how tokens are chosen and when they end.
         seed: `params.seed`, or a fresh one.
         max_new_tokens: `params.max_tokens`, clipped to what the context holds after the prompt.
+        constraint: `params.structure`, compiled.
     """
 
     prompt_token_ids: tuple[int, ...]
     params: SamplingParams
     seed: int
     max_new_tokens: int
+    constraint: Constraint | None = None
 
     def choices(self) -> list[Request]:
         """The requests that make the completions which `params` ask for: the same but for the seed.
@@ -39,13 +42,22 @@ class Request:
 
     @classmethod
     def create(
-        cls, prompt_token_ids: Iterable[int], params: SamplingParams, *, vocab_size: int, max_context: int
+        cls,
+        prompt_token_ids: Iterable[int],
+        params: SamplingParams,
+        *,
+        vocab_size: int,
+        max_context: int,
+        constraint: Constraint | None = None,
     ) -> Request:
         """Validate a prompt for a model of `vocab_size` tokens that sees at most `max_context` of them.
 
+        `constraint` is what `params.structure` was compiled to.
+
         Raises:
             RequestError: the prompt is empty, leaves no room for a new token, or leaves the vocabulary; or a stop token
-                or a biased one is outside the vocabulary, or more logprobs than there are tokens are asked for.
+                or a biased one is outside the vocabulary, or more logprobs than there are tokens are asked for; or a
+                structure comes without its constraint.
         """
         prompt = validate_token_ids(prompt_token_ids, vocab_size=vocab_size)
         if len(prompt) + 1 > max_context:
@@ -63,8 +75,10 @@ class Request:
         for name, asked in (("logprobs", params.logprobs), ("prompt_logprobs", params.prompt_logprobs)):
             if asked is not None and asked > vocab_size:
                 raise RequestError(f"{name}={asked} is more than the vocabulary's {vocab_size} tokens.")
+        if (params.structure is None) != (constraint is None):
+            raise RequestError("A structure and its constraint come together: compile params.structure.")
         seed = secrets.randbelow(MAX_SEED + 1) if params.seed is None else params.seed
-        return cls(prompt, params, seed, min(params.max_tokens, max_context - len(prompt)))
+        return cls(prompt, params, seed, min(params.max_tokens, max_context - len(prompt)), constraint)
 
 
 def validate_token_ids(token_ids: Iterable[int], *, vocab_size: int) -> tuple[int, ...]:

@@ -1,7 +1,8 @@
 """Choosing the next token from float32 logits.
 
-Order: bias -> repetition, presence and frequency penalties -> no end yet -> temperature -> top_k -> top_p -> min_p ->
-choice (the order of transformers, with what it lacks at the front).
+Order: structure -> bias -> repetition, presence and frequency penalties -> no end yet -> temperature -> top_k ->
+top_p -> min_p -> choice (the order of transformers, with what it lacks at the front). What a structure forbids is -inf
+from the beginning, and nothing that follows makes it finite again; the filters choose among what it allows.
 
 The choice is the Gumbel-max trick: argmax(logits + noise) is distributed as softmax(logits). The noise is a pure
 function of (seed, position): a request's text depends neither on the rest of the batch nor on how the steps were cut.
@@ -44,6 +45,7 @@ def sample(
     tokens: Sequence[int],
     prompt_len: int | None = None,
     end_ids: Collection[int] = (),
+    blocked: Tensor | None = None,
 ) -> int:
     """The token that follows `tokens`.
 
@@ -53,14 +55,19 @@ def sample(
         seed: of the request; with the position (the length of `tokens`) it decides the noise.
         tokens: prompt and text so far, what the repetition penalty looks at.
         prompt_len: how many of them are the prompt; None: all. The other penalties look at the rest.
-        end_ids: tokens that may not be chosen before `params.min_tokens`.
+        end_ids: tokens that may not be chosen before `params.min_tokens`, unless a structure leaves no others.
+        blocked: [V] bool, tokens that a structure forbids; not all of them.
     """
     text = tokens[len(tokens) if prompt_len is None else prompt_len :]
+    if blocked is not None:
+        logits = logits.masked_fill(blocked, -math.inf)
     logits = add_bias(logits, params.logit_bias)
     logits = penalize_repetition(logits, tokens, params.repetition_penalty)
     logits = penalize_text(logits, text, params.presence_penalty, params.frequency_penalty)
     if len(text) < params.min_tokens and end_ids:
-        logits = logits.index_fill(0, torch.tensor(sorted(end_ids), device=logits.device), -math.inf)
+        others = logits.index_fill(0, torch.tensor(sorted(end_ids), device=logits.device), -math.inf)
+        if blocked is None or others.max() > -math.inf:
+            logits = others
     if params.greedy:
         return int(logits.argmax())
     logits = scale_temperature(logits, params.temperature)

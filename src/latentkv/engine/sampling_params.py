@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import cast
 
+from latentkv.engine.structure import Structure
 from latentkv.errors import RequestError
 
 MAX_SEED = 2**63 - 1
@@ -39,6 +40,8 @@ class SamplingParams:
         n: completions of the prompt, each with noise of its own: completion i has the seed `seed + i`; 1 to 128.
         best_of: completions that are made, of which the n likeliest a token are returned; None is n, at most 128.
         min_tokens: new tokens before the completion may end by an end token (0 or more, at most max_tokens).
+        structure: the form that the text must have, None for any. A text that is complete ends with "stop"; one that
+            is cut short by max_tokens, or that no token can complete, with "length".
 
     Raises:
         RequestError: a value has the wrong type or is out of range; the message names it and the range.
@@ -62,6 +65,7 @@ class SamplingParams:
     min_tokens: int = 0
     n: int = 1
     best_of: int | None = None
+    structure: Structure | None = None
 
     def __post_init__(self) -> None:
         _require_int("max_tokens", self.max_tokens, low=1)
@@ -83,6 +87,8 @@ class SamplingParams:
                 _require_int(name, asked, low=0)
         if type(self.ignore_eos) is not bool:
             raise _refused("ignore_eos", self.ignore_eos, "True or False")
+        if self.structure is not None and not isinstance(cast(object, self.structure), Structure):
+            raise _refused("structure", self.structure, "a Structure, like Structure.regex('[0-9]+'), or None")
         object.__setattr__(self, "stop", _stop_strings(self.stop))
         object.__setattr__(self, "stop_token_ids", _token_ids(self.stop_token_ids))
         object.__setattr__(self, "logit_bias", _biases(self.logit_bias))

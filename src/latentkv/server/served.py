@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Collection, Sequence
 from contextlib import suppress
+from functools import cached_property
 from typing import TypeVar
 
 from latentkv.completion import Piece, TextOutput, piece_of
@@ -114,6 +115,14 @@ class ServedModel:
         """Their text, special tokens too; without a tokenizer the ids themselves, with commas between."""
         tokenizer = self.llm.tokenizer
         return tokenizer.decode(token_ids, skip_special=False) if tokenizer else ",".join(map(str, token_ids))
+
+    @cached_property
+    def special_markers(self) -> dict[str, int]:
+        """The markers of `format` that are special tokens: a grammar names those by number."""
+        tokenizer = self.llm.tokenizer
+        ids = {marker: tokenizer.token_id(marker) for marker in self.format.markers} if tokenizer else {}
+        special = tokenizer.special_ids if tokenizer else frozenset[int]()
+        return {marker: token for marker, token in ids.items() if token is not None and token in special}
 
     async def off_loop(self, work: Callable[[], T]) -> T:
         """Run what takes long (templates, tokenizers) beside the event loop, a few at a time."""

@@ -17,6 +17,10 @@ class Step(Protocol):
         """Takes the next pieces and returns those that are certain; `last` says that no more will come."""
         ...
 
+    def inside(self, piece: str) -> str | bytes:
+        """What a piece is in the middle of a text; bytes where it may be a part of a character."""
+        ...
+
 
 class ByteLevel:
     """Characters stand for bytes; a UTF-8 character is held until its last byte, invalid bytes become U+FFFD."""
@@ -28,6 +32,10 @@ class ByteLevel:
         """See `Step.feed`."""
         text = self._utf8.decode(b"".join(map(self._bytes, pieces)), last)
         return [text] if text else []
+
+    def inside(self, piece: str) -> str | bytes:
+        """See `Step.inside`."""
+        return self._bytes(piece)
 
     @staticmethod
     def _bytes(piece: str) -> bytes:
@@ -53,6 +61,11 @@ class ByteFallback:
             else:
                 self._run.append(byte)
         return out + self._end_run() if last else out
+
+    def inside(self, piece: str) -> str | bytes:
+        """See `Step.inside`."""
+        byte = self._byte(piece)
+        return piece if byte is None else bytes([byte])
 
     def _end_run(self) -> list[str]:
         run = bytes(self._run)
@@ -82,6 +95,10 @@ class Replace:
         """See `Step.feed`."""
         return [piece.replace(self._character, self._content) for piece in pieces]
 
+    def inside(self, piece: str) -> str | bytes:
+        """See `Step.inside`."""
+        return piece.replace(self._character, self._content)
+
 
 class StripStart:
     """The first characters of the whole text are dropped if they are `content`, at most `count` of them."""
@@ -100,6 +117,10 @@ class StripStart:
             self._count -= 1
         return [text] if text else []
 
+    def inside(self, piece: str) -> str | bytes:
+        """See `Step.inside`."""
+        return piece
+
 
 class Metaspace:
     """The replacement character is a space, except in the first piece, where it was only put in front."""
@@ -114,6 +135,10 @@ class Metaspace:
             out.append(piece.replace(self._character, "" if self._drop else " "))
             self._drop = False
         return out
+
+    def inside(self, piece: str) -> str | bytes:
+        """See `Step.inside`."""
+        return piece.replace(self._character, " ")
 
 
 def build_steps(decoder: dict[str, Any] | None) -> list[Step] | None:

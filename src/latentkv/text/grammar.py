@@ -1,0 +1,233 @@
+"""`GrammarCompiler`: structures as constraints over a checkpoint's own tokens, by llguidance.
+
+A grammar comes from strangers. It is first compiled by a process of its own that may take so much time, memory and
+stack; only what passes is compiled here, where a crash would be everybody's.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections import OrderedDict
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
+from numpy.typing import NDArray
+
+from latentkv.errors import RequestError
+from latentkv.text.lark import as_lark
+from latentkv.text.token_bytes import token_bytes
+from latentkv.text.tokenizer import Tokenizer
+
+COMPILE_SECONDS = 1
+"""CPU time that compiling may take."""
+
+WAIT_SECONDS = 10
+"""Time until a compilation is given up, on a machine that is busy otherwise."""
+
+COMPILE_MEMORY = 512 << 20
+"""Bytes of address space that compiling may take, those of an empty process included."""
+
+COMPILE_STACK = 1 << 20
+"""Bytes of stack that compiling may take; threads have 2 MiB or more."""
+
+MAX_CACHED = 64
+MAX_CACHED_BYTES = 256 << 20
+
+_COMPILATIONS_AT_ONCE = 2
+# llguidance's own words for "so much work, and no more": about 20 ms a token, and 15 MB of states a grammar.
+_LIMITS: dict[str, Any] = {
+    "initial_lexer_fuel": 1_000_000,
+    "step_lexer_fuel": 200_000,
+    "step_max_items": 50_000,
+    "max_items_in_row": 2_000,
+    "max_lexer_states": 25_000,
+    "max_grammar_size": 500_000,
+    "verbose_errors": False,
+}
+_TRIAL = Path(__file__).with_name("grammar_trial.py")
+_NAMES = {"json_schema": "JSON schema", "regex": "regular expression", "grammar": "grammar"}
+
+
+class GrammarCompiler:
+    """Compiles structures for one tokenizer, and keeps the compiled. Use it from any thread; it keeps none waiting.
+
+    Args:
+        tokenizer: whose tokens the model writes.
+        vocab_size: of the model, V; ids that the tokenizer does not have are never allowed.
+        end_ids: tokens that end a text, and are never a part of one.
+
+    Raises:
+        TokenizerError: the tokenizer's tokens stand for no text of their own.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, end_ids: Collection[int]) -> None:
+        tokens = [b"" if i in end_ids else content for i, content in enumerate(token_bytes(tokenizer))]
+        tokens += [b""] * (vocab_size - len(tokens))
+        # Not only those with bytes: a grammar may name special tokens by their numbers, but no others.
+        self._tokens = np.array([i not in end_ids and tokenizer.piece(i) is not None for i in range(vocab_size)])
+        self._tokenizer = LLTokenizer(TokenizerWrapper(_Vocabulary(tokens)))
+        self._slots = threading.BoundedSemaphore(_COMPILATIONS_AT_ONCE)
+        self._lock = threading.Lock()
+        self._cache: OrderedDict[tuple[str, str], tuple[Grammar, int]] = OrderedDict()
+
+    def compile(self, kind: str, source: str) -> Grammar:
+        """The constraint that a structure is.
+
+        Args:
+            kind: "json_schema", "regex" or "grammar".
+            source: its text; of a schema, the text of a JSON object.
+
+        Raises:
+            RequestError: it is malformed, asks for what cannot be enforced, allows no text, or is too much work.
+        """
+        grammar = self._cached(kind, source)
+        if grammar is None:
+            with self._slots:
+                grammar = self._cached(kind, source) or self._compile(kind, source)
+        return grammar
+
+    def _cached(self, kind: str, source: str) -> Grammar | None:
+        with self._lock:
+            entry = self._cache.get((kind, source))
+            if entry is None or entry[0].worn:
+                return None
+            self._cache.move_to_end((kind, source))
+            return entry[0]
+
+    def _compile(self, kind: str, source: str) -> Grammar:
+        lark, name = as_lark(kind, source), _NAMES[kind]
+        # Many tokens take their time, and only a grammar that asks for them by number needs to know how many there are.
+        num_bytes = _try_out(lark, kind, len(self._tokens) if "<[" in lark else 0)
+        matcher = LLMatcher(self._tokenizer, lark, log_level=0, limits=LLParserLimits(**_LIMITS))
+        grammar = Grammar(matcher, self._tokens)
+        if not grammar.start().allowed.any():
+            reason = _reason(matcher.get_error(), kind) or "change it"
+            raise RequestError(f"The {name} allows no text that this tokenizer can write: {reason}.")
+        self._keep((kind, source), grammar, num_bytes)
+        return grammar
+
+    def _keep(self, key: tuple[str, str], grammar: Grammar, num_bytes: int) -> None:
+        with self._lock:
+            self._cache[key] = grammar, num_bytes
+            self._cache.move_to_end(key)
+            while len(self._cache) > MAX_CACHED or sum(size for _, size in self._cache.values()) > MAX_CACHED_BYTES:
+                self._cache.popitem(last=False)
+
+
+class Grammar:
+    """A compiled structure; what `latentkv.engine` calls a constraint.
+
+    Args:
+        matcher: at the beginning of a text.
+        tokens: [V] those that a text may hold at all.
+
+    Attributes:
+        worn: a completion has used up what its states may take; the next one needs a freshly compiled grammar.
+    """
+
+    def __init__(self, matcher: LLMatcher, tokens: NDArray[np.bool_]) -> None:
+        self.worn = False
+        self._tokens = tokens
+        self._matcher = matcher
+        self._first = self.allowed_by(matcher)
+
+    def start(self) -> GrammarState:
+        """The state of a completion without tokens."""
+        return GrammarState(self, self._matcher.deep_copy(), self._first)
+
+    def allowed_by(self, matcher: LLMatcher) -> NDArray[np.bool_]:
+        """[V] tokens of text that a matcher takes next; none after an error."""
+        bits = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8)
+        return np.unpackbits(bits, count=len(self._tokens), bitorder="little").view(np.bool_) & self._tokens
+
+
+class GrammarState:
+    """Where one completion stands in a grammar.
+
+    Attributes:
+        allowed: [V] tokens that may come next; no end token is among them.
+    """
+
+    def __init__(self, grammar: Grammar, matcher: LLMatcher, allowed: NDArray[np.bool_]) -> None:
+        self.allowed = allowed
+        self._grammar = grammar
+        self._matcher = matcher
+
+    @property
+    def may_end(self) -> bool:
+        """Whether the tokens so far are a whole text."""
+        return self._matcher.is_accepting()
+
+    def accept(self, token_id: int) -> bool:
+        """Take an allowed token; False when no token may follow it."""
+        self._matcher.consume_token(token_id)
+        self.allowed = self._grammar.allowed_by(self._matcher)
+        if self._matcher.is_error():
+            self._grammar.worn = True
+        return bool(self.allowed.any())
+
+
+class _Vocabulary:
+    """Tokens as llguidance asks for them. The end is one of its own, after the model's."""
+
+    bos_token_id = None
+
+    def __init__(self, tokens: list[bytes]) -> None:
+        self.tokens = [*tokens, b""]
+        self.eos_token_id = len(tokens)
+        self.special_token_ids: list[int] = []
+
+    def __call__(self, text: bytes) -> list[int]:
+        return []  # it would be asked to cut forced text into tokens, and none is forced
+
+
+def _try_out(lark: str, kind: str, vocab_size: int) -> int:
+    """Compile a grammar elsewhere; returns the bytes that it took."""
+    name = _NAMES[kind]
+    task = {
+        "grammar": lark,
+        "vocab_size": vocab_size,
+        "limits": _LIMITS,
+        "seconds": COMPILE_SECONDS,
+        "memory": COMPILE_MEMORY,
+        "stack": COMPILE_STACK,
+    }
+    try:
+        trial = subprocess.run(
+            [sys.executable, "-P", str(_TRIAL)],
+            input=json.dumps(task),
+            capture_output=True,
+            text=True,
+            timeout=WAIT_SECONDS,
+        )
+    except subprocess.TimeoutExpired:
+        raise RequestError(f"The {name} was not compiled within {WAIT_SECONDS} s: simplify it, or try again.") from None
+    except OSError as error:
+        raise RequestError(f"The {name} cannot be compiled now ({error}): try again.") from error
+    if trial.returncode in (-signal.SIGXCPU, -signal.SIGKILL):
+        raise RequestError(f"The {name} takes more than {COMPILE_SECONDS} s to compile: simplify it.")
+    if trial.returncode:
+        raise RequestError(f"The {name} is too large or nests too deeply to compile: simplify it.")
+    result: dict[str, Any] = json.loads(trial.stdout)
+    if result["error"]:
+        raise RequestError(f"The {name} cannot be used: {_reason(result['error'], kind)}.")
+    return result["bytes"]
+
+
+def _reason(error: str, kind: str) -> str:
+    """One line of llguidance's explanation, without its place in a grammar that the user has not written."""
+    lines = error.replace("<non-verbose/>", "").strip().splitlines()
+    line = next((line for line in lines if line.startswith("error: ")), lines[0] if lines else "")
+    if line.startswith("NoExtension"):
+        return "no text follows it"
+    if kind != "grammar":
+        line = re.sub(r"^at \d+\(\d+\): |failed to compile JSON schema: ", "", line)
+    return line.removeprefix("error: ")[:200].rstrip(" .")
