@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import AsyncGenerator
-from typing import Any
+from typing import Any, Literal
 from uuid import uuid4
 
 from fastapi import APIRouter
@@ -30,6 +30,12 @@ from latentkv.server.sse import EventStream
 from latentkv.text.tools import reasoning_is_open
 
 router = APIRouter()
+
+_STATUS: dict[FinishReason | None, Literal["in_progress", "completed", "incomplete"]] = {
+    None: "in_progress",
+    "stop": "completed",
+    "length": "incomplete",
+}
 
 
 @router.post("/v1/responses", response_model=ResponsesResponse)
@@ -151,15 +157,14 @@ class _Writer:
 
     def _message(self, reason: FinishReason | None) -> OutputMessage:
         text = self._answer.message().content or ""
-        status = {None: "in_progress", "stop": "completed", "length": "incomplete"}[reason]
-        return OutputMessage(id=self._message_id, status=status, content=[OutputText(text=text)])
+        return OutputMessage(id=self._message_id, status=_STATUS[reason], content=[OutputText(text=text)])
 
     def _response(self, reason: FinishReason | None) -> ResponsesResponse:
         body, usage = self._body, self._job.usage
         return ResponsesResponse(
             id=self._id,
             created_at=self._created,
-            status={None: "in_progress", "stop": "completed", "length": "incomplete"}[reason],
+            status=_STATUS[reason],
             model=self._model.name,
             output=[] if reason is None else [self._message(reason)],
             instructions=body.instructions,
