@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
 import json
+from contextlib import suppress
 
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
@@ -14,6 +16,10 @@ from latentkv.server.errors import ApiError
 
 OPEN_PATHS = frozenset({"/", "/health", "/page/chat.js", "/page/style.css", "/page/icon.svg"})
 """That need no key, for GET and HEAD. Everything else does, whatever it is."""
+
+
+DISCARDED_BYTES = 64 << 20
+DISCARD_SECONDS = 5.0
 
 
 class RequireKey:
@@ -65,6 +71,7 @@ class LimitBody:
             return
         declared = Headers(scope=scope).get("content-length", "0")
         if not (declared.isascii() and declared.isdecimal()) or int(declared[:20]) > self._max_bytes:
+            await _discard(receive)
             await send_error(self._too_large(), send)
             return
         seen = 0
@@ -75,6 +82,7 @@ class LimitBody:
             if message["type"] == "http.request":
                 seen += len(message.get("body", b""))
                 if seen > self._max_bytes:
+                    await _discard(receive)
                     # The one kind of error that passes through the reading of a body as it is.
                     raise HTTPException(413, self._too_large().message, headers={"Connection": "close"})
             return message
@@ -88,6 +96,18 @@ class LimitBody:
             code="body_too_large",
             headers={"Connection": "close"},
         )
+
+
+async def _discard(receive: Receive) -> None:
+    """Let a client finish a body that is too large, within reason: most read no answer before they have."""
+    left = DISCARDED_BYTES
+    with suppress(TimeoutError):
+        async with asyncio.timeout(DISCARD_SECONDS):
+            while left > 0:
+                message = await receive()
+                if message["type"] != "http.request" or not message.get("more_body", False):
+                    return
+                left -= len(message.get("body", b""))
 
 
 async def send_error(error: ApiError, send: Send) -> None:

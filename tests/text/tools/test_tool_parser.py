@@ -1,5 +1,4 @@
 import json
-import time
 from typing import Any
 
 import pytest
@@ -279,21 +278,6 @@ def test_ids_are_the_models_own_where_it_writes_some_and_unique() -> None:
     assert (call.name, call.id[:5]) == ("a.b", "call_")
     (first,), (second,) = (of("glm", "<tool_call>f</tool_call>").tool_calls for _ in range(2))
     assert first.id != second.id
-
-
-@pytest.mark.parametrize("name", CALL_FORMATS)
-def test_time_grows_with_the_text_alone(name: str) -> None:
-    """A quadratic parser would take a hundred times as long for ten times the text."""
-    format = CALL_FORMATS[name]
-    for unit in (" ", f"{format.open}f", "<", '{"'):
-        for cut in (list, lambda text: [text]):
-            taken: list[float] = []
-            for size in (1_500, 15_000):
-                pieces = cut((format.open + unit * size)[:size])
-                began = time.process_time()
-                parse(OutputFormat(format, THINK), pieces)
-                taken.append(time.process_time() - began)
-            assert taken[1] < 40 * taken[0] + 0.1
 
 
 def test_nesting_is_bounded() -> None:
