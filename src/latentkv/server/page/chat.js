@@ -132,7 +132,7 @@ function keepDraft() {
 
 /** Gives the message box the focus that a button took away with itself; not where that opens a keyboard on the screen. */
 function focusMessage() {
-  if (matchMedia("(pointer: fine)").matches) message.focus({ preventScroll: true });
+  if (!matchMedia("(pointer: coarse)").matches) message.focus({ preventScroll: true });
 }
 
 function showNumbers(numbers) {
@@ -141,8 +141,8 @@ function showNumbers(numbers) {
   const perToken = cache.capacity_bytes / cache.capacity_tokens;
   setText(byId("model"), model);
   setText(byId("welcome-lead"), `A conversation with ${model}.`);
-  setText(byId("welcome-facts"), `It reads ${tokens(context)} back, at ${bytes(perToken)} each in the cache; `
-    + `multi-head attention would need ${bytes(perToken * cache.mha_ratio)}.`);
+  setText(byId("welcome-facts"), `It keeps up to ${tokens(context)} in mind, ${bytes(perToken)} each, `
+    + `where multi-head attention would need ${bytes(perToken * cache.mha_ratio)}.`);
 }
 
 function togglePanel() {
@@ -165,7 +165,11 @@ message.addEventListener("keydown", (event) => {
 document.addEventListener("keydown", (event) => {
   if (event.key === "Escape" && asking.isBusy && !document.querySelector("dialog[open]")) stop();
 });
-addEventListener("pagehide", () => conversation.save());
+// A page that is left may live on in the browser's cache, and its answer with it.
+addEventListener("pagehide", () => {
+  conversation.save();
+  asking.stop();
+});
 byId("stop").addEventListener("click", stop);
 byId("clear").addEventListener("click", clear);
 byId("show-panel").addEventListener("click", togglePanel);

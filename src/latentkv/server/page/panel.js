@@ -36,14 +36,14 @@ export class Panel {
       ? "The numbers need the API key."
       : `No numbers from the server; asking again in ${Math.round(next / 1000)} s.`;
     setText(byId("panel-state"), words);
-    setText(byId("show-panel"), "Numbers");
+    setHead("Numbers", "");
   }
 
   #showSpeed({ throughput, cache }) {
     const speed = throughput.generated_tokens_per_s;
     setText(byId("generated-rate"), rate(speed));
     setText(byId("prompt-rate"), rate(throughput.prompt_tokens_per_s));
-    setText(byId("show-panel"), `${rate(speed)} tok/s · ${percent(fillShare(cache))}`);
+    setHead(`${rate(speed)} tok/s`, ` · ${percent(fillShare(cache))}`);
     const now = performance.now();
     this.#trace = [...this.#trace.filter((point) => now - point.at <= TRACE_MS), { at: now, speed }];
     const peak = Math.max(...this.#trace.map((point) => point.speed));
@@ -55,6 +55,12 @@ export class Panel {
     byId("trace").querySelector("polyline").setAttribute("points", points.join(" "));
     setText(byId("trace-text"), peak > 0 ? `written, last minute; most ${rate(peak)}` : "written, last minute; nothing yet");
   }
+}
+
+/** What the button says that unfolds the panel on a narrow screen. */
+function setHead(rateText, fillText) {
+  setText(byId("head-rate"), rateText);
+  setText(byId("head-fill"), fillText);
 }
 
 const fillShare = (cache) => (cache.used_bytes + cache.kept_bytes) / cache.capacity_bytes;
@@ -74,7 +80,7 @@ function showFill(cache) {
 
 /** Both bars in one scale; what is longer than a line goes on in the next one. */
 function showComparison(cache) {
-  const inUse = cache.used_tokens > 0;
+  const inUse = cache.used_bytes > 0;
   const perToken = cache.capacity_bytes / cache.capacity_tokens;
   const latent = inUse ? cache.used_bytes : perToken;
   const mha = inUse ? cache.mha_bytes : perToken * cache.mha_ratio;
@@ -82,8 +88,9 @@ function showComparison(cache) {
   while (latent * parts < cache.capacity_bytes * SMALLEST) parts *= 2;
   const line = cache.capacity_bytes / parts;
   setText(byId("compare-subject"), inUse ? `${tokens(cache.used_tokens)} in use` : "nothing in use; drawn for one token");
+  setText(byId("compare-ratio"), `1/${Number((mha / latent).toFixed(1))}`);
   setText(byId("latent-bytes"), bytes(latent));
-  setText(byId("mha-bytes"), `${bytes(mha)}, ${Number((mha / latent).toFixed(1))} times as much`);
+  setText(byId("mha-bytes"), bytes(mha));
   drawLines(byId("latent-lines"), latent / line);
   drawLines(byId("mha-lines"), mha / line);
   const rest = mha / line - MAX_LINES;

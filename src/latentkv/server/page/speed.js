@@ -2,6 +2,8 @@
 
 import { duration, rate, tokens } from "./format.js";
 
+const SHORTEST_MS = 50; // what came all at once says nothing about speed
+
 /** Times of one answer, in milliseconds of `performance.now()`. */
 export class Speed {
   #asked;
@@ -26,11 +28,12 @@ export class Speed {
     this.#usage = usage;
   }
 
-  /** Tokens a second after the first one, or null before there are two. A chunk counts as a token until usage comes. */
+  /** Tokens a second after the first one, or null where that cannot be told. A chunk counts as a token until usage comes. */
   tokensPerSecond(now) {
     const count = this.#usage?.completion_tokens ?? this.#chunks;
     const end = this.#usage ? this.#last : now;
-    return count > 1 && end > this.#first ? ((count - 1) * 1000) / (end - this.#first) : null;
+    const span = end - this.#first;
+    return count > 1 && span >= SHORTEST_MS ? ((count - 1) * 1000) / span : null;
   }
 
   /** What is known now, in words. */

@@ -17,7 +17,8 @@ export class Stats {
   #failures = 0;
   #touched = performance.now();
   #reading = false;
-  #timer = null; // null: not polling, until someone pokes
+  #timer = null;
+  #refused; // the key that the server did not take, or null for none; undefined where it took it
 
   /**
    * @param {import("./key.js").ApiKey} key
@@ -38,18 +39,19 @@ export class Stats {
     return this.#latest;
   }
 
-  /** Reads now, and goes on from here. */
+  /** Reads now, and goes on from here; not with a key that was refused already. */
   poke() {
     this.#touched = performance.now();
+    if (this.#reading || this.#refused === this.#key.value) return;
     clearTimeout(this.#timer);
-    if (!this.#reading) this.#read();
+    this.#read();
   }
 
   /** Someone is looking again: not a reason to hurry a server that does not answer. */
   #wake() {
     const slept = this.#pause() > BUSY_MS;
     this.#touched = performance.now();
-    if (slept && this.#timer !== null && this.#failures === 0 && !document.hidden) this.poke();
+    if (slept && this.#failures === 0 && !document.hidden) this.poke();
   }
 
   async #read() {
@@ -60,6 +62,7 @@ export class Stats {
       this.#onNumbers(numbers);
       this.#latest = numbers;
       this.#failures = 0;
+      this.#refused = undefined;
       this.#plan(this.#pause());
     } catch (error) {
       await this.#explain(error, key);
@@ -71,7 +74,7 @@ export class Stats {
   async #explain(error, key) {
     const problem = error instanceof Problem ? error : new Problem("The server's numbers cannot be read.");
     if (problem.status === 401) {
-      this.#timer = null;
+      this.#refused = key;
       this.#onProblem(problem, null);
       if (await this.#key.renew(key)) this.#plan(0);
       return;

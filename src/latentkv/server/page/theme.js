@@ -21,7 +21,10 @@
 
   document.addEventListener("DOMContentLoaded", () => {
     const button = document.getElementById("theme");
-    const show = () => button.setAttribute("aria-pressed", String(isDark()));
+    const show = () => {
+      button.textContent = isDark() ? "Light" : "Dark";
+      button.setAttribute("aria-label", `${button.textContent} theme`);
+    };
     button.addEventListener("click", () => {
       const dark = !isDark();
       // The system's own theme is followed, not stored: the page goes on changing with it at dusk.

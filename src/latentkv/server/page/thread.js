@@ -12,7 +12,7 @@ export class Thread {
   #node = byId("thread");
   #toEnd = byId("to-end");
   #views = [];
-  #follows = true;
+  #height = 0; // of the page, when it was last drawn
   #isBusy = false;
 
   /**
@@ -51,8 +51,18 @@ export class Thread {
 
   /** Goes to the end, and stays there. */
   toEnd() {
-    this.#follows = true;
-    this.follow();
+    scrollTo({ top: document.documentElement.scrollHeight, behavior: "instant" });
+    this.#height = document.documentElement.scrollHeight;
+    this.#look();
+  }
+
+  /** Shows the new end where the old one could be seen. */
+  follow() {
+    const height = document.documentElement.scrollHeight;
+    // Where the page stands is asked of the page itself: a scroll event may come after the next draw.
+    if (height !== this.#height && isNear(this.#height)) this.toEnd();
+    this.#height = height;
+    this.#look();
   }
 
   #drawView(view) {
@@ -61,15 +71,10 @@ export class Thread {
     view.draw({ isLast, isBusy: this.#isBusy, isUnanswered: this.#conversation.isUnanswered(turn) });
   }
 
-  /** Shows the end where the page stood there. */
-  follow() {
-    if (this.#follows) scrollTo({ top: document.documentElement.scrollHeight, behavior: "instant" });
-    this.#look();
-  }
-
   #look() {
-    const root = document.documentElement;
-    this.#follows = root.scrollHeight - scrollY - innerHeight < NEAR_PX;
-    this.#toEnd.hidden = this.#follows || !this.#isBusy;
+    this.#toEnd.hidden = !this.#isBusy || isNear(document.documentElement.scrollHeight);
   }
 }
+
+/** Whether the page stands near this end of it. */
+const isNear = (end) => end - scrollY - innerHeight < NEAR_PX;
