@@ -21,7 +21,7 @@ from latentkv.server.context import Server
 from latentkv.server.errors import ApiError, as_api_error
 from latentkv.server.logs import LogRequests, logger
 from latentkv.server.protocol.operations import ErrorResponse
-from latentkv.server.routes import chat, completions, operations, responses
+from latentkv.server.routes import chat, completions, operations, page, responses
 from latentkv.server.security import LimitBody, RequireKey
 
 REFUSALS = (400, 401, 404, 405, 413, 429, 500, 503, 504)
@@ -60,7 +60,7 @@ def create_app(server: Server, *, died: Callable[[str], None] | None = None) -> 
         responses={status: {"model": ErrorResponse} for status in REFUSALS},
     )
     app.state.server = server
-    for routes in (completions, chat, responses, operations):
+    for routes in (completions, chat, responses, operations, page):
         app.include_router(routes.router)
     app.add_exception_handler(ApiError, _answer)
     app.add_exception_handler(LatentKVError, _answer)

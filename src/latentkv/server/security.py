@@ -13,8 +13,9 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from latentkv.server.errors import ApiError
+from latentkv.server.routes.page import FILES
 
-OPEN_PATHS = frozenset({"/", "/health", "/page/chat.js", "/page/style.css", "/page/icon.svg"})
+OPEN_PATHS = frozenset({"/health", *FILES})
 """That need no key, for GET and HEAD. Everything else does, whatever it is."""
 
 
