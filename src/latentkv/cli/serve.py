@@ -98,4 +98,7 @@ def serve(
     address = f"http://{host}:{listening.getsockname()[1]}"
     out.print(f"Serving {shown} on {address} - chat page at {address}/, API at {address}/v1", highlight=False)
     out.print(cache_summary(llm), style="dim")
-    raise typer.Exit(serve_forever(listening, server))
+    code = serve_forever(listening, server)
+    if server.model.thread.alive:
+        os._exit(code or 1)  # it hangs in a step, and would keep the process alive
+    raise typer.Exit(code)

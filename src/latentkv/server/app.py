@@ -92,7 +92,7 @@ async def _watch(server: Server, died: Callable[[str], None]) -> None:
 
 async def _answer(_: HttpRequest, error: Exception) -> Response:
     found = as_api_error(error)
-    if found.status >= 500:
+    if found.status == 500:
         logger.error("request failed", exc_info=error)
     # Written in ASCII: what it quotes of a request may not be valid Unicode.
     return Response(json.dumps(found.body), found.status, headers=found.headers, media_type="application/json")

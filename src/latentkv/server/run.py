@@ -70,7 +70,7 @@ def serve_forever(listening: socket.socket, server: Server) -> int:
     """Serve until a signal or the engine's death.
 
     Returns:
-        The exit code: 0 after a signal, 1 if the engine died.
+        The exit code: 0 after a signal, 1 if the engine died. A thread that hangs in a step may still run.
     """
     _log_to_stderr()
     deaths: list[str] = []
@@ -88,21 +88,31 @@ def serve_forever(listening: socket.socket, server: Server) -> int:
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=math.ceil(settings.drain_seconds) + GRACE_SECONDS,
     )
-    uvicorn_server = _Server(config, lambda: thread.drain(settings.drain_seconds))
+    uvicorn_server = _Server(config, thread.drain, settings.drain_seconds)
     uvicorn_server.run(sockets=[listening])
     return 1 if deaths else 0
 
 
 class _Server(uvicorn.Server):
-    """Begins to drain the engine as soon as a signal comes, so that open requests get an end or an error in time."""
+    """Drains the engine as soon as a signal comes, so that open requests get an end or an error in time.
 
-    def __init__(self, config: uvicorn.Config, drain: Callable[[], object]) -> None:
+    Args:
+        config: of uvicorn.
+        drain: called with how long to wait for open requests, in a thread of its own.
+        seconds: after the first signal; a second one waits no longer.
+    """
+
+    def __init__(self, config: uvicorn.Config, drain: Callable[[float], object], seconds: float) -> None:
         super().__init__(config)
         self._drain = drain
+        self._seconds = seconds
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        super().handle_exit(sig, frame)
-        threading.Thread(target=self._drain, name="latentkv-drain", daemon=True).start()
+        """On a signal."""
+        # Without uvicorn's own handler, which ends the process by the signal again after all has ended well.
+        seconds = 0.0 if self.should_exit else self._seconds
+        self.should_exit = True
+        threading.Thread(target=self._drain, args=(seconds,), name="latentkv-drain", daemon=True).start()
 
 
 def _log_to_stderr() -> None:

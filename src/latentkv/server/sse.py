@@ -48,7 +48,7 @@ async def _with_errors(events: AsyncIterator[str], done: str) -> AsyncGenerator[
             yield event
     except Exception as error:  # the status was sent long ago, so it comes as an event
         found = as_api_error(error)
-        if found.status >= 500:
+        if found.status == 500:
             logger.error("stream failed", exc_info=error)
         yield f"data: {json.dumps(found.body)}\n\n"
     yield done

@@ -1,0 +1,136 @@
+"""RELIABILITY lines 5, 13 and 17, and how a server's process ends: by signals, by force, by its own failure."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import suppress
+from http.client import HTTPException
+from pathlib import Path
+
+import pytest
+
+from latentkv.llm import EMBEDDED_MODEL
+from server_process import COMMAND, ServerProcess, server_process
+
+SMALL = ("--kv-cache-bytes", "16MiB")
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, timeout=60)
+
+
+def ask_in_background(server: ServerProcess, *bodies: dict) -> list[threading.Thread]:
+    threads = []
+    for body in bodies:
+
+        def ask(body: dict = body) -> None:
+            asked = {name: value for name, value in body.items() if name != "answer"}
+            with suppress(OSError, HTTPException):  # a server that is killed answers nothing
+                body["answer"] = server.ask("POST", "/v1/completions", asked)
+
+        threads.append(threading.Thread(target=ask))
+        threads[-1].start()
+    return threads
+
+
+def wait_until_running(server: ServerProcess, count: int) -> None:
+    while server.ask("GET", "/stats")[1]["requests"]["running"] < count:
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_under_load_lets_short_requests_end_tells_long_ones_and_exits_0(sign: signal.Signals) -> None:
+    long = {"prompt": "x", "max_tokens": 3800, "ignore_eos": True}
+    short, streamed = {**long, "max_tokens": 150}, {**long, "stream": True}
+    with server_process(*SMALL, "--drain-seconds", "2") as server:
+        threads = ask_in_background(server, short, long, streamed)
+        wait_until_running(server, 3)
+        server.process.send_signal(sign)
+        began = time.monotonic()
+        for thread in threads:
+            thread.join()
+        assert server.process.wait(timeout=10) == 0
+        assert time.monotonic() - began < 8
+    assert short["answer"][0] == 200 and short["answer"][1]["usage"]["completion_tokens"] == 150
+    assert long["answer"][0] == 503 and "shutting down" in long["answer"][1]["error"]["message"]
+    assert "shutting down" in streamed["answer"][1] and streamed["answer"][1].endswith("data: [DONE]\n\n")
+    assert "Traceback" not in "".join(server.lines)
+
+
+def test_a_second_signal_waits_no_longer() -> None:
+    with server_process(*SMALL, "--drain-seconds", "60") as server:
+        (thread,) = ask_in_background(server, body := {"prompt": "x", "max_tokens": 3800, "ignore_eos": True})
+        wait_until_running(server, 1)
+        server.process.send_signal(signal.SIGTERM)
+        time.sleep(0.3)
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(timeout=10) == 0
+        thread.join()
+    assert body["answer"][0] == 503
+
+
+def test_after_kill_9_a_new_server_takes_the_same_port() -> None:
+    with server_process(*SMALL) as first:
+        ask_in_background(first, {"prompt": "x", "max_tokens": 3800, "stream": True})
+        wait_until_running(first, 1)
+        first.process.kill()
+        first.process.wait()
+        with server_process(*SMALL, "--port", str(first.port)) as second:
+            assert second.port == first.port
+            assert second.ask("POST", "/v1/completions", {"prompt": "x", "max_tokens": 2})[0] == 200
+
+
+def test_a_second_server_on_a_port_is_told_at_once_before_any_model_is_read() -> None:
+    with server_process(*SMALL) as first:
+        began = time.monotonic()
+        second = run(*SMALL, "--port", str(first.port), "no/such-model")
+        assert second.returncode == 2
+        assert f"Port {first.port}" in second.stderr and "--port" in second.stderr
+        assert len(second.stderr.splitlines()) == 1
+        assert time.monotonic() - began < 10
+        assert first.ask("GET", "/health")[0] == 200
+
+
+def test_line_13_a_truncated_model_is_one_sentence_and_exit_code_2(tmp_path: Path) -> None:
+    shutil.copytree(EMBEDDED_MODEL, tmp_path / "model")
+    weights = tmp_path / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    found = run(str(tmp_path / "model"))
+    assert found.returncode == 2
+    assert found.stderr.startswith("error: ") and len(found.stderr.splitlines()) == 1
+    assert "model.safetensors" in found.stderr
+
+
+def test_line_17_only_this_machine_is_let_in_unless_there_is_a_key_or_it_is_said() -> None:
+    found = run("--host", "0.0.0.0")
+    assert found.returncode == 2
+    assert "--api-key-file" in found.stderr and "--allow-anyone" in found.stderr
+
+
+BROKEN = """
+import sys, threading
+import latentkv.engine.runner as runner
+from latentkv.cli.app import main
+def broken(*_): raise RuntimeError("broken")
+runner.Runner.read = broken
+main()
+"""
+
+
+def test_line_05_a_dead_engine_ends_the_process_with_exit_code_1() -> None:
+    command = [sys.executable, "-c", BROKEN, "serve", "--port", "0", *SMALL]
+    with server_process(command=command) as server:
+        statuses = []
+        for _ in range(4):
+            try:
+                statuses.append(server.ask("POST", "/v1/completions", {"prompt": "x", "max_tokens": 2})[0])
+            except OSError:
+                break
+        assert statuses[:2] == [500, 500]
+        assert server.process.wait(timeout=10) == 1
+        assert "the engine died" in "".join(server.lines)
