@@ -28,13 +28,13 @@ from latentkv.server.protocol.chat import (
 )
 from latentkv.server.protocol.sampling import Usage
 from latentkv.server.served import ServedModel
-from latentkv.server.sse import EventStream, data
+from latentkv.server.sse import STREAMS, EventStream, data
 from latentkv.text.tools import Tool, call_grammar, read_tool_choice, read_tools, reasoning_is_open
 
 router = APIRouter()
 
 
-@router.post("/v1/chat/completions", response_model=ChatResponse, response_model_exclude_none=True)
+@router.post("/v1/chat/completions", response_model=ChatResponse, responses=STREAMS, response_model_exclude_none=True)
 async def chat(body: ChatRequest, context: InContext) -> ChatResponse | EventStream:
     """Answer a conversation."""
     context.require_model(body.model)

@@ -19,12 +19,12 @@ from latentkv.server.protocol.completions import (
     CompletionRequest,
     CompletionResponse,
 )
-from latentkv.server.sse import EventStream, data
+from latentkv.server.sse import STREAMS, EventStream, data
 
 router = APIRouter()
 
 
-@router.post("/v1/completions", response_model=CompletionResponse, response_model_exclude_none=True)
+@router.post("/v1/completions", response_model=CompletionResponse, responses=STREAMS, response_model_exclude_none=True)
 async def complete(body: CompletionRequest, context: InContext) -> CompletionResponse | EventStream:
     """Continue one prompt or several."""
     context.require_model(body.model)

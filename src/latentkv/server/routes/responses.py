@@ -26,7 +26,7 @@ from latentkv.server.protocol.responses import (
     TextFormat,
 )
 from latentkv.server.served import ServedModel
-from latentkv.server.sse import EventStream
+from latentkv.server.sse import STREAMS, EventStream
 from latentkv.text.tools import reasoning_is_open
 
 router = APIRouter()
@@ -38,7 +38,7 @@ _STATUS: dict[FinishReason | None, Literal["in_progress", "completed", "incomple
 }
 
 
-@router.post("/v1/responses", response_model=ResponsesResponse)
+@router.post("/v1/responses", response_model=ResponsesResponse, responses=STREAMS)
 async def respond(body: ResponsesRequest, context: InContext) -> ResponsesResponse | EventStream:
     """Answer a text or a conversation."""
     context.require_model(body.model)
