@@ -233,3 +233,30 @@ def test_line_16_no_address_in_a_request_is_ever_fetched(live: Live, kind: str) 
         assert post(live, "/v1/chat/completions", body)[0] == 400
         with pytest.raises(TimeoutError):
             trap.accept()
+
+
+BOMBS = [
+    {"regex": "(((a{1,1000}){1,1000}){1,1000}){1,1000}"},
+    {"json": {"type": "array", "minItems": 10**6, "maxItems": 10**9, "items": {"type": "string"}}},
+    {"json": {"$ref": "http://127.0.0.1:1/schema.json"}},
+    {"json": {"enum": ["x" * 50 + str(i) for i in range(1000)] * 3}},
+    {"json": json.loads('{"properties": {"a": ' * 200 + "{}" + "}}" * 200)},
+    {"grammar": "start: a\n" + "\n".join(f"a{'x' * i}: a{'x' * (i + 1)} a{'x' * (i + 1)}" for i in range(200))},
+    {"json": {"type": "integer", "multipleOf": 1000003}},
+]
+
+
+@pytest.mark.parametrize("bomb", BOMBS, ids=lambda bomb: json.dumps(bomb)[:40])
+def test_line_10_a_form_that_is_a_bomb_is_refused_or_bounded_and_holds_nobody_up(live: Live, bomb: dict) -> None:
+    body = {"prompt": "x", "max_tokens": 4, "structured_outputs": bomb}
+    with ThreadPoolExecutor(1) as pool:
+        refused = pool.submit(post, live, "/v1/completions", body)
+        slowest = 0.0
+        while not refused.done():
+            began = time.monotonic()
+            assert post(live, "/v1/completions", {"prompt": "x", "max_tokens": 2, "temperature": 0})[0] == 200
+            slowest = max(slowest, time.monotonic() - began)
+        status, answer, _ = refused.result()
+    assert status in (200, 400), answer
+    assert slowest < 2
+    live.wait_until_free()

@@ -1,23 +1,17 @@
 """Chat templates: a checkpoint's jinja2 source, run in a sandbox with the conventions of `transformers`."""
 
-import json
 from collections.abc import Mapping, Sequence
-from datetime import datetime
 from functools import cached_property
 from typing import Any, Literal, cast
 
 import jinja2
-from jinja2 import meta, nodes
-from jinja2.exceptions import SecurityError
-from jinja2.ext import Extension
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2 import meta
 
 from latentkv.errors import RequestError, TokenizerError
+from latentkv.text.sandbox import ENVIRONMENT, MAX_CHARACTERS, time_limit
 from latentkv.text.tools.history import CallStyle, find_style, has_calls, with_style
 from latentkv.text.tools.specs import read_tools
 
-MAX_CHARACTERS = 1 << 24  # of a rendered conversation, and of any string or list that a template multiplies up
 MAX_DEPTH = 100  # of lists and dicts within each other in what is given to a template
 
 # For models that were given no template: names and paragraphs, the way a script is printed.
@@ -57,7 +51,7 @@ class ChatTemplate:
         if "tool_use" in self._sources:
             return True
         try:
-            return "tools" in meta.find_undeclared_variables(_ENVIRONMENT.parse(self.tools_source))
+            return "tools" in meta.find_undeclared_variables(ENVIRONMENT.parse(self.tools_source))
         except jinja2.TemplateError:
             return False
 
@@ -114,11 +108,12 @@ class ChatTemplate:
         parts: list[str] = []
         size = 0
         try:
-            for part in self._template(name).generate(variables):
-                size += len(part)
-                if size > MAX_CHARACTERS:
-                    raise TokenizerError(f"The chat template wrote more than {MAX_CHARACTERS} characters.")
-                parts.append(part)
+            with time_limit():
+                for part in self._template(name).generate(variables):
+                    size += len(part)
+                    if size > MAX_CHARACTERS:
+                        raise TokenizerError(f"The chat template wrote more than {MAX_CHARACTERS} characters.")
+                    parts.append(part)
         except TokenizerError:
             raise
         except Exception as error:  # a template is a program: anything can go wrong in it
@@ -134,62 +129,10 @@ class ChatTemplate:
                 known = ", ".join(sorted(self._sources))
                 raise TokenizerError(f"The checkpoint has no default chat template, only: {known}.")
             try:
-                self._compiled[name] = _ENVIRONMENT.from_string(self._sources[name])
+                self._compiled[name] = ENVIRONMENT.from_string(self._sources[name])
             except jinja2.TemplateError as error:
                 raise TokenizerError(f"The chat template cannot be read: {_first_line(error)}.") from error
         return self._compiled[name]
-
-
-class _GenerationBlock(Extension):
-    """`{% generation %}` marks the assistant's words for training; here its body is simply written."""
-
-    tags = {"generation"}  # noqa: RUF012 (jinja2's own declaration)
-
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-class _Sandbox(ImmutableSandboxedEnvironment):
-    """Jinja's sandbox, which moreover refuses to multiply things up to sizes that exhaust memory."""
-
-    intercepted_binops = frozenset(("*", "**"))
-
-    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        if operator == "**":
-            raise SecurityError("powers are not available in chat templates")
-        for value, count in ((left, right), (right, left)):
-            repeats = isinstance(value, (str, list, tuple)) and isinstance(count, int)
-            if repeats and len(cast(Sequence[Any], value)) * count > MAX_CHARACTERS:
-                raise SecurityError("a repetition is too long")
-        return super().call_binop(context, operator, left, right)
-
-
-def _raise_exception(message: object) -> None:
-    raise jinja2.TemplateError(str(message))
-
-
-def _tojson(
-    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
-) -> str:
-    """JSON without jinja's escaping for HTML, which would reach the model."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _strftime_now(format: str) -> str:
-    return datetime.now().strftime(format)
-
-
-def _environment() -> _Sandbox:
-    environment = _Sandbox(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _GenerationBlock]
-    )
-    environment.filters["tojson"] = _tojson
-    environment.globals.update(raise_exception=_raise_exception, strftime_now=_strftime_now)  # pyright: ignore[reportArgumentType]
-    return environment
-
-
-_ENVIRONMENT = _environment()
 
 
 def _checked_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
