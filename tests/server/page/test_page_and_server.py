@@ -1,0 +1,46 @@
+"""The page in a browser, against the server that serves it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from live_server import NAME, Live, serving
+from page_browser import Page
+from selenium import webdriver
+
+from latentkv import LLM
+
+KEY = "a-long-enough-key"
+
+
+@pytest.fixture(scope="module")
+def locked() -> Iterator[Live]:
+    with serving(LLM(kv_cache_bytes=16 << 20, step_seconds=0.25), api_keys=(KEY,)) as server:
+        yield server
+
+
+def test_a_conversation_with_the_real_server(browser: webdriver.Chrome, live: Live) -> None:
+    page = Page(browser, f"{live.url}/")
+    page.open()
+    page.wait(lambda: page.text("#model") == NAME)
+    page.ask("Tell me of the sea.")
+    page.wait(lambda: len(page.answer) > 20)
+    page.wait(lambda: "0 of" not in page.text("#panel"))
+    page.click("Stop")
+    page.wait_idle()
+    live.wait_until_free()
+    assert [line for line in page.console() if "favicon" not in line] == []
+    assert page.requested_origins() <= {f"{live.url}/", live.url}
+
+
+def test_the_page_asks_for_the_key_and_goes_on_with_it(browser: webdriver.Chrome, locked: Live) -> None:
+    page = Page(browser, f"{locked.url}/")
+    page.open()
+    page.wait(lambda: page.one("#key input").is_displayed())
+    page.one("#key input").send_keys(KEY + "\n")
+    page.wait(lambda: page.text("#model") == NAME)
+    page.ask("The whale")
+    page.wait(lambda: len(page.answer) > 5)
+    page.click("Stop")
+    locked.wait_until_free()
