@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Literal
@@ -14,8 +15,8 @@ from latentkv.engine.request import Request
 from latentkv.errors import BusyError, EngineStoppedError, LatentKVError
 
 Listener = Callable[[Event | Exception], None]
-"""Called in the engine's thread with each new token; the last call has a finish_reason or is an error. It must be quick
-and must not raise."""
+"""Called in the engine's thread with each new token; the last call has a finish_reason or is an error. It must be
+quick; if it raises, its request is given up."""
 
 FAILURES = 3
 """Steps that fail one after another before the engine gives up."""
@@ -183,6 +184,8 @@ class EngineThread:
                     if failures == FAILURES:
                         self._die(f"{FAILURES} steps failed one after another, the last one so: {error}")
         finally:
+            if not self._stopping:
+                self._die("Its thread ended.")
             for index in self._tickets:
                 self._engine.abort(index)
             self._fail_all(EngineStoppedError("The engine has stopped, and the request was not finished."))
@@ -195,9 +198,14 @@ class EngineThread:
             idle = False
 
     def _add(self, ticket: int, request: Request, ends_text: EndsText | None, salt: str) -> None:
-        if ticket in self._open:
+        if ticket not in self._open:
+            return
+        try:
             index = self._engine.add(request, ends_text, salt=salt)
-            self._indices[ticket], self._tickets[index] = index, ticket
+        except Exception as error:
+            self._finish(ticket, error)
+            return
+        self._indices[ticket], self._tickets[index] = index, ticket
 
     def _abort(self, ticket: int) -> None:
         index = self._indices.pop(ticket, None)
@@ -212,7 +220,11 @@ class EngineThread:
                 del self._tickets[event.index], self._indices[ticket]
                 self._finish(ticket, event)
             elif listener := self._open.get(ticket):
-                listener(event)
+                try:
+                    listener(event)
+                except Exception as error:  # one who cannot listen is given up, and nobody else
+                    self._abort(ticket)
+                    self._finish(ticket, error)
 
     def _report_failed(self, error: Exception) -> None:
         for index, ticket in list(self._tickets.items()):
@@ -231,7 +243,8 @@ class EngineThread:
             listener = self._open.pop(ticket, None)
             self._changed.notify_all()
         if listener:
-            listener(last)
+            with suppress(Exception):
+                listener(last)
 
     def _fail_all(self, error: LatentKVError) -> None:
         for ticket in list(self._open):

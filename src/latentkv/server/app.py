@@ -83,7 +83,7 @@ async def _watch(server: Server, died: Callable[[str], None]) -> None:
     """Look after the engine: a dead one is reported once, even if nobody asks for its health."""
     while True:
         health = server.model.thread.health()
-        if health.state in ("dead", "stopped"):
+        if health.state == "dead":
             logger.critical("the engine died", extra={"fields": {"reason": health.reason}})
             died(health.reason)
             return

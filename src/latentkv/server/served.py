@@ -44,13 +44,23 @@ class Generation:
 
     def add(self, index: int, request: Request, output: TextOutput, salt: str) -> None:
         """Let a request run; raises as `EngineThread.submit`."""
+        failures: list[Exception] = []
+
+        def ends_text(token: int) -> bool:  # in the engine's thread, amid a step of many requests
+            try:
+                return output.push(token)
+            except Exception as error:
+                failures.append(error)
+                return True
 
         def listen(event: Event | Exception) -> None:  # in the engine's thread
+            if failures:
+                event = failures[0]
             piece = event if isinstance(event, Exception) else piece_of(event, output)
             with suppress(RuntimeError):  # the event loop has ended, and so has whoever asked
                 self._loop.call_soon_threadsafe(self._arrived.put_nowait, (index, piece))
 
-        self._tickets.append(self._thread.submit(request, listen, ends_text=output.push, salt=salt))
+        self._tickets.append(self._thread.submit(request, listen, ends_text=ends_text, salt=salt))
 
     async def pieces(self) -> AsyncGenerator[tuple[int, Piece]]:
         """(which request, what is new of it), until all have ended.

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from live_server import NAME, Live, serving
 from page_browser import Page
 from selenium import webdriver
 
 from latentkv import LLM
+from live_server import NAME, Live, serving
 
 KEY = "a-long-enough-key"
 
