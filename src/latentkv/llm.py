@@ -9,7 +9,7 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor
@@ -18,14 +18,17 @@ from latentkv.cache import KVFormat, LatentCache
 from latentkv.checkpoint.source import resolve_model
 from latentkv.completion import Completion, Piece, TextOutput, best_of, join_pieces, pieces_of
 from latentkv.engine import Engine, Request, SamplingParams
-from latentkv.engine.drafts import NGramDrafter
+from latentkv.engine.adaptive import AdaptiveDrafter
+from latentkv.engine.drafts import Drafter, NGramDrafter
 from latentkv.engine.memory import default_cache_bytes, free_memory
+from latentkv.engine.mtp import MTPDrafter
 from latentkv.engine.request import validate_token_ids
 from latentkv.engine.scheduler import MAX_RUNNING
 from latentkv.engine.scoring import sequence_logits, text_nats
 from latentkv.errors import ConfigError, RequestError
 from latentkv.models.config import MLAConfig, ModelConfig
 from latentkv.models.config_reader import read_config
+from latentkv.models.decoder import Decoder
 from latentkv.models.loading import load_model, stored_dtype
 from latentkv.models.mla import MultiHeadLatentAttention
 from latentkv.models.packing import choose_packing
@@ -38,6 +41,7 @@ __all__ = ["LLM", "Completion", "Perplexity", "Piece"]
 
 Prompt = str | Sequence[int]
 DType = Literal["fp32", "bf16", "fp16"]
+Draft = Literal["auto", "ngram", "mtp"]
 
 EMBEDDED_MODEL = Path(__file__).parent / "assets" / "default"
 
@@ -122,6 +126,7 @@ class LLM:
         kv_cache_bytes: int | None = None,
         max_running: int = MAX_RUNNING,
         speculate: int = 0,
+        draft: Draft = "auto",
         step_seconds: float | None = None,
     ) -> None:
         weights_dtype, device = _as_dtype(dtype), _as_device(device)
@@ -145,10 +150,14 @@ class LLM:
             for module in self.decoder.modules():
                 if isinstance(module, MultiHeadLatentAttention):
                     module.int8_products = True
-        planes = self.config.planes(_kv_format(kv_dtype, self.decoder.dtype))
+        drafts_by_mtp = bool(speculate) and _drafts_by_mtp(draft, self.decoder)
+        planes = self.config.planes(_kv_format(kv_dtype, self.decoder.dtype), num_mtp_layers=int(drafts_by_mtp))
         if kv_cache_bytes is None:
             kv_cache_bytes = default_cache_bytes(planes, self.max_context, free_memory(device))
         self.cache = LatentCache.sized(planes, kv_cache_bytes, device=device)
+        drafters: list[Drafter] = [] if draft == "mtp" else [NGramDrafter()]
+        if drafts_by_mtp:
+            drafters.append(MTPDrafter(self.decoder, self.cache))
         eos_ids = set(self.config.eos_token_ids) | set(self.tokenizer.eos_ids if self.tokenizer else ())
         self.engine = Engine(
             self.decoder,
@@ -156,7 +165,8 @@ class LLM:
             eos_ids,
             step_seconds=step_seconds,
             max_running=max_running,
-            drafter=NGramDrafter(speculate) if speculate else None,
+            drafter=AdaptiveDrafter(*drafters) if speculate else None,
+            most_drafted=speculate,
         )
 
     def generate(
@@ -402,6 +412,14 @@ def _require_int8_products(config: ModelConfig, kv_dtype: str, device: torch.dev
         reason = f"it takes kv_dtype='int8', not {kv_dtype!r}"
     if reason is not None:
         raise ConfigError(f"int8_products cannot be had: {reason}. Leave it out, or change that.")
+
+
+def _drafts_by_mtp(draft: str, decoder: Decoder) -> bool:
+    if draft not in get_args(Draft):
+        raise ConfigError(f"draft={draft!r} is not supported: choose {', '.join(get_args(Draft))}.")
+    if draft == "mtp" and not decoder.mtp:
+        raise ConfigError("draft='mtp' needs a multi-token-prediction module, which this model has not: draft='ngram'.")
+    return draft != "ngram" and len(decoder.mtp) > 0
 
 
 def _kv_format(kv_dtype: str, weights: torch.dtype) -> KVFormat:

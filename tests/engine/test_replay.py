@@ -58,8 +58,8 @@ def test_recorded_steps_give_the_same_bits(
     decoder = packed_decoder(MODELS[model], format=format_)
     recorded, runner = decode(decoder, "bf16", lens, 12)
     assert runner.replay.why_not is None
-    assert [key[0] for key in runner.replay._steps] == [len(lens)]  # pyright: ignore[reportPrivateUsage]
-    monkeypatch.setattr(module, "MOST_SEQUENCES", 0)
+    assert [key[:2] for key in runner.replay._steps] == [(len(lens), len(lens))]  # pyright: ignore[reportPrivateUsage]
+    monkeypatch.setattr(module, "MOST_ROWS", 0)
     plain, runner = decode(decoder, "bf16", lens, 12)
     assert not runner.replay._steps  # pyright: ignore[reportPrivateUsage]
     for own, expected in zip(recorded, plain, strict=True):
@@ -71,7 +71,7 @@ def test_quantised_caches_are_recorded_too(kv_format: KVFormat, monkeypatch: pyt
     decoder = packed_decoder(MODELS["mla"])
     recorded, runner = decode(decoder, kv_format, [17], 5)
     assert runner.replay.why_not is None
-    monkeypatch.setattr(module, "MOST_SEQUENCES", 0)
+    monkeypatch.setattr(module, "MOST_ROWS", 0)
     plain, _ = decode(decoder, kv_format, [17], 5)
     assert torch.equal(torch.stack(recorded), torch.stack(plain))
 
@@ -88,7 +88,7 @@ def test_int8_products_and_other_numbers_of_threads_are_recorded_too(monkeypatch
     finally:
         torch.set_num_threads(threads)
     assert runner.replay.why_not is None
-    monkeypatch.setattr(module, "MOST_SEQUENCES", 0)
+    monkeypatch.setattr(module, "MOST_ROWS", 0)
     plain, _ = decode(decoder, "int8", [17], 3)
     assert torch.equal(torch.stack(recorded), torch.stack(plain))
     assert torch.equal(torch.stack(more), torch.stack(plain))
