@@ -16,7 +16,7 @@ from latentkv.engine.sequence import Sequence
 PLAIN_EVERY = 64
 """Steps of which one drafts nothing, to measure what a step without drafts takes."""
 
-_FADING = 0.9  # of the memory of acceptance, at every draft
+_FADING = 0.95  # of the memory of acceptance, at every draft
 _TRYING = 0.01  # of the time goes into drafts by drafters that do not pay
 
 _Plan = tuple[float, int]  # tokens a time (1: as without drafts), tokens of the draft
@@ -26,7 +26,7 @@ class AdaptiveDrafter:
     """Chooses, for every sequence and step, who drafts and how many tokens.
 
     If each token of a draft is accepted with chance p where those before it were, k of them bring 1 + p + ... + p^k
-    tokens in one step; if each costs c, the step takes 1 + k c times as long as without them. The drafter and the k with
+    tokens in one step; if each costs c, the step takes 1 + k c times as long as without them. The drafter and the k of
     the largest quotient are taken, and no draft where none is above 1.
 
     p is how often the drafter's tokens were accepted in the sequence lately. c is measured: what drafting and reading a
@@ -71,7 +71,9 @@ class AdaptiveDrafter:
             source, acceptance = self._sources[history.source], history.acceptances[history.source]
             acceptance.learn(wish.drafted, wish.accepted)
             source.overall.learn(wish.drafted, wish.accepted)
-            acceptance.rest = 0 if wish.accepted else round(source.cost(self._reading.value) / _TRYING)
+            cost = source.cost(self._reading.value)
+            # One that was right is followed by another, unless they cost more than they can bring.
+            acceptance.rest = 0 if wish.accepted and cost < 1 else round(cost / _TRYING)
         return history
 
     def _measure(self, wishes: SequenceOf[Wish], seconds: float) -> None:
