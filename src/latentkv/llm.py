@@ -93,8 +93,10 @@ class LLM:
         max_context: tokens that a prompt and its completion have together at most; None is all that the model has.
         kv_cache_bytes: size of the cache; None is the smaller of one max_context and half of the free memory.
         max_running: requests that take part in a step at most; the others wait.
-        speculate: draft so many tokens from the text so far, and check them in one step: the answers are the same, and
-            come sooner where they repeat their prompt; 0 drafts none.
+        speculate: draft so many tokens at most and check them in one step, as long as that is faster: the answers are
+            the same; 0 drafts none.
+        draft: what drafts: "ngram", the text so far; "mtp", the model's multi-token-prediction module, whose state is
+            cached too; "auto", whichever has been the better one, if there are both.
         step_seconds: time that one step should take, about; None: as long as it takes.
 
     Attributes:
@@ -150,7 +152,7 @@ class LLM:
             for module in self.decoder.modules():
                 if isinstance(module, MultiHeadLatentAttention):
                     module.int8_products = True
-        drafts_by_mtp = bool(speculate) and _drafts_by_mtp(draft, self.decoder)
+        drafts_by_mtp = _drafts_by_mtp(draft, self.decoder) and speculate > 0
         planes = self.config.planes(_kv_format(kv_dtype, self.decoder.dtype), num_mtp_layers=int(drafts_by_mtp))
         if kv_cache_bytes is None:
             kv_cache_bytes = default_cache_bytes(planes, self.max_context, free_memory(device))
@@ -415,6 +417,7 @@ def _require_int8_products(config: ModelConfig, kv_dtype: str, device: torch.dev
 
 
 def _drafts_by_mtp(draft: str, decoder: Decoder) -> bool:
+    """Whether drafts are to come from the MTP module, too."""
     if draft not in get_args(Draft):
         raise ConfigError(f"draft={draft!r} is not supported: choose {', '.join(get_args(Draft))}.")
     if draft == "mtp" and not decoder.mtp:

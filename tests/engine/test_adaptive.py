@@ -1,4 +1,4 @@
-"""Drafts are made as long as they pay: a simulated model whose steps take 1 second, and `cost` for each drafted token."""
+"""Drafts are made as long as they pay, on a simulated model: a step takes 1 second, and a drafted token `cost` more."""
 
 from __future__ import annotations
 

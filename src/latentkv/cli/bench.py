@@ -9,6 +9,7 @@ import typer
 
 from latentkv.cli.bench_model import make_model, model
 from latentkv.cli.bench_options import Contexts, JsonFile, KVDtype, Repeats, Threads, numbers, require_folder, save
+from latentkv.cli.bench_speculation import speculation
 from latentkv.cli.terminal import console
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 bench_app = typer.Typer(no_args_is_help=True, help="Measure attention, models and this machine's ceilings.")
 bench_app.command()(model)
 bench_app.command("make-model")(make_model)
+bench_app.command()(speculation)
 
 
 @bench_app.command()
