@@ -11,6 +11,7 @@ from statistics import median
 from weakref import WeakKeyDictionary
 
 from latentkv.engine.drafts import Drafter, Wish
+from latentkv.engine.replay import MOST_ROWS
 from latentkv.engine.sequence import Sequence
 
 PLAIN_EVERY = 64
@@ -42,7 +43,7 @@ class AdaptiveDrafter:
         self._histories: WeakKeyDictionary[Sequence, _History] = WeakKeyDictionary()
         self._plain: dict[int, _Recent] = {}  # seconds of a step without drafts, by its number of sequences
         self._reading = _Recent(0.3)  # of a drafted token, as a share of a token's time without drafts
-        self._known_sizes: set[tuple[int, int]] = set()
+        self._recorded: set[tuple[int, int]] = set()  # sequences and drafted tokens of small steps that there were
         self._steps = 0
 
     def propose(self, wishes: SequenceOf[Wish], seconds: float) -> list[list[int]]:
@@ -57,7 +58,7 @@ class AdaptiveDrafter:
             plans = [[(1.0, 0)] * len(self._sources)] * len(wishes)
         else:
             plans = [self._plan(wish, history) for wish, history in zip(wishes, histories, strict=True)]
-        return self._ask(wishes, histories, plans, None if plain is None else plain.value / len(wishes))
+        return self._ask(wishes, histories, plans, seconds, None if plain is None else plain.value / len(wishes))
 
     def _learn(self, wish: Wish) -> _History:
         """Of what became of a sequence's draft."""
@@ -79,8 +80,9 @@ class AdaptiveDrafter:
     def _measure(self, wishes: SequenceOf[Wish], seconds: float) -> None:
         """Learn of what a step took in which every sequence read one token and its draft."""
         sequences, drafted = len(wishes), sum(wish.drafted for wish in wishes)
-        if (sequences, drafted) not in self._known_sizes:
-            self._known_sizes.add((sequences, drafted))  # the first step of a size takes longer: it is recorded
+        size = sequences, drafted
+        if sum(size) <= MOST_ROWS and size not in self._recorded:
+            self._recorded.add(size)  # the first step of a size takes longer, for it is recorded
         elif drafted == 0:
             self._plain.setdefault(sequences, _Recent(seconds)).add(seconds)
         elif sequences in self._plain:
@@ -98,6 +100,7 @@ class AdaptiveDrafter:
         wishes: SequenceOf[Wish],
         histories: list[_History],
         plans: list[list[_Plan]],
+        seconds: float,
         token_seconds: float | None,
     ) -> list[list[int]]:
         """Drafts by who has the best plan for each sequence, or the best of those that are left.
@@ -106,6 +109,7 @@ class AdaptiveDrafter:
             wishes: what the step has left; `most` is set to what a drafter is asked for.
             histories: of each sequence.
             plans: of each sequence, one a source.
+            seconds: as in `propose`.
             token_seconds: time of a token without drafts; None where it is not known.
         """
         drafts: list[list[int]] = [[] for _ in wishes]
@@ -115,10 +119,10 @@ class AdaptiveDrafter:
                 wish.most = 0 if draft or plan[i] < max(plan[i:]) else plan[i][1]
                 steady = steady and (wish.drafted > 0 or wish.most == 0)
             began = time.perf_counter()
-            proposed = source.drafter.propose(wishes, 0)
-            seconds, tokens = time.perf_counter() - began, sum(map(len, proposed))
+            proposed = source.drafter.propose(wishes, seconds)
+            took, tokens = time.perf_counter() - began, sum(map(len, proposed))
             if tokens and token_seconds and steady:
-                source.drafting.add(seconds / tokens / token_seconds)
+                source.drafting.add(took / tokens / token_seconds)
             for j, draft in enumerate(proposed):
                 if draft:
                     drafts[j], histories[j].source = draft, i
