@@ -15,8 +15,11 @@ import torch
 from transformers import AutoModelForCausalLM, DeepseekV3Config, LlamaConfig
 
 from latentkv import LLM, SamplingParams, llm
+from latentkv.engine.drafts import NGramDrafter
+from latentkv.engine.mtp import MTPDrafter
 from latentkv.errors import CacheError, CheckpointError, ConfigError, RequestError, TokenizerError
 from latentkv.llm import Completion, Piece
+from latentkv.models.decoder import Decoder
 from latentkv.ops.native.core import has_int8_products, use_isa
 from latentkv.text.bpe_trainer import train_bpe
 
@@ -508,3 +511,35 @@ def test_a_pretrained_model_goes_on_from_words_and_stops_where_told(stories: LLM
 def test_a_pretrained_model_finds_its_own_story_likely(stories: LLM):
     likely, unlikely = stories.perplexity(STORY), stories.perplexity(STORY[::-1])
     assert likely.perplexity < 1.5 < 50 < unlikely.perplexity
+
+
+@pytest.mark.parametrize(
+    ("draft", "drafters", "layers"),
+    [("auto", [NGramDrafter, MTPDrafter], 7), ("ngram", [NGramDrafter], 6), ("mtp", [MTPDrafter], 7)],
+)
+def test_the_draft_that_is_asked_for_is_used_and_its_cache_counted(draft: str, drafters: list, layers: int) -> None:
+    own = LLM(speculate=2, draft=draft, kv_cache_bytes=2**20)
+    sources = own.engine._drafter._sources  # pyright: ignore[reportPrivateUsage]
+    assert [type(source.drafter) for source in sources] == drafters
+    assert own.cache.bytes_per_token == layers * 128
+    assert own.cache.allocated_bytes <= 2**20
+
+
+def test_without_drafts_the_module_has_no_cache() -> None:
+    assert LLM(draft="mtp", kv_cache_bytes=2**20).cache.bytes_per_token == 6 * 128
+
+
+def test_drafts_that_cannot_be_had_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="draft='eagle' is not supported: choose auto, ngram, mtp"):
+        LLM(draft="eagle")
+    load = sys.modules["latentkv.llm"].load_model
+
+    def without_mtp(*args, **kwargs) -> Decoder:
+        decoder = load(*args, **kwargs)
+        decoder.drop_mtp_modules(keep=())
+        return decoder
+
+    monkeypatch.setattr("latentkv.llm.load_model", without_mtp)
+    with pytest.raises(ConfigError, match="draft='mtp' needs a multi-token-prediction module"):
+        LLM(speculate=2, draft="mtp")
+    assert LLM(speculate=2, kv_cache_bytes=2**20).cache.bytes_per_token == 6 * 128

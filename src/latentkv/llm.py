@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor
@@ -19,14 +19,17 @@ from latentkv.cache import KVFormat, LatentCache
 from latentkv.checkpoint.source import resolve_model
 from latentkv.completion import Completion, Piece, TextOutput, best_of, join_pieces, pieces_of
 from latentkv.engine import Constraint, Engine, Request, SamplingParams, Structure
-from latentkv.engine.drafts import NGramDrafter
+from latentkv.engine.adaptive import AdaptiveDrafter
+from latentkv.engine.drafts import Drafter, NGramDrafter
 from latentkv.engine.memory import default_cache_bytes, free_memory
+from latentkv.engine.mtp import MTPDrafter
 from latentkv.engine.request import validate_token_ids
 from latentkv.engine.scheduler import MAX_RUNNING
 from latentkv.engine.scoring import sequence_logits, text_nats
 from latentkv.errors import ConfigError, RequestError
 from latentkv.models.config import MLAConfig, ModelConfig
 from latentkv.models.config_reader import read_config
+from latentkv.models.decoder import Decoder
 from latentkv.models.loading import load_model, stored_dtype
 from latentkv.models.mla import MultiHeadLatentAttention
 from latentkv.models.packing import choose_packing
@@ -42,6 +45,7 @@ __all__ = ["LLM", "Completion", "Perplexity", "Piece"]
 
 Prompt = str | Sequence[int]
 DType = Literal["fp32", "bf16", "fp16"]
+Draft = Literal["auto", "ngram", "mtp"]
 
 EMBEDDED_MODEL = Path(__file__).parent / "assets" / "default"
 
@@ -93,8 +97,10 @@ class LLM:
         max_context: tokens that a prompt and its completion have together at most; None is all that the model has.
         kv_cache_bytes: size of the cache; None is the smaller of one max_context and half of the free memory.
         max_running: requests that take part in a step at most; the others wait.
-        speculate: draft so many tokens from the text so far, and check them in one step: the answers are the same, and
-            come sooner where they repeat their prompt; 0 drafts none.
+        speculate: draft so many tokens at most and check them in one step, as long as that is faster: the answers are
+            the same; 0 drafts none.
+        draft: what drafts: "ngram", the text so far; "mtp", the model's multi-token-prediction module, whose state is
+            cached too; "auto", whichever has been the better one, if there are both.
         step_seconds: time that one step should take, about; None: as long as it takes.
 
     Attributes:
@@ -126,6 +132,7 @@ class LLM:
         kv_cache_bytes: int | None = None,
         max_running: int = MAX_RUNNING,
         speculate: int = 0,
+        draft: Draft = "auto",
         step_seconds: float | None = None,
     ) -> None:
         weights_dtype, device = _as_dtype(dtype), _as_device(device)
@@ -149,10 +156,14 @@ class LLM:
             for module in self.decoder.modules():
                 if isinstance(module, MultiHeadLatentAttention):
                     module.int8_products = True
-        planes = self.config.planes(_kv_format(kv_dtype, self.decoder.dtype))
+        drafts_by_mtp = _drafts_by_mtp(draft, self.decoder) and speculate > 0
+        planes = self.config.planes(_kv_format(kv_dtype, self.decoder.dtype), num_mtp_layers=int(drafts_by_mtp))
         if kv_cache_bytes is None:
             kv_cache_bytes = default_cache_bytes(planes, self.max_context, free_memory(device))
         self.cache = LatentCache.sized(planes, kv_cache_bytes, device=device)
+        drafters: list[Drafter] = [] if draft == "mtp" else [NGramDrafter()]
+        if drafts_by_mtp:
+            drafters.append(MTPDrafter(self.decoder, self.cache))
         eos_ids = set(self.config.eos_token_ids) | set(self.tokenizer.eos_ids if self.tokenizer else ())
         self.engine = Engine(
             self.decoder,
@@ -160,7 +171,8 @@ class LLM:
             eos_ids,
             step_seconds=step_seconds,
             max_running=max_running,
-            drafter=NGramDrafter(speculate) if speculate else None,
+            drafter=AdaptiveDrafter(*drafters) if speculate else None,
+            most_drafted=speculate,
         )
 
     def generate(
@@ -435,6 +447,15 @@ def _require_int8_products(config: ModelConfig, kv_dtype: str, device: torch.dev
         reason = f"it takes kv_dtype='int8', not {kv_dtype!r}"
     if reason is not None:
         raise ConfigError(f"int8_products cannot be had: {reason}. Leave it out, or change that.")
+
+
+def _drafts_by_mtp(draft: str, decoder: Decoder) -> bool:
+    """Whether drafts are to come from the MTP module, too."""
+    if draft not in get_args(Draft):
+        raise ConfigError(f"draft={draft!r} is not supported: choose {', '.join(get_args(Draft))}.")
+    if draft == "mtp" and not decoder.mtp:
+        raise ConfigError("draft='mtp' needs a multi-token-prediction module, which this model has not: draft='ngram'.")
+    return draft != "ngram" and len(decoder.mtp) > 0
 
 
 def _kv_format(kv_dtype: str, weights: torch.dtype) -> KVFormat:

@@ -72,6 +72,21 @@ def test_linear_prints_a_line_for_each_case_and_writes_its_numbers(tmp_path: Pat
     assert json.loads(json_file.read_text())["in_features"] == 128
 
 
+def test_speculation_prints_a_line_for_each_way_of_drafting_and_writes_its_numbers(tmp_path: Path):
+    json_file = tmp_path / "s.json"
+    command = ["speculation", "--new-tokens", "12", "--repeats", "1", "--speculate", "2", "--temperatures", "0.8"]
+    result = CliRunner().invoke(bench_app, [*command, "--json", str(json_file)])
+    assert result.exit_code == 0, result.output
+    rows = json.loads(json_file.read_text())["rows"]
+    ways = ["none", "n-gram", "n-gram, always", "MTP", "both", "MTP, always 1", "MTP, always 2"]
+    assert [(row["prompt"], row["drafts"]) for row in rows] == [
+        (prompt, way) for prompt in ("prose", "repetitive") for way in ways
+    ]
+    assert all(row["same_text"] for row in rows)
+    assert all(row["accepted"] > 0 and row["tokens_per_step"] > 1 for row in rows if "MTP, always" in row["drafts"])
+    assert all(row["times_faster"] == 1 and row["drafted"] == 0 for row in rows if row["drafts"] == "none")
+
+
 def test_ceilings_are_printed_and_written(tmp_path: Path):
     result = CliRunner().invoke(bench_app, ["ceilings", "--json", str(tmp_path / "c.json")])
     assert result.exit_code == 0, result.output
@@ -98,6 +113,8 @@ def test_ceilings_are_printed_and_written(tmp_path: Path):
         ["linear", "--json", "/no/such/folder/l.json"],
         ["make-model", "v9", "/no/such/folder"],
         ["model", "--json", "/no/such/folder/m.json"],
+        ["speculation", "--json", "/no/such/folder/s.json"],
+        ["speculation", "--temperatures", "warm"],
     ],
 )
 def test_bad_options_give_a_typed_error_before_anything_is_measured(command: list[str]):

@@ -52,12 +52,14 @@ GQA = {
     "num_key_value_heads": 2,
 }
 CONFIGS = {"mla": MLA, "gqa": GQA}
+MTP = {**MLA, "num_nextn_predict_layers": 1}
 
 
 def tiny_decoder(kind: str) -> Decoder:
     torch.manual_seed(0)
-    return Decoder(read_config(CONFIGS[kind])).eval().requires_grad_(False)
+    return Decoder(read_config((CONFIGS | {"mtp": MTP})[kind])).eval().requires_grad_(False)
 
 
 def cache_for(decoder: Decoder, num_pages: int, page_size: int = 8) -> LatentCache:
-    return LatentCache(decoder.config.planes("fp32"), num_pages, page_size=page_size)
+    planes = decoder.config.planes("fp32", num_mtp_layers=len(decoder.mtp))
+    return LatentCache(planes, num_pages, page_size=page_size)

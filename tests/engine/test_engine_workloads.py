@@ -4,13 +4,15 @@ import functools
 from dataclasses import dataclass, field
 
 import torch
+from draft_oracle import CheckedMTPDrafter
 from engine_models import VOCAB, cache_for, tiny_decoder
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from latentkv.engine import Engine, Request, SamplingParams, Sequence, sample
-from latentkv.engine.drafts import Drafter, NGramDrafter
+from latentkv.engine.adaptive import AdaptiveDrafter
+from latentkv.engine.drafts import NGramDrafter, Wish
 from latentkv.models.decoder import Decoder
 
 PAGE = 8  # tokens, see cache_for
@@ -29,7 +31,7 @@ PROMPTS = [
 
 @functools.cache
 def decoder() -> Decoder:
-    return tiny_decoder("mla")
+    return tiny_decoder("mtp")
 
 
 @functools.cache
@@ -44,16 +46,25 @@ def alone(prompt: tuple[int, ...], count: int, temperature: float, seed: int) ->
     return tokens[len(prompt) :]
 
 
-@dataclass(frozen=True)
 class Foreseen:
     """Drafts that are right at first and wrong from some token on, so that every length is accepted."""
 
-    most: int
+    def propose(self, wishes: list[Wish], seconds: float) -> list[list[int]]:
+        return [self.draft(wish.sequence, wish.most) for wish in wishes]
 
-    def propose(self, sequence: Sequence) -> list[int]:
-        right = len(sequence.tokens) % (self.most + 1)
-        greedy = alone(tuple(sequence.tokens), self.most, 0.0, 0)
+    def draft(self, sequence: Sequence, most: int) -> list[int]:
+        right = len(sequence.tokens) % (most + 1)
+        greedy = alone(tuple(sequence.tokens), most, 0.0, 0)
         return greedy[:right] + [(token + 1) % VOCAB for token in greedy[right:]]
+
+
+DRAFTERS = {
+    "none": lambda cache: None,
+    "n-gram": lambda cache: NGramDrafter(shortest=1),
+    "foreseen": lambda cache: Foreseen(),
+    "MTP": lambda cache: CheckedMTPDrafter(decoder(), cache),
+    "adaptive": lambda cache: AdaptiveDrafter(NGramDrafter(shortest=1), CheckedMTPDrafter(decoder(), cache)),
+}
 
 
 @dataclass
@@ -70,11 +81,19 @@ class Workload(RuleBasedStateMachine):
         pages=st.integers(6, 14),
         step_tokens=st.integers(1, 40),
         max_running=st.sampled_from([2, 4, 256]),
-        drafter=st.sampled_from([None, NGramDrafter(3, shortest=1), Foreseen(5)]),
+        drafter=st.sampled_from(list(DRAFTERS)),
+        most_drafted=st.integers(1, 5),
     )
-    def start(self, pages: int, step_tokens: int, max_running: int, drafter: Drafter | None) -> None:
+    def start(self, pages: int, step_tokens: int, max_running: int, drafter: str, most_drafted: int) -> None:
         self.cache = cache_for(decoder(), pages)
-        self.engine = Engine(decoder(), self.cache, step_tokens=step_tokens, max_running=max_running, drafter=drafter)
+        self.engine = Engine(
+            decoder(),
+            self.cache,
+            step_tokens=step_tokens,
+            max_running=max_running,
+            drafter=DRAFTERS[drafter](self.cache),
+            most_drafted=most_drafted,
+        )
         self.running: dict[int, Asked] = {}
 
     @rule(

@@ -58,12 +58,42 @@ def test_recorded_steps_give_the_same_bits(
     decoder = packed_decoder(MODELS[model], format=format_)
     recorded, runner = decode(decoder, "bf16", lens, 12)
     assert runner.replay.why_not is None
-    assert [key[0] for key in runner.replay._steps] == [len(lens)]  # pyright: ignore[reportPrivateUsage]
-    monkeypatch.setattr(module, "MOST_SEQUENCES", 0)
+    assert [key[:2] for key in runner.replay._steps] == [(len(lens), len(lens))]  # pyright: ignore[reportPrivateUsage]
+    monkeypatch.setattr(module, "MOST_ROWS", 0)
     plain, runner = decode(decoder, "bf16", lens, 12)
     assert not runner.replay._steps  # pyright: ignore[reportPrivateUsage]
     for own, expected in zip(recorded, plain, strict=True):
         assert torch.equal(own, expected)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_drafts_of_any_lengths_are_recorded_and_give_the_bits_of_single_tokens(model: str) -> None:
+    decoder = packed_decoder(MODELS[model])
+    (single, _), (drafted, runner) = (read_drafts(decoder, draft) for draft in (False, True))
+    assert [key[:2] for key in runner.replay._steps] == [(3, 8)]  # pyright: ignore[reportPrivateUsage]
+    assert torch.equal(drafted, single)
+
+
+def read_drafts(decoder: Decoder, draft: bool) -> tuple[torch.Tensor, Runner]:
+    """Three sequences read 1, 3 and 4 tokens more, three times over: as drafts in one step, or one by one."""
+    cache = LatentCache(decoder.config.planes("bf16"), 40, page_size=8)
+    runner, lens = Runner(decoder, cache), (1, 3, 4)
+    sequences = [Sequence(i, [(7 * i + t) % 60 for t in range(9 + 5 * i)], cache.pool.allocate(6)) for i in range(3)]
+    for sequence in sequences:
+        runner.read([sequence], [sequence.num_uncached])
+    hidden: list[torch.Tensor] = []
+    for step in range(3):
+        new = [[(5 * step + i + t) % 60 for t in range(n)] for i, n in enumerate(lens)]
+        for sequence, tokens in zip(sequences, new, strict=True):
+            sequence.tokens.append(tokens[0])
+            sequence.draft = tokens[1:] if draft else []
+        if draft:
+            hidden.append(runner.read(sequences, list(lens)))
+        for sequence, tokens in zip(sequences, new, strict=True):
+            sequence.tokens += tokens[1:]
+            sequence.draft = []
+            hidden += [runner.read([sequence], [1]) for _ in range(sequence.num_uncached)]
+    return torch.cat(hidden), runner
 
 
 @pytest.mark.parametrize("kv_format", ["int8", "fp8"])
@@ -71,7 +101,7 @@ def test_quantised_caches_are_recorded_too(kv_format: KVFormat, monkeypatch: pyt
     decoder = packed_decoder(MODELS["mla"])
     recorded, runner = decode(decoder, kv_format, [17], 5)
     assert runner.replay.why_not is None
-    monkeypatch.setattr(module, "MOST_SEQUENCES", 0)
+    monkeypatch.setattr(module, "MOST_ROWS", 0)
     plain, _ = decode(decoder, kv_format, [17], 5)
     assert torch.equal(torch.stack(recorded), torch.stack(plain))
 
@@ -88,7 +118,7 @@ def test_int8_products_and_other_numbers_of_threads_are_recorded_too(monkeypatch
     finally:
         torch.set_num_threads(threads)
     assert runner.replay.why_not is None
-    monkeypatch.setattr(module, "MOST_SEQUENCES", 0)
+    monkeypatch.setattr(module, "MOST_ROWS", 0)
     plain, _ = decode(decoder, "int8", [17], 3)
     assert torch.equal(torch.stack(recorded), torch.stack(plain))
     assert torch.equal(torch.stack(more), torch.stack(plain))

@@ -109,3 +109,35 @@ def test_no_more_than_max_running_hold_pages(cache: LatentCache):
     assert go(scheduler, 100) == {0: 1, 1: 1}
     scheduler.remove(scheduler.running[0])
     assert set(go(scheduler, 100)) == {1, 2}
+
+
+def test_a_draft_gets_the_pages_that_are_free_and_is_no_longer_than_they_are():
+    cache = cache_for(tiny_decoder("mla"), 3)
+    scheduler = Scheduler(cache)
+    first, second = Sequence(0, [1] * 7), Sequence(1, [2] * 7)
+    for sequence in (first, second):
+        scheduler.add(sequence)
+    go(scheduler, 2 * FAIR_SHARE)
+    assert scheduler.room_for_draft(first, 0) == 0
+    assert len(first.pages) == 1
+    assert scheduler.room_for_draft(first, 4) == 4
+    assert len(first.pages) == 2
+    assert scheduler.room_for_draft(second, 4) == 0
+    scheduler.remove(first)
+    assert scheduler.room_for_draft(second, 20) == 16
+    assert cache.pool.free_pages == 0
+
+
+def test_nobody_drafts_while_a_prompt_could_be_read(cache: LatentCache):
+    scheduler = Scheduler(cache)
+    scheduler.add(Sequence(0, [1]))
+    go(scheduler, 100)
+    scheduler.add(Sequence(1, [2] * 60))
+    go(scheduler, 16)
+    sequence = scheduler.running[0]
+    assert scheduler.room_for_draft(sequence, 4) == 0
+    sequence.draft = [5, 6]
+    assert go(scheduler, 16) == {0: 1, 1: 15}
+    while not scheduler.running[1].decodes:
+        go(scheduler, 16)
+    assert scheduler.room_for_draft(sequence, 4) == 4

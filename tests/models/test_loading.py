@@ -12,10 +12,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Mistral4ForCausalLM
 from transformers.modeling_layers import MtpModel
 
+from latentkv.cache import LatentCache
 from latentkv.errors import CheckpointError
+from latentkv.models.batch import Batch
 from latentkv.models.config_reader import read_config
 from latentkv.models.decoder import Decoder
 from latentkv.models.loading import load_model, save_pretrained
+from latentkv.models.mla import Form
 
 IDS = torch.randint(3, VOCAB, (2, 24), generator=torch.Generator().manual_seed(3))
 BY_NAME = {case.name: case for case in CASES}
@@ -53,6 +56,25 @@ def test_a_saved_checkpoint_gives_the_same_logits_in_transformers(name: str, tmp
     assert float((ours - expected).abs().max() / expected.abs().max()) <= 1e-4
 
 
+@torch.inference_mode()
+def paged_mtp(decoder: Decoder, cut: int, form: Form | None) -> torch.Tensor:
+    """The module's hidden states by way of a cache, read in two steps."""
+    cache = LatentCache(decoder.config.planes("fp32", num_mtp_layers=1), 8, page_size=8)
+    pages = [[3, 0, 5], [1, 7, 2]]
+
+    def batch(first: int, last: int, kv_start: int = 0) -> Batch:
+        return Batch.build(IDS[:, first:last].tolist(), [first] * 2, pages, page_size=8, kv_start=kv_start)
+
+    last = IDS.shape[1] - 1
+    states = decoder(batch(0, last), cache).unflatten(0, (2, last))
+    hidden: list[torch.Tensor] = []
+    for begin, end in ((1, cut), (cut, last + 1)):
+        own = batch(begin, end, kv_start=1)
+        inputs = decoder.mtp_inputs(states[:, begin - 1 : end - 1].flatten(0, 1), own)
+        hidden.append(decoder.run_mtp(*inputs, own, cache, form=form).unflatten(0, (2, end - begin)))
+    return torch.cat(hidden, dim=1)
+
+
 def test_mtp_modules_give_the_hidden_states_of_transformers(tmp_path: Path) -> None:
     decoder = with_mtp(tmp_path)
     main = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, attn_implementation="eager").eval()
@@ -67,6 +89,10 @@ def test_mtp_modules_give_the_hidden_states_of_transformers(tmp_path: Path) -> N
             0, main.model(IDS[:, :-1]).last_hidden_state, positions, None, input_ids=IDS[:, 1:]
         )
     assert float((ours - theirs).abs().max() / theirs.abs().max()) <= 1e-4
+    for cut in (2, 9, 20):
+        for form in ("absorbed", "expanded", None):
+            paged = paged_mtp(decoder, cut, form)
+            assert float((paged - theirs).abs().max() / theirs.abs().max()) <= 1e-4, (cut, form)
 
 
 def test_mtp_modules_survive_a_round_trip(tmp_path: Path) -> None:

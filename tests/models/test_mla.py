@@ -126,9 +126,16 @@ def test_the_cheaper_form_changes_at_171_new_tokens_of_a_long_context() -> None:
 
 
 def test_chunks_cover_every_token_once_and_never_cross_the_first_new_one() -> None:
-    for past, total, chunk in [(0, 5, 8), (16, 17, 8), (13, 40, 8), (0, 64, 64)]:
-        bounds = chunk_bounds(past, total, chunk)
-        assert [t for begin, end in bounds for t in range(begin, end)] == list(range(total))
+    for first, past, total, chunk in [
+        (0, 0, 5, 8),
+        (0, 16, 17, 8),
+        (0, 13, 40, 8),
+        (0, 0, 64, 64),
+        (1, 1, 9, 4),
+        (1, 18, 20, 8),
+    ]:
+        bounds = chunk_bounds(first, past, total, chunk)
+        assert [t for begin, end in bounds for t in range(begin, end)] == list(range(first, total))
         assert all(end - begin <= chunk and not begin < past < end for begin, end in bounds)
 
 

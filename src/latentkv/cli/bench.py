@@ -10,6 +10,7 @@ import typer
 from latentkv.cli.bench_model import make_model, model
 from latentkv.cli.bench_options import Contexts, JsonFile, KVDtype, Repeats, Threads, numbers, require_folder, save
 from latentkv.cli.bench_serve import serve
+from latentkv.cli.bench_speculation import speculation
 from latentkv.cli.terminal import console
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ bench_app = typer.Typer(no_args_is_help=True, help="Measure attention, models, s
 bench_app.command()(model)
 bench_app.command("make-model")(make_model)
 bench_app.command()(serve)
+bench_app.command()(speculation)
 
 
 @bench_app.command()

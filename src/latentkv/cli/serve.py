@@ -56,8 +56,11 @@ def serve(
         str | None, typer.Option(help="How the model writes tool calls.", show_default="as its template tells")
     ] = None,
     speculate: Annotated[
-        int, typer.Option(min=0, max=16, help="Draft so many tokens from the text so far; the answers stay the same.")
+        int, typer.Option(min=0, max=16, help="Draft so many tokens where that is faster; the answers stay the same.")
     ] = 0,
+    draft: Annotated[
+        str, typer.Option(help="What drafts: ngram (the text so far), mtp (the model's module for it), auto (both).")
+    ] = "auto",
     max_running: Annotated[int, typer.Option(min=1, max=1024, help="Requests in a step at most.")] = 64,
     max_open: Annotated[
         int, typer.Option(min=1, max=65536, help="Requests under way and waiting; more get 429.")
@@ -91,7 +94,7 @@ def serve(
         )
     listening = bind(host, port)
     choice = ModelChoice(model, device, dtype, weights, kv_dtype, int8_products, max_context, kv_cache_bytes)
-    llm = choice.load(max_running=max_running, speculate=speculate, step_seconds=STEP_SECONDS)
+    llm = choice.load(max_running=max_running, speculate=speculate, draft=draft, step_seconds=STEP_SECONDS)
     shown = name or (Path(model).name if model and Path(model).is_dir() else model) or "latentkv"
     server = make_server(llm, shown, settings, tool_format=tool_format)
     out = console(stderr=True)

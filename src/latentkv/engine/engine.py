@@ -15,7 +15,7 @@ from torch import Tensor
 
 from latentkv.cache import LatentCache
 from latentkv.engine.constraint import ConstraintState, blocked_tokens
-from latentkv.engine.drafts import Drafter
+from latentkv.engine.drafts import Drafter, Wish
 from latentkv.engine.pace import Pace
 from latentkv.engine.request import Request
 from latentkv.engine.runner import PREFILL_CHUNK, Runner
@@ -77,6 +77,7 @@ class Engine:
         step_seconds: time that one step takes, about: steps read fewer tokens where more would take longer.
         max_running: requests that take part in steps at once; the others wait.
         drafter: proposes tokens that the model checks several at once; the result is the same, sooner.
+        most_drafted: tokens of a draft.
 
     Attributes:
         runner: for reading texts beside the requests.
@@ -93,12 +94,14 @@ class Engine:
         step_seconds: float | None = None,
         max_running: int = MAX_RUNNING,
         drafter: Drafter | None = None,
+        most_drafted: int = 4,
     ) -> None:
         self.cache = cache
         self.runner = Runner(decoder, cache)
         self.eos_ids = frozenset(eos_ids)
         self._pace = Pace(step_tokens, step_seconds)
         self._drafter = drafter
+        self._most_drafted = most_drafted
         self._scheduler = Scheduler(cache, max_running=max_running)
         self.counters = self._scheduler.counters
         self._jobs: dict[int, _Job] = {}
@@ -194,11 +197,14 @@ class Engine:
     def _read(self, shares: SequenceOf[Share]) -> list[Event]:
         """Read every share, and choose the next tokens of the sequences that have no unread token left."""
         sequences, counts = [sequence for sequence, _ in shares], [tokens for _, tokens in shares]
+        drafted, cached = [len(each.draft) for each in sequences], [each.num_cached for each in sequences]
         self.counters.steps += 1
         self.counters.read_tokens += sum(counts)
-        self.counters.drafted_tokens += sum(len(sequence.draft) for sequence in sequences)
+        self.counters.drafted_tokens += sum(drafted)
+        began = time.perf_counter()
         hidden = self.runner.read(sequences, counts)
-        for sequence, own in zip(sequences, hidden.split(counts), strict=True):
+        states = hidden.split(counts)
+        for sequence, own in zip(sequences, states, strict=True):
             self._score_prompt(sequence, own)
         ends = dict(zip(sequences, accumulate(counts), strict=True))
         asked = sorted((each for each in sequences if each.num_uncached <= 0), key=lambda each: each.index)
@@ -209,6 +215,15 @@ class Engine:
             logits = self.runner.logits(hidden[rows]).split([1 + len(each.draft) for each in asked])
             for sequence, own in zip(asked, logits, strict=True):
                 events += self._choose(sequence, own)
+        if self._drafter:
+            seconds = time.perf_counter() - began
+            ended = {event.index for event in events if event.finish_reason}
+            wishes = [
+                self._wish(sequence, own[: sequence.num_cached - start], checked, ended=sequence.index in ended)
+                for sequence, own, start, checked in zip(sequences, states, cached, drafted, strict=True)
+            ]
+            for wish, draft in zip(wishes, self._drafter.propose(wishes, seconds), strict=True):
+                wish.sequence.draft = draft
         self._scheduler.have_read(sequences)
         return events
 
@@ -275,23 +290,41 @@ class Engine:
         sequence.num_cached = len(sequence.tokens) - 1
         self.counters.generated_tokens += len(events)
         self.counters.accepted_tokens += len(events) - 1
-        if self._drafter and not events[-1].finish_reason:
-            left = job.request.max_new_tokens - (len(sequence.tokens) - len(job.request.prompt_token_ids))
-            sequence.draft = self._drafter.propose(sequence)[: left - 1]
         return events
+
+    def _wish(self, sequence: Sequence, hidden: Tensor, drafted: int, *, ended: bool) -> Wish:
+        """What is to be drafted for a sequence after a step that has read tokens of states `hidden`."""
+        job, most = self._jobs[sequence.index], 0
+        if sequence.decodes and not ended:
+            left = job.request.max_new_tokens - (len(sequence.tokens) - len(job.request.prompt_token_ids))
+            most = self._scheduler.room_for_draft(sequence, min(self._most_drafted, left - 1))
+        return Wish(
+            sequence,
+            hidden,
+            most,
+            choose=lambda draft, logits: self._sample(job, [*sequence.tokens, *draft], logits),
+            drafted=drafted,
+            accepted=len(hidden) - 1 if drafted else 0,
+        )
+
+    def _sample(self, job: _Job, tokens: list[int], logits: Tensor, blocked: Tensor | None = None) -> int:
+        request = job.request
+        prompt_len = len(request.prompt_token_ids)
+        return sample(
+            logits,
+            request.params,
+            seed=request.seed,
+            tokens=tokens,
+            prompt_len=prompt_len,
+            end_ids=job.end_ids,
+            blocked=blocked,
+        )
 
     def _choose_one(self, job: _Job, logits: Tensor) -> Event:
         params, tokens, state = job.request.params, job.sequence.tokens, job.state
         prompt_len = len(job.request.prompt_token_ids)
-        token = sample(
-            logits,
-            params,
-            seed=job.request.seed,
-            tokens=tokens,
-            prompt_len=prompt_len,
-            end_ids=job.end_ids,
-            blocked=None if state is None else blocked_tokens(state, job.end_ids, logits.device),
-        )
+        blocked = None if state is None else blocked_tokens(state, job.end_ids, logits.device)
+        token = self._sample(job, tokens, logits, blocked)
         tokens.append(token)
         logprobs = None if params.logprobs is None else token_logprobs(logits[None], [token], params.logprobs)[0]
         reason: FinishReason | None = None

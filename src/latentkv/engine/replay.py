@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from typing import Protocol
 
 from torch import Tensor
 
 from latentkv.cache import LatentCache
 from latentkv.models.batch import Batch
-from latentkv.models.decoder import Decoder
+from latentkv.models.mla import Form
 from latentkv.models.rope import Rotary
 from latentkv.ops.native.core import current_isa
 from latentkv.ops.native.recording import NotRecordableError, Recording
 
-MOST_SEQUENCES = 8
-"""Larger steps are not recorded: each recording keeps its intermediates, some 70 kB a sequence and layer of V2-Lite."""
+MOST_ROWS = 8
+"""Larger steps are not recorded: each recording keeps its intermediates, some 70 kB a row and layer of V2-Lite."""
+
+
+class Layers(Protocol):
+    """What is recorded: `Decoder.run_layers` or `Decoder.run_mtp`."""
+
+    def __call__(
+        self, x: Tensor, positions: Rotary, batch: Batch, cache: LatentCache, *, form: Form | None = None
+    ) -> Tensor:
+        """Final hidden states."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -29,30 +41,39 @@ class _Step:
 
 
 class Replay:
-    """Runs steps in which every sequence reads one token.
+    """Runs steps in which every sequence reads one token, or a few.
+
+    Latent attention is computed in its absorbed form, whatever a step would choose.
 
     Args:
-        decoder: packed, on the CPU; its weights must stay where they are.
+        layers: of a packed decoder; its weights must stay where they are.
         cache: that the steps read and write.
+        why_not: why steps are not to be recorded at all, as a clause.
 
     Attributes:
-        why_not: why steps of this model are not recorded, as a clause; None while they are.
+        why_not: as given, or what recording has found out; None while steps are recorded.
     """
 
-    def __init__(self, decoder: Decoder, cache: LatentCache) -> None:
-        self.decoder = decoder
+    def __init__(self, layers: Layers, cache: LatentCache, why_not: str | None = None) -> None:
+        self.layers = layers
         self.cache = cache
-        self.why_not: str | None = None if decoder.model.norm.weight.is_cpu else "the model is not on the CPU"
-        self._steps: dict[tuple[int, str], _Step] = {}
+        self.why_not = why_not
+        self._steps: dict[tuple[int, int, str], _Step] = {}
 
-    def hidden(self, batch: Batch) -> Tensor | None:
-        """Final hidden states [B, hidden] of a batch of one token each, or None where it cannot be recorded."""
-        if self.why_not is not None or len(batch.query_lens) > MOST_SEQUENCES or max(batch.query_lens) > 1:
+    def hidden(self, batch: Batch, inputs: Callable[[Batch], tuple[Tensor, Rotary]]) -> Tensor | None:
+        """Final hidden states [T, hidden] of a small batch, or None where it cannot be recorded.
+
+        Args:
+            batch: new tokens of some sequences.
+            inputs: what the layers read of it; called only where that is needed.
+        """
+        rows, isa = sum(batch.query_lens), current_isa()
+        if self.why_not is not None or rows > MOST_ROWS or isa == "torch":
             return None
-        if current_isa() == "torch" or min(batch.kv_lens) == 1:  # a first token takes the expanded form
+        if min(batch.kv_lens) == 1:  # a first token takes the expanded form
             return None
-        x, positions = self.decoder.inputs(batch)
-        key = len(batch.query_lens), current_isa()
+        x, positions = inputs(batch)
+        key = len(batch.query_lens), rows, isa
         step = self._steps.get(key)
         if step is None:
             step = self._record(x, positions, batch)
@@ -74,7 +95,7 @@ class Replay:
         recording = Recording()
         try:
             with recording.record():
-                hidden = self.decoder.run_layers(x, positions, own, self.cache, form="absorbed")
+                hidden = self.layers(x, positions, own, self.cache, form="absorbed")
         except NotRecordableError as error:
             self.why_not = str(error)
             return None
@@ -85,6 +106,7 @@ class Replay:
         step.x.copy_(x)
         step.positions.cos.copy_(positions.cos)
         step.positions.sin.copy_(positions.sin)
+        own.q_start.copy_(batch.q_start)
         own.slots.copy_(batch.slots)
         own.stop.copy_(batch.stop)
         own.block_table[:, : batch.block_table.shape[1]] = batch.block_table

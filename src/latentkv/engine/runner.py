@@ -16,6 +16,7 @@ from latentkv.engine.sequence import Sequence
 from latentkv.errors import CheckpointError
 from latentkv.models.batch import Batch
 from latentkv.models.decoder import Decoder
+from latentkv.models.mla import Form
 
 PREFILL_CHUNK = 2048
 """Tokens that one step reads at most: it bounds the memory of a step, whatever the prompt."""
@@ -36,7 +37,7 @@ class Runner:
         self.decoder = decoder
         self.cache = cache
         self.device = next(decoder.parameters()).device
-        self.replay = Replay(decoder, cache)
+        self.replay = Replay(decoder.run_layers, cache, why_not_recorded(decoder))
 
     @contextmanager
     def sequences(self, tokens: SequenceOf[SequenceOf[int]]) -> Generator[list[Sequence]]:
@@ -66,9 +67,13 @@ class Runner:
             page_size=self.cache.page_size,
             device=self.device,
         )
-        hidden = self.replay.hidden(batch)
+        # Drafts are checked in the form in which tokens are decoded one by one: they give the same bits.
+        form: Form | None = "absorbed" if any(sequence.draft for sequence in sequences) else None
+        hidden = None
+        if form == "absorbed" or max(batch.query_lens) == 1:
+            hidden = self.replay.hidden(batch, self.decoder.inputs)
         if hidden is None:
-            hidden = self.decoder(batch, self.cache)
+            hidden = self.decoder(batch, self.cache, form=form)
         for sequence, count in zip(sequences, counts, strict=True):
             sequence.num_cached += count
         return hidden
@@ -94,6 +99,11 @@ class Runner:
         for start in range(0, len(hidden), size):
             rows = slice(start, min(start + size, len(hidden)))
             yield rows, self.logits(hidden[rows])
+
+
+def why_not_recorded(decoder: Decoder) -> str | None:
+    """Why no step of a decoder can be recorded, as a clause; None where it can be tried."""
+    return None if decoder.model.norm.weight.is_cpu else "the model is not on the CPU"
 
 
 def share_out(sequences: SequenceOf[Sequence], limit: int) -> tuple[list[Sequence], list[int]]:

@@ -65,7 +65,7 @@ class Scheduler:
         prompts = [sequence for sequence in self.running if not sequence.decodes]
         left = max(budget - len(decoding), 1)
         for sequence in decoding:
-            self._cut_draft(sequence, 0 if prompts else left)
+            sequence.draft = sequence.draft[: 0 if prompts else left]
             left -= len(sequence.draft)
         prompts = prompts[: max(left // FAIR_SHARE, 1)]
         shares: dict[Sequence, int] = {}
@@ -74,6 +74,18 @@ class Scheduler:
             left -= shares[sequence]
         decodes = [(sequence, 1 + len(sequence.draft)) for sequence in decoding]
         return decodes + [(sequence, shares[sequence]) for sequence in prompts if shares[sequence]]
+
+    def room_for_draft(self, sequence: Sequence, most: int) -> int:
+        """How many tokens, at most so many, can be drafted after the newest one of a running sequence.
+
+        It gets the pages for them as far as there are free ones; none while a prompt could be read instead.
+        """
+        if not all(each.decodes for each in self.running):
+            return 0
+        missing = self._cache.pages_for(sequence.num_cached + 1 + most) - len(sequence.pages)
+        sequence.pages += self._cache.pool.allocate(max(min(missing, self._cache.pool.free_pages), 0))
+        room = len(sequence.pages) * self._cache.page_size - sequence.num_cached - 1
+        return max(min(room, most), 0)
 
     def have_read(self, sequences: list[Sequence]) -> None:
         """Make the pages that `sequences` have filled findable."""
@@ -137,14 +149,6 @@ class Scheduler:
     def _needs_page(self, sequence: Sequence) -> bool:
         return sequence.num_cached == len(sequence.pages) * self._cache.page_size
 
-    def _cut_draft(self, sequence: Sequence, most: int) -> None:
-        """Leave of the draft at most so many tokens, and none for which there is no page."""
-        sequence.draft = sequence.draft[:most]
-        missing = self._cache.pages_for(sequence.num_cached + 1 + len(sequence.draft)) - len(sequence.pages)
-        sequence.pages += self._cache.pool.allocate(max(min(missing, self._cache.pool.free_pages), 0))
-        room = len(sequence.pages) * self._cache.page_size - sequence.num_cached - 1
-        sequence.draft = sequence.draft[:room]
-
     def _preempt(self, sequence: Sequence) -> None:
         self.counters.preemptions += 1
         self.running.remove(sequence)
@@ -155,6 +159,7 @@ class Scheduler:
         self._cache.pool.free(reversed(sequence.pages))  # of pages worth keeping the last goes first
         sequence.pages, sequence.num_cached, sequence.draft = [], 0, []
         sequence.num_known, sequence.last_known = 0, None
+        sequence.num_mtp_cached, sequence.states = 0, []
 
 
 def _age(sequence: Sequence) -> int:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
 from latentkv.cache import KnownPage
 
 
@@ -20,6 +22,8 @@ class Sequence:
         salt: whose prefixes it shares; texts of different salts share nothing. None: it shares with nobody.
         num_known: its first pages that other sequences can find.
         last_known: what they find as the last of those.
+        num_mtp_cached: the MTP module's cache holds the tokens before this one; 0 until it has read any.
+        states: hidden states that the MTP module has not read yet, the first of the token before that one.
     """
 
     index: int
@@ -30,6 +34,8 @@ class Sequence:
     salt: str | None = ""
     num_known: int = 0
     last_known: KnownPage | None = None
+    num_mtp_cached: int = 0
+    states: list[Tensor] = field(default_factory=list[Tensor])
 
     @property
     def num_uncached(self) -> int:

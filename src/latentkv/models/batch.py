@@ -23,6 +23,8 @@ class Batch:
         stop: [T] int32; row t reads the cached tokens s < stop[t] of its sequence (its own token included).
         query_lens: new tokens of each sequence, known to the host.
         kv_lens: cached tokens of each sequence after this step's are written, known to the host.
+        kv_start: cached tokens before this one, which are none of the new ones, are not read; known to the host.
+        start: [T] int32, `kv_start` for each row; None where it is 0.
     """
 
     input_ids: Tensor
@@ -33,6 +35,8 @@ class Batch:
     stop: Tensor
     query_lens: tuple[int, ...]
     kv_lens: tuple[int, ...]
+    kv_start: int = 0
+    start: Tensor | None = None
 
     @classmethod
     def build(
@@ -43,6 +47,7 @@ class Batch:
         *,
         page_size: int,
         device: torch.device | str = "cpu",
+        kv_start: int = 0,
     ) -> Batch:
         """Lay out one step.
 
@@ -52,6 +57,7 @@ class Batch:
             pages: the pages of each sequence, enough for its past and its new tokens.
             page_size: tokens a page.
             device: where the model runs.
+            kv_start: cached tokens before this one are not read.
         """
         query_lens = tuple(len(new) for new in tokens)
         kv_lens = tuple(start + n for start, n in zip(starts, query_lens, strict=True))
@@ -74,6 +80,8 @@ class Batch:
             stop=torch.tensor([p + 1 for p in positions], dtype=torch.int32, device=device),
             query_lens=query_lens,
             kv_lens=kv_lens,
+            kv_start=kv_start,
+            start=torch.full((len(positions),), kv_start, dtype=torch.int32, device=device) if kv_start else None,
         )
 
     def part(self, first: int, last: int) -> tuple[Batch, slice]:
@@ -89,5 +97,7 @@ class Batch:
             stop=self.stop[rows],
             query_lens=self.query_lens[first:last],
             kv_lens=self.kv_lens[first:last],
+            kv_start=self.kv_start,
+            start=None if self.start is None else self.start[rows],
         )
         return part, rows

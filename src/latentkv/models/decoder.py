@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -104,8 +104,11 @@ class MTPModule(nn.Module):
 
     def forward(self, hidden: Tensor, embedding: Tensor, positions: Rotary) -> Tensor:
         """Hidden states of tokens i and embeddings of tokens i + 1, [B, S, hidden] -> hidden states for i + 2."""
-        joined = self.eh_proj(torch.cat([self.enorm(embedding), self.hnorm(hidden)], dim=-1))
-        return self.norm(self.layer(joined, positions))
+        return self.norm(self.layer(self.eh_proj(self.join(hidden, embedding)), positions))
+
+    def join(self, hidden: Tensor, embedding: Tensor) -> Tensor:
+        """What the module reads: [..., hidden] of both -> [..., 2 hidden]."""
+        return torch.cat([self.enorm(embedding), self.hnorm(hidden)], dim=-1)
 
 
 class Trunk(nn.Module):
@@ -201,6 +204,40 @@ class Decoder(nn.Module):
         # The module's inputs are shifted: row i stands for token i + index + 1, and is rotated as such.
         tokens = torch.arange(next_ids.shape[1], device=next_ids.device)[None] + index + 1
         return self.mtp[index](hidden, self.embed(next_ids), self._rotary(tokens))
+
+    def mtp_inputs(self, hidden: Tensor, batch: Batch) -> tuple[Tensor, Rotary]:
+        """What `run_mtp` reads: [T, 2 hidden], and rotary angles.
+
+        Args:
+            hidden: [T, hidden] final hidden states of the tokens before those of `batch`.
+            batch: the tokens that follow them. A sequence's first token follows none: no row stands for it, and
+                `kv_start` is 1.
+        """
+        x, positions = self.inputs(batch)
+        return self._mtp_module.join(hidden, x), positions
+
+    def run_mtp(
+        self, x: Tensor, positions: Rotary, batch: Batch, cache: LatentCache, *, form: Form | None = None
+    ) -> Tensor:
+        """One step of the first MTP module over the paged cache, whose layer after the model's own is the module's.
+
+        Args:
+            x: what `mtp_inputs` gives.
+            positions: likewise.
+            batch: where its tokens belong: the state of a token lies in the slot of that token.
+            cache: read and written in place.
+            form: as in `forward`.
+
+        Returns:
+            [T, hidden], to be given to `logits`: what follows each of the tokens.
+        """
+        module = self._mtp_module
+        pages = cache.layer(self.config.num_layers)
+        return module.norm(module.layer(module.eh_proj(x), positions, batch, pages, cache, form))
+
+    @property
+    def _mtp_module(self) -> MTPModule:
+        return cast(MTPModule, self.mtp[0])
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """Ids [...] -> scaled embeddings [..., hidden]."""

@@ -86,7 +86,9 @@ class GroupedQueryAttention(nn.Module):
         q, k, v = self._project(x, positions)
         # A key and its value lie beside each other, as a latent and its rotated key do.
         ops.write_latents(pages.flatten(2), batch.slots, k.flatten(-2), v.flatten(-2))
-        start = None if self.sliding_window is None else (batch.stop - self.sliding_window).clamp(min=0)
+        start = batch.start
+        if self.sliding_window is not None:
+            start = (batch.stop - self.sliding_window).clamp(min=batch.kv_start)
         out, _ = ops.gqa_attend(q, pages, batch.block_table, batch.q_start, batch.stop, scale=self.scale, start=start)
         return self.o_proj(out.flatten(-2), residual)
 

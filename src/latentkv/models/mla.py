@@ -167,14 +167,14 @@ class MultiHeadLatentAttention(nn.Module):
             kv_format=kv_format,
         )
         forms = [form or choose_form(self.config, n, kv) for n, kv in zip(batch.query_lens, batch.kv_lens, strict=True)]
-        if all(chosen == "absorbed" for chosen in forms) and len({n == 1 for n in batch.query_lens}) == 1:
+        kinds = [(chosen, self.int8_products and n == 1) for chosen, n in zip(forms, batch.query_lens, strict=True)]
+        if len(set(kinds)) == 1 and forms[0] == "absorbed":
             q = self._absorb_and_rotate(q_nope, q_rope, positions)
             return self._output(self._attend_absorbed(q, batch, pages, kv_format), residual)
         q_rope = self._rotate(q_rope, positions)
         outputs: list[Tensor] = []
-        for first, last in runs([(chosen, n == 1) for chosen, n in zip(forms, batch.query_lens, strict=True)]):
-            chosen = forms[first]
-            if chosen == "absorbed":
+        for first, last in runs(kinds):
+            if forms[first] == "absorbed":
                 part, rows = batch.part(first, last)
                 outputs.append(self._attend_absorbed(self._absorb(q_nope[rows], q_rope[rows]), part, pages, kv_format))
                 continue
@@ -269,6 +269,7 @@ class MultiHeadLatentAttention(nn.Module):
             latent_dim=self.config.kv_lora_rank,
             scale=self.scale,
             kv_format=kv_format,
+            start=batch.start,
             # Decoding only: else a prompt's numbers would change with where it is cut.
             int8_products=self.int8_products and max(batch.query_lens) == 1,
         )
@@ -287,7 +288,7 @@ class MultiHeadLatentAttention(nn.Module):
         past = total - batch.query_lens[0]
         parts: Iterator[tuple[slice, tuple[Tensor, Tensor]]] = (
             self._attend_chunk(q, batch.block_table[0], pages, begin, end, past, kv_format)
-            for begin, end in chunk_bounds(past, total, self.expand_chunk)
+            for begin, end in chunk_bounds(batch.kv_start, past, total, self.expand_chunk)
         )
         _, (out, lse) = next(parts)  # every row sees something of the first chunk
         for rows, part in parts:
@@ -344,7 +345,7 @@ def runs(keys: Sequence[object]) -> list[tuple[int, int]]:
     return list(zip(starts, [*starts[1:], len(keys)], strict=True))
 
 
-def chunk_bounds(past: int, total: int, chunk: int) -> list[tuple[int, int]]:
-    """Cut the cached tokens 0 .. total-1 into runs of at most `chunk`; no run crosses the first new token."""
-    bounds = [(begin, min(begin + chunk, past)) for begin in range(0, past, chunk)]
+def chunk_bounds(first: int, past: int, total: int, chunk: int) -> list[tuple[int, int]]:
+    """Cut the cached tokens first .. total-1 into runs of at most `chunk`; none crosses the first new token, `past`."""
+    bounds = [(begin, min(begin + chunk, past)) for begin in range(first, past, chunk)]
     return bounds + [(begin, min(begin + chunk, total)) for begin in range(past, total, chunk)]
