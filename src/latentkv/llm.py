@@ -14,7 +14,8 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
-from latentkv.cache import KVFormat, LatentCache
+from latentkv.cache import KVFormat, LatentCache, PageStore, StoreFolder
+from latentkv.checkpoint.identity import weights_digest
 from latentkv.checkpoint.source import resolve_model
 from latentkv.completion import Completion, Piece, TextOutput, best_of, join_pieces, pieces_of
 from latentkv.engine import Engine, Request, SamplingParams
@@ -26,6 +27,7 @@ from latentkv.engine.scoring import sequence_logits, text_nats
 from latentkv.errors import ConfigError, RequestError
 from latentkv.models.config import MLAConfig, ModelConfig
 from latentkv.models.config_reader import read_config
+from latentkv.models.fingerprint import model_fingerprint
 from latentkv.models.loading import load_model, stored_dtype
 from latentkv.models.mla import MultiHeadLatentAttention
 from latentkv.models.packing import choose_packing
@@ -38,6 +40,9 @@ __all__ = ["LLM", "Completion", "Perplexity", "Piece"]
 
 Prompt = str | Sequence[int]
 DType = Literal["fp32", "bf16", "fp16"]
+
+CACHE_DIR_BYTES = 10 << 30
+"""That the files in a `cache_dir` may take."""
 
 EMBEDDED_MODEL = Path(__file__).parent / "assets" / "default"
 
@@ -92,6 +97,9 @@ class LLM:
         speculate: draft so many tokens from the text so far, and check them in one step: the answers are the same, and
             come sooner where they repeat their prompt; 0 drafts none.
         step_seconds: time that one step should take, about; None: as long as it takes.
+        cache_dir: a folder where the state of prompts is kept beyond memory and beyond this process, as
+            docs/offload.md tells; None keeps it in memory alone. It holds what was prompted: keep it private.
+        cache_dir_bytes: that the files in it may take.
 
     Attributes:
         folder: where the model was read from.
@@ -101,12 +109,13 @@ class LLM:
         cache: the paged cache; `cache.bytes_per_token` counts all layers, `cache.allocated_bytes` what is taken.
         max_context: as asked, or the model's.
         engine: what requests go through.
+        store: what `cache_dir` holds, if there is one.
 
     Raises:
         ConfigError: there is no such model, or it cannot be run as asked.
         CheckpointError: its weights are missing or damaged.
         TokenizerError: its tokenizer cannot be read or does not match it.
-        CacheError: the cache does not fit.
+        CacheError: the cache does not fit, or `cache_dir` cannot be used.
     """
 
     def __init__(
@@ -123,8 +132,11 @@ class LLM:
         max_running: int = MAX_RUNNING,
         speculate: int = 0,
         step_seconds: float | None = None,
+        cache_dir: str | Path | None = None,
+        cache_dir_bytes: int = CACHE_DIR_BYTES,
     ) -> None:
         weights_dtype, device = _as_dtype(dtype), _as_device(device)
+        folder = None if cache_dir is None else StoreFolder(Path(cache_dir).expanduser())
         self.folder = _embedded_model() if model is None else resolve_model(model)
         config = read_config(self.folder)
         if int8_products:
@@ -133,12 +145,9 @@ class LLM:
             raise ConfigError("int8_products and speculate exclude each other: a draft is checked in exact products.")
         self.max_context = _context(max_context, config)
         self.tokenizer = _load_tokenizer(self.folder, config)
+        packing = choose_packing(weights, weights_dtype or stored_dtype(config), device)
         self.decoder = load_model(
-            self.folder,
-            dtype=weights_dtype,
-            device=device,
-            max_context=self.max_context,
-            packing=choose_packing(weights, weights_dtype or stored_dtype(config), device),
+            self.folder, dtype=weights_dtype, device=device, max_context=self.max_context, packing=packing
         )
         self.config: ModelConfig = self.decoder.config
         if int8_products:
@@ -149,6 +158,11 @@ class LLM:
         if kv_cache_bytes is None:
             kv_cache_bytes = default_cache_bytes(planes, self.max_context, free_memory(device))
         self.cache = LatentCache.sized(planes, kv_cache_bytes, device=device)
+        self.store: PageStore | None = None
+        if folder:
+            weights_bytes = weights_digest(self.folder, folder.path / "weights.json")
+            fingerprint = model_fingerprint(self.decoder, weights_bytes, packing=packing, int8_products=int8_products)
+            self.store = PageStore(folder, cache_dir_bytes, fingerprint, self.cache)
         eos_ids = set(self.config.eos_token_ids) | set(self.tokenizer.eos_ids if self.tokenizer else ())
         self.engine = Engine(
             self.decoder,
@@ -157,6 +171,7 @@ class LLM:
             step_seconds=step_seconds,
             max_running=max_running,
             drafter=NGramDrafter(speculate) if speculate else None,
+            store=self.store,
         )
 
     def generate(
@@ -295,6 +310,12 @@ class LLM:
         )
         tokens, num_bytes = len(ids) - 1, len(text.encode())
         return Perplexity(math.exp(nats / tokens), nats / (math.log(2) * num_bytes), nats, tokens, num_bytes)
+
+    def close(self) -> None:
+        """Write what still waits to go into `cache_dir`, and let another process write there. The end of the program
+        does so too.
+        """
+        self.engine.close()
 
     def _run(self, requests: list[Request]) -> abc.Generator[tuple[int, Piece]]:
         outputs = [TextOutput(self.tokenizer, request) for request in requests]

@@ -10,6 +10,8 @@ import typer
 
 from latentkv.cli.options import (
     CacheBytesOption,
+    CacheDirBytesOption,
+    CacheDirOption,
     DeviceOption,
     DtypeOption,
     Int8ProductsOption,
@@ -18,6 +20,7 @@ from latentkv.cli.options import (
     ModelChoice,
     WeightsOption,
     cache_summary,
+    store_summary,
 )
 from latentkv.cli.terminal import console
 from latentkv.errors import ConfigError
@@ -52,6 +55,8 @@ def serve(
     device: DeviceOption = "cpu",
     max_context: MaxContextOption = None,
     kv_cache_bytes: CacheBytesOption = None,
+    cache_dir: CacheDirOption = None,
+    cache_dir_bytes: CacheDirBytesOption = None,
     speculate: Annotated[
         int, typer.Option(min=0, max=16, help="Draft so many tokens from the text so far; the answers stay the same.")
     ] = 0,
@@ -87,11 +92,17 @@ def serve(
             "or say --allow-anyone."
         )
     listening = bind(host, port)
-    choice = ModelChoice(model, device, dtype, weights, kv_dtype, int8_products, max_context, kv_cache_bytes)
+    choice = ModelChoice(
+        *(model, device, dtype, weights, kv_dtype, int8_products, max_context, kv_cache_bytes),
+        cache_dir=cache_dir,
+        cache_dir_bytes=cache_dir_bytes,
+    )
     llm = choice.load(max_running=max_running, speculate=speculate, step_seconds=STEP_SECONDS)
     shown = name or (Path(model).name if model and Path(model).is_dir() else model) or "latentkv"
     out = console(stderr=True)
     address = f"http://{host}:{listening.getsockname()[1]}"
     out.print(f"Serving {shown} on {address} - chat page at {address}/, API at {address}/v1", highlight=False)
     out.print(cache_summary(llm), style="dim")
+    if llm.store:
+        out.print(store_summary(llm.store), style="dim")
     raise typer.Exit(serve_forever(listening, llm, shown, settings))
