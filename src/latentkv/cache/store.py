@@ -88,6 +88,10 @@ class PageStore:
         """Where the files lie."""
         return self._folder.path
 
+    def path(self, key: PageKey) -> Path:
+        """The file of a page, if it is stored."""
+        return self.folder / self._name(key)
+
     @property
     def page_size(self) -> int:
         """Tokens a page."""
@@ -221,7 +225,7 @@ class PageStore:
     def _open(self, key: PageKey) -> FileIO | None:
         """The file of a page, which the system begins to read; None where there is none any more."""
         try:
-            file = FileIO(self.folder / self._name(key))
+            file = FileIO(self.path(key))
         except FileNotFoundError:  # another process has removed it
             self._forget(key)
             return None
@@ -246,7 +250,7 @@ class PageStore:
 
     def _remove_damaged(self, key: PageKey, error: DamagedPageError) -> None:
         self._forget(key)
-        path = self.folder / self._name(key)
+        path = self.path(key)
         with suppress(OSError):
             path.unlink(missing_ok=True)
         self.warn_once(
@@ -257,8 +261,7 @@ class PageStore:
         self._forget(key)
         self.warn_once(
             "unreadable",
-            f"{self.folder / self._name(key)} cannot be read ({error.strerror}); "
-            "what unreadable files held is computed again.",
+            f"{self.path(key)} cannot be read ({error.strerror}); what unreadable files held is computed again.",
         )
 
     def _forget(self, key: PageKey) -> None:

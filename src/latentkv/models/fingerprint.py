@@ -13,6 +13,8 @@ from latentkv.models.packing import Packing
 from latentkv.models.rope import attention_factor, inverse_frequencies
 from latentkv.ops.native import core
 
+_PACKAGE = Path(__file__).parent.parent
+
 
 def model_fingerprint(decoder: Decoder, weights: bytes, *, packing: Packing | None, int8_products: bool) -> bytes:
     """SHA-256 of all that decides what the model writes into its cache for a text.
@@ -42,8 +44,7 @@ def model_fingerprint(decoder: Decoder, weights: bytes, *, packing: Packing | No
 
 def _program() -> bytes:
     """SHA-256 of the code that computes: `models`, `ops` and the kernels."""
-    package = Path(__file__).parent.parent
-    files = sorted((package / "models").rglob("*.py")) + sorted((package / "ops").rglob("*.py"))
+    files = sorted((_PACKAGE / "models").rglob("*.py")) + sorted((_PACKAGE / "ops").rglob("*.py"))
     if core.extension is not None:
         files.append(Path(core.extension.__file__))
     return sha256(b"".join(sha256(file.read_bytes()).digest() for file in files)).digest()
