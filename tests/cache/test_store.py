@@ -273,7 +273,7 @@ def test_damage_is_told_once_however_often_it_is_met(cache: LatentCache, tmp_pat
         path.write_bytes(path.read_bytes()[:-1])
     assert [load(own, [key], [1]) for key in keys] == [0] * 5
     (message,) = warnings_of(caplog)
-    assert "is damaged (its size is wrong) and was removed" in message
+    assert "is damaged (its size is wrong)" in message
 
 
 def test_a_file_that_cannot_be_read_is_told_once_and_left(cache: LatentCache, tmp_path: Path, caplog, monkeypatch):
@@ -290,6 +290,23 @@ def test_a_file_that_cannot_be_read_is_told_once_and_left(cache: LatentCache, tm
     (message,) = warnings_of(caplog)
     assert "cannot be read (Input/output error)" in message
     assert len(page_files(tmp_path)) == 3
+    assert own.total_bytes == bytes_on_disk(tmp_path)  # they count as long as they are there
+    monkeypatch.undo()
+    assert load(own, keys, [1, 2, 3]) == 3
+
+
+def test_a_damaged_file_that_cannot_be_removed_counts_as_long_as_it_is_there(cache, tmp_path: Path, monkeypatch):
+    own = open_store(tmp_path, cache)
+    (key,) = keys_of(own, TEXT[:PAGE])
+    save(own, key, 0)
+    own.path(key).write_bytes(b"damaged")
+
+    def refuse(*_, **__):
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    assert [load(own, [key], [1]) for _ in range(2)] == [0, 0]
+    assert own.total_bytes == bytes_on_disk(tmp_path) == BLOCK
 
 
 # How much there may be

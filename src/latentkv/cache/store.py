@@ -230,9 +230,9 @@ class PageStore:
             self._forget(key)
             return None
         except OSError as error:
-            self._give_up(key, error)
+            self._warn_unreadable(key, error)
             return None
-        with suppress(OSError):  # a hint
+        with suppress(OSError, AttributeError):  # a hint, which not all systems take
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
         return file
 
@@ -244,21 +244,18 @@ class PageStore:
             self._remove_damaged(key, error)
             return False
         except OSError as error:
-            self._give_up(key, error)
+            self._warn_unreadable(key, error)
             return False
         return True
 
     def _remove_damaged(self, key: PageKey, error: DamagedPageError) -> None:
-        self._forget(key)
         path = self.path(key)
-        with suppress(OSError):
+        with suppress(OSError):  # where it cannot be removed it still counts, and is found damaged again
             path.unlink(missing_ok=True)
-        self.warn_once(
-            "damaged", f"{path} is damaged ({error}) and was removed; what damaged files held is computed again."
-        )
+            self._forget(key)
+        self.warn_once("damaged", f"{path} is damaged ({error}); what damaged files held is computed again.")
 
-    def _give_up(self, key: PageKey, error: OSError) -> None:
-        self._forget(key)
+    def _warn_unreadable(self, key: PageKey, error: OSError) -> None:
         self.warn_once(
             "unreadable",
             f"{self.path(key)} cannot be read ({error.strerror}); what unreadable files held is computed again.",

@@ -52,10 +52,10 @@ class StoredFiles:
         return self._files.get(name)
 
     def put(self, file: StoredFile) -> None:
-        """Know a file, in place of what was known of it."""
-        self.remove(file.name)
+        """Know a file, in place of what was known of it: there is no moment in which it is not known."""
+        before = self._files.get(file.name)
         self._files[file.name] = file
-        self.total_bytes += file.size
+        self.total_bytes += file.size - (before.size if before else 0)
         heappush(self._by_use, (file.used, file.name))
         if len(self._by_use) > 2 * len(self._files) + _SLACK:
             self._by_use = [(each.used, each.name) for each in self._files.values()]
