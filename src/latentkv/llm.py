@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 import torch
 from torch import Tensor
 
-from latentkv.cache import KVFormat, LatentCache
+from latentkv.cache import KVFormat, LatentCache, PageStore, StoreFolder
+from latentkv.checkpoint.identity import weights_digest
 from latentkv.checkpoint.source import resolve_model
 from latentkv.completion import Completion, Piece, TextOutput, best_of, join_pieces, pieces_of
 from latentkv.engine import Constraint, Engine, Request, SamplingParams, Structure
@@ -30,6 +31,7 @@ from latentkv.errors import ConfigError, RequestError
 from latentkv.models.config import MLAConfig, ModelConfig
 from latentkv.models.config_reader import read_config
 from latentkv.models.decoder import Decoder
+from latentkv.models.fingerprint import model_fingerprint
 from latentkv.models.loading import load_model, stored_dtype
 from latentkv.models.mla import MultiHeadLatentAttention
 from latentkv.models.packing import choose_packing
@@ -46,6 +48,9 @@ __all__ = ["LLM", "Completion", "Perplexity", "Piece"]
 Prompt = str | Sequence[int]
 DType = Literal["fp32", "bf16", "fp16"]
 Draft = Literal["auto", "ngram", "mtp"]
+
+CACHE_DIR_BYTES = 10 << 30
+"""That the files in a `cache_dir` may take."""
 
 EMBEDDED_MODEL = Path(__file__).parent / "assets" / "default"
 
@@ -102,6 +107,9 @@ class LLM:
         draft: what drafts: "ngram", the text so far; "mtp", the model's multi-token-prediction module, whose state is
             cached too; "auto", whichever has been the better one, if there are both.
         step_seconds: time that one step should take, about; None: as long as it takes.
+        cache_dir: a folder where the state of prompts is kept beyond memory and beyond this process, as
+            docs/offload.md tells; None keeps it in memory alone. It holds what was prompted: keep it private.
+        cache_dir_bytes: that the files in it may take.
 
     Attributes:
         folder: where the model was read from.
@@ -111,12 +119,13 @@ class LLM:
         cache: the paged cache; `cache.bytes_per_token` counts all layers, `cache.allocated_bytes` what is taken.
         max_context: as asked, or the model's.
         engine: what requests go through.
+        store: what `cache_dir` holds, if there is one.
 
     Raises:
         ConfigError: there is no such model, or it cannot be run as asked.
         CheckpointError: its weights are missing or damaged.
         TokenizerError: its tokenizer cannot be read or does not match it.
-        CacheError: the cache does not fit.
+        CacheError: the cache does not fit, or `cache_dir` cannot be used.
     """
 
     def __init__(
@@ -134,8 +143,11 @@ class LLM:
         speculate: int = 0,
         draft: Draft = "auto",
         step_seconds: float | None = None,
+        cache_dir: str | Path | None = None,
+        cache_dir_bytes: int = CACHE_DIR_BYTES,
     ) -> None:
         weights_dtype, device = _as_dtype(dtype), _as_device(device)
+        folder = None if cache_dir is None else StoreFolder(Path(cache_dir).expanduser())
         self.folder = _embedded_model() if model is None else resolve_model(model)
         config = read_config(self.folder)
         if int8_products:
@@ -144,12 +156,9 @@ class LLM:
             raise ConfigError("int8_products and speculate exclude each other: a draft is checked in exact products.")
         self.max_context = _context(max_context, config)
         self.tokenizer = _load_tokenizer(self.folder, config)
+        packing = choose_packing(weights, weights_dtype or stored_dtype(config), device)
         self.decoder = load_model(
-            self.folder,
-            dtype=weights_dtype,
-            device=device,
-            max_context=self.max_context,
-            packing=choose_packing(weights, weights_dtype or stored_dtype(config), device),
+            self.folder, dtype=weights_dtype, device=device, max_context=self.max_context, packing=packing
         )
         self.config: ModelConfig = self.decoder.config
         if int8_products:
@@ -164,6 +173,11 @@ class LLM:
         drafters: list[Drafter] = [] if draft == "mtp" else [NGramDrafter()]
         if drafts_by_mtp:
             drafters.append(MTPDrafter(self.decoder, self.cache))
+        self.store: PageStore | None = None
+        if folder:
+            weights_bytes = weights_digest(self.folder, folder.path / "weights.json")
+            fingerprint = model_fingerprint(self.decoder, weights_bytes, packing=packing, int8_products=int8_products)
+            self.store = PageStore(folder, cache_dir_bytes, fingerprint, self.cache)
         eos_ids = set(self.config.eos_token_ids) | set(self.tokenizer.eos_ids if self.tokenizer else ())
         self.engine = Engine(
             self.decoder,
@@ -173,6 +187,7 @@ class LLM:
             max_running=max_running,
             drafter=AdaptiveDrafter(*drafters) if speculate else None,
             most_drafted=speculate,
+            store=self.store,
         )
 
     def generate(
@@ -340,6 +355,12 @@ class LLM:
 
         tokenizer = self._require_tokenizer("A structure")
         return GrammarCompiler(tokenizer, self.config.vocab_size, self.engine.eos_ids)
+
+    def close(self) -> None:
+        """Write what still waits to go into `cache_dir`, and let another process write there. The end of the program
+        does so too.
+        """
+        self.engine.close()
 
     def _run(self, requests: list[Request]) -> abc.Generator[tuple[int, Piece]]:
         outputs = [TextOutput(self.tokenizer, request) for request in requests]

@@ -142,3 +142,28 @@ def test_without_a_model_the_embedded_one_writes(latentkv):
     result = latentkv("generate", "It was a dark night", "-n", 16, "--seed", 1)
     assert result.exit_code == 0, result.stderr
     assert len(result.stdout.split()) > 3
+
+
+def test_prompts_go_to_a_folder_and_come_back(latentkv, model_folder, tmp_path):
+    prompt = " ".join(str(3 + number % 40) for number in range(270))
+    args = ["generate", prompt, "--token-ids", "-n", 5, "--temperature", 0, "--max-context", 512, "--no-stream"]
+    folder = {"max_position_embeddings": 512}
+    config = json.loads((model_folder / "config.json").read_text())
+    model = tmp_path / "model"
+    model.mkdir()
+    for file in model_folder.iterdir():
+        (model / file.name).write_bytes(file.read_bytes())
+    (model / "config.json").write_text(json.dumps(config | folder))
+    plain = latentkv(*args, "-m", model)
+    options = ["-m", model, "--cache-dir", tmp_path / "store", "--cache-dir-bytes", "1MiB"]
+    first, second = latentkv(*args, *options), latentkv(*args, *options)
+    assert plain.stdout == first.stdout == second.stdout
+    assert "0 tokens of this model in 0 pages, 0 B of 1.00 MiB in use" in first.stderr
+    assert "256 tokens of this model in 4 pages" in second.stderr
+
+
+def test_a_folder_for_prompts_that_cannot_be_used_is_one_line(latentkv, model_folder, tmp_path):
+    (tmp_path / "file").write_text("")
+    result = latentkv("generate", PROMPT, "-m", model_folder, "--cache-dir", tmp_path / "file")
+    assert result.exit_code == 2
+    assert "cannot be used" in result.stderr and result.stderr.count("\n") == 1

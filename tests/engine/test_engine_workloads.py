@@ -1,16 +1,20 @@
 """Random workloads: whatever comes, ends, is given up or pushed out, every request gets the tokens it gets alone."""
 
 import functools
+import tempfile
 from dataclasses import dataclass, field
+from pathlib import Path
 
+import pytest
 import torch
 from draft_oracle import CheckedMTPDrafter
 from engine_models import VOCAB, cache_for, tiny_decoder
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
+from offload_cases import BLOCK, forget, settle, store_for
 
-from latentkv.engine import Engine, Request, SamplingParams, Sequence, sample
+from latentkv.engine import Engine, Request, SamplingParams, Sequence, offload, sample
 from latentkv.engine.adaptive import AdaptiveDrafter
 from latentkv.engine.drafts import NGramDrafter, Wish
 from latentkv.models.decoder import Decoder
@@ -54,7 +58,7 @@ class Foreseen:
 
     def draft(self, sequence: Sequence, most: int) -> list[int]:
         right = len(sequence.tokens) % (most + 1)
-        greedy = alone(tuple(sequence.tokens), most, 0.0, 0)
+        greedy = alone(tuple(sequence.tokens), most, 0.0, 0) if most else []
         return greedy[:right] + [(token + 1) % VOCAB for token in greedy[right:]]
 
 
@@ -132,6 +136,13 @@ class Workload(RuleBasedStateMachine):
                 del self.running[event.index]
         self.cache.check()
 
+    def finish(self) -> None:
+        for _ in range(2000):
+            if not self.running:
+                break
+            self.one_step()
+        assert not self.running, "some requests never end"
+
     @invariant()
     def nothing_is_lost(self) -> None:
         if hasattr(self, "engine"):
@@ -140,13 +151,87 @@ class Workload(RuleBasedStateMachine):
     def teardown(self) -> None:
         if not hasattr(self, "engine"):
             return
-        for _ in range(2000):
-            if not self.running:
-                break
-            self.one_step()
-        assert not self.running, "some requests never end"
+        self.finish()
         assert self.cache.pool.free_pages == self.cache.num_pages
 
 
+class StoredWorkload(Workload):
+    """The same with a store of a few pages, which come back when memory or the process has lost them."""
+
+    @initialize(
+        pages=st.integers(6, 14),
+        step_tokens=st.integers(1, 40),
+        max_running=st.sampled_from([2, 4, 256]),
+        drafter=st.sampled_from(["none", "n-gram"]),
+        stored=st.integers(1, 12),
+    )
+    def start(self, pages: int, step_tokens: int, max_running: int, drafter: str, stored: int) -> None:
+        self.patch = pytest.MonkeyPatch()
+        self.patch.setattr(offload, "MIN_PAGES", 1)
+        self.folder = tempfile.TemporaryDirectory()
+        self.pages, self.max_bytes = pages, stored * BLOCK
+        self.options = {"step_tokens": step_tokens, "max_running": max_running}
+        self.drafter = DRAFTERS[drafter]
+        self.running = {}
+        self.open()
+
+    def open(self) -> None:
+        self.cache = cache_for(decoder(), self.pages)
+        store = store_for(Path(self.folder.name), self.cache, max_bytes=self.max_bytes)
+        self.engine = Engine(decoder(), self.cache, store=store, drafter=self.drafter(self.cache), **self.options)
+
+    @rule(prompt=st.sampled_from(PROMPTS[3:]), salt=st.sampled_from(["", "b"]), lost=st.sampled_from(["memory", "all"]))
+    def ask_again(self, prompt: list[int], salt: str, lost: str) -> None:
+        """For what memory, or the process too, has just lost."""
+        self.add(prompt, 3, 0.0, 0, salt)
+        self.finish()
+        if lost == "all":
+            self.restart()
+        settle(self.engine)
+        forget(self.engine)
+        self.add(prompt, 3, 0.0, 0, salt)
+
+    @rule(data=st.data())
+    def damage(self, data: st.DataObject) -> None:
+        settle(self.engine)
+        files = sorted(Path(self.folder.name).glob("*.page"))
+        if files:
+            path = data.draw(st.sampled_from(files))
+            content = bytearray(path.read_bytes())
+            content[data.draw(st.integers(0, len(content) - 1))] ^= 1
+            path.write_bytes(content)
+
+    @rule()
+    def restart(self) -> None:
+        for index in list(self.running):
+            self.engine.abort(index)
+        self.running.clear()
+        assert self.cache.pool.free_pages == self.cache.num_pages
+        self.engine.close()
+        self.open()
+
+    @invariant()
+    def no_more_is_stored_than_may_be(self) -> None:
+        if hasattr(self, "engine"):
+            assert len(list(Path(self.folder.name).glob("*.page*"))) * BLOCK <= self.max_bytes
+
+    def teardown(self) -> None:
+        try:
+            super().teardown()
+        finally:
+            if hasattr(self, "engine"):
+                self.engine.close()
+                self.folder.cleanup()
+                self.patch.undo()
+
+
 Workload.TestCase.settings = settings(max_examples=60, stateful_step_count=25, deadline=None)
+StoredWorkload.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
 TestWorkload = Workload.TestCase
+TestStoredWorkload = StoredWorkload.TestCase
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("machine", [Workload, StoredWorkload])
+def test_500_workloads(machine: type[RuleBasedStateMachine]) -> None:
+    run_state_machine_as_test(machine, settings=settings(max_examples=500, stateful_step_count=25, deadline=None))

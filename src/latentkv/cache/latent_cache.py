@@ -102,6 +102,12 @@ class LatentCache:
         """The pages [N, P, ...] of layer `index` of `plane`, a view of the storage."""
         return self.storage[plane][index]
 
+    def page_parts(self, page: int) -> list[memoryview]:
+        """The memory of `page` (of a cache on the CPU) as bytes: planes in order, of each its layers in order."""
+        return [
+            memoryview(part) for tensor in self.storage for part in tensor.view(torch.uint8).flatten(2)[:, page].numpy()
+        ]
+
     def check(self) -> None:
         """Prove the invariants: every page is free xor held, and the storage is what the formula says.
 

@@ -76,5 +76,14 @@ class PrefixIndex:
             self._pool.keep(page, self._lose)
         return known
 
+    def holds(self, known: KnownPage) -> bool:
+        """Whether a page still has the content that it was known for; from any thread.
+
+        It is asked after the content was read by someone who does not hold the page: if the answer is yes, nobody has
+        begun to write something else into it until now.
+        """
+        key = self._keys.get(known.page)
+        return key is not None and self._known.get(key) is known
+
     def _lose(self, page: int) -> None:
         del self._known[self._keys.pop(page)]

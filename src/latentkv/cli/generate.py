@@ -12,6 +12,8 @@ import typer
 
 from latentkv.cli.options import (
     CacheBytesOption,
+    CacheDirBytesOption,
+    CacheDirOption,
     DeviceOption,
     DtypeOption,
     Int8ProductsOption,
@@ -27,6 +29,7 @@ from latentkv.cli.options import (
     TopPOption,
     WeightsOption,
     cache_summary,
+    store_summary,
 )
 from latentkv.cli.structure_options import ChoiceOption, GrammarOption, RegexOption, SchemaOption, read_structure
 from latentkv.cli.terminal import console, print_json
@@ -66,6 +69,8 @@ def generate(
     device: DeviceOption = "cpu",
     max_context: MaxContextOption = None,
     kv_cache_bytes: CacheBytesOption = None,
+    cache_dir: CacheDirOption = None,
+    cache_dir_bytes: CacheDirBytesOption = None,
     stream: Annotated[bool, typer.Option("--stream/--no-stream", help="Print text as it comes, or at the end.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead.")] = False,
 ) -> None:
@@ -91,7 +96,13 @@ def generate(
         logprobs=logprobs,
         structure=read_structure(json_schema, regex, choice, grammar),
     )
-    llm = ModelChoice(model, device, dtype, weights, kv_dtype, int8_products, max_context, kv_cache_bytes).load()
+    llm = ModelChoice(
+        *(model, device, dtype, weights, kv_dtype, int8_products, max_context, kv_cache_bytes),
+        cache_dir=cache_dir,
+        cache_dir_bytes=cache_dir_bytes,
+    ).load()
+    if llm.store:
+        console(stderr=True).print(store_summary(llm.store), style="dim")
     run = _Run(llm, text if ids is None else ids, params)
     if as_json:
         run.finish()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -11,6 +12,7 @@ from latentkv.cli.terminal import console
 
 if TYPE_CHECKING:
     from latentkv import LLM
+    from latentkv.cache import PageStore
 
 ModelOption = Annotated[
     str | None,
@@ -40,6 +42,16 @@ CacheBytesOption = Annotated[
         help="Size of the KV cache, like 2GiB.", show_default="one full context, or half of the free memory if less"
     ),
 ]
+CacheDirOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="Keep the state of prompts in files of this folder, and read it back; it holds what was prompted.",
+        show_default="in memory only",
+    ),
+]
+CacheDirBytesOption = Annotated[
+    str | None, typer.Option(help="That these files may take, like 50GiB.", show_default="10GiB")
+]
 TemperatureOption = Annotated[float, typer.Option(help="0 always takes the likeliest token.")]
 TopPOption = Annotated[float, typer.Option(help="Keep the likeliest tokens up to this probability, in (0, 1].")]
 TopKOption = Annotated[int, typer.Option(help="Keep this many likeliest tokens; 0 keeps all.")]
@@ -60,11 +72,14 @@ class ModelChoice:
     int8_products: bool
     max_context: str | None
     kv_cache_bytes: str | None
+    cache_dir: Path | None = None
+    cache_dir_bytes: str | None = None
 
     def load(self, **engine: Any) -> LLM:
         """Load it, saying so on a terminal while it lasts; `engine` are further arguments of `LLM`."""
         with console(stderr=True).status(f"Loading {self.model or 'the small model in this package'}"):
             from latentkv import LLM
+            from latentkv.llm import CACHE_DIR_BYTES
             from latentkv.plan import as_kv_format
             from latentkv.plan.sizes import parse_bytes, parse_tokens
 
@@ -77,6 +92,8 @@ class ModelChoice:
                 int8_products=self.int8_products,
                 max_context=None if self.max_context is None else parse_tokens(self.max_context),
                 kv_cache_bytes=None if self.kv_cache_bytes is None else parse_bytes(self.kv_cache_bytes),
+                cache_dir=self.cache_dir,
+                cache_dir_bytes=CACHE_DIR_BYTES if self.cache_dir_bytes is None else parse_bytes(self.cache_dir_bytes),
                 **engine,
             )
 
@@ -91,4 +108,15 @@ def cache_summary(llm: LLM) -> str:
     return (
         f"cache: {own:,} bytes a token (bf16 MHA of this model: {mha:,}, {mha / own:.1f}x), "
         f"{format_bytes(llm.cache.allocated_bytes)} for {room:,} tokens"
+    )
+
+
+def store_summary(store: PageStore) -> str:
+    """What was found in a cache folder, for one line."""
+    from latentkv.plan.sizes import format_bytes
+
+    tokens, others = store.num_pages * store.page_size, "" if store.writes else "; this process only reads there"
+    return (
+        f"{store.folder}: {tokens:,} tokens of this model in {store.num_pages:,} pages, "
+        f"{format_bytes(store.total_bytes)} of {format_bytes(store.max_bytes)} in use{others}"
     )

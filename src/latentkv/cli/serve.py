@@ -10,6 +10,8 @@ import typer
 
 from latentkv.cli.options import (
     CacheBytesOption,
+    CacheDirBytesOption,
+    CacheDirOption,
     DeviceOption,
     DtypeOption,
     Int8ProductsOption,
@@ -18,6 +20,7 @@ from latentkv.cli.options import (
     ModelChoice,
     WeightsOption,
     cache_summary,
+    store_summary,
 )
 from latentkv.cli.terminal import console
 from latentkv.errors import ConfigError
@@ -52,6 +55,8 @@ def serve(
     device: DeviceOption = "cpu",
     max_context: MaxContextOption = None,
     kv_cache_bytes: CacheBytesOption = None,
+    cache_dir: CacheDirOption = None,
+    cache_dir_bytes: CacheDirBytesOption = None,
     tool_format: Annotated[
         str | None, typer.Option(help="How the model writes tool calls.", show_default="as its template tells")
     ] = None,
@@ -93,7 +98,11 @@ def serve(
             "or say --allow-anyone."
         )
     listening = bind(host, port)
-    choice = ModelChoice(model, device, dtype, weights, kv_dtype, int8_products, max_context, kv_cache_bytes)
+    choice = ModelChoice(
+        *(model, device, dtype, weights, kv_dtype, int8_products, max_context, kv_cache_bytes),
+        cache_dir=cache_dir,
+        cache_dir_bytes=cache_dir_bytes,
+    )
     llm = choice.load(max_running=max_running, speculate=speculate, draft=draft, step_seconds=STEP_SECONDS)
     shown = name or (Path(model).name if model and Path(model).is_dir() else model) or "latentkv"
     server = make_server(llm, shown, settings, tool_format=tool_format)
@@ -101,6 +110,8 @@ def serve(
     address = f"http://{host}:{listening.getsockname()[1]}"
     out.print(f"Serving {shown} on {address} - chat page at {address}/, API at {address}/v1", highlight=False)
     out.print(cache_summary(llm), style="dim")
+    if llm.store:
+        out.print(store_summary(llm.store), style="dim")
     code = serve_forever(listening, server)
     if server.model.thread.alive:
         os._exit(code or 1)  # it hangs in a step, and would keep the process alive

@@ -17,6 +17,10 @@ class Counters:
         preemptions: sequences that gave their pages back and are read again.
         prefix_queries: prompt tokens that were looked for among the known prefixes.
         prefix_hits: those that were found.
+        store_queries: prompt tokens that were looked for in the store, because no page in memory had them.
+        store_hits: those that were read from it.
+        stored_bytes: written to it.
+        loaded_bytes: read from it.
         drafted_tokens: tokens proposed to the model.
         accepted_tokens: those that it would have chosen too.
     """
@@ -28,5 +32,9 @@ class Counters:
     preemptions: int = 0
     prefix_queries: int = 0
     prefix_hits: int = 0
+    store_queries: int = 0
+    store_hits: int = 0
+    stored_bytes: int = 0
+    loaded_bytes: int = 0
     drafted_tokens: int = 0
     accepted_tokens: int = 0

@@ -13,7 +13,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from latentkv.cache import LatentCache
+from latentkv.cache import LatentCache, PageStore
 from latentkv.engine.constraint import ConstraintState, blocked_tokens
 from latentkv.engine.drafts import Drafter, Wish
 from latentkv.engine.pace import Pace
@@ -24,6 +24,9 @@ from latentkv.engine.scheduler import MAX_RUNNING, Scheduler, Share
 from latentkv.engine.sequence import Sequence
 from latentkv.errors import CacheError, RequestError
 from latentkv.models.decoder import Decoder
+
+LOADING_SECONDS = 0.05
+"""That a step waits for pages of the store where there is nothing else to do."""
 
 FinishReason = Literal["stop", "length"]
 EndsText = Callable[[int], bool]
@@ -78,6 +81,7 @@ class Engine:
         max_running: requests that take part in steps at once; the others wait.
         drafter: proposes tokens that the model checks several at once; the result is the same, sooner.
         most_drafted: tokens of a draft.
+        store: where prefixes go, and are looked for when they are not in memory; it is closed with this.
 
     Attributes:
         runner: for reading texts beside the requests.
@@ -95,6 +99,7 @@ class Engine:
         max_running: int = MAX_RUNNING,
         drafter: Drafter | None = None,
         most_drafted: int = 4,
+        store: PageStore | None = None,
     ) -> None:
         self.cache = cache
         self.runner = Runner(decoder, cache)
@@ -102,7 +107,7 @@ class Engine:
         self._pace = Pace(step_tokens, step_seconds)
         self._drafter = drafter
         self._most_drafted = most_drafted
-        self._scheduler = Scheduler(cache, max_running=max_running)
+        self._scheduler = Scheduler(cache, max_running=max_running, store=store)
         self.counters = self._scheduler.counters
         self._jobs: dict[int, _Job] = {}
         self._inboxes: dict[int, _Inbox] = {}  # of requests that belong to a run
@@ -171,7 +176,7 @@ class Engine:
 
         Returns:
             The new tokens, in the order in which the requests came; none while there are only prompts to read, or
-            nothing to do.
+            nothing to do. Where all wait for pages of the store, it waits a moment with them.
 
         Raises:
             CacheError: nothing can run, because others hold the cache's pages.
@@ -179,7 +184,8 @@ class Engine:
         """
         shares = self._scheduler.plan(self._pace.budget)
         if not shares:
-            self._require_idle()
+            if not self._scheduler.wait_for_loading(LOADING_SECONDS):
+                self._require_idle()
             return []
         began = time.perf_counter()
         try:
@@ -193,6 +199,10 @@ class Engine:
             if event.finish_reason:
                 self._end(event.index)
         return events
+
+    def close(self) -> None:
+        """Write what waits to be stored, and go on without the store: another process may write there now."""
+        self._scheduler.close()
 
     def _read(self, shares: SequenceOf[Share]) -> list[Event]:
         """Read every share, and choose the next tokens of the sequences that have no unread token left."""

@@ -5,8 +5,10 @@ from __future__ import annotations
 from bisect import insort
 from collections.abc import Iterator
 
-from latentkv.cache import LatentCache, PrefixIndex
+from latentkv.cache import LatentCache, PageStore, PrefixIndex
 from latentkv.engine.counters import Counters
+from latentkv.engine.loading import Loading
+from latentkv.engine.offload import Offload
 from latentkv.engine.sequence import Sequence
 
 MAX_RUNNING = 256
@@ -25,10 +27,12 @@ class Scheduler:
     oldest prompts, so that neither a long prompt nor a stream of short ones holds up the others. A sequence waits until
     all its tokens' pages are free, first come first served. It takes further pages as it grows; where none is free, the
     youngest sequence gives all of its back and is read again later: the oldest always goes on, so everything ends.
+    One whose first pages are stored has its pages filled from there, beside the steps, before it takes part in them.
 
     Args:
         cache: whose pages are handed out.
         max_running: sequences that have pages at once.
+        store: where pages are looked for that are not in memory, and go; it is closed with this.
 
     Attributes:
         running: sequences with pages, oldest first.
@@ -37,13 +41,14 @@ class Scheduler:
         counters: what has been done.
     """
 
-    def __init__(self, cache: LatentCache, *, max_running: int = MAX_RUNNING) -> None:
+    def __init__(self, cache: LatentCache, *, max_running: int = MAX_RUNNING, store: PageStore | None = None) -> None:
         self.running: list[Sequence] = []
         self.waiting: list[Sequence] = []
         self.counters = Counters()
         self.prefixes = PrefixIndex(cache.pool, cache.page_size)
         self._cache = cache
         self._max_running = max_running
+        self._offload = Offload(store, self.prefixes, self.counters) if store else None
 
     def add(self, sequence: Sequence) -> None:
         """Let a sequence without pages wait for them."""
@@ -60,9 +65,10 @@ class Scheduler:
         Every sequence that decodes takes part, even where the budget is smaller; a prompt moves on in every step.
         Drafts are read where no prompt waits for the same time.
         """
+        self._take_loaded()
         self._admit()
         decoding = [sequence for sequence in self._with_room() if sequence.decodes]
-        prompts = [sequence for sequence in self.running if not sequence.decodes]
+        prompts = [sequence for sequence in self.running if not sequence.decodes and not sequence.loading]
         left = max(budget - len(decoding), 1)
         for sequence in decoding:
             sequence.draft = sequence.draft[: 0 if prompts else left]
@@ -91,13 +97,32 @@ class Scheduler:
         """Make the pages that `sequences` have filled findable."""
         size = self._cache.page_size
         for sequence in sequences:
-            while sequence.salt is not None and (sequence.num_known + 1) * size <= sequence.num_cached:
-                page = sequence.num_known
+            while sequence.salt is not None and (len(sequence.known) + 1) * size <= sequence.num_cached:
+                page = len(sequence.known)
                 tokens = sequence.tokens[page * size : (page + 1) * size]
-                sequence.last_known = self.prefixes.add(
-                    sequence.salt, sequence.last_known, tokens, sequence.pages[page]
-                )
-                sequence.num_known += 1
+                before = sequence.known[-1] if sequence.known else None
+                sequence.known.append(self.prefixes.add(sequence.salt, before, tokens, sequence.pages[page]))
+            if self._offload:
+                self._offload.save(sequence)
+
+    def wait_for_loading(self, seconds: float) -> bool:
+        """Wait, at most so long, until pages are read from the store; False: none are being read."""
+        loadings = [sequence.loading for sequence in self.running if sequence.loading]
+        if loadings:
+            Loading.wait_for_any(loadings, seconds)
+        return bool(loadings)
+
+    def close(self) -> None:
+        """Write what waits to be stored, and go on without the store."""
+        if self._offload:
+            for sequence in self.running:
+                self._stop_loading(sequence)
+            self._offload.close()
+            self._offload = None
+
+    def _take_loaded(self) -> None:
+        if self._offload:
+            self.have_read([sequence for sequence in self.running if self._offload.finish(sequence)])
 
     def _admit(self) -> None:
         pool = self._cache.pool
@@ -116,11 +141,13 @@ class Scheduler:
             pool.share(each.page for each in known)
             sequence.pages = [each.page for each in known] + pool.allocate(new)
             sequence.num_cached = len(known) * self._cache.page_size
-            sequence.num_known, sequence.last_known = len(known), known[-1] if known else None
+            sequence.known = known
             self.counters.prefix_queries += len(sequence.tokens)
             self.counters.prefix_hits += sequence.num_cached
             self.waiting.remove(sequence)
             insort(self.running, sequence, key=_age)
+            if self._offload and sequence.salt is not None:
+                self._offload.begin(sequence)
 
     def _is_read_by_another(self, sequence: Sequence, known: int) -> bool:
         """Whether a running prompt is about to fill the page that `sequence` would have to read next."""
@@ -156,10 +183,16 @@ class Scheduler:
         self.add(sequence)
 
     def _give_back(self, sequence: Sequence) -> None:
+        self._stop_loading(sequence)
         self._cache.pool.free(reversed(sequence.pages))  # of pages worth keeping the last goes first
         sequence.pages, sequence.num_cached, sequence.draft = [], 0, []
-        sequence.num_known, sequence.last_known = 0, None
         sequence.num_mtp_cached, sequence.states = 0, []
+        sequence.known, sequence.num_offered = [], 0
+
+    def _stop_loading(self, sequence: Sequence) -> None:
+        if sequence.loading:
+            sequence.loading.stop()
+            sequence.loading = None
 
 
 def _age(sequence: Sequence) -> int:

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from latentkv.cache import KnownPage
+from latentkv.cache import KnownPage, PageKey
+from latentkv.engine.loading import Loading
 
 
 @dataclass(eq=False)
@@ -20,8 +21,10 @@ class Sequence:
         num_cached: how many of the tokens the cache holds already.
         draft: tokens that may come next; they are read together with the newest one, and checked.
         salt: whose prefixes it shares; texts of different salts share nothing. None: it shares with nobody.
-        num_known: its first pages that other sequences can find.
-        last_known: what they find as the last of those.
+        known: its first pages that other sequences can find, as they find them.
+        keys: of its first full pages, to find them in a store.
+        num_offered: how many of the known pages the store was given to write.
+        loading: pages after the known ones that are being read from the store; until then it takes part in no step.
         num_mtp_cached: the MTP module's cache holds the tokens before this one; 0 until it has read any.
         states: hidden states that the MTP module has not read yet, the first of the token before that one.
     """
@@ -32,8 +35,10 @@ class Sequence:
     num_cached: int = 0
     draft: list[int] = field(default_factory=list[int])
     salt: str | None = ""
-    num_known: int = 0
-    last_known: KnownPage | None = None
+    known: list[KnownPage] = field(default_factory=list[KnownPage])
+    keys: list[PageKey] = field(default_factory=list[PageKey])
+    num_offered: int = 0
+    loading: Loading | None = None
     num_mtp_cached: int = 0
     states: list[Tensor] = field(default_factory=list[Tensor])
 

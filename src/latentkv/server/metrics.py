@@ -67,6 +67,10 @@ class Metrics:
                 ("num_preemptions", "Requests that gave their pages back and were read again."),
                 ("prefix_cache_queries", "Prompt tokens that were looked for among known prefixes."),
                 ("prefix_cache_hits", "Those that were found."),
+                ("external_prefix_cache_queries", "Prompt tokens that were looked for in the cache folder."),
+                ("external_prefix_cache_hits", "Those that were read from it."),
+                ("cache_dir_written_bytes", "Bytes written to the cache folder."),
+                ("cache_dir_read_bytes", "Bytes read from it."),
                 ("spec_decode_num_draft_tokens", "Tokens that were drafted."),
                 ("spec_decode_num_accepted_tokens", "Those that were accepted."),
             )
@@ -103,6 +107,10 @@ class Metrics:
             ("num_preemptions", counters.preemptions),
             ("prefix_cache_queries", counters.prefix_queries),
             ("prefix_cache_hits", counters.prefix_hits),
+            ("external_prefix_cache_queries", counters.store_queries),
+            ("external_prefix_cache_hits", counters.store_hits),
+            ("cache_dir_written_bytes", counters.stored_bytes),
+            ("cache_dir_read_bytes", counters.loaded_bytes),
             ("spec_decode_num_draft_tokens", counters.drafted_tokens),
             ("spec_decode_num_accepted_tokens", counters.accepted_tokens),
         ):

@@ -18,7 +18,7 @@ from latentkv.errors import ConfigError
 from latentkv.llm import LLM
 from latentkv.server.app import create_app
 from latentkv.server.context import Server
-from latentkv.server.logs import JsonFormatter, logger
+from latentkv.server.logs import JsonFormatter
 from latentkv.server.metrics import Metrics
 from latentkv.server.served import ServedModel
 from latentkv.server.settings import ServerSettings
@@ -118,6 +118,7 @@ class _Server(uvicorn.Server):
 def _log_to_stderr() -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter())
-    logger.handlers[:] = [handler]
-    logger.setLevel(logging.INFO)
-    logger.propagate = False
+    package = logging.getLogger("latentkv")
+    package.handlers[:] = [handler]
+    package.setLevel(logging.INFO)
+    package.propagate = False

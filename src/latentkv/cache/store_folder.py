@@ -1,0 +1,120 @@
+"""`StoreFolder`: a folder that processes share: its secret, its lock, its page files."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import re
+import secrets
+from collections.abc import Iterator
+from contextlib import suppress
+from io import FileIO
+from pathlib import Path
+
+from latentkv.cache.stored_files import StoredFile, in_blocks
+from latentkv.errors import CacheError
+from latentkv.files import sync
+
+SECRET_BYTES = 32
+
+_PAGE = re.compile(r"[0-9a-f]{16}-[0-9a-f]{64}\.page")
+_PARTIAL = re.compile(rf"\.{_PAGE.pattern}\.partial")
+
+
+class StoreFolder:
+    """Where page files lie. Files of other names are none of its business.
+
+    One process at a time, the one that holds the lock, makes and removes page files; all may read them. The lock ends
+    with its process, however that ends.
+
+    Args:
+        path: made if it is missing, for its owner's eyes only.
+
+    Attributes:
+        secret: made once for each folder; names of files cannot be guessed without it.
+
+    Raises:
+        CacheError: it cannot be made or read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self.secret = self._read_secret()
+        except OSError as error:
+            raise CacheError(
+                f"cache_dir={str(path)!r} cannot be used ({error.strerror}): name a folder that can be written."
+            ) from error
+        self._lock: FileIO | None = None
+
+    def lock(self) -> bool:
+        """Become the one process that writes, unless another one is."""
+        if self._lock is None:
+            with suppress(OSError):  # read-only, or locked
+                file = FileIO(self.path / "lock", "a", opener=open_private)
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except OSError:
+                    file.close()
+                    raise
+                self._lock = file
+        return self._lock is not None
+
+    def require_same(self) -> None:
+        """Raise `OSError` unless the lock that this process holds is still that of the folder at `path`.
+
+        The folder may be gone, and another in its place, which other processes lock.
+        """
+        if self._lock is None or not os.path.samestat(os.fstat(self._lock.fileno()), (self.path / "lock").stat()):
+            raise FileNotFoundError(errno.ENOENT, "another folder has taken its place", str(self.path))
+
+    def unlock(self) -> None:
+        """Let another process write."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def files(self) -> Iterator[StoredFile]:
+        """The page files that lie here.
+
+        Raises:
+            OSError: they cannot be listed.
+        """
+        with os.scandir(self.path) as entries:
+            for entry in entries:
+                if _PAGE.fullmatch(entry.name):
+                    with suppress(FileNotFoundError):  # removed in this moment
+                        found = entry.stat(follow_symlinks=False)
+                        yield StoredFile(entry.name, found.st_mtime_ns, in_blocks(found.st_size))
+
+    def remove_unfinished(self) -> None:
+        """Remove what a process that was killed has left half-written; only who holds the lock may."""
+        with os.scandir(self.path) as entries:
+            for entry in entries:
+                if _PARTIAL.fullmatch(entry.name):
+                    Path(entry).unlink(missing_ok=True)
+
+    def _read_secret(self) -> bytes:
+        path = self.path / "secret"
+        with suppress(FileNotFoundError):
+            secret = path.read_bytes()
+            if len(secret) == SECRET_BYTES:
+                return secret
+            path.unlink(missing_ok=True)
+        temporary = self.path / f".secret.{os.getpid()}.{secrets.token_hex(8)}"
+        try:
+            with FileIO(temporary, "x", opener=open_private) as file:
+                file.write(secrets.token_bytes(SECRET_BYTES))
+            sync(temporary)
+            with suppress(FileExistsError):  # another process was quicker: its secret is everyone's
+                os.link(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        return path.read_bytes()
+
+
+def open_private(path: str, flags: int) -> int:
+    """Opener of files that only their owner may read: they hold what people wrote."""
+    return os.open(path, flags, 0o600)

@@ -1,0 +1,139 @@
+"""`Offload`: prefixes that go to a store of files and come back, beside the steps."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from threading import Semaphore
+
+from latentkv.cache import KnownPage, PageKey, PageStore, PrefixIndex
+from latentkv.engine.counters import Counters
+from latentkv.engine.loading import Loading
+from latentkv.engine.sequence import Sequence
+
+MIN_PAGES = 4
+"""Pages of a prefix that is worth a file a page."""
+
+QUEUE_BYTES = 1 << 28
+"""Of pages that wait to be written; further ones are offered again later."""
+
+REST_SECONDS = 60.0
+"""After the folder could not be written, before it is tried again."""
+
+logger = logging.getLogger("latentkv.engine")
+
+
+class Offload:
+    """Stores the pages of prefixes as they become known, and reads them back for sequences that begin with them.
+
+    Two threads do so. The engine's own never waits for the disk, but for a page at most where a sequence is given up
+    while its pages are read. Nothing that a disk does ends a request.
+
+    Args:
+        store: where pages go; it is closed with this.
+        prefixes: the pages in memory.
+        counters: to be kept.
+    """
+
+    def __init__(self, store: PageStore, prefixes: PrefixIndex, counters: Counters) -> None:
+        self._store = store
+        self._prefixes = prefixes
+        self._page_size = store.page_size
+        self._counters = counters
+        self._reader = ThreadPoolExecutor(1, "latentkv-store-reader")
+        self._writer = ThreadPoolExecutor(1, "latentkv-store-writer")
+        self._queue = Semaphore(max(QUEUE_BYTES // store.page_bytes, 2 * MIN_PAGES))
+        self._rests_until = 0.0
+
+    def begin(self, sequence: Sequence) -> None:
+        """Begin to read what is stored of a sequence that was admitted, after the pages that it knows already."""
+        known = len(sequence.known)
+        wanted = (len(sequence.tokens) - 1) // self._page_size  # the newest token is read by the model
+        keys = [self._key(sequence, index) for index in range(known)]
+        while len(keys) < wanted and (key := self._key(sequence, len(keys))) in self._store:
+            keys.append(key)
+        self._counters.store_queries += (wanted - known) * self._page_size
+        if len(keys) > known:
+            pages = sequence.pages[known : len(keys)]
+            sequence.loading = Loading(self._reader, lambda is_wanted: self._load(keys, pages, is_wanted))
+        elif keys:
+            self._submit(lambda: self._store.touch(keys))
+
+    def finish(self, sequence: Sequence) -> bool:
+        """Count as cached what was read for a sequence; False: it is not done yet."""
+        if sequence.loading is None or not sequence.loading.done:
+            return False
+        pages, sequence.loading = sequence.loading.pages(), None
+        sequence.num_cached += pages * self._page_size
+        self._counters.store_hits += pages * self._page_size
+        self._counters.loaded_bytes += pages * self._store.page_bytes
+        return True
+
+    def save(self, sequence: Sequence) -> None:
+        """Have the known pages of a sequence written that are not stored yet, as far as the queue has room."""
+        if len(sequence.known) < MIN_PAGES or time.monotonic() < self._rests_until:
+            return
+        while sequence.num_offered < len(sequence.known):
+            key, known = self._key(sequence, sequence.num_offered), sequence.known[sequence.num_offered]
+            if key not in self._store and not self._offer(key, known):
+                return
+            sequence.num_offered += 1
+
+    def close(self) -> None:
+        """Write what waits to be written, and let another process write."""
+        self._reader.shutdown()
+        self._writer.shutdown()
+        self._store.close()
+
+    def _key(self, sequence: Sequence, index: int) -> PageKey:
+        """Of a full page of a sequence."""
+        keys = sequence.keys
+        while len(keys) <= index:
+            tokens = sequence.tokens[len(keys) * self._page_size : (len(keys) + 1) * self._page_size]
+            keys.append(keys[-1].next(tokens) if keys else self._store.first_key(sequence.salt or "", tokens))
+        return keys[index]
+
+    def _offer(self, key: PageKey, known: KnownPage) -> bool:
+        return self._submit(lambda: self._save(key, known))
+
+    def _submit(self, work: Callable[[], None]) -> bool:
+        """Let the writer's thread do something, unless too much waits for it."""
+        if not self._queue.acquire(blocking=False):
+            return False
+        self._writer.submit(self._guarded, work)
+        return True
+
+    # What follows runs in the two threads.
+
+    def _guarded(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except Exception:
+            logger.exception("pages could not be stored")
+        finally:
+            self._queue.release()
+
+    def _save(self, key: PageKey, known: KnownPage) -> None:
+        if time.monotonic() < self._rests_until:
+            return
+        try:
+            self._counters.stored_bytes += self._store.save(key, known.page, lambda: self._prefixes.holds(known))
+        except OSError as error:
+            self._rests_until = time.monotonic() + REST_SECONDS
+            self._store.warn_once(
+                "unwritable",
+                f"Pages cannot be written to {self._store.folder} ({error.strerror}): prefixes stay in memory only, "
+                "until that changes.",
+            )
+
+    def _load(self, keys: list[PageKey], pages: list[int], is_wanted: Callable[[], bool]) -> int:
+        known = len(keys) - len(pages)
+        try:
+            loaded = self._store.load(keys[known:], pages, is_wanted)
+            self._store.touch(keys[: known + loaded])
+        except Exception:
+            logger.exception("stored pages could not be read")
+            return 0
+        return loaded

@@ -1,0 +1,74 @@
+"""Stores over small caches, and pages to keep in them."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import torch
+
+from latentkv.cache import LatentCache, PageKey, PageStore, Plane, StoreFolder
+from latentkv.cache.layout import KeyValuePlane, LatentPlane
+
+PAGE = 4  # tokens
+PLANES: dict[str, list[Plane]] = {
+    "fp32": [LatentPlane(2, 16, 8, "fp32")],
+    "bf16": [LatentPlane(3, 32, 8, "bf16")],
+    "fp16": [LatentPlane(1, 30, 8, "fp16")],
+    "int8": [LatentPlane(3, 33, 8, "int8")],
+    "fp8": [LatentPlane(2, 128, 16, "fp8")],
+    "kv": [KeyValuePlane(2, 3, 5, "bf16")],
+    "two planes": [LatentPlane(3, 30, 8, "fp16"), KeyValuePlane(1, 2, 6, "fp32")],
+}
+BLOCK = 4096  # bytes that the file of each of these pages takes
+MODEL = b"a model"
+
+
+def filled_cache(planes: list[Plane] | None = None, num_pages: int = 8) -> LatentCache:
+    """A cache whose pages all hold other bytes, NaN patterns among them."""
+    cache = LatentCache(planes or PLANES["bf16"], num_pages, page_size=PAGE)
+    generator = random.Random(0)
+    for page in range(num_pages):
+        for part in cache.page_parts(page):
+            part[:] = generator.randbytes(part.nbytes)
+    return cache
+
+
+def content(cache: LatentCache, page: int) -> bytes:
+    return b"".join(cache.page_parts(page))
+
+
+def wipe(cache: LatentCache) -> None:
+    for tensor in cache.storage:
+        tensor.view(torch.uint8).fill_(0)
+
+
+def open_store(folder: Path, cache: LatentCache, *, max_bytes: int = 1 << 20, fingerprint: bytes = MODEL) -> PageStore:
+    return PageStore(StoreFolder(folder), max_bytes, fingerprint, cache)
+
+
+def keys_of(store: PageStore, tokens: list[int], salt: str = "") -> list[PageKey]:
+    """Keys of the full pages of a text."""
+    keys: list[PageKey] = []
+    for start in range(0, len(tokens) - PAGE + 1, PAGE):
+        page = tokens[start : start + PAGE]
+        keys.append(keys[-1].next(page) if keys else store.first_key(salt, page))
+    return keys
+
+
+def save(store: PageStore, key: PageKey, page: int) -> int:
+    return store.save(key, page, lambda: True)
+
+
+def load(store: PageStore, keys: list[PageKey], pages: list[int]) -> int:
+    return store.load(keys, pages, lambda: True)
+
+
+def page_files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.page"))
+
+
+def bytes_on_disk(folder: Path) -> int:
+    """Of all page files, half-written ones too, in whole blocks."""
+    files = [path for path in folder.iterdir() if ".page" in path.name]
+    return sum(-(-path.stat().st_size // BLOCK) * BLOCK for path in files)
