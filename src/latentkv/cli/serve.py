@@ -115,4 +115,5 @@ def serve(
     code = serve_forever(listening, server)
     if server.model.thread.alive:
         os._exit(code or 1)  # it hangs in a step, and would keep the process alive
+    llm.close()
     raise typer.Exit(code)
