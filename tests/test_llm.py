@@ -515,7 +515,7 @@ def test_a_pretrained_model_finds_its_own_story_likely(stories: LLM):
 
 @pytest.mark.parametrize(
     ("draft", "drafters", "layers"),
-    [("auto", [NGramDrafter, MTPDrafter], 7), ("ngram", [NGramDrafter], 6), ("mtp", [MTPDrafter], 7)],
+    [("auto", [NGramDrafter], 6), ("ngram", [NGramDrafter], 6), ("mtp", [MTPDrafter], 7)],
 )
 def test_the_draft_that_is_asked_for_is_used_and_its_cache_counted(draft: str, drafters: list, layers: int) -> None:
     own = LLM(speculate=2, draft=draft, kv_cache_bytes=2**20)
@@ -523,6 +523,12 @@ def test_the_draft_that_is_asked_for_is_used_and_its_cache_counted(draft: str, d
     assert [type(source.drafter) for source in sources] == drafters
     assert own.cache.bytes_per_token == layers * 128
     assert own.cache.allocated_bytes <= 2**20
+
+
+def test_auto_takes_the_module_of_a_model_of_many_layers_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llm, "_LAYERS_OF_AUTO_MTP", 6)
+    sources = LLM(speculate=2, kv_cache_bytes=2**20).engine._drafter._sources  # pyright: ignore
+    assert [type(source.drafter) for source in sources] == [NGramDrafter, MTPDrafter]
 
 
 def test_without_drafts_the_module_has_no_cache() -> None:

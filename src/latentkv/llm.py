@@ -64,6 +64,8 @@ _DTYPES: Mapping[str, torch.dtype] = {
 }
 _KV_FORMATS: Mapping[torch.dtype, KVFormat] = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _KV_DTYPES: tuple[KVFormat, ...] = ("fp32", "bf16", "fp16", "int8", "fp8")
+# An MTP module reads every prompt as well: one layer more, which is to be a small part of the model.
+_LAYERS_OF_AUTO_MTP = 16
 # How the plain chat template opens the user's next turn; a model without chat training may well write it itself.
 _PLAIN_NEXT_TURN = "\n\nUser:"
 
@@ -105,7 +107,7 @@ class LLM:
         speculate: draft so many tokens at most and check them in one step, as long as that is faster: the answers are
             the same; 0 drafts none.
         draft: what drafts: "ngram", the text so far; "mtp", the model's multi-token-prediction module, whose state is
-            cached too; "auto", whichever has been the better one, if there are both.
+            cached too; "auto", whichever of them has been the better one (of a model of fewer than 16 layers, "ngram").
         step_seconds: time that one step should take, about; None: as long as it takes.
         cache_dir: a folder where the state of prompts is kept beyond memory and beyond this process, as
             docs/offload.md tells; None keeps it in memory alone. It holds what was prompted: keep it private.
@@ -476,7 +478,9 @@ def _drafts_by_mtp(draft: str, decoder: Decoder) -> bool:
         raise ConfigError(f"draft={draft!r} is not supported: choose {', '.join(get_args(Draft))}.")
     if draft == "mtp" and not decoder.mtp:
         raise ConfigError("draft='mtp' needs a multi-token-prediction module, which this model has not: draft='ngram'.")
-    return draft != "ngram" and len(decoder.mtp) > 0
+    if draft == "auto":
+        return len(decoder.mtp) > 0 and decoder.config.num_layers >= _LAYERS_OF_AUTO_MTP
+    return draft == "mtp"
 
 
 def _kv_format(kv_dtype: str, weights: torch.dtype) -> KVFormat:

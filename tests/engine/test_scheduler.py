@@ -135,9 +135,11 @@ def test_nobody_drafts_while_a_prompt_could_be_read(cache: LatentCache):
     scheduler.add(Sequence(1, [2] * 60))
     go(scheduler, 16)
     sequence = scheduler.running[0]
-    assert scheduler.room_for_draft(sequence, 4) == 0
+    assert not scheduler.may_draft
     sequence.draft = [5, 6]
     assert go(scheduler, 16) == {0: 1, 1: 15}
     while not scheduler.running[1].decodes:
         go(scheduler, 16)
-    assert scheduler.room_for_draft(sequence, 4) == 4
+    assert scheduler.may_draft
+    sequence.draft = [5, 6]
+    assert go(scheduler, 16) == {0: 3, 1: 1}

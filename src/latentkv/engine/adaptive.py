@@ -7,7 +7,6 @@ import time
 from collections import deque
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
-from statistics import median
 from weakref import WeakKeyDictionary
 
 from latentkv.engine.drafts import Drafter, Wish
@@ -21,6 +20,7 @@ _FADING = 0.95  # of the memory of acceptance, at every draft
 _TRYING = 0.01  # of the time goes into drafts by drafters that do not pay
 
 _Plan = tuple[float, int]  # tokens a time (1: as without drafts), tokens of the draft
+_NO_DRAFT: _Plan = (1.0, 0)
 
 
 class AdaptiveDrafter:
@@ -55,7 +55,7 @@ class AdaptiveDrafter:
         plain = self._plain.get(len(wishes)) if decoding else None
         self._steps += 1
         if plain is None or self._steps % PLAIN_EVERY == 0:
-            plans = [[(1.0, 0)] * len(self._sources)] * len(wishes)
+            plans = [[_NO_DRAFT] * len(self._sources)] * len(wishes)
         else:
             plans = [self._plan(wish, history) for wish, history in zip(wishes, histories, strict=True)]
         return self._ask(wishes, histories, plans, seconds, None if plain is None else plain.value / len(wishes))
@@ -138,7 +138,7 @@ class _Recent:
 
     def add(self, number: float) -> None:
         self._numbers.append(number)
-        self.value = median(self._numbers)
+        self.value = sorted(self._numbers)[len(self._numbers) // 2]
 
 
 @dataclass
@@ -181,13 +181,14 @@ class _Source:
 
     def plan(self, acceptance: _Acceptance, most: int, reading: float) -> _Plan:
         """The best draft of at most so many tokens, if reading one costs so much."""
-        cost = self.cost(reading)
-        best, expected = (1.0, 0), 1.0
+        cost, rate = self.cost(reading), acceptance.rate
+        if rate <= cost:  # then no draft pays, however long
+            # But perhaps it would by now.
+            return (math.inf, 1) if most > 0 and acceptance.rest == 0 else _NO_DRAFT
+        best, expected = _NO_DRAFT, 1.0
         for tokens in range(1, most + 1):
-            expected += acceptance.rate**tokens
+            expected += rate**tokens
             best = max(best, (expected / (1 + tokens * cost), tokens))
-        if best[1] == 0 and most > 0 and acceptance.rest == 0:
-            return math.inf, 1  # to see whether it would pay by now
         return best
 
     def cost(self, reading: float) -> float:

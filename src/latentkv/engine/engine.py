@@ -228,8 +228,11 @@ class Engine:
         if self._drafter:
             seconds = time.perf_counter() - began
             ended = {event.index for event in events if event.finish_reason}
+            most = self._most_drafted if self._scheduler.may_draft else 0
             wishes = [
-                self._wish(sequence, own[: sequence.num_cached - start], checked, ended=sequence.index in ended)
+                self._wish(
+                    sequence, own[: sequence.num_cached - start], checked, 0 if sequence.index in ended else most
+                )
                 for sequence, own, start, checked in zip(sequences, states, cached, drafted, strict=True)
             ]
             for wish, draft in zip(wishes, self._drafter.propose(wishes, seconds), strict=True):
@@ -302,12 +305,12 @@ class Engine:
         self.counters.accepted_tokens += len(events) - 1
         return events
 
-    def _wish(self, sequence: Sequence, hidden: Tensor, drafted: int, *, ended: bool) -> Wish:
-        """What is to be drafted for a sequence after a step that has read tokens of states `hidden`."""
-        job, most = self._jobs[sequence.index], 0
-        if sequence.decodes and not ended:
+    def _wish(self, sequence: Sequence, hidden: Tensor, drafted: int, most: int) -> Wish:
+        """What is to be drafted, `most` tokens at most, after a step that has read tokens of states `hidden`."""
+        job = self._jobs[sequence.index]
+        if most:
             left = job.request.max_new_tokens - (len(sequence.tokens) - len(job.request.prompt_token_ids))
-            most = self._scheduler.room_for_draft(sequence, min(self._most_drafted, left - 1))
+            most = self._scheduler.room_for_draft(sequence, min(most, left - 1))
         return Wish(
             sequence,
             hidden,

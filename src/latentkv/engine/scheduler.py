@@ -63,7 +63,7 @@ class Scheduler:
         """Who reads how many tokens in a step of `budget` tokens, those that decode first; empty: nobody can.
 
         Every sequence that decodes takes part, even where the budget is smaller; a prompt moves on in every step.
-        Drafts are read where no prompt waits for the same time.
+        Drafts are read where no prompt waits for the time that they take.
         """
         self._take_loaded()
         self._admit()
@@ -81,15 +81,19 @@ class Scheduler:
         decodes = [(sequence, 1 + len(sequence.draft)) for sequence in decoding]
         return decodes + [(sequence, shares[sequence]) for sequence in prompts if shares[sequence]]
 
+    @property
+    def may_draft(self) -> bool:
+        """Whether no prompt waits for the time that drafts take."""
+        return all(sequence.decodes for sequence in self.running)
+
     def room_for_draft(self, sequence: Sequence, most: int) -> int:
         """How many tokens, at most so many, can be drafted after the newest one of a running sequence.
 
-        It gets the pages for them as far as there are free ones; none while a prompt could be read instead.
+        It gets the pages for them as far as there are free ones.
         """
-        if not all(each.decodes for each in self.running):
-            return 0
         missing = self._cache.pages_for(sequence.num_cached + 1 + most) - len(sequence.pages)
-        sequence.pages += self._cache.pool.allocate(max(min(missing, self._cache.pool.free_pages), 0))
+        if missing > 0:
+            sequence.pages += self._cache.pool.allocate(min(missing, self._cache.pool.free_pages))
         room = len(sequence.pages) * self._cache.page_size - sequence.num_cached - 1
         return max(min(room, most), 0)
 
