@@ -300,7 +300,9 @@ class LLM:
 
     def chat_tokens(self, text: str) -> list[int]:
         """The token ids of what `chat_text` gave."""
-        return self._require_tokenizer("A conversation").encode(text, add_bos=False, allow_special=True)
+        tokenizer = self._require_tokenizer("A conversation")
+        self._require_not_too_long(tokenizer, text)
+        return tokenizer.encode(text, add_bos=False, allow_special=True)
 
     def chat_params(self, sampling_params: SamplingParams | None = None) -> SamplingParams:
         """What `chat` makes of its parameters: where a model knows no turns, the next one's opening is a stop."""
@@ -384,7 +386,17 @@ class LLM:
         tokenizer = self._require_tokenizer("A prompt in words")
         if not prompt:
             raise RequestError("The prompt is empty: give at least one character.")
+        self._require_not_too_long(tokenizer, prompt)
         return tokenizer.encode(prompt, add_bos=tokenizer.adds_bos)
+
+    def _require_not_too_long(self, tokenizer: Tokenizer, text: str) -> None:
+        """Refuse what cannot fit before time is spent on its tokens."""
+        most = self.max_context * tokenizer.longest_token
+        if len(text) > most:
+            raise RequestError(
+                f"The prompt has {len(text):,} characters, and a context of {self.max_context:,} tokens holds at most "
+                f"{most:,}: shorten it, or load the model with a larger max_context if it has one."
+            )
 
     def _first_token(self, tokenizer: Tokenizer) -> int:
         """BOS; where a model has none, an end token, which begins a text in training as well."""

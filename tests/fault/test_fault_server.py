@@ -260,3 +260,37 @@ def test_line_10_a_form_that_is_a_bomb_is_refused_or_bounded_and_holds_nobody_up
     assert status in (200, 400), answer
     assert slowest < 2
     live.wait_until_free()
+
+
+@pytest.mark.parametrize("name", ["self", "messages", "tools", "documents", "add_generation_prompt"])
+def test_line_14_a_request_cannot_set_what_a_template_is_given_from_elsewhere(live: Live, name: str) -> None:
+    body = {"messages": [{"role": "user", "content": "a"}], "chat_template_kwargs": {name: 1}}
+    status, answer, _ = post(live, "/v1/chat/completions", body)
+    assert status == 400 and name in answer["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", {"prompt": "x", "structured_outputs": {"choice": [1] * 500_000}}),
+        ("/v1/completions", {"prompt": [True] * 400_000}),
+        ("/v1/completions", {str(i): 1 for i in range(180_000)}),
+        ("/detokenize", {"tokens": ["a"] * 500_000}),
+    ],
+)
+def test_line_09_a_small_body_with_many_mistakes_holds_nobody_up(live: Live, path: str, body: dict) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        refused = pool.submit(post, live, path, json.dumps(body).encode())
+        slowest = 0.0
+        while not refused.done():
+            began = time.monotonic()
+            assert get(live, "/health")[0] == 200
+            slowest = max(slowest, time.monotonic() - began)
+    assert refused.result()[0] == 400
+    assert slowest < 0.7
+
+
+def test_line_03_more_completions_than_ever_run_at_once_are_a_400() -> None:
+    with serving(LLM(dtype="fp32", kv_cache_bytes=4 << 20), max_open=3) as own:
+        status, answer, _ = post(own, "/v1/completions", {"prompt": "x", "n": 4})
+        assert (status, answer["error"]["param"]) == (400, "n")

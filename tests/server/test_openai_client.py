@@ -112,7 +112,8 @@ def test_echo_with_logprobs_scores_the_prompt_as_reading_it_does(client: openai.
     assert logprobs.token_logprobs[1:] == pytest.approx(expected, abs=1e-4)
     assert got.choices[0].text == reference.tokenizer.decode(ids, skip_special=False)
     with_text = client.completions.create(model=NAME, prompt=PROMPT, max_tokens=4, echo=True, temperature=0)
-    assert with_text.choices[0].text.startswith(got.choices[0].text)
+    plain = client.completions.create(model=NAME, prompt=PROMPT, max_tokens=4, temperature=0)
+    assert with_text.choices[0].text == PROMPT + plain.choices[0].text
 
 
 def test_bias_penalties_and_min_tokens_do_what_the_library_does(client: openai.OpenAI, reference: LLM) -> None:
@@ -157,6 +158,14 @@ def test_chat_logprobs_name_tokens_with_their_bytes(client: openai.OpenAI) -> No
         assert len(entry.top_logprobs) == 2
         assert entry.top_logprobs[0].logprob == entry.logprob
     assert "".join(entry.token for entry in got.logprobs.content) == got.message.content
+
+
+def test_logprobs_of_a_character_in_pieces_give_its_bytes(client: openai.OpenAI) -> None:
+    got = client.chat.completions.create(
+        model=NAME, messages=MESSAGES, logprobs=True, extra_body={"structured_outputs": {"choice": ["😀"]}}
+    ).choices[0]
+    assert got.message.content == "😀"
+    assert bytes(b for entry in got.logprobs.content for b in entry.bytes).decode().strip() == "😀"
 
 
 def test_an_answer_without_max_tokens_may_fill_what_is_left(client: openai.OpenAI, live: Live) -> None:

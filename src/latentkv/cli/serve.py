@@ -107,7 +107,8 @@ def serve(
     shown = name or (Path(model).name if model and Path(model).is_dir() else model) or "latentkv"
     server = make_server(llm, shown, settings, tool_format=tool_format)
     out = console(stderr=True)
-    address = f"http://{host}:{listening.getsockname()[1]}"
+    shown_host = f"[{host}]" if ":" in host else host
+    address = f"http://{shown_host}:{listening.getsockname()[1]}"
     out.print(f"Serving {shown} on {address} - chat page at {address}/, API at {address}/v1", highlight=False)
     out.print(cache_summary(llm), style="dim")
     if llm.store:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 MIN_STEP_TOKENS = 16
+FIRST_STEP_TOKENS = 256
 
 
 class Pace:
@@ -20,7 +21,7 @@ class Pace:
     """
 
     def __init__(self, most: int, seconds: float | None) -> None:
-        self.budget = most
+        self.budget = most if seconds is None else min(most, FIRST_STEP_TOKENS)
         self._most = most
         self._seconds = seconds
 

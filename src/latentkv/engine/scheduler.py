@@ -17,6 +17,9 @@ MAX_RUNNING = 256
 FAIR_SHARE = 128
 """Prompt tokens that a step should at least give to a prompt: smaller pieces would cost more than fairness is worth."""
 
+MIN_PROMPT_TOKENS = 8
+"""Of a step, that prompts get however many others decode."""
+
 Share = tuple[Sequence, int]
 
 
@@ -69,7 +72,7 @@ class Scheduler:
         self._admit()
         decoding = [sequence for sequence in self._with_room() if sequence.decodes]
         prompts = [sequence for sequence in self.running if not sequence.decodes and not sequence.loading]
-        left = max(budget - len(decoding), 1)
+        left = max(budget - len(decoding), min(budget, MIN_PROMPT_TOKENS))
         for sequence in decoding:
             sequence.draft = sequence.draft[: 0 if prompts else left]
             left -= len(sequence.draft)

@@ -215,7 +215,9 @@ class EngineThread:
 
     def _deliver(self, events: list[Event]) -> None:
         for event in events:
-            ticket = self._tickets[event.index]
+            ticket = self._tickets.get(event.index)
+            if ticket is None:
+                continue  # given up at an earlier token of this step
             if event.finish_reason:
                 del self._tickets[event.index], self._indices[ticket]
                 self._finish(ticket, event)

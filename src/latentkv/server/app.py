@@ -107,8 +107,10 @@ async def _answer_http(request: HttpRequest, error: Exception) -> Response:
 
 async def _answer_invalid(request: HttpRequest, error: Exception) -> Response:
     """Name the parameter that is wrong; one is enough."""
-    first = error.errors()[0] if isinstance(error, RequestValidationError) else {}
-    return await _answer(request, _invalid(first))
+    found = error.errors() if isinstance(error, RequestValidationError) else []
+    # Of a union every member complains; one whose type is right says more than the others.
+    chosen = next((each for each in found if not each["type"].endswith("_type")), found[0] if found else {})
+    return await _answer(request, _invalid(chosen))
 
 
 def _invalid(found: dict[str, Any]) -> ApiError:
@@ -122,7 +124,7 @@ def _invalid(found: dict[str, Any]) -> ApiError:
         return ApiError(400, f"{'.'.join(where)} is not a parameter that this server knows: leave it out.", param=param)
     if kind == "missing":
         return ApiError(400, f"{'.'.join(where) or 'A JSON body'} is missing.", param=param)
-    return ApiError(400, f"{'.'.join(where)}: {found.get('msg', 'is not valid')}.", param=param)
+    return ApiError(400, f"{param or 'The body'}: {found.get('msg', 'is not valid')}.", param=param)
 
 
 def _leave_out_422(app: FastAPI) -> None:

@@ -51,6 +51,11 @@ class Context:
         """The model."""
         return self.server.model
 
+    def note_user(self, user: str | None) -> None:
+        """Write who asks, as the client calls them, into the log."""
+        if user is not None:
+            self.log["user"] = user
+
     def require_model(self, name: str | None) -> None:
         """Raise a 404 unless the one model is meant."""
         if name is not None and name != self.model.name:

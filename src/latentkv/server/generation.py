@@ -34,6 +34,10 @@ class Job:
         if sum(prompt.params.num_choices for prompt in prompts) > MAX_PROMPTS:
             raise ApiError(400, f"n: all prompts together may have {MAX_PROMPTS} completions.", param="n")
         self.choices = [choice for prompt in prompts for choice in prompt.choices()]
+        most = context.server.settings.max_open
+        if len(self.choices) > most:
+            raise ApiError(400, f"n: this server runs at most {most} completions at once.", param="n")
+        self._unfinished = len(self.choices)
         self._context = context
         self._prompts = prompts
         self._tokens = [0] * len(self.choices)
@@ -57,6 +61,7 @@ class Job:
                 self._texts[index] += piece.text
             metrics.token(self._clocks[index])
             if piece.finish_reason:
+                self._unfinished -= 1
                 prompt_tokens = len(self.choices[index].prompt_token_ids)
                 metrics.finish(self._clocks[index], prompt_tokens, self._tokens[index], piece.finish_reason)
             yield index, piece
@@ -64,6 +69,8 @@ class Job:
     def close(self) -> None:
         """Give up what has not ended, and note what it was; more than once does no harm."""
         self._generation.close()
+        self._context.server.metrics.give_up(self._unfinished)
+        self._unfinished = 0
         self._context.log |= self.usage.model_dump()
         if self._logs_text:
             text_of = self._context.model.text_of

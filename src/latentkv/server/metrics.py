@@ -95,6 +95,11 @@ class Metrics:
         self._generation.observe(tokens)
         self._success.labels(finished_reason=reason, **self._labels).inc()
 
+    def give_up(self, count: int) -> None:
+        """So many completions have not ended: their client left, they failed, or they took too long."""
+        if count:
+            self._success.labels(finished_reason="abort", **self._labels).inc(count)
+
     def text(self) -> bytes:
         """All of it, as Prometheus reads it."""
         engine, counters = self._engine, self._engine.counters

@@ -12,9 +12,10 @@ from typing import TypeVar
 from latentkv.completion import Piece, TextOutput, piece_of
 from latentkv.engine import Event, Request
 from latentkv.engine.thread import EngineThread
-from latentkv.errors import RequestError
+from latentkv.errors import RequestError, TokenizerError
 from latentkv.llm import LLM
 from latentkv.text import Tokenizer
+from latentkv.text.token_bytes import token_bytes
 from latentkv.text.tools import OutputFormat
 
 T = TypeVar("T")
@@ -23,6 +24,8 @@ STEP_SECONDS = 0.25
 """That a step may take, about: so long a newcomer waits, and so long the pages of a client who left stay taken."""
 ENCODERS = 4
 """Prompts that are turned into tokens at once."""
+COMPILERS = 2
+"""And prompts whose grammar must be compiled first, which may take seconds; they hold up no others."""
 
 
 class Generation:
@@ -56,7 +59,10 @@ class Generation:
         def listen(event: Event | Exception) -> None:  # in the engine's thread
             if failures:
                 event = failures[0]
-            piece = event if isinstance(event, Exception) else piece_of(event, output)
+            try:
+                piece = event if isinstance(event, Exception) else piece_of(event, output)
+            except Exception as error:
+                piece = error
             with suppress(RuntimeError):  # the event loop has ended, and so has whoever asked
                 self._loop.call_soon_threadsafe(self._arrived.put_nowait, (index, piece))
 
@@ -104,6 +110,7 @@ class ServedModel:
         self.format = format
         self.created = int(time.time())
         self._encoders = asyncio.Semaphore(ENCODERS)
+        self._compilers = asyncio.Semaphore(COMPILERS)
 
     @property
     def capacity(self) -> int:
@@ -134,9 +141,21 @@ class ServedModel:
         special = tokenizer.special_ids if tokenizer else frozenset[int]()
         return {marker: token for marker, token in ids.items() if token is not None and token in special}
 
-    async def off_loop(self, work: Callable[[], T]) -> T:
-        """Run what takes long (templates, tokenizers) beside the event loop, a few at a time."""
-        async with self._encoders:
+    @cached_property
+    def _token_bytes(self) -> list[bytes]:
+        try:
+            return token_bytes(self.require_tokenizer())
+        except TokenizerError:  # its tokens stand for no bytes of their own
+            return []
+
+    def bytes_of(self, token: int) -> bytes:
+        """What a token adds to a text: perhaps a part of a character."""
+        own = self._token_bytes[token] if token < len(self._token_bytes) else b""
+        return own or self.text_of([token]).encode()
+
+    async def off_loop(self, work: Callable[[], T], *, compiles: bool = False) -> T:
+        """Run what takes long (templates, tokenizers, grammars) beside the event loop, a few at a time."""
+        async with self._compilers if compiles else self._encoders:
             return await asyncio.to_thread(work)
 
     def submit(self, requests: list[Request], salt: str, seconds: float, *, keep: Collection[str] = ()) -> Generation:

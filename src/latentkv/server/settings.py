@@ -56,15 +56,17 @@ class ServerSettings:
 
 
 def read_keys(file: Path | None, environment: str | None) -> tuple[str, ...]:
-    """API keys of a file (one a line; # begins a comment) and of an environment variable (with commas between).
+    """API keys of a file (one a line; # begins a comment line) and of an environment variable (with commas).
 
     Raises:
         ConfigError: the file cannot be read or names no key.
     """
     keys = [key.strip() for key in (environment or "").split(",") if key.strip()]
+    if environment is not None and not keys:
+        raise ConfigError("The variable that should hold API keys is empty: put keys into it, or unset it.")
     if file is not None:
         try:
-            lines = [line.split("#")[0].strip() for line in file.read_text().splitlines()]
+            lines = [line.strip() for line in file.read_text().splitlines() if not line.startswith("#")]
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"The API keys in {file} cannot be read: {error}.") from None
         if not any(lines):

@@ -21,7 +21,10 @@ HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # no proxy m
 
 def data(chunk: BaseModel) -> str:
     """One event; of what is None nothing is written, but a finish_reason of null is."""
-    return f"data: {chunk.model_dump_json(exclude_none=True)}\n\n"
+    fields = chunk.model_dump(exclude_none=True)
+    for choice in fields.get("choices", ()):
+        choice.setdefault("finish_reason", None)
+    return f"data: {json.dumps(fields)}\n\n"
 
 
 class EventStream(StreamingResponse):

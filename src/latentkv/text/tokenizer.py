@@ -83,6 +83,11 @@ class Tokenizer:
         return self._backend.decoder
 
     @cached_property
+    def longest_token(self) -> int:
+        """Characters of the longest token: so many each token of a text stands for at most."""
+        return max((len(self.piece(token_id) or "") for token_id in range(self.vocab_size)), default=1)
+
+    @cached_property
     def adds_bos(self) -> bool:
         """Whether this checkpoint's texts begin with BOS unless asked otherwise."""
         return self.bos_id is not None and self.encode("")[:1] == [self.bos_id]

@@ -10,9 +10,9 @@ from latentkv.engine.sampling_params import MAX_CHOICES
 from latentkv.server.protocol.sampling import SamplingRequest, Usage
 from latentkv.server.settings import MAX_PROMPTS, MAX_TOP_LOGPROBS
 
-TokenIds = Annotated[list[int], Field(min_length=1)]
-Texts = Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
-TokenLists = Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
+TokenIds = Annotated[list[int], Field(min_length=1, fail_fast=True)]
+Texts = Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
+TokenLists = Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
 
 
 class CompletionRequest(SamplingRequest):

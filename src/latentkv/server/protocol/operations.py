@@ -65,7 +65,7 @@ class DetokenizeRequest(Strict):
     """Token ids."""
 
     model: str | None = Field(None, max_length=1024)
-    tokens: list[int]
+    tokens: Annotated[list[int], Field(fail_fast=True)]
 
 
 class DetokenizeResponse(BaseModel):

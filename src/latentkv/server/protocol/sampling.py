@@ -7,11 +7,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from latentkv.engine import SamplingParams, Structure
+from latentkv.engine import SamplingParams, Structure, structure
 from latentkv.engine.sampling_params import MAX_BIASES, MAX_CHOICES, MAX_SEED
 from latentkv.server.errors import ApiError
 from latentkv.server.settings import MAX_STOP_CHARACTERS, MAX_STOPS
 
+MAX_PARAMETERS = 64
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 
 
@@ -26,6 +27,8 @@ class Strict(BaseModel):
         """A parameter that is null is one that was left out."""
         if not isinstance(given, dict):
             return given
+        if len(given) > MAX_PARAMETERS:
+            raise ValueError(f"more than {MAX_PARAMETERS} parameters were given")
         return {name: value for name, value in given.items() if value is not None}
 
 
@@ -56,7 +59,7 @@ class StructuredOutputs(Strict):
 
     json_: dict[str, Any] | str | None = Field(None, alias="json")
     regex: str | None = None
-    choice: list[str] | None = None
+    choice: Annotated[list[str], Field(max_length=structure.MAX_CHOICES, fail_fast=True)] | None = None
     grammar: str | None = Field(None, description="In llguidance's dialect of Lark.")
 
 
@@ -72,7 +75,7 @@ class SamplingRequest(Strict):
     stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOPS)] | None = Field(
         None, description="Strings that end the text; it is cut before them."
     )
-    stop_token_ids: Annotated[list[int], Field(max_length=MAX_STOPS)] = Field(
+    stop_token_ids: Annotated[list[int], Field(max_length=MAX_STOPS, fail_fast=True)] = Field(
         default_factory=list[int], description="Token ids that end the text, besides the model's own."
     )
     ignore_eos: bool = Field(False, description="Go on after the model's own end tokens.")
@@ -143,6 +146,10 @@ class SamplingRequest(Strict):
 
 def _of_response_format(given: ResponseFormat | None) -> list[Structure]:
     match given:
+        case ResponseFormat(type="text" | "json_object", json_schema=JsonSchema()):
+            raise ApiError(
+                400, "response_format has a json_schema: its type must be json_schema.", param="response_format"
+            )
         case ResponseFormat(type="json_object"):
             return [Structure.json_object()]
         case ResponseFormat(type="json_schema", json_schema=JsonSchema() as schema):

@@ -33,12 +33,17 @@ from latentkv.text.tools import Tool, call_grammar, read_tool_choice, read_tools
 
 router = APIRouter()
 
+RESERVED = {"self", "messages", "tools", "documents", "add_generation_prompt"}
+"""What a template is given from elsewhere."""
+
 
 @router.post("/v1/chat/completions", response_model=ChatResponse, responses=STREAMS, response_model_exclude_none=True)
 async def chat(body: ChatRequest, context: InContext) -> ChatResponse | EventStream:
     """Answer a conversation."""
     context.require_model(body.model)
-    conversation = await context.model.off_loop(lambda: _read(context.model, body))
+    context.note_user(body.user)
+    compiles = body.response_format is not None or body.structured_outputs is not None or bool(body.tools)
+    conversation = await context.model.off_loop(lambda: _read(context.model, body), compiles=compiles)
     job = Job(context, [conversation.request], keep=context.model.format.markers)
     writer = _Writer(context, conversation, len(job.choices))
     if body.stream:
@@ -70,6 +75,10 @@ def _read(model: ServedModel, body: ChatRequest) -> _Conversation:
         raise ApiError(400, "top_logprobs needs logprobs=true: set it, or leave it out.", param="top_logprobs")
     if body.max_tokens is not None and body.max_completion_tokens not in (None, body.max_tokens):
         raise ApiError(400, "max_tokens and max_completion_tokens differ: give one of them.", param="max_tokens")
+    reserved = RESERVED & body.chat_template_kwargs.keys()
+    if reserved:
+        name = min(reserved)
+        raise ApiError(400, f"chat_template_kwargs may not set {name}: leave it out.", param="chat_template_kwargs")
     tools = read_tools(body.tools)
     choice = read_tool_choice(body.tool_choice, tools)
     text = model.llm.chat_text(body.messages, **({"tools": body.tools} if tools else {}), **body.chat_template_kwargs)
@@ -166,5 +175,4 @@ class _Writer:
         )
 
     def _token(self, token: int, logprob: float) -> TopLogprob:
-        text = self._model.text_of([token])
-        return TopLogprob(token=text, logprob=logprob, bytes=list(text.encode()))
+        return TopLogprob(token=self._model.text_of([token]), logprob=logprob, bytes=list(self._model.bytes_of(token)))

@@ -28,8 +28,12 @@ router = APIRouter()
 async def complete(body: CompletionRequest, context: InContext) -> CompletionResponse | EventStream:
     """Continue one prompt or several."""
     context.require_model(body.model)
+    context.note_user(body.user)
     params = _params(body)
-    prompts = await context.model.off_loop(lambda: [context.model.llm.request(p, params) for p in _prompts(body)])
+    prompts = await context.model.off_loop(
+        lambda: [context.model.llm.request(prompt, params) for prompt in _prompts(body)],
+        compiles=params.structure is not None,
+    )
     job = Job(context, prompts)
     writer = _Writer(context, body, prompts)
     if body.stream:
@@ -45,7 +49,9 @@ class _Writer:
         self._body = body
         self._n = body.n
         self._id, self._created = f"cmpl-{uuid4().hex}", int(time.time())
-        self._echoes = [self._text(prompt.prompt_token_ids) for prompt in prompts] if body.echo else []
+        self._echoes = [
+            given if isinstance(given, str) else self._text(given) for given in (_prompts(body) if body.echo else ())
+        ]
         self._offsets = [0] * (len(prompts) * body.n)
 
     def whole(self, completions: list[Completion], job: Job) -> CompletionResponse:

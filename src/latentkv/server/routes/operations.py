@@ -65,13 +65,14 @@ async def tokenize(body: TokenizeRequest, context: InContext) -> TokenizeRespons
         raise ApiError(400, "prompt or messages: give one of them.", param="prompt")
     tokenizer = served.require_tokenizer()
 
-    def encoded() -> list[int]:
+    def encoded() -> tuple[list[int], list[str] | None]:
         if body.messages is not None:
-            return served.llm.chat_tokens(served.llm.chat_text(body.messages))
-        return tokenizer.encode(body.prompt or "", add_bos=body.add_special_tokens and tokenizer.adds_bos)
+            tokens = served.llm.chat_tokens(served.llm.chat_text(body.messages))
+        else:
+            tokens = tokenizer.encode(body.prompt or "", add_bos=body.add_special_tokens and tokenizer.adds_bos)
+        return tokens, [served.text_of([token]) for token in tokens] if body.return_token_strs else None
 
-    tokens = await served.off_loop(encoded)
-    pieces = [served.text_of([token]) for token in tokens] if body.return_token_strs else None
+    tokens, pieces = await served.off_loop(encoded)
     return TokenizeResponse(count=len(tokens), max_model_len=served.llm.max_context, tokens=tokens, token_strs=pieces)
 
 

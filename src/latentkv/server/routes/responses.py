@@ -42,7 +42,10 @@ _STATUS: dict[FinishReason | None, Literal["in_progress", "completed", "incomple
 async def respond(body: ResponsesRequest, context: InContext) -> ResponsesResponse | EventStream:
     """Answer a text or a conversation."""
     context.require_model(body.model)
-    request, reasoning_open = await context.model.off_loop(lambda: _read(context.model, body))
+    context.note_user(body.user)
+    request, reasoning_open = await context.model.off_loop(
+        lambda: _read(context.model, body), compiles=body.text is not None
+    )
     job = Job(context, [request], keep=context.model.format.markers)
     writer = _Writer(context, body, job, reasoning_open=reasoning_open)
     if body.stream:
