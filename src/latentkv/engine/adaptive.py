@@ -13,11 +13,11 @@ from latentkv.engine.drafts import Drafter, Wish
 from latentkv.engine.replay import MOST_ROWS
 from latentkv.engine.sequence import Sequence
 
-PLAIN_EVERY = 64
+PLAIN_EVERY = 32
 """Steps of which one drafts nothing, to measure what a step without drafts takes."""
 
 _FADING = 0.95  # of the memory of acceptance, at every draft
-_TRYING = 0.01  # of the time goes into drafts by drafters that do not pay
+_TRYING = 0.1, 0.01  # of the time goes into drafts by drafters that do not pay, at first and later
 
 _Plan = tuple[float, int]  # tokens a time (1: as without drafts), tokens of the draft
 _NO_DRAFT: _Plan = (1.0, 0)
@@ -32,7 +32,7 @@ class AdaptiveDrafter:
 
     p is how often the drafter's tokens were accepted in the sequence lately. c is measured: what drafting and reading a
     token has lately added to a step, as a share of the time of a token without drafts. A drafter that does not pay is
-    tried with a single token now and then, for a hundredth of the time.
+    tried with a single token now and then, more and more rarely, at last for a hundredth of the time.
 
     Args:
         drafters: who can draft; one that has nothing to propose leaves it to the next best.
@@ -74,7 +74,8 @@ class AdaptiveDrafter:
             source.overall.learn(wish.drafted, wish.accepted)
             cost = source.cost(self._reading.value)
             # One that was right is followed by another, unless they cost more than they can bring.
-            acceptance.rest = 0 if wish.accepted and cost < 1 else round(cost / _TRYING)
+            if not wish.accepted or cost >= 1:
+                acceptance.rest_for(cost)
         return history
 
     def _measure(self, wishes: SequenceOf[Wish], seconds: float) -> None:
@@ -84,7 +85,8 @@ class AdaptiveDrafter:
         if sum(size) <= MOST_ROWS and size not in self._recorded:
             self._recorded.add(size)  # the first step of a size takes longer, for it is recorded
         elif drafted == 0:
-            self._plain.setdefault(sequences, _Recent(seconds)).add(seconds)
+            # Few, for they are rare where drafts pay, and must keep up with a machine that slows down.
+            self._plain.setdefault(sequences, _Recent(seconds, most=3)).add(seconds)
         elif sequences in self._plain:
             self._reading.add((seconds / self._plain[sequences].value - 1) * sequences / drafted)
 
@@ -132,9 +134,9 @@ class AdaptiveDrafter:
 class _Recent:
     """The median of the last few of some numbers."""
 
-    def __init__(self, initial: float) -> None:
+    def __init__(self, initial: float, *, most: int = 5) -> None:
         self.value = initial
-        self._numbers: deque[float] = deque(maxlen=9)
+        self._numbers: deque[float] = deque(maxlen=most)
 
     def add(self, number: float) -> None:
         self._numbers.append(number)
@@ -148,6 +150,7 @@ class _Acceptance:
     accepted: float = 1.0
     checked: float = 2.0
     rest: int = 0  # steps
+    pause: int = 0  # the last rest
 
     @property
     def rate(self) -> float:
@@ -156,6 +159,11 @@ class _Acceptance:
     def learn(self, drafted: int, accepted: int) -> None:
         self.accepted = _FADING * self.accepted + accepted
         self.checked = _FADING * self.checked + min(accepted + 1, drafted)
+
+    def rest_for(self, cost: float) -> None:
+        """Rest after a token that did not pay: each time for longer, since the last one that did."""
+        least, most = (round(min(cost, 4.0) / share) for share in _TRYING)
+        self.rest = self.pause = min(max(2 * self.pause, least), most)
 
 
 @dataclass
@@ -185,6 +193,7 @@ class _Source:
         if rate <= cost:  # then no draft pays, however long
             # But perhaps it would by now.
             return (math.inf, 1) if most > 0 and acceptance.rest == 0 else _NO_DRAFT
+        acceptance.pause = 0
         best, expected = _NO_DRAFT, 1.0
         for tokens in range(1, most + 1):
             expected += rate**tokens
