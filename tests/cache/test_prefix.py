@@ -125,3 +125,17 @@ def test_whatever_is_found_holds_what_was_written(texts: list[list[int]], num_pa
             content[page] = tuple(tokens[: SIZE * i + SIZE])
         pool.check()
         assert pool.free_pages == num_pages
+
+
+def test_a_page_is_held_by_what_it_was_known_for_until_it_is_reused():
+    pool = PagePool(1)
+    index = PrefixIndex(pool, SIZE)
+    (page,) = pool.allocate(1)
+    known = index.add("", None, [1, 2], page)
+    pool.free([page])
+    assert index.holds(known)
+    pool.allocate(1)
+    assert not index.holds(known)
+    again = index.add("", None, [1, 2], page)  # the same text in the same page, but read anew
+    assert index.holds(again)
+    assert not index.holds(known)

@@ -82,6 +82,22 @@ def test_a_prefix_that_memory_has_lost_comes_back_and_is_shared(tmp_path: Path):
     engine.close()
 
 
+def test_the_last_token_is_read_by_the_model_also_where_all_pages_are_stored(tmp_path: Path):
+    engine = engine_for(tmp_path)
+    whole = PROMPT[: 5 * PAGE]
+    expected = naive(engine.runner.decoder, whole, 6)
+    tokens(engine, ask(whole))
+    settle(engine)
+    forget(engine)
+    engine.add(ask(whole))
+    got: list[int] = []
+    for _ in range(200):
+        got += [event.token_id for event in engine.step()]
+    assert got == expected
+    assert engine.counters.store_hits == 4 * PAGE
+    engine.close()
+
+
 def test_what_memory_knows_is_not_read_from_files(tmp_path: Path):
     engine = engine_for(tmp_path)
     tokens(engine, ask(PROMPT))
@@ -206,9 +222,10 @@ def test_a_request_that_is_given_up_while_its_pages_are_read_frees_them(tmp_path
     threading.Timer(0.05, gate.set).start()
     engine.abort(index)
     assert engine.cache.pool.free_pages == engine.cache.num_pages
-    forget(engine)  # and nobody writes to them any more
-    time.sleep(0.02)
-    assert all(bool(tensor.isnan().all()) for tensor in engine.cache.storage)
+    forget(engine)
+    assert gate.wait(20)
+    engine._scheduler._offload._reader.submit(int).result()  # whatever the reader had to do is done
+    assert all(bool(tensor.isnan().all()) for tensor in engine.cache.storage), "pages were written after they were free"
     assert tokens(engine, ask(PROMPT)) == [naive(engine.runner.decoder, PROMPT, 6)]
     engine.close()
 
@@ -218,10 +235,10 @@ def test_the_youngest_makes_room_also_while_its_pages_are_read(tmp_path: Path, g
     first = engine_for(tmp_path)
     tokens(first, ask(stored))
     first.close()
-    stop = Loading.stop
+    stop, stopped = Loading.stop, []
 
     def stop_and_read_on(loading: Loading) -> None:
-        assert not loading.done
+        stopped.append(loading.done)
         gate.set()
         stop(loading)
 
@@ -233,6 +250,7 @@ def test_the_youngest_makes_room_also_while_its_pages_are_read(tmp_path: Path, g
             got[event.index].append(event.token_id)
         engine.cache.check()
     assert engine.counters.preemptions == 1
+    assert stopped == [False]
     decoder = engine.runner.decoder
     assert list(got.values()) == [naive(decoder, old, 30), naive(decoder, stored, 2)]
     assert engine.cache.pool.free_pages == 8
