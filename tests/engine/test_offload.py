@@ -82,6 +82,22 @@ def test_a_prefix_that_memory_has_lost_comes_back_and_is_shared(tmp_path: Path):
     engine.close()
 
 
+def test_the_last_token_is_read_by_the_model_also_where_all_pages_are_stored(tmp_path: Path):
+    engine = engine_for(tmp_path)
+    whole = PROMPT[: 5 * PAGE]
+    expected = naive(engine.runner.decoder, whole, 6)
+    tokens(engine, ask(whole))
+    settle(engine)
+    forget(engine)
+    engine.add(ask(whole))
+    got: list[int] = []
+    for _ in range(200):
+        got += [event.token_id for event in engine.step()]
+    assert got == expected
+    assert engine.counters.store_hits == 4 * PAGE
+    engine.close()
+
+
 def test_what_memory_knows_is_not_read_from_files(tmp_path: Path):
     engine = engine_for(tmp_path)
     tokens(engine, ask(PROMPT))
