@@ -104,8 +104,8 @@ class LLM:
         max_context: tokens that a prompt and its completion have together at most; None is all that the model has.
         kv_cache_bytes: size of the cache; None is the smaller of one max_context and half of the free memory.
         max_running: requests that take part in a step at most; the others wait.
-        speculate: draft so many tokens at most and check them in one step, as long as that is faster: the answers are
-            the same; 0 drafts none.
+        speculate: draft so many tokens at most and check them in one step, as long as it seems to pay: the answers
+            are the same; 0 drafts none.
         draft: what drafts: "ngram", the text so far; "mtp", the model's multi-token-prediction module, whose state is
             cached too; "auto", whichever of them has been the better one (of a model of fewer than 16 layers, "ngram").
         step_seconds: time that one step should take, about; None: as long as it takes.

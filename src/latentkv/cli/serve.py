@@ -61,7 +61,7 @@ def serve(
         str | None, typer.Option(help="How the model writes tool calls.", show_default="as its template tells")
     ] = None,
     speculate: Annotated[
-        int, typer.Option(min=0, max=16, help="Draft so many tokens where that is faster; the answers stay the same.")
+        int, typer.Option(min=0, max=16, help="Draft so many tokens where it seems to pay; the answers stay the same.")
     ] = 0,
     draft: Annotated[
         str, typer.Option(help="What drafts: ngram (the text so far), mtp (the model's module for it), auto (both).")
