@@ -12,9 +12,8 @@ from typing import Any
 import uvicorn
 
 from latentkv import LLM
-from latentkv.server.app import create_app
 from latentkv.server.context import Server
-from latentkv.server.run import bind, make_server
+from latentkv.server.run import bind, make_server, uvicorn_config
 from latentkv.server.settings import ServerSettings
 
 NAME = "small"
@@ -51,8 +50,7 @@ def serving(llm: LLM, **settings: Any) -> Generator[Live]:
     """Serve `llm` while the context lasts; its engine cannot be used again afterwards."""
     server = make_server(llm, NAME, ServerSettings(**{"drain_seconds": 5, **settings}))
     listening = bind("127.0.0.1", 0)
-    config = uvicorn.Config(create_app(server), log_config=None, access_log=False)
-    web = uvicorn.Server(config)
+    web = uvicorn.Server(uvicorn_config(server))
     thread = threading.Thread(target=web.run, kwargs={"sockets": [listening]}, daemon=True)
     thread.start()
     while not web.started:

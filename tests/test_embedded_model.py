@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from latentkv import LLM, SamplingParams
-from latentkv.llm import EMBEDDED_MODEL
+from latentkv.llm_options import EMBEDDED_MODEL
 from latentkv.plan import make_plan
 
 DATA = Path(os.environ.get("LATENTKV_DATA", Path(__file__).parents[2] / "shared" / "data"))

@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, DeepseekV3Config, LlamaConfig
 
-from latentkv import LLM, SamplingParams, llm
+from latentkv import LLM, SamplingParams, llm_options
 from latentkv.engine.drafts import NGramDrafter
 from latentkv.engine.mtp import MTPDrafter
 from latentkv.errors import CacheError, CheckpointError, ConfigError, RequestError, TokenizerError
@@ -437,13 +437,13 @@ def test_a_tokenizer_of_another_model_is_refused(folders: dict[str, Path], tmp_p
 def test_models_that_are_not_there_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(ConfigError, match=r"no config\.json"):
         LLM(tmp_path)
-    monkeypatch.setattr(llm, "EMBEDDED_MODEL", tmp_path / "nothing")
+    monkeypatch.setattr(llm_options, "EMBEDDED_MODEL", tmp_path / "nothing")
     with pytest.raises(ConfigError, match="no embedded model: name a model folder"):
         LLM()
 
 
 def test_no_model_named_is_the_embedded_one(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(llm, "EMBEDDED_MODEL", folders["mla"])
+    monkeypatch.setattr(llm_options, "EMBEDDED_MODEL", folders["mla"])
     assert LLM().folder == folders["mla"]
 
 
@@ -526,7 +526,7 @@ def test_the_draft_that_is_asked_for_is_used_and_its_cache_counted(draft: str, d
 
 
 def test_auto_takes_the_module_of_a_model_of_many_layers_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(llm, "_LAYERS_OF_AUTO_MTP", 6)
+    monkeypatch.setattr(llm_options, "_LAYERS_OF_AUTO_MTP", 6)
     sources = LLM(speculate=2, kv_cache_bytes=2**20).engine._drafter._sources  # pyright: ignore
     assert [type(source.drafter) for source in sources] == [NGramDrafter, MTPDrafter]
 

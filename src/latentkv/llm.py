@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -28,17 +28,26 @@ from latentkv.engine.request import validate_token_ids
 from latentkv.engine.scheduler import MAX_RUNNING
 from latentkv.engine.scoring import sequence_logits, text_nats
 from latentkv.errors import ConfigError, RequestError
-from latentkv.models.config import MLAConfig, ModelConfig
+from latentkv.llm_options import (
+    Draft,
+    as_device,
+    as_dtype,
+    context_of,
+    drafts_by_mtp,
+    embedded_model,
+    kv_format,
+    require_int8_products,
+    tokenizer_of,
+)
+from latentkv.models.config import ModelConfig
 from latentkv.models.config_reader import read_config
-from latentkv.models.decoder import Decoder
 from latentkv.models.fingerprint import model_fingerprint
 from latentkv.models.loading import load_model, stored_dtype
 from latentkv.models.mla import MultiHeadLatentAttention
 from latentkv.models.packing import choose_packing
 from latentkv.ops import WeightFormat
-from latentkv.ops.backends import why_no_int8_products
 from latentkv.progress import progress_bar
-from latentkv.text import Tokenizer, has_tokenizer, load_tokenizer, require_match
+from latentkv.text import Tokenizer
 
 if TYPE_CHECKING:
     from latentkv.text.grammar import GrammarCompiler
@@ -47,25 +56,10 @@ __all__ = ["LLM", "Completion", "Perplexity", "Piece"]
 
 Prompt = str | Sequence[int]
 DType = Literal["fp32", "bf16", "fp16"]
-Draft = Literal["auto", "ngram", "mtp"]
 
 CACHE_DIR_BYTES = 10 << 30
 """That the files in a `cache_dir` may take."""
 
-EMBEDDED_MODEL = Path(__file__).parent / "assets" / "default"
-
-_DTYPES: Mapping[str, torch.dtype] = {
-    "fp32": torch.float32,
-    "float32": torch.float32,
-    "bf16": torch.bfloat16,
-    "bfloat16": torch.bfloat16,
-    "fp16": torch.float16,
-    "float16": torch.float16,
-}
-_KV_FORMATS: Mapping[torch.dtype, KVFormat] = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-_KV_DTYPES: tuple[KVFormat, ...] = ("fp32", "bf16", "fp16", "int8", "fp8")
-# An MTP module reads every prompt as well: one layer more, which is to be a small part of the model.
-_LAYERS_OF_AUTO_MTP = 16
 # How the plain chat template opens the user's next turn; a model without chat training may well write it itself.
 _PLAIN_NEXT_TURN = "\n\nUser:"
 
@@ -148,16 +142,16 @@ class LLM:
         cache_dir: str | Path | None = None,
         cache_dir_bytes: int = CACHE_DIR_BYTES,
     ) -> None:
-        weights_dtype, device = _as_dtype(dtype), _as_device(device)
+        weights_dtype, device = as_dtype(dtype), as_device(device)
         folder = None if cache_dir is None else StoreFolder(Path(cache_dir).expanduser())
-        self.folder = _embedded_model() if model is None else resolve_model(model)
+        self.folder = embedded_model() if model is None else resolve_model(model)
         config = read_config(self.folder)
         if int8_products:
-            _require_int8_products(config, kv_dtype, device)
+            require_int8_products(config, kv_dtype, device)
         if int8_products and speculate:
             raise ConfigError("int8_products and speculate exclude each other: a draft is checked in exact products.")
-        self.max_context = _context(max_context, config)
-        self.tokenizer = _load_tokenizer(self.folder, config)
+        self.max_context = context_of(max_context, config)
+        self.tokenizer = tokenizer_of(self.folder, config)
         packing = choose_packing(weights, weights_dtype or stored_dtype(config), device)
         self.decoder = load_model(
             self.folder, dtype=weights_dtype, device=device, max_context=self.max_context, packing=packing
@@ -167,13 +161,13 @@ class LLM:
             for module in self.decoder.modules():
                 if isinstance(module, MultiHeadLatentAttention):
                     module.int8_products = True
-        drafts_by_mtp = _drafts_by_mtp(draft, self.decoder) and speculate > 0
-        planes = self.config.planes(_kv_format(kv_dtype, self.decoder.dtype), num_mtp_layers=int(drafts_by_mtp))
+        by_mtp = drafts_by_mtp(draft, self.decoder) and speculate > 0
+        planes = self.config.planes(kv_format(kv_dtype, self.decoder.dtype), num_mtp_layers=int(by_mtp))
         if kv_cache_bytes is None:
             kv_cache_bytes = default_cache_bytes(planes, self.max_context, free_memory(device))
         self.cache = LatentCache.sized(planes, kv_cache_bytes, device=device)
         drafters: list[Drafter] = [] if draft == "mtp" else [NGramDrafter()]
-        if drafts_by_mtp:
+        if by_mtp:
             drafters.append(MTPDrafter(self.decoder, self.cache))
         self.store: PageStore | None = None
         if folder:
@@ -426,78 +420,3 @@ def _as_list(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
     if isinstance(prompts, str) or isinstance(prompts[0], int):
         return [cast(Prompt, prompts)]
     return cast("Sequence[Prompt]", prompts)
-
-
-def _embedded_model() -> Path:
-    if not (EMBEDDED_MODEL / "config.json").is_file():
-        raise ConfigError("This installation carries no embedded model: name a model folder or a Hugging Face repo id.")
-    return EMBEDDED_MODEL
-
-
-def _load_tokenizer(folder: Path, config: ModelConfig) -> Tokenizer | None:
-    if not has_tokenizer(folder):
-        return None
-    tokenizer = load_tokenizer(folder)
-    require_match(tokenizer, config.vocab_size)
-    return tokenizer
-
-
-def _context(asked: int | None, config: ModelConfig) -> int:
-    if asked is None:
-        return config.max_positions
-    if type(asked) is not int or not 2 <= asked <= config.max_positions:
-        raise ConfigError(
-            f"max_context={asked!r} is not allowed: this model takes 2 to {config.max_positions:,} tokens."
-        )
-    return asked
-
-
-def _as_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    if dtype is None or dtype in _KV_FORMATS:
-        return cast("torch.dtype | None", dtype)
-    if dtype not in _DTYPES:
-        raise ConfigError(f"dtype={dtype!r} is not supported: choose fp32, bf16 or fp16.")
-    return _DTYPES[cast(str, dtype)]
-
-
-def _as_device(device: str | torch.device) -> torch.device:
-    allowed = "choose cpu, or cuda where there is an NVIDIA GPU"
-    try:
-        resolved = torch.device(device)
-        torch.empty(0, device=resolved)
-    except (RuntimeError, AssertionError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".")
-        raise ConfigError(f"device={str(device)!r} cannot be used ({reason}): {allowed}.") from error
-    if resolved.type not in ("cpu", "cuda"):
-        raise ConfigError(f"device={str(device)!r} is not supported: {allowed}.")
-    return resolved
-
-
-def _require_int8_products(config: ModelConfig, kv_dtype: str, device: torch.device) -> None:
-    """Raise `ConfigError` where the model, the cache or this machine cannot decode in int8 products."""
-    reason = why_no_int8_products(device)
-    if not isinstance(config.attention, MLAConfig):
-        reason = "the model has no latent attention"
-    elif kv_dtype != "int8":
-        reason = f"it takes kv_dtype='int8', not {kv_dtype!r}"
-    if reason is not None:
-        raise ConfigError(f"int8_products cannot be had: {reason}. Leave it out, or change that.")
-
-
-def _drafts_by_mtp(draft: str, decoder: Decoder) -> bool:
-    """Whether drafts are to come from the MTP module, too."""
-    if draft not in get_args(Draft):
-        raise ConfigError(f"draft={draft!r} is not supported: choose {', '.join(get_args(Draft))}.")
-    if draft == "mtp" and not decoder.mtp:
-        raise ConfigError("draft='mtp' needs a multi-token-prediction module, which this model has not: draft='ngram'.")
-    if draft == "auto":
-        return len(decoder.mtp) > 0 and decoder.config.num_layers >= _LAYERS_OF_AUTO_MTP
-    return draft == "mtp"
-
-
-def _kv_format(kv_dtype: str, weights: torch.dtype) -> KVFormat:
-    if kv_dtype == "auto":
-        return _KV_FORMATS[weights]
-    if kv_dtype not in _KV_DTYPES:
-        raise ConfigError(f"kv_dtype={kv_dtype!r} is not supported: choose auto, {', '.join(_KV_DTYPES)}.")
-    return kv_dtype

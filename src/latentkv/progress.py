@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
 
 
 class Bar(Protocol):
@@ -40,13 +43,17 @@ def progress_bar(total: int, *, shown: bool = True) -> Generator[Bar]:
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task("", total=total, tokens=0, speed=0.0)
 
-        class Shown:
-            tokens = 0
+        yield _Shown(progress, task)
 
-            def add(self, tokens: int, *, finished: bool) -> None:
-                self.tokens += tokens
-                seconds = progress.tasks[0].elapsed or 0
-                speed = self.tokens / seconds if seconds else 0.0
-                progress.update(task, advance=int(finished), tokens=self.tokens, speed=speed)
 
-        yield Shown()
+class _Shown:
+    def __init__(self, progress: Progress, task: TaskID) -> None:
+        self._progress = progress
+        self._task = task
+        self._tokens = 0
+
+    def add(self, tokens: int, *, finished: bool) -> None:
+        self._tokens += tokens
+        seconds = self._progress.tasks[0].elapsed or 0
+        speed = self._tokens / seconds if seconds else 0.0
+        self._progress.update(self._task, advance=int(finished), tokens=self._tokens, speed=speed)

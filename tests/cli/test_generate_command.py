@@ -8,7 +8,7 @@ import re
 import pytest
 
 from latentkv import LLM, SamplingParams
-from latentkv.llm import EMBEDDED_MODEL
+from latentkv.llm_options import EMBEDDED_MODEL
 from latentkv.plan import mha_bytes
 
 PROMPT = "The whale swam"

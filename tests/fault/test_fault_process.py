@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -14,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from latentkv.llm import EMBEDDED_MODEL
+from latentkv.llm_options import EMBEDDED_MODEL
 from server_process import COMMAND, ServerProcess, server_process
 
 SMALL = ("--kv-cache-bytes", "16MiB")
@@ -134,3 +136,14 @@ def test_line_05_a_dead_engine_ends_the_process_with_exit_code_1() -> None:
         assert statuses[:2] == [500, 500]
         assert server.process.wait(timeout=10) == 1
         assert "the engine died" in "".join(server.lines)
+
+
+def test_the_log_is_json_even_of_what_is_no_http() -> None:
+    with server_process(*SMALL) as server:
+        with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
+            connection.sendall(b"\x16\x03\x01 is how TLS begins\r\n\r\n")
+            assert connection.recv(100).startswith(b"HTTP/1.1 400")
+        assert server.ask("GET", "/health")[0] == 200
+        while not (found := [line for line in server.lines if "Invalid HTTP request" in line]):
+            time.sleep(0.01)
+    assert json.loads(found[0])["level"] == "warning"

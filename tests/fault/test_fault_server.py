@@ -7,13 +7,22 @@ import json
 import socket
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import psutil
 import pytest
 
 from latentkv import LLM
 from live_server import Live, serving
+
+
+@pytest.fixture(scope="module")
+def dawdlers() -> Iterator[Live]:
+    with serving(LLM(dtype="fp32", kv_cache_bytes=16 << 20, step_seconds=0.25), receive_seconds=0.4) as server:
+        yield server
+
 
 LONG = {"prompt": "The sea", "max_tokens": 1500, "ignore_eos": True, "temperature": 1.0}
 
@@ -274,7 +283,7 @@ def test_line_14_a_request_cannot_set_what_a_template_is_given_from_elsewhere(li
     [
         ("/v1/completions", {"prompt": "x", "structured_outputs": {"choice": [1] * 500_000}}),
         ("/v1/completions", {"prompt": [True] * 400_000}),
-        ("/v1/completions", {str(i): 1 for i in range(180_000)}),
+        ("/v1/completions", {str(i): 1 for i in range(500_000)}),
         ("/detokenize", {"tokens": ["a"] * 500_000}),
     ],
 )
@@ -287,10 +296,36 @@ def test_line_09_a_small_body_with_many_mistakes_holds_nobody_up(live: Live, pat
             assert get(live, "/health")[0] == 200
             slowest = max(slowest, time.monotonic() - began)
     assert refused.result()[0] == 400
-    assert slowest < 0.7
+    assert slowest < 1.5  # seconds; each took 2 to 9 when every mistake was described
 
 
 def test_line_03_more_completions_than_ever_run_at_once_are_a_400() -> None:
     with serving(LLM(dtype="fp32", kv_cache_bytes=4 << 20), max_open=3) as own:
         status, answer, _ = post(own, "/v1/completions", {"prompt": "x", "n": 4})
         assert (status, answer["error"]["param"]) == (400, "n")
+
+
+@pytest.mark.parametrize(
+    "sent", [b"", b"POST /v1/completions HTTP/1.1\r\nHos", b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n{"]
+)
+def test_line_09_a_client_that_dawdles_over_a_request_is_cut_off(dawdlers: Live, sent: bytes) -> None:
+    host, port = dawdlers.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=10) as connection:
+        began = time.monotonic()
+        connection.sendall(sent)
+        with suppress(ConnectionResetError):
+            while connection.recv(4096):  # perhaps an answer to what came so far
+                pass
+        assert 0.3 < time.monotonic() - began < 5
+
+
+def test_line_09_a_long_answer_is_not_taken_for_a_request_that_dawdles(dawdlers: Live) -> None:
+    connection = http.client.HTTPConnection(dawdlers.url.removeprefix("http://"), timeout=30)
+    for _ in range(2):  # the second time on a connection that was kept
+        connection.request(
+            "POST", "/v1/completions", json.dumps({**LONG, "max_tokens": 200}), {"Content-Type": "application/json"}
+        )
+        answer = connection.getresponse()
+        assert answer.status == 200
+        assert json.loads(answer.read())["usage"]["completion_tokens"] == 200
+    connection.close()

@@ -13,7 +13,7 @@ import openai
 import pytest
 
 from latentkv import LLM, SamplingParams
-from latentkv.llm import EMBEDDED_MODEL
+from latentkv.llm_options import EMBEDDED_MODEL
 from live_server import NAME, Live, serving
 
 MESSAGES = [{"role": "user", "content": "Tell me of the sea."}]

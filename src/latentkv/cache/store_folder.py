@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import re
 import secrets
@@ -51,6 +50,10 @@ class StoreFolder:
 
     def lock(self) -> bool:
         """Become the one process that writes, unless another one is."""
+        try:
+            import fcntl  # POSIX's; a system without it can still do all else
+        except ImportError:
+            return False
         if self._lock is None:
             with suppress(OSError):  # read-only, or locked
                 file = FileIO(self.path / "lock", "a", opener=open_private)

@@ -25,7 +25,7 @@ def inspect(
     """Show what a checkpoint is: family, shapes, weights, tokenizer, cost of its cache. Checks every file's header."""
     from latentkv.checkpoint import resolve_model
     from latentkv.cli.checkpoint_facts import read_facts
-    from latentkv.llm import EMBEDDED_MODEL
+    from latentkv.llm_options import EMBEDDED_MODEL
 
     facts = read_facts(EMBEDDED_MODEL if model is None else resolve_model(model))
     if as_json:

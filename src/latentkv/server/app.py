@@ -80,8 +80,9 @@ def create_app(server: Server, *, died: Callable[[str], None] | None = None) -> 
 
 
 async def _watch(server: Server, died: Callable[[str], None]) -> None:
-    """Look after the engine: a dead one is reported once, even if nobody asks for its health."""
+    """Look after the engine: how fast it is, and, once, that it died, even if nobody asks for its health."""
     while True:
+        server.metrics.sample()
         health = server.model.thread.health()
         if health.state == "dead":
             logger.critical("the engine died", extra={"fields": {"reason": health.reason}})

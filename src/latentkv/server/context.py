@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Annotated, Any, TypeVar, cast
 
@@ -76,10 +75,9 @@ class Context:
                 raise ApiError(CLIENT_LEFT, "The client left.", code="client_left")
             return task.result()
         finally:
-            for each in (task, leaving):
-                each.cancel()
-                with suppress(BaseException):
-                    await each
+            task.cancel()
+            leaving.cancel()
+            await asyncio.wait({task, leaving})
 
 
 async def _until_disconnect(receive: Callable[[], Awaitable[Any]]) -> None:

@@ -13,7 +13,21 @@ from latentkv.engine.engine import Engine
 
 _SECONDS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640)
 _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
-_WINDOW = 5.0  # seconds over which a speed is taken
+_SAMPLES = 5  # of the engine's counters, a second apart, over which a speed is taken
+# The metric, which of the engine's `Counters` it shows, what that is.
+_TOTALS = (
+    ("prompt_tokens", "prompt_tokens", "Tokens of all prompts."),
+    ("generation_tokens", "generated_tokens", "Tokens of all completions."),
+    ("num_preemptions", "preemptions", "Requests that gave their pages back and were read again."),
+    ("prefix_cache_queries", "prefix_queries", "Prompt tokens that were looked for among known prefixes."),
+    ("prefix_cache_hits", "prefix_hits", "Those that were found."),
+    ("external_prefix_cache_queries", "store_queries", "Prompt tokens that were looked for in the cache folder."),
+    ("external_prefix_cache_hits", "store_hits", "Those that were read from it."),
+    ("cache_dir_written_bytes", "stored_bytes", "Bytes written to the cache folder."),
+    ("cache_dir_read_bytes", "loaded_bytes", "Bytes read from it."),
+    ("spec_decode_num_draft_tokens", "drafted_tokens", "Tokens that were drafted."),
+    ("spec_decode_num_accepted_tokens", "accepted_tokens", "Those that were accepted."),
+)
 
 
 @dataclass
@@ -21,7 +35,6 @@ class RequestClock:
     """When things happened to one completion."""
 
     arrived: float
-    first: float | None = None
     last: float | None = None
 
 
@@ -38,7 +51,7 @@ class Metrics:
         self.finished = 0
         self.started_at = time.time()
         self._engine = engine
-        self._history: deque[tuple[float, int, int]] = deque()
+        self._samples: deque[tuple[float, int, int]] = deque(maxlen=_SAMPLES)
         self._labels = {"model_name": model}
         self._ttft = self._histogram("time_to_first_token_seconds", "From arrival to the first token.", _SECONDS)
         self._itl = self._histogram("inter_token_latency_seconds", "Between two tokens.", _SECONDS)
@@ -60,20 +73,8 @@ class Metrics:
             )
         }
         self._totals = {
-            name: Counter(f"latentkv:{name}", text, ["model_name"], registry=self.registry).labels(**self._labels)
-            for name, text in (
-                ("prompt_tokens", "Tokens of all prompts."),
-                ("generation_tokens", "Tokens of all completions."),
-                ("num_preemptions", "Requests that gave their pages back and were read again."),
-                ("prefix_cache_queries", "Prompt tokens that were looked for among known prefixes."),
-                ("prefix_cache_hits", "Those that were found."),
-                ("external_prefix_cache_queries", "Prompt tokens that were looked for in the cache folder."),
-                ("external_prefix_cache_hits", "Those that were read from it."),
-                ("cache_dir_written_bytes", "Bytes written to the cache folder."),
-                ("cache_dir_read_bytes", "Bytes read from it."),
-                ("spec_decode_num_draft_tokens", "Tokens that were drafted."),
-                ("spec_decode_num_accepted_tokens", "Those that were accepted."),
-            )
+            counter: Counter(f"latentkv:{name}", text, ["model_name"], registry=self.registry).labels(**self._labels)
+            for name, counter, text in _TOTALS
         }
         self._seen = dict.fromkeys(self._totals, 0)
 
@@ -81,7 +82,6 @@ class Metrics:
         """A completion has a new piece."""
         now = time.monotonic()
         if clock.last is None:
-            clock.first = now
             self._ttft.observe(now - clock.arrived)
         else:
             self._itl.observe(now - clock.last)
@@ -106,30 +106,24 @@ class Metrics:
         self._gauges["num_requests_running"].set(engine.num_running)
         self._gauges["num_requests_waiting"].set(engine.num_waiting)
         self._gauges["kv_cache_usage_perc"].set(1 - engine.cache.pool.free_pages / engine.cache.num_pages)
-        for name, total in (
-            ("prompt_tokens", counters.prompt_tokens),
-            ("generation_tokens", counters.generated_tokens),
-            ("num_preemptions", counters.preemptions),
-            ("prefix_cache_queries", counters.prefix_queries),
-            ("prefix_cache_hits", counters.prefix_hits),
-            ("external_prefix_cache_queries", counters.store_queries),
-            ("external_prefix_cache_hits", counters.store_hits),
-            ("cache_dir_written_bytes", counters.stored_bytes),
-            ("cache_dir_read_bytes", counters.loaded_bytes),
-            ("spec_decode_num_draft_tokens", counters.drafted_tokens),
-            ("spec_decode_num_accepted_tokens", counters.accepted_tokens),
-        ):
+        for name in self._totals:
+            total = getattr(counters, name)
             self._totals[name].inc(total - self._seen[name])
             self._seen[name] = total
         return generate_latest(self.registry)
 
+    def sample(self) -> None:
+        """Note how far the engine is; called about once a second, so that speeds are those of the last seconds."""
+        self._samples.append(
+            (time.monotonic(), self._engine.counters.generated_tokens, self._engine.counters.read_tokens)
+        )
+
     def speeds(self) -> tuple[float, float]:
-        """Generated and prompt tokens a second over the last seconds in which somebody asked."""
+        """Generated and prompt tokens a second since the oldest sample that is kept."""
+        if not self._samples:
+            return 0.0, 0.0
         counters, now = self._engine.counters, time.monotonic()
-        self._history.append((now, counters.generated_tokens, counters.read_tokens))
-        while len(self._history) > 2 and now - self._history[1][0] > _WINDOW:
-            self._history.popleft()
-        then, generated, read = self._history[0]
+        then, generated, read = self._samples[0]
         if now - then < 0.1:
             return 0.0, 0.0
         new, all_read = counters.generated_tokens - generated, counters.read_tokens - read

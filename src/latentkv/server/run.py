@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
-import logging
 import math
 import socket
-import sys
 import threading
 from collections.abc import Callable
+from functools import partial
 from types import FrameType
+from typing import cast
 
 import uvicorn
 
@@ -17,8 +18,9 @@ from latentkv.engine.thread import EngineThread
 from latentkv.errors import ConfigError
 from latentkv.llm import LLM
 from latentkv.server.app import create_app
+from latentkv.server.connection import TimelyProtocol
 from latentkv.server.context import Server
-from latentkv.server.logs import JsonFormatter
+from latentkv.server.logs import log_to_stderr
 from latentkv.server.metrics import Metrics
 from latentkv.server.served import ServedModel
 from latentkv.server.settings import ServerSettings
@@ -72,25 +74,31 @@ def serve_forever(listening: socket.socket, server: Server) -> int:
     Returns:
         The exit code: 0 after a signal, 1 if the engine died. A thread that hangs in a step may still run.
     """
-    _log_to_stderr()
+    log_to_stderr()
     deaths: list[str] = []
 
     def died(reason: str) -> None:
         deaths.append(reason)
         uvicorn_server.should_exit = True
 
-    thread, settings = server.model.thread, server.settings
-    config = uvicorn.Config(
+    uvicorn_server = _Server(uvicorn_config(server, died), server.model.thread.drain, server.settings.drain_seconds)
+    uvicorn_server.run(sockets=[listening])
+    return 1 if deaths else 0
+
+
+def uvicorn_config(server: Server, died: Callable[[str], None] | None = None) -> uvicorn.Config:
+    """How uvicorn is to serve `create_app(server, died=died)`."""
+    settings = server.settings
+    return uvicorn.Config(
         create_app(server, died=died),
+        http=cast("type[asyncio.Protocol]", partial(TimelyProtocol, receive_seconds=settings.receive_seconds)),
+        ws="none",
         log_config=None,
         access_log=False,
         server_header=False,
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=math.ceil(settings.drain_seconds) + GRACE_SECONDS,
     )
-    uvicorn_server = _Server(config, thread.drain, settings.drain_seconds)
-    uvicorn_server.run(sockets=[listening])
-    return 1 if deaths else 0
 
 
 class _Server(uvicorn.Server):
@@ -113,12 +121,3 @@ class _Server(uvicorn.Server):
         seconds = 0.0 if self.should_exit else self._seconds
         self.should_exit = True
         threading.Thread(target=self._drain, args=(seconds,), name="latentkv-drain", daemon=True).start()
-
-
-def _log_to_stderr() -> None:
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonFormatter())
-    package = logging.getLogger("latentkv")
-    package.handlers[:] = [handler]
-    package.setLevel(logging.INFO)
-    package.propagate = False

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable, Collection, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from latentkv.completion import Piece, TextOutput, piece_of
 from latentkv.engine import Event, Request
@@ -26,6 +26,8 @@ ENCODERS = 4
 """Prompts that are turned into tokens at once."""
 COMPILERS = 2
 """And prompts whose grammar must be compiled first, which may take seconds; they hold up no others."""
+MESSAGE_KEYS = {"role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content"}
+"""Of a message, that mean something with any template."""
 
 
 class Generation:
@@ -123,6 +125,17 @@ class ServedModel:
         if self.llm.tokenizer is None:
             raise RequestError("This model has no tokenizer: use token ids.")
         return self.llm.tokenizer
+
+    def chat_text(self, messages: Sequence[Mapping[str, Any]], **template_variables: Any) -> str:
+        """A conversation as the model's template writes it; a `RequestError` for what the template would not notice."""
+        template = self.require_tokenizer().chat_template_text
+        for index, message in enumerate(messages):
+            for key, value in message.items():
+                if key not in MESSAGE_KEYS and value not in (None, "", [], {}) and key not in template:
+                    raise RequestError(
+                        f"messages[{index}].{key[:100]} is nothing that this model's chat template knows: leave it out."
+                    )
+        return self.llm.chat_text(messages, **template_variables)
 
     def room_after(self, prompt_tokens: int) -> int:
         """New tokens that the context and the cache can hold after a prompt; 1 where it is too long already."""

@@ -17,9 +17,6 @@ MAX_TOP_LOGPROBS = 20
 """Likeliest tokens that are reported beside each token."""
 MAX_MESSAGES = 4096
 """Messages of one conversation."""
-MAX_TOOLS = 128
-"""Tools that one request may offer."""
-
 MIN_KEY_CHARACTERS = 8
 
 
@@ -32,6 +29,7 @@ class ServerSettings:
         cors_origins: web pages of other origins that browsers let in; none by default.
         max_body_bytes: of a request.
         max_open: requests under way and waiting at once; more get 429.
+        receive_seconds: that a request may take to arrive; then its connection is closed.
         request_seconds: from a request's arrival to its last token; then it is given up.
         stall_seconds: without progress, after which the engine counts as dead.
         drain_seconds: that open requests have to finish when the server is told to stop.
@@ -42,6 +40,7 @@ class ServerSettings:
     cors_origins: tuple[str, ...] = ()
     max_body_bytes: int = 16 << 20
     max_open: int = 256
+    receive_seconds: float = 60
     request_seconds: float = 3600
     stall_seconds: float = 120
     drain_seconds: float = 30
@@ -66,10 +65,11 @@ def read_keys(file: Path | None, environment: str | None) -> tuple[str, ...]:
         raise ConfigError("The variable that should hold API keys is empty: put keys into it, or unset it.")
     if file is not None:
         try:
-            lines = [line.strip() for line in file.read_text().splitlines() if not line.startswith("#")]
+            lines = [line.strip() for line in file.read_text().splitlines()]
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"The API keys in {file} cannot be read: {error}.") from None
-        if not any(lines):
+        named = [line for line in lines if line and not line.startswith("#")]
+        if not named:
             raise ConfigError(f"{file} names no API key: write one a line.")
-        keys += [line for line in lines if line]
+        keys += named
     return tuple(dict.fromkeys(keys))

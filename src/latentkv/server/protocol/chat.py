@@ -7,7 +7,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field
 
 from latentkv.server.protocol.sampling import SamplingRequest, Usage
-from latentkv.server.settings import MAX_MESSAGES, MAX_TOOLS, MAX_TOP_LOGPROBS
+from latentkv.server.settings import MAX_MESSAGES, MAX_TOP_LOGPROBS
+from latentkv.text.tools.specs import MAX_TOOLS
 
 
 class ChatRequest(SamplingRequest):

@@ -61,25 +61,11 @@ class OutputMessage(BaseModel):
     content: list[OutputText]
 
 
-class InputDetails(BaseModel):
-    """Of the prompt's tokens."""
-
-    cached_tokens: int = 0
-
-
-class OutputDetails(BaseModel):
-    """Of the new tokens."""
-
-    reasoning_tokens: int = 0
-
-
 class ResponsesUsage(BaseModel):
     """Tokens."""
 
     input_tokens: int
-    input_tokens_details: InputDetails = Field(default_factory=InputDetails)
     output_tokens: int
-    output_tokens_details: OutputDetails = Field(default_factory=OutputDetails)
     total_tokens: int
 
 

@@ -81,7 +81,7 @@ def _read(model: ServedModel, body: ChatRequest) -> _Conversation:
         raise ApiError(400, f"chat_template_kwargs may not set {name}: leave it out.", param="chat_template_kwargs")
     tools = read_tools(body.tools)
     choice = read_tool_choice(body.tool_choice, tools)
-    text = model.llm.chat_text(body.messages, **({"tools": body.tools} if tools else {}), **body.chat_template_kwargs)
+    text = model.chat_text(body.messages, **({"tools": body.tools} if tools else {}), **body.chat_template_kwargs)
     reasoning_open = reasoning_is_open(text, model.format)
     prompt = model.llm.chat_tokens(text)
     structure = body.structure

@@ -29,6 +29,7 @@ from latentkv.server.protocol.operations import (
 router = APIRouter()
 
 
+@router.head("/health", include_in_schema=False)
 @router.get("/health", responses={503: {"model": HealthResponse, "description": "The engine does not serve."}})
 async def health(context: InContext, response: Response) -> HealthResponse:
     """Whether new requests can be served; needs no key."""
@@ -67,7 +68,7 @@ async def tokenize(body: TokenizeRequest, context: InContext) -> TokenizeRespons
 
     def encoded() -> tuple[list[int], list[str] | None]:
         if body.messages is not None:
-            tokens = served.llm.chat_tokens(served.llm.chat_text(body.messages))
+            tokens = served.llm.chat_tokens(served.chat_text(body.messages))
         else:
             tokens = tokenizer.encode(body.prompt or "", add_bos=body.add_special_tokens and tokenizer.adds_bos)
         return tokens, [served.text_of([token]) for token in tokens] if body.return_token_strs else None

@@ -55,7 +55,7 @@ async def respond(body: ResponsesRequest, context: InContext) -> ResponsesRespon
 
 
 def _read(model: ServedModel, body: ResponsesRequest) -> tuple[Request, bool]:
-    text = model.llm.chat_text(_messages(body))
+    text = model.chat_text(_messages(body))
     reasoning_open = reasoning_is_open(text, model.format)
     prompt = model.llm.chat_tokens(text)
     params = SamplingParams(
@@ -102,6 +102,8 @@ def _content(content: Any, where: str) -> str:
 
 def _structure(format: TextFormat | None) -> Structure | None:
     match format:
+        case TextFormat(type="text" | "json_object", schema_=dict()):
+            raise ApiError(400, "text.format: only its type json_schema takes a schema.", param="text")
         case TextFormat(type="json_object"):
             return Structure.json_object()
         case TextFormat(type="json_schema", schema_=dict() as schema):

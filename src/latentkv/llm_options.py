@@ -1,0 +1,114 @@
+"""What a person asks of `LLM`, checked, and what it means for a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal, cast, get_args
+
+import torch
+
+from latentkv.cache import KVFormat
+from latentkv.errors import ConfigError
+from latentkv.models.config import MLAConfig, ModelConfig
+from latentkv.models.decoder import Decoder
+from latentkv.ops.backends import why_no_int8_products
+from latentkv.text import Tokenizer, has_tokenizer, load_tokenizer, require_match
+
+Draft = Literal["auto", "ngram", "mtp"]
+
+EMBEDDED_MODEL = Path(__file__).parent / "assets" / "default"
+
+_DTYPES: Mapping[str, torch.dtype] = {
+    "fp32": torch.float32,
+    "float32": torch.float32,
+    "bf16": torch.bfloat16,
+    "bfloat16": torch.bfloat16,
+    "fp16": torch.float16,
+    "float16": torch.float16,
+}
+_KV_FORMATS: Mapping[torch.dtype, KVFormat] = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+_KV_DTYPES: tuple[KVFormat, ...] = ("fp32", "bf16", "fp16", "int8", "fp8")
+# An MTP module reads every prompt as well: one layer more, which is to be a small part of the model.
+_LAYERS_OF_AUTO_MTP = 16
+
+
+def embedded_model() -> Path:
+    """The folder of the model inside this package."""
+    if not (EMBEDDED_MODEL / "config.json").is_file():
+        raise ConfigError("This installation carries no embedded model: name a model folder or a Hugging Face repo id.")
+    return EMBEDDED_MODEL
+
+
+def tokenizer_of(folder: Path, config: ModelConfig) -> Tokenizer | None:
+    """The tokenizer of a folder, which fits its model; None where it has none."""
+    if not has_tokenizer(folder):
+        return None
+    tokenizer = load_tokenizer(folder)
+    require_match(tokenizer, config.vocab_size)
+    return tokenizer
+
+
+def context_of(asked: int | None, config: ModelConfig) -> int:
+    """The context as asked, or the model's."""
+    if asked is None:
+        return config.max_positions
+    if type(asked) is not int or not 2 <= asked <= config.max_positions:
+        raise ConfigError(
+            f"max_context={asked!r} is not allowed: this model takes 2 to {config.max_positions:,} tokens."
+        )
+    return asked
+
+
+def as_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    """A dtype of weights by any of its names."""
+    if dtype is None or dtype in _KV_FORMATS:
+        return cast("torch.dtype | None", dtype)
+    if dtype not in _DTYPES:
+        raise ConfigError(f"dtype={dtype!r} is not supported: choose fp32, bf16 or fp16.")
+    return _DTYPES[cast(str, dtype)]
+
+
+def as_device(device: str | torch.device) -> torch.device:
+    """A device that is there."""
+    allowed = "choose cpu, or cuda where there is an NVIDIA GPU"
+    try:
+        resolved = torch.device(device)
+        torch.empty(0, device=resolved)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        raise ConfigError(f"device={str(device)!r} cannot be used ({reason}): {allowed}.") from error
+    if resolved.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device={str(device)!r} is not supported: {allowed}.")
+    return resolved
+
+
+def require_int8_products(config: ModelConfig, kv_dtype: str, device: torch.device) -> None:
+    """Raise `ConfigError` where the model, the cache or this machine cannot decode in int8 products."""
+    reason = why_no_int8_products(device)
+    if not isinstance(config.attention, MLAConfig):
+        reason = "the model has no latent attention"
+    elif kv_dtype != "int8":
+        reason = f"it takes kv_dtype='int8', not {kv_dtype!r}"
+    if reason is not None:
+        raise ConfigError(f"int8_products cannot be had: {reason}. Leave it out, or change that.")
+
+
+def drafts_by_mtp(draft: str, decoder: Decoder) -> bool:
+    """Whether drafts are to come from the MTP module, too."""
+    if draft not in get_args(Draft):
+        raise ConfigError(f"draft={draft!r} is not supported: choose {', '.join(get_args(Draft))}.")
+    if draft == "mtp" and not decoder.mtp:
+        raise ConfigError("draft='mtp' needs a multi-token-prediction module, which this model has not: draft='ngram'.")
+    if draft == "auto":
+        return len(decoder.mtp) > 0 and decoder.config.num_layers >= _LAYERS_OF_AUTO_MTP
+    return draft == "mtp"
+
+
+def kv_format(kv_dtype: str, weights: torch.dtype) -> KVFormat:
+    """How the cache stores tokens."""
+    if kv_dtype == "auto":
+        return _KV_FORMATS[weights]
+    if kv_dtype not in _KV_DTYPES:
+        raise ConfigError(f"kv_dtype={kv_dtype!r} is not supported: choose auto, {', '.join(_KV_DTYPES)}.")
+    return kv_dtype

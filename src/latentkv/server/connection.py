@@ -1,0 +1,57 @@
+"""`TimelyProtocol`: a connection whose client dawdles over a request is closed, so that idle ones cannot pile up."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import h11
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from latentkv.server.logs import logger
+
+
+class TimelyProtocol(H11Protocol):
+    """HTTP/1.1 as uvicorn speaks it, and no request may take longer than `receive_seconds` to arrive.
+
+    Args:
+        receive_seconds: from the connection, or from a request's first byte on one that is kept, to its body's last.
+        uvicorn: what uvicorn gives its protocols.
+    """
+
+    def __init__(self, *, receive_seconds: float, **uvicorn: Any) -> None:
+        super().__init__(**uvicorn)
+        self._receive_seconds = receive_seconds
+        self._deadline: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """The first request is due."""
+        super().connection_made(transport)
+        self._expect()
+
+    def data_received(self, data: bytes) -> None:
+        """A part of a request, or all of it."""
+        super().data_received(data)
+        if self.conn.their_state in (h11.IDLE, h11.SEND_BODY):
+            self._expect()
+        else:
+            self._forget()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Nothing is due any more."""
+        self._forget()
+        super().connection_lost(exc)
+
+    def _expect(self) -> None:
+        if self._deadline is None:
+            self._deadline = self.loop.call_later(self._receive_seconds, self._give_up)
+
+    def _forget(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+
+    def _give_up(self) -> None:
+        fields = {"client": self.client and self.client[0], "seconds": self._receive_seconds}
+        logger.info("a request did not arrive in time", extra={"fields": fields})
+        self.transport.abort()

@@ -1,0 +1,168 @@
+"""What is not generation: tokens, health, metrics, stats, ids, logs, other origins."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+import urllib.error
+import urllib.request
+from typing import Any
+
+import openai
+import pytest
+
+from latentkv import LLM, SamplingParams
+from latentkv.plan import mha_bytes
+from latentkv.server.logs import JsonFormatter, logger
+from latentkv.server.metrics import Metrics
+from live_server import NAME, Live, serving
+
+PROMPT = "It was a dark night"
+
+
+def ask(live: Live, path: str, body: object = None, method: str | None = None, **headers: str) -> tuple[int, Any, Any]:
+    """(status, JSON or text, headers)."""
+    data = None if body is None else json.dumps(body).encode()
+    sent = {"Content-Type": "application/json", **{name.replace("_", "-"): value for name, value in headers.items()}}
+    request = urllib.request.Request(f"{live.url}{path}", data, sent, method=method)
+    try:
+        answer = urllib.request.urlopen(request, timeout=20)
+    except urllib.error.HTTPError as error:
+        answer = error
+    text = answer.read().decode()
+    return answer.status, json.loads(text) if "json" in (answer.headers["content-type"] or "") else text, answer.headers
+
+
+def metrics(live: Live) -> dict[str, float]:
+    """Value by series."""
+    lines = [line for line in ask(live, "/metrics")[1].splitlines() if not line.startswith("#")]
+    return {line.rsplit(" ", 1)[0]: float(line.rsplit(" ", 1)[1]) for line in lines}
+
+
+def test_tokens_are_those_of_a_completion_and_come_back_as_the_text(live: Live, reference: LLM) -> None:
+    status, answer, _ = ask(live, "/tokenize", {"prompt": PROMPT, "return_token_strs": True})
+    ids = list(reference.request(PROMPT).prompt_token_ids)
+    assert (status, answer["tokens"], answer["count"]) == (200, ids, len(ids))
+    assert answer["max_model_len"] == reference.max_context
+    assert len(answer["token_strs"]) == len(ids)
+    bare = ask(live, "/tokenize", {"prompt": PROMPT, "add_special_tokens": False})[1]["tokens"]
+    assert ask(live, "/detokenize", {"tokens": bare})[1] == {"prompt": PROMPT}
+    chat = ask(live, "/tokenize", {"messages": [{"role": "user", "content": PROMPT}]})[1]["tokens"]
+    assert chat == reference.chat_tokens(reference.chat_text([{"role": "user", "content": PROMPT}]))
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/tokenize", {}),
+        ("/tokenize", {"prompt": "x", "messages": [{"role": "user", "content": "x"}]}),
+        ("/detokenize", {"tokens": [-1]}),
+        ("/detokenize", {"tokens": [1 << 30]}),
+        ("/tokenize", {"prompt": "x", "model": "other"}),
+    ],
+)
+def test_tokens_that_cannot_be_are_refused(live: Live, path: str, body: dict) -> None:
+    status, answer, _ = ask(live, path, body)
+    assert status in (400, 404) and answer["error"]["message"]
+
+
+def test_metrics_count_what_was_asked_and_what_was_given_up(client: openai.OpenAI, live: Live) -> None:
+    label = f'{{model_name="{NAME}"}}'
+    reason = 'latentkv:request_success_total{{finished_reason="{}",model_name="' + NAME + '"}}'
+    before = metrics(live)
+    got = client.completions.create(model=NAME, prompt=PROMPT, max_tokens=7, n=2, extra_body={"ignore_eos": True})
+    for _ in client.completions.create(model=NAME, prompt=PROMPT, max_tokens=2000, stream=True):
+        break  # leaves in the middle
+    live.wait_until_free()
+    after = metrics(live)
+
+    def grown(series: str) -> float:
+        return after.get(series, 0) - before.get(series, 0)
+
+    assert got.usage is not None
+    assert grown(f"latentkv:prompt_tokens_total{label}") == 3 * got.usage.prompt_tokens  # each completion's
+    assert grown(f"latentkv:generation_tokens_total{label}") >= 14
+    assert grown(reason.format("length")) == 2
+    assert grown(f"latentkv:request_generation_tokens_count{label}") == 2
+    assert grown(f"latentkv:time_to_first_token_seconds_count{label}") in (2, 3)
+    assert after[f"latentkv:num_requests_running{label}"] == 0
+    assert after[f"latentkv:kv_cache_usage_perc{label}"] == 0
+
+
+def test_stats_compare_the_cache_with_multi_head_attention(live: Live) -> None:
+    status, stats, _ = ask(live, "/stats")
+    assert status == 200
+    cache, own = stats["cache"], live.llm.cache
+    assert (stats["model"], cache["format"], cache["used_tokens"]) == (NAME, own.format, 0)
+    assert cache["capacity_bytes"] == own.allocated_bytes
+    assert cache["mha_ratio"] == round(mha_bytes(live.llm.config) / own.bytes_per_token, 2)
+
+
+def test_a_request_id_is_given_back_if_it_is_plain_and_else_made(live: Live) -> None:
+    assert ask(live, "/health", X_Request_Id="my-id.1")[2]["x-request-id"] == "my-id.1"
+    made = {ask(live, "/health", X_Request_Id="not plain; at all")[2]["x-request-id"] for _ in range(2)}
+    assert len(made) == 2
+
+
+def test_other_origins_are_let_in_only_if_they_are_named(live: Live) -> None:
+    origin = "https://example.org"
+    assert ask(live, "/v1/models", Origin=origin)[2]["access-control-allow-origin"] is None
+    with serving(LLM(kv_cache_bytes=4 << 20), cors_origins=(origin,)) as own:
+        assert ask(own, "/v1/models", Origin=origin)[2]["access-control-allow-origin"] == origin
+        assert ask(own, "/v1/models", Origin="https://evil.example")[2]["access-control-allow-origin"] is None
+
+
+@pytest.mark.parametrize("log_prompts", [False, True])
+def test_the_log_is_a_line_of_json_a_request_without_anyones_text_unless_asked(log_prompts: bool) -> None:
+    lines: list[str] = []
+
+    class Lines(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            lines.append(self.format(record))
+
+    handler = Lines()
+    handler.setFormatter(JsonFormatter())
+    logger.addHandler(handler)
+    level = logger.level
+    logger.setLevel(logging.INFO)
+    try:
+        with serving(LLM(kv_cache_bytes=4 << 20), log_prompts=log_prompts) as own:
+            body = {"prompt": "a secret word", "max_tokens": 3, "user": "alice"}
+            assert ask(own, "/v1/completions", body, X_Request_Id="the-one")[0] == 200
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+    (line,) = [json.loads(line) for line in lines if "the-one" in line]
+    assert (line["path"], line["status"], line["user"]) == ("/v1/completions", 200, "alice")
+    assert line["completion_tokens"] == 3 and line["prompt_tokens"] > 0 and line["seconds"] >= 0
+    assert any("a secret word" in text for text in lines) == log_prompts
+
+
+def test_health_can_be_asked_for_its_status_alone(live: Live) -> None:
+    request = urllib.request.Request(f"{live.url}/health", method="HEAD")
+    with urllib.request.urlopen(request, timeout=20) as answer:
+        assert (answer.status, answer.read()) == (200, b"")
+
+
+def test_speeds_are_those_of_the_last_seconds_whoever_asked_before(reference: LLM) -> None:
+    metrics = Metrics(reference.engine, NAME)
+    assert metrics.speeds() == (0.0, 0.0)
+    for _ in range(2):  # what is older than the last samples does not count
+        reference.generate(PROMPT, SamplingParams(max_tokens=50))
+        for _ in range(8):
+            metrics.sample()
+    time.sleep(0.11)
+    assert metrics.speeds() == (0.0, 0.0)
+    reference.generate(PROMPT, SamplingParams(max_tokens=50))
+    assert metrics.speeds()[0] > 0
+
+
+def test_what_a_message_says_beyond_the_templates_knowledge_is_refused_and_empty_keys_are_not(live: Live) -> None:
+    message = {"role": "user", "content": PROMPT}
+    extra = {"refusal": None, "annotations": [], "audio": None}  # as clients send answers back
+    known = {"messages": [{**message, **extra}], "max_tokens": 1}
+    assert ask(live, "/v1/chat/completions", known)[0] == 200
+    for path in ("/v1/chat/completions", "/tokenize"):
+        status, answer, _ = ask(live, path, {"messages": [message, {**message, "weight": 2}]})
+        assert status == 400 and "messages[1].weight" in answer["error"]["message"]
