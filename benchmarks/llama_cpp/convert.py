@@ -3,8 +3,8 @@
     python convert.py CHECKPOINT MODEL.gguf               bf16
     python convert.py MODEL.gguf OUT.gguf --type q8_0     what `llama-quantize` makes of it (or q4_0)
 
-Tensor names and the split of kv_b_proj are those of llama.cpp's own converter (architecture "deepseek2"). There is no
-tokenizer in the file: the benchmark sends token ids.
+Tensor names and the split of kv_b_proj are those of llama.cpp's own converter (architecture "deepseek2"). A byte-level
+BPE tokenizer (tokenizer.json) is taken along, for llama-server; `latentkv bench model` sends token ids and needs none.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import llama_cpp
 import numpy as np
-from gguf import GGMLQuantizationType, GGUFWriter, RopeScalingType
+from gguf import GGMLQuantizationType, GGUFWriter, RopeScalingType, TokenType
 
 from checkpoint import as_float32, open_checkpoint
 
@@ -78,6 +78,7 @@ def write_gguf(checkpoint: Path, out: Path) -> None:
     config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
     writer = GGUFWriter(out, "deepseek2")
     add_metadata(writer, config)
+    add_tokenizer(writer, checkpoint, config["vocab_size"])
     tensors = list(gguf_tensors(open_checkpoint(checkpoint), config))
     for tensor in tensors:
         count = int(np.prod(tensor.shape))
@@ -124,7 +125,28 @@ def add_metadata(writer: GGUFWriter, config: Mapping[str, Any]) -> None:
         writer.add_expert_count(experts)
         writer.add_expert_used_count(config["num_experts_per_tok"])
         writer.add_expert_weights_scale(float(config["routed_scaling_factor"]))
-    writer.add_tokenizer_model("no_vocab")
+
+
+def add_tokenizer(writer: GGUFWriter, folder: Path, vocab_size: int) -> None:
+    """The words of a byte-level BPE; llama.cpp splits text in GPT-2's manner first, much as the checkpoint does."""
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        writer.add_tokenizer_model("no_vocab")
+        return
+    tokenizer = json.loads(path.read_text(encoding="utf-8"))
+    words = {index: word for word, index in tokenizer["model"]["vocab"].items()}
+    special = {token["id"]: token["content"] for token in tokenizer["added_tokens"]}
+    names = [special.get(i) or words.get(i) or f"[UNUSED{i}]" for i in range(vocab_size)]
+    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in tokenizer["model"]["merges"]]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(names)
+    writer.add_token_types([TokenType.CONTROL if i in special else TokenType.NORMAL for i in range(vocab_size)])
+    writer.add_token_merges(merges)
+    ids = {content: index for index, content in special.items()}
+    writer.add_bos_token_id(ids["<s>"])
+    writer.add_eos_token_id(ids["</s>"])
+    writer.add_add_bos_token(True)
 
 
 def add_yarn(writer: GGUFWriter, scaling: Mapping[str, Any] | None) -> None:
