@@ -104,6 +104,32 @@ def test_every_kind_of_failure_has_a_name(server: FakeServer, fate: int | str, k
     assert failure.status == (fate if isinstance(fate, int) else None)
 
 
+@pytest.mark.parametrize(("closed", "kind"), [(1, None), (2, "disconnect")])
+def test_a_connection_that_is_closed_before_an_answer_is_tried_once_more(closed: int, kind: str | None):
+    event = b'data: {"choices": [{"text": "a", "finish_reason": "length"}]}\n\ndata: [DONE]\n\n'
+    head = f"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nContent-Length: {len(event)}\r\n\r\n".encode()
+
+    async def asked() -> Answer:
+        connections = 0
+
+        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            nonlocal connections
+            connections += 1
+            await reader.readuntil(b"}")
+            if connections > closed:
+                writer.write(head + event)
+                await writer.drain()
+            writer.close()
+
+        async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+            url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+            async with ServeClient(url, api_key=None, timeout=20.0) as client:
+                return await client.ask(RequestForm("m", "completions", {}), REQUEST, perf_counter())
+
+    failure = asyncio.run(asked()).failure
+    assert (failure and failure.kind) == kind
+
+
 def test_what_came_before_a_disconnect_is_kept(server: FakeServer):
     server.always = "cut"
     answer = ask(server.url)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
+import socket
 import time
 import urllib.error
 import urllib.request
@@ -16,6 +18,7 @@ from latentkv import LLM, SamplingParams
 from latentkv.plan import mha_bytes
 from latentkv.server.logs import JsonFormatter, logger
 from latentkv.server.metrics import Metrics
+from latentkv.server.run import bind
 from live_server import NAME, Live, serving
 
 PROMPT = "It was a dark night"
@@ -166,3 +169,21 @@ def test_what_a_message_says_beyond_the_templates_knowledge_is_refused_and_empty
     for path in ("/v1/chat/completions", "/tokenize"):
         status, answer, _ = ask(live, path, {"messages": [message, {**message, "weight": 2}]})
         assert status == 400 and "messages[1].weight" in answer["error"]["message"]
+
+
+def test_pieces_of_an_answer_are_sent_at_once_and_not_held_back_for_more() -> None:
+    async def nodelay() -> int:
+        connected: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+        def accept(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            connection = writer.get_extra_info("socket")
+            connected.set_result(connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+            writer.close()
+
+        listening = bind("127.0.0.1", 0)
+        async with await asyncio.start_server(accept, sock=listening):
+            _, writer = await asyncio.open_connection(*listening.getsockname())
+            writer.close()
+            return await connected
+
+    assert asyncio.run(nodelay()) != 0

@@ -46,6 +46,7 @@ class Answer:
     Attributes:
         due: when it should have been sent; latencies count from here.
         sent: when it was.
+        answered: whether the server has begun to answer.
         chunk_times: when each chunk with text came.
         ended: when the stream ended, or failed.
         prompt_tokens: of the prompt, as the server counts; None: it did not say. Likewise:
@@ -56,6 +57,7 @@ class Answer:
 
     due: float
     sent: float
+    answered: bool = False
     chunk_times: list[float] = field(default_factory=list[float])
     ended: float = 0.0
     prompt_tokens: int | None = None
@@ -130,20 +132,28 @@ class ServeClient:
         """Send a request and read its answer to the end; what fails is in the answer, nothing is raised."""
         answer = Answer(due=due, sent=perf_counter())
         try:
-            async with (
-                asyncio.timeout(self._timeout),
-                self._http.sse(PATHS[form.endpoint], method="POST", json=form.body(request)) as events,
-            ):
-                if events.response.status_code != 200:
-                    await events.response.aread()
-                    answer.failure = _refusal(events.response)
-                else:
-                    answer.failure = await _read(events, answer)
+            async with asyncio.timeout(self._timeout):
+                try:
+                    await self._exchange(form, request, answer)
+                except httpx2.RemoteProtocolError:
+                    if answer.answered:
+                        raise
+                    # A kept connection that the server was about to close; a server that fails will do so once more.
+                    await self._exchange(form, request, answer)
         except (httpx2.HTTPError, TimeoutError, ValueError, KeyError, TypeError, AttributeError) as error:
             answer.failure = _failure(error)
         if not answer.ended or answer.failure:
             answer.ended = perf_counter()
         return answer
+
+    async def _exchange(self, form: RequestForm, request: LoadRequest, answer: Answer) -> None:
+        async with self._http.sse(PATHS[form.endpoint], method="POST", json=form.body(request)) as events:
+            answer.answered = True
+            if events.response.status_code != 200:
+                await events.response.aread()
+                answer.failure = _refusal(events.response)
+            else:
+                answer.failure = await _read(events, answer)
 
 
 async def _read(events: httpx2.EventSource, answer: Answer) -> Failure | None:
