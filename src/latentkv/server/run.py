@@ -39,7 +39,7 @@ def bind(host: str, port: int) -> socket.socket:
         ConfigError: the address cannot be had.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # The protocol by its name: asyncio sends small pieces at once (TCP_NODELAY) only from sockets that say they are TCP.
+    # The protocol is named: asyncio sends small pieces at once (TCP_NODELAY) only where a socket says that it is TCP.
     listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
