@@ -9,6 +9,7 @@ from typer.core import TyperGroup
 
 from latentkv.cli.bench import bench_app
 from latentkv.cli.chat import chat
+from latentkv.cli.convert import convert, heal
 from latentkv.cli.doctor import doctor
 from latentkv.cli.generate import generate
 from latentkv.cli.inspect import inspect
@@ -79,13 +80,13 @@ def latentkv(
         bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
     ] = False,
 ) -> None:
-    """Language models with Multi-head Latent Attention (MLA): run, chat, serve, plan, quantize, train, measure.
+    """Language models with Multi-head Latent Attention (MLA): run, chat, serve, plan, quantize, convert, train, bench.
 
     Start with: latentkv generate "It was a dark night"
     """
 
 
-for command in (generate, chat, serve, plan, inspect, quantize, train, doctor):
+for command in (generate, chat, serve, plan, inspect, quantize, convert, heal, train, doctor):
     app.command()(command)
 app.add_typer(bench_app, name="bench")
 

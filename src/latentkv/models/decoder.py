@@ -185,10 +185,14 @@ class Decoder(nn.Module):
     def forward_train(self, input_ids: Tensor) -> Tensor:
         """Whole causal sequences without a cache, differentiable: ids [B, S] -> final hidden states [B, S, hidden]."""
         x = self.embed(input_ids)
-        positions = self._rotary(torch.arange(input_ids.shape[1], device=input_ids.device)[None])
+        positions = self.angles(input_ids.shape[1])
         for layer in self.model.layers:
             x = layer(x, positions)
         return self.model.norm(x)
+
+    def angles(self, length: int) -> Rotary:
+        """Rotary angles of whole sequences of `length` tokens, [1, length, ...]."""
+        return self._rotary(torch.arange(length, device=self.model.norm.weight.device)[None])
 
     def mtp_hidden(self, index: int, hidden: Tensor, next_ids: Tensor) -> Tensor:
         """Hidden states of MTP module `index`.

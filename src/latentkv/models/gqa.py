@@ -53,7 +53,7 @@ class GroupedQueryAttention(nn.Module):
 
     def forward(self, x: Tensor, positions: Rotary) -> Tensor:
         """Causal attention over whole sequences, without a cache: [B, S, hidden] -> [B, S, hidden]."""
-        q, k, v = (tensor.transpose(1, 2) for tensor in self._project(x, positions))
+        q, k, v = (tensor.transpose(1, 2) for tensor in self.project(x, positions))
         mask = None if self.sliding_window is None else _window_mask(x.shape[1], self.sliding_window, x.device)
         out = functional.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scale, enable_gqa=True
@@ -83,7 +83,7 @@ class GroupedQueryAttention(nn.Module):
         Returns:
             [T, hidden].
         """
-        q, k, v = self._project(x, positions)
+        q, k, v = self.project(x, positions)
         # A key and its value lie beside each other, as a latent and its rotated key do.
         ops.write_latents(pages.flatten(2), batch.slots, k.flatten(-2), v.flatten(-2))
         start = batch.start
@@ -92,7 +92,7 @@ class GroupedQueryAttention(nn.Module):
         out, _ = ops.gqa_attend(q, pages, batch.block_table, batch.q_start, batch.stop, scale=self.scale, start=start)
         return self.o_proj(out.flatten(-2), residual)
 
-    def _project(self, x: Tensor, positions: Rotary) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, x: Tensor, positions: Rotary) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated q [..., H, D] and k [..., G, D], and v [..., G, D]."""
         q, k, v = (
             projection(x).unflatten(-1, (-1, self.config.head_dim))

@@ -30,7 +30,7 @@ MAX_SHARD_BYTES = 2 * 10**9
 
 # What a run that is under way has finished; gone when the copy is complete.
 _STATE = ".quantizing"
-_COPIED = (
+COMPANIONS = (
     "tokenizer*",
     "generation_config.json",
     "special_tokens_map.json",
@@ -176,7 +176,9 @@ def _convert_part(part: Part, tensor: Tensor, bytes_before: int) -> tuple[Report
 
 def _finish(layout: CopyLayout, target: Path, report: dict[str, Any]) -> None:
     """Everything but weights; config.json, without which nobody reads the rest, comes last."""
-    for path in sorted({path for pattern in _COPIED for path in layout.reader.folder.glob(pattern) if path.is_file()}):
+    for path in sorted(
+        {path for pattern in COMPANIONS for path in layout.reader.folder.glob(pattern) if path.is_file()}
+    ):
         write_whole(target / path.name, lambda temporary, path=path: shutil.copyfile(path, temporary))
     if len(layout.shards) > 1:
         weight_map = {

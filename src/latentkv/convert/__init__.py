@@ -1,0 +1,18 @@
+"""A grouped-query model made into a latent-attention one: converted, and healed."""
+
+from latentkv.convert.heal import HEALING_FILE, Healing, HealOptions, heal_checkpoint
+from latentkv.convert.options import ConvertOptions
+from latentkv.convert.report import ConversionReport
+from latentkv.convert.run import convert_checkpoint
+from latentkv.convert.target import REPORT_FILE
+
+__all__ = [
+    "HEALING_FILE",
+    "REPORT_FILE",
+    "ConversionReport",
+    "ConvertOptions",
+    "HealOptions",
+    "Healing",
+    "convert_checkpoint",
+    "heal_checkpoint",
+]

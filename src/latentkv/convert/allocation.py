@@ -1,0 +1,69 @@
+"""Which pairs keep their RoPE: what a pair loses by giving it up depends on its energy and on how far it turns."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from latentkv.convert.rotation import Rotation
+
+
+def mean_turn(frequencies: Tensor, distance_weights: Tensor) -> Tensor:
+    """rho_l = E[e^(i theta_l distance)] [d/2] complex128: the constant nearest to RoPE's factor where it is given up.
+
+    |rho| is 1 for a frequency that hardly turns within the distances that attention bridges, and near 0 for a fast one.
+
+    Args:
+        frequencies: theta_l [d/2] float64, radians a token.
+        distance_weights: [T] float64, how much attention goes to keys so many tokens back; sums to 1.
+    """
+    distances = torch.arange(len(distance_weights), dtype=torch.float64)
+    return torch.exp(1j * frequencies[:, None] * distances) @ distance_weights.to(torch.complex128)
+
+
+def loss_without_rope(rotation: Rotation, query_energy: Tensor, turn: Tensor) -> Tensor:
+    """[pairs] mean square error of the scores if a pair's RoPE is replaced by its mean turn.
+
+    Var[q conj(k) e^(i theta distance)] = E|q|^2 E|k|^2 (1 - |rho|^2), keys and queries taken as independent.
+
+    Args:
+        rotation: the pairs.
+        query_energy: [pairs] mean square of the queries' pairs, summed over heads.
+        turn: `mean_turn` [d/2].
+    """
+    return rotation.energy * query_energy * (1 - turn.abs().square())[rotation.frequency]
+
+
+def gains(rotation: Rotation, loss: Tensor, half: int) -> Tensor:
+    """[d / 2, pairs of a frequency] what keeping RoPE saves, the most first: the same pairs by frequency."""
+    per_frequency = torch.stack([loss[rotation.frequency == index] for index in range(half)])
+    return per_frequency.sort(dim=1, descending=True).values
+
+
+def choose_counts(gains: Tensor, count: int, *, grid: bool = False) -> Tensor:
+    """How many pairs of each frequency keep their RoPE, [d / 2] int64, in all layers alike: a model has one RoPE.
+
+    Args:
+        gains: see `gains`, summed over layers.
+        count: R / 2.
+        grid: one pair each of the frequencies 0, s, 2s, ... of the head's, which are a geometric series.
+    """
+    half = len(gains)
+    counts = torch.zeros(half, dtype=torch.int64)
+    if grid:
+        strides = range(1, (half - 1) // max(count - 1, 1) + 1)
+        stride = max(strides, key=lambda s: float(gains[: s * (count - 1) + 1 : s, 0].sum()))
+        counts[: stride * (count - 1) + 1 : stride] = 1
+    else:
+        chosen = torch.topk(gains.flatten(), count).indices
+        counts.index_add_(0, chosen // gains.shape[1], torch.ones_like(chosen))
+    return counts
+
+
+def choose_pairs(rotation: Rotation, loss: Tensor, counts: Tensor) -> Tensor:
+    """Of each frequency the pairs that lose most without RoPE: indices, frequency by frequency."""
+    chosen = [
+        (index := (rotation.frequency == frequency).nonzero()[:, 0])[loss[index].topk(int(count)).indices]
+        for frequency, count in enumerate(counts)
+    ]
+    return torch.cat(chosen)

@@ -1,0 +1,65 @@
+"""What a person may choose of a conversion."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from latentkv.convert.layer import Method
+from latentkv.convert.source import SourceModel
+from latentkv.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class ConvertOptions:
+    """How to convert.
+
+    Attributes:
+        rank: r; None: the one of `rope_dim` that the budget leaves.
+        rope_dim: R; None: the best that the budget allows, by the predicted losses.
+        kv_budget: numbers a token and layer that are cached, as a share of the source's; instead of rank.
+        method: see `LayerPlan`; all but "weighted" are there to be compared with.
+        fold: of "transmla".
+        grid: see `LayerPlan`.
+    """
+
+    rank: int | None = None
+    rope_dim: int | None = None
+    kv_budget: float | None = None
+    method: Method = "weighted"
+    fold: int = 1
+    grid: bool = False
+
+    def require_fit(self, source: SourceModel) -> None:
+        """Raise `ConfigError` for sizes that this source does not allow."""
+        width, head = source.shape.kv_width, source.shape.head_dim
+        if (self.rank is None) == (self.kv_budget is None):
+            raise ConfigError("Give either --rank or --kv-budget.")
+        if self.kv_budget is not None and not 0 < self.kv_budget <= 1:
+            raise ConfigError(
+                f"--kv-budget={self.kv_budget:g} is not allowed: a share of the cache, above 0 and at most 1."
+            )
+        if self.rank is not None and not 1 <= self.rank <= 2 * width:
+            raise ConfigError(f"--rank={self.rank} is not allowed: this model's keys and values take 1 to {2 * width}.")
+        if self.rope_dim is not None and not (2 <= self.rope_dim <= width and self.rope_dim % 2 == 0):
+            raise ConfigError(f"--rope-dim={self.rope_dim} is not allowed: an even number from 2 to {width}.")
+        if self.rank is not None and self.rope_dim is None:
+            raise ConfigError("--rank needs --rope-dim; or give --kv-budget instead of both.")
+        if self.method != "weighted" and self.rope_dim is None:
+            raise ConfigError(f"method={self.method} needs a rope_dim: only weighted chooses one.")
+        if self.fold < 1 or (head // 2) % self.fold:
+            raise ConfigError(f"fold={self.fold} is not allowed: it must divide {head // 2} frequencies.")
+
+    def sizes(self, source: SourceModel) -> list[tuple[int, int]]:
+        """The (rank, rope_dim) that come into question."""
+        width, head = source.shape.kv_width, source.shape.head_dim
+        if self.rank is not None and self.rope_dim is not None:
+            return [(self.rank, self.rope_dim)]
+        total = int((self.kv_budget or 1) * 2 * width)
+        step = max(2, head // 8 // 2 * 2)
+        dims = [self.rope_dim] if self.rope_dim else range(step, min(2 * head, width, total - 1) + 1, step)
+        found = [(min(total - dim, 2 * width - dim), dim) for dim in dims if total - dim >= 1]
+        if self.grid:
+            found = [(rank, dim) for rank, dim in found if dim <= head]
+        if not found:
+            raise ConfigError(f"--kv-budget={self.kv_budget:g} leaves {total} numbers a token: too few for this model.")
+        return found

@@ -1,0 +1,67 @@
+"""What a conversion did, as it is printed and kept beside the weights."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """A layer of the report.
+
+    Attributes:
+        layer: its number.
+        balance: chosen.
+        output_error: |converted - source|^2 / |source|^2 of the attention's output, on held-out calibration text.
+        rope_energy: share of the keys' energy that keeps its RoPE.
+        kept_energy: share of the weighted energy that the factors keep.
+        norm_variation: of norms on queries and keys, which are folded in at their mean; 0 without such norms.
+    """
+
+    layer: int
+    balance: float
+    output_error: float
+    rope_energy: float
+    kept_energy: float
+    norm_variation: float
+
+
+@dataclass(frozen=True)
+class ConversionReport:
+    """What a conversion did.
+
+    Attributes:
+        rank, rope_dim: of the converted model.
+        cached_before, cached_after: numbers a token and layer.
+        calibration_tokens: that were read.
+        forecasts: (rank, rope_dim, mean error of the layers' outputs) of all sizes that were considered.
+        frequencies: [R / 2] of the shared key.
+        layers: one row each.
+    """
+
+    rank: int
+    rope_dim: int
+    cached_before: int
+    cached_after: int
+    calibration_tokens: int
+    forecasts: tuple[tuple[int, int, float], ...]
+    frequencies: tuple[float, ...]
+    layers: tuple[LayerRow, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """For REPORT_FILE."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> ConversionReport:
+        """What `as_json` gave."""
+        known = {name: content[name] for name in cls.__dataclass_fields__}
+        return cls(
+            **known
+            | {
+                "forecasts": tuple((rank, dim, error) for rank, dim, error in content["forecasts"]),
+                "frequencies": tuple(content["frequencies"]),
+                "layers": tuple(LayerRow(**row) for row in content["layers"]),
+            }
+        )

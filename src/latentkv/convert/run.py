@@ -1,0 +1,259 @@
+"""`convert_checkpoint`: a grouped-query model into a latent-attention one, layer by layer, through little memory."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from latentkv.convert.allocation import choose_counts
+from latentkv.convert.calibration import LayerView, positions_of, view_layer
+from latentkv.convert.export import export_config, export_layer, has_biases
+from latentkv.convert.layer import ConvertedLayer, LayerPlan, convert_layer, rope_gains
+from latentkv.convert.options import ConvertOptions
+from latentkv.convert.report import ConversionReport, LayerRow
+from latentkv.convert.source import SourceModel, open_source
+from latentkv.convert.states import HiddenStates
+from latentkv.convert.target import TargetFolder
+from latentkv.errors import CheckpointError
+from latentkv.files import write_json
+from latentkv.models.config import ModelConfig
+from latentkv.models.config_reader import read_config
+from latentkv.models.decoder import DecoderLayer
+from latentkv.models.loading import stored_dtype
+from latentkv.models.rope import Rotary, rotary
+
+BALANCES = (1 / 16, 1 / 4, 1.0, 4.0)
+"""Of keys against values, as multiples of what is predicted; the one with the least measured error is taken."""
+HELD_OUT = 0.125
+"""Of the calibration sequences, on which sizes and balance are chosen."""
+
+
+def convert_checkpoint(
+    folder: Path,
+    target: Path,
+    tokens: Tensor,
+    options: ConvertOptions,
+    *,
+    on_progress: Callable[[str, int, int], object] = lambda what, done, total: None,
+) -> ConversionReport:
+    """Write a latent-attention model made of a grouped-query one: a dense DeepSeek-V3 checkpoint.
+
+    Memory holds about one layer; hidden states lie in files. The text goes through the source once (sizes and RoPE are
+    chosen for all layers together), and then through the converted layers, so that each makes up for those before it.
+    Each file gets its name when it is whole, config.json last; the same call after an interruption goes on.
+
+    Args:
+        folder: of the source.
+        target: a new folder, or one of an interrupted run of the same conversion.
+        tokens: [sequences, length] int64 calibration text.
+        options: sizes and method.
+        on_progress: called with what is done, how many layers are, and of how many.
+
+    Raises:
+        ConfigError: the source or the sizes cannot be converted.
+        CheckpointError: the source is damaged; the target holds something else, or cannot be written.
+    """
+    source = open_source(folder)
+    options.require_fit(source)
+    try:
+        return _Conversion(source, target, tokens, options, on_progress).run()
+    except OSError as error:
+        raise CheckpointError(
+            f"{target} cannot be written ({error.strerror or error}): what is finished stays, the same command goes on"
+        ) from error
+
+
+class _Conversion:
+    """One run; its state lies in a folder inside of the target until the end."""
+
+    def __init__(
+        self,
+        source: SourceModel,
+        target: Path,
+        tokens: Tensor,
+        options: ConvertOptions,
+        on_progress: Callable[[str, int, int], object],
+    ) -> None:
+        self._source = source
+        self._tokens = tokens
+        self._options = options
+        self._on_progress = on_progress
+        self._positions = positions_of(source, tokens.shape[1])
+        self._dtype = _export_dtype(stored_dtype(source.config))
+        self._target = TargetFolder(target, source, _fingerprint(source, tokens, options), self._dtype)
+
+    def run(self) -> ConversionReport:
+        finished = self._target.finished()
+        if finished is not None:
+            return finished
+        candidates = self._options.sizes(self._source)
+        self._target.claim()
+        plan, forecasts = self._plan(candidates)
+        rows, frequencies, biases = self._convert(plan)
+        report = ConversionReport(
+            plan.rank,
+            plan.rope_dim,
+            2 * self._source.shape.kv_width,
+            plan.rank + plan.rope_dim,
+            self._tokens.numel(),
+            forecasts,
+            tuple(frequencies.tolist()),
+            tuple(rows),
+        )
+        self._target.finish(self._config(plan, frequencies, biases=biases), report)
+        return report
+
+    def _plan(self, sizes: list[tuple[int, int]]) -> tuple[LayerPlan, tuple[tuple[int, int, float], ...]]:
+        """Choose sizes and RoPE for all layers together."""
+        path = self._target.state / "plan.json"
+        if not path.exists():
+            plan, errors = self._survey([LayerPlan(*size, **self._method) for size in sizes])
+            forecasts = [[*size, error] for size, error in zip(sizes, errors, strict=True)] if errors else []
+            write_json(path, {"plan": asdict(plan), "forecasts": forecasts})
+        found = json.loads(path.read_text(encoding="utf-8"))
+        plan = LayerPlan(**found["plan"] | {"counts": tuple(found["plan"]["counts"])})
+        return plan, tuple((rank, dim, error) for rank, dim, error in found["forecasts"])
+
+    @property
+    def _method(self) -> dict[str, Any]:
+        options = self._options
+        return {"method": options.method, "fold": options.fold, "grid": options.grid}
+
+    def _survey(self, plans: list[LayerPlan]) -> tuple[LayerPlan, list[float]]:
+        """The best of the plans, and the mean error of the layers' outputs under each; none if there is no choice."""
+        source, layers = self._source, self._source.config.num_layers
+        if self._options.method != "weighted":
+            return plans[0], []
+        states = self._first_states()
+        errors, saved = [0.0] * len(plans), torch.zeros(0)
+        for index in range(layers):
+            view = view_layer(source, index, states)
+            for number, plan in enumerate(plans if len(plans) > 1 else ()):
+                errors[number] += self._output_error(view, plan, self._candidate(view, plan, 1.0), states) / layers
+            found = rope_gains(view.weights, view.statistics, source.shape, source.frequencies)
+            saved = found if index == 0 else saved + found
+            path = self._target.state / f"survey-{index % 2}.f32"
+            states = states.mapped(path, lambda piece, layer=view.layer: layer(piece, self._positions))
+            self._on_progress("survey", index + 1, layers)
+        best = plans[min(range(len(plans)), key=lambda number: errors[number])]
+        counts = choose_counts(saved, best.rope_dim // 2, grid=best.grid)
+        return replace(best, counts=tuple(counts.tolist())), errors if len(plans) > 1 else []
+
+    def _convert(self, plan: LayerPlan) -> tuple[list[LayerRow], Tensor, bool]:
+        """Write the layers that are not there yet; rows of all, and what their config needs."""
+        layers, states = self._source.config.num_layers, self._first_states()
+        rows: list[LayerRow] = []
+        frequencies, biases = torch.zeros(0), False
+        for index in range(layers):
+            path, after = self._target.state / f"layer-{index}.json", self._states(f"hidden-{index}.f32")
+            if not path.exists():
+                self._convert_layer(index, plan, states, after, path)
+                if index:
+                    states.path.unlink(missing_ok=True)
+            found = json.loads(path.read_text(encoding="utf-8"))
+            rows.append(LayerRow(**found["row"]))
+            frequencies, biases = torch.tensor(found["frequencies"], dtype=torch.float64), found["biases"]
+            states = after
+            self._on_progress("convert", index + 1, layers)
+        return rows, frequencies, biases
+
+    def _convert_layer(
+        self, index: int, plan: LayerPlan, states: HiddenStates, after: HiddenStates, done: Path
+    ) -> None:
+        """Write a layer and its outputs, which the next one is calibrated on; the file `done` comes last."""
+        converted, row = self._best_layer(index, plan, states)
+        biases = has_biases(converted.weights)
+        tensors = self._layer_tensors(index, converted)
+        config = read_config(self._config(plan, converted.frequencies, biases=biases))
+        prefix = f"model.layers.{index}."
+        with torch.device("meta"):
+            layer = DecoderLayer(config, index, max_context=config.max_positions)
+        layer.load_state_dict({name.removeprefix(prefix): t.float() for name, t in tensors.items()}, assign=True)
+        angles = self._angles(config)
+        self._target.write_layer(index, tensors)
+        states.mapped(after.path, lambda piece: layer(piece, angles))
+        found = {"row": asdict(row), "frequencies": converted.frequencies.tolist(), "biases": biases}
+        write_json(done, found)
+
+    def _best_layer(self, index: int, plan: LayerPlan, states: HiddenStates) -> tuple[ConvertedLayer, LayerRow]:
+        """Convert with every balance, and take the one whose attention comes nearest to the source's."""
+        view = view_layer(self._source, index, states)
+        balances = BALANCES if plan.method == "weighted" else (1.0,)
+        candidates = [self._candidate(view, plan, balance) for balance in balances]
+        errors = [self._output_error(view, plan, candidate, states) for candidate in candidates]
+        best = min(range(len(errors)), key=lambda number: errors[number])
+        chosen = candidates[best]
+        return chosen, LayerRow(
+            index, balances[best], errors[best], chosen.rope_energy, chosen.kept_energy, view.norm_variation
+        )
+
+    def _candidate(self, view: LayerView, plan: LayerPlan, balance: float) -> ConvertedLayer:
+        source = self._source
+        return convert_layer(
+            view.weights, view.statistics, plan, source.shape, source.frequencies, source.scale, balance=balance
+        )
+
+    @torch.no_grad()
+    def _output_error(self, view: LayerView, plan: LayerPlan, candidate: ConvertedLayer, states: HiddenStates) -> float:
+        """|converted - source|^2 / |source|^2 of the attention's output, on the calibration text that is held out."""
+        config = read_config(self._config(plan, candidate.frequencies, biases=has_biases(candidate.weights)))
+        with torch.device("meta"):
+            attention = DecoderLayer(config, 0, max_context=config.max_positions).self_attn
+        attention.load_state_dict({name: t.float() for name, t in export_layer(candidate.weights).items()}, assign=True)
+        angles = self._angles(config)
+        first = min(int(states.shape[0] * (1 - HELD_OUT)), states.shape[0] - 1)
+        error = energy = 0.0
+        for piece in states.pieces(first):
+            x = view.layer.input_layernorm(piece)
+            wanted = view.layer.self_attn(x, self._positions)
+            error += float((attention(x, angles) - wanted).double().square().sum())
+            energy += float(wanted.double().square().sum())
+        return error / energy
+
+    def _layer_tensors(self, index: int, converted: ConvertedLayer) -> dict[str, Tensor]:
+        """Published names, in the dtype of the copy."""
+        source = self._source
+        kept = [name for name in source.layer_names(index) if ".self_attn." not in name]
+        attention = {f"model.layers.{index}.self_attn.{n}": t for n, t in export_layer(converted.weights).items()}
+        return {name: source.read(name).to(self._dtype) for name in kept} | {
+            name: tensor.to(self._dtype) for name, tensor in attention.items()
+        }
+
+    def _config(self, plan: LayerPlan, frequencies: Tensor, *, biases: bool) -> dict[str, Any]:
+        dtype = str(self._dtype).removeprefix("torch.")
+        return export_config(self._source, plan, frequencies, biases=biases, dtype=dtype)
+
+    def _angles(self, config: ModelConfig) -> Rotary:
+        return rotary(config.rope, torch.arange(self._tokens.shape[1])[None], max_context=config.max_positions)
+
+    def _states(self, name: str) -> HiddenStates:
+        shape = (self._tokens.shape[0], self._tokens.shape[1], self._source.config.hidden_size)
+        return HiddenStates(self._target.state / name, shape)
+
+    def _first_states(self) -> HiddenStates:
+        """What the first layer reads."""
+        states = self._states("input.f32")
+        if not states.path.exists():
+            table = self._source.read("model.embed_tokens.weight", torch.float32)
+            states.write(table[row[None]] for row in self._tokens)
+        return states
+
+
+def _fingerprint(source: SourceModel, tokens: Tensor, options: ConvertOptions) -> str:
+    files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in source.reader.files]
+    described = json.dumps([files, asdict(options), list(tokens.shape)], sort_keys=True)
+    digest = hashlib.sha256(described.encode())
+    digest.update(tokens.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _export_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float16 cannot hold what makes the latent's norm linear."""
+    return torch.bfloat16 if dtype == torch.float16 else dtype

@@ -1,0 +1,105 @@
+"""The model that is converted: what it must be, and the weights of one layer at a time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from latentkv.checkpoint.names import layer_of, text_model_names
+from latentkv.checkpoint.reader import CheckpointReader
+from latentkv.convert.attention import GQAWeights, HeadShape
+from latentkv.errors import ConfigError
+from latentkv.models.config import GQAConfig, ModelConfig
+from latentkv.models.config_reader import read_config
+from latentkv.models.decoder import DecoderLayer
+from latentkv.models.rope import attention_factor, inverse_frequencies
+
+_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+
+
+@dataclass(frozen=True)
+class SourceModel:
+    """A checkpoint with grouped-query attention.
+
+    Attributes:
+        config: of the model.
+        attention: its attention.
+        reader: its tensors.
+        stored_as: {published name: name in the files} of its tensors.
+    """
+
+    config: ModelConfig
+    attention: GQAConfig
+    reader: CheckpointReader
+    stored_as: dict[str, str]
+
+    @property
+    def shape(self) -> HeadShape:
+        """Of its heads."""
+        return HeadShape(self.config.num_heads, self.attention.num_kv_heads, self.attention.head_dim)
+
+    @property
+    def frequencies(self) -> Tensor:
+        """theta_l, [d / 2] float64."""
+        return inverse_frequencies(self.config.rope, max_context=self.config.max_positions)
+
+    @property
+    def scale(self) -> float:
+        """What its scores are multiplied by, the factor on cos and sin (of YaRN) included."""
+        return self.attention.head_dim**-0.5 * attention_factor(self.config.rope) ** 2
+
+    def layer_names(self, index: int) -> list[str]:
+        """Published names of a layer's tensors."""
+        return [name for name in self.stored_as if layer_of(name) == index]
+
+    def outer_names(self) -> list[str]:
+        """Published names of the tensors outside the layers."""
+        return [name for name in self.stored_as if layer_of(name) is None]
+
+    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """One tensor by its published name."""
+        return self.reader.read(self.stored_as[name], dtype)
+
+    def layer(self, index: int) -> DecoderLayer:
+        """A layer in float32, ready to run over whole sequences."""
+        with torch.device("meta"):
+            layer = DecoderLayer(self.config, index, max_context=self.config.max_positions)
+        prefix = f"model.layers.{index}."
+        tensors = {name.removeprefix(prefix): self.read(name, torch.float32) for name in self.layer_names(index)}
+        layer.load_state_dict(tensors, assign=True)
+        return layer.eval().requires_grad_(False)
+
+
+def open_source(folder: Path) -> SourceModel:
+    """Open a model to convert.
+
+    Raises:
+        ConfigError: it cannot be converted, and why.
+        CheckpointError: its files are damaged.
+    """
+    config = read_config(folder)
+    attention = config.attention
+    if not isinstance(attention, GQAConfig):
+        raise ConfigError(f"{folder} has latent attention already: there is nothing to convert.")
+    if config.model_type not in _FAMILIES or config.moe is not None:
+        raise ConfigError(f"{config.model_type} cannot be converted yet: only dense {', '.join(_FAMILIES)} can.")
+    if any(window is not None and window < config.max_positions for window in config.sliding_windows):
+        raise ConfigError(f"{folder} has sliding windows, which no latent attention here can express.")
+    reader = CheckpointReader(folder)
+    return SourceModel(config, attention, reader, text_model_names(reader.names))
+
+
+def attention_weights(layer: DecoderLayer) -> GQAWeights:
+    """The projections of a layer of `SourceModel.layer`, in float64."""
+    block = layer.self_attn
+
+    def double(name: str) -> Tensor | None:
+        parameter = dict(block.named_parameters()).get(name)
+        return None if parameter is None else parameter.double()
+
+    weights = {name: double(f"{name}_proj.weight") for name in ("q", "k", "v", "o")}
+    biases = {f"{name}_bias": double(f"{name}_proj.bias") for name in ("q", "k", "v", "o")}
+    return GQAWeights(**weights, **biases)  # type: ignore[arg-type]

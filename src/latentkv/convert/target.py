@@ -1,0 +1,105 @@
+"""`TargetFolder`: where a converted model is written, file by file, so that an interrupted conversion goes on."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from latentkv.checkpoint.reader import INDEX_FILE, CheckpointReader
+from latentkv.checkpoint.shard import write_shard
+from latentkv.checkpoint.writer import CONFIG_FILE
+from latentkv.convert.report import ConversionReport
+from latentkv.convert.source import SourceModel
+from latentkv.errors import CheckpointError
+from latentkv.files import sync, write_json, write_whole
+from latentkv.quantize.convert import COMPANIONS
+
+REPORT_FILE = "conversion_report.json"
+_STATE = ".converting"
+
+
+class TargetFolder:
+    """A folder that belongs to one conversion.
+
+    Args:
+        folder: made if need be.
+        source: what is converted.
+        fingerprint: tells this conversion from every other.
+        dtype: of the copy's weights.
+    """
+
+    def __init__(self, folder: Path, source: SourceModel, fingerprint: str, dtype: torch.dtype) -> None:
+        self.folder = folder
+        self.state = folder / _STATE
+        self._source = source
+        self._fingerprint = fingerprint
+        self._dtype = dtype
+
+    def finished(self) -> ConversionReport | None:
+        """The report, where this very conversion is complete."""
+        path = self.folder / REPORT_FILE
+        if not (path.is_file() and (self.folder / CONFIG_FILE).is_file()):
+            return None
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content.pop("fingerprint", None) != self._fingerprint:
+            return None
+        shutil.rmtree(self.state, ignore_errors=True)
+        return ConversionReport.from_json(content)
+
+    def claim(self) -> None:
+        """Make the folder this conversion's own; refuse one that is another's."""
+        state = self.state / "conversion.json"
+        if state.is_file():
+            if json.loads(state.read_text(encoding="utf-8")) != self._fingerprint:
+                raise CheckpointError(
+                    f"{self.folder} holds an unfinished conversion of another source, or with other options: remove it"
+                )
+        elif self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
+            raise CheckpointError(f"{self.folder} exists and is not empty: name a new folder for the converted model")
+        self.state.mkdir(parents=True, exist_ok=True)
+        write_json(state, self._fingerprint)
+
+    def write_layer(self, index: int, tensors: Mapping[str, Tensor]) -> None:
+        """The file of a layer."""
+        entries = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+        write_shard(self.folder / self._shard(index), entries, tensors.items())
+
+    def finish(self, config: Mapping[str, Any], report: ConversionReport) -> None:
+        """Everything but the layers; config.json, without which nobody reads the rest, comes last."""
+        self._write_outer()
+        folder = self._source.reader.folder
+        for path in sorted({path for pattern in COMPANIONS for path in folder.glob(pattern) if path.is_file()}):
+            write_whole(self.folder / path.name, lambda temporary, path=path: shutil.copyfile(path, temporary))
+        shards = [self._shard(index) for index in range(self._source.config.num_layers + 1)]
+        weight_map: dict[str, str] = {}
+        for shard in shards:
+            with safe_open(self.folder / shard, framework="pt") as file:
+                weight_map |= dict.fromkeys(file.keys(), shard)
+        size = sum((self.folder / shard).stat().st_size for shard in shards)
+        write_json(self.folder / INDEX_FILE, {"metadata": {"total_size": size}, "weight_map": weight_map})
+        CheckpointReader(self.folder)  # every header once more, before the folder counts as a model
+        write_json(self.folder / REPORT_FILE, {"fingerprint": self._fingerprint} | report.as_json())
+        write_json(self.folder / CONFIG_FILE, config)
+        sync(self.folder)
+        shutil.rmtree(self.state, ignore_errors=True)
+
+    def _write_outer(self) -> None:
+        """Embedding, last norm and head as they are."""
+        source = self._source
+        path = self.folder / self._shard(source.config.num_layers)
+        if path.exists():
+            return
+        tied = {"lm_head.weight"} if source.config.tie_word_embeddings else set[str]()
+        names = [name for name in source.outer_names() if name not in tied]
+        entries = {name: (self._dtype, source.reader.shape(source.stored_as[name])) for name in names}
+        write_shard(path, entries, ((name, source.read(name).to(self._dtype)) for name in names))
+
+    def _shard(self, index: int) -> str:
+        return f"model-{index + 1:05d}-of-{self._source.config.num_layers + 1:05d}.safetensors"

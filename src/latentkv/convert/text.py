@@ -1,0 +1,66 @@
+"""Text to calibrate and to heal on: a file's, or what the source writes by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from latentkv.engine import SamplingParams
+from latentkv.errors import RequestError
+from latentkv.llm import LLM
+
+
+def tokens_of_file(llm: LLM, path: Path, *, sequences: int, length: int) -> Tensor:
+    """[sequences, length] ids: windows spread evenly over a UTF-8 text, each after the token that begins texts.
+
+    Raises:
+        RequestError: the model has no tokenizer, or the text is too short.
+    """
+    if llm.tokenizer is None:
+        raise RequestError(
+            f"{llm.folder} has no tokenizer to read {path} with: put its tokenizer files beside the weights."
+        )
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(f"{path} cannot be read as UTF-8 text: {error}.") from None
+    first = list(llm.request("x").prompt_token_ids[:1]) if llm.tokenizer.adds_bos else []
+    own = length - len(first)
+    ids = torch.tensor(llm.tokenizer.encode(text, add_bos=False), dtype=torch.int64)
+    if len(ids) < sequences * own:
+        raise RequestError(
+            f"{path} has {len(ids):,} tokens, {sequences * own:,} are needed: give a longer text, or ask for fewer."
+        )
+    starts = torch.linspace(0, len(ids) - own, sequences).long()
+    rows = torch.stack([ids[start : start + own] for start in starts])
+    return torch.cat([torch.tensor(first).expand(sequences, -1), rows], dim=1) if first else rows
+
+
+def tokens_of_model(
+    llm: LLM,
+    *,
+    sequences: int,
+    length: int,
+    seed: int = 0,
+    on_token: Callable[[int, int], object] = lambda done, total: None,
+) -> Tensor:
+    """[sequences, length] ids that the model itself writes at temperature 1, from the token that begins texts.
+
+    Raises:
+        RequestError: the model has no such token, or the sequences are longer than its context.
+    """
+    begin = llm.config.bos_token_id
+    if begin is None:
+        raise RequestError("This model has no token to begin a text with: give a text.")
+    params = [
+        SamplingParams(max_tokens=length - 1, temperature=1.0, ignore_eos=True, seed=seed + i) for i in range(sequences)
+    ]
+    rows: list[list[int]] = [[begin] for _ in params]
+    events = llm.engine.run([llm.request([begin], each) for each in params])
+    for done, event in enumerate(events, 1):
+        rows[event.index].append(event.token_id)
+        on_token(done, sequences * (length - 1))
+    return torch.tensor(rows)

@@ -1,0 +1,111 @@
+"""`latentkv convert` and `latentkv heal`: what they print, and wrong usage."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from latentkv import LLM
+from latentkv.convert import HEALING_FILE, REPORT_FILE
+from latentkv.llm_options import EMBEDDED_MODEL
+
+TEXT = "The whale swam on, and the harpooner watched it from the mast.\n" * 60
+SMALL = ("--sequences", 8, "--length", 32, "--threads", 1)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama with grouped-query attention and the embedded model's tokenizer."""
+    folder = tmp_path_factory.mktemp("source")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=4096,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        bos_token_id=0,
+        eos_token_id=1,
+        initializer_range=0.1,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(EMBEDDED_MODEL / name, folder / name)
+    return folder
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    (tmp_path / "text.txt").write_text(TEXT)
+    return tmp_path / "text.txt"
+
+
+def test_a_model_is_converted_and_healed_and_generates(latentkv, source: Path, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    result = latentkv("convert", source, out, "--kv-budget", "1/2", "--calibrate", text, "--text", text, *SMALL)
+    assert result.exit_code == 0, result.stderr
+    for words in ("numbers a token and layer, were 64 (50%)", "perplexity", "likeliest token", REPORT_FILE):
+        assert words in " ".join(result.stdout.split())
+    before = json.loads((out / REPORT_FILE).read_text())
+    assert before["rank"] + before["rope_dim"] == 32
+    assert before["perplexity"]["converted"] > 0
+    healed = latentkv("heal", out, "--teacher", source, "--data", text, "--text", text, "--steps", 8, *SMALL)
+    assert healed.exit_code == 0, healed.stderr
+    assert "KL to the source" in healed.stdout and "of the source" in " ".join(healed.stdout.split())
+    assert len(json.loads((out / HEALING_FILE).read_text())["losses"]) == 8
+    assert (out / "tokenizer.json").is_file()
+    assert LLM(out).perplexity(TEXT[:200]).tokens > 0
+
+
+def test_without_a_text_the_source_writes_its_own(latentkv, source: Path, tmp_path: Path) -> None:
+    asked = ("convert", source, tmp_path / "out", "--rank", 12, "--rope-dim", 8, *SMALL, "--json")
+    result = latentkv(*asked)
+    assert result.exit_code == 0, result.stderr
+    printed = json.loads(result.stdout)
+    assert (printed["rank"], printed["rope_dim"], printed["calibration_tokens"]) == (12, 8, 8 * 32)
+    assert json.loads(latentkv(*asked).stdout) == printed
+
+
+WRONG = [
+    ((), "either --rank or --kv-budget"),
+    (("--kv-budget", "half"), "--kv-budget=half is no share"),
+    (("--kv-budget", "1/0"), "is no share"),
+    (("--kv-budget", "1/2", "--sequences", 4), "--sequences=4 is too few"),
+    (("--kv-budget", "1/2", "--length", 4096), "--length=4096 is not allowed: this model takes 16 to 128"),
+    (("--kv-budget", "1/2", "--threads", 0), "--threads must be 1 or more"),
+    (("--kv-budget", "1/2", "--calibrate", "nothing.txt"), "nothing.txt cannot be read"),
+    (("--kv-budget", "1/2", "--calibrate", "{text}", "--sequences", 999), "are needed: give a longer text"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), WRONG)
+def test_wrong_usage_is_one_sentence_and_nothing_is_written(
+    latentkv, source: Path, text: Path, tmp_path: Path, options: tuple, message: str
+) -> None:
+    small = {"--sequences": 8, "--length": 32}
+    filled = [str(option).format(text=text) for option in options]
+    rest = [part for name, value in small.items() if name not in filled for part in (name, value)]
+    result = latentkv("convert", source, tmp_path / "out", *filled, *rest)
+    assert result.exit_code == 2
+    assert message in " ".join(result.stderr.split())
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_without_a_tokenizer_takes_no_text(latentkv, source: Path, text: Path, tmp_path: Path) -> None:
+    shutil.copytree(source, tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer*"))
+    asked = ("convert", tmp_path / "bare", tmp_path / "out", "--kv-budget", "1/2", "--calibrate", text, *SMALL)
+    result = latentkv(*asked)
+    assert result.exit_code == 2 and "has no tokenizer" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_was_not_converted_is_not_healed(latentkv, source: Path, text: Path) -> None:
+    result = latentkv("heal", source, "--teacher", source, "--data", text, "--steps", 2, *SMALL)
+    assert result.exit_code == 2 and len(result.stderr.splitlines()) == 1

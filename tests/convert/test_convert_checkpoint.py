@@ -1,0 +1,169 @@
+"""A conversion that keeps everything changes nothing; one that does not says what it cost."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from sources import CONFIGS, some_tokens, write_source
+from transformers import AutoModelForCausalLM
+
+from latentkv.convert import REPORT_FILE, ConvertOptions, convert_checkpoint
+from latentkv.convert.options import ConvertOptions as Options
+from latentkv.errors import CheckpointError, ConfigError
+from latentkv.models.config import MLAConfig
+from latentkv.models.loading import load_model
+
+TOKENS = some_tokens()
+
+
+def logits(folder: Path, tokens: torch.Tensor = TOKENS) -> torch.Tensor:
+    model = load_model(folder, dtype=torch.float32)
+    with torch.no_grad():
+        return model.logits(model.forward_train(tokens))
+
+
+def everything(folder: Path) -> Options:
+    """The sizes that lose nothing."""
+    config = json.loads((folder / "config.json").read_text())
+    head = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    width = config["num_key_value_heads"] * head
+    return ConvertOptions(rank=width, rope_dim=width)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_with_all_ranks_and_all_of_rope_the_logits_are_the_sources_here_and_in_transformers(
+    name: str, tmp_path: Path
+) -> None:
+    source = write_source(name, tmp_path / "source")
+    expected = logits(source)
+    convert_checkpoint(source, tmp_path / "out", TOKENS, everything(source))
+    scale = float(expected.abs().max())
+    assert float((logits(tmp_path / "out") - expected).abs().max()) < 1e-5 * scale
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    assert type(theirs).__name__ == "DeepseekV3ForCausalLM"
+    with torch.no_grad():
+        assert float((theirs(TOKENS).logits - expected).abs().max()) < 1e-5 * scale
+
+
+@pytest.mark.parametrize("name", ["llama", "llama3 scaling", "qwen2"])
+def test_a_lossy_copy_gives_the_same_logits_here_and_in_transformers(name: str, tmp_path: Path) -> None:
+    source = write_source(name, tmp_path / "source")
+    convert_checkpoint(source, tmp_path / "out", TOKENS, ConvertOptions(rank=24, rope_dim=12))
+    ours = logits(tmp_path / "out")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    with torch.no_grad():
+        assert float((theirs(TOKENS).logits - ours).abs().max()) < 1e-5 * float(ours.abs().max())
+
+
+def test_bf16_weights_stay_bf16_and_are_as_near_as_bf16_is(tmp_path: Path) -> None:
+    source = write_source("llama", tmp_path / "source", torch.bfloat16)
+    convert_checkpoint(source, tmp_path / "out", TOKENS, everything(source))
+    model = load_model(tmp_path / "out")
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    expected, found = logits(source), logits(tmp_path / "out")
+    assert float((found - expected).norm() / expected.norm()) < 0.03
+
+
+def test_more_cache_costs_less_quality_and_the_report_says_what_was_cached(tmp_path: Path) -> None:
+    source = write_source("llama", tmp_path / "source")
+    errors = []
+    for budget in (0.25, 0.5, 0.75):
+        report = convert_checkpoint(source, tmp_path / str(budget), TOKENS, ConvertOptions(kv_budget=budget))
+        assert report.cached_after == report.rank + report.rope_dim == int(report.cached_before * budget)
+        assert report.cached_before == 2 * 4 * 16
+        attention = load_model(tmp_path / str(budget)).config.attention
+        assert isinstance(attention, MLAConfig)
+        assert (attention.kv_lora_rank, attention.qk_rope_head_dim) == (report.rank, report.rope_dim)
+        errors.append(sum(row.output_error for row in report.layers))
+    assert errors[0] > errors[1] > errors[2] > 0
+
+
+def test_the_sizes_with_the_least_measured_error_are_taken(tmp_path: Path) -> None:
+    source = write_source("llama", tmp_path / "source")
+    report = convert_checkpoint(source, tmp_path / "out", TOKENS, ConvertOptions(kv_budget=0.5))
+    best = min(report.forecasts, key=lambda each: each[2])
+    assert len(report.forecasts) > 3 and (report.rank, report.rope_dim) == best[:2]
+
+
+@pytest.mark.parametrize("stop_after", ["survey 2", "convert 1", "convert 3"])
+def test_a_conversion_that_was_killed_goes_on_and_gives_the_same_bytes(stop_after: str, tmp_path: Path) -> None:
+    source, options = write_source("llama", tmp_path / "source"), ConvertOptions(kv_budget=0.5)
+    convert_checkpoint(source, tmp_path / "whole", TOKENS, options)
+    again: list[str] = []
+
+    def killed(what: str, done: int, total: int) -> None:
+        if f"{what} {done}" == stop_after:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert_checkpoint(source, tmp_path / "out", TOKENS, options, on_progress=killed)
+    assert not (tmp_path / "out" / "config.json").exists()
+    convert_checkpoint(
+        source, tmp_path / "out", TOKENS, options, on_progress=lambda what, done, total: again.append(f"{what} {done}")
+    )
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(
+        path.name for path in (tmp_path / "whole").iterdir()
+    )
+    for path in (tmp_path / "whole").iterdir():
+        assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes(), path.name
+    if stop_after.startswith("convert"):
+        assert not any(step.startswith("survey") for step in again)
+
+
+def test_the_same_call_again_does_nothing_and_another_one_is_refused(tmp_path: Path) -> None:
+    source = write_source("llama", tmp_path / "source")
+    report = convert_checkpoint(source, tmp_path / "out", TOKENS, ConvertOptions(kv_budget=0.5))
+    stamps = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    assert convert_checkpoint(source, tmp_path / "out", TOKENS, ConvertOptions(kv_budget=0.5)) == report
+    assert stamps == {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    with pytest.raises(CheckpointError, match="exists and is not empty"):
+        convert_checkpoint(source, tmp_path / "out", TOKENS, ConvertOptions(kv_budget=0.25))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (Options(), "either --rank or --kv-budget"),
+        (Options(rank=8, kv_budget=0.5), "either --rank or --kv-budget"),
+        (Options(rank=0, rope_dim=4), "--rank=0 is not allowed"),
+        (Options(rank=129, rope_dim=4), "1 to 128"),
+        (Options(rank=8), "--rank needs --rope-dim"),
+        (Options(rank=8, rope_dim=3), "--rope-dim=3 is not allowed"),
+        (Options(rank=8, rope_dim=66), "--rope-dim=66 is not allowed"),
+        (Options(kv_budget=0.0), "--kv-budget=0 is not allowed"),
+        (Options(kv_budget=1.5), "--kv-budget=1.5 is not allowed"),
+        (Options(kv_budget=0.01), "too few for this model"),
+    ],
+)
+def test_sizes_that_cannot_be_are_refused_in_one_sentence_and_nothing_is_written(
+    options: Options, message: str, tmp_path: Path
+) -> None:
+    source = write_source("llama", tmp_path / "source")
+    with pytest.raises(ConfigError, match=message):
+        convert_checkpoint(source, tmp_path / "out", TOKENS, options)
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
+def test_models_that_cannot_be_converted_are_refused_by_name(tmp_path: Path) -> None:
+    source = write_source("llama", tmp_path / "source")
+    convert_checkpoint(source, tmp_path / "mla", TOKENS, ConvertOptions(kv_budget=0.5))
+    with pytest.raises(ConfigError, match="latent attention already"):
+        convert_checkpoint(tmp_path / "mla", tmp_path / "out", TOKENS, ConvertOptions(kv_budget=0.5))
+    shutil.copytree(write_source("mistral", tmp_path / "mistral"), tmp_path / "windowed")
+    config = json.loads((tmp_path / "windowed" / "config.json").read_text())
+    (tmp_path / "windowed" / "config.json").write_text(json.dumps(config | {"sliding_window": 32}))
+    with pytest.raises(ConfigError, match="sliding windows"):
+        convert_checkpoint(tmp_path / "windowed", tmp_path / "out", TOKENS, ConvertOptions(kv_budget=0.5))
+
+
+def test_the_report_is_in_the_folder_and_finite(tmp_path: Path) -> None:
+    source = write_source("llama", tmp_path / "source")
+    report = convert_checkpoint(source, tmp_path / "out", TOKENS, ConvertOptions(kv_budget=0.5))
+    stored = json.loads((tmp_path / "out" / REPORT_FILE).read_text())
+    assert stored["rank"] == report.rank and len(stored["layers"]) == 3
+    assert all(math.isfinite(value) for row in stored["layers"] for value in row.values())
