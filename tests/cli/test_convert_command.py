@@ -75,6 +75,8 @@ def test_without_a_text_the_source_writes_its_own(latentkv, source: Path, tmp_pa
 
 WRONG = [
     ((), "either --rank or --kv-budget"),
+    (("--kv-budget", "1/2", "--method", "magic"), "--method=magic is not known: choose weighted, transmla, svd"),
+    (("--kv-budget", "1/2", "--method", "svd"), "method=svd needs a rope_dim"),
     (("--kv-budget", "half"), "--kv-budget=half is no share"),
     (("--kv-budget", "1/0"), "is no share"),
     (("--kv-budget", "1/2", "--sequences", 4), "--sequences=4 is too few"),

@@ -6,7 +6,7 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 
 import typer
 
@@ -35,6 +35,8 @@ def convert(
     rank: Annotated[int | None, typer.Option(help="Of the latent, instead of --kv-budget.")] = None,
     rope_dim: Annotated[int | None, typer.Option(help="Dimensions of the shared key with RoPE; with --rank.")] = None,
     calibrate: TextOption = SELF,
+    method: Annotated[str, typer.Option(help="weighted; transmla and svd are there to be compared with.")] = "weighted",
+    fold: Annotated[int, typer.Option(help="Of transmla: frequencies that share a basis.")] = 1,
     sequences: Annotated[int, typer.Option(help="Of calibration text.")] = 128,
     length: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 512,
     text: Annotated[
@@ -52,11 +54,15 @@ def convert(
     """
     from latentkv import LLM
     from latentkv.checkpoint import resolve_model
-    from latentkv.convert import REPORT_FILE, ConvertOptions, convert_checkpoint
+    from latentkv.convert import REPORT_FILE, ConvertOptions, Method, convert_checkpoint, require_convertible
 
     _use(threads)
-    options = ConvertOptions(rank, rope_dim, None if kv_budget is None else _share(kv_budget))
+    if method not in get_args(Method):
+        raise RequestError(f"--method={method} is not known: choose {', '.join(get_args(Method))}.")
+    budget = None if kv_budget is None else _share(kv_budget)
+    options = ConvertOptions(rank, rope_dim, budget, cast("Method", method), fold)
     folder = resolve_model(source)
+    require_convertible(folder, options)
     llm = LLM(folder, dtype="fp32")
     _require_length(llm, length)
     tokens = _tokens(llm, calibrate, sequences, length, seed=0)

@@ -1,9 +1,10 @@
 """A grouped-query model made into a latent-attention one: converted, and healed."""
 
 from latentkv.convert.heal import HEALING_FILE, Healing, HealOptions, heal_checkpoint
+from latentkv.convert.layer import Method
 from latentkv.convert.options import ConvertOptions
 from latentkv.convert.report import ConversionReport
-from latentkv.convert.run import convert_checkpoint
+from latentkv.convert.run import convert_checkpoint, require_convertible
 from latentkv.convert.target import REPORT_FILE
 
 __all__ = [
@@ -13,6 +14,8 @@ __all__ = [
     "ConvertOptions",
     "HealOptions",
     "Healing",
+    "Method",
     "convert_checkpoint",
     "heal_checkpoint",
+    "require_convertible",
 ]

@@ -7,11 +7,11 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from latentkv.convert.export import NORM_EXPONENT
 from latentkv.errors import TrainingError
 from latentkv.files import write_json
 from latentkv.models.config import MLAConfig
-from latentkv.models.decoder import Decoder
+from latentkv.models.decoder import Decoder, DecoderLayer
 from latentkv.models.loading import load_model, save_pretrained, stored_dtype
 from latentkv.models.mla import MultiHeadLatentAttention
 from latentkv.train.checkpoints import Checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
@@ -141,7 +141,9 @@ def _train(
             saved = time.monotonic()
             spent = seconds + saved - began
             moment = {"fingerprint": fingerprint, "losses": losses, "seconds": spent}
-            save_checkpoint(state, step + 1, Checkpoint(trained, optimizer_tensors(trained, [optimizer]), moment))
+            save_checkpoint(
+                state, step + 1, Checkpoint(dict[str, Tensor](trained), optimizer_tensors(trained, [optimizer]), moment)
+            )
     student.eval()
     return Healing(
         tuple(losses), options.steps * options.batch_size * tokens.shape[1], seconds + time.monotonic() - began
@@ -161,7 +163,8 @@ def _mismatch(student: Decoder, teacher: Decoder, batch: Tensor) -> Tensor:
     x = teacher.embed(batch)
     positions, own = (model.angles(batch.shape[1]) for model in (teacher, student))
     total = torch.zeros(())
-    for theirs, ours in zip(teacher.model.layers, student.model.layers, strict=True):
+    layers = zip(teacher.model.layers, student.model.layers, strict=True)
+    for theirs, ours in cast("Iterable[tuple[DecoderLayer, DecoderLayer]]", layers):
         with torch.no_grad():
             h = theirs.input_layernorm(x)
             wanted = theirs.self_attn(h, positions)
@@ -217,7 +220,7 @@ def _fingerprint(tokens: Tensor, options: HealOptions) -> str:
 
 
 @contextmanager
-def _without_norms(student: Decoder) -> Iterator[None]:
+def _without_norms(student: Decoder) -> Generator[None]:
     """Take the linearised norms out while training, and put them back: their weights have no scale to be trained on."""
     taken: list[tuple[Any, str, nn.Module]] = []
     layers = [module for module in student.modules() if isinstance(module, MultiHeadLatentAttention)]
@@ -253,5 +256,6 @@ def _gain(norm: Any) -> float:
 @torch.no_grad()
 def _scale(projection: nn.Linear, rank: int, factor: float) -> None:
     projection.weight[:rank] *= factor
-    if projection.bias is not None:
-        projection.bias[:rank] *= factor
+    for name, parameter in projection.named_parameters():
+        if name == "bias":
+            parameter[:rank] *= factor

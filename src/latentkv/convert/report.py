@@ -56,12 +56,8 @@ class ConversionReport:
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> ConversionReport:
         """What `as_json` gave."""
-        known = {name: content[name] for name in cls.__dataclass_fields__}
-        return cls(
-            **known
-            | {
-                "forecasts": tuple((rank, dim, error) for rank, dim, error in content["forecasts"]),
-                "frequencies": tuple(content["frequencies"]),
-                "layers": tuple(LayerRow(**row) for row in content["layers"]),
-            }
-        )
+        known: dict[str, Any] = {name: content[name] for name in cls.__dataclass_fields__}
+        known["forecasts"] = tuple((rank, dim, error) for rank, dim, error in known["forecasts"])
+        known["frequencies"] = tuple(known["frequencies"])
+        known["layers"] = tuple(LayerRow(**row) for row in known["layers"])
+        return cls(**known)

@@ -72,8 +72,8 @@ def folded_rotation(key_moment: Tensor, num_heads: int, fold: int) -> Rotation:
     groups, width = half // fold, num_heads * fold
     shape = (num_heads, 2, groups, fold)
     moment = key_moment.unflatten(0, shape).unflatten(-1, shape)
-    real = sum(torch.einsum("gufhuk->ugfhk", moment[:, a, :, :, :, a]) for a in (0, 1))
-    energy, vectors = torch.linalg.eigh(real.reshape(groups, width, width))
+    xx, yy = (torch.einsum("gufhuk->ugfhk", moment[:, a, :, :, :, a]) for a in (0, 1))
+    energy, vectors = torch.linalg.eigh((xx + yy).reshape(groups, width, width))
     energy, vectors = energy.flip(-1), vectors.flip(-1)
     basis = vectors.mT.unflatten(-1, (num_heads, fold))  # [group, component, head, frequency]
     matrix = torch.zeros(groups, width, 2, *shape, dtype=torch.float64)

@@ -35,6 +35,14 @@ HELD_OUT = 0.125
 """Of the calibration sequences, on which sizes and balance are chosen."""
 
 
+def require_convertible(folder: Path, options: ConvertOptions) -> SourceModel:
+    """The source, if it can be converted like this; else the error of `convert_checkpoint`, before any text is read."""
+    source = open_source(folder)
+    options.require_fit(source)
+    options.sizes(source)
+    return source
+
+
 def convert_checkpoint(
     folder: Path,
     target: Path,
@@ -60,8 +68,7 @@ def convert_checkpoint(
         ConfigError: the source or the sizes cannot be converted.
         CheckpointError: the source is damaged; the target holds something else, or cannot be written.
     """
-    source = open_source(folder)
-    options.require_fit(source)
+    source = require_convertible(folder, options)
     try:
         return _Conversion(source, target, tokens, options, on_progress).run()
     except OSError as error:
@@ -93,9 +100,8 @@ class _Conversion:
         finished = self._target.finished()
         if finished is not None:
             return finished
-        candidates = self._options.sizes(self._source)
         self._target.claim()
-        plan, forecasts = self._plan(candidates)
+        plan, forecasts = self._plan(self._options.sizes(self._source))
         rows, frequencies, biases = self._convert(plan)
         report = ConversionReport(
             plan.rank,
