@@ -39,8 +39,3 @@ def test_pairs_are_chosen_for_all_layers_together_by_what_they_save_in_sum() -> 
     assert counts.tolist() == [1, 2, 0]
     assert choose_pairs(one, first, counts).tolist() == [0, 2, 3]
     assert choose_pairs(one, second, counts).tolist() == [1, 3, 2]
-
-
-def test_a_grid_takes_one_pair_of_each_of_evenly_spaced_frequencies() -> None:
-    saved = torch.tensor([[9.0, 9], [1, 0], [1, 0], [5, 0], [0, 0], [1, 0], [6, 0], [0, 0]])
-    assert choose_counts(saved, 3, grid=True).tolist() == [1, 0, 0, 1, 0, 0, 1, 0]

@@ -75,8 +75,8 @@ def test_metrics_count_what_was_asked_and_what_was_given_up(client: openai.OpenA
     reason = 'latentkv:request_success_total{{finished_reason="{}",model_name="' + NAME + '"}}'
     before = metrics(live)
     got = client.completions.create(model=NAME, prompt=PROMPT, max_tokens=7, n=2, extra_body={"ignore_eos": True})
-    for _ in client.completions.create(model=NAME, prompt=PROMPT, max_tokens=2000, stream=True):
-        break  # leaves in the middle
+    with client.completions.create(model=NAME, prompt=PROMPT, max_tokens=2000, stream=True) as stream:
+        next(iter(stream))  # leaves in the middle
     live.wait_until_free()
     after = metrics(live)
 

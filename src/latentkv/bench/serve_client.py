@@ -46,24 +46,24 @@ class Answer:
     Attributes:
         due: when it should have been sent; latencies count from here.
         sent: when it was.
-        answered: whether the server has begun to answer.
         chunk_times: when each chunk with text came.
         ended: when the stream ended, or failed.
         prompt_tokens: of the prompt, as the server counts; None: it did not say. Likewise:
         cached_tokens: those of the prompt that it had cached.
         output_tokens: generated.
         failure: None where the whole answer came.
+        answered: whether the server has begun to answer.
     """
 
     due: float
     sent: float
-    answered: bool = False
     chunk_times: list[float] = field(default_factory=list[float])
     ended: float = 0.0
     prompt_tokens: int | None = None
     cached_tokens: int | None = None
     output_tokens: int | None = None
     failure: Failure | None = None
+    answered: bool = False
 
 
 @dataclass(frozen=True)

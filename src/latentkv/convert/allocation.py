@@ -40,24 +40,15 @@ def gains(rotation: Rotation, loss: Tensor, half: int) -> Tensor:
     return per_frequency.sort(dim=1, descending=True).values
 
 
-def choose_counts(gains: Tensor, count: int, *, grid: bool = False) -> Tensor:
+def choose_counts(gains: Tensor, count: int) -> Tensor:
     """How many pairs of each frequency keep their RoPE, [d / 2] int64, in all layers alike: a model has one RoPE.
 
     Args:
         gains: see `gains`, summed over layers.
         count: R / 2.
-        grid: one pair each of the frequencies 0, s, 2s, ... of the head's, which are a geometric series.
     """
-    half = len(gains)
-    counts = torch.zeros(half, dtype=torch.int64)
-    if grid:
-        strides = range(1, (half - 1) // max(count - 1, 1) + 1)
-        stride = max(strides, key=lambda s: float(gains[: s * (count - 1) + 1 : s, 0].sum()))
-        counts[: stride * (count - 1) + 1 : stride] = 1
-    else:
-        chosen = torch.topk(gains.flatten(), count).indices
-        counts.index_add_(0, chosen // gains.shape[1], torch.ones_like(chosen))
-    return counts
+    chosen = torch.topk(gains.flatten(), count).indices // gains.shape[1]
+    return torch.bincount(chosen, minlength=len(gains))
 
 
 def choose_pairs(rotation: Rotation, loss: Tensor, counts: Tensor) -> Tensor:

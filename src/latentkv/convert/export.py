@@ -133,9 +133,3 @@ def rope_scaling(frequencies: Tensor, theta: float, max_positions: int) -> Mappi
         "short_factor": factors,
         "long_factor": factors,
     }
-
-
-def grid_theta(frequencies: Tensor) -> float:
-    """Theta of the geometric series 1, theta^(-2/R), ... that the frequencies are."""
-    count = len(frequencies)
-    return 1.0 if count < 2 else float(frequencies[1] ** -count)

@@ -36,7 +36,6 @@ class LayerPlan:
         rope_dim: R, dimensions that keep their RoPE.
         method: "weighted": this package's; "transmla": arXiv 2502.07864; "svd": of the weights alone, without data.
         fold: neighbouring frequencies that share a basis, of "transmla".
-        grid: the kept frequencies must be a geometric series, for engines that know no others.
         counts: [d / 2] pairs of each frequency that keep their RoPE, of "weighted"; empty: each layer's own best.
     """
 
@@ -44,7 +43,6 @@ class LayerPlan:
     rope_dim: int
     method: Method = "weighted"
     fold: int = 1
-    grid: bool = False
     counts: tuple[int, ...] = ()
 
 
@@ -78,7 +76,7 @@ def split_layer(
         )
     rotation = unitary_rotation(statistics.kv_moment[:width, :width], shape.num_kv_heads)
     loss = _rope_loss(rotation, statistics, shape, frequencies)
-    best = choose_counts(gains(rotation, loss, half), count, grid=plan.grid)
+    best = choose_counts(gains(rotation, loss, half), count)
     counts = torch.tensor(plan.counts) if plan.counts else best
     return Split(rotation, choose_pairs(rotation, loss, counts), mean_turn(frequencies, statistics.distances))
 

@@ -19,7 +19,6 @@ class ConvertOptions:
         kv_budget: numbers a token and layer that are cached, as a share of the source's; instead of rank.
         method: see `LayerPlan`; all but "weighted" are there to be compared with.
         fold: of "transmla".
-        grid: see `LayerPlan`.
     """
 
     rank: int | None = None
@@ -27,7 +26,6 @@ class ConvertOptions:
     kv_budget: float | None = None
     method: Method = "weighted"
     fold: int = 1
-    grid: bool = False
 
     def require_fit(self, source: SourceModel) -> None:
         """Raise `ConfigError` for sizes that this source does not allow."""
@@ -58,8 +56,6 @@ class ConvertOptions:
         step = max(2, head // 8 // 2 * 2)
         dims = [self.rope_dim] if self.rope_dim else range(step, min(2 * head, width, total - 1) + 1, step)
         found = [(min(total - dim, 2 * width - dim), dim) for dim in dims if total - dim >= 1]
-        if self.grid:
-            found = [(rank, dim) for rank, dim in found if dim <= head]
         if not found:
             raise ConfigError(f"--kv-budget={self.kv_budget:g} leaves {total} numbers a token: too few for this model.")
         return found

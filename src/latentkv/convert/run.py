@@ -130,7 +130,7 @@ class _Conversion:
     @property
     def _method(self) -> dict[str, Any]:
         options = self._options
-        return {"method": options.method, "fold": options.fold, "grid": options.grid}
+        return {"method": options.method, "fold": options.fold}
 
     def _survey(self, plans: list[LayerPlan]) -> tuple[LayerPlan, list[float]]:
         """The best of the plans, and the mean error of the layers' outputs under each; none if there is no choice."""
@@ -149,7 +149,7 @@ class _Conversion:
             states = states.mapped(path, lambda piece, layer=view.layer: layer(piece, self._positions))
             self._on_progress("survey", index + 1, layers)
         best = plans[min(range(len(plans)), key=lambda number: errors[number])]
-        counts = choose_counts(saved, best.rope_dim // 2, grid=best.grid)
+        counts = choose_counts(saved, best.rope_dim // 2)
         return replace(best, counts=tuple(counts.tolist())), errors if len(plans) > 1 else []
 
     def _convert(self, plan: LayerPlan) -> tuple[list[LayerRow], Tensor, bool]:
