@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config, Qwen3Config
 
 SIZES: dict[str, Any] = {
     "vocab_size": 160,
@@ -41,10 +41,14 @@ CONFIGS: dict[str, PretrainedConfig] = {
 }
 
 
+WITH_NORMS = Qwen3Config(**SIZES)
+"""Norms on queries and keys, which latent attention does not have."""
+
+
 def write_source(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
     """A random model of this kind; its biases and norms are random, too."""
     torch.manual_seed(len(name))
-    model = AutoModelForCausalLM.from_config(CONFIGS[name], dtype=dtype)
+    model = AutoModelForCausalLM.from_config(WITH_NORMS if name == "qwen3" else CONFIGS[name], dtype=dtype)
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             if parameter_name.endswith("bias"):

@@ -60,6 +60,18 @@ def test_a_lossy_copy_gives_the_same_logits_here_and_in_transformers(name: str, 
         assert float((theirs(TOKENS).logits - ours).abs().max()) < 1e-5 * float(ours.abs().max())
 
 
+def test_norms_on_queries_and_keys_are_folded_in_at_their_mean_and_how_much_they_vary_is_said(tmp_path: Path) -> None:
+    source = write_source("qwen3", tmp_path / "source")
+    report = convert_checkpoint(source, tmp_path / "out", TOKENS, everything(source))
+    for row in report.layers:  # nothing is lost but what the norms vary by
+        assert 0.05 < row.norm_variation < 0.5
+        assert 0 < row.output_error < 4 * row.norm_variation**2
+    ours = logits(tmp_path / "out")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    with torch.no_grad():
+        assert float((theirs(TOKENS).logits - ours).abs().max()) < 1e-5 * float(ours.abs().max())
+
+
 def test_bf16_weights_stay_bf16_and_are_as_near_as_bf16_is(tmp_path: Path) -> None:
     source = write_source("llama", tmp_path / "source", torch.bfloat16)
     convert_checkpoint(source, tmp_path / "out", TOKENS, everything(source))
