@@ -44,6 +44,18 @@ def test_healing_brings_the_model_nearer_and_transformers_still_agrees(models: t
         assert float((theirs(TOKENS).logits - ours).abs().max()) < 2e-5 * float(ours.abs().max())
 
 
+def test_layers_can_be_matched_first_which_moves_attention_alone_and_nearer(
+    models: tuple[Path, Path],
+) -> None:
+    source, folder = models
+    before, far = load_model(folder, dtype=torch.float32).state_dict(), compare_models(source, folder, TOKENS)
+    healing = heal_checkpoint(folder, source, TOKENS, HealOptions(steps=30, match_steps=30, batch_size=4, lr=2e-3))
+    assert healing.losses[-1] < 0.8 * healing.losses[0] < 1
+    after = load_model(folder, dtype=torch.float32).state_dict()
+    assert all(".self_attn." in name for name in before if not torch.equal(before[name], after[name]))
+    assert compare_models(source, folder, TOKENS)["divergence"] < far["divergence"]
+
+
 def test_an_interrupted_healing_goes_on_and_ends_with_the_same_weights(
     models: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 
 import typer
 
+from latentkv.cli.options import ThreadsOption, use_threads
 from latentkv.cli.terminal import console, print_json
 from latentkv.errors import RequestError
 
@@ -23,7 +24,6 @@ SELF = "self"
 _EVAL_SEED = 1_000_000
 
 TextOption = Annotated[str, typer.Option(help="A UTF-8 text file, or self: what the source writes by itself.")]
-ThreadsOption = Annotated[int | None, typer.Option(help="CPU threads; default: all cores.")]
 
 
 def convert(
@@ -56,7 +56,7 @@ def convert(
     from latentkv.checkpoint import resolve_model
     from latentkv.convert import REPORT_FILE, ConvertOptions, Method, convert_checkpoint, require_convertible
 
-    _use(threads)
+    use_threads(threads)
     if method not in get_args(Method):
         raise RequestError(f"--method={method} is not known: choose {', '.join(get_args(Method))}.")
     budget = None if kv_budget is None else _share(kv_budget)
@@ -106,7 +106,7 @@ def heal(
     from latentkv.checkpoint import resolve_model
     from latentkv.convert import HEALING_FILE, HealOptions, heal_checkpoint
 
-    _use(threads)
+    use_threads(threads)
     if train not in ("all", "attention"):
         raise RequestError(f"--train={train} is not allowed: choose all or attention.")
     folder = resolve_model(teacher)
@@ -141,15 +141,6 @@ def heal(
             f"perplexity {before['converted']:.4g} before, {after['converted']:.4g} after, "
             f"{after['source']:.4g} of the source"
         )
-
-
-def _use(threads: int | None) -> None:
-    import torch
-
-    if threads is not None:
-        if threads < 1:
-            raise RequestError(f"--threads must be 1 or more, not {threads}.")
-        torch.set_num_threads(threads)
 
 
 def _share(text: str) -> float:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from latentkv.cli.terminal import console
+from latentkv.errors import RequestError
 
 if TYPE_CHECKING:
     from latentkv import LLM
@@ -57,6 +58,7 @@ TopPOption = Annotated[float, typer.Option(help="Keep the likeliest tokens up to
 TopKOption = Annotated[int, typer.Option(help="Keep this many likeliest tokens; 0 keeps all.")]
 MinPOption = Annotated[float, typer.Option(help="Keep tokens at least this times as likely as the likeliest.")]
 PenaltyOption = Annotated[float, typer.Option(help="Above 1 repeats less.")]
+ThreadsOption = Annotated[int | None, typer.Option(help="CPU threads; default: all cores.")]
 SeedOption = Annotated[int | None, typer.Option(help="Same seed, same text.", show_default="a fresh one")]
 
 
@@ -120,3 +122,13 @@ def store_summary(store: PageStore) -> str:
         f"{store.folder}: {tokens:,} tokens of this model in {store.num_pages:,} pages, "
         f"{format_bytes(store.total_bytes)} of {format_bytes(store.max_bytes)} in use{others}"
     )
+
+
+def use_threads(threads: int | None) -> None:
+    """Compute with so many CPU threads; None: as it is."""
+    import torch
+
+    if threads is not None:
+        if threads < 1:
+            raise RequestError(f"--threads must be 1 or more, not {threads}.")
+        torch.set_num_threads(threads)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
+from latentkv.cli.options import ThreadsOption, use_threads
 from latentkv.cli.terminal import console, print_json
 from latentkv.errors import RequestError
 
@@ -34,7 +35,7 @@ def quantize(
         typer.Option(help="Report the perplexity on this text, before and after.", exists=True, dir_okay=False),
     ] = None,
     text_bytes: Annotated[int, typer.Option(help="How much of the text to read.")] = 100_000,
-    threads: Annotated[int | None, typer.Option(help="CPU threads; default: all cores.")] = None,
+    threads: ThreadsOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Make a copy of a checkpoint with int8 or int4 weights, in the compressed-tensors format.
@@ -45,16 +46,12 @@ def quantize(
 
     Example: latentkv quantize deepseek-ai/DeepSeek-V2-Lite v2-lite-int4 --weights int4
     """
-    import torch
 
     from latentkv.checkpoint import resolve_model
     from latentkv.ops.weight_formats import require_format
     from latentkv.quantize import quantize_checkpoint
 
-    if threads is not None:
-        if threads < 1:
-            raise RequestError(f"--threads must be 1 or more, not {threads}.")
-        torch.set_num_threads(threads)
+    use_threads(threads)
     require_format(weights, group)
     passage = None if text is None else _passage(text, text_bytes)
     folder = resolve_model(source)

@@ -26,6 +26,7 @@ from latentkv.models.loading import load_model, save_pretrained, stored_dtype
 from latentkv.models.mla import MultiHeadLatentAttention
 from latentkv.train.checkpoints import Checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
 from latentkv.train.optimizers import optimizer_tensors, restore_optimizers
+from latentkv.train.schedule import warmed_cosine
 
 HEALING_FILE = "healing.json"
 _STATE = ".healing"
@@ -125,7 +126,7 @@ def _train(
     student.train()
     for step in range(len(losses), options.steps):
         for group in optimizer.param_groups:
-            group["lr"] = options.lr * _schedule(step, options.steps)
+            group["lr"] = options.lr * warmed_cosine(step, step / options.steps, warmup=_WARMUP_STEPS, floor=_FLOOR)
         batch = tokens[_batch(step, len(tokens), options)]
         measure = _mismatch if step < options.match_steps else _divergence
         loss = measure(student, teacher, batch)
@@ -171,11 +172,6 @@ def _mismatch(student: Decoder, teacher: Decoder, batch: Tensor) -> Tensor:
             x = theirs(x, positions)
         total = total + (ours.self_attn(h, own) - wanted).square().sum() / wanted.square().sum()
     return total / len(teacher.model.layers)
-
-
-def _schedule(step: int, steps: int) -> float:
-    warm = min(1.0, (step + 1) / _WARMUP_STEPS)
-    return warm * (_FLOOR + (1 - _FLOOR) * 0.5 * (1 + math.cos(math.pi * step / steps)))
 
 
 def _batch(step: int, count: int, options: HealOptions) -> Tensor:

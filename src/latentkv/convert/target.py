@@ -12,14 +12,14 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from latentkv.checkpoint.companions import copy_companions
 from latentkv.checkpoint.reader import INDEX_FILE, CheckpointReader
 from latentkv.checkpoint.shard import write_shard
 from latentkv.checkpoint.writer import CONFIG_FILE
 from latentkv.convert.report import ConversionReport
 from latentkv.convert.source import SourceModel
 from latentkv.errors import CheckpointError
-from latentkv.files import sync, write_json, write_whole
-from latentkv.quantize.convert import COMPANIONS
+from latentkv.files import sync, write_json
 
 REPORT_FILE = "conversion_report.json"
 _STATE = ".converting"
@@ -74,9 +74,7 @@ class TargetFolder:
     def finish(self, config: Mapping[str, Any], report: ConversionReport) -> None:
         """Everything but the layers; config.json, without which nobody reads the rest, comes last."""
         self._write_outer()
-        folder = self._source.reader.folder
-        for path in sorted({path for pattern in COMPANIONS for path in folder.glob(pattern) if path.is_file()}):
-            write_whole(self.folder / path.name, lambda temporary, path=path: shutil.copyfile(path, temporary))
+        copy_companions(self._source.reader.folder, self.folder)
         shards = [self._shard(index) for index in range(self._source.config.num_layers + 1)]
         weight_map: dict[str, str] = {}
         for shard in shards:

@@ -14,13 +14,14 @@ from typing import Any
 
 from torch import Tensor
 
+from latentkv.checkpoint.companions import copy_companions
 from latentkv.checkpoint.names import published_parts
 from latentkv.checkpoint.quantized import pack
 from latentkv.checkpoint.reader import INDEX_FILE
 from latentkv.checkpoint.shard import write_shard
 from latentkv.checkpoint.writer import CONFIG_FILE
 from latentkv.errors import CheckpointError, OpError
-from latentkv.files import sync, write_json, write_whole
+from latentkv.files import sync, write_json
 from latentkv.ops.weight_formats import WeightFormat, quantize_weight, require_format
 from latentkv.quantize.layout import CopyLayout, Part, plan_copy
 from latentkv.quantize.report import QuantizationReport, ReportRow, squared_error
@@ -30,21 +31,6 @@ MAX_SHARD_BYTES = 2 * 10**9
 
 # What a run that is under way has finished; gone when the copy is complete.
 _STATE = ".quantizing"
-COMPANIONS = (
-    "tokenizer*",
-    "generation_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template*",
-    "*.jinja",
-    "*.model",
-    "*.tiktoken",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "*processor_config.json",
-    "LICENSE*",
-)
 
 
 def quantize_checkpoint(
@@ -176,10 +162,7 @@ def _convert_part(part: Part, tensor: Tensor, bytes_before: int) -> tuple[Report
 
 def _finish(layout: CopyLayout, target: Path, report: dict[str, Any]) -> None:
     """Everything but weights; config.json, without which nobody reads the rest, comes last."""
-    for path in sorted(
-        {path for pattern in COMPANIONS for path in layout.reader.folder.glob(pattern) if path.is_file()}
-    ):
-        write_whole(target / path.name, lambda temporary, path=path: shutil.copyfile(path, temporary))
+    copy_companions(layout.reader.folder, target)
     if len(layout.shards) > 1:
         weight_map = {
             stored: name for name, parts in layout.shards.items() for part in parts for stored in part.entries

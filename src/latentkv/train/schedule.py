@@ -18,6 +18,10 @@ def progress(options: TrainOptions, step: int, elapsed: float) -> float:
 
 def learning_rate(options: TrainOptions, step: int, done: float) -> float:
     """The learning rate of the step with index `step`, when the fraction `done` of training is behind it."""
-    cosine = 0.5 * (1 + math.cos(math.pi * done))
-    warm = min(1.0, (step + 1) / options.warmup) if options.warmup else 1.0
-    return options.lr * warm * (options.min_lr + (1 - options.min_lr) * cosine)
+    return options.lr * warmed_cosine(step, done, warmup=options.warmup, floor=options.min_lr)
+
+
+def warmed_cosine(step: int, done: float, *, warmup: int, floor: float) -> float:
+    """What the highest learning rate is multiplied by: up to 1 in `warmup` steps, then by a cosine down to `floor`."""
+    warm = min(1.0, (step + 1) / warmup) if warmup else 1.0
+    return warm * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done)))
