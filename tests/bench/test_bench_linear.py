@@ -7,6 +7,7 @@ from latentkv.bench.ceilings import CeilingProbe
 from latentkv.bench.linear import TORCH, LinearReport, as_packed_format, measure_linear
 from latentkv.bench.op_report import linear_table
 from latentkv.errors import OpError, RequestError
+from latentkv.ops.packed import PackedFormat
 
 PROBE = CeilingProbe(gemm_size=16, buffer_mib=1)
 
@@ -18,27 +19,30 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def report() -> LinearReport:
-    return measure_linear(out_features=96, in_features=256, rows=[1, 20], repeats=2, probe=PROBE)
+    return measure_linear(out_features=128, in_features=256, rows=[1, 20], repeats=2, probe=PROBE)
 
 
 def test_every_number_of_rows_has_each_format_and_torch(report: LinearReport):
-    names = [TORCH, "linear, bf16", "linear, int8", "linear, int4"]
+    names = [TORCH, "linear, bf16", "linear, int8", "torch, int8", "linear, int4", "torch, int4"]
     assert [(row.rows, row.contender) for row in report.rows] == [(m, n) for m in (1, 20) for n in names]
-    assert linear_table(report).row_count == 8
+    assert linear_table(report).row_count == 12
 
 
 def test_rates_count_the_stored_bytes_and_the_arithmetic(report: LinearReport):
     stored = {row.contender: row.weight_bytes for row in report.rows}
-    # 24,576 weights; int8 has a bf16 scale a row, int4 one for 128 weights.
+    # 32,768 weights; int8 has a bf16 scale a row, int4 one for 128 weights.
+    int8, int4 = 32768 + 2 * 128, 16384 + 2 * 2 * 128
     assert stored == {
-        TORCH: 49152,
-        "linear, bf16": 49152,
-        "linear, int8": 24576 + 2 * 96,
-        "linear, int4": 12288 + 2 * 2 * 96,
+        TORCH: 65536,
+        "linear, bf16": 65536,
+        "linear, int8": int8,
+        "torch, int8": int8,
+        "linear, int4": int4,
+        "torch, int4": int4,
     }
     row = report.rows[-1]
     assert row.gbps == pytest.approx(row.weight_bytes / row.us / 1e3)
-    assert row.gflops == pytest.approx(2 * 20 * 96 * 256 / row.us / 1e3)
+    assert row.gflops == pytest.approx(2 * 20 * 128 * 256 / row.us / 1e3)
     assert row.of_read_ceiling == pytest.approx(row.gbps / row.read_ceiling)
     assert row.of_bf16_ceiling == pytest.approx(row.gflops / row.bf16_ceiling)
 
@@ -49,6 +53,15 @@ def test_scales_can_be_shared_by_fewer_weights():
     assert entries["linear, int4"].weight_bytes == 12288 + 2 * 8 * 96
     with pytest.raises(OpError, match="groups of 33"):
         measure_linear(out_features=96, in_features=256, rows=[1], group=33, probe=PROBE)
+
+
+@pytest.mark.parametrize(
+    ("shape", "fmt", "group"), [((64, 256), "int8", 32), ((96, 256), "int4", 32), ((64, 72), "int4", 64)]
+)
+def test_torch_is_left_out_where_it_has_no_product_of_the_same_weights(
+    shape: tuple[int, int], fmt: PackedFormat, group: int
+):
+    assert f"torch, {fmt}" not in module._entries(*shape, [fmt], group=group)
 
 
 def test_matrices_are_used_in_turn_and_do_not_fit_in_the_cache():

@@ -15,6 +15,7 @@ from latentkv import ops
 from latentkv.bench.ceilings import CeilingProbe
 from latentkv.bench.environment import Environment, describe_environment
 from latentkv.bench.timing import Contender, time_interleaved, torch_threads
+from latentkv.bench.torch_linear import torch_products
 from latentkv.errors import OpError, RequestError
 from latentkv.ops import QuantizedWeight
 from latentkv.ops.packed import PackedFormat, PackedWeight, pack_weight
@@ -35,7 +36,7 @@ class LinearRow:
     """What one contender did with one number of rows.
 
     Attributes:
-        contender: "linear, FORMAT", or torch.
+        contender: "linear, FORMAT"; or "torch, FORMAT", torch's own product of the same weights where it has one.
         rows: M, of x.
         us: median microseconds of a product.
         spread: interquartile range over the median.
@@ -47,7 +48,7 @@ class LinearRow:
         bf16_ceiling: GFLOP/s of a bf16 matrix product, measured in turn with this.
         of_bf16_ceiling: gflops over it; what limits many rows.
         max_error: largest difference from a float64 product, over its largest element.
-        times_faster_than_torch: torch's median over this one.
+        times_faster_than_torch: the median of torch's product of bf16 weights over this one.
     """
 
     contender: str
@@ -208,8 +209,18 @@ def _entries(
         )
     }
     for name in formats:
-        weight, exact = (plain, plain[0]) if name == "bf16" else _quantized(plain[0], name, group)
-        entries[f"linear, {name}"] = _packed_entry(pack_weight(weight), exact[:_CHECKED_OUTPUTS].double())
+        if name == "bf16":
+            entries["linear, bf16"] = _packed_entry(pack_weight(plain), plain[0, :_CHECKED_OUTPUTS].double())
+            continue
+        one = ops.quantize_weight(plain[0], name, group)
+        exact = one.dequantize()[:_CHECKED_OUTPUTS].double()
+        copies = -(-ROTATED_BYTES // one.nbytes)
+        entries[f"linear, {name}"] = _packed_entry(pack_weight(_stacked(one, copies)), exact)
+        products = torch_products(one, copies)
+        if products is not None:
+            entries[f"torch, {name}"] = LinearEntry(
+                lambda x, index, products=products: products[index](x), copies, one.nbytes, exact
+            )
     return entries
 
 
@@ -220,17 +231,13 @@ def _packed_entry(packed: PackedWeight, exact: Tensor) -> LinearEntry:
     )
 
 
-def _quantized(weight: Tensor, fmt: PackedFormat, group: int | None) -> tuple[QuantizedWeight, Tensor]:
-    """Enough equal copies of a quantised weight, and the weight that they stand for."""
-    quantized = ops.quantize_weight(weight, "int8" if fmt == "int8" else "int4", group)
-    copies = -(-ROTATED_BYTES // quantized.nbytes)
-    stacked = QuantizedWeight(
-        quantized.codes.expand(copies, *weight.shape),
-        quantized.scales.expand(copies, *quantized.scales.shape),
-        quantized.bits,
-        quantized.group,
+def _stacked(weight: QuantizedWeight, copies: int) -> QuantizedWeight:
+    return QuantizedWeight(
+        weight.codes.expand(copies, *weight.codes.shape),
+        weight.scales.expand(copies, *weight.scales.shape),
+        weight.bits,
+        weight.group,
     )
-    return stacked, quantized.dequantize()
 
 
 def _checked_error(name: str, entry: LinearEntry, x: Tensor) -> float:
