@@ -52,9 +52,9 @@ def convert(
 
     Example: latentkv convert path/to/llama llama-mla --kv-budget 1/4 --calibrate book.txt
     """
-    from latentkv import LLM
     from latentkv.checkpoint import resolve_model
     from latentkv.convert import REPORT_FILE, ConvertOptions, Method, convert_checkpoint, require_convertible
+    from latentkv.convert.text import load_writer
 
     use_threads(threads)
     if method not in get_args(Method):
@@ -63,7 +63,7 @@ def convert(
     options = ConvertOptions(rank, rope_dim, budget, cast("Method", method), fold)
     folder = resolve_model(source)
     require_convertible(folder, options)
-    llm = LLM(folder, dtype="fp32")
+    llm = load_writer(folder, length)
     _require_length(llm, length)
     tokens = _tokens(llm, calibrate, sequences, length, seed=0)
     held_out = None if text is None else _tokens(llm, text, max(sequences // 4, 8), length, seed=_EVAL_SEED)
@@ -102,15 +102,15 @@ def heal(
     """
     from dataclasses import asdict
 
-    from latentkv import LLM
     from latentkv.checkpoint import resolve_model
     from latentkv.convert import HEALING_FILE, HealOptions, heal_checkpoint
+    from latentkv.convert.text import load_writer
 
     use_threads(threads)
     if train not in ("all", "attention"):
         raise RequestError(f"--train={train} is not allowed: choose all or attention.")
     folder = resolve_model(teacher)
-    llm = LLM(folder, dtype="fp32")
+    llm = load_writer(folder, length)
     _require_length(llm, length)
     tokens = _tokens(llm, data, sequences, length, seed=sequences)
     held_out = None if text is None else _tokens(llm, text, max(sequences // 16, 8), length, seed=_EVAL_SEED)

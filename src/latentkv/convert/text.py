@@ -8,9 +8,25 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from latentkv.cache import PAGE_SIZE
 from latentkv.engine import SamplingParams
+from latentkv.engine.memory import default_cache_bytes, free_memory
 from latentkv.errors import RequestError
 from latentkv.llm import LLM
+from latentkv.models.config_reader import read_config
+
+TOGETHER = 64
+"""Sequences that the source writes at a time."""
+
+
+def load_writer(folder: Path, length: int) -> LLM:
+    """A source in float32; where memory allows, its cache has room for `TOGETHER` sequences of `length` tokens."""
+    planes = read_config(folder).planes("fp32")
+    each = (
+        -(-max(length, 1) // PAGE_SIZE) + 1
+    ) * PAGE_SIZE  # a page in hand is what the scheduler lets a request in by
+    room = default_cache_bytes(planes, TOGETHER * each, free_memory() // 2)
+    return LLM(folder, dtype="fp32", kv_cache_bytes=room)
 
 
 def tokens_of_file(llm: LLM, path: Path, *, sequences: int, length: int) -> Tensor:
