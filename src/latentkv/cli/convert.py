@@ -17,7 +17,6 @@ from latentkv.errors import RequestError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from latentkv import LLM
     from latentkv.convert import ConversionReport
 
 SELF = "self"
@@ -54,7 +53,6 @@ def convert(
     """
     from latentkv.checkpoint import resolve_model
     from latentkv.convert import REPORT_FILE, ConvertOptions, Method, convert_checkpoint, require_convertible
-    from latentkv.convert.text import load_writer
 
     use_threads(threads)
     if method not in get_args(Method):
@@ -63,11 +61,9 @@ def convert(
     options = ConvertOptions(rank, rope_dim, budget, cast("Method", method), fold)
     folder = resolve_model(source)
     require_convertible(folder, options)
-    llm = load_writer(folder, length)
-    _require_length(llm, length)
-    tokens = _tokens(llm, calibrate, sequences, length, seed=0)
-    held_out = None if text is None else _tokens(llm, text, max(sequences // 4, 8), length, seed=_EVAL_SEED)
-    del llm
+    _require_length(folder, length)
+    tokens = _tokens(folder, calibrate, sequences, length, seed=0)
+    held_out = None if text is None else _tokens(folder, text, max(sequences // 4, 8), length, seed=_EVAL_SEED)
     with _progress("Convert") as on_progress:
         report = convert_checkpoint(folder, target, tokens, options, on_progress=on_progress)
     measured = None if held_out is None else _measure(folder, target, held_out, cast(str, text))
@@ -104,17 +100,14 @@ def heal(
 
     from latentkv.checkpoint import resolve_model
     from latentkv.convert import HEALING_FILE, HealOptions, heal_checkpoint
-    from latentkv.convert.text import load_writer
 
     use_threads(threads)
     if train not in ("all", "attention"):
         raise RequestError(f"--train={train} is not allowed: choose all or attention.")
     folder = resolve_model(teacher)
-    llm = load_writer(folder, length)
-    _require_length(llm, length)
-    tokens = _tokens(llm, data, sequences, length, seed=sequences)
-    held_out = None if text is None else _tokens(llm, text, max(sequences // 16, 8), length, seed=_EVAL_SEED)
-    del llm
+    _require_length(folder, length)
+    tokens = _tokens(folder, data, sequences, length, seed=sequences)
+    held_out = None if text is None else _tokens(folder, text, max(sequences // 16, 8), length, seed=_EVAL_SEED)
     before = None if held_out is None else _measure(folder, target, held_out, cast(str, text))
     with _progress("Heal") as on_progress:
         healing = heal_checkpoint(
@@ -150,21 +143,24 @@ def _share(text: str) -> float:
         raise RequestError(f"--kv-budget={text} is no share: write 1/4 or 0.25.") from None
 
 
-def _require_length(llm: LLM, length: int) -> None:
-    if not 16 <= length <= llm.max_context:
-        raise RequestError(f"--length={length} is not allowed: this model takes 16 to {llm.max_context:,} tokens.")
+def _require_length(folder: Path, length: int) -> None:
+    from latentkv.models.config_reader import read_config
+
+    most = read_config(folder).max_positions
+    if not 16 <= length <= most:
+        raise RequestError(f"--length={length} is not allowed: this model takes 16 to {most:,} tokens.")
 
 
-def _tokens(llm: LLM, text: str, sequences: int, length: int, *, seed: int) -> Tensor:
-    from latentkv.convert.text import tokens_of_file, tokens_of_model
+def _tokens(folder: Path, text: str, sequences: int, length: int, *, seed: int) -> Tensor:
+    from latentkv.convert.text import load_writer, tokens_of_file, tokens_of_model
 
     if sequences < 8:
         raise RequestError(f"--sequences={sequences} is too few: give 8 or more.")
     if text != SELF:
-        return tokens_of_file(llm, Path(text), sequences=sequences, length=length)
+        return tokens_of_file(folder, Path(text), sequences=sequences, length=length)
     with _progress("Text") as on_progress:
         return tokens_of_model(
-            llm,
+            load_writer(folder, length),
             sequences=sequences,
             length=length,
             seed=seed,

@@ -192,13 +192,15 @@ class _Conversion:
         """Convert with every balance, and take the one whose attention comes nearest to the source's."""
         view = view_layer(self._source, index, states)
         balances = BALANCES if plan.method == "weighted" else (1.0,)
-        candidates = [self._candidate(view, plan, balance) for balance in balances]
-        errors = [self._output_error(view, plan, candidate, states) for candidate in candidates]
-        best = min(range(len(errors)), key=lambda number: errors[number])
-        chosen = candidates[best]
-        return chosen, LayerRow(
-            index, balances[best], errors[best], chosen.rope_energy, chosen.kept_energy, view.norm_variation
-        )
+        best: tuple[float, float, ConvertedLayer] | None = None  # one more than the best would double what memory holds
+        for balance in balances:
+            candidate = self._candidate(view, plan, balance)
+            error = self._output_error(view, plan, candidate, states)
+            if best is None or error < best[0]:
+                best = error, balance, candidate
+        assert best is not None
+        error, balance, chosen = best
+        return chosen, LayerRow(index, balance, error, chosen.rope_energy, chosen.kept_energy, view.norm_variation)
 
     def _candidate(self, view: LayerView, plan: LayerPlan, balance: float) -> ConvertedLayer:
         source = self._source

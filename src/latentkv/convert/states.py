@@ -11,7 +11,7 @@ from torch import Tensor
 
 from latentkv.files import write_whole
 
-_TOKENS_AT_ONCE = 4096
+_TOKENS_AT_ONCE = 1024
 
 
 class HiddenStates:

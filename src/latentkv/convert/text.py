@@ -13,6 +13,7 @@ from latentkv.engine import SamplingParams
 from latentkv.engine.memory import default_cache_bytes, free_memory
 from latentkv.errors import RequestError
 from latentkv.llm import LLM
+from latentkv.llm_options import tokenizer_of
 from latentkv.models.config_reader import read_config
 
 TOGETHER = 64
@@ -29,23 +30,30 @@ def load_writer(folder: Path, length: int) -> LLM:
     return LLM(folder, dtype="fp32", kv_cache_bytes=room)
 
 
-def tokens_of_file(llm: LLM, path: Path, *, sequences: int, length: int) -> Tensor:
+def tokens_of_file(folder: Path, path: Path, *, sequences: int, length: int) -> Tensor:
     """[sequences, length] ids: windows spread evenly over a UTF-8 text, each after the token that begins texts.
+
+    Args:
+        folder: of the model whose tokenizer reads the text; its weights are not loaded.
+        path: of the text.
+        sequences: windows.
+        length: tokens of each.
 
     Raises:
         RequestError: the model has no tokenizer, or the text is too short.
     """
-    if llm.tokenizer is None:
+    tokenizer = tokenizer_of(folder, read_config(folder))
+    if tokenizer is None:
         raise RequestError(
-            f"{llm.folder} has no tokenizer to read {path} with: put its tokenizer files beside the weights."
+            f"{folder} has no tokenizer to read {path} with: put its tokenizer files beside the weights."
         )
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise RequestError(f"{path} cannot be read as UTF-8 text: {error}.") from None
-    first = list(llm.request("x").prompt_token_ids[:1]) if llm.tokenizer.adds_bos else []
+    first = [tokenizer.bos_id] if tokenizer.adds_bos and tokenizer.bos_id is not None else []
     own = length - len(first)
-    ids = torch.tensor(llm.tokenizer.encode(text, add_bos=False), dtype=torch.int64)
+    ids = torch.tensor(tokenizer.encode(text, add_bos=False), dtype=torch.int64)
     if len(ids) < sequences * own:
         raise RequestError(
             f"{path} has {len(ids):,} tokens, {sequences * own:,} are needed: give a longer text, or ask for fewer."
