@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -34,8 +35,7 @@ SPEED = {
     "new_tokens": 16,
     "repeats": 7,
     "threads": 2,
-    "weights": "float32",
-    "kv_dtype": "fp32",
+    "dtype": "fp32",
 }
 ENVIRONMENT = {"latentkv": "0.1.0", "cpu": "a <fast> CPU", "threads": 2, "python": "3.11", "torch": "2.13"}
 
@@ -92,21 +92,16 @@ def test_the_record_has_the_conversion_and_its_healing(healed: Path) -> None:
     assert [each["healing_tokens"] for each in healing["evaluations"]] == [0, 2048, 4096, 6144]
 
 
-def test_a_long_curve_is_thinned_to_means_and_loses_no_step(healed: Path) -> None:
+def test_a_long_curve_is_thinned_to_means_and_loses_no_step(healed: Path, tmp_path: Path) -> None:
     source = healed.parent / "source"
     options = HealOptions(steps=15, batch_size=4)
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("latentkv.convert.heal._CURVE_POINTS", 4)
-        healing = heal_checkpoint(Path(shutil_copy(healed)), source, TOKENS, options)
-        curve = read_record(healed.parent / "copy")["healings"][1]["curve"]
+        copy = shutil.copytree(healed, tmp_path / "copy")
+        healing = heal_checkpoint(copy, source, TOKENS, options)
+    curve = read_record(copy)["healings"][1]["curve"]
     assert [tokens // 256 for tokens, _ in curve] == [4, 8, 12, 15]
     assert curve[-1][1] == pytest.approx(sum(healing.losses[12:]) / 3)
-
-
-def shutil_copy(folder: Path) -> str:
-    import shutil
-
-    return shutil.copytree(folder, folder.parent / "copy")
 
 
 def test_the_page_needs_nothing_from_outside_and_closes_its_tags(healed: Path) -> None:
@@ -128,7 +123,7 @@ def test_the_page_says_what_was_saved_and_what_it_cost(healed: Path) -> None:
     assert stages.healed["divergence"] < stages.converted["divergence"]
     assert "The KV cache takes 1/2 of the source's" in shown and "after healing" in shown
     for quality in (stages.converted, stages.healed):
-        assert f"{quality['converted']:.4g}" in shown and f"{quality['agreement']:.1%}" in shown
+        assert f"{quality['converted']:#.4g}".removesuffix(".") in shown and f"{quality['agreement']:.1%}" in shown
     for words in (
         "source converted healed",
         "1.25&times;",
@@ -182,18 +177,7 @@ def test_stages_never_mix_texts() -> None:
 
 
 def test_a_healing_that_is_recorded_again_takes_its_own_place(tmp_path: Path) -> None:
-    for steps in (1, 2):
-        add_healing(tmp_path, {"number": 0, "steps": steps} | HEALING, number=0)
-    add_healing(tmp_path, {"number": 1, "steps": 3} | HEALING, number=1)
+    facts = {"train": "all", "lora_rank": 16, "match_steps": 0, "tokens": 8, "seconds": 1.0}
+    for number, steps in ((0, 1), (0, 2), (1, 3)):
+        add_healing(tmp_path, facts | {"steps": steps, "curve": [], "evaluations": []}, number=number)
     assert [each["steps"] for each in read_record(tmp_path)["healings"]] == [2, 3]
-
-
-HEALING = {
-    "train": "all",
-    "lora_rank": 16,
-    "match_steps": 0,
-    "tokens": 8,
-    "seconds": 1.0,
-    "curve": [],
-    "evaluations": [],
-}

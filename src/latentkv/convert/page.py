@@ -81,14 +81,14 @@ def _cards(record: Record, stages: Stages) -> str:
             _card(
                 "Perplexity",
                 f"{last['converted'] / last['source'] - 1:+.1%}".replace("-", "&minus;"),
-                f"{last['source']:.4g} &rarr; {last['converted']:.4g}",
+                f"{_digits(last['source'])} &rarr; {_digits(last['converted'])}",
             )
         )
         cards.append(_card("Likeliest token the same", f"{last['agreement']:.1%}", "as in the source"))
     if "speed" in record:
         speed = record["speed"]
         before, after = (speed["tokens_per_second"][name] for name in ("source", "converted"))
-        detail = f"{before:,.{_digits(before)}f} &rarr; {after:,.{_digits(before)}f} tokens a second"
+        detail = f"{_rate(before)} &rarr; {_rate(after)} tokens a second"
         cards.append(_card(f"Decode at {speed['depth']:,} tokens", f"{after / before:.2f}&times;", detail))
     return f'<div class="row">{"".join(cards)}</div>' if cards else ""
 
@@ -106,7 +106,7 @@ def _stage_table(record: Record, stages: Stages) -> str:
     rows: list[list[str]] = []
     if (known := stages.last) is not None:
         rows += [
-            ["perplexity", f"{known['source']:.4g}", *(_cell(model, _perplexity) for model in models)],
+            ["perplexity", _digits(known["source"]), *(_cell(model, _perplexity) for model in models)],
             [
                 "KL to the source, nats a token",
                 "",
@@ -123,9 +123,8 @@ def _stage_table(record: Record, stages: Stages) -> str:
     if "speed" in record:
         before, after = (record["speed"]["tokens_per_second"][name] for name in ("source", "converted"))
         as_converted = ["<small>as converted</small>"] * (len(models) - 1)
-        digits = _digits(before)
-        converted = f"{after:,.{digits}f} <small>{after / before:.2f}&times;</small>"
-        rows.append(["decode, tokens a second", f"{before:,.{digits}f}", converted, *as_converted])
+        converted = f"{_rate(after)} <small>{after / before:.2f}&times;</small>"
+        rows.append(["decode, tokens a second", _rate(before), converted, *as_converted])
     if not rows:
         return ""
     heads = ["", "source", "converted", "healed"][: 2 + len(models)]
@@ -137,7 +136,7 @@ def _stage_table(record: Record, stages: Stages) -> str:
 
 def _perplexity(quality: Mapping[str, Any]) -> str:
     change = f"{quality['converted'] / quality['source'] - 1:+.1%}"
-    return f"{quality['converted']:.4g} <small>{change}</small>"
+    return f"{_digits(quality['converted'])} <small>{change}</small>"
 
 
 def _conditions(record: Record, stages: Stages) -> Iterable[str]:
@@ -149,8 +148,8 @@ def _conditions(record: Record, stages: Stages) -> Iterable[str]:
     if "speed" in record:
         speed = record["speed"]
         yield (
-            f"Decode: one sequence with {speed['depth']:,} tokens in the cache, {speed['weights']} weights, "
-            f"{speed['kv_dtype']} cache, {_count(speed['threads'], 'thread')}; medians of {speed['repeats']} rounds of "
+            f"Decode: one sequence with {speed['depth']:,} tokens in the cache, {speed['dtype']} weights "
+            f"and cache, {_count(speed['threads'], 'thread')}; medians of {speed['repeats']} rounds of "
             f"{speed['new_tokens']} tokens, the two in turn."
         )
 
@@ -271,9 +270,14 @@ def _share(part: int, whole: int) -> str:
     return str(share) if share.denominator <= 16 else f"{part / whole:.0%}"
 
 
-def _digits(speed: float) -> int:
-    """After the point: slow models need one."""
-    return 0 if speed >= 100 else 1
+def _rate(speed: float) -> str:
+    """Tokens a second; slow models need a digit after the point."""
+    return f"{speed:,.{0 if speed >= 100 else 1}f}"
+
+
+def _digits(number: float) -> str:
+    """Four of them, zeros included."""
+    return f"{number:#.4g}".removesuffix(".")
 
 
 def _change(number: float, reference: float) -> str:

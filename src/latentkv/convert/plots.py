@@ -75,7 +75,9 @@ def plot_healing(
     axes[0].set_ylabel("KL to the source, nats a token")
     axes[0].set_ylim(bottom=0)
     if perplexities:
-        axes[1].plot(*zip(*perplexities, strict=True), color=theme.main, linewidth=1.4, marker="o", markersize=4)
+        axes[1].plot(
+            *zip(*perplexities, strict=True), color=theme.main, linewidth=1.4, marker="o", markersize=4, clip_on=False
+        )
         axes[1].set_ylabel("perplexity, held-out text")
         if source is not None:
             axes[1].axhline(source, color=theme.other, linewidth=1.4, linestyle="--")
