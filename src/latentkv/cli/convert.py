@@ -148,7 +148,7 @@ def _print_report(report: ConversionReport, target: Path, record: dict[str, Any]
         before, after = (speed["tokens_per_second"][name] for name in ("source", "converted"))
         out.print(
             f"decode  {before:,.1f} tokens/s before, {after:,.1f} after, at {speed['depth']:,} tokens "
-            f"({speed['dtype']}, {speed['threads']} threads)"
+            f"({speed['dtype']}, {speed['threads']} thread{'s' if speed['threads'] > 1 else ''})"
         )
     out.print(
         f"{target}: all figures in {target / REPORT_FILE}, to be read in {target / PAGE_FILE}; "
