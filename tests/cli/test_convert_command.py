@@ -11,7 +11,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from latentkv import LLM
-from latentkv.convert import HEALING_FILE, REPORT_FILE
+from latentkv.convert import PAGE_FILE, REPORT_FILE
 from latentkv.llm_options import EMBEDDED_MODEL
 
 TEXT = "The whale swam on, and the harpooner watched it from the mast.\n" * 60
@@ -55,11 +55,19 @@ def test_a_model_is_converted_and_healed_and_generates(latentkv, source: Path, t
         assert words in " ".join(result.stdout.split())
     before = json.loads((out / REPORT_FILE).read_text())
     assert before["rank"] + before["rope_dim"] == 32
-    assert before["perplexity"]["converted"] > 0
-    healed = latentkv("heal", out, "--teacher", source, "--data", text, "--text", text, "--steps", 8, *SMALL)
+    assert before["quality"]["converted"] > 0
+    assert before["speed"]["tokens_per_second"]["converted"] > 0 and before["speed"]["threads"] == 1
+    assert before["command"].startswith("latentkv ") and before["environment"]["threads"] == 1
+    page = (out / PAGE_FILE).read_text()
+    healed = latentkv("heal", out, "--teacher", source, "--data", text, "--steps", 8, "--eval-every", 3, *SMALL)
     assert healed.exit_code == 0, healed.stderr
     assert "KL to the source" in healed.stdout and "of the source" in " ".join(healed.stdout.split())
-    assert len(json.loads((out / HEALING_FILE).read_text())["losses"]) == 8
+    healing = json.loads((out / REPORT_FILE).read_text())["healings"][0]
+    assert len(healing["curve"]) == 8 and healing["text"] == str(text)
+    assert [each["step"] for each in healing["evaluations"]] == [0, 3, 6, 8]
+    # The text of the conversion, as nothing else was asked for: the stages can be compared.
+    assert healing["evaluations"][0]["sample"] == before["quality"]["sample"]
+    assert "Healing" not in page and "Healing" in (out / PAGE_FILE).read_text()
     assert (out / "tokenizer.json").is_file()
     assert LLM(out).perplexity(TEXT[:200]).tokens > 0
 
@@ -71,6 +79,55 @@ def test_without_a_text_the_source_writes_its_own(latentkv, source: Path, tmp_pa
     printed = json.loads(result.stdout)
     assert (printed["rank"], printed["rope_dim"], printed["calibration_tokens"]) == (12, 8, 8 * 32)
     assert json.loads(latentkv(*asked).stdout) == printed
+
+
+def test_low_rank_updates_are_trained_and_merged(latentkv, source: Path, text: Path, tmp_path: Path) -> None:
+    out, given = tmp_path / "out", ("--calibrate", text, *SMALL)
+    assert latentkv("convert", source, out, "--kv-budget", "1/2", *given).exit_code == 0
+    lora = ("--train", "lora", "--lora-rank", 2, "--lora-alpha", 4, "--lr", 1e-2, "--steps", 4, "--batch-size", 4)
+    result = latentkv("heal", out, "--teacher", source, "--data", text, *lora, *SMALL, "--json")
+    assert result.exit_code == 0, result.stderr
+    printed = json.loads(result.stdout)
+    assert len(printed["losses"]) == 4 and printed["evaluations"] == []
+    healing = json.loads((out / REPORT_FILE).read_text())["healings"][0]
+    assert (healing["train"], healing["lora_rank"], healing["lora_alpha"]) == ("lora", 2, 4)
+    assert LLM(out).perplexity(TEXT[:200]).tokens > 0
+
+
+def test_speed_is_measured_where_it_is_asked_for_and_converting_again_keeps_what_healing_noted(
+    latentkv, source: Path, text: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    asked = ("convert", source, out, "--kv-budget", "1/2", "--calibrate", text, "--text", text, *SMALL)
+    assert latentkv(*asked, "--no-speed").exit_code == 0
+    assert "speed" not in json.loads((out / REPORT_FILE).read_text())
+    assert latentkv("heal", out, "--teacher", source, "--data", text, "--steps", 1, *SMALL).exit_code == 0
+    healed = (out / REPORT_FILE).read_bytes()
+    again = latentkv(*asked, "--speed")
+    assert again.exit_code == 0 and "has been healed since" in again.stderr
+    assert (out / REPORT_FILE).read_bytes() == healed
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--train", "half"), "--train=half is not allowed: choose all, attention, lora"),
+        (("--train", "lora", "--lora-rank", 0), "--lora-rank=0 is not allowed"),
+        (("--eval-every", 0), "--eval-every=0 is not allowed"),
+        (("--eval-every", 5), "--eval-every needs a text to measure on: give --text"),
+    ],
+)
+def test_wrong_healing_is_one_sentence(latentkv, source: Path, options: tuple, message: str) -> None:
+    result = latentkv("heal", source, "--teacher", source, *options, *SMALL)
+    assert result.exit_code == 2 and message in " ".join(result.stderr.split())
+
+
+def test_a_text_that_the_conversion_was_measured_on_and_that_is_gone_is_named(
+    latentkv, source: Path, text: Path, tmp_path: Path
+) -> None:
+    (tmp_path / REPORT_FILE).write_text(json.dumps({"quality": {"text": "gone.txt", "sequences": 8, "length": 32}}))
+    result = latentkv("heal", tmp_path, "--teacher", source, "--data", text, *SMALL)
+    assert result.exit_code == 2 and "gone.txt, which the conversion was measured on" in result.stderr
 
 
 WRONG = [

@@ -178,4 +178,5 @@ def test_the_report_is_in_the_folder_and_finite(tmp_path: Path) -> None:
     report = convert_checkpoint(source, tmp_path / "out", TOKENS, ConvertOptions(kv_budget=0.5))
     stored = json.loads((tmp_path / "out" / REPORT_FILE).read_text())
     assert stored["rank"] == report.rank and len(stored["layers"]) == 3
+    assert stored["cache"] == {"dtype": "fp32", "before": 3 * 128 * 4, "after": 3 * 64 * 4}
     assert all(math.isfinite(value) for row in stored["layers"] for value in row.values())

@@ -9,9 +9,10 @@ from typer.core import TyperGroup
 
 from latentkv.cli.bench import bench_app
 from latentkv.cli.chat import chat
-from latentkv.cli.convert import convert, heal
+from latentkv.cli.convert import convert
 from latentkv.cli.doctor import doctor
 from latentkv.cli.generate import generate
+from latentkv.cli.heal import heal
 from latentkv.cli.inspect import inspect
 from latentkv.cli.plan import plan
 from latentkv.cli.quantize import quantize

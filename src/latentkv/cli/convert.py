@@ -1,15 +1,14 @@
-"""`latentkv convert` and `latentkv heal`: a grouped-query model into a latent-attention one."""
+"""`latentkv convert`: a grouped-query model into a latent-attention one."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 
 import typer
 
+from latentkv.cli.conversion import EVAL_SEED, SELF, TextOption, progress, require_length, run_facts, text_tokens
 from latentkv.cli.options import ThreadsOption, use_threads
 from latentkv.cli.terminal import console, print_json
 from latentkv.errors import RequestError
@@ -18,11 +17,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from latentkv.convert import ConversionReport
-
-SELF = "self"
-_EVAL_SEED = 1_000_000
-
-TextOption = Annotated[str, typer.Option(help="A UTF-8 text file, or self: what the source writes by itself.")]
 
 
 def convert(
@@ -41,18 +35,30 @@ def convert(
     text: Annotated[
         str | None, typer.Option(help="Report the perplexity on this, before and after: a file, or self.")
     ] = None,
+    speed: Annotated[
+        bool | None,
+        typer.Option("--speed/--no-speed", help="Measure both models' decode speed here.", show_default="with --text"),
+    ] = None,
     threads: ThreadsOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Turn a model with grouped-query (or multi-head) attention into one with latent attention.
 
-    The result is a dense DeepSeek-V3 checkpoint, which transformers loads too. What it costs in quality is in its
-    report; `latentkv heal` wins most of it back. An interrupted run goes on when the same command is given again.
+    The result is a dense DeepSeek-V3 checkpoint, which transformers loads too. What was saved and what it cost is in
+    its report.html and report.json; `latentkv heal` wins most of it back. An interrupted run goes on when the same
+    command is given again.
 
     Example: latentkv convert path/to/llama llama-mla --kv-budget 1/4 --calibrate book.txt
     """
     from latentkv.checkpoint import resolve_model
-    from latentkv.convert import REPORT_FILE, ConvertOptions, Method, convert_checkpoint, require_convertible
+    from latentkv.convert import (
+        ConvertOptions,
+        Method,
+        convert_checkpoint,
+        note,
+        read_record,
+        require_convertible,
+    )
 
     use_threads(threads)
     if method not in get_args(Method):
@@ -61,79 +67,28 @@ def convert(
     options = ConvertOptions(rank, rope_dim, budget, cast("Method", method), fold)
     folder = resolve_model(source)
     require_convertible(folder, options)
-    _require_length(folder, length)
-    tokens = _tokens(folder, calibrate, sequences, length, seed=0)
-    held_out = None if text is None else _tokens(folder, text, max(sequences // 4, 8), length, seed=_EVAL_SEED)
-    with _progress("Convert") as on_progress:
+    require_length(folder, length)
+    tokens = text_tokens(folder, calibrate, sequences, length, seed=0)
+    count = max(sequences // 4, 8)
+    held_out = None if text is None else text_tokens(folder, text, count, length, seed=EVAL_SEED)
+    with progress("Convert") as on_progress:
         report = convert_checkpoint(folder, target, tokens, options, on_progress=on_progress)
-    measured = None if held_out is None else _measure(folder, target, held_out, cast(str, text))
-    if measured is not None:
-        _note(target / REPORT_FILE, {"perplexity": measured})
-    if as_json:
-        print_json(report.as_json() | {"perplexity": measured})
+    record = read_record(target)
+    if "command" not in record:
+        note(target, source=Path(source).resolve().name, **run_facts())
+    if "healings" in record:
+        console(stderr=True).print(f"{target} has been healed since: its report stays as it is")
     else:
-        _print_report(report, target, measured)
-
-
-def heal(
-    target: Annotated[Path, typer.Argument(help="The converted model; it is trained in place.", show_default=False)],
-    teacher: Annotated[str, typer.Option(help="Its source: a folder or a repo id.", show_default=False)],
-    data: TextOption = SELF,
-    sequences: Annotated[int, typer.Option(help="Of text; they are gone through again and again.")] = 512,
-    length: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 512,
-    steps: Annotated[int, typer.Option(help="Of the optimiser.")] = 500,
-    match_steps: Annotated[int, typer.Option(help="Of these, the first match each layer's attention alone.")] = 0,
-    batch_size: Annotated[int, typer.Option(help="Sequences a step.")] = 8,
-    lr: Annotated[float, typer.Option(help="Highest learning rate.")] = 1e-3,
-    train: Annotated[str, typer.Option(help="all weights, or attention.")] = "all",
-    text: Annotated[str | None, typer.Option(help="Report the perplexity on this, before and after.")] = None,
-    threads: ThreadsOption = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print what was done as JSON.")] = False,
-) -> None:
-    """Train a converted model to predict what its source predicts (distillation), which wins its quality back.
-
-    An interrupted run goes on when the same command is given again.
-
-    Example: latentkv heal llama-mla --teacher path/to/llama --data book.txt
-    """
-    from dataclasses import asdict
-
-    from latentkv.checkpoint import resolve_model
-    from latentkv.convert import HEALING_FILE, HealOptions, heal_checkpoint
-
-    use_threads(threads)
-    if train not in ("all", "attention"):
-        raise RequestError(f"--train={train} is not allowed: choose all or attention.")
-    folder = resolve_model(teacher)
-    _require_length(folder, length)
-    tokens = _tokens(folder, data, sequences, length, seed=sequences)
-    held_out = None if text is None else _tokens(folder, text, max(sequences // 16, 8), length, seed=_EVAL_SEED)
-    before = None if held_out is None else _measure(folder, target, held_out, cast(str, text))
-    with _progress("Heal") as on_progress:
-        healing = heal_checkpoint(
-            target,
-            folder,
-            tokens,
-            HealOptions(steps, match_steps, batch_size, lr, train),
-            on_progress=lambda step, total, loss: on_progress(f"KL {loss:.4f}", step, total),
-        )
-    after = None if held_out is None else _measure(folder, target, held_out, cast(str, text))
-    if after is not None:
-        _note(target / HEALING_FILE, {"before": before, "after": after})
+        if held_out is not None:
+            measured_on = {"text": text, "sequences": count, "length": length}
+            note(target, quality=_quality(folder, target, held_out) | measured_on)
+        if text is not None if speed is None else speed:
+            note(target, speed=_speed(folder, target))
+    record = read_record(target)
     if as_json:
-        print_json(asdict(healing) | {"before": before, "after": after})
-        return
-    out = console()
-    window = max(1, len(healing.losses) // 20)
-    first, last = (sum(part) / len(part) for part in (healing.losses[:window], healing.losses[-window:]))
-    out.print(
-        f"KL to the source {first:.4f} to {last:.4f} nats a token; {healing.tokens:,} tokens, {healing.seconds:.0f} s"
-    )
-    if before and after:
-        out.print(
-            f"perplexity {before['converted']:.4g} before, {after['converted']:.4g} after, "
-            f"{after['source']:.4g} of the source"
-        )
+        print_json({name: value for name, value in record.items() if name != "fingerprint"})
+    else:
+        _print_report(report, target, record)
 
 
 def _share(text: str) -> float:
@@ -143,60 +98,29 @@ def _share(text: str) -> float:
         raise RequestError(f"--kv-budget={text} is no share: write 1/4 or 0.25.") from None
 
 
-def _require_length(folder: Path, length: int) -> None:
-    from latentkv.models.config_reader import read_config
-
-    most = read_config(folder).max_positions
-    if not 16 <= length <= most:
-        raise RequestError(f"--length={length} is not allowed: this model takes 16 to {most:,} tokens.")
-
-
-def _tokens(folder: Path, text: str, sequences: int, length: int, *, seed: int) -> Tensor:
-    from latentkv.convert.text import load_writer, tokens_of_file, tokens_of_model
-
-    if sequences < 8:
-        raise RequestError(f"--sequences={sequences} is too few: give 8 or more.")
-    if text != SELF:
-        return tokens_of_file(folder, Path(text), sequences=sequences, length=length)
-    with _progress("Text") as on_progress:
-        return tokens_of_model(
-            load_writer(folder, length),
-            sequences=sequences,
-            length=length,
-            seed=seed,
-            on_token=lambda done, total: on_progress("from the source", done, total),
-        )
-
-
-def _measure(source: Path, converted: Path, tokens: Tensor, text: str) -> dict[str, Any]:
+def _quality(source: Path, converted: Path, tokens: Tensor) -> dict[str, Any]:
     from latentkv.convert.quality import compare_models
 
     with console(stderr=True).status("Perplexity"):
-        return {"text": text} | compare_models(source, converted, tokens)
+        return {**compare_models(source, converted, tokens)}
 
 
-def _note(path: Path, content: dict[str, Any]) -> None:
-    from latentkv.files import write_json
-    from latentkv.models.config_reader import read_json
+def _speed(source: Path, converted: Path) -> dict[str, Any]:
+    from dataclasses import asdict
 
-    write_json(path, read_json(path) | content)
+    from latentkv.bench.decode_pair import measure_decode
+    from latentkv.models.config_reader import read_config
+    from latentkv.models.loading import stored_dtype
 
-
-@contextmanager
-def _progress(title: str) -> Generator[Callable[[str, int, int], None]]:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    out = console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=out, disable=not out.is_terminal) as bar:
-        task = bar.add_task(title, total=None)
-        yield lambda what, done, total: bar.update(task, description=f"{title}: {what}", completed=done, total=total)
+    with console(stderr=True).status("Decode speed"):
+        dtype = stored_dtype(read_config(converted))
+        return asdict(measure_decode({"source": source, "converted": converted}, dtype))
 
 
-def _print_report(report: ConversionReport, target: Path, measured: dict[str, Any] | None) -> None:
+def _print_report(report: ConversionReport, target: Path, record: dict[str, Any]) -> None:
     from rich.table import Table
 
-    from latentkv.convert import REPORT_FILE
+    from latentkv.convert import PAGE_FILE, REPORT_FILE
 
     out = console()
     table = Table(title="error of the attention's output", title_justify="left")
@@ -206,14 +130,24 @@ def _print_report(report: ConversionReport, target: Path, measured: dict[str, An
         numbers = (row.output_error, row.rope_energy, row.kept_energy)
         table.add_row(str(row.layer), *(f"{100 * number:.1f}" for number in numbers))
     out.print(table)
-    share = report.cached_after / report.cached_before
+    share, cache = report.cached_after / report.cached_before, report.cache
     out.print(
         f"rank {report.rank} and {report.rope_dim} dimensions with RoPE: {report.cached_after} numbers a token and "
-        f"layer, were {report.cached_before} ({share:.0%})"
+        f"layer, were {report.cached_before} ({share:.0%}); {cache.after:,} bytes a token, were {cache.before:,} "
+        f"({cache.dtype}, all layers)"
     )
-    if measured is not None:
+    if quality := record.get("quality"):
         out.print(
-            f"perplexity  {measured['source']:.4g} before, {measured['converted']:.4g} after; "
-            f"the likeliest token is the same for {measured['agreement']:.1%}"
+            f"perplexity  {quality['source']:.4g} before, {quality['converted']:.4g} after; "
+            f"the likeliest token is the same for {quality['agreement']:.1%}"
         )
-    out.print(f"{target}: all figures in {target / REPORT_FILE}; latentkv heal wins quality back")
+    if speed := record.get("speed"):
+        before, after = (speed["tokens_per_second"][name] for name in ("source", "converted"))
+        out.print(
+            f"decode  {before:,.1f} tokens/s before, {after:,.1f} after, at {speed['depth']:,} tokens "
+            f"({speed['dtype']}, {speed['threads']} thread{'s' if speed['threads'] > 1 else ''})"
+        )
+    out.print(
+        f"{target}: all figures in {target / REPORT_FILE}, to be read in {target / PAGE_FILE}; "
+        "latentkv heal wins quality back"
+    )

@@ -1,21 +1,24 @@
 """A grouped-query model made into a latent-attention one: converted, and healed."""
 
-from latentkv.convert.heal import HEALING_FILE, Healing, HealOptions, heal_checkpoint
+from latentkv.convert.heal import Evaluation, Healing, HealOptions, heal_checkpoint
 from latentkv.convert.layer import Method
 from latentkv.convert.options import ConvertOptions
+from latentkv.convert.record import PAGE_FILE, REPORT_FILE, note, read_record
 from latentkv.convert.report import ConversionReport
 from latentkv.convert.run import convert_checkpoint, require_convertible
-from latentkv.convert.target import REPORT_FILE
 
 __all__ = [
-    "HEALING_FILE",
+    "PAGE_FILE",
     "REPORT_FILE",
     "ConversionReport",
     "ConvertOptions",
+    "Evaluation",
     "HealOptions",
     "Healing",
     "Method",
     "convert_checkpoint",
     "heal_checkpoint",
+    "note",
+    "read_record",
     "require_convertible",
 ]

@@ -7,9 +7,9 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -17,22 +17,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from latentkv.convert.export import NORM_EXPONENT
+from latentkv.convert.lora import low_rank_updates
+from latentkv.convert.norms import without_norms
+from latentkv.convert.quality import Quality, compare
+from latentkv.convert.record import add_healing, read_record
 from latentkv.errors import TrainingError
-from latentkv.files import write_json
 from latentkv.models.config import MLAConfig
 from latentkv.models.decoder import Decoder, DecoderLayer
 from latentkv.models.loading import load_model, save_pretrained, stored_dtype
-from latentkv.models.mla import MultiHeadLatentAttention
 from latentkv.train.checkpoints import Checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
 from latentkv.train.optimizers import optimizer_tensors, restore_optimizers
 from latentkv.train.schedule import warmed_cosine
 
-HEALING_FILE = "healing.json"
 _STATE = ".healing"
 _SAVE_SECONDS = 60
 _WARMUP_STEPS = 20
 _FLOOR = 0.1  # of the learning rate, at the end
+_CURVE_POINTS = 200
 
 
 @dataclass(frozen=True)
@@ -44,16 +45,36 @@ class HealOptions:
         match_steps: so many first steps bring each layer's attention nearer to the source's on the source's own states.
         batch_size: sequences a step.
         lr: highest learning rate; a cosine leads from it to a tenth.
-        train: "attention" alone, or "all" weights (norms and embeddings included).
-        seed: of the order of the sequences.
+        train: "attention" alone, "all" weights (norms and embeddings included), or "lora": low-rank updates of
+            attention's projections, which are merged into them in the end.
+        lora_rank: of the updates.
+        lora_alpha: an update is multiplied by lora_alpha / lora_rank.
+        eval_every: steps from one evaluation on held-out text to the next; None: only before and after.
+        seed: of the order of the sequences, and of what the updates begin with.
     """
 
     steps: int = 500
     match_steps: int = 0
     batch_size: int = 8
     lr: float = 1e-3
-    train: Literal["attention", "all"] = "all"
+    train: Literal["attention", "all", "lora"] = "all"
+    lora_rank: int = 16
+    lora_alpha: float = 16.0
+    eval_every: int | None = None
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.lora_rank < 1:
+            raise TrainingError(f"--lora-rank={self.lora_rank} is not allowed: give 1 or more.")
+        if self.eval_every is not None and self.eval_every < 1:
+            raise TrainingError(f"--eval-every={self.eval_every} is not allowed: give 1 or more steps.")
+
+
+class Evaluation(Quality):
+    """The model beside its source after so many steps, and the tokens that it had been trained on by then."""
+
+    step: int
+    healing_tokens: int
 
 
 @dataclass(frozen=True)
@@ -63,13 +84,26 @@ class Healing:
     Attributes:
         losses: [steps] KL(source || converted) in nats a token, of each step's batch before the step; while layers are
             matched, the mean over layers of |converted - source|^2 / |source|^2.
+        evaluations: on held-out text, before the first step, every `eval_every` steps, and of the weights as they are
+            stored in the end; none without such text.
         tokens: that were trained on, repetitions counted.
-        seconds: of training.
+        seconds: of training; evaluations are not counted.
     """
 
     losses: tuple[float, ...]
+    evaluations: tuple[Evaluation, ...]
     tokens: int
     seconds: float
+
+
+@dataclass
+class _Progress:
+    """What a healing has done so far; `number` healings of this model came before it."""
+
+    number: int
+    losses: list[float] = field(default_factory=list[float])
+    evaluations: list[Evaluation] = field(default_factory=list[Evaluation])
+    seconds: float = 0.0
 
 
 def heal_checkpoint(
@@ -78,15 +112,21 @@ def heal_checkpoint(
     tokens: Tensor,
     options: HealOptions,
     *,
+    held_out: Tensor | None = None,
+    about: Mapping[str, Any] | None = None,
     on_progress: Callable[[int, int, float], object] = lambda step, steps, loss: None,
 ) -> Healing:
     """Train the converted model in `folder` in place; an interrupted run goes on when called again.
+
+    What was done is added to the folder's report.
 
     Args:
         folder: of a converted model.
         teacher: its source.
         tokens: [sequences, length] int64 text, of the source or of what the model is for.
         options: how.
+        held_out: [sequences, length] int64 text to evaluate on.
+        about: further facts for the report, such as where the texts are from.
         on_progress: called with the step, all steps, and the loss.
 
     Raises:
@@ -101,11 +141,17 @@ def heal_checkpoint(
         raise TrainingError(f"{folder} has no latent attention: heal what `latentkv convert` wrote.")
     if len(tokens) < options.batch_size:
         raise TrainingError(f"{len(tokens)} sequences are fewer than a batch of {options.batch_size}: give more text.")
+    with without_norms(student), _updates(student, options):
+        done = _train(student, source, tokens, options, held_out, folder, on_progress)
     dtype = stored_dtype(student.config)
-    with _without_norms(student):
-        healing = _train(student, source, tokens, options, folder / _STATE, on_progress)
+    if held_out is not None:
+        _round(student, dtype)
+        done.evaluations.append(_evaluate(student, source, held_out, options.steps, tokens, options))
+    healing = Healing(
+        tuple(done.losses), tuple(done.evaluations), _tokens_after(options.steps, tokens, options), done.seconds
+    )
     save_pretrained(student, folder, dtype=dtype)
-    write_json(folder / HEALING_FILE, asdict(options) | asdict(healing))
+    add_healing(folder, dict(about or {}) | _described(healing, tokens, options), number=done.number)
     shutil.rmtree(folder / _STATE, ignore_errors=True)
     return healing
 
@@ -115,16 +161,29 @@ def _train(
     teacher: Decoder,
     tokens: Tensor,
     options: HealOptions,
-    state: Path,
+    held_out: Tensor | None,
+    folder: Path,
     on_progress: Callable[[int, int, float], object],
-) -> Healing:
+) -> _Progress:
     trained = dict(_trained(student, options))
     optimizer = torch.optim.AdamW(trained.values(), lr=options.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    fingerprint = _fingerprint(tokens, options)
-    losses, seconds = _resume(state, trained, optimizer, fingerprint)
-    began = saved = time.monotonic()
+    fingerprint = _fingerprint(tokens, options, held_out)
+    state = folder / _STATE
+    done = _resume(state, student, trained, optimizer, fingerprint)
+    done = done or _Progress(number=len(read_record(folder).get("healings", ())))
+
+    def save(weights: Mapping[str, Tensor]) -> None:
+        moment = {"fingerprint": fingerprint} | asdict(done)
+        save_checkpoint(
+            state, len(done.losses), Checkpoint(dict(weights), optimizer_tensors(trained, [optimizer]), moment)
+        )
+
+    saved = time.monotonic()
     student.train()
-    for step in range(len(losses), options.steps):
+    for step in range(len(done.losses), options.steps):
+        if held_out is not None and step % (options.eval_every or options.steps) == 0:
+            done.evaluations.append(_evaluate(student, teacher, held_out, step, tokens, options))
+        began = time.monotonic()
         for group in optimizer.param_groups:
             group["lr"] = options.lr * warmed_cosine(step, step / options.steps, warmup=_WARMUP_STEPS, floor=_FLOOR)
         batch = tokens[_batch(step, len(tokens), options)]
@@ -134,21 +193,59 @@ def _train(
         loss.backward()
         nn.utils.clip_grad_norm_(trained.values(), 1.0)
         optimizer.step()
-        losses.append(float(loss.detach()))
-        if not math.isfinite(losses[-1]):
+        done.losses.append(float(loss.detach()))
+        done.seconds += time.monotonic() - began
+        if not math.isfinite(done.losses[-1]):
             raise TrainingError(f"Healing diverged at step {step}: give a lower --lr than {options.lr:g}.")
-        on_progress(step + 1, options.steps, losses[-1])
+        on_progress(step + 1, options.steps, done.losses[-1])
         if time.monotonic() - saved > _SAVE_SECONDS:
             saved = time.monotonic()
-            spent = seconds + saved - began
-            moment = {"fingerprint": fingerprint, "losses": losses, "seconds": spent}
-            save_checkpoint(
-                state, step + 1, Checkpoint(dict[str, Tensor](trained), optimizer_tensors(trained, [optimizer]), moment)
-            )
+            save(trained)
+    # All weights, for those in the folder are about to be replaced: a run that is killed meanwhile begins from here.
+    save(dict(student.named_parameters()))
     student.eval()
-    return Healing(
-        tuple(losses), options.steps * options.batch_size * tokens.shape[1], seconds + time.monotonic() - began
-    )
+    return done
+
+
+def _updates(student: Decoder, options: HealOptions) -> AbstractContextManager[None]:
+    if options.train != "lora":
+        return nullcontext()
+    return low_rank_updates(student, rank=options.lora_rank, alpha=options.lora_alpha, seed=options.seed)
+
+
+def _evaluate(
+    student: Decoder, teacher: Decoder, held_out: Tensor, step: int, tokens: Tensor, options: HealOptions
+) -> Evaluation:
+    quality = compare(teacher, student, held_out)
+    return Evaluation(**quality, step=step, healing_tokens=_tokens_after(step, tokens, options))
+
+
+@torch.no_grad()
+def _round(student: Decoder, dtype: torch.dtype) -> None:
+    """To the numbers that will be stored."""
+    for parameter in student.parameters():
+        parameter.copy_(parameter.to(dtype))
+
+
+def _tokens_after(step: int, tokens: Tensor, options: HealOptions) -> int:
+    return step * options.batch_size * tokens.shape[1]
+
+
+def _described(healing: Healing, tokens: Tensor, options: HealOptions) -> dict[str, Any]:
+    """For the report: losses as [tokens seen, mean loss since the point before]."""
+    cut = min(options.match_steps, options.steps)
+
+    def curve(first: int, last: int) -> list[tuple[int, float]]:
+        width = max(1, -(-(last - first) // _CURVE_POINTS))
+        windows = [range(start, min(start + width, last)) for start in range(first, last, width)]
+        return [
+            (_tokens_after(steps.stop, tokens, options), sum(healing.losses[step] for step in steps) / len(steps))
+            for steps in windows
+        ]
+
+    facts = asdict(healing)
+    del facts["losses"]
+    return asdict(options) | facts | {"matching": curve(0, cut), "curve": curve(cut, options.steps)}
 
 
 def _divergence(student: Decoder, teacher: Decoder, batch: Tensor) -> Tensor:
@@ -185,73 +282,39 @@ def _batch(step: int, count: int, options: HealOptions) -> Tensor:
 
 def _trained(student: Decoder, options: HealOptions) -> Iterator[tuple[str, nn.Parameter]]:
     for name, parameter in student.named_parameters():
-        wanted = options.train == "all" or ".self_attn." in name
+        wanted = {
+            "all": True,
+            "attention": ".self_attn." in name,
+            "lora": name.endswith((".lora_a", ".lora_b")),
+        }[options.train]
         parameter.requires_grad_(wanted)
         if wanted:
             yield name, parameter
 
 
 def _resume(
-    state: Path, trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, fingerprint: str
-) -> tuple[list[float], float]:
+    state: Path, student: Decoder, trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, fingerprint: str
+) -> _Progress | None:
+    """Go back to where an earlier run was interrupted, if one was."""
     found = list_checkpoints(state)
     if not found:
-        return [], 0.0
+        return None
     saved = load_checkpoint(found[-1])
-    if saved.state["fingerprint"] != fingerprint:
+    moment = saved.state
+    if moment.pop("fingerprint") != fingerprint:
         raise TrainingError(
             f"{state.parent} holds an unfinished healing with other text or options: repeat those, or remove {state}."
         )
+    parameters = dict(student.named_parameters())
     with torch.no_grad():
-        for name, parameter in trained.items():
-            parameter.copy_(saved.weights[name])
+        for name, weight in saved.weights.items():
+            parameters[name].copy_(weight)
     restore_optimizers(trained, [optimizer], saved.optimizer)
-    return list(saved.state["losses"]), float(saved.state["seconds"])
+    return _Progress(**moment)
 
 
-def _fingerprint(tokens: Tensor, options: HealOptions) -> str:
+def _fingerprint(tokens: Tensor, options: HealOptions, held_out: Tensor | None) -> str:
     digest = hashlib.sha256(json.dumps(asdict(options), sort_keys=True).encode())
-    digest.update(tokens.numpy().tobytes())
+    for text in (tokens,) if held_out is None else (tokens, held_out):
+        digest.update(text.numpy().tobytes())
     return digest.hexdigest()
-
-
-@contextmanager
-def _without_norms(student: Decoder) -> Generator[None]:
-    """Take the linearised norms out while training, and put them back: their weights have no scale to be trained on."""
-    taken: list[tuple[Any, str, nn.Module]] = []
-    layers = [module for module in student.modules() if isinstance(module, MultiHeadLatentAttention)]
-    for attention in layers:
-        parts = [("kv_a_proj_with_mqa", "kv_a_layernorm", attention.config.kv_lora_rank)]
-        if attention.config.q_lora_rank is not None:
-            parts.append(("q_a_proj", "q_a_layernorm", attention.config.q_lora_rank))
-        for projection, norm, rank in parts:
-            _scale(getattr(attention, projection), rank, _gain(getattr(attention, norm)))
-            taken.append((attention, norm, getattr(attention, norm)))
-            setattr(attention, norm, nn.Identity())
-    try:
-        yield
-    finally:
-        for attention, norm, module in taken:
-            setattr(attention, norm, module)
-            projection, rank = (
-                (attention.kv_a_proj_with_mqa, attention.config.kv_lora_rank)
-                if norm == "kv_a_layernorm"
-                else (attention.q_a_proj, attention.config.q_lora_rank)
-            )
-            _scale(projection, rank, 1 / _gain(module))
-
-
-def _gain(norm: Any) -> float:
-    """What a linearised norm multiplies by."""
-    weight = norm.weight
-    if not bool((weight == 2.0**NORM_EXPONENT).all()):
-        raise TrainingError("This model's latent norms are not those of a conversion: train it with `latentkv train`.")
-    return 2.0**NORM_EXPONENT / math.sqrt(norm.eps)
-
-
-@torch.no_grad()
-def _scale(projection: nn.Linear, rank: int, factor: float) -> None:
-    projection.weight[:rank] *= factor
-    for name, parameter in projection.named_parameters():
-        if name == "bias":
-            parameter[:rank] *= factor

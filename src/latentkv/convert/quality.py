@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from pathlib import Path
 from typing import TypedDict
@@ -10,30 +11,40 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from latentkv.models.decoder import Decoder
 from latentkv.models.loading import load_model
 
 _SEQUENCES_AT_ONCE = 4
 
 
 class Quality(TypedDict):
-    """Two models' perplexities, KL(source || converted) in nats a token, and how often their likeliest token agrees."""
+    """Two models' perplexities, KL(source || converted) in nats a token, and how often their likeliest token agrees.
+
+    `tokens` were predicted; `sample` tells the text from every other.
+    """
 
     source: float
     converted: float
     divergence: float
     agreement: float
     tokens: int
+    sample: str
+
+
+def compare_models(source: Path, converted: Path, tokens: Tensor) -> Quality:
+    """`compare` the models of two folders, in float32."""
+    return compare(load_model(source, dtype=torch.float32), load_model(converted, dtype=torch.float32), tokens)
 
 
 @torch.no_grad()
-def compare_models(source: Path, converted: Path, tokens: Tensor) -> Quality:
-    """Predict every token of [sequences, length] ids but the first with both, in float32."""
-    models = [load_model(folder, dtype=torch.float32) for folder in (source, converted)]
+def compare(source: Decoder, converted: Decoder, tokens: Tensor) -> Quality:
+    """Predict every token of [sequences, length] int64 ids but the first with both."""
     nats, divergence, same, count = [0.0, 0.0], 0.0, 0, 0
     for rows in tokens.split(_SEQUENCES_AT_ONCE):
         targets = rows[:, 1:].flatten()
         log_p, log_q = (
-            model.logits(model.forward_train(rows[:, :-1])).flatten(0, 1).log_softmax(-1) for model in models
+            model.logits(model.forward_train(rows[:, :-1])).flatten(0, 1).log_softmax(-1)
+            for model in (source, converted)
         )
         for index, found in enumerate((log_p, log_q)):
             nats[index] += float(functional.nll_loss(found, targets, reduction="sum"))
@@ -41,4 +52,11 @@ def compare_models(source: Path, converted: Path, tokens: Tensor) -> Quality:
         same += int((log_p.argmax(-1) == log_q.argmax(-1)).sum())
         count += len(targets)
     before, after = (math.exp(total / count) for total in nats)
-    return Quality(source=before, converted=after, divergence=divergence / count, agreement=same / count, tokens=count)
+    return Quality(
+        source=before,
+        converted=after,
+        divergence=divergence / count,
+        agreement=same / count,
+        tokens=count,
+        sample=hashlib.sha256(tokens.numpy().tobytes()).hexdigest()[:16],
+    )

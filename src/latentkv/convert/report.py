@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from latentkv.models.config import ModelConfig
+from latentkv.ops.kv_formats import KVFormat
+
 
 @dataclass(frozen=True)
 class LayerRow:
@@ -28,12 +31,33 @@ class LayerRow:
 
 
 @dataclass(frozen=True)
+class CacheBytes:
+    """What a token takes in the cache, all layers, padding included.
+
+    Attributes:
+        dtype: that the cache stores: the checkpoint's.
+        before, after: of the source and of the converted model.
+    """
+
+    dtype: KVFormat
+    before: int
+    after: int
+
+    @classmethod
+    def of(cls, source: ModelConfig, converted: ModelConfig, dtype: KVFormat) -> CacheBytes:
+        """Counted by the cache's own formula."""
+        before, after = (sum(plane.bytes_per_token for plane in each.planes(dtype)) for each in (source, converted))
+        return cls(dtype, before, after)
+
+
+@dataclass(frozen=True)
 class ConversionReport:
     """What a conversion did.
 
     Attributes:
         rank, rope_dim: of the converted model.
         cached_before, cached_after: numbers a token and layer.
+        cache: the same in bytes, all layers.
         calibration_tokens: that were read.
         forecasts: (rank, rope_dim, mean error of the layers' outputs) of all sizes that were considered.
         frequencies: [R / 2] of the shared key.
@@ -44,6 +68,7 @@ class ConversionReport:
     rope_dim: int
     cached_before: int
     cached_after: int
+    cache: CacheBytes
     calibration_tokens: int
     forecasts: tuple[tuple[int, int, float], ...]
     frequencies: tuple[float, ...]
@@ -57,6 +82,7 @@ class ConversionReport:
     def from_json(cls, content: dict[str, Any]) -> ConversionReport:
         """What `as_json` gave."""
         known: dict[str, Any] = {name: content[name] for name in cls.__dataclass_fields__}
+        known["cache"] = CacheBytes(**known["cache"])
         known["forecasts"] = tuple((rank, dim, error) for rank, dim, error in known["forecasts"])
         known["frequencies"] = tuple(known["frequencies"])
         known["layers"] = tuple(LayerRow(**row) for row in known["layers"])

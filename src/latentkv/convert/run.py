@@ -17,12 +17,13 @@ from latentkv.convert.calibration import LayerView, positions_of, view_layer
 from latentkv.convert.export import export_config, export_layer, has_biases
 from latentkv.convert.layer import ConvertedLayer, LayerPlan, convert_layer, rope_gains
 from latentkv.convert.options import ConvertOptions
-from latentkv.convert.report import ConversionReport, LayerRow
+from latentkv.convert.report import CacheBytes, ConversionReport, LayerRow
 from latentkv.convert.source import SourceModel, open_source
 from latentkv.convert.states import HiddenStates
 from latentkv.convert.target import TargetFolder
 from latentkv.errors import CheckpointError
 from latentkv.files import write_json
+from latentkv.llm_options import kv_format
 from latentkv.models.config import ModelConfig
 from latentkv.models.config_reader import read_config
 from latentkv.models.decoder import DecoderLayer
@@ -103,17 +104,19 @@ class _Conversion:
         self._target.claim()
         plan, forecasts = self._plan(self._options.sizes(self._source))
         rows, frequencies, biases = self._convert(plan)
+        config = self._config(plan, frequencies, biases=biases)
         report = ConversionReport(
             plan.rank,
             plan.rope_dim,
             2 * self._source.shape.kv_width,
             plan.rank + plan.rope_dim,
+            CacheBytes.of(self._source.config, read_config(config), kv_format("auto", self._dtype)),
             self._tokens.numel(),
             forecasts,
             tuple(frequencies.tolist()),
             tuple(rows),
         )
-        self._target.finish(self._config(plan, frequencies, biases=biases), report)
+        self._target.finish(config, report)
         return report
 
     def _plan(self, sizes: list[tuple[int, int]]) -> tuple[LayerPlan, tuple[tuple[int, int, float], ...]]:

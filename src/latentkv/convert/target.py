@@ -16,12 +16,12 @@ from latentkv.checkpoint.companions import copy_companions
 from latentkv.checkpoint.reader import INDEX_FILE, CheckpointReader
 from latentkv.checkpoint.shard import write_shard
 from latentkv.checkpoint.writer import CONFIG_FILE
+from latentkv.convert.record import REPORT_FILE, write_record
 from latentkv.convert.report import ConversionReport
 from latentkv.convert.source import SourceModel
 from latentkv.errors import CheckpointError
 from latentkv.files import sync, write_json
 
-REPORT_FILE = "conversion_report.json"
 _STATE = ".converting"
 
 
@@ -83,7 +83,8 @@ class TargetFolder:
         size = sum((self.folder / shard).stat().st_size for shard in shards)
         write_json(self.folder / INDEX_FILE, {"metadata": {"total_size": size}, "weight_map": weight_map})
         CheckpointReader(self.folder)  # every header once more, before the folder counts as a model
-        write_json(self.folder / REPORT_FILE, {"fingerprint": self._fingerprint} | report.as_json())
+        about = {"fingerprint": self._fingerprint, "source": self._source.reader.folder.name}
+        write_record(self.folder, about | report.as_json())
         write_json(self.folder / CONFIG_FILE, config)
         sync(self.folder)
         shutil.rmtree(self.state, ignore_errors=True)

@@ -1,0 +1,80 @@
+"""What `latentkv convert` and `latentkv heal` share: their texts, their progress, and what a report says of a run."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from latentkv.cli.terminal import console
+from latentkv.errors import RequestError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SELF = "self"
+EVAL_SEED = 1_000_000
+"""Of the held-out text that the source writes."""
+
+TextOption = Annotated[str, typer.Option(help="A UTF-8 text file, or self: what the source writes by itself.")]
+
+
+def require_length(folder: Path, length: int) -> None:
+    """Raise `RequestError` for a length that the model does not take."""
+    from latentkv.models.config_reader import read_config
+
+    most = read_config(folder).max_positions
+    if not 16 <= length <= most:
+        raise RequestError(f"--length={length} is not allowed: this model takes 16 to {most:,} tokens.")
+
+
+def text_tokens(folder: Path, text: str, sequences: int, length: int, *, seed: int) -> Tensor:
+    """[sequences, length] ids of a file, or of what the source writes with this seed."""
+    from latentkv.convert.text import load_writer, tokens_of_file, tokens_of_model
+
+    if sequences < 8:
+        raise RequestError(f"--sequences={sequences} is too few: give 8 or more.")
+    if text != SELF:
+        return tokens_of_file(folder, Path(text), sequences=sequences, length=length)
+    with progress("Text") as on_progress:
+        return tokens_of_model(
+            load_writer(folder, length),
+            sequences=sequences,
+            length=length,
+            seed=seed,
+            on_token=lambda done, total: on_progress("from the source", done, total),
+        )
+
+
+@contextmanager
+def progress(title: str) -> Generator[Callable[[str, int, int], None]]:
+    """A bar on a terminal: called with what is done, how much is, and of how much."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    out = console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=out, disable=not out.is_terminal) as bar:
+        task = bar.add_task(title, total=None)
+        yield lambda what, done, total: bar.update(task, description=f"{title}: {what}", completed=done, total=total)
+
+
+def run_facts() -> dict[str, Any]:
+    """For the report: the command, and the machine and versions it runs on."""
+    from dataclasses import asdict
+    from importlib.metadata import PackageNotFoundError, version
+
+    import torch
+
+    from latentkv.bench.environment import describe_environment
+
+    try:
+        own = version("latentkv")
+    except PackageNotFoundError:  # run from its source
+        own = None
+    environment = {"latentkv": own} | asdict(describe_environment(torch.get_num_threads()))
+    return {"command": shlex.join(["latentkv", *sys.argv[1:]]), "environment": environment}

@@ -1,0 +1,111 @@
+"""`latentkv heal`: a converted model learns what its source predicts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from latentkv.cli.conversion import EVAL_SEED, SELF, TextOption, progress, require_length, run_facts, text_tokens
+from latentkv.cli.options import ThreadsOption, use_threads
+from latentkv.cli.terminal import console, print_json
+from latentkv.errors import RequestError
+
+if TYPE_CHECKING:
+    from latentkv.convert import Healing
+
+_TRAINED = ("all", "attention", "lora")
+
+
+def heal(
+    target: Annotated[Path, typer.Argument(help="The converted model; it is trained in place.", show_default=False)],
+    teacher: Annotated[str, typer.Option(help="Its source: a folder or a repo id.", show_default=False)],
+    data: TextOption = SELF,
+    sequences: Annotated[int, typer.Option(help="Of text; they are gone through again and again.")] = 512,
+    length: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 512,
+    steps: Annotated[int, typer.Option(help="Of the optimiser.", min=1)] = 500,
+    match_steps: Annotated[int, typer.Option(help="Of these, the first match each layer's attention alone.")] = 0,
+    batch_size: Annotated[int, typer.Option(help="Sequences a step.")] = 8,
+    lr: Annotated[float, typer.Option(help="Highest learning rate.")] = 1e-3,
+    train: Annotated[str, typer.Option(help="all weights, attention, or lora: low-rank updates of attention.")] = "all",
+    lora_rank: Annotated[int, typer.Option(help="Of the updates, with --train lora.")] = 16,
+    lora_alpha: Annotated[float, typer.Option(help="An update counts alpha / rank times.")] = 16.0,
+    text: Annotated[
+        str | None,
+        typer.Option(
+            help="Measure the perplexity on this, before and after: a file, or self.",
+            show_default="the text that the conversion was measured on",
+        ),
+    ] = None,
+    eval_every: Annotated[
+        int | None, typer.Option(help="Measure it every so many steps as well.", show_default="before and after")
+    ] = None,
+    threads: ThreadsOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print what was done as JSON.")] = False,
+) -> None:
+    """Train a converted model to predict what its source predicts (distillation), which wins its quality back.
+
+    The model's report.html and report.json tell what it did. An interrupted run goes on when the same command is given
+    again.
+
+    Example: latentkv heal llama-mla --teacher path/to/llama --data book.txt
+    """
+    from dataclasses import asdict
+
+    from latentkv.checkpoint import resolve_model
+    from latentkv.convert import HealOptions, heal_checkpoint, read_record
+
+    use_threads(threads)
+    if train not in _TRAINED:
+        raise RequestError(f"--train={train} is not allowed: choose {', '.join(_TRAINED)}.")
+    options = HealOptions(steps, match_steps, batch_size, lr, train, lora_rank, lora_alpha, eval_every)
+    text, count, width = _held_out(read_record(target), text, max(sequences // 16, 8), length)
+    if text is None and eval_every is not None:
+        raise RequestError("--eval-every needs a text to measure on: give --text.")
+    folder = resolve_model(teacher)
+    require_length(folder, max(length, width))
+    tokens = text_tokens(folder, data, sequences, length, seed=sequences)
+    held_out = None if text is None else text_tokens(folder, text, count, width, seed=EVAL_SEED)
+    with progress("Heal") as on_progress:
+        healing = heal_checkpoint(
+            target,
+            folder,
+            tokens,
+            options,
+            held_out=held_out,
+            about={"data": data, "text": text, **run_facts()},
+            on_progress=lambda step, total, loss: on_progress(f"KL {loss:.4f}", step, total),
+        )
+    if as_json:
+        print_json(asdict(healing))
+    else:
+        _print_healing(healing, target)
+
+
+def _held_out(record: dict[str, Any], text: str | None, sequences: int, length: int) -> tuple[str | None, int, int]:
+    """Text, sequences and length to measure on: as the conversion was, so that the report compares like with like."""
+    measured = record.get("quality")
+    if measured is None:
+        return text, sequences, length
+    if text is None and measured["text"] != SELF and not Path(measured["text"]).is_file():
+        raise RequestError(f"{measured['text']}, which the conversion was measured on, is not there: give --text.")
+    return text or measured["text"], measured["sequences"], measured["length"]
+
+
+def _print_healing(healing: Healing, target: Path) -> None:
+    from latentkv.convert import PAGE_FILE
+
+    out = console()
+    window = max(1, len(healing.losses) // 20)
+    first, last = (sum(part) / len(part) for part in (healing.losses[:window], healing.losses[-window:]))
+    out.print(
+        f"KL to the source {first:.4f} to {last:.4f} nats a token; {healing.tokens:,} tokens, {healing.seconds:.0f} s"
+    )
+    if healing.evaluations:
+        before, after = healing.evaluations[0], healing.evaluations[-1]
+        out.print(
+            f"perplexity {before['converted']:.4g} before, {after['converted']:.4g} after, "
+            f"{after['source']:.4g} of the source; the likeliest token is the same for {after['agreement']:.1%}"
+        )
+    out.print(f"{target}: report in {target / PAGE_FILE}")
