@@ -37,7 +37,7 @@ def compare(
         str, typer.Option(help="parameters: as many in each arm, by the feed-forward layer's width; none: one width.")
     ] = "parameters",
     seeds: Annotated[int, typer.Option(help="Full runs an arm.")] = 3,
-    steps: Annotated[int, typer.Option(help="Of a full run; a third of it to choose a learning rate.")] = 540,
+    steps: Annotated[int, typer.Option(help="Of a full run; a third of it to choose a learning rate.")] = 960,
     lrs: Annotated[
         str, typer.Option(help="Peak learning rates to choose from, each arm by itself.")
     ] = "1e-3,2e-3,4e-3",
@@ -46,7 +46,7 @@ def compare(
     heads: Annotated[int, typer.Option(help="Query heads a layer.")] = 8,
     vocab: Annotated[int, typer.Option(help="Tokens of the tokenizer, which is trained once for all arms.")] = 1024,
     seq_len: Annotated[int, typer.Option(help="Tokens a sequence.")] = 256,
-    batch_tokens: Annotated[int, typer.Option(help="Tokens a step.")] = 2048,
+    batch_tokens: Annotated[int, typer.Option(help="Tokens a step.")] = 1024,
     eval_bytes: Annotated[int, typer.Option(help="About how much held-out text to measure on.")] = 200_000,
     no_speed: Annotated[bool, typer.Option("--no-speed", help="Do not time the trained models' decoding.")] = False,
     threads: ThreadsOption = None,
@@ -100,15 +100,16 @@ def _print(report: Report, out: Path) -> None:
     for note in notes(report):
         screen.print(note)
     if rows := sweep_rows(report):
-        screen.print(_table(rows, sweep_title(report)))
+        screen.print(f"{sweep_title(report)}:")
+        screen.print(_table(rows))
     screen.print(f"All figures in {out / REPORT_FILE}, tables in {out / TABLE_FILE}, picture in {out / PLOT_FILE}")
 
 
-def _table(rows: Sequence[Sequence[str]], title: str | None = None) -> Table:
+def _table(rows: Sequence[Sequence[str]]) -> Table:
     from rich.table import Table
 
     head, *body = rows
-    table = Table(title=title, title_justify="left")
+    table = Table()
     for index, name in enumerate(head):
         table.add_column(name, justify="right" if index else "left")
     for row in body:

@@ -42,10 +42,10 @@ class CompareOptions:
     arms: tuple[str, ...] = ()
     match: Match = "parameters"
     seeds: int = 3
-    steps: int = 540
+    steps: int = 960
     rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3)
     seq_len: int = 256
-    batch_tokens: int = 2048
+    batch_tokens: int = 1024
     eval_bytes: int = 200_000
 
     def __post_init__(self) -> None:

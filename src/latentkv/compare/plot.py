@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from latentkv.files import write_whole
 
 # Colours that stay apart for colour-blind readers (Okabe and Ito).
 _MLA, _HEADS = "#0072B2", "#D55E00"
+_BESIDE = 1.06
+"""Where the seeds' points stand beside their mean, as a factor of bytes."""
 
 
 def plot_comparison(report: Report, path: Path) -> None:
@@ -40,12 +43,12 @@ def plot_comparison(report: Report, path: Path) -> None:
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.06), ncols=2)
-    parameters = [arm.parameters for arm in report.arms]
+    parameters = statistics.fmean(arm.parameters for arm in report.arms)
     seeds = report.options.seeds
     axes.set_title(
-        f"{min(parameters) / 1e6:.2f} to {max(parameters) / 1e6:.2f} M parameters, "
+        f"about {parameters / 1e6:.2f} M parameters, "
         f"{report.training['tokens_of_a_run'] / 1e6:.2f} M tokens, {seeds} seed{'s' if seeds > 1 else ''}; "
-        "bars: one standard deviation",
+        "large: mean and standard deviation; small: each seed",
         fontsize=9,
         color="#444444",
     )
@@ -64,12 +67,14 @@ def _draw(axes: Axes, arms: Sequence[ArmReport], color: str, label: str, marker:
     axes.plot([], [], color=color, marker=marker, markersize=7, linewidth=1.5, label=label)
     for arm, cache in zip(arms, caches, strict=True):
         losses = list(arm.losses.values())
-        axes.scatter([cache] * len(losses), losses, s=16, color="white", edgecolors=color, linewidths=1.0, zorder=3)
-        edge = max(losses) if above else min(losses)
+        beside = [cache * (_BESIDE if above else 1 / _BESIDE)] * len(losses)
+        axes.scatter(beside, losses, s=18, color="white", edgecolors=color, linewidths=1.2, zorder=3)
+        deviation, mean = (arm.loss.deviation or 0.0, arm.loss.mean) if arm.loss else (0.0, losses[0])
+        edge = max(*losses, mean + deviation) if above else min(*losses, mean - deviation)
         axes.annotate(
             arm.name,
             (cache, edge),
-            (0, 12 if above else -12),
+            (0, 7 if above else -7),
             textcoords="offset points",
             ha="center",
             va="bottom" if above else "top",

@@ -19,7 +19,7 @@ from latentkv.compare.text import HeldOut, Text
 from latentkv.errors import DivergedError, RequestError
 from latentkv.files import write_json
 from latentkv.models.config_reader import read_json
-from latentkv.train import TrainingPlan, train_model
+from latentkv.train import TrainingPlan, TrainOptions, train_model
 
 _OPTIONS_FILE = "options.json"
 
@@ -77,15 +77,14 @@ class RunFolder:
         self.out = out
         self._text = text
         self._options = options
-        facts = options.fixed() | {"text": text.digest()}
-        self._fingerprint = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+        self._facts = options.fixed() | {"text": text.digest()}
         if (out / _OPTIONS_FILE).exists():
-            _require_same(out, read_json(out / _OPTIONS_FILE), facts)
+            _require_same(out, read_json(out / _OPTIONS_FILE), self._facts)
         elif out.exists() and any(out.iterdir()):
             raise RequestError(f"{out} holds something else than a comparison: give a new folder as --out.")
         else:
             out.mkdir(parents=True, exist_ok=True)
-            write_json(out / _OPTIONS_FILE, facts)
+            write_json(out / _OPTIONS_FILE, self._facts)
         text.train_tokenizer(self._tokenizer, options.sizes.vocab_size)
         self.held_out: HeldOut = text.held_out(self._tokenizer)
 
@@ -93,7 +92,7 @@ class RunFolder:
         """What came of a run; None where it has not been finished."""
         path = self._result_file(run)
         found = read_json(path) if path.exists() else {}
-        if found.get("fingerprint") != self._fingerprint:
+        if found.get("fingerprint") != self._fingerprint(run):
             return None
         return RunResult(**{name: found[name] for name in RunResult.__dataclass_fields__})
 
@@ -107,11 +106,11 @@ class RunFolder:
         Raises:
             DivergedError: training diverged, and it was not one to choose a learning rate by.
         """
-        folder, training = self.model(run), self._options.training(steps=run.steps, rate=run.rate, seed=run.seed)
+        folder = self.model(run)
         folder.mkdir(parents=True, exist_ok=True)
         config = self.out / "arms" / f"{run.arm.name}.json"
         config.parent.mkdir(exist_ok=True)
-        write_json(config, run.arm.config_json(self._options.sizes, self._options.width(run.arm)))
+        write_json(config, self._config(run))
         plan = TrainingPlan(
             data=self._text.data,
             out=folder,
@@ -122,7 +121,7 @@ class RunFolder:
             encoded=self.out / "data",
         )
         try:
-            if not train_model(plan, training, console):
+            if not train_model(plan, self._training(run), console):
                 return None
             result = self._measured(read_json(folder / "training.json"))
         except DivergedError:
@@ -146,8 +145,19 @@ class RunFolder:
             "lr": run.rate,
             "seed": run.seed,
             "steps": run.steps,
-            "fingerprint": self._fingerprint,
+            "fingerprint": self._fingerprint(run),
         }
+
+    def _fingerprint(self, run: Run) -> str:
+        """A hash of all that decides the run's result."""
+        decides = [self._facts, self._config(run), self._training(run).to_dict()]
+        return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
+
+    def _config(self, run: Run) -> dict[str, Any]:
+        return run.arm.config_json(self._options.sizes, self._options.width(run.arm))
+
+    def _training(self, run: Run) -> TrainOptions:
+        return self._options.training(steps=run.steps, rate=run.rate, seed=run.seed)
 
     def _measured(self, summary: Mapping[str, Any]) -> RunResult:
         bits = self.held_out.mean_bits(summary["bits_per_byte"])

@@ -123,4 +123,4 @@ def _sweep_cell(arm: ArmReport, rate: float) -> str:
         return _NONE
     loss = arm.sweep[rate]
     words = "diverged" if loss is None else f"{loss:.4f}"
-    return f"**{words}**" if rate == arm.rate else words
+    return f"{words} (chosen)" if rate == arm.rate else words
