@@ -29,6 +29,10 @@ class TrainingError(LatentKVError):
     """Training data, a training option or a training checkpoint cannot be used."""
 
 
+class DivergedError(TrainingError):
+    """A training run's loss or gradient stopped being finite."""
+
+
 class OpError(LatentKVError):
     """An operation was called with shapes, dtypes or values that it does not take."""
 

@@ -9,6 +9,7 @@ from typer.core import TyperGroup
 
 from latentkv.cli.bench import bench_app
 from latentkv.cli.chat import chat
+from latentkv.cli.compare import compare
 from latentkv.cli.convert import convert
 from latentkv.cli.doctor import doctor
 from latentkv.cli.generate import generate
@@ -87,7 +88,7 @@ def latentkv(
     """
 
 
-for command in (generate, chat, serve, plan, inspect, quantize, convert, heal, train, doctor):
+for command in (generate, chat, serve, plan, inspect, quantize, convert, heal, train, compare, doctor):
     app.command()(command)
 app.add_typer(bench_app, name="bench")
 

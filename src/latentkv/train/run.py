@@ -58,6 +58,7 @@ class TrainingPlan:
         eval_bytes: about how much to evaluate.
         rope_scaling: "yarn:8" stretches the context of `init` (or `config`) eightfold.
         restart: forget an earlier run in `out`.
+        encoded: a folder for the encoded text, which runs on the same text share; None: a folder in `out`.
         command: how the run was started, for training.json.
     """
 
@@ -72,7 +73,13 @@ class TrainingPlan:
     eval_bytes: int = 200_000
     rope_scaling: str | None = None
     restart: bool = False
+    encoded: Path | None = None
     command: tuple[str, ...] = field(default_factory=lambda: tuple(sys.argv))
+
+    @property
+    def tokens_file(self) -> Path:
+        """Where the encoded text lies; what it was made from is beside it."""
+        return (self.encoded or self.out / "data") / "tokens.bin"
 
 
 def train_model(plan: TrainingPlan, options: TrainOptions, console: Console | None = None) -> bool:
@@ -115,7 +122,7 @@ def train_model(plan: TrainingPlan, options: TrainOptions, console: Console | No
         return tokenizer.encode(text, add_bos=False)
 
     fingerprint = _fingerprint(plan.out)
-    tokens = write_tokens(plan.out / "data" / "tokens.bin", corpus, encode, separator, config.vocab_size, fingerprint)
+    tokens = write_tokens(plan.tokens_file, corpus, encode, separator, config.vocab_size, fingerprint)
     windows = Windows(
         tokens,
         seq_len=options.seq_len,
@@ -130,7 +137,7 @@ def train_model(plan: TrainingPlan, options: TrainOptions, console: Console | No
         options,
         mtp_layers=len(decoder.mtp),
         evaluations=eval_sets(corpus, encode, separator, merged=not plan.eval_files),
-        identity=_identity(plan.out, raw),
+        identity=_identity(plan, raw),
     )
     checkpoints = plan.out / "checkpoints"
     resumed = trainer.resume(checkpoints)
@@ -251,21 +258,24 @@ def _fingerprint(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def _identity(folder: Path, raw: dict[str, Any]) -> str:
+def _data_facts(plan: TrainingPlan) -> dict[str, Any]:
+    """What `write_tokens` noted of the encoded text."""
+    return read_json(plan.tokens_file.with_name(f"{plan.tokens_file.name}.json"))
+
+
+def _identity(plan: TrainingPlan, raw: dict[str, Any]) -> str:
     """A hash of the data and the model's config."""
-    data = json.loads((folder / "data" / "tokens.bin.json").read_text(encoding="utf-8"))["sha256"]
-    return hashlib.sha256((data + json.dumps(raw, sort_keys=True)).encode()).hexdigest()
+    return hashlib.sha256((_data_facts(plan)["sha256"] + json.dumps(raw, sort_keys=True)).encode()).hexdigest()
 
 
 def _write_summary(plan: TrainingPlan, options: TrainOptions, trainer: Trainer, records: list[dict[str, Any]]) -> None:
     """training.json and loss.png."""
-    data = json.loads((plan.out / "data" / "tokens.bin.json").read_text(encoding="utf-8"))
     evaluations = [r["bits_per_byte"] for r in records if r.get("bits_per_byte")]
     tokens = trainer.step * options.batch_tokens
     summary = {
         "command": ["latentkv", *plan.command[1:]],
         "options": options.to_dict(),
-        "data": {**data, "excluded": list(plan.exclude)},
+        "data": {**_data_facts(plan), "excluded": list(plan.exclude)},
         "steps": trainer.step,
         "tokens": tokens,
         "minutes": round(trainer.clock.elapsed / 60, 1),

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latentkv.errors import TrainingError
+from latentkv.errors import DivergedError, TrainingError
 from latentkv.models.decoder import Decoder
 from latentkv.train.balance import LoadBalancer
 from latentkv.train.checkpoints import Checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
@@ -138,7 +138,7 @@ class Trainer:
         loss, mtp_loss = torch.stack(losses).mean(0).tolist()
         norm = float(self.weights.clip_gradients(options.grad_clip))
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise TrainingError(
+            raise DivergedError(
                 f"Training diverged at step {self.step} (loss {loss}, gradient norm {norm}): resume from the last "
                 "checkpoint with a smaller --lr."
             )

@@ -1,0 +1,119 @@
+"""What is compared and how, checked once."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from latentkv.compare.arms import BASELINE, Arm, Sizes, default_arms, matched_width, parse_arm
+from latentkv.errors import RequestError
+from latentkv.train import TrainOptions
+
+Match = Literal["parameters", "none"]
+
+SWEEP_SEED = 0
+"""The final seeds are 1, 2, ..."""
+SWEEP_PART = 3
+"""A run that only chooses a learning rate has a third of the steps."""
+MOST_SEEDS = 20
+_WARMUP_PART = 20
+_LARGEST_MICRO_BATCH = 8
+
+
+@dataclass(frozen=True)
+class CompareOptions:
+    """How to compare.
+
+    Attributes:
+        sizes: what the models have in common.
+        arms: names, `mha` among them; empty: `default_arms`.
+        match: "parameters": each arm's feed-forward layer is as wide as it takes to have MHA's number of parameters;
+            "none": all have the width of MHA's.
+        seeds: full runs of each arm.
+        steps: of a full run.
+        rates: peak learning rates to choose from, for each arm by itself; a single one is taken without trying.
+        seq_len: tokens a sequence.
+        batch_tokens: tokens an optimiser step, a multiple of seq_len.
+        eval_bytes: about how much held-out text to measure on.
+    """
+
+    sizes: Sizes = field(default_factory=Sizes)
+    arms: tuple[str, ...] = ()
+    match: Match = "parameters"
+    seeds: int = 3
+    steps: int = 960
+    rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3)
+    seq_len: int = 256
+    batch_tokens: int = 1024
+    eval_bytes: int = 200_000
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be compared."""
+        if self.match not in get_args(Match):
+            raise RequestError(f"--match={self.match} is not known: choose {' or '.join(get_args(Match))}.")
+        if not 1 <= self.seeds <= MOST_SEEDS:
+            raise RequestError(f"--seeds must be from 1 to {MOST_SEEDS}, not {self.seeds}.")
+        if self.steps < SWEEP_PART:
+            raise RequestError(f"--steps must be {SWEEP_PART} or more, not {self.steps}.")
+        if not self.rates or not all(0 < rate < math.inf for rate in self.rates):
+            raise RequestError("--lrs must be numbers above 0 with commas between, such as 1e-3,2e-3,4e-3.")
+        if self.seq_len < 2 or self.batch_tokens < 1 or self.batch_tokens % self.seq_len:
+            raise RequestError(
+                f"--batch-tokens {self.batch_tokens} must be a multiple of --seq-len {self.seq_len}, which must be 2 "
+                "or more."
+            )
+        if self.eval_bytes < 1:
+            raise RequestError(f"--eval-bytes must be 1 or more, not {self.eval_bytes}.")
+        arms = self.list_arms()
+        names = [arm.name for arm in arms]
+        if BASELINE not in names:
+            raise RequestError(f"--arms must name {BASELINE}: it is what the others are compared with.")
+        if len(names) < 2 or len(set(names)) < len(names):
+            raise RequestError("--arms must name two or more attentions, each once.")
+        for arm in arms:
+            self.width(arm)
+
+    def list_arms(self) -> list[Arm]:
+        """What is compared, in order."""
+        return [parse_arm(name, self.sizes) for name in self.arms or default_arms(self.sizes)]
+
+    def width(self, arm: Arm) -> int:
+        """Of the arm's feed-forward layer."""
+        return matched_width(arm, self.sizes) if self.match == "parameters" else self.sizes.mha_width
+
+    @property
+    def sweep_steps(self) -> int:
+        """Of a run that only chooses a learning rate."""
+        return self.steps // SWEEP_PART
+
+    def training(self, *, steps: int, rate: float, seed: int) -> TrainOptions:
+        """One run: AdamW in float32, so that every arm's attention goes through the same kernels of torch."""
+        return TrainOptions(
+            steps=steps,
+            seq_len=self.seq_len,
+            batch_tokens=self.batch_tokens,
+            micro_batch=math.gcd(self.batch_tokens // self.seq_len, _LARGEST_MICRO_BATCH),
+            lr=rate,
+            warmup=steps // _WARMUP_PART,
+            dtype="fp32",
+            seed=seed,
+            eval_every=0,
+            save_minutes=1.0,
+            log_every=max(1, steps // 4),
+        )
+
+    def fixed(self) -> dict[str, Any]:
+        """By option: what decides a run's result, besides arm, learning rate and seed, which may be added to later."""
+        sizes = self.sizes
+        return {
+            "hidden": sizes.hidden_size,
+            "layers": sizes.num_layers,
+            "heads": sizes.num_heads,
+            "vocab": sizes.vocab_size,
+            "match": self.match,
+            "steps": self.steps,
+            "seq-len": self.seq_len,
+            "batch-tokens": self.batch_tokens,
+            "eval-bytes": self.eval_bytes,
+        }

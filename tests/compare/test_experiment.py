@@ -1,0 +1,68 @@
+"""The order of a comparison, and learning rates that do not work."""
+
+from __future__ import annotations
+
+from io import StringIO
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from latentkv.compare import CompareOptions, Sizes, compare_attention
+from latentkv.compare.report import choose_rate
+from latentkv.errors import RequestError, TrainingError
+
+TINY = Sizes(32, 1, 2, 300)
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> Path:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for animal in ("cat", "dog"):
+        lines = [f"The {animal} sat on mat {i % 7} and looked at the {animal}.\n" for i in range(100)]
+        (folder / f"{animal}.txt").write_text("".join(lines))
+    return folder
+
+
+def compare(texts: Path, out: Path, rates: tuple[float, ...]):
+    options = CompareOptions(
+        TINY, ("mha", "mla-8"), seeds=1, steps=6, rates=rates, seq_len=16, batch_tokens=32, eval_bytes=400
+    )
+    console = Console(file=StringIO())
+    return compare_attention(texts, [texts / "dog.txt"], out, options, console, speed=False)
+
+
+def test_the_rate_is_chosen_when_all_are_known_and_of_those_that_did_not_diverge() -> None:
+    assert choose_rate({0.1: 3.0, 0.2: 2.0}, (0.1, 0.2)) == 0.2
+    assert choose_rate({0.1: 3.0, 0.2: None}, (0.1, 0.2)) == 0.1
+    assert choose_rate({0.1: 3.0}, (0.1, 0.2)) is None
+    assert choose_rate({0.1: None, 0.2: None}, (0.1, 0.2)) is None
+
+
+def test_a_rate_that_diverges_is_not_chosen(texts: Path, tmp_path: Path) -> None:
+    report = compare(texts, tmp_path / "out", (1e-3, 1e30))
+    assert report is not None
+    for arm in report.arms:
+        assert (arm.sweep[1e30], arm.rate, arm.rate_at_edge) == (None, 1e-3, True)
+        assert arm.losses.keys() == {1}
+
+
+def test_rates_that_all_diverge_are_said(texts: Path, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="mha diverged with every learning rate"):
+        compare(texts, tmp_path / "out", (1e29, 1e30))
+
+
+def test_a_single_rate_is_taken_without_trying(texts: Path, tmp_path: Path) -> None:
+    report = compare(texts, tmp_path / "out", (2e-3,))
+    assert report is not None
+    assert report.total == report.finished == 2
+    assert [(arm.rate, dict(arm.sweep), arm.rate_at_edge) for arm in report.arms] == [(2e-3, {}, False)] * 2
+
+
+def test_a_folder_with_something_else_is_left_alone(texts: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "letter.txt").write_text("mine")
+    with pytest.raises(RequestError, match="holds something else"):
+        compare(texts, tmp_path / "out", (1e-3,))
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["letter.txt"]
