@@ -109,12 +109,12 @@ def test_a_budget_leaves_out_sizes_whose_frequencies_form_no_plain_rope(tmp_path
     assert report.rope_dim == 2 * len(set(report.frequencies))
 
 
-def test_of_a_scaled_rope_the_frequencies_that_are_not_scaled_will_do(tmp_path: Path) -> None:
+def test_of_a_scaled_rope_what_forms_a_plain_one_will_do(tmp_path: Path) -> None:
     source = write_source("llama3 scaling", tmp_path / "source")
     report = convert_checkpoint(source, tmp_path / "out", TOKENS, for_vllm(kv_budget=0.5))
-    assert (report.rope_dim, report.frequencies) == (2, (1.0,))
-    with pytest.raises(ConfigError, match=r"--rope-dim=4 is not allowed with --export vllm.*at most 2, or --export tr"):
-        convert_checkpoint(source, tmp_path / "other", TOKENS, for_vllm(24, 4))
+    assert [dim for _, dim, _ in report.forecasts] == [2, 4]
+    with pytest.raises(ConfigError, match=r"--rope-dim=6 is not allowed with --export vllm.*at most 4, or --export tr"):
+        convert_checkpoint(source, tmp_path / "other", TOKENS, for_vllm(24, 6))
 
 
 @pytest.mark.parametrize(

@@ -72,7 +72,7 @@ def compare(ours: Path, theirs: Path, prompts: torch.Tensor, environment: dict[s
             for token, logprob in logprobs.items():
                 worst, count = max(worst, abs(float(row[position, int(token)]) - logprob)), count + 1
     print(f"{count} log-probabilities, {len(answers)} x {NEW} greedy tokens; largest difference {worst:.2e}")
-    assert worst < 1e-3
+    assert worst < 1e-4
 
 
 CASES = {
@@ -90,7 +90,7 @@ def test_vllm_predicts_what_latentkv_does(name: str, tmp_path: Path) -> None:
 
 
 def test_vllm_caches_the_latents_themselves_where_it_takes_their_size(tmp_path: Path) -> None:
-    sizes = SIZES | {"num_attention_heads": 10, "num_key_value_heads": 5, "head_dim": 64}
+    sizes = SIZES | {"num_key_value_heads": 8, "head_dim": 64}
     torch.manual_seed(0)
     LlamaForCausalLM(LlamaConfig(**sizes, rms_norm_eps=1e-5)).save_pretrained(tmp_path / "source")
     convert_checkpoint(tmp_path / "source", tmp_path / "out", some_tokens(), ConvertOptions(512, 64, export="vllm"))

@@ -63,8 +63,8 @@ def choose_pairs(rotation: Rotation, loss: Tensor, counts: Tensor) -> Tensor:
 def grid_steps(frequencies: Tensor, count: int) -> list[int]:
     """The steps k of which the frequencies 0, k, 2k, .. form a plain RoPE of `count` pairs: b^(-i/count) for some b.
 
-    Of a plain RoPE that is every step which leaves enough frequencies; of a scaled one those that meet only frequencies
-    which the scaling leaves alone. A single pair is a grid whatever the step, and counts as step 1.
+    Of a plain RoPE that is every step which leaves enough frequencies. Of a scaled one it is a step that meets none but
+    frequencies which the scaling leaves alone; or any, where two pairs are asked for. A single pair counts as step 1.
 
     Args:
         frequencies: theta_l [d / 2] float64, radians a token.

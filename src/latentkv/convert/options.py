@@ -46,6 +46,11 @@ class ConvertOptions:
             raise ConfigError(f"--rope-dim={self.rope_dim} is not allowed: an even number from 2 to {width}.")
         if self.rank is not None and self.rope_dim is None:
             raise ConfigError("--rank needs --rope-dim; or give --kv-budget instead of both.")
+        if self.rank is not None and self.rope_dim is not None and self.rank + self.rope_dim > 2 * width:
+            raise ConfigError(
+                f"--rank={self.rank} is not allowed with --rope-dim={self.rope_dim}, which leaves at most "
+                f"{2 * width - self.rope_dim} of this model's keys and values."
+            )
         if self.method != "weighted" and self.rope_dim is None:
             raise ConfigError(f"method={self.method} needs a rope_dim: only weighted chooses one.")
         if self.fold < 1 or (head // 2) % self.fold:
