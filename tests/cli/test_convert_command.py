@@ -130,10 +130,22 @@ def test_a_text_that_the_conversion_was_measured_on_and_that_is_gone_is_named(
     assert result.exit_code == 2 and "gone.txt, which the conversion was measured on" in result.stderr
 
 
+def test_a_copy_for_vllm_says_who_reads_it(latentkv, source: Path, text: Path, tmp_path: Path) -> None:
+    asked = ("convert", source, tmp_path / "out", "--kv-budget", "1/2", "--export", "vllm", "--calibrate", text, *SMALL)
+    result = latentkv(*asked)
+    assert result.exit_code == 0, result.stderr
+    printed = " ".join(result.stdout.split())
+    assert "for latentkv, vllm, transformers, and no other engine" in printed
+    assert "vLLM caches latents of 320, 512, 576 numbers, not 32: with VLLM_MLA_DISABLE=1" in printed
+    assert json.loads((tmp_path / "out" / REPORT_FILE).read_text())["export"] == "vllm"
+
+
 WRONG = [
     ((), "either --rank or --kv-budget"),
     (("--kv-budget", "1/2", "--method", "magic"), "--method=magic is not known: choose weighted, transmla, svd"),
     (("--kv-budget", "1/2", "--method", "svd"), "method=svd needs a rope_dim"),
+    (("--kv-budget", "1/2", "--export", "onnx"), "--export=onnx is not known: choose transformers, vllm"),
+    (("--rank", 16, "--rope-dim", 18, "--export", "vllm"), "--rope-dim=18 is not allowed with --export vllm"),
     (("--kv-budget", "half"), "--kv-budget=half is no share"),
     (("--kv-budget", "1/0"), "is no share"),
     (("--kv-budget", "1/2", "--sequences", 4), "--sequences=4 is too few"),

@@ -37,6 +37,9 @@ CONFIGS: dict[str, PretrainedConfig] = {
     "mistral": MistralConfig(**SIZES, sliding_window=None),
     "mha": LlamaConfig(**SIZES | {"num_key_value_heads": 8}),
     "mqa": LlamaConfig(**SIZES | {"num_key_value_heads": 1}),
+    "mqa tied": LlamaConfig(
+        **SIZES | {"num_key_value_heads": 1, "rope_theta": 500.0}, tie_word_embeddings=True, rms_norm_eps=1e-5
+    ),
     "qwen2": Qwen2Config(**{k: v for k, v in SIZES.items() if k != "head_dim"} | {"hidden_size": 128}),
 }
 

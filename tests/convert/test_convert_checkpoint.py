@@ -144,6 +144,7 @@ def test_the_same_call_again_does_nothing_and_another_one_is_refused(tmp_path: P
         (Options(rank=8, kv_budget=0.5), "either --rank or --kv-budget"),
         (Options(rank=0, rope_dim=4), "--rank=0 is not allowed"),
         (Options(rank=129, rope_dim=4), "1 to 128"),
+        (Options(rank=125, rope_dim=4), "--rank=125 is not allowed with --rope-dim=4, which leaves at most 124"),
         (Options(rank=8), "--rank needs --rope-dim"),
         (Options(rank=8, rope_dim=3), "--rope-dim=3 is not allowed"),
         (Options(rank=8, rope_dim=66), "--rope-dim=66 is not allowed"),

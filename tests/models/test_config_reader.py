@@ -69,6 +69,12 @@ def test_published_and_transformers_5_files_mean_the_same(tmp_path: Path) -> Non
     assert read_config(V2_LITE) == rewritten
 
 
+def test_the_latents_norms_have_an_eps_of_their_own() -> None:
+    for change, expected in (({}, 1e-6), ({"rms_norm_eps": 1e-5}, 1e-6), ({"latent_norm_eps": 1e-5}, 1e-5)):
+        attention = read_config(V2_LITE | change).attention
+        assert isinstance(attention, MLAConfig) and attention.latent_norm_eps == expected
+
+
 def test_v2_lite_reads_as_its_shape_is_published() -> None:
     config = read_config(V2_LITE)
     assert config.attention == MLAConfig(512, 128, 64, 128, None)
@@ -187,6 +193,7 @@ def test_mqa_and_mha_follow_from_the_key_value_heads() -> None:
         ({"qk_rope_head_dim": 63}, "63"),
         ({"topk_method": "group_limited_greedy", "n_group": 5, "topk_group": 2}, "experts"),
         ({"rms_norm_eps": "small"}, "rms_norm_eps"),
+        ({"latent_norm_eps": "small"}, "latent_norm_eps"),
     ],
 )
 def test_what_is_not_supported_is_refused_by_name(change: dict[str, object], named: str) -> None:

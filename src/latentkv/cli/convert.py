@@ -30,6 +30,9 @@ def convert(
     calibrate: TextOption = SELF,
     method: Annotated[str, typer.Option(help="weighted; transmla and svd are there to be compared with.")] = "weighted",
     fold: Annotated[int, typer.Option(help="Of transmla: frequencies that share a basis.")] = 1,
+    export: Annotated[
+        str, typer.Option(help="The engine, besides LatentKV, that the checkpoint is for: transformers or vllm.")
+    ] = "transformers",
     sequences: Annotated[int, typer.Option(help="Of calibration text.")] = 128,
     length: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 512,
     text: Annotated[
@@ -44,15 +47,16 @@ def convert(
 ) -> None:
     """Turn a model with grouped-query (or multi-head) attention into one with latent attention.
 
-    The result is a dense DeepSeek-V3 checkpoint, which transformers loads too. What was saved and what it cost is in
-    its report.html and report.json; `latentkv heal` wins most of it back. An interrupted run goes on when the same
-    command is given again.
+    The result is a dense DeepSeek-V3 checkpoint, which transformers or vLLM loads too. What was saved and what it
+    cost is in its report.html and report.json; `latentkv heal` wins most of it back. An interrupted run goes on when
+    the same command is given again.
 
     Example: latentkv convert path/to/llama llama-mla --kv-budget 1/4 --calibrate book.txt
     """
     from latentkv.checkpoint import resolve_model
     from latentkv.convert import (
         ConvertOptions,
+        Export,
         Method,
         convert_checkpoint,
         note,
@@ -63,8 +67,10 @@ def convert(
     use_threads(threads)
     if method not in get_args(Method):
         raise RequestError(f"--method={method} is not known: choose {', '.join(get_args(Method))}.")
+    if export not in get_args(Export):
+        raise RequestError(f"--export={export} is not known: choose {', '.join(get_args(Export))}.")
     budget = None if kv_budget is None else _share(kv_budget)
-    options = ConvertOptions(rank, rope_dim, budget, cast("Method", method), fold)
+    options = ConvertOptions(rank, rope_dim, budget, cast("Method", method), fold, cast("Export", export))
     folder = resolve_model(source)
     require_convertible(folder, options)
     require_length(folder, length)
@@ -120,7 +126,7 @@ def _speed(source: Path, converted: Path) -> dict[str, Any]:
 def _print_report(report: ConversionReport, target: Path, record: dict[str, Any]) -> None:
     from rich.table import Table
 
-    from latentkv.convert import PAGE_FILE, REPORT_FILE
+    from latentkv.convert import PAGE_FILE, REPORT_FILE, VLLM_LATENT_WIDTHS
 
     out = console()
     table = Table(title="error of the attention's output", title_justify="left")
@@ -146,6 +152,13 @@ def _print_report(report: ConversionReport, target: Path, record: dict[str, Any]
         out.print(
             f"decode  {before:,.1f} tokens/s before, {after:,.1f} after, at {speed['depth']:,} tokens "
             f"({speed['dtype']}, {speed['threads']} thread{'s' if speed['threads'] > 1 else ''})"
+        )
+    out.print(f"for {', '.join(report.read_by)}, and no other engine")
+    if report.export == "vllm" and report.cached_after not in VLLM_LATENT_WIDTHS:
+        widths = ", ".join(map(str, VLLM_LATENT_WIDTHS))
+        out.print(
+            f"vLLM caches latents of {widths} numbers, not {report.cached_after}: with VLLM_MLA_DISABLE=1 it runs this "
+            "model, and caches keys and values of every head"
         )
     out.print(
         f"{target}: all figures in {target / REPORT_FILE}, to be read in {target / PAGE_FILE}; "

@@ -1,5 +1,6 @@
 """A grouped-query model made into a latent-attention one: converted, and healed."""
 
+from latentkv.convert.export import VLLM_LATENT_WIDTHS, Export
 from latentkv.convert.heal import Evaluation, Healing, HealOptions, heal_checkpoint
 from latentkv.convert.layer import Method
 from latentkv.convert.options import ConvertOptions
@@ -10,9 +11,11 @@ from latentkv.convert.run import convert_checkpoint, require_convertible
 __all__ = [
     "PAGE_FILE",
     "REPORT_FILE",
+    "VLLM_LATENT_WIDTHS",
     "ConversionReport",
     "ConvertOptions",
     "Evaluation",
+    "Export",
     "HealOptions",
     "Healing",
     "Method",

@@ -58,3 +58,45 @@ def choose_pairs(rotation: Rotation, loss: Tensor, counts: Tensor) -> Tensor:
         for frequency, count in enumerate(counts)
     ]
     return torch.cat(chosen)
+
+
+def grid_steps(frequencies: Tensor, count: int) -> list[int]:
+    """The steps k of which the frequencies 0, k, 2k, .. form a plain RoPE of `count` pairs: b^(-i/count) for some b.
+
+    Of a plain RoPE that is every step which leaves enough frequencies. Of a scaled one it is a step that meets none but
+    frequencies which the scaling leaves alone; or any, where two pairs are asked for. A single pair counts as step 1.
+
+    Args:
+        frequencies: theta_l [d / 2] float64, radians a token.
+        count: R / 2, of pairs that keep their RoPE.
+    """
+    if count > len(frequencies):
+        return []
+    steps = range(1, (len(frequencies) - 1) // (count - 1) + 1) if count > 1 else [1]
+    return [step for step in steps if _is_plain(frequencies[::step][:count])]
+
+
+def choose_grid(gains: Tensor, frequencies: Tensor, count: int) -> Tensor:
+    """`choose_counts` of an engine that reads plain RoPEs only: one pair of each frequency 0, k, 2k, .., k the best.
+
+    Args:
+        gains: see `gains`, summed over layers.
+        frequencies: theta_l [d / 2] float64.
+        count: R / 2; `grid_steps` must not be empty.
+    """
+    steps = grid_steps(frequencies, count)
+    best = max(steps, key=lambda step: float(gains[::step, 0][:count].sum()))
+    counts = torch.zeros(len(gains), dtype=torch.int64)
+    counts[::best][:count] = 1
+    return counts
+
+
+def largest_grid(frequencies: Tensor) -> int:
+    """The most pairs for which `grid_steps` finds a step; 0 if there are none."""
+    return max((n for n in range(1, len(frequencies) + 1) if grid_steps(frequencies, n)), default=0)
+
+
+def _is_plain(frequencies: Tensor) -> bool:
+    ratio = frequencies[1] if len(frequencies) > 1 else frequencies.new_ones(())
+    series = ratio ** torch.arange(len(frequencies), dtype=torch.float64)
+    return bool(((frequencies / series - 1).abs() < 1e-9).all())

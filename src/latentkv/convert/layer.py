@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from latentkv.convert.allocation import choose_counts, choose_pairs, gains, loss_without_rope, mean_turn
+from latentkv.convert.allocation import choose_counts, choose_grid, choose_pairs, gains, loss_without_rope, mean_turn
 from latentkv.convert.attention import (
     GQAWeights,
     HeadShape,
@@ -37,6 +37,7 @@ class LayerPlan:
         method: "weighted": this package's; "transmla": arXiv 2502.07864; "svd": of the weights alone, without data.
         fold: neighbouring frequencies that share a basis, of "transmla".
         counts: [d / 2] pairs of each frequency that keep their RoPE, of "weighted"; empty: each layer's own best.
+        grid: whether the frequencies that keep their RoPE must be those of a plain one, of "weighted".
     """
 
     rank: int
@@ -44,6 +45,12 @@ class LayerPlan:
     method: Method = "weighted"
     fold: int = 1
     counts: tuple[int, ...] = ()
+    grid: bool = False
+
+    def best_counts(self, gains: Tensor, frequencies: Tensor) -> Tensor:
+        """[d / 2] pairs of each frequency that should keep their RoPE, by what that saves (see `gains`)."""
+        count = self.rope_dim // 2
+        return choose_grid(gains, frequencies, count) if self.grid else choose_counts(gains, count)
 
 
 @dataclass(frozen=True)
@@ -76,7 +83,7 @@ def split_layer(
         )
     rotation = unitary_rotation(statistics.kv_moment[:width, :width], shape.num_kv_heads)
     loss = _rope_loss(rotation, statistics, shape, frequencies)
-    best = choose_counts(gains(rotation, loss, half), count)
+    best = plan.best_counts(gains(rotation, loss, half), frequencies)
     counts = torch.tensor(plan.counts) if plan.counts else best
     return Split(rotation, choose_pairs(rotation, loss, counts), mean_turn(frequencies, statistics.distances))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from latentkv.convert.export import Export
 from latentkv.models.config import ModelConfig
 from latentkv.ops.kv_formats import KVFormat
 
@@ -62,6 +63,8 @@ class ConversionReport:
         forecasts: (rank, rope_dim, mean error of the layers' outputs) of all sizes that were considered.
         frequencies: [R / 2] of the shared key.
         layers: one row each.
+        export: the engine that it is for, besides LatentKV.
+        read_by: the engines that read it as it is meant.
     """
 
     rank: int
@@ -73,6 +76,8 @@ class ConversionReport:
     forecasts: tuple[tuple[int, int, float], ...]
     frequencies: tuple[float, ...]
     layers: tuple[LayerRow, ...]
+    export: Export
+    read_by: tuple[str, ...]
 
     def as_json(self) -> dict[str, Any]:
         """For REPORT_FILE."""
@@ -84,6 +89,6 @@ class ConversionReport:
         known: dict[str, Any] = {name: content[name] for name in cls.__dataclass_fields__}
         known["cache"] = CacheBytes(**known["cache"])
         known["forecasts"] = tuple((rank, dim, error) for rank, dim, error in known["forecasts"])
-        known["frequencies"] = tuple(known["frequencies"])
+        known["frequencies"], known["read_by"] = tuple(known["frequencies"]), tuple(known["read_by"])
         known["layers"] = tuple(LayerRow(**row) for row in known["layers"])
         return cls(**known)

@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latentkv.convert.allocation import choose_counts
 from latentkv.convert.calibration import LayerView, positions_of, view_layer
-from latentkv.convert.export import export_config, export_layer, has_biases
+from latentkv.convert.export import export_config, export_layer, has_biases, latent_norm_eps, read_by, ties_head
 from latentkv.convert.layer import ConvertedLayer, LayerPlan, convert_layer, rope_gains
 from latentkv.convert.options import ConvertOptions
 from latentkv.convert.report import CacheBytes, ConversionReport, LayerRow
@@ -95,7 +94,9 @@ class _Conversion:
         self._on_progress = on_progress
         self._positions = positions_of(source, tokens.shape[1])
         self._dtype = _export_dtype(stored_dtype(source.config))
-        self._target = TargetFolder(target, source, _fingerprint(source, tokens, options), self._dtype)
+        self._eps = latent_norm_eps(source, options.export)
+        fingerprint, tied = _fingerprint(source, tokens, options), ties_head(source, options.export)
+        self._target = TargetFolder(target, source, fingerprint, self._dtype, tied=tied)
 
     def run(self) -> ConversionReport:
         finished = self._target.finished()
@@ -115,6 +116,8 @@ class _Conversion:
             forecasts,
             tuple(frequencies.tolist()),
             tuple(rows),
+            self._options.export,
+            read_by(self._source, self._options.export),
         )
         self._target.finish(config, report)
         return report
@@ -133,7 +136,7 @@ class _Conversion:
     @property
     def _method(self) -> dict[str, Any]:
         options = self._options
-        return {"method": options.method, "fold": options.fold}
+        return {"method": options.method, "fold": options.fold, "grid": options.export == "vllm"}
 
     def _survey(self, plans: list[LayerPlan]) -> tuple[LayerPlan, list[float]]:
         """The best of the plans, and the mean error of the layers' outputs under each; none if there is no choice."""
@@ -152,7 +155,7 @@ class _Conversion:
             states = states.mapped(path, lambda piece, layer=view.layer: layer(piece, self._positions))
             self._on_progress("survey", index + 1, layers)
         best = plans[min(range(len(plans)), key=lambda number: errors[number])]
-        counts = choose_counts(saved, best.rope_dim // 2)
+        counts = best.best_counts(saved, source.frequencies)
         return replace(best, counts=tuple(counts.tolist())), errors if len(plans) > 1 else []
 
     def _convert(self, plan: LayerPlan) -> tuple[list[LayerRow], Tensor, bool]:
@@ -217,7 +220,8 @@ class _Conversion:
         config = read_config(self._config(plan, candidate.frequencies, biases=has_biases(candidate.weights)))
         with torch.device("meta"):
             attention = DecoderLayer(config, 0, max_context=config.max_positions).self_attn
-        attention.load_state_dict({name: t.float() for name, t in export_layer(candidate.weights).items()}, assign=True)
+        tensors = export_layer(candidate.weights, eps=self._eps)
+        attention.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
         angles = self._angles(config)
         first = min(int(states.shape[0] * (1 - HELD_OUT)), states.shape[0] - 1)
         error = energy = 0.0
@@ -232,14 +236,15 @@ class _Conversion:
         """Published names, in the dtype of the copy."""
         source = self._source
         kept = [name for name in source.layer_names(index) if ".self_attn." not in name]
-        attention = {f"model.layers.{index}.self_attn.{n}": t for n, t in export_layer(converted.weights).items()}
+        exported = export_layer(converted.weights, eps=self._eps)
+        attention = {f"model.layers.{index}.self_attn.{name}": tensor for name, tensor in exported.items()}
         return {name: source.read(name).to(self._dtype) for name in kept} | {
             name: tensor.to(self._dtype) for name, tensor in attention.items()
         }
 
     def _config(self, plan: LayerPlan, frequencies: Tensor, *, biases: bool) -> dict[str, Any]:
         dtype = str(self._dtype).removeprefix("torch.")
-        return export_config(self._source, plan, frequencies, biases=biases, dtype=dtype)
+        return export_config(self._source, plan, frequencies, biases=biases, dtype=dtype, export=self._options.export)
 
     def _angles(self, config: ModelConfig) -> Rotary:
         return rotary(config.rope, torch.arange(self._tokens.shape[1])[None], max_context=config.max_positions)

@@ -33,14 +33,16 @@ class TargetFolder:
         source: what is converted.
         fingerprint: tells this conversion from every other.
         dtype: of the copy's weights.
+        tied: whether the copy's head is its embedding; if it is not, it has a head of its own.
     """
 
-    def __init__(self, folder: Path, source: SourceModel, fingerprint: str, dtype: torch.dtype) -> None:
+    def __init__(self, folder: Path, source: SourceModel, fingerprint: str, dtype: torch.dtype, *, tied: bool) -> None:
         self.folder = folder
         self.state = folder / _STATE
         self._source = source
         self._fingerprint = fingerprint
         self._dtype = dtype
+        self._tied = tied
 
     def finished(self) -> ConversionReport | None:
         """The report, where this very conversion is complete."""
@@ -90,15 +92,18 @@ class TargetFolder:
         shutil.rmtree(self.state, ignore_errors=True)
 
     def _write_outer(self) -> None:
-        """Embedding, last norm and head as they are."""
+        """Embedding, last norm and head as they are; a head that is the embedding once more where it is to be apart."""
         source = self._source
         path = self.folder / self._shard(source.config.num_layers)
         if path.exists():
             return
-        tied = {"lm_head.weight"} if source.config.tie_word_embeddings else set[str]()
-        names = [name for name in source.outer_names() if name not in tied]
-        entries = {name: (self._dtype, source.reader.shape(source.stored_as[name])) for name in names}
-        write_shard(path, entries, ((name, source.read(name).to(self._dtype)) for name in names))
+        origins = {name: name for name in source.outer_names()}
+        if source.config.tie_word_embeddings:
+            origins["lm_head.weight"] = "model.embed_tokens.weight"
+        if self._tied:
+            origins.pop("lm_head.weight")
+        entries = {name: (self._dtype, source.reader.shape(source.stored_as[origins[name]])) for name in origins}
+        write_shard(path, entries, ((name, source.read(origin).to(self._dtype)) for name, origin in origins.items()))
 
     def _shard(self, index: int) -> str:
         return f"model-{index + 1:05d}-of-{self._source.config.num_layers + 1:05d}.safetensors"

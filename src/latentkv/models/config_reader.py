@@ -181,6 +181,7 @@ def _read_attention(fields: Fields, family: Family) -> MLAConfig | GQAConfig:
             qk_rope_head_dim=fields.size("qk_rope_head_dim"),
             v_head_dim=v_head_dim,
             q_lora_rank=None if fields.get("q_lora_rank") is None else fields.size("q_lora_rank"),
+            latent_norm_eps=fields.number("latent_norm_eps"),
             bias=bias,
         )
     kv_heads = heads if fields.get("num_key_value_heads") is None else fields.size("num_key_value_heads")

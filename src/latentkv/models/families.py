@@ -52,6 +52,7 @@ _COMMON: dict[str, Any] = {
     "tie_word_embeddings": False,
     "initializer_range": 0.02,
     "rms_norm_eps": 1e-6,
+    "latent_norm_eps": 1e-6,  # a key of LatentKV's own: in transformers this is no choice
     "rope_theta": 10000.0,
 }
 
