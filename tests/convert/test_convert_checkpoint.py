@@ -172,6 +172,11 @@ def test_models_that_cannot_be_converted_are_refused_by_name(tmp_path: Path) -> 
     (tmp_path / "windowed" / "config.json").write_text(json.dumps(config | {"sliding_window": 32}))
     with pytest.raises(ConfigError, match="sliding windows"):
         convert_checkpoint(tmp_path / "windowed", tmp_path / "out", TOKENS, ConvertOptions(kv_budget=0.5))
+    shutil.copytree(source, tmp_path / "biased")
+    config = json.loads((source / "config.json").read_text())
+    (tmp_path / "biased" / "config.json").write_text(json.dumps(config | {"mlp_bias": True}))
+    with pytest.raises(ConfigError, match="biases in its feed-forward layers"):
+        convert_checkpoint(tmp_path / "biased", tmp_path / "out", TOKENS, ConvertOptions(kv_budget=0.5))
 
 
 def test_the_report_is_in_the_folder_and_finite(tmp_path: Path) -> None:

@@ -88,6 +88,8 @@ def open_source(folder: Path) -> SourceModel:
         raise ConfigError(f"{config.model_type} cannot be converted yet: only dense {', '.join(_FAMILIES)} can.")
     if any(window is not None and window < config.max_positions for window in config.sliding_windows):
         raise ConfigError(f"{folder} has sliding windows, which no latent attention here can express.")
+    if config.mlp_bias:
+        raise ConfigError(f"{folder} has biases in its feed-forward layers, for which DeepSeek-V3 has no place.")
     reader = CheckpointReader(folder)
     return SourceModel(config, attention, reader, text_model_names(reader.names))
 
