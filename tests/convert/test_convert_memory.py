@@ -78,8 +78,8 @@ def write_source(folder: Path) -> Path:
 
 def convert(source: Path, target: Path, text: Path, *, kill_after_layer: int | None = None) -> int:
     """Convert in a process of its own, which may be killed; the most bytes of anonymous memory that it took."""
-    command = ["convert", source, target, "--rank", 448, "--rope-dim", 64, "--calibrate", text, "--threads", 2]
-    command += ["--sequences", 16, "--length", 128]
+    command = ["convert", source, target, "--rank", 448, "--rope-dim", 64, "--calibrate", text, "--threads", 1]
+    command += ["--sequences", 8, "--length", 128]
     program = "from latentkv.cli.app import main; main()"
     process = subprocess.Popen([sys.executable, "-c", program, *map(str, command)])
     most = 0
