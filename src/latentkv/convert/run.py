@@ -198,15 +198,17 @@ class _Conversion:
         """Convert with every balance, and take the one whose attention comes nearest to the source's."""
         view = view_layer(self._source, index, states)
         balances = BALANCES if plan.method == "weighted" else (1.0,)
-        best: tuple[float, float, ConvertedLayer] | None = None  # one more than the best would double what memory holds
-        for balance in balances:
-            candidate = self._candidate(view, plan, balance)
-            error = self._output_error(view, plan, candidate, states)
-            if best is None or error < best[0]:
-                best = error, balance, candidate
-        assert best is not None
-        error, balance, chosen = best
+        # One after another: more than the best and the next would double what memory holds.
+        tried = (self._try(view, plan, balance, states) for balance in balances)
+        error, balance, chosen = min(tried, key=lambda found: found[0])
         return chosen, LayerRow(index, balance, error, chosen.rope_energy, chosen.kept_energy, view.norm_variation)
+
+    def _try(
+        self, view: LayerView, plan: LayerPlan, balance: float, states: HiddenStates
+    ) -> tuple[float, float, ConvertedLayer]:
+        """The error of the output with a balance, that balance, and the layer."""
+        candidate = self._candidate(view, plan, balance)
+        return self._output_error(view, plan, candidate, states), balance, candidate
 
     def _candidate(self, view: LayerView, plan: LayerPlan, balance: float) -> ConvertedLayer:
         source = self._source
