@@ -114,7 +114,7 @@ def _quality(source: Path, converted: Path, tokens: Tensor) -> dict[str, Any]:
 def _speed(source: Path, converted: Path) -> dict[str, Any]:
     from dataclasses import asdict
 
-    from latentkv.bench.decode_pair import measure_decode
+    from latentkv.bench.decode_speed import measure_decode
     from latentkv.models.config_reader import read_config
     from latentkv.models.loading import stored_dtype
 

@@ -11,13 +11,13 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from latentkv.bench.decode_speed import DEPTH, measure_decode
 from latentkv.bench.environment import describe_environment
 from latentkv.compare.arms import BASELINE, Arm
 from latentkv.compare.options import SWEEP_SEED, CompareOptions
 from latentkv.compare.plot import plot_comparison
-from latentkv.compare.report import ArmReport, Report, choose_rate, report_arm, same_cache_pairs
+from latentkv.compare.report import ArmReport, Report, Speed, choose_rate, report_arm, same_cache_pairs
 from latentkv.compare.runs import Run, RunFolder, RunResult
-from latentkv.compare.speed import DEPTH, Speed, measure_speeds
 from latentkv.compare.table import as_markdown
 from latentkv.compare.text import Text
 from latentkv.errors import TrainingError
@@ -146,11 +146,12 @@ class _Experiment:
         path = self._folder.out / _SPEED_FILE
         models = {run.arm.name: self._folder.model(run) for run in self._full_runs(self._seeds[0])}
         asked = {"models": {name: folder.name for name, folder in models.items()}, "depth": DEPTH}
-        found = read_json(path) if path.exists() else {}
-        if found.get("asked") == asked:
-            return {name: Speed(**values) for name, values in found["speeds"].items()}
+        stored = read_json(path) if path.exists() else {}
+        if stored.get("asked") == asked:
+            return {name: Speed(**values) for name, values in stored["speeds"].items()}
         with self._console.status("Decode speed"):
-            speeds = measure_speeds(models)
+            found = measure_decode(models, torch.bfloat16)
+        speeds = {name: Speed(found.tokens_per_second[name], found.spread[name]) for name in models}
         write_json(path, {"asked": asked, "speeds": {name: asdict(one) for name, one in speeds.items()}})
         return speeds
 

@@ -9,9 +9,21 @@ from typing import Any
 from latentkv.bench.environment import Environment
 from latentkv.compare.arms import BASELINE, Arm
 from latentkv.compare.options import SWEEP_SEED, CompareOptions
-from latentkv.compare.speed import Speed
 from latentkv.compare.statistics import Difference, Spread, paired_difference, spread
 from latentkv.plan import count_parameters
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Of decoding one sequence, weights and cache in bf16.
+
+    Attributes:
+        tokens_per_second: median of the rounds.
+        spread: interquartile range over the median.
+    """
+
+    tokens_per_second: float
+    spread: float
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,16 @@
-"""Two models' decode speed: in turn, at one depth that both take, and said under which conditions."""
+"""Models' decode speed: in turn, at one depth that all take, and said under which conditions."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 import torch
 
-from latentkv.bench.decode_pair import measure_decode
+from latentkv.bench import decode_speed
+from latentkv.bench.decode_speed import measure_decode
+from latentkv.bench.timing import Contender, Timing
 from latentkv.models.config_reader import read_config
 from latentkv.models.decoder import Decoder
 from latentkv.models.loading import save_pretrained
@@ -36,9 +39,22 @@ def models(tmp_path: Path) -> dict[str, Path]:
     return {name: tmp_path / name for name in ("small", "large")}
 
 
-def test_the_smaller_model_is_faster_and_the_conditions_are_said(models: dict[str, Path]) -> None:
+def test_tokens_a_second_are_those_of_each_models_own_rounds_and_the_conditions_are_said(
+    models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lengths: dict[str, int] = {}
+
+    def timed(contenders: Mapping[str, Contender], *, repeats: int) -> dict[str, Timing]:
+        for name, contender in contenders.items():
+            contender.step()
+            lengths[name] = repeats
+        return {"large": Timing((2.0, 4.0, 6.0)), "small": Timing((0.5,))}
+
+    monkeypatch.setattr(decode_speed, "time_interleaved", timed)
     speed = measure_decode(models, torch.float32, new_tokens=4, repeats=5)
-    assert speed.tokens_per_second["small"] > 2 * speed.tokens_per_second["large"] > 0
+    assert speed.tokens_per_second == {"small": 8.0, "large": 1.0}
+    assert speed.spread == {"small": 0.0, "large": 0.5}
+    assert lengths == {"small": 5, "large": 5}
     assert (speed.depth, speed.new_tokens, speed.repeats) == (92, 4, 5)  # what the shorter context leaves
     assert (speed.dtype, speed.threads) == ("fp32", torch.get_num_threads())
 
