@@ -165,7 +165,6 @@ void multiply_rows(const PackedWeight& w, std::int64_t e, const void* packed, DT
   const int per_row = planes(x);
   const std::int64_t row_units = per_row * units_of(layout), block_words = layout.block_stride();
   const std::int64_t turns = end_rows - first_rows, bytes = turns * MAX_ROWS * units_of(layout) * sizeof(Unit);
-  if (turns == 0) return;  // more threads than blocks of rows
   if (turns >= 2 * FEWEST && bytes > AT_ONCE && end_block - first_block > 1) {
     const std::int64_t middle = first_rows + turns / 2;
     multiply_rows(w, e, packed, x, rows, first_rows, middle, first_block, end_block, out);
@@ -191,17 +190,34 @@ namespace {
 
 constexpr std::int64_t SERIAL_PRODUCTS = 1 << 15;  // below, starting threads takes longer
 
-struct Share {  // of n things, one thread's
-  std::int64_t first, end;
-};
-LATENTKV_INLINE Share share(std::int64_t n, int thread, int threads) {
-  return {n * thread / threads, n * (thread + 1) / threads};
-}
+// Hands out [0, n) in runs that get shorter towards the end: long ones stream through memory, and threads whose cores
+// are busy with something else take fewer, so that all end at once.
+class Runs {
+ public:
+  Runs(std::int64_t n, int threads) : n_(n), threads_(threads) {}
 
-// Whether threads share the rows. Sharing the outputs lets each weight be read by one thread only, so rows are shared
-// only where the thread with the largest share then has less to do.
-bool shares_rows(std::int64_t blocks, std::int64_t inputs, int threads) {
-  return ceil_div(inputs, threads) * blocks < ceil_div(blocks, threads) * inputs;
+  // The next run; false where none is left.
+  bool take(std::int64_t& first, std::int64_t& end) {
+    first = __atomic_load_n(&next_, __ATOMIC_RELAXED);
+    do {
+      if (first == n_) return false;
+      end = first + ceil_div(n_ - first, 2 * threads_);
+    } while (!__atomic_compare_exchange_n(&next_, &first, end, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED));
+    return true;
+  }
+
+ private:
+  const std::int64_t n_;
+  const int threads_;
+  std::int64_t next_ = 0;
+};
+
+// The parts of the rows that outputs are multiplied by one after the other: several where a few blocks of outputs would
+// not share out evenly.
+std::int64_t row_parts(std::int64_t blocks, std::int64_t inputs, int threads) {
+  constexpr std::int64_t ITEMS = 8;  // for each thread
+  const std::int64_t parts = ceil_div(ITEMS * threads, blocks);
+  return parts < inputs ? parts : inputs;
 }
 
 void linear(const PackedWeight& w, const LinearInput& in, const LinearOutput& out) {
@@ -209,19 +225,20 @@ void linear(const PackedWeight& w, const LinearInput& in, const LinearOutput& ou
   void* packed = thread_scratch(Scratch::team, packed_input_bytes(w, in.dtype, in.rows));
   const std::int64_t blocks = layout_of(w).blocks, inputs = row_blocks(in.dtype, in.rows);
   const bool serial = w.outs * w.ins * in.rows < SERIAL_PRODUCTS || blocks * inputs == 1;
-  if (inputs == 1) pack_input(w, in, 0, 1, packed);
-#pragma omp parallel if (!serial)
+  const int threads = serial ? 1 : omp_get_max_threads();
+  const std::int64_t parts = row_parts(blocks, inputs, threads);
+  Runs to_pack(inputs, threads), to_multiply(parts * blocks, threads);
+#pragma omp parallel num_threads(threads) if (threads > 1)
   {
-    const int thread = omp_get_thread_num(), threads = omp_get_num_threads();
-    const Share rows = share(inputs, thread, threads), outs = share(blocks, thread, threads);
-    if (inputs > 1) {
-      pack_input(w, in, rows.first, rows.end, packed);
+    std::int64_t first, end;
+    while (to_pack.take(first, end)) pack_input(w, in, first, end, packed);
 #pragma omp barrier
-    }
-    if (shares_rows(blocks, inputs, threads))
-      multiply_rows(w, 0, packed, in.dtype, in.rows, rows.first, rows.end, 0, blocks, out);
-    else
-      multiply(w, 0, packed, in.dtype, in.rows, outs.first, outs.end, out);
+    while (to_multiply.take(first, end))
+      for (std::int64_t part = first / blocks; part * blocks < end; part++) {
+        const std::int64_t from = part * blocks < first ? first - part * blocks : 0;
+        const std::int64_t to = end < (part + 1) * blocks ? end - part * blocks : blocks;
+        multiply_rows(w, 0, packed, in.dtype, in.rows, inputs * part / parts, inputs * (part + 1) / parts, from, to, out);
+      }
   }
 }
 
