@@ -22,7 +22,7 @@ class LayerView:
     """A layer of the source, and what it does on calibration text.
 
     Attributes:
-        layer: itself, float32.
+        layer: itself, float32; its feed-forward part only where it was asked for.
         weights: its attention's projections, float64; norms on queries and keys are folded in.
         statistics: of its attention.
         norm_variation: of norms on queries and keys, how much what they multiply by varies; 0 without.
@@ -40,9 +40,9 @@ def positions_of(source: SourceModel, length: int) -> Rotary:
 
 
 @torch.no_grad()
-def view_layer(source: SourceModel, index: int, states: HiddenStates) -> LayerView:
-    """Load a layer and collect its statistics."""
-    layer = source.layer(index)
+def view_layer(source: SourceModel, index: int, states: HiddenStates, *, feed_forward: bool = True) -> LayerView:
+    """Load a layer, with or without its feed-forward part, and collect the statistics of its attention."""
+    layer = source.layer(index, feed_forward=feed_forward)
     block = layer.self_attn
     if not isinstance(block, GroupedQueryAttention):
         raise TypeError(f"layer {index} has no grouped-query attention")

@@ -196,7 +196,7 @@ class _Conversion:
 
     def _best_layer(self, index: int, plan: LayerPlan, states: HiddenStates) -> tuple[ConvertedLayer, LayerRow]:
         """Convert with every balance, and take the one whose attention comes nearest to the source's."""
-        view = view_layer(self._source, index, states)
+        view = view_layer(self._source, index, states, feed_forward=False)
         balances = BALANCES if plan.method == "weighted" else (1.0,)
         # One after another: more than the best and the next would double what memory holds.
         tried = (self._try(view, plan, balance, states) for balance in balances)

@@ -63,13 +63,19 @@ class SourceModel:
         """One tensor by its published name."""
         return self.reader.read(self.stored_as[name], dtype)
 
-    def layer(self, index: int) -> DecoderLayer:
-        """A layer in float32, ready to run over whole sequences."""
+    def layer(self, index: int, *, feed_forward: bool = True) -> DecoderLayer:
+        """A layer in float32, ready to run over whole sequences.
+
+        Args:
+            index: of the layer.
+            feed_forward: load that part too, most of its weights; else it stays on the meta device.
+        """
         with torch.device("meta"):
             layer = DecoderLayer(self.config, index, max_context=self.config.max_positions)
         prefix = f"model.layers.{index}."
-        tensors = {name.removeprefix(prefix): self.read(name, torch.float32) for name in self.layer_names(index)}
-        layer.load_state_dict(tensors, assign=True)
+        names = (name for name in self.layer_names(index) if feed_forward or ".mlp." not in name)
+        tensors = {name.removeprefix(prefix): self.read(name, torch.float32) for name in names}
+        layer.load_state_dict(tensors, assign=True, strict=feed_forward)
         return layer.eval().requires_grad_(False)
 
 
