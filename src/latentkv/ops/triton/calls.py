@@ -1,0 +1,126 @@
+"""The ops' calls of Triton's kernels: each says whether it computed. Triton is imported with the first that does."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from latentkv.ops.kv_formats import KVFormat
+from latentkv.ops.triton.eligible import takes
+
+MOST_NUMBERS = 16384
+"""Of a row that one program holds."""
+
+
+def attend_pages(
+    q: Tensor,
+    kv_pages: Tensor,
+    block_table: Tensor,
+    q_start: Tensor,
+    start: Tensor | None,
+    stop: Tensor,
+    slots: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    *,
+    scale: float,
+    kv_format: KVFormat | None,
+) -> bool:
+    """See `attention.mla_attend`; shapes are checked."""
+    numbers = (q, out) if kv_pages.dtype is torch.uint8 else (q, out, kv_pages)
+    if not takes(*numbers) or kv_pages.device != q.device or out.stride(2) != 1:
+        return False
+    from latentkv.ops.triton import attention
+
+    for launch in attention.attend_pages(
+        q, kv_pages, block_table, q_start, start, stop, slots, out, lse, scale=scale, kv_format=kv_format
+    ):
+        launch.run()
+    return True
+
+
+def write_latents(kv_pages: Tensor, slots: Tensor, latents: Tensor, k_rope: Tensor, kv_format: KVFormat | None) -> bool:
+    """See `pages.write_latents`; shapes are checked."""
+    if not _writes(kv_pages, slots, latents, k_rope):
+        return False
+    from latentkv.ops.triton import write
+
+    write.write_latents(kv_pages, slots, latents, k_rope, kv_format).run()
+    return True
+
+
+def norm_rope_write(
+    kv_pages: Tensor,
+    slots: Tensor,
+    kv_a: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    interleaved: bool,
+    kv_format: KVFormat | None,
+) -> bool:
+    """See `pages.norm_rope_write`; shapes are checked."""
+    latents, k_rope = kv_a.split([norm_weight.shape[0], kv_a.shape[1] - norm_weight.shape[0]], dim=1)
+    contiguous = norm_weight.is_contiguous() and cos.is_contiguous() and sin.is_contiguous()
+    if not contiguous or not takes(norm_weight, cos, sin) or not _writes(kv_pages, slots, latents, k_rope):
+        return False
+    from latentkv.ops.triton import write
+
+    step = write.NormRope(norm_weight, eps, cos, sin, interleaved)
+    write.write_latents(kv_pages, slots, latents, k_rope, kv_format, step).run()
+    return True
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor | None:
+    """See `elementwise.rms_norm`; shapes are checked. None: not computed."""
+    dim = x.shape[-1]
+    rows = x if x.ndim == 2 and x.stride(1) == 1 else x.reshape(-1, dim) if x.is_contiguous() else None
+    if rows is None or not 0 < dim <= MOST_NUMBERS or not weight.is_contiguous() or not takes(x, weight):
+        return None
+    from latentkv.ops.triton import elementwise
+
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    elementwise.rms_norm(rows, weight, eps, out).run()
+    return out
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool, out: Tensor | None) -> Tensor | None:
+    """See `elementwise.apply_rope`, for x [T, R] or [T, H, R]; shapes are checked. None: not computed."""
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
+    one_each = x.ndim in (2, 3) and cos.shape == (x.shape[0], *[1] * (x.ndim - 2), x.shape[-1] // 2)
+    if not one_each or not 0 < x.shape[-1] <= MOST_NUMBERS or x.stride(-1) != 1 or out.stride(-1) != 1:
+        return None
+    if not cos.is_contiguous() or not sin.is_contiguous() or not takes(x, cos, sin, out):
+        return None
+    from latentkv.ops.triton import elementwise
+
+    rows, own = (t if t.ndim == 3 else t.unsqueeze(1) for t in (x, out))
+    elementwise.apply_rope(rows, cos, sin, own, interleaved=interleaved).run()
+    return out
+
+
+def merge_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor] | None:
+    """See `states.merge_states`; shapes are checked. None: not computed."""
+    if not 0 < out_a.shape[-1] <= MOST_NUMBERS or not takes(out_a, lse_a, out_b, lse_b):
+        return None
+    from latentkv.ops.triton import elementwise
+
+    out = torch.empty(out_a.shape, dtype=torch.float32, device=out_a.device)
+    lse = torch.empty(lse_a.shape, dtype=torch.float32, device=out_a.device)
+    parts = (t.contiguous() for t in (out_a, lse_a, out_b, lse_b))
+    elementwise.merge_states(*parts, out, lse).run()
+    return out, lse
+
+
+def _writes(kv_pages: Tensor, slots: Tensor, latents: Tensor, k_rope: Tensor) -> bool:
+    numbers = (latents, k_rope) if kv_pages.dtype is torch.uint8 else (latents, k_rope, kv_pages)
+    return (
+        takes(*numbers)
+        and kv_pages.device == slots.device == latents.device
+        and slots.is_contiguous()
+        and latents.stride(1) == 1
+        and (k_rope.shape[1] == 0 or k_rope.stride(1) == 1)
+        and latents.shape[1] + k_rope.shape[1] <= MOST_NUMBERS
+    )
