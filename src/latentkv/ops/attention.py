@@ -187,6 +187,9 @@ def gqa_attend(
         )
         return out, lse
 
+    if triton.attend_pages(q, kv_pages, block_table, q_start, start, stop, None, out, lse, scale=scale):
+        return out, lse
+
     def keys_and_values(cached: Tensor) -> tuple[Tensor, Tensor]:
         keys, values = _aligned(cached).permute(1, 2, 0, 3).to(dtype, memory_format=torch.contiguous_format).unbind()
         return keys, values

@@ -1,4 +1,4 @@
-"""Absorbed attention over pages in fixed chunks of tokens, and the merging of chunks in their order.
+"""Attention over pages in fixed chunks of tokens, and the merging of chunks in their order.
 
 A *tile* is BLOCK_M consecutive (row, head) pairs of one sequence, a *chunk* CHUNK tokens counted from the sequence's
 first one, an *item* one tile over one chunk. Items are numbered sequence by sequence, chunk by chunk, tile by tile, so
@@ -115,6 +115,8 @@ def attend_kernel(
     partial_lse,
     score_scale,
     HEADS: tl.constexpr,
+    HEAD_NUMBERS: tl.constexpr,
+    VALUE_OFFSET: tl.constexpr,
     PAGE: tl.constexpr,
     FORMAT: tl.constexpr,
     LATENT: tl.constexpr,
@@ -128,7 +130,14 @@ def attend_kernel(
     HAS_HOLES: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):
-    """Each program takes an equal run of all items, and writes each item's output and log2-sum-exp2."""
+    """Each program takes an equal run of all items, and writes each item's output and log2-sum-exp2.
+
+    The second axis is the key/value head, each with HEADS query heads: its key lies HEAD_NUMBERS after the one before,
+    its value VALUE_OFFSET after its key (0: the value is the key's first LATENT numbers).
+    """
+    kv_head = tl.program_id(1)
+    q += kv_head * HEADS * q_head
+    pages += kv_head * HEAD_NUMBERS
     total = tl.load(item_start + batch).to(tl.int64)
     first_item = (total * tl.program_id(0) // tl.num_programs(0)).to(tl.int32)
     last_item = (total * (tl.program_id(0) + 1) // tl.num_programs(0)).to(tl.int32)
@@ -174,27 +183,31 @@ def attend_kernel(
         if HAS_START:
             acc, peak, total_weight = _attend_blocks(
                 acc, peak, total_weight, q_latent, q_rope, pages, page_row, own_table, low, common_low, row_start,
-                row_stop, score_scale, PAGE, FORMAT, LATENT, ROPE, BLOCK_L, BLOCK_R, BLOCK_N, True, False, COMPUTE,
+                row_stop, score_scale, VALUE_OFFSET, PAGE, FORMAT, LATENT, ROPE, BLOCK_L, BLOCK_R, BLOCK_N, True,
+                False, COMPUTE,
             )  # fmt: skip
         if not HAS_HOLES:
             acc, peak, total_weight = _attend_blocks(
                 acc, peak, total_weight, q_latent, q_rope, pages, page_row, own_table, common_low, common_end,
-                row_start, row_stop, score_scale, PAGE, FORMAT, LATENT, ROPE, BLOCK_L, BLOCK_R, BLOCK_N, False, False,
-                COMPUTE,
+                row_start, row_stop, score_scale, VALUE_OFFSET, PAGE, FORMAT, LATENT, ROPE, BLOCK_L, BLOCK_R, BLOCK_N,
+                False, False, COMPUTE,
             )  # fmt: skip
         acc, peak, total_weight = _attend_blocks(
             acc, peak, total_weight, q_latent, q_rope, pages, page_row, own_table, common_end, end, row_start,
-            row_stop, score_scale, PAGE, FORMAT, LATENT, ROPE, BLOCK_L, BLOCK_R, BLOCK_N, True, HAS_HOLES, COMPUTE,
+            row_stop, score_scale, VALUE_OFFSET, PAGE, FORMAT, LATENT, ROPE, BLOCK_L, BLOCK_R, BLOCK_N, True,
+            HAS_HOLES, COMPUTE,
         )  # fmt: skip
 
-        empty = tl.maximum(row_start, begin) >= tl.minimum(row_stop, begin + CHUNK)
+        last_read = tl.minimum(row_stop, begin + CHUNK)
         if HAS_HOLES:
             token = begin + tl.arange(0, CHUNK)
             slots = tl.load(own_table + token, mask=token < tl.max(row_stop, 0), other=-1)
-            empty = empty | (tl.max(slots, 0) < 0)
+            last_read = tl.where(tl.max(slots, 0) < 0, 0, last_read)
+        empty = tl.maximum(row_start, begin) >= last_read
         lse = peak + tl.log2(total_weight)
         lse = tl.where(lse == float("-inf"), ALL_MINUS_INFINITY, lse)
-        lane = item * tl.full((BLOCK_M,), BLOCK_M, tl.int64) + tl.arange(0, BLOCK_M)
+        slot = item * tl.num_programs(1) + kv_head
+        lane = slot * tl.full((BLOCK_M,), BLOCK_M, tl.int64) + tl.arange(0, BLOCK_M)
         tl.store(partial_lse + lane, tl.where(empty, float("-inf"), lse))
         tl.store(
             partial_out + lane[:, None] * LATENT + columns[None, :],
@@ -218,6 +231,7 @@ def _attend_blocks(
     row_start,
     row_stop,
     score_scale,
+    VALUE_OFFSET: tl.constexpr,
     PAGE: tl.constexpr,
     FORMAT: tl.constexpr,
     LATENT: tl.constexpr,
@@ -243,7 +257,7 @@ def _attend_blocks(
         if HAS_HOLES:
             read = read & (page >= 0)
         cached = pages + (page.to(tl.int64) * PAGE + tokens % PAGE) * page_row
-        latents = load_latents(cached, read, COMPUTE, FORMAT, LATENT, ROPE, BLOCK_L, BLOCK_R, MASKED)
+        latents = load_latents(cached, read, COMPUTE, FORMAT, LATENT, ROPE, BLOCK_L, MASKED)
         scores = tl.dot(q_latent, tl.trans(latents), input_precision="ieee")
         if ROPE > 0:
             k_rope = load_rope(cached, read, COMPUTE, FORMAT, LATENT, ROPE, BLOCK_R, MASKED)
@@ -251,12 +265,16 @@ def _attend_blocks(
         scores *= score_scale
         if MASKED:
             scores = tl.where(reads & read[None, :], scores, float("-inf"))
+        values = latents
+        if VALUE_OFFSET != 0:
+            at_values = cached + VALUE_OFFSET
+            values = load_latents(at_values, read, COMPUTE, FORMAT, LATENT, ROPE, BLOCK_L, MASKED)
         new_peak = tl.maximum(peak, tl.max(scores, 1))
         finite_peak = tl.where(new_peak == float("-inf"), 0.0, new_peak)  # -inf - -inf would be NaN
         weights = tl.exp2(scores - finite_peak[:, None])
         rescale = tl.exp2(peak - finite_peak)
         total_weight = total_weight * rescale + tl.sum(weights, 1)
-        acc = tl.dot(operand(weights, COMPUTE), latents, acc * rescale[:, None], input_precision="ieee")
+        acc = tl.dot(operand(weights, COMPUTE), values, acc * rescale[:, None], input_precision="ieee")
         peak = new_peak
     return acc, peak, total_weight
 
@@ -280,7 +298,9 @@ def merge_chunks_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    """One program a row and BLOCK_H of its heads: their chunks, added in their order."""
+    """One program a row and BLOCK_H heads of a key/value head, the third axis: their chunks, added in their order."""
+    kv_head = tl.program_id(2)
+    out += kv_head * HEADS * out_head
     row = row_low + tl.program_id(0)
     heads = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     b = owner(q_start, batch, row)
@@ -295,7 +315,8 @@ def merge_chunks_kernel(
     acc = tl.zeros((BLOCK_H, BLOCK_L), tl.float32)
     for chunk in range(0, chunks):
         items = first_item + chunk * tiles + pairs // BLOCK_M
-        lanes = items.to(tl.int64) * BLOCK_M + pairs % BLOCK_M
+        slots = items * tl.num_programs(2) + kv_head
+        lanes = slots.to(tl.int64) * BLOCK_M + pairs % BLOCK_M
         chunk_lse = tl.load(partial_lse + lanes, mask=heads < HEADS, other=float("-inf"))
         new_peak = tl.maximum(peak, chunk_lse)
         finite_peak = tl.where(new_peak == float("-inf"), 0.0, new_peak)
@@ -310,6 +331,7 @@ def merge_chunks_kernel(
     empty = (peak == float("-inf")) & (total_weight == 0.0)  # a NaN sum is one, too
     acc = tl.where(empty[:, None], 0.0, acc / tl.where(empty, 1.0, total_weight)[:, None])
     own_lse = tl.where(peak == ALL_MINUS_INFINITY, float("-inf"), peak + tl.log2(total_weight)) * LN_2
-    tl.store(lse + row.to(tl.int64) * HEADS + heads, own_lse, mask=heads < HEADS)
+    own_heads = (row.to(tl.int64) * tl.num_programs(2) + kv_head) * HEADS + heads
+    tl.store(lse + own_heads, own_lse, mask=heads < HEADS)
     own_out = out + row.to(tl.int64) * out_row + heads[:, None] * out_head + columns
     tl.store(own_out, rounded(acc, out.dtype.element_ty), mask=(heads < HEADS)[:, None] & (columns < LATENT))

@@ -24,17 +24,18 @@ def attend_pages(
     lse: Tensor,
     *,
     scale: float,
-    kv_format: KVFormat | None,
+    kv_format: KVFormat | None = None,
 ) -> bool:
-    """See `attention.mla_attend`; shapes are checked."""
+    """See `attention.mla_attend` and `attention.gqa_attend`; shapes are checked."""
     numbers = (q, out) if kv_pages.dtype is torch.uint8 else (q, out, kv_pages)
     if not takes(*numbers) or kv_pages.device != q.device or out.stride(2) != 1:
         return False
     from latentkv.ops.triton import attention
 
-    for launch in attention.attend_pages(
-        q, kv_pages, block_table, q_start, start, stop, slots, out, lse, scale=scale, kv_format=kv_format
-    ):
+    rows = attention.Rows(block_table, q_start, start, stop, kv_pages.shape[1])
+    if slots is not None:
+        rows = attention.Rows.of_slots(slots)
+    for launch in attention.attend_pages(q, kv_pages, rows, out, lse, scale=scale, kv_format=kv_format):
         launch.run()
     return True
 

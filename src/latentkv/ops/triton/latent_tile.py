@@ -31,7 +31,6 @@ def load_latents(
     LATENT: tl.constexpr,
     ROPE: tl.constexpr,
     BLOCK_L: tl.constexpr,
-    BLOCK_R: tl.constexpr,
     MASKED: tl.constexpr,
 ):
     """Latents [BLOCK_N, BLOCK_L] in `dtype` of the tokens whose rows start at `rows` [BLOCK_N]; 0 where not `read`."""
