@@ -28,7 +28,7 @@ def why_not_native(device: torch.device) -> str | None:
         return f"run on a CPU only, not on {device}"
     if core.extension is None:
         return f"were not built ({core.why_no_extension()}): install a C++ compiler, then LatentKV anew"
-    if core.current_isa() == "torch":
+    if core.native_isa() is None:
         return f"are switched off: unset {core.ENVIRONMENT_VARIABLE}"
     return None
 

@@ -16,25 +16,12 @@ import triton.language as tl
 
 from latentkv.ops.triton.latent_tile import load_latents, load_rope
 from latentkv.ops.triton.numerics import operand, rounded
+from latentkv.ops.triton.ragged import owner
 
 FAR = tl.constexpr(2147483647)
 ALL_MINUS_INFINITY = tl.constexpr(-3.0e38)
 """Stands for the log-sum-exp of a row that reads tokens, all with a score of -inf: its output is NaN, not 0."""
 LN_2 = tl.constexpr(0.6931471805599453)
-
-
-@triton.jit
-def owner(bounds, count, value):
-    """The b with bounds[b] <= value < bounds[b + 1], of `count` runs, some of them empty."""
-    low = count * 0
-    high = count
-    while high - low > 1:
-        middle = (low + high) // 2
-        if tl.load(bounds + middle) <= value:
-            low = middle
-        else:
-            high = middle
-    return low
 
 
 @triton.jit

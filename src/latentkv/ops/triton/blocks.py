@@ -35,6 +35,9 @@ MOST_ROWS = 64
 _SHAPES = ((64, 2), (32, 2), (64, 1), (16, 2), (32, 1), (16, 1))
 """(tokens of a block, blocks under way at once), the preferred first."""
 
+_PREFILL_SHAPES = ((64, 64, 2), (64, 32, 2), (64, 32, 1), (32, 32, 1), (16, 32, 1), (16, 16, 1))
+"""(rows, keys of a block, blocks under way at once), the preferred first."""
+
 
 @dataclass(frozen=True)
 class AttendBlocks:
@@ -51,6 +54,23 @@ class AttendBlocks:
     rows: int
     tokens: int
     chunk: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class TileBlocks:
+    """Sizes of a kernel that multiplies tiles.
+
+    Attributes:
+        rows: of a tile.
+        tokens: keys, or weight rows, of a block.
+        num_warps: warps of a program.
+        num_stages: blocks under way at once.
+    """
+
+    rows: int
+    tokens: int
     num_warps: int
     num_stages: int
 
@@ -113,6 +133,25 @@ def attend_blocks(shape: AttendShape, shared: SharedMemory) -> AttendBlocks:
         rows //= 2
     raise OpError(
         f"Triton's attention over {shape.latent_dim} + {shape.rope_dim} numbers a token in {shape.compute} does not fit "
+        f"into {shared.size:,} bytes of shared memory: use bf16, or let torch compute with LATENTKV_ISA=torch"
+    )
+
+
+def prefill_blocks(key_width: int, value_width: int, compute: torch.dtype, shared: SharedMemory) -> TileBlocks:
+    """The default blocks of expanded attention, for keys and values of these padded widths.
+
+    Raises:
+        OpError: no block fits.
+    """
+    size = compute.itemsize
+    for rows, tokens, stages in _PREFILL_SHAPES:
+        queries = rows * key_width * size if shared.holds_queries else 0
+        block = tokens * (key_width + value_width) * size * stages
+        passed = rows * max(value_width, key_width) * size  # where a layout changes
+        if max(queries + block + rows * tokens * (4 + size), passed) <= shared.size:
+            return TileBlocks(rows, tokens, num_warps=8 if rows * value_width >= 64 * 256 else 4, num_stages=stages)
+    raise OpError(
+        f"Triton's attention over keys of {key_width} and values of {value_width} numbers in {compute} does not fit "
         f"into {shared.size:,} bytes of shared memory: use bf16, or let torch compute with LATENTKV_ISA=torch"
     )
 

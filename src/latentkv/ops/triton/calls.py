@@ -40,6 +40,28 @@ def attend_pages(
     return True
 
 
+def attend_new_tokens(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_start: Tensor,
+    kv_start: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *,
+    scale: float,
+    causal: bool,
+) -> bool:
+    """See `prefill.mla_prefill`; shapes are checked."""
+    if not takes(q, k, v, out) or any(t.stride(2) != 1 for t in (q, k, v, out)):
+        return False
+    from latentkv.ops.triton import prefill
+
+    bounds = (t.to(q.device, torch.int32, non_blocking=True).contiguous() for t in (q_start, kv_start))
+    prefill.attend_new_tokens(q, k, v, *bounds, out, lse, scale=scale, causal=causal).run()
+    return True
+
+
 def write_latents(kv_pages: Tensor, slots: Tensor, latents: Tensor, k_rope: Tensor, kv_format: KVFormat | None) -> bool:
     """See `pages.write_latents`; shapes are checked."""
     if not _writes(kv_pages, slots, latents, k_rope):
