@@ -147,3 +147,23 @@ def _writes(kv_pages: Tensor, slots: Tensor, latents: Tensor, k_rope: Tensor) ->
         and (k_rope.shape[1] == 0 or k_rope.stride(1) == 1)
         and latents.shape[1] + k_rope.shape[1] <= MOST_NUMBERS
     )
+
+
+def moe_experts(
+    x: Tensor, expert_ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, residual: Tensor | None
+) -> Tensor | None:
+    """See `moe.moe_experts`; shapes are checked, and expert ids on a CPU. None: not computed."""
+    numbers = (x, gate_up, down) if residual is None else (x, gate_up, down, residual)
+    if len({t.dtype for t in (x, gate_up, down)}) > 1 or torch.is_autocast_enabled(x.device.type):
+        return None
+    if not takes(*numbers, weights) or expert_ids.device != x.device or x.stride(1) != 1:
+        return None
+    if not gate_up.is_contiguous() or not down.is_contiguous():
+        return None
+    from latentkv.ops.triton import moe
+
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    residual = None if residual is None else residual.contiguous()
+    for launch in moe.moe_experts(x, expert_ids, weights.contiguous(), gate_up, down, residual, out):
+        launch.run()
+    return out
