@@ -57,31 +57,31 @@ def prefill_kernel(
         if CAUSAL:
             stop = tl.where(valid, tl.maximum(num_keys - num_rows + 1 + local, 0), 0)
         rows = (first_row + local).to(tl.int64)
-        q += rows[:, None] * q_row + head * q_head
+        own_q = q + rows[:, None] * q_row + head * q_head
         d, e, c = tl.arange(0, BLOCK_D), BLOCK_D + tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_V)
-        q_d = operand(tl.load(q + d[None, :], mask=valid[:, None] & (d < DIM)[None, :], other=0.0), COMPUTE)
-        q_e = operand(tl.load(q + e[None, :], mask=valid[:, None] & (e < DIM)[None, :], other=0.0), COMPUTE)
-        k += first_key.to(tl.int64) * k_row + head * k_head
-        v += first_key.to(tl.int64) * v_row + head * v_head
+        q_d = operand(tl.load(own_q + d[None, :], mask=valid[:, None] & (d < DIM)[None, :], other=0.0), COMPUTE)
+        q_e = operand(tl.load(own_q + e[None, :], mask=valid[:, None] & (e < DIM)[None, :], other=0.0), COMPUTE)
+        own_k = k + first_key.to(tl.int64) * k_row + head * k_head
+        own_v = v + first_key.to(tl.int64) * v_row + head * v_head
         end = tl.max(stop, 0)
         common_end = tl.min(tl.where(valid, stop, end), 0) // BLOCK_N * BLOCK_N
         peak = tl.full((BLOCK_M,), float("-inf"), tl.float32)
         total_weight = tl.zeros((BLOCK_M,), tl.float32)
         acc = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
         acc, peak, total_weight = _attend_keys(
-            acc, peak, total_weight, q_d, q_e, k, k_row, v, v_row, d, e, c, 0, common_end, stop, score_scale, DIM,
-            VALUE_DIM, BLOCK_N, False, COMPUTE,
+            acc, peak, total_weight, q_d, q_e, own_k, k_row, own_v, v_row, d, e, c, 0, common_end, stop, score_scale,
+            DIM, VALUE_DIM, BLOCK_N, False, COMPUTE,
         )  # fmt: skip
         acc, peak, total_weight = _attend_keys(
-            acc, peak, total_weight, q_d, q_e, k, k_row, v, v_row, d, e, c, common_end, end, stop, score_scale, DIM,
-            VALUE_DIM, BLOCK_N, True, COMPUTE,
+            acc, peak, total_weight, q_d, q_e, own_k, k_row, own_v, v_row, d, e, c, common_end, end, stop, score_scale,
+            DIM, VALUE_DIM, BLOCK_N, True, COMPUTE,
         )  # fmt: skip
         empty = stop <= 0
         acc = tl.where(empty[:, None], 0.0, acc / tl.where(empty, 1.0, total_weight)[:, None])
         own_lse = tl.where(empty, float("-inf"), (peak + tl.log2(total_weight)) * LN_2)
         tl.store(lse + rows * HEADS + head, own_lse, mask=valid)
-        out += rows[:, None] * out_row + head * out_head + c[None, :]
-        tl.store(out, rounded(acc, out.dtype.element_ty), mask=valid[:, None] & (c < VALUE_DIM)[None, :])
+        own_out = out + rows[:, None] * out_row + head * out_head + c[None, :]
+        tl.store(own_out, rounded(acc, out.dtype.element_ty), mask=valid[:, None] & (c < VALUE_DIM)[None, :])
 
 
 @triton.jit
