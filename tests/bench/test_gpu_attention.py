@@ -121,4 +121,3 @@ def test_options_without_a_use_on_a_gpu_are_refused() -> None:
     result = CliRunner().invoke(app, ["bench", "attention", "--device", "cuda", "--plot", "a.png", "--threads", "2"])
     assert result.exit_code != 0
     assert "without --threads, --plot" in str(result.exception) + result.output
-

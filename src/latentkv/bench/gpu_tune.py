@@ -96,9 +96,7 @@ def all_candidates(shape: AttendShape, shared: SharedMemory) -> list[AttendBlock
     return [
         blocks
         for blocks in _grid(attend_blocks(shape, shared))
-        if attend_shared_bytes(
-            shape, blocks.rows, blocks.tokens, blocks.num_stages, holds_queries=shared.holds_queries
-        )
+        if attend_shared_bytes(shape, blocks.rows, blocks.tokens, blocks.num_stages, holds_queries=shared.holds_queries)
         <= shared.size
     ]
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from latentkv.cli.bench_options import JsonFile, numbers, require_folder, save
+from latentkv.cli.bench_options import numbers, require_folder, save
 from latentkv.cli.terminal import console
 
 

@@ -58,9 +58,7 @@ def test_pages_of_another_dtype_than_the_queries_are_multiplied_in_float32(run: 
     case = mla_case([2], [30], heads=3, dtype=torch.float16)
     args = (case.q.float(), *case.args[1:])
     options = {"latent_dim": 64, "scale": 3.0}
-    for actual, exact in zip(
-        run(mla_attend, *args, **options), reference.mla_attend(*args, **options), strict=True
-    ):
+    for actual, exact in zip(run(mla_attend, *args, **options), reference.mla_attend(*args, **options), strict=True):
         torch.testing.assert_close(actual.double(), exact, atol=1e-6, rtol=1e-5)
 
 
@@ -76,7 +74,13 @@ def test_float32_is_accurate_to_float32_over_several_chunks(run: Run) -> None:
 @pytest.mark.parametrize("kv_format", ["int8", "fp8"])
 @pytest.mark.parametrize(
     ("latent_dim", "rope_dim", "dtype"),
-    [(512, 64, torch.bfloat16), (160, 20, torch.float16), (44, 9, torch.float32), (129, 7, torch.bfloat16), (128, 0, torch.bfloat16)],
+    [
+        (512, 64, torch.bfloat16),
+        (160, 20, torch.float16),
+        (44, 9, torch.float32),
+        (129, 7, torch.bfloat16),
+        (128, 0, torch.bfloat16),
+    ],
 )
 def test_quantised_pages_are_read_as_the_numbers_that_they_stand_for(
     run: Run, kv_format: KVFormat, latent_dim: int, rope_dim: int, dtype: torch.dtype
@@ -132,7 +136,9 @@ def test_slots_name_the_tokens_to_read(run: Run, kv_format: KVFormat | None) -> 
     slots[2, 1:] = token_slots(case.table, 1, 37, 16)[10:18]
     slots[3, ::2] = token_slots(case.table, 1, 37, 16)[[36, 1, 5, 33, 20]]
     assert_matches_reference(run, case, 64, slots=slots)
-    assert torch.isneginf(run(mla_attend, *case.args, latent_dim=64, scale=0.1, slots=slots, kv_format=kv_format)[1][1]).all()
+    assert torch.isneginf(
+        run(mla_attend, *case.args, latent_dim=64, scale=0.1, slots=slots, kv_format=kv_format)[1][1]
+    ).all()
 
 
 def test_the_first_slot_of_the_first_page_is_a_slot_like_any_other(run: Run) -> None:

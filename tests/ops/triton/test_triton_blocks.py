@@ -57,7 +57,7 @@ def test_what_cannot_fit_is_refused_in_one_sentence() -> None:
 @pytest.mark.parametrize("shared", [*NVIDIA.values(), AMD])
 def test_prefill_blocks_of_every_model_fit_into_every_gpu(shared: SharedMemory) -> None:
     for keys, values, compute in product([96, 192, 256], [64, 128, 256], [BF16, torch.float32]):
-        assert min(prefill_blocks(keys, values, compute, shared).rows, LEAST_BLOCK) == LEAST_BLOCK
+        assert prefill_blocks(keys, values, compute, shared).rows >= LEAST_BLOCK
 
 
 def test_sizes_are_padded_to_what_a_product_takes() -> None:
@@ -82,7 +82,9 @@ def test_measured_sizes_are_found_again_for_their_gpu_and_shape_alone(
         gpu, other = torch.device("cuda"), AttendShape(16, 512, 64, BF16, BF16)
         assert tuned.blocks_for(SHAPE, gpu) == BLOCKS
         assert tuned.blocks_for(other, gpu) == attend_blocks(other, NVIDIA[90])
-        assert tuned.blocks_for(SHAPE, torch.device("cpu")) == attend_blocks(SHAPE, shared_memory_of(torch.device("cpu")))
+        assert tuned.blocks_for(SHAPE, torch.device("cpu")) == attend_blocks(
+            SHAPE, shared_memory_of(torch.device("cpu"))
+        )
     finally:
         tuned.blocks_for.cache_clear()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from ops_cases import mla_case
 
 from latentkv.errors import ConfigError
 from latentkv.ops import describe_backends, mla_attend
@@ -12,7 +13,6 @@ from latentkv.ops.native.core import use_isa
 from latentkv.ops.triton import eligible
 from latentkv.ops.triton.eligible import takes, why_not_triton
 from latentkv.ops.triton.launch import Launch
-from ops_cases import mla_case
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 

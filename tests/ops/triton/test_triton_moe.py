@@ -22,7 +22,9 @@ def experts(tokens: int, chosen: int, count: int, dim: int, inner: int, dtype: t
     return x.to(dtype), ids, weights, gate_up.to(dtype), down.to(dtype)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 2**-7), (torch.float16, 2**-10)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 2**-7), (torch.float16, 2**-10)]
+)
 @pytest.mark.parametrize(
     ("tokens", "chosen", "count", "dim", "inner"),
     [(1, 2, 8, 10, 7), (1, 1, 1, 40, 33), (40, 3, 6, 70, 20), (5, 2, 32, 16, 16), (100, 1, 2, 24, 24)],

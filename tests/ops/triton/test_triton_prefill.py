@@ -54,9 +54,7 @@ def test_keys_and_values_may_differ_in_width_either_way(run: Run, dim: int, valu
 
 def test_float32_is_accurate_to_float32(run: Run) -> None:
     case = ragged([9, 3], [150, 3], dtype=torch.float32)
-    for actual, exact in zip(
-        run(mla_prefill, *case, scale=4.0), reference.mla_prefill(*case, scale=4.0), strict=True
-    ):
+    for actual, exact in zip(run(mla_prefill, *case, scale=4.0), reference.mla_prefill(*case, scale=4.0), strict=True):
         torch.testing.assert_close(actual.double(), exact, atol=1e-6, rtol=1e-5)
 
 

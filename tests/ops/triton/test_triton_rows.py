@@ -13,7 +13,9 @@ from latentkv.ops import apply_rope, merge_states, reference, rms_norm
 Run = Callable[..., Any]
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 2**-7), (torch.float16, 2**-9)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 2**-7), (torch.float16, 2**-9)]
+)
 @pytest.mark.parametrize("dim", [3, 201, 2048])
 def test_rms_norm_matches_the_reference(run: Run, dtype: torch.dtype, tolerance: float, dim: int) -> None:
     x, weight = torch.randn(5, dim + 9).to(dtype)[:, 4 : 4 + dim], torch.randn(dim)

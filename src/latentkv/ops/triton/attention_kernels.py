@@ -159,7 +159,9 @@ def attend_kernel(
         common_low, common_end = low, low
         if not HAS_HOLES:
             common_low = tl.max(tl.where(valid, row_start, 0), 0)
-            common_low = tl.minimum(tl.maximum(low, (common_low + BLOCK_N - 1) // BLOCK_N * BLOCK_N), tl.maximum(low, end))
+            common_low = tl.minimum(
+                tl.maximum(low, (common_low + BLOCK_N - 1) // BLOCK_N * BLOCK_N), tl.maximum(low, end)
+            )
             common_end = tl.minimum(end, tl.min(tl.where(valid, row_stop, FAR), 0))
             common_end = tl.maximum(common_low, common_end // BLOCK_N * BLOCK_N)
 

@@ -8,6 +8,7 @@ import torch
 
 from latentkv.errors import OpError
 
+
 @dataclass(frozen=True)
 class SharedMemory:
     """What one program may use of a multiprocessor's fast memory.
@@ -132,8 +133,8 @@ def attend_blocks(shape: AttendShape, shared: SharedMemory) -> AttendBlocks:
                 return AttendBlocks(rows, tokens, chunk=1024, num_warps=warps, num_stages=stages)
         rows //= 2
     raise OpError(
-        f"Triton's attention over {shape.latent_dim} + {shape.rope_dim} numbers a token in {shape.compute} does not fit "
-        f"into {shared.size:,} bytes of shared memory: use bf16, or let torch compute with LATENTKV_ISA=torch"
+        f"Triton's attention over {shape.latent_dim} + {shape.rope_dim} numbers a token in {shape.compute} does not "
+        f"fit into {shared.size:,} bytes of shared memory: use bf16, or let torch compute with LATENTKV_ISA=torch"
     )
 
 

@@ -57,8 +57,8 @@ def attend_new_tokens(
         return False
     from latentkv.ops.triton import prefill
 
-    bounds = (t.to(q.device, torch.int32, non_blocking=True).contiguous() for t in (q_start, kv_start))
-    prefill.attend_new_tokens(q, k, v, *bounds, out, lse, scale=scale, causal=causal).run()
+    first, first_key = (t.to(q.device, torch.int32, non_blocking=True).contiguous() for t in (q_start, kv_start))
+    prefill.attend_new_tokens(q, k, v, first, first_key, out, lse, scale=scale, causal=causal).run()
     return True
 
 
@@ -132,8 +132,8 @@ def merge_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> 
 
     out = torch.empty(out_a.shape, dtype=torch.float32, device=out_a.device)
     lse = torch.empty(lse_a.shape, dtype=torch.float32, device=out_a.device)
-    parts = (t.contiguous() for t in (out_a, lse_a, out_b, lse_b))
-    elementwise.merge_states(*parts, out, lse).run()
+    a, b = (out_a.contiguous(), lse_a.contiguous()), (out_b.contiguous(), lse_b.contiguous())
+    elementwise.merge_states(*a, *b, out, lse).run()
     return out, lse
 
 

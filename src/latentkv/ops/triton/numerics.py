@@ -19,11 +19,7 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 @triton.jit
 def operand(x, dtype: tl.constexpr):
     """`x` as a matrix product takes it: in `dtype`, or where bf16 is emulated in float32 with the same values."""
-    if INTERPRETED and dtype == tl.bfloat16:
-        values = rounded(x, dtype)
-    else:
-        values = x.to(dtype)
-    return values
+    return rounded(x, dtype) if INTERPRETED and dtype == tl.bfloat16 else x.to(dtype)
 
 
 @triton.jit

@@ -57,7 +57,9 @@ def read_tuned(path: Path) -> Tuned:
             for sizes in shapes.values():
                 AttendBlocks(**sizes)
     except (ValueError, AttributeError, TypeError) as error:
-        raise ConfigError(f"{path} does not hold block sizes by GPU and shape ({error}); delete it, or tune anew.") from error
+        raise ConfigError(
+            f"{path} does not hold block sizes by GPU and shape ({error}); delete it, or tune anew."
+        ) from error
     return found
 
 

@@ -4,7 +4,7 @@ The bytes are those of `kv_formats.encode_latents`. e4m3 is encoded by arithmeti
 """
 # pyright: reportUnknownParameterType=false, reportMissingParameterType=false, reportUntypedFunctionDecorator=false
 # pyright: reportArgumentType=false, reportOperatorIssue=false, reportIndexIssue=false, reportCallIssue=false
-# pyright: reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
+# pyright: reportAttributeAccessIssue=false, reportGeneralTypeIssues=false, reportAssignmentType=false
 
 from __future__ import annotations
 
@@ -97,9 +97,7 @@ def write_kernel(
 
 
 @triton.jit
-def _rope(
-    own, columns, cos, sin, token, ROPE: tl.constexpr, ROTATE: tl.constexpr, INTERLEAVED: tl.constexpr
-):
+def _rope(own, columns, cos, sin, token, ROPE: tl.constexpr, ROTATE: tl.constexpr, INTERLEAVED: tl.constexpr):
     """The token's shared key in float32; to ROTATE: turned and rounded to its own type."""
     x = tl.load(own + columns, mask=columns < ROPE, other=0.0)
     if ROTATE:
@@ -131,7 +129,7 @@ def _largest(values, axis: tl.constexpr):
 
 @triton.jit
 def _int8_scales(largest):
-    """largest / 127 in float16, one step larger where rounding down would clip by more than half a step; float32."""
+    """Largest / 127 in float16, one step larger where rounding down would clip by more than half a step; float32."""
     quotient = tl.div_rn(largest, tl.full(largest.shape, 127.0, tl.float32))
     nearest = tl.where(quotient > 65504.0, 65504.0, quotient).to(tl.float16)
     larger = (nearest.to(tl.int16, bitcast=True) + 1).to(tl.float16, bitcast=True).to(tl.float32)
