@@ -187,10 +187,12 @@ def gather_tokens(kv_pages: Tensor, pages: Tensor | Sequence[int], start: int, s
         f"tokens {start} to {stop} lie outside the {len(pages)} pages of {page_size} tokens that the sequence has",
     )
     used = pages[first:last]
+    offset = start - first * page_size
+    if isinstance(used, Tensor) and not used.is_cpu:  # not waited for, so not checked either
+        return kv_pages.index_select(0, used).flatten(0, 1)[offset : offset + stop - start]
     ids: list[int] = used.tolist() if isinstance(used, Tensor) else list(used)
     if min(ids) < 0 or max(ids) >= num_pages:
         raise OpError(f"page {next(i for i in ids if not 0 <= i < num_pages)} is not one of the cache's {num_pages}")
-    offset = start - first * page_size
     if ids == list(range(ids[0], ids[0] + len(ids))):
         begin = ids[0] * page_size + offset
         return flat[begin : begin + stop - start]
