@@ -103,7 +103,7 @@ def all_candidates(shape: AttendShape, shared: SharedMemory) -> list[AttendBlock
 
 def _grid(default: AttendBlocks) -> Iterator[AttendBlocks]:
     rows = {max(16, default.rows // 2), default.rows, min(128, default.rows * 2)}
-    for m, n, chunk, warps, stages in product(sorted(rows), (16, 32, 64, 128), (512, 1024, 2048), (4, 8), (1, 2, 3)):
+    for m, n, chunk, warps, stages in product(sorted(rows), (16, 32, 64, 128), (512, 1024, 2048), (4, 8), (1, 3, 5)):
         yield replace(default, rows=m, tokens=n, chunk=chunk, num_warps=warps, num_stages=stages)
 
 

@@ -198,6 +198,15 @@ def test_as_many_passes_as_the_workspace_needs_change_nothing(run: Run, monkeypa
         assert torch.equal(actual, expected)
 
 
+def test_a_row_never_reads_past_its_block_table(run: Run) -> None:
+    case = mla_case([1], [16], heads=2)
+    table = case.table[:, :1]
+    whole = run(mla_attend, case.q, case.pages, table, case.q_start, torch.tensor([16]), latent_dim=64, scale=0.1)
+    beyond = run(mla_attend, case.q, case.pages, table, case.q_start, torch.tensor([5000]), latent_dim=64, scale=0.1)
+    for actual, expected in zip(beyond, whole, strict=True):
+        assert torch.equal(actual, expected)
+
+
 def test_queries_and_outputs_may_be_slices_of_wider_tensors(run: Run) -> None:
     case = mla_case([2, 1], [20, 9], heads=3)
     wide = torch.cat([case.q, case.q], dim=1)[:, 3:]

@@ -142,7 +142,7 @@ def attend_pages(
                 (
                     *(q, *q.stride()[:2], kv_pages, kv_pages.stride(1)),
                     *(rows.block_table, rows.block_table.stride(0), rows.q_start, *own, start, rows.stop),
-                    *(first_chunk, item_start, batch, partial_out, partial_lse, scale * _LOG2_E),
+                    *(most_tokens, first_chunk, item_start, batch, partial_out, partial_lse, scale * _LOG2_E),
                 ),
                 {**tile, **latent, **ranges, **read},
                 num_warps=blocks.num_warps,

@@ -56,13 +56,12 @@ def plan_kernel(
     for row in range(first_row, last_row, BLOCK):
         rows = row + tl.arange(0, BLOCK)
         valid = rows < last_row
-        row_stop = tl.load(stop + rows, mask=valid, other=0)
+        row_stop = tl.minimum(tl.load(stop + rows, mask=valid, other=0), capacity)
         row_start = tl.load(start + rows, mask=valid, other=0) if HAS_START else tl.zeros((BLOCK,), tl.int32)
         reads = row_start < row_stop
         lows = tl.minimum(lows, tl.where(reads, row_start, FAR))
         highs = tl.maximum(highs, tl.where(reads, row_stop, 0))
-    low = tl.min(lows, 0)
-    high = tl.minimum(tl.max(highs, 0), capacity)
+    low, high = tl.min(lows, 0), tl.max(highs, 0)
     chunks = tl.where(low < high, (high + CHUNK - 1) // CHUNK - low // CHUNK, 0)
     tiles = ((last_row - first_row) * HEADS + BLOCK_M - 1) // BLOCK_M
     tl.store(first_chunk + b, tl.where(low < high, low // CHUNK, 0))
@@ -81,7 +80,7 @@ def number_items_kernel(items, item_start, batch, BLOCK: tl.constexpr):
         before += tl.sum(counts, 0)
 
 
-@triton.jit(do_not_specialize=["row_low", "row_high", "batch"])
+@triton.jit(do_not_specialize=["row_low", "row_high", "capacity", "batch"])
 def attend_kernel(
     q,
     q_row,
@@ -95,6 +94,7 @@ def attend_kernel(
     row_high,
     start,
     stop,
+    capacity,
     first_chunk,
     item_start,
     batch,
@@ -138,7 +138,7 @@ def attend_kernel(
         pair = local % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
         valid = pair < pairs
         rows = first_row + pair // HEADS
-        row_stop = tl.load(stop + rows, mask=valid, other=0)
+        row_stop = tl.minimum(tl.load(stop + rows, mask=valid, other=0), capacity)
         row_start = tl.load(start + rows, mask=valid, other=0) if HAS_START else tl.zeros((BLOCK_M,), tl.int32)
         reads = row_start < row_stop
 
@@ -233,19 +233,25 @@ def _attend_blocks(
     COMPUTE: tl.constexpr,
 ):
     """Online softmax (arXiv 1805.02867) over tokens begin .. end - 1; not MASKED: every row reads all of them."""
-    for first in range(begin, end, BLOCK_N):
+    # Counted from 0: with another lower bound Triton (3.9) does not see that rows are aligned, and reads word by word.
+    for block in range(0, (end - begin + BLOCK_N - 1) // BLOCK_N):
+        first = begin + block * BLOCK_N
         tokens = first + tl.arange(0, BLOCK_N)
         read = tokens < end
         reads = (tokens[None, :] >= row_start[:, None]) & (tokens[None, :] < row_stop[:, None])
         if MASKED:
             # What no row reads may be NaN, and 0 * NaN is NaN: it is not loaded.
             read = read & (tl.max(reads.to(tl.int32), 0) > 0)
-            page = tl.load(own_table + tokens // PAGE, mask=read, other=0)
+        if PAGE % BLOCK_N == 0:
+            # One page holds the block, and its rows follow each other: one page number, and far fewer addresses.
+            page = tl.load(own_table + first // PAGE)
+            cached = pages + (page.to(tl.int64) * PAGE + first % PAGE) * page_row
+            cached += tl.arange(0, BLOCK_N) * page_row
         else:
-            page = tl.load(own_table + tokens // PAGE)
-        if HAS_HOLES:
-            read = read & (page >= 0)
-        cached = pages + (page.to(tl.int64) * PAGE + tokens % PAGE) * page_row
+            page = tl.load(own_table + tokens // PAGE, mask=read, other=0)
+            cached = pages + (page.to(tl.int64) * PAGE + tokens % PAGE) * page_row
+            if HAS_HOLES:
+                read = read & (page >= 0)
         latents = load_latents(cached, read, COMPUTE, FORMAT, LATENT, ROPE, BLOCK_L, MASKED)
         scores = tl.dot(q_latent, tl.trans(latents), input_precision="ieee")
         if ROPE > 0:

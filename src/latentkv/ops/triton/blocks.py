@@ -32,9 +32,11 @@ AMD = SharedMemory(64 << 10, holds_queries=False)
 LEAST_BLOCK = 16
 """Rows, columns and depth of the smallest matrix product."""
 MOST_ROWS = 64
+MOST_ROWS_QUANTISED = 32
+"""More would not leave the registers that decoding takes: compilers for sm_80 and sm_90 say so."""
 
-_SHAPES = ((64, 2), (32, 2), (64, 1), (16, 2), (32, 1), (16, 1))
-"""(tokens of a block, blocks under way at once), the preferred first."""
+_SHAPES = ((64, 3), (32, 3), (64, 1), (16, 3), (32, 1), (16, 1))
+"""(tokens of a block, stages), the preferred first: 3 fetch a page number, then its tokens, then multiply."""
 
 _PREFILL_SHAPES = ((64, 64, 2), (64, 32, 2), (64, 32, 1), (32, 32, 1), (16, 32, 1), (16, 16, 1))
 """(rows, keys of a block, blocks under way at once), the preferred first."""
@@ -49,7 +51,7 @@ class AttendBlocks:
         tokens: cached tokens of a block.
         chunk: tokens of a chunk, a multiple of `tokens`.
         num_warps: warps of a program.
-        num_stages: blocks under way at once.
+        num_stages: stages of the pipeline: 1 waits for each block of tokens, 3 has the next one under way.
     """
 
     rows: int
@@ -105,11 +107,12 @@ def attend_shared_bytes(
 ) -> int:
     """Bytes of shared memory that a program needs at most: queries, scores, weights and the blocks under way."""
     width = block_size(shape.latent_dim) + block_size(shape.rope_dim)
+    under_way = 1 + num_stages // 2
     block = tokens * width * shape.compute.itemsize
-    if shape.stored != shape.compute:  # stored as it came, beside the block that is multiplied
-        block += tokens * width * shape.stored.itemsize * (num_stages - 1)
+    if shape.stored != shape.compute:  # kept as it came, beside the block that is multiplied
+        block += tokens * width * shape.stored.itemsize * under_way
     else:
-        block *= num_stages
+        block *= under_way
     scores = rows * tokens * (4 + shape.compute.itemsize)
     if not holds_queries:  # but the output passes through it where its layout changes
         return max(block + scores, rows * block_size(shape.latent_dim) * shape.compute.itemsize)
@@ -124,7 +127,8 @@ def attend_blocks(shape: AttendShape, shared: SharedMemory) -> AttendBlocks:
     Raises:
         OpError: no block fits.
     """
-    rows = min(MOST_ROWS, block_size(shape.heads))
+    most = MOST_ROWS_QUANTISED if shape.stored == torch.uint8 else MOST_ROWS
+    rows = min(most, block_size(shape.heads))
     while rows >= LEAST_BLOCK:
         for tokens, stages in _SHAPES:
             needed = attend_shared_bytes(shape, rows, tokens, stages, holds_queries=shared.holds_queries)

@@ -109,7 +109,9 @@ def _attend_keys(
     COMPUTE: tl.constexpr,
 ):
     """Online softmax over keys begin .. end - 1; not MASKED: every row reads all of them, whole blocks."""
-    for first in range(begin, end, BLOCK_N):
+    # Counted from 0: with another lower bound Triton (3.9) does not see that rows are aligned, and reads word by word.
+    for block in range(0, (end - begin + BLOCK_N - 1) // BLOCK_N):
+        first = begin + block * BLOCK_N
         keys = first + tl.arange(0, BLOCK_N)
         own_k, own_v = k + keys.to(tl.int64)[:, None] * k_row, v + keys.to(tl.int64)[:, None] * v_row
         read_d, read_e, read_c = (d < DIM)[None, :], (e < DIM)[None, :], (c < VALUE_DIM)[None, :]
