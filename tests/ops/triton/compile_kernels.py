@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict
 
 import torch
 
@@ -94,8 +95,8 @@ def main(target: str, extent: str) -> None:
         launches += [launch for case in MORE_ATTENTION for launch in attention_launches(shared, *case)]
         launches += grouped_launches(shared, 32, 8, 128, BF16) + grouped_launches(shared, 4, 4, 64, FP32)
         launches += other_launches(shared, FP32)
-    compiled = [compile_for(launch, target) for launch in launches]
-    print(json.dumps([{"kernel": c.name, "shared": c.shared_bytes, "limit": shared.size} for c in compiled]))
+    compiled = [asdict(compile_for(launch, target)) | {"limit": shared.size} for launch in launches]
+    print(json.dumps(compiled))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,11 @@ from latentkv.ops.triton.launch import Launch
 Run = Callable[..., Any]
 
 
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
 @pytest.fixture(params=[pytest.param("cpu", id="interpreter"), pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> torch.device:
     return _device_or_skip(request.param)

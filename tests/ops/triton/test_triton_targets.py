@@ -1,4 +1,4 @@
-"""Every kernel compiles for GPUs that are not here, and fits into their shared memory."""
+"""Every kernel compiles for GPUs that are not here, fits into their shared memory, and copies in the background."""
 
 from __future__ import annotations
 
@@ -27,6 +27,8 @@ KERNELS = {
     "add_choices_kernel",
 }
 
+PIPELINED = {"attend_kernel", "prefill_kernel", "gate_up_kernel", "down_kernel"}
+
 pytestmark = pytest.mark.skipif(not has_triton(), reason="triton is not installed: pip install 'latentkv[gpu]'")
 
 
@@ -53,5 +55,7 @@ def test_every_kernel_compiles_and_fits(target: str, extent: str, tmp_path: Path
     )
     assert done.returncode == 0, done.stderr[-3000:]
     compiled = json.loads(done.stdout.splitlines()[-1])
-    assert {kernel["kernel"] for kernel in compiled} == KERNELS
-    assert [kernel for kernel in compiled if kernel["shared"] > kernel["limit"]] == []
+    assert {kernel["name"] for kernel in compiled} == KERNELS
+    assert [kernel for kernel in compiled if kernel["shared_bytes"] > kernel["limit"]] == []
+    if target.startswith("sm_"):  # loads that the compiler does not see to be wide are not copied in the background
+        assert {kernel["name"] for kernel in compiled if kernel["async_copies"]} == PIPELINED

@@ -30,10 +30,12 @@ class Compiled:
     Attributes:
         name: the kernel's.
         shared_bytes: shared memory of a program.
+        async_copies: instructions that copy to shared memory while others compute (NVIDIA, before TMA).
     """
 
     name: str
     shared_bytes: int
+    async_copies: int
 
 
 def compile_for(launch: Launch, target: str) -> Compiled:
@@ -45,4 +47,5 @@ def compile_for(launch: Launch, target: str) -> Compiled:
     options, signature, constants, attributes = kernel._pack_args(backend, options, bound, specialization, options)
     source = ASTSource(kernel, signature, constants, attributes)
     compiled: Any = compile_kernel(source, target=TARGETS[target], options=options.__dict__)
-    return Compiled(kernel.__name__, compiled.metadata.shared)
+    async_copies = compiled.asm.get("ptx", "").count("cp.async.ca") + compiled.asm.get("ptx", "").count("cp.async.cg")
+    return Compiled(kernel.__name__, compiled.metadata.shared, async_copies)
