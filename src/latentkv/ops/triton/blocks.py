@@ -35,6 +35,9 @@ MOST_ROWS = 64
 MOST_ROWS_QUANTISED = 32
 """More would not leave the registers that decoding takes: compilers for sm_80 and sm_90 say so."""
 
+_SCRATCH_BYTES = 8 << 10
+"""What changes of layout take beside the blocks, where no pipeline makes room for them."""
+
 _SHAPES = ((64, 3), (32, 3), (64, 1), (16, 3), (32, 1), (16, 1))
 """(tokens of a block, stages), the preferred first: 3 fetch a page number, then its tokens, then multiply."""
 
@@ -113,7 +116,7 @@ def attend_shared_bytes(
         block += tokens * width * shape.stored.itemsize * under_way
     else:
         block *= under_way
-    scores = rows * tokens * (4 + shape.compute.itemsize)
+    scores = rows * tokens * (4 + shape.compute.itemsize) + (_SCRATCH_BYTES if num_stages == 1 else 0)
     if not holds_queries:  # but the output passes through it where its layout changes
         return max(block + scores, rows * block_size(shape.latent_dim) * shape.compute.itemsize)
     return block + scores + rows * width * shape.compute.itemsize
