@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -13,6 +14,10 @@ import torch
 if TYPE_CHECKING:
     from latentkv import LLM
     from live_server import Live
+
+# Without a GPU, Triton's kernels are tested through its interpreter, which has to be chosen before triton is imported.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 # One thread: small products do not wait for each other, and results do not vary.
 torch.set_num_threads(1)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from latentkv.cli.bench_gpu import gpu_attention, require_unset, tune
 from latentkv.cli.bench_model import make_model, model
 from latentkv.cli.bench_options import Contexts, JsonFile, KVDtype, Repeats, Threads, numbers, require_folder, save
 from latentkv.cli.bench_serve import serve
@@ -24,13 +25,19 @@ bench_app.command()(model)
 bench_app.command("make-model")(make_model)
 bench_app.command()(serve)
 bench_app.command()(speculation)
+bench_app.command()(tune)
 
 
 @bench_app.command()
 def attention(
     shape: Annotated[str, typer.Option(help="Published layer: v2-lite or v3.")] = "v2-lite",
-    heads: Annotated[int | None, typer.Option(help="Number of heads.", show_default="the shape's")] = None,
-    contexts: Contexts = "1k,8k,32k",
+    heads: Annotated[
+        int | None, typer.Option(help="Number of heads.", show_default="the shape's; on a GPU 128 and 16")
+    ] = None,
+    contexts: Annotated[
+        str | None,
+        typer.Option(help="Cached tokens, with commas between.", show_default="1k,8k,32k; on a GPU 4k to 128k"),
+    ] = None,
     kv_dtype: KVDtype = "bf16",
     repeats: Repeats = 20,
     threads: Threads = None,
@@ -39,6 +46,9 @@ def attention(
     ] = "sdpa",
     json_file: JsonFile = None,
     plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw milliseconds against context.")] = None,
+    device: Annotated[
+        str, typer.Option(help="cpu, or cuda: there mla_decode alone, over bf16 and fp8 pages, against its ceilings.")
+    ] = "cpu",
 ) -> None:
     """Compare one decode step of one attention layer: LatentKV, transformers, and MHA that caches whole heads.
 
@@ -46,7 +56,13 @@ def attention(
 
     Example: latentkv bench attention --contexts 1k,8k --json attention.json --plot attention.png
     """
-    from latentkv.bench.attention import measure_attention
+    if device != "cpu":
+        given = {"--shape": shape != "v2-lite", "--kv-dtype": kv_dtype != "bf16", "--threads": threads is not None}
+        given |= {"--transformers-attention": transformers_attention != "sdpa", "--plot": plot is not None}
+        require_unset(device, given)
+        gpu_attention(device, heads=heads, contexts=contexts, repeats=repeats, json_file=json_file)
+        return
+    from latentkv.bench.attention import CONTEXTS, measure_attention
     from latentkv.bench.report import ATTENTION_NOTES, attention_table, ceilings_table, describe
     from latentkv.plan import as_kv_format
 
@@ -56,7 +72,7 @@ def attention(
     with console(stderr=True).status("starting") as status:
         report = measure_attention(
             layer,
-            contexts=numbers(contexts),
+            contexts=CONTEXTS if contexts is None else numbers(contexts),
             kv_format=kv_format,
             repeats=repeats,
             threads=threads,

@@ -45,6 +45,7 @@ class Machine:
     torch_isa: str
     threads: int
     kernels: str
+    gpu_kernels: tuple[str, ...]
     memory: tuple[Memory, ...]
     disk_free: int
 
@@ -96,6 +97,7 @@ def _look_around() -> Machine:
         torch_isa=torch.backends.cpu.get_cpu_capability(),
         threads=environment.threads,
         kernels=_kernels(),
+        gpu_kernels=tuple(_gpu_kernels(index) for index in range(torch.cuda.device_count())),
         memory=machine_memory(),
         disk_free=shutil.disk_usage(Path.cwd()).free,
     )
@@ -113,6 +115,16 @@ def _kernels() -> str:
         return f"none, torch computes everything: the native kernels {reason}"
     others = ", ".join(isa for isa in available_isas()[1:] if isa != current_isa())
     return f"native, {current_isa()} (also here: {others}; LATENTKV_ISA chooses)"
+
+
+def _gpu_kernels(index: int) -> str:
+    """Which of LatentKV's own kernels compute on this GPU, or why none do."""
+    import torch
+
+    from latentkv.ops.backends import why_not_triton
+
+    reason = why_not_triton(torch.device("cuda", index))
+    return "Triton" if reason is None else f"none, torch computes everything: Triton's kernels {reason}"
 
 
 def _isa_flags() -> tuple[str, ...]:
@@ -140,7 +152,10 @@ def _print_machine(machine: Machine) -> None:
     out.print(
         f"torch    {machine.torch} on Python {machine.python}, {machine.threads} threads, uses {machine.torch_isa}"
     )
-    out.print(f"Kernels  {machine.kernels}\n")
+    out.print(f"Kernels  {machine.kernels}")
+    for index, kernels in enumerate(machine.gpu_kernels):
+        out.print(f"GPU {index}    {kernels}")
+    out.print()
 
 
 def _op_table(reports: list[OpReport]) -> Table:

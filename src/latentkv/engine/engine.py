@@ -222,7 +222,7 @@ class Engine:
         rows = [row for each in asked for row in range(ends[each] - 1 - len(each.draft), ends[each])]
         events: list[Event] = []
         if rows:
-            logits = self.runner.logits(hidden[rows]).split([1 + len(each.draft) for each in asked])
+            logits = self.runner.logits_on_host(hidden[rows]).split([1 + len(each.draft) for each in asked])
             for sequence, own in zip(asked, logits, strict=True):
                 events += self._choose(sequence, own)
         if self._drafter:

@@ -15,6 +15,7 @@ from latentkv.engine.runner import why_not_recorded
 from latentkv.engine.sequence import Sequence
 from latentkv.models.batch import Batch
 from latentkv.models.decoder import Decoder
+from latentkv.models.transfer import to_host
 
 
 class MTPDrafter:
@@ -97,7 +98,7 @@ class MTPDrafter:
     def _draft(self, wishes: list[Wish], hidden: Tensor, drafts: dict[Sequence, list[int]]) -> None:
         """Fill `drafts`, going on from the module's output [B, D] for each sequence's newest token."""
         while wishes:
-            for wish, logits in zip(wishes, self._decoder.logits(hidden), strict=True):
+            for wish, logits in zip(wishes, to_host(self._decoder.logits(hidden)), strict=True):
                 draft = drafts[wish.sequence]
                 draft.append(wish.choose(draft, logits))
             rows = [i for i, wish in enumerate(wishes) if len(drafts[wish.sequence]) < wish.most]

@@ -68,7 +68,7 @@ class Replay:
             inputs: what the layers read of it; called only where that is needed.
         """
         rows, isa = sum(batch.query_lens), current_isa()
-        if self.why_not is not None or rows > MOST_ROWS or isa == "torch":
+        if self.why_not is not None or rows > MOST_ROWS or isa in ("torch", "triton"):
             return None
         if min(batch.kv_lens) == 1:  # a first token takes the expanded form
             return None

@@ -17,6 +17,7 @@ from latentkv.errors import CheckpointError
 from latentkv.models.batch import Batch
 from latentkv.models.decoder import Decoder
 from latentkv.models.mla import Form
+from latentkv.models.transfer import to_host
 
 PREFILL_CHUNK = 2048
 """Tokens that one step reads at most: it bounds the memory of a step, whatever the prompt."""
@@ -80,18 +81,17 @@ class Runner:
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
-        """Float32 logits [T, V] of `hidden` [T, D].
+        """Float32 logits [T, V] of `hidden` [T, D], where the model runs.
 
         Raises:
             CheckpointError: they are not finite, so nothing could be chosen by them.
         """
-        logits = self.decoder.logits(hidden)
-        if not bool(logits.amax(-1).isfinite().all()):
-            raise CheckpointError(
-                "The model computed logits that are not finite: its weights hold NaN or infinity, "
-                f"or they overflow in {hidden.dtype}; check the checkpoint, or load it with dtype='fp32'."
-            )
-        return logits
+        return _require_finite(self.decoder.logits(hidden), hidden.dtype)
+
+    @torch.inference_mode()
+    def logits_on_host(self, hidden: Tensor) -> Tensor:
+        """The same on the host, where tokens are chosen: all that a step brings back from a GPU, in one transfer."""
+        return _require_finite(to_host(self.decoder.logits(hidden)), hidden.dtype)
 
     def logits_in_parts(self, hidden: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """Which rows, and their logits: so few at a time that they need bounded memory."""
@@ -99,6 +99,15 @@ class Runner:
         for start in range(0, len(hidden), size):
             rows = slice(start, min(start + size, len(hidden)))
             yield rows, self.logits(hidden[rows])
+
+
+def _require_finite(logits: Tensor, dtype: torch.dtype) -> Tensor:
+    if not bool(logits.amax(-1).isfinite().all()):
+        raise CheckpointError(
+            "The model computed logits that are not finite: its weights hold NaN or infinity, "
+            f"or they overflow in {dtype}; check the checkpoint, or load it with dtype='fp32'."
+        )
+    return logits
 
 
 def why_not_recorded(decoder: Decoder) -> str | None:

@@ -9,6 +9,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from latentkv.models.transfer import to_device
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -71,13 +73,17 @@ class Batch:
         table = torch.zeros(len(pages), max(len(owned) for owned in pages), dtype=torch.int32)
         for row, owned in enumerate(pages):
             table[row, : len(owned)] = torch.tensor(owned, dtype=torch.int32)
+
+        def on_device(numbers: Sequence[int], dtype: torch.dtype) -> Tensor:
+            return to_device(torch.tensor(numbers, dtype=dtype), device)
+
         return cls(
-            input_ids=torch.tensor([t for new in tokens for t in new], dtype=torch.int64, device=device),
-            positions=torch.tensor(positions, dtype=torch.int64, device=device),
-            q_start=torch.tensor([0, *accumulate(query_lens)], dtype=torch.int32, device=device),
-            block_table=table.to(device),
-            slots=torch.tensor(slots, dtype=torch.int64, device=device),
-            stop=torch.tensor([p + 1 for p in positions], dtype=torch.int32, device=device),
+            input_ids=on_device([t for new in tokens for t in new], torch.int64),
+            positions=on_device(positions, torch.int64),
+            q_start=on_device([0, *accumulate(query_lens)], torch.int32),
+            block_table=to_device(table, device),
+            slots=on_device(slots, torch.int64),
+            stop=on_device([p + 1 for p in positions], torch.int32),
             query_lens=query_lens,
             kv_lens=kv_lens,
             kv_start=kv_start,

@@ -31,7 +31,7 @@ def rotary(config: RopeConfig, positions: Tensor, *, max_context: int) -> Rotary
         positions: index of each token in its sequence.
         max_context: the longest sequence that this model instance may see; chooses longrope's factors once.
     """
-    frequencies = inverse_frequencies(config, max_context=max_context).to(positions.device)
+    frequencies = _frequencies_on(positions.device, config, max_context)
     angles = positions.to(torch.float64)[..., None] * frequencies
     factor = attention_factor(config)
     scale = None
@@ -39,6 +39,12 @@ def rotary(config: RopeConfig, positions: Tensor, *, max_context: int) -> Rotary
         steps = torch.floor(positions.to(torch.float32) / config.original_max_positions)
         scale = 1 + config.query_scaling_beta * torch.log1p(steps)
     return Rotary((angles.cos() * factor).float(), (angles.sin() * factor).float(), scale)
+
+
+@cache
+def _frequencies_on(device: torch.device, config: RopeConfig, max_context: int) -> Tensor:
+    """Copied to a GPU once, not in every step."""
+    return inverse_frequencies(config, max_context=max_context).to(device)
 
 
 @cache

@@ -1,6 +1,6 @@
-"""Attention over the paged cache: native kernels where they fit, else plain torch, which takes every dtype and device.
+"""Attention over the paged cache: native kernels on a CPU, Triton's on a GPU, else plain torch, which takes everything.
 
-Lengths are read on the host once a call.
+Native kernels and torch read lengths on the host once a call; Triton's never do.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from latentkv.ops.kv_formats import KVFormat
 from latentkv.ops.native import attention as native
 from latentkv.ops.online_softmax import CHUNK_TOKENS, attend, compute_dtype
 from latentkv.ops.pages import check_latent_pages, decode_rows, gather_tokens
+from latentkv.ops.triton import calls as triton
 
 KeysAndValues = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Cached rows [n, ...] -> keys [G, n, D] and values [G, n, Dv] to compute with."""
@@ -103,6 +104,11 @@ def mla_attend(
         )
         return out, lse
 
+    if triton.attend_pages(
+        q, kv_pages, block_table, q_start, start, stop, slots, out, lse, scale=scale, kv_format=kv_format
+    ):
+        return out, lse
+
     def keys_and_values(cached: Tensor) -> tuple[Tensor, Tensor]:
         latents = _aligned(decode_rows(cached, latent_dim, width - latent_dim, kv_format, dtype)).unsqueeze(0)
         return latents, latents[..., :latent_dim]
@@ -179,6 +185,9 @@ def gqa_attend(
             value_offset=kv_heads * dim,
             scale=scale,
         )
+        return out, lse
+
+    if triton.attend_pages(q, kv_pages, block_table, q_start, start, stop, None, out, lse, scale=scale):
         return out, lse
 
     def keys_and_values(cached: Tensor) -> tuple[Tensor, Tensor]:

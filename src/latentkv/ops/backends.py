@@ -7,6 +7,8 @@ from typing import Literal
 import torch
 
 from latentkv.ops.native import core
+from latentkv.ops.triton import eligible as triton
+from latentkv.ops.triton.eligible import why_not_triton
 
 FLASH_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -28,7 +30,7 @@ def why_not_native(device: torch.device) -> str | None:
         return f"run on a CPU only, not on {device}"
     if core.extension is None:
         return f"were not built ({core.why_no_extension()}): install a C++ compiler, then LatentKV anew"
-    if core.current_isa() == "torch":
+    if core.native_isa() is None:
         return f"are switched off: unset {core.ENVIRONMENT_VARIABLE}"
     return None
 
@@ -43,7 +45,9 @@ def why_no_int8_products(device: torch.device) -> str | None:
 
 
 def describe_backends(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
-    """One line an op: what computes it on this device (`why_not_native` says why where that is torch)."""
+    """One line an op: what computes it on this device (`why_not_native`, `why_not_triton`: why that is torch)."""
+    if why_not_triton(device) is None and dtype in triton.DTYPES:
+        return _triton_backends(device, dtype)
     if why_not_native(device) is not None or dtype not in core.DTYPE_CODES:
         return _torch_backends(device, dtype)
     isa = core.current_isa()
@@ -68,6 +72,24 @@ def describe_backends(device: torch.device, dtype: torch.dtype) -> dict[str, str
         "latents as fp8": f"{native}; torch reads them back",
         "latents as int8": f"{native}; torch reads them back",
         "merge_states": "torch",
+    }
+
+
+def _triton_backends(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
+    by = "Triton" if device.type == "cuda" else "Triton's interpreter"
+    attention = f"{by}, {str(dtype).removeprefix('torch.')} products"
+    return {
+        **_torch_backends(device, dtype),
+        "mla_attend": f"{attention}, split into chunks of tokens",
+        "gqa_attend": f"{attention}, split into chunks of tokens",
+        "mla_prefill": attention,
+        "moe_experts": f"{by}, all experts in two products",
+        "rms_norm": by,
+        "apply_rope": by,
+        "norm_rope_write": by,
+        "latents as fp8": f"{by}; torch reads them back",
+        "latents as int8": f"{by}; torch reads them back",
+        "merge_states": by,
     }
 
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from latentkv.errors import OpError
 from latentkv.ops.native import elementwise as native
+from latentkv.ops.triton import calls as triton
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -23,6 +24,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return fast
     if weight.ndim != 1 or weight.shape[0] != x.shape[-1]:
         raise OpError(f"rms_norm takes weight [{x.shape[-1]}] for x {list(x.shape)}, not {list(weight.shape)}")
+    fast = triton.rms_norm(x, weight, eps)
+    if fast is not None:
+        return fast
     wide = x if x.dtype == torch.float64 else x.float()
     normed = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
     return (weight * normed.to(x.dtype)).to(x.dtype)
@@ -55,6 +59,9 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool, out: T
         )
     if out is not None and (out.shape != x.shape or out.dtype != x.dtype):
         raise OpError(f"out must be {list(x.shape)} of {x.dtype} like x, not {list(out.shape)} of {out.dtype}")
+    fast = triton.apply_rope(x, cos, sin, interleaved=interleaved, out=out)
+    if fast is not None:
+        return fast
     if interleaved:
         first, second = x[..., 0::2], x[..., 1::2]
     else:

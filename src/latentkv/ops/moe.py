@@ -11,6 +11,7 @@ from latentkv.ops.checks import require_shape
 from latentkv.ops.elementwise import silu_mul
 from latentkv.ops.native import moe as native
 from latentkv.ops.packed import PackedWeight
+from latentkv.ops.triton import calls as triton
 
 
 def moe_experts(
@@ -55,7 +56,13 @@ def moe_experts(
         fast = native.moe_experts(x, expert_ids, weights, gate_up, down, residual)
         if fast is not None:
             return fast
-    counts = _tokens_per_expert(expert_ids, num_experts)
+    # On a GPU, its kernels do not wait to read the choices; elsewhere they are checked.
+    counts = _tokens_per_expert(expert_ids, num_experts) if expert_ids.is_cpu else None
+    if isinstance(gate_up, Tensor) and isinstance(down, Tensor):
+        fast = triton.moe_experts(x, expert_ids, weights, gate_up, down, residual)
+        if fast is not None:
+            return fast
+    counts = counts or _tokens_per_expert(expert_ids, num_experts)
     order = torch.argsort(expert_ids.reshape(-1), stable=True)
     sorted_x = x[order // expert_ids.shape[1]]
     experts = zip(sorted_x.split(counts), _matrices(gate_up), _matrices(down), strict=True)

@@ -19,6 +19,7 @@ from latentkv.ops.kv_formats import (
     storage_dtype,
 )
 from latentkv.ops.native import pages as native
+from latentkv.ops.triton import calls as triton
 
 
 def check_latent_pages(kv_pages: Tensor, latent_dim: int, rope_dim: int, kv_format: KVFormat | None) -> None:
@@ -56,7 +57,7 @@ def write_latents(
         kv_format: layout of uint8 pages; None = numbers of the pages' own dtype.
 
     Raises:
-        OpError: shapes or dtypes do not fit, or a slot lies outside the cache.
+        OpError: shapes or dtypes do not fit, or a slot lies outside the cache (on a GPU it is left unwritten).
     """
     if native.write_latents(kv_pages, slots, latents, k_rope, kv_format):
         return
@@ -66,6 +67,8 @@ def write_latents(
     require_shape("k_rope", k_rope, (tokens, None))
     check_latent_pages(kv_pages, latent_dim, k_rope.shape[1], kv_format)
     _require_slots_inside(kv_pages, slots)
+    if triton.write_latents(kv_pages, slots, latents, k_rope, kv_format):
+        return
     if kv_format is None or kv_format in FLOAT_DTYPES:
         rows = torch.cat([latents, k_rope], dim=1).to(kv_pages.dtype)
     else:
@@ -101,7 +104,7 @@ def norm_rope_write(
         kv_format: layout of uint8 pages; None = numbers of the pages' own dtype.
 
     Raises:
-        OpError: shapes or dtypes do not fit, or a slot lies outside the cache.
+        OpError: shapes or dtypes do not fit, or a slot lies outside the cache (on a GPU it is left unwritten).
     """
     angles = cos, sin
     if native.norm_rope_write(
@@ -119,13 +122,18 @@ def norm_rope_write(
     require_shape("cos", cos, (tokens, rope_dim // 2))
     require_shape("sin", sin, (tokens, rope_dim // 2))
     check_latent_pages(kv_pages, latent_dim, rope_dim, kv_format)
+    _require_slots_inside(kv_pages, slots)
+    if triton.norm_rope_write(
+        kv_pages, slots, kv_a, norm_weight, eps, *angles, interleaved=interleaved, kv_format=kv_format
+    ):
+        return
     latents, k_rope = kv_a.split([latent_dim, rope_dim], dim=1)
     latents, k_rope = rms_norm(latents, norm_weight, eps), apply_rope(k_rope, *angles, interleaved=interleaved)
     write_latents(kv_pages, slots, latents, k_rope, kv_format=kv_format)
 
 
 def _require_slots_inside(kv_pages: Tensor, slots: Tensor) -> None:
-    """The same refusal as the kernels', on the CPU; a GPU's step does not wait to read its slots."""
+    """The same refusal as the native kernels', on the CPU; a GPU's step does not wait to read its slots."""
     count = kv_pages.shape[0] * kv_pages.shape[1]
     if slots.is_cpu and slots.numel():
         outside = slots[(slots < 0) | (slots >= count)]
@@ -179,10 +187,12 @@ def gather_tokens(kv_pages: Tensor, pages: Tensor | Sequence[int], start: int, s
         f"tokens {start} to {stop} lie outside the {len(pages)} pages of {page_size} tokens that the sequence has",
     )
     used = pages[first:last]
+    offset = start - first * page_size
+    if isinstance(used, Tensor) and not used.is_cpu:  # not waited for, so not checked either
+        return kv_pages.index_select(0, used).flatten(0, 1)[offset : offset + stop - start]
     ids: list[int] = used.tolist() if isinstance(used, Tensor) else list(used)
     if min(ids) < 0 or max(ids) >= num_pages:
         raise OpError(f"page {next(i for i in ids if not 0 <= i < num_pages)} is not one of the cache's {num_pages}")
-    offset = start - first * page_size
     if ids == list(range(ids[0], ids[0] + len(ids))):
         begin = ids[0] * page_size + offset
         return flat[begin : begin + stop - start]

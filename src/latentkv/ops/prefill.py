@@ -11,6 +11,7 @@ from latentkv.ops.checks import require, require_shape
 from latentkv.ops.native import attention as native
 from latentkv.ops.online_softmax import attend, compute_dtype
 from latentkv.ops.states import merge_states
+from latentkv.ops.triton import calls as triton
 
 FLASH_NUMBERS = 2**24
 """How many numbers of q, k or v are converted to float32 at a time (64 MiB)."""
@@ -52,14 +53,20 @@ def mla_prefill(
     require_shape("q", q, (None, None, None))
     require_shape("k", k, (None, q.shape[1], q.shape[2]))
     require_shape("v", v, (k.shape[0], q.shape[1], None))
-    q_bounds, kv_bounds = _bounds("q_start", q_start, q.shape[0]), _bounds("kv_start", kv_start, k.shape[0])
-    require(len(q_bounds) == len(kv_bounds), "q_start and kv_start must name the same number of sequences")
+    require(q_start.shape == kv_start.shape, "q_start and kv_start must name the same number of sequences")
+    starts = q_start, kv_start, q.shape[0], k.shape[0]
+    # Those on a GPU are not waited for, where its kernels compute.
+    bounds = _bounds(*starts) if q_start.is_cpu and kv_start.is_cpu else None
     out = torch.empty(q.shape[0], q.shape[1], v.shape[2], dtype=out_dtype or q.dtype, device=q.device)
     isa = native.isa_for(q, k, v, out) if k.dtype == v.dtype else None
     if prefill_backend(q.device, q.dtype) == "native" and isa is not None:
         lse = torch.empty(q.shape[:2], dtype=torch.float32)
         native.attend_new_tokens(isa, q, k, v, q_start, kv_start, out, lse, scale=scale, causal=causal)
         return out, lse
+    lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
+    if triton.attend_new_tokens(q, k, v, q_start, kv_start, out, lse, scale=scale, causal=causal):
+        return out, lse
+    q_bounds, kv_bounds = bounds or _bounds(*starts)
     parts = [
         _one_sequence(q[a:b], k[c:d], v[c:d], scale, causal)
         for a, b, c, d in zip(q_bounds, q_bounds[1:], kv_bounds, kv_bounds[1:], strict=False)
@@ -114,10 +121,13 @@ def _flash_cpu(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> t
     return torch.cat([out for out, _ in parts], dim=1), torch.cat([lse for _, lse in parts], dim=1)
 
 
-def _bounds(name: str, bounds: Tensor, total: int) -> list[int]:
-    values: list[int] = bounds.tolist()
-    require(
-        len(values) >= 2 and values[0] == 0 and values[-1] == total and values == sorted(values),
-        f"{name} must rise from 0 to {total}, not {values[:8]}",
-    )
-    return values
+def _bounds(q_start: Tensor, kv_start: Tensor, rows: int, keys: int) -> tuple[list[int], list[int]]:
+    found: list[list[int]] = []
+    for name, bounds, total in (("q_start", q_start, rows), ("kv_start", kv_start, keys)):
+        values: list[int] = bounds.tolist()
+        require(
+            len(values) >= 2 and values[0] == 0 and values[-1] == total and values == sorted(values),
+            f"{name} must rise from 0 to {total}, not {values[:8]}",
+        )
+        found.append(values)
+    return found[0], found[1]

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from latentkv.ops.checks import require, require_shape
+from latentkv.ops.triton import calls as triton
 
 
 def merge_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
@@ -29,6 +30,9 @@ def merge_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> 
         lse_a.shape == out_a.shape[:-1],
         f"merge_states takes out [..., D] with lse [...]; these are {list(out_a.shape)} and {list(lse_a.shape)}",
     )
+    fast = triton.merge_states(out_a, lse_a, out_b, lse_b)
+    if fast is not None:
+        return fast
     double = torch.float64 in (out_a.dtype, out_b.dtype, lse_a.dtype, lse_b.dtype)
     dtype = torch.float64 if double else torch.float32
     out_a, lse_a, out_b, lse_b = (t.to(dtype) for t in (out_a, lse_a, out_b, lse_b))

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any, Literal, get_args
 
 import torch  # first: the extension then shares torch's OpenMP threads
@@ -22,8 +23,11 @@ except ImportError as error:
 else:
     _import_error = ""
 
-Isa = Literal["torch", "portable", "avx2", "avx512", "avx512bf16"]
-"""What computes: torch alone, or the native kernels for one instruction set. Ordered from slow to fast."""
+Isa = Literal["torch", "triton", "portable", "avx2", "avx512", "avx512bf16"]
+"""What computes: torch alone, Triton's kernels (on a CPU through their interpreter, so only where they are named), or
+the native kernels for one instruction set, ordered from slow to fast."""
+
+_NOT_NATIVE = ("torch", "triton")
 
 ENVIRONMENT_VARIABLE = "LATENTKV_ISA"
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -34,10 +38,16 @@ _forced: ContextVar[Isa | None] = ContextVar("latentkv_isa", default=None)
 
 @cache
 def available_isas() -> tuple[Isa, ...]:
-    """Those that run here, best last."""
+    """What may compute on this CPU without being named, best last."""
     if extension is None:
         return ("torch",)
-    return ("torch", *(name for name in get_args(Isa)[1:] if extension.runs(getattr(extension.Isa, name))))
+    names = (name for name in get_args(Isa) if name not in _NOT_NATIVE)
+    return ("torch", *(name for name in names if extension.runs(getattr(extension.Isa, name))))
+
+
+def has_triton() -> bool:
+    """Whether the package `triton` is installed; it is not imported before one of its kernels is to run."""
+    return find_spec("triton") is not None
 
 
 def why_no_extension() -> str:
@@ -45,15 +55,20 @@ def why_no_extension() -> str:
     return _import_error
 
 
+def named_isa() -> Isa | None:
+    """The forced one, else the one that LATENTKV_ISA names; None where nobody named one."""
+    return _forced.get() or _named_by_environment()
+
+
 def current_isa() -> Isa:
-    """The forced one, else the one that LATENTKV_ISA names, else the best."""
-    return _forced.get() or _default_isa()
+    """The named one, else this CPU's best."""
+    return named_isa() or available_isas()[-1]
 
 
 def native_isa() -> Any | None:
-    """The extension's number of the current instruction set; None where torch is to compute."""
+    """The extension's number of the current instruction set; None where the extension is not to compute."""
     name = current_isa()
-    return None if name == "torch" else _numbers()[name]
+    return None if name in _NOT_NATIVE else _numbers()[name]
 
 
 def has_int8_products() -> bool:
@@ -76,18 +91,19 @@ def use_isa(isa: Isa) -> Generator[None]:
 
 
 @cache
-def _default_isa() -> Isa:
+def _named_by_environment() -> Isa | None:
     named = os.environ.get(ENVIRONMENT_VARIABLE)
-    return _require_available(named, ENVIRONMENT_VARIABLE) if named else available_isas()[-1]
+    return _require_available(named, ENVIRONMENT_VARIABLE) if named else None
 
 
 @cache
 def _numbers() -> dict[str, Any]:
-    return {name: getattr(extension.Isa, name) for name in available_isas() if name != "torch"}
+    return {name: getattr(extension.Isa, name) for name in available_isas() if name not in _NOT_NATIVE}
 
 
 def _require_available(name: str, source: str) -> Isa:
-    for isa in available_isas():
+    choices: tuple[Isa, ...] = (*available_isas(), "triton") if has_triton() else available_isas()
+    for isa in choices:
         if isa == name:
             return isa
-    raise ConfigError(f"{source}={name!r} does not run here; choose one of {', '.join(available_isas())}.")
+    raise ConfigError(f"{source}={name!r} does not run here; choose one of {', '.join(choices)}.")

@@ -1,0 +1,66 @@
+"""What the tests of Triton's kernels run on: its interpreter where there is no GPU, a GPU with `-m gpu`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from latentkv.ops.native.core import has_triton, use_isa
+from latentkv.ops.triton.launch import Launch
+
+Run = Callable[..., Any]
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=[pytest.param("cpu", id="interpreter"), pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    return _device_or_skip(request.param)
+
+
+@pytest.fixture
+def run(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Calls an op on the device, through Triton's kernels and nothing else, and brings back what it returns."""
+    launched: list[str] = []
+    launch = Launch.run
+
+    def counted(self: Launch) -> None:
+        launched.append(self.kernel.__name__)
+        launch(self)
+
+    monkeypatch.setattr(Launch, "run", counted)
+
+    def call(op: Callable[..., Any], *args: Any, launches: bool = True, **options: Any) -> Any:
+        launched.clear()
+        moved = [_to(arg, device) for arg in args]
+        with use_isa("triton"), np.errstate(all="ignore"):  # the interpreter computes with numpy
+            result = op(*moved, **{name: _to(value, device) for name, value in options.items()})
+        assert bool(launched) == launches
+        for arg, copy in zip(args, moved, strict=True):
+            if isinstance(arg, Tensor) and copy is not arg:
+                arg.copy_(copy)  # what was written in place
+        return tuple(t.cpu() for t in result) if isinstance(result, tuple) else _to(result, torch.device("cpu"))
+
+    return call
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    return value.to(device) if isinstance(value, Tensor) else value
+
+
+def _device_or_skip(name: str) -> torch.device:
+    if not has_triton():
+        pytest.skip("triton is not installed: pip install 'latentkv[gpu]'")
+    if name == "cuda" and not torch.cuda.is_available():
+        pytest.skip("there is no GPU here")
+    if name == "cpu" and torch.cuda.is_available():
+        pytest.skip("the interpreter stands in where there is no GPU: pytest -m gpu")
+    return torch.device(name)
