@@ -21,6 +21,7 @@ from latentkv.ops.triton.blocks import (
     SharedMemory,
     attend_blocks,
     attend_shared_bytes,
+    block_size,
     shared_memory_of,
 )
 from latentkv.ops.triton.launch import Launch
@@ -92,13 +93,18 @@ def tune_attention(
 
 
 def all_candidates(shape: AttendShape, shared: SharedMemory) -> list[AttendBlocks]:
-    """Around the default sizes, as far as they fit into shared memory."""
+    """Around the default sizes, as far as they fit into shared memory, and their sums into registers."""
     return [
         blocks
         for blocks in _grid(attend_blocks(shape, shared))
         if attend_shared_bytes(shape, blocks.rows, blocks.tokens, blocks.num_stages, holds_queries=shared.holds_queries)
         <= shared.size
+        and blocks.rows * block_size(shape.latent_dim) <= 32 * blocks.num_warps * _MOST_SUMS
     ]
+
+
+_MOST_SUMS = 128
+"""Float32 sums of a thread, which has 255 registers."""
 
 
 def _grid(default: AttendBlocks) -> Iterator[AttendBlocks]:
@@ -109,7 +115,8 @@ def _grid(default: AttendBlocks) -> Iterator[AttendBlocks]:
 
 def _milliseconds(device: torch.device, tensors: PagedCase, blocks: AttendBlocks, repeats: int) -> float:
     """Median of a call with these sizes; infinite where they need more registers or memory than there are."""
-    from triton.runtime.errors import OutOfResources
+    from triton.compiler.errors import CompileTimeAssertionFailure
+    from triton.runtime.errors import OutOfResources, PTXASError
 
     def step() -> None:
         for launch in launches:
@@ -118,5 +125,5 @@ def _milliseconds(device: torch.device, tensors: PagedCase, blocks: AttendBlocks
     launches: Sequence[Launch] = tensors.launches(blocks)
     try:
         return time_on(device, {"step": step}, repeats=repeats)["step"].median * 1e3
-    except OutOfResources:
+    except (OutOfResources, PTXASError, CompileTimeAssertionFailure):
         return float("inf")

@@ -24,6 +24,7 @@ from latentkv.engine.scheduler import MAX_RUNNING, Scheduler, Share
 from latentkv.engine.sequence import Sequence
 from latentkv.errors import CacheError, RequestError
 from latentkv.models.decoder import Decoder
+from latentkv.models.transfer import take_rows
 
 LOADING_SECONDS = 0.05
 """That a step waits for pages of the store where there is nothing else to do."""
@@ -222,7 +223,7 @@ class Engine:
         rows = [row for each in asked for row in range(ends[each] - 1 - len(each.draft), ends[each])]
         events: list[Event] = []
         if rows:
-            logits = self.runner.logits_on_host(hidden[rows]).split([1 + len(each.draft) for each in asked])
+            logits = self.runner.logits_on_host(take_rows(hidden, rows)).split([1 + len(each.draft) for each in asked])
             for sequence, own in zip(asked, logits, strict=True):
                 events += self._choose(sequence, own)
         if self._drafter:

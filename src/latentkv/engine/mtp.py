@@ -15,7 +15,7 @@ from latentkv.engine.runner import why_not_recorded
 from latentkv.engine.sequence import Sequence
 from latentkv.models.batch import Batch
 from latentkv.models.decoder import Decoder
-from latentkv.models.transfer import to_host
+from latentkv.models.transfer import take_rows, to_device, to_host
 
 
 class MTPDrafter:
@@ -70,7 +70,8 @@ class MTPDrafter:
         filled = range(start // size, end // size)
         if filled:
             rows = [(page + 1) * size - 1 - start for page in filled]
-            self._last_states[[sequence.pages[page] for page in filled]] = hidden[rows]
+            pages = torch.tensor([sequence.pages[page] for page in filled])
+            self._last_states.index_copy_(0, to_device(pages, hidden.device), take_rows(hidden, rows))
 
     def _has_unread_page(self, sequence: Sequence) -> bool:
         return sequence.num_mtp_cached < sequence.num_cached // self._cache.page_size * self._cache.page_size
@@ -107,7 +108,7 @@ class MTPDrafter:
                 sequences = [wish.sequence for wish in wishes]
                 tokens = [drafts[sequence][-1:] for sequence in sequences]
                 starts = [len(sequence.tokens) + len(drafts[sequence]) - 1 for sequence in sequences]
-                hidden = self._read(sequences, tokens, starts, hidden[rows])
+                hidden = self._read(sequences, tokens, starts, take_rows(hidden, rows))
 
     def _read(self, sequences: list[Sequence], tokens: list[list[int]], starts: list[int], states: Tensor) -> Tensor:
         """The module's output [T, D] for `tokens` at `starts`, after the `states` [T, D] of the tokens before them."""

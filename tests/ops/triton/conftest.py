@@ -53,7 +53,12 @@ def run(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Run:
 
 
 def _to(value: Any, device: torch.device) -> Any:
-    return value.to(device) if isinstance(value, Tensor) else value
+    """Slices stay slices: their whole memory moves."""
+    if not isinstance(value, Tensor) or value.device == device:
+        return value
+    numbers = value.untyped_storage().nbytes() // value.itemsize
+    whole = value.as_strided((numbers,), (1,), 0).to(device)
+    return whole.as_strided(value.shape, value.stride(), value.storage_offset())
 
 
 def _device_or_skip(name: str) -> torch.device:

@@ -177,8 +177,9 @@ def test_a_sequence_does_not_change_by_a_bit_with_the_rest_of_the_batch(
         assert torch.equal(alone[1], lse[own])
 
 
-def test_a_row_does_not_change_by_a_bit_with_the_rows_of_its_sequence_beside_it(run: Run) -> None:
-    case = mla_case([7], [90], heads=5)
+@pytest.mark.parametrize("tokens", [67, 90, 131])  # the rows' ends lie on both sides of a block's, or on one
+def test_a_row_does_not_change_by_a_bit_with_the_rows_of_its_sequence_beside_it(run: Run, tokens: int) -> None:
+    case = mla_case([7], [tokens], heads=5)
     options = {"latent_dim": 64, "scale": 0.3, "out_dtype": torch.float32}
     out, lse = run(mla_attend, *case.args, **options)
     for t in range(7):
@@ -188,10 +189,18 @@ def test_a_row_does_not_change_by_a_bit_with_the_rows_of_its_sequence_beside_it(
         assert torch.equal(alone[1], lse[own])
 
 
+def test_a_window_longer_than_the_sequence_is_the_whole_sequence(run: Run) -> None:
+    case = mla_case([2], [100], heads=4)
+    whole = run(mla_attend, *case.args, latent_dim=64, scale=0.3)
+    window = run(mla_attend, *case.args, latent_dim=64, scale=0.3, start=case.stop - 4096)
+    for actual, expected in zip(window, whole, strict=True):
+        assert torch.equal(actual, expected)
+
+
 def test_as_many_passes_as_the_workspace_needs_change_nothing(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     from latentkv.ops.triton import attention
 
-    case = mla_case([3, 0, 5], [40, 9, 21], heads=5)
+    case = mla_case([3, 0, 5], [66, 9, 130], heads=5)
     whole = run(mla_attend, *case.args, latent_dim=64, scale=0.3)
     monkeypatch.setattr(attention, "WORKSPACE_BYTES", 1)
     for actual, expected in zip(run(mla_attend, *case.args, latent_dim=64, scale=0.3), whole, strict=True):

@@ -39,6 +39,7 @@ pytestmark = pytest.mark.skipif(not has_triton(), reason="triton is not installe
         pytest.param("sm_80", "all", marks=pytest.mark.slow),
         pytest.param("sm_89", "all", marks=pytest.mark.slow),
         pytest.param("sm_90", "all", marks=pytest.mark.slow),
+        pytest.param("sm_100", "all", marks=pytest.mark.slow),
         pytest.param("sm_120", "all", marks=pytest.mark.slow),
         pytest.param("gfx942", "all", marks=pytest.mark.slow),
     ],

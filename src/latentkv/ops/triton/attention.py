@@ -159,8 +159,8 @@ def attend_pages(
 
 
 def _most_tiles(rows: int, batch: int, heads: int, blocks: AttendBlocks) -> int:
-    """Tiles that so many rows can make: each sequence may end in one that is not full."""
-    return -(-rows * heads // blocks.rows) + min(batch, rows)
+    """Tiles that so many rows can make: each sequence may end in one that is not full, unless heads fill them all."""
+    return -(-rows * heads // blocks.rows) + (min(batch, rows) if heads % blocks.rows else 0)
 
 
 def _rows_at_once(rows: int, batch: int, chunks: int, heads: int, dim: int, blocks: AttendBlocks) -> int:

@@ -32,7 +32,9 @@ def _own_rows(q_start, b, row_low, row_high):
     return first, last
 
 
-@triton.jit(do_not_specialize=["row_low", "row_high", "capacity"])
+@triton.jit(
+    do_not_specialize=["row_low", "row_high", "capacity"], do_not_specialize_on_alignment=["q_start", "start", "stop"]
+)
 def plan_kernel(
     q_start,
     row_low,
@@ -57,7 +59,9 @@ def plan_kernel(
         rows = row + tl.arange(0, BLOCK)
         valid = rows < last_row
         row_stop = tl.minimum(tl.load(stop + rows, mask=valid, other=0), capacity)
-        row_start = tl.load(start + rows, mask=valid, other=0) if HAS_START else tl.zeros((BLOCK,), tl.int32)
+        row_start = tl.zeros((BLOCK,), tl.int32)
+        if HAS_START:
+            row_start = tl.maximum(tl.load(start + rows, mask=valid, other=0), 0)
         reads = row_start < row_stop
         lows = tl.minimum(lows, tl.where(reads, row_start, FAR))
         highs = tl.maximum(highs, tl.where(reads, row_stop, 0))
@@ -80,7 +84,11 @@ def number_items_kernel(items, item_start, batch, BLOCK: tl.constexpr):
         before += tl.sum(counts, 0)
 
 
-@triton.jit(do_not_specialize=["row_low", "row_high", "capacity", "batch"])
+# Numbers that change from step to step are no reason to compile anew.
+@triton.jit(
+    do_not_specialize=["table_row", "row_low", "row_high", "capacity", "batch"],
+    do_not_specialize_on_alignment=["table", "q_start", "start", "stop"],
+)
 def attend_kernel(
     q,
     q_row,
@@ -139,7 +147,9 @@ def attend_kernel(
         valid = pair < pairs
         rows = first_row + pair // HEADS
         row_stop = tl.minimum(tl.load(stop + rows, mask=valid, other=0), capacity)
-        row_start = tl.load(start + rows, mask=valid, other=0) if HAS_START else tl.zeros((BLOCK_M,), tl.int32)
+        row_start = tl.zeros((BLOCK_M,), tl.int32)
+        if HAS_START:
+            row_start = tl.maximum(tl.load(start + rows, mask=valid, other=0), 0)
         reads = row_start < row_stop
 
         # int64: q of a long prompt may have more than 2^31 numbers, and pages surely have.
@@ -274,7 +284,7 @@ def _attend_blocks(
     return acc, peak, total_weight
 
 
-@triton.jit(do_not_specialize=["row_low", "row_high", "batch"])
+@triton.jit(do_not_specialize=["row_low", "row_high", "batch"], do_not_specialize_on_alignment=["q_start"])
 def merge_chunks_kernel(
     partial_out,
     partial_lse,

@@ -28,7 +28,10 @@ def attend_pages(
 ) -> bool:
     """See `attention.mla_attend` and `attention.gqa_attend`; shapes are checked."""
     numbers = (q, out) if kv_pages.dtype is torch.uint8 else (q, out, kv_pages)
-    if not takes(*numbers) or kv_pages.device != q.device or out.stride(2) != 1:
+    indices = [t for t in (kv_pages, block_table, q_start, start, stop, slots) if t is not None]
+    if not takes(*numbers) or any(t.device != q.device for t in indices) or out.stride(2) != 1:
+        return False
+    if not _reads_words(kv_pages):
         return False
     from latentkv.ops.triton import attention
 
@@ -137,10 +140,16 @@ def merge_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> 
     return out, lse
 
 
+def _reads_words(kv_pages: Tensor) -> bool:
+    """Whether the scales in quantised rows lie where a GPU can read them in one go."""
+    return kv_pages.dtype is not torch.uint8 or kv_pages.stride(1) % 4 == 0
+
+
 def _writes(kv_pages: Tensor, slots: Tensor, latents: Tensor, k_rope: Tensor) -> bool:
     numbers = (latents, k_rope) if kv_pages.dtype is torch.uint8 else (latents, k_rope, kv_pages)
     return (
         takes(*numbers)
+        and _reads_words(kv_pages)
         and kv_pages.device == slots.device == latents.device
         and slots.is_contiguous()
         and latents.stride(1) == 1
@@ -154,7 +163,7 @@ def moe_experts(
 ) -> Tensor | None:
     """See `moe.moe_experts`; shapes are checked, and expert ids on a CPU. None: not computed."""
     numbers = (x, gate_up, down) if residual is None else (x, gate_up, down, residual)
-    if len({t.dtype for t in (x, gate_up, down)}) > 1 or torch.is_autocast_enabled(x.device.type):
+    if len({t.dtype for t in (x, gate_up, down)}) > 1:
         return None
     if not takes(*numbers, weights) or expert_ids.device != x.device or x.stride(1) != 1:
         return None

@@ -34,9 +34,11 @@ def why_not_triton(device: torch.device) -> str | None:
 def takes(*tensors: Tensor) -> bool:
     """Whether Triton's kernels compute on these tensors.
 
-    Torch computes gradients, other element types and tensors that are more than memory (DTensor).
+    Torch computes gradients, under autocast, other element types and tensors that are more than memory (DTensor).
     """
     device = tensors[0].device
+    if torch.is_autocast_enabled(device.type):
+        return False
     differentiates = torch.is_grad_enabled()
     for t in tensors:
         if (
