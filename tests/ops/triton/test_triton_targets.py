@@ -58,5 +58,6 @@ def test_every_kernel_compiles_and_fits(target: str, extent: str, tmp_path: Path
     compiled = json.loads(done.stdout.splitlines()[-1])
     assert {kernel["name"] for kernel in compiled} == KERNELS
     assert [kernel for kernel in compiled if kernel["shared_bytes"] > kernel["limit"]] == []
+    assert [kernel for kernel in compiled if kernel["tensor_columns"] > 512] == []
     if target.startswith("sm_"):  # loads that the compiler does not see to be wide are not copied in the background
         assert {kernel["name"] for kernel in compiled if kernel["async_copies"]} == PIPELINED

@@ -31,11 +31,13 @@ class Compiled:
     Attributes:
         name: the kernel's.
         shared_bytes: shared memory of a program.
+        tensor_columns: columns of tensor memory, of which data-centre Blackwell has 512; others need none.
         async_copies: instructions that copy to shared memory while others compute (NVIDIA, before TMA).
     """
 
     name: str
     shared_bytes: int
+    tensor_columns: int
     async_copies: int
 
 
@@ -49,4 +51,5 @@ def compile_for(launch: Launch, target: str) -> Compiled:
     source = ASTSource(kernel, signature, constants, attributes)
     compiled: Any = compile_kernel(source, target=TARGETS[target], options=options.__dict__)
     async_copies = compiled.asm.get("ptx", "").count("cp.async.ca") + compiled.asm.get("ptx", "").count("cp.async.cg")
-    return Compiled(kernel.__name__, compiled.metadata.shared, async_copies)
+    tensor_columns = getattr(compiled.metadata, "tmem_size", None) or 0
+    return Compiled(kernel.__name__, compiled.metadata.shared, tensor_columns, async_copies)
