@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from sources import CONFIGS, some_tokens, write_source
 from transformers import AutoModelForCausalLM
 
 from latentkv.convert import REPORT_FILE, ConvertOptions, convert_checkpoint
-from latentkv.convert.options import ConvertOptions as Options
+from latentkv.convert.layer import Method
 from latentkv.errors import CheckpointError, ConfigError
 from latentkv.models.config import MLAConfig
 from latentkv.models.loading import load_model
@@ -27,7 +28,7 @@ def logits(folder: Path, tokens: torch.Tensor = TOKENS) -> torch.Tensor:
         return model.logits(model.forward_train(tokens))
 
 
-def everything(folder: Path) -> Options:
+def everything(folder: Path) -> ConvertOptions:
     """The sizes that lose nothing."""
     config = json.loads((folder / "config.json").read_text())
     head = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
@@ -140,21 +141,21 @@ def test_the_same_call_again_does_nothing_and_another_one_is_refused(tmp_path: P
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (Options(), "either --rank or --kv-budget"),
-        (Options(rank=8, kv_budget=0.5), "either --rank or --kv-budget"),
-        (Options(rank=0, rope_dim=4), "--rank=0 is not allowed"),
-        (Options(rank=129, rope_dim=4), "1 to 128"),
-        (Options(rank=125, rope_dim=4), "--rank=125 is not allowed with --rope-dim=4, which leaves at most 124"),
-        (Options(rank=8), "--rank needs --rope-dim"),
-        (Options(rank=8, rope_dim=3), "--rope-dim=3 is not allowed"),
-        (Options(rank=8, rope_dim=66), "--rope-dim=66 is not allowed"),
-        (Options(kv_budget=0.0), "--kv-budget=0 is not allowed"),
-        (Options(kv_budget=1.5), "--kv-budget=1.5 is not allowed"),
-        (Options(kv_budget=0.01), "too few for this model"),
+        (ConvertOptions(), "either --rank or --kv-budget"),
+        (ConvertOptions(rank=8, kv_budget=0.5), "either --rank or --kv-budget"),
+        (ConvertOptions(rank=0, rope_dim=4), "--rank=0 is not allowed"),
+        (ConvertOptions(rank=129, rope_dim=4), "1 to 128"),
+        (ConvertOptions(rank=125, rope_dim=4), "--rank=125 is not allowed with --rope-dim=4, which leaves at most 124"),
+        (ConvertOptions(rank=8), "--rank needs --rope-dim"),
+        (ConvertOptions(rank=8, rope_dim=3), "--rope-dim=3 is not allowed"),
+        (ConvertOptions(rank=8, rope_dim=66), "--rope-dim=66 is not allowed"),
+        (ConvertOptions(kv_budget=0.0), "--kv-budget=0 is not allowed"),
+        (ConvertOptions(kv_budget=1.5), "--kv-budget=1.5 is not allowed"),
+        (ConvertOptions(kv_budget=0.01), "too few for this model"),
     ],
 )
 def test_sizes_that_cannot_be_are_refused_in_one_sentence_and_nothing_is_written(
-    options: Options, message: str, tmp_path: Path
+    options: ConvertOptions, message: str, tmp_path: Path
 ) -> None:
     source = write_source("llama", tmp_path / "source")
     with pytest.raises(ConfigError, match=message):
@@ -177,6 +178,23 @@ def test_models_that_cannot_be_converted_are_refused_by_name(tmp_path: Path) -> 
     (tmp_path / "biased" / "config.json").write_text(json.dumps(config | {"mlp_bias": True}))
     with pytest.raises(ConfigError, match="biases in its feed-forward layers"):
         convert_checkpoint(tmp_path / "biased", tmp_path / "out", TOKENS, ConvertOptions(kv_budget=0.5))
+
+
+@pytest.mark.parametrize("method", ["weighted", "svd", "transmla"])
+def test_a_source_that_lacks_a_tensor_or_has_one_too_many_is_refused_before_anything_is_written(
+    method: Method, tmp_path: Path
+) -> None:
+    source, options = write_source("llama", tmp_path / "source"), ConvertOptions(rank=32, rope_dim=16, method=method)
+    weights = load_file(source / "model.safetensors")
+    name = "model.layers.1.self_attn.v_proj.weight"
+    save_file({key: value for key, value in weights.items() if key != name}, source / "model.safetensors")
+    with pytest.raises(CheckpointError, match=rf"lacks {name} \[64, 64\]: the download is incomplete"):
+        convert_checkpoint(source, tmp_path / "out", TOKENS, options)
+    bias = "model.layers.2.self_attn.q_proj.bias"
+    save_file(weights | {bias: torch.zeros(128)}, source / "model.safetensors")
+    with pytest.raises(CheckpointError, match=rf"holds {bias} \[128\], which its config.json has no place for"):
+        convert_checkpoint(source, tmp_path / "out", TOKENS, options)
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_report_is_in_the_folder_and_finite(tmp_path: Path) -> None:

@@ -8,13 +8,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from latentkv.checkpoint.filling import match_parameters
 from latentkv.checkpoint.names import layer_of, text_model_names
 from latentkv.checkpoint.reader import CheckpointReader
 from latentkv.convert.attention import GQAWeights, HeadShape
 from latentkv.errors import ConfigError
 from latentkv.models.config import GQAConfig, ModelConfig
 from latentkv.models.config_reader import read_config
-from latentkv.models.decoder import DecoderLayer
+from latentkv.models.decoder import Decoder, DecoderLayer
 from latentkv.models.rope import attention_factor, inverse_frequencies
 
 _FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -84,7 +85,7 @@ def open_source(folder: Path) -> SourceModel:
 
     Raises:
         ConfigError: it cannot be converted, and why.
-        CheckpointError: its files are damaged.
+        CheckpointError: its files are damaged, or tensors are missing, unexpected or misshapen, each named.
     """
     config = read_config(folder)
     attention = config.attention
@@ -97,6 +98,9 @@ def open_source(folder: Path) -> SourceModel:
     if config.mlp_bias:
         raise ConfigError(f"{folder} has biases in its feed-forward layers, for which DeepSeek-V3 has no place.")
     reader = CheckpointReader(folder)
+    with torch.device("meta"):
+        decoder = Decoder(config, max_context=config.max_positions)
+    match_parameters(decoder.state_dict(), reader, num_layers=config.num_layers)
     return SourceModel(config, attention, reader, text_model_names(reader.names))
 
 
