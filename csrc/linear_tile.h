@@ -98,41 +98,56 @@ void multiply_tile(const Panel& panel, const Unit* x, float* sums) {
   // Groups' sums and their totals fill the registers where groups are short: storing totals for each would cost more
   // than reading activations twice.
   constexpr int V = Decoder::short_groups && R > MAX_ROWS / 2 ? 1 : 2;
+  constexpr int TOGETHER = Decoder::short_groups && R <= 2 ? 2 : 1;  // groups, whose sums do not wait for each other
+  const std::int64_t group_units = panel.group_words * Decoder::units * R;
   const auto pass = [&](int first, auto fetches) __attribute__((always_inline)) {
-    const Unit* units = x;
     vf total[R][V] = {};
-    for (std::int64_t g = 0; g < panel.groups; g++) {
+    const auto add_groups = [&](std::int64_t g, auto together) __attribute__((always_inline)) {
+      constexpr int G = together;
+      const Unit* units = x + g * group_units;
       const Word* words = panel.words + g * panel.words_stride + first;
       const char* ahead = panel.ahead + g * panel.ahead_stride;
-      if (fetches()) __builtin_prefetch(ahead - 64, 0, 2);  // where scales lie between the groups
-      vf acc[R][V] = {};
+      vf acc[G][R][V] = {};
+      if (fetches())  // where scales lie between the groups
+        for (int j = 0; j < G; j++) __builtin_prefetch(ahead + j * panel.ahead_stride - 64, 0, 2);
       for (std::int64_t i = 0; i < panel.group_words; i++, words += BLOCK_OUTS, ahead += panel.ahead_step) {
-        if (fetches()) {
-          __builtin_prefetch(ahead, 0, 2);  // into the second-level cache
-          __builtin_prefetch(ahead + 64, 0, 2);
-        }
-        vu w[V];
+        vu w[G][V];
 #pragma GCC unroll 2
-        for (int v = 0; v < V; v++) w[v] = load_as<vu>(words + v * W);
+        for (int j = 0; j < G; j++) {
+          if (fetches()) {
+            __builtin_prefetch(ahead + j * panel.ahead_stride, 0, 2);  // into the second-level cache
+            __builtin_prefetch(ahead + j * panel.ahead_stride + 64, 0, 2);
+          }
+#pragma GCC unroll 2
+          for (int v = 0; v < V; v++) w[j][v] = load_as<vu>(words + j * panel.words_stride + v * W);
+        }
 #pragma GCC unroll 8
-        for (int u = 0; u < Decoder::units; u++, units += R) {
-          vu decoded[V];
+        for (int u = 0; u < Decoder::units; u++, units += R)
 #pragma GCC unroll 2
-          for (int v = 0; v < V; v++) decoded[v] = Decoder::unit(w[v], u);
+          for (int j = 0; j < G; j++) {
+            vu decoded[V];
+#pragma GCC unroll 2
+            for (int v = 0; v < V; v++) decoded[v] = Decoder::unit(w[j][v], u);
 #pragma GCC unroll 16
-          for (int r = 0; r < R; r++)
+            for (int r = 0; r < R; r++)
 #pragma GCC unroll 2
-            for (int v = 0; v < V; v++) acc[r][v] = multiply_add(acc[r][v], decoded[v], units[r]);
+              for (int v = 0; v < V; v++)
+                acc[j][r][v] = multiply_add(acc[j][r][v], decoded[v], units[j * group_units + r]);
+          }
+      }
+#pragma GCC unroll 2
+      for (int j = 0; j < G; j++)
+#pragma GCC unroll 2
+        for (int v = 0; v < V; v++) {
+          const std::int64_t at = (g + j) * panel.scales_stride + first + v * W;
+          const vf scale = Decoder::scale * (panel.scales ? load_bf16(panel.scales + at) : splat(1));
+#pragma GCC unroll 16
+          for (int r = 0; r < R; r++) total[r][v] = multiply_add(acc[j][r][v], scale, total[r][v]);
         }
-      }
-#pragma GCC unroll 2
-      for (int v = 0; v < V; v++) {
-        const std::int64_t at = g * panel.scales_stride + first + v * W;
-        const vf scale = Decoder::scale * (panel.scales ? load_bf16(panel.scales + at) : splat(1));
-#pragma GCC unroll 16
-        for (int r = 0; r < R; r++) total[r][v] = multiply_add(acc[r][v], scale, total[r][v]);
-      }
-    }
+    };
+    std::int64_t g = 0;
+    for (; g + TOGETHER <= panel.groups; g += TOGETHER) add_groups(g, std::integral_constant<int, TOGETHER>{});
+    if (g < panel.groups) add_groups(g, std::integral_constant<int, 1>{});
 #pragma GCC unroll 16
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 2
