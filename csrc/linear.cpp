@@ -92,17 +92,35 @@ void write_rows(const float* sums, int planes, RowBlock rows, std::int64_t out, 
   }
 }
 
-const Tile* tiles_for(WeightFormat format, std::int64_t groups) {
+const Product& product_with(WeightFormat format, std::int64_t groups) {
   switch (format) {
-    case WeightFormat::int8:
-      return groups > 1 ? Tiles<GroupedInt8Words, MAX_ROWS>::for_rows : Tiles<Int8Words, MAX_ROWS>::for_rows;
-    case WeightFormat::int4: return Tiles<Int4Words, MAX_ROWS>::for_rows;
-    default: return Tiles<Bf16Words, MAX_ROWS>::for_rows;
+    case WeightFormat::int8: return groups > 1 ? product<GroupedInt8Words> : product<Int8Words>;
+    case WeightFormat::int4: return product<Int4Words>;
+    case WeightFormat::compact: return product<CompactWords>;
+    default: return product<Bf16Words>;
   }
 }
 
 // How far ahead of one pass memory is asked for its weights: measured, and codes want twice what bf16 does.
 LATENTKV_INLINE std::int64_t bytes_ahead(WeightFormat format) { return format == WeightFormat::bf16 ? 4096 : 8192; }
+
+// Adds what a block's exceptions contribute to sums [lanes][32] of activations x [units][lanes].
+void add_exceptions(const CompactEnd& end, const Unit* x, int lanes, float* sums) {
+  const float stood_for_it = bf16_to_float((bf16)(end.window << 7));
+  for (std::uint32_t i = 0; i < end.exceptions; i++) {
+    const CompactException e = end.list()[i];
+    const Unit* units = x + (std::ptrdiff_t)(e.column / UNIT) * lanes;
+    for (int lane = 0; lane < lanes; lane++) {
+#if defined(__AVX512BF16__)
+      const float activation = bf16_to_float((bf16)(units[lane] >> (e.column % 2 * 16)));
+#else
+      const float activation = units[lane];
+#endif
+      float& sum = sums[lane * BLOCK_OUTS + e.out];
+      sum = __builtin_fmaf(activation, bf16_to_float(e.weight), __builtin_fmaf(activation, -stood_for_it, sum));
+    }
+  }
+}
 
 // A block of outputs, whose next one is fetched meanwhile: during each of `turns` passes an equal part of it.
 Panel panel_of(const Layout& layout, const Word* block, std::int64_t turns) {
@@ -118,17 +136,32 @@ Panel panel_of(const Layout& layout, const Word* block, std::int64_t turns) {
   return panel;
 }
 
+// The same panel decoded, what is fetched included.
+Panel decode(const Product& product, const Panel& panel) {
+  Panel decoded = panel;
+  decoded.group_words = panel.group_words / product.words * product.word_units;
+  decoded.words_stride = decoded.group_words * BLOCK_OUTS;
+  Word* units = (Word*)thread_scratch(Scratch::panel, panel.groups * decoded.words_stride * sizeof(Word));
+  product.decode(panel, units);
+  decoded.words = units;
+  decoded.ahead_step = panel.ahead_step * panel.group_words / decoded.group_words;
+  return decoded;
+}
+
 }  // namespace
 
 Layout layout_of(const PackedWeight& w) {
+  const bool compact = w.format == WeightFormat::compact;
   const std::int64_t word_ins = w.format == WeightFormat::bf16 ? 2 : w.format == WeightFormat::int8 ? 4 : 8;
-  const bool scaled = w.format != WeightFormat::bf16;
+  const bool scaled = w.format == WeightFormat::int8 || w.format == WeightFormat::int4;
   Layout layout;
   layout.blocks = ceil_div(w.outs, BLOCK_OUTS);
   layout.groups = scaled ? ceil_div(w.ins, w.group) : 1;
   layout.group_words = ceil_div(scaled ? w.group : w.ins, word_ins);
   layout.scale_words = scaled ? BLOCK_OUTS / 2 : 0;
   layout.padded_ins = layout.groups * layout.group_words * word_ins;
+  if (compact) layout.group_words *= COMPACT_WORDS;  // to as many weights as one word of int4 has
+  layout.end_words = compact ? CompactEnd::num_words(w.group) : 0;
   return layout;
 }
 
@@ -159,11 +192,12 @@ void multiply(const PackedWeight& w, std::int64_t e, const void* packed, DType x
 void multiply_rows(const PackedWeight& w, std::int64_t e, const void* packed, DType x, std::int64_t rows,
                    std::int64_t first_rows, std::int64_t end_rows, std::int64_t first_block, std::int64_t end_block,
                    const LinearOutput& out) {
-  constexpr std::int64_t AT_ONCE = 1 << 19;  // bytes of activations that stay in L2 while all outputs pass by, ..
+  constexpr std::int64_t AT_ONCE = 1 << 24;  // bytes of activations that stay in L2 while all outputs pass by, ..
   constexpr std::int64_t FEWEST = 4;         // .. unless so few turns would read all weights once more
+  constexpr std::int64_t WORTH_DECODING = 3;  // turns, of the weights once for all
   constexpr std::int64_t WORD_BYTES = sizeof(Word);
   const Layout layout = layout_of(w);
-  const Tile* tiles = tiles_for(w.format, layout.groups);
+  const Product& product = product_with(w.format, layout.groups);
   const int per_row = planes(x);
   const std::int64_t row_units = per_row * units_of(layout), block_words = layout.block_stride();
   const std::int64_t turns = end_rows - first_rows, bytes = turns * MAX_ROWS * units_of(layout) * sizeof(Unit);
@@ -176,14 +210,23 @@ void multiply_rows(const PackedWeight& w, std::int64_t e, const void* packed, DT
   for (std::int64_t o = first_block; o < end_block; o++) {
     const Word* block = (const Word*)w.data + (e * layout.blocks + o) * block_words;
     Panel panel = panel_of(layout, block, turns);
+    const CompactEnd& end = *(const CompactEnd*)(block + block_words - layout.end_words);
+    if (w.format == WeightFormat::compact) panel.window = end.window;
+    const char* const words = (const char*)panel.words;
+    const bool decodes = turns >= WORTH_DECODING && w.format != WeightFormat::bf16;
+    if (decodes) panel = decode(product, panel);
+    const Tile* tiles = decodes ? product.decoded_tiles : product.tiles;
     for (std::int64_t turn = 0; turn < turns; turn++) {
       const RowBlock block_rows = row_block(rows, row_blocks(x, rows), first_rows + turn);
       // One pass over the weights streams through them; several find them in the cache, while the next block comes.
       const std::int64_t next_part = (block_words + block_words * turn / turns) * WORD_BYTES;
       const std::int64_t ahead = turns == 1 ? bytes_ahead(w.format) : next_part;
-      panel.ahead = (const char*)panel.words + ahead;
+      panel.ahead = words + ahead;
       alignas(64) float sums[MAX_ROWS * BLOCK_OUTS];
-      tiles[block_rows.count * per_row - 1](panel, (const Unit*)packed + block_rows.first * row_units, sums);
+      const Unit* units = (const Unit*)packed + block_rows.first * row_units;
+      const int lanes = (int)block_rows.count * per_row;
+      tiles[lanes - 1](panel, units, sums);
+      if (w.format == WeightFormat::compact) add_exceptions(end, units, lanes, sums);
       write_rows(sums, per_row, block_rows, o * BLOCK_OUTS, w.outs, out);
     }
   }

@@ -9,9 +9,10 @@
 
 namespace latentkv {
 
-enum class WeightFormat : int { bf16 = 0, int8 = 1, int4 = 2 };
+enum class WeightFormat : int { bf16 = 0, int8 = 1, int4 = 2, compact = 3 };
 
-// `count` stacked matrices [outs, ins]. `group` weights along `ins` share a scale (unused for bf16).
+// `count` stacked matrices [outs, ins]. `group` weights along `ins` share a scale (int8, int4); or it is the number of
+// exceptions that each block of outputs has room for (compact).
 struct PackedWeight {
   const std::uint8_t* data;
   WeightFormat format;

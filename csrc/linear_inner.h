@@ -22,8 +22,9 @@ struct Layout {
   std::int64_t group_words;  // words of an output in a group
   std::int64_t scale_words;  // before each group's words: the block's scales
   std::int64_t padded_ins;
+  std::int64_t end_words;  // after a block's groups
   std::int64_t group_stride() const { return scale_words + group_words * BLOCK_OUTS; }
-  std::int64_t block_stride() const { return groups * group_stride(); }
+  std::int64_t block_stride() const { return groups * group_stride() + end_words; }
 };
 Layout layout_of(const PackedWeight& w);
 

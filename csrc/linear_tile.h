@@ -8,6 +8,7 @@
 
 #include <type_traits>
 
+#include "compact.h"
 #include "linear_inner.h"
 
 namespace latentkv::LATENTKV_ISA {
@@ -28,8 +29,25 @@ constexpr int MAX_ROWS = W == 16 ? 8 : 4;
 LATENTKV_INLINE vf multiply_add(vf sum, vu weights, Unit x) { return multiply_add((vf)weights, splat(x), sum); }
 #endif
 
-// How a vector of words becomes units: unit i of each word, 1 / scale times the weights or codes.
-struct Bf16Words {
+// 32 outputs' weights, their words beside each other in groups with one scale for each output (null: all are 1).
+struct Panel {
+  const Word* words;
+  const bf16* scales;
+  int window;  // of compact weights
+  std::int64_t groups, group_words;
+  std::int64_t words_stride, scales_stride;  // from group to group
+  const char* ahead;                         // what is fetched meanwhile:
+  std::int64_t ahead_stride, ahead_step;     // bytes from group to group, and from word to word; two lines each time
+};
+
+// How vectors of `words` words, one after the other of each output, become units: unit i of them, 1 / scale times the
+// weights or codes.
+struct PlainWords {
+  static constexpr int words = 1;
+  explicit PlainWords(const Panel&) {}
+};
+struct Bf16Words : PlainWords {
+  using PlainWords::PlainWords;
   static constexpr bool short_groups = false;
   static constexpr float scale = 1;
   static constexpr int units = 2 / UNIT;
@@ -37,8 +55,53 @@ struct Bf16Words {
     if (UNIT == 2) return words;
     return i == 0 ? words << 16 : words & 0xffff0000;
   }
+  vu unit(const vu (&w)[1], int i) const { return unit(w[0], i); }
 };
-struct Int8Words {
+// See compact.h. Half of a word is a pair's first weight, the other half its second.
+struct CompactWords {
+  static constexpr bool short_groups = false;
+  static constexpr float scale = 1;
+  static constexpr int words = COMPACT_WORDS, units = COMPACT_WEIGHTS / UNIT;
+#if defined(__AVX512BF16__)
+  __m512i high_bytes;  // of the codes in the lower 4 bits of an index; a look-up by 6 bits takes no notice of the others
+
+  explicit CompactWords(const Panel& panel) {
+    const __m512i of_codes = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, -128, -127, -126, -125, -124,
+                                                                  -123, -122, -121));
+    high_bytes = _mm512_add_epi8(of_codes, _mm512_set1_epi8((char)(panel.window / 2)));
+  }
+  vu unit(const vu (&w)[3], int i) const {
+    constexpr int A_OR_B_AND_C = 0xf8, B_WHERE_A_ELSE_C = 0xca;
+    const __m512i low_byte = _mm512_set1_epi16(0xff);
+    if (i < 3) {
+      const __m512i word = (__m512i)w[i], high = _mm512_permutexvar_epi8(word, high_bytes);
+      return (vu)_mm512_ternarylogic_epi32(low_byte, word, high, B_WHERE_A_ELSE_C);
+    }
+    const __m512i high = _mm512_permutexvar_epi8(_mm512_srli_epi16((__m512i)w[0], 4), high_bytes);
+    const __m512i low4 = _mm512_srli_epi16((__m512i)w[1], 12), next4 = _mm512_srli_epi16((__m512i)w[2], 8);
+    const __m512i low = _mm512_ternarylogic_epi32(low4, next4, _mm512_set1_epi16(0xf0), A_OR_B_AND_C);
+    return (vu)_mm512_ternarylogic_epi32(low_byte, low, high, B_WHERE_A_ELSE_C);
+  }
+#else
+  std::uint32_t first_pair;
+
+  explicit CompactWords(const Panel& panel) : first_pair(panel.window / 2) {}
+  vu unit(const vu (&w)[3], int i) const {
+    const int pair = i / 2, half = i % 2 * 16;
+    vu code, low;
+    if (pair < 3) {
+      code = w[pair] >> (half + 8) & 15;
+      low = w[pair] >> half & 255;
+    } else {
+      code = w[0] >> (half + 12) & 15;
+      low = (w[1] >> (half + 12) & 15) | (w[2] >> (half + 12) & 15) << 4;
+    }
+    return code >> 3 << 31 | ((code & 7) + first_pair) << 24 | low << 16;
+  }
+#endif
+};
+struct Int8Words : PlainWords {
+  using PlainWords::PlainWords;
   static constexpr bool short_groups = false;
   static constexpr int units = 4 / UNIT;
 #if defined(__AVX512BF16__)
@@ -57,11 +120,14 @@ struct Int8Words {
     return (vu)__builtin_convertvector((vi)(words << (24 - 8 * i)) >> 24, vf);
   }
 #endif
+  vu unit(const vu (&w)[1], int i) const { return unit(w[0], i); }
 };
 struct GroupedInt8Words : Int8Words {
+  using Int8Words::Int8Words;
   static constexpr bool short_groups = true;
 };
-struct Int4Words {
+struct Int4Words : PlainWords {
+  using PlainWords::PlainWords;
   static constexpr bool short_groups = true;
   static constexpr float scale = 1;
   static constexpr int units = 8 / UNIT;
@@ -80,16 +146,7 @@ struct Int4Words {
     return (vu)__builtin_convertvector(code, vf);
   }
 #endif
-};
-
-// 32 outputs' weights, their words beside each other in groups with one scale for each output (null: all are 1).
-struct Panel {
-  const Word* words;
-  const bf16* scales;
-  std::int64_t groups, group_words;
-  std::int64_t words_stride, scales_stride;  // from group to group
-  const char* ahead;                         // what is fetched meanwhile:
-  std::int64_t ahead_stride, ahead_step;     // bytes from group to group, and from word to word; two lines each time
+  vu unit(const vu (&w)[1], int i) const { return unit(w[0], i); }
 };
 
 // sums [R][32] = x [groups * group_words * units][R] times the panel.
@@ -99,7 +156,9 @@ void multiply_tile(const Panel& panel, const Unit* x, float* sums) {
   // than reading activations twice.
   constexpr int V = Decoder::short_groups && R > MAX_ROWS / 2 ? 1 : 2;
   constexpr int TOGETHER = Decoder::short_groups && R <= 2 ? 2 : 1;  // groups, whose sums do not wait for each other
-  const std::int64_t group_units = panel.group_words * Decoder::units * R;
+  constexpr int WORDS = Decoder::words;  // that are decoded together
+  const Decoder decoder(panel);
+  const std::int64_t steps = panel.group_words / WORDS, group_units = steps * Decoder::units * R;
   const auto pass = [&](int first, auto fetches) __attribute__((always_inline)) {
     vf total[R][V] = {};
     const auto add_groups = [&](std::int64_t g, auto together) __attribute__((always_inline)) {
@@ -110,24 +169,26 @@ void multiply_tile(const Panel& panel, const Unit* x, float* sums) {
       vf acc[G][R][V] = {};
       if (fetches())  // where scales lie between the groups
         for (int j = 0; j < G; j++) __builtin_prefetch(ahead + j * panel.ahead_stride - 64, 0, 2);
-      for (std::int64_t i = 0; i < panel.group_words; i++, words += BLOCK_OUTS, ahead += panel.ahead_step) {
-        vu w[G][V];
+      for (std::int64_t i = 0; i < steps; i++) {
+        vu w[G][V][WORDS];
+#pragma GCC unroll 4
+        for (int k = 0; k < WORDS; k++, words += BLOCK_OUTS, ahead += panel.ahead_step)
 #pragma GCC unroll 2
-        for (int j = 0; j < G; j++) {
-          if (fetches()) {
-            __builtin_prefetch(ahead + j * panel.ahead_stride, 0, 2);  // into the second-level cache
-            __builtin_prefetch(ahead + j * panel.ahead_stride + 64, 0, 2);
+          for (int j = 0; j < G; j++) {
+            if (fetches()) {
+              __builtin_prefetch(ahead + j * panel.ahead_stride, 0, 2);  // into the second-level cache
+              __builtin_prefetch(ahead + j * panel.ahead_stride + 64, 0, 2);
+            }
+#pragma GCC unroll 2
+            for (int v = 0; v < V; v++) w[j][v][k] = load_as<vu>(words + j * panel.words_stride + v * W);
           }
-#pragma GCC unroll 2
-          for (int v = 0; v < V; v++) w[j][v] = load_as<vu>(words + j * panel.words_stride + v * W);
-        }
 #pragma GCC unroll 8
         for (int u = 0; u < Decoder::units; u++, units += R)
 #pragma GCC unroll 2
           for (int j = 0; j < G; j++) {
             vu decoded[V];
 #pragma GCC unroll 2
-            for (int v = 0; v < V; v++) decoded[v] = Decoder::unit(w[j][v], u);
+            for (int v = 0; v < V; v++) decoded[v] = decoder.unit(w[j][v], u);
 #pragma GCC unroll 16
             for (int r = 0; r < R; r++)
 #pragma GCC unroll 2
@@ -157,6 +218,38 @@ void multiply_tile(const Panel& panel, const Unit* x, float* sums) {
   for (int first = V * W; first < BLOCK_OUTS; first += V * W) pass(first, std::false_type{});
 }
 
+// Weights that `decode_panel` has made units of, with a decoder's scale.
+template <class Decoder>
+struct DecodedWords : PlainWords {
+  using PlainWords::PlainWords;
+  static constexpr bool short_groups = Decoder::short_groups;
+  static constexpr float scale = Decoder::scale;
+  static constexpr int units = 1;
+  vu unit(const vu (&w)[1], int) const { return w[0]; }
+};
+
+// A panel's units, the 32 outputs' beside each other, in groups without anything between.
+template <class Decoder>
+void decode_panel(const Panel& panel, Word* units) {
+  constexpr int WORDS = Decoder::words;
+  const Decoder decoder(panel);
+  for (std::int64_t g = 0; g < panel.groups; g++) {
+    const Word* words = panel.words + g * panel.words_stride;
+    for (std::int64_t i = 0; i < panel.group_words; i += WORDS, words += WORDS * BLOCK_OUTS)
+      for (int first = 0; first < BLOCK_OUTS; first += W) {
+        vu w[WORDS];
+#pragma GCC unroll 4
+        for (int k = 0; k < WORDS; k++) w[k] = load_as<vu>(words + k * BLOCK_OUTS + first);
+#pragma GCC unroll 8
+        for (int u = 0; u < Decoder::units; u++) {
+          const vu unit = decoder.unit(w, u);
+          std::memcpy(units + u * BLOCK_OUTS + first, &unit, sizeof unit);
+        }
+        if (first + W == BLOCK_OUTS) units += Decoder::units * BLOCK_OUTS;
+      }
+  }
+}
+
 using Tile = void (*)(const Panel&, const Unit*, float*);
 
 // The tile for each number of rows, from 1.
@@ -166,5 +259,15 @@ template <class Decoder, int... R>
 struct Tiles<Decoder, 0, R...> {
   static constexpr Tile for_rows[] = {multiply_tile<Decoder, R>...};
 };
+
+// What can be done with a panel.
+struct Product {
+  const Tile *tiles, *decoded_tiles;
+  void (*decode)(const Panel&, Word*);
+  int word_units, words;  // units of so many words
+};
+template <class Decoder>
+constexpr Product product = {Tiles<Decoder, MAX_ROWS>::for_rows, Tiles<DecodedWords<Decoder>, MAX_ROWS>::for_rows,
+                             decode_panel<Decoder>, Decoder::units, Decoder::words};
 
 }  // namespace latentkv::LATENTKV_ISA

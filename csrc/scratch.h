@@ -8,6 +8,7 @@ namespace latentkv {
 enum class Scratch : int {
   own,   // of one thread of a team
   team,  // taken by the thread that opens a parallel region, used by its whole team
+  panel,  // of one thread: decoded weights
 };
 
 // At least `bytes`, aligned to a cache line; what it holds is undefined, and a later call may move it.

@@ -124,7 +124,7 @@ def measure_linear(
         out_features: O.
         in_features: D.
         rows: numbers of rows M.
-        formats: how weights are packed: bf16, int8, int4.
+        formats: how weights are packed: bf16, compact, int8, int4.
         group: weights that share a scale; None: a row's in int8, 128 in int4.
         repeats: timed rounds.
         threads: torch threads (None: torch's own number).
@@ -209,8 +209,9 @@ def _entries(
         )
     }
     for name in formats:
-        if name == "bf16":
-            entries["linear, bf16"] = _packed_entry(pack_weight(plain), plain[0, :_CHECKED_OUTPUTS].double())
+        if name in ("bf16", "compact"):
+            packed = pack_weight(plain, compact=name == "compact")
+            entries[f"linear, {name}"] = _packed_entry(packed, plain[0, :_CHECKED_OUTPUTS].double())
             continue
         one = ops.quantize_weight(plain[0], name, group)
         exact = one.dequantize()[:_CHECKED_OUTPUTS].double()

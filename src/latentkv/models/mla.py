@@ -16,7 +16,7 @@ from latentkv.models.config import MLAConfig, RopeConfig
 from latentkv.models.layers import Linear, RMSNorm
 from latentkv.models.packing import Packer
 from latentkv.models.rope import Rotary, rotary
-from latentkv.ops import PackedWeight, pack_weight
+from latentkv.ops import PackedWeight
 
 Form = Literal["absorbed", "expanded"]
 
@@ -186,8 +186,8 @@ class MultiHeadLatentAttention(nn.Module):
     def pack(self, packer: Packer) -> None:
         """See `Packable`: W_UK and W_UV a head, beside kv_b_proj, which expands."""
         w_uk, w_uv = self._split_up_projection(packer.plain("kv_b_proj.weight"))
-        self.absorb_key = pack_weight(w_uk.transpose(1, 2).contiguous())
-        self.absorb_value = pack_weight(w_uv.contiguous())
+        self.absorb_key = packer.pack(w_uk.transpose(1, 2).contiguous())
+        self.absorb_value = packer.pack(w_uv.contiguous())
 
     def _queries(self, x: Tensor, positions: Rotary) -> tuple[Tensor, Tensor]:
         """q_nope [..., H, Dn] and rotated q_rope [..., H, R]."""

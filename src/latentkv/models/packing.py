@@ -13,7 +13,7 @@ from latentkv.checkpoint.names import published_name
 from latentkv.checkpoint.schemes import choose_scheme
 from latentkv.errors import ConfigError
 from latentkv.ops import PackedFormat, PackedWeight, QuantizedWeight, pack_weight, quantize_weight
-from latentkv.ops.backends import why_not_native
+from latentkv.ops.backends import compact_is_fast, why_not_native
 from latentkv.ops.weight_formats import WEIGHT_FORMATS
 
 Weight = Tensor | QuantizedWeight
@@ -27,10 +27,12 @@ class Packing:
         format: of the large matrices; the router, norms, embeddings and latent projections stay in high precision
             whatever it is, and int4 leaves the output head at int8.
         group: weights that share a scale; None: the format's default.
+        compact: keep what stays bfloat16 in 12 bits, without loss (`ops/compact.py`).
     """
 
     format: PackedFormat = "bf16"
     group: int | None = None
+    compact: bool = False
 
 
 @runtime_checkable
@@ -64,11 +66,15 @@ class Packer:
         for name in names:
             parent, _, leaf = name.rpartition(".")
             self.module.get_submodule(parent).register_parameter(leaf, None)
-        return pack_weight(joined)
+        return self.pack(joined)
 
     def copy(self, name: str, *, as_name: str) -> PackedWeight:
         """The weight `name`, packed in the format of `as_name`; the module keeps it."""
-        return pack_weight(self._in_format(self.module.get_parameter(name).detach(), as_name))
+        return self.pack(self._in_format(self.module.get_parameter(name).detach(), as_name))
+
+    def pack(self, weight: Weight) -> PackedWeight:
+        """A weight, packed as it is."""
+        return pack_weight(weight, compact=self.packing.compact)
 
     def plain(self, name: str) -> Tensor:
         """The weight `name` as a tensor; the module keeps it."""
@@ -93,7 +99,7 @@ class Packer:
 def choose_packing(weights: str | None, dtype: torch.dtype, device: torch.device) -> Packing | None:
     """How to pack a model whose hidden states have `dtype` on `device`; None: not at all, torch computes.
 
-    Packing bf16 changes no number, so it is done wherever the native kernels run. The kernels take activations in bf16
+    Packing bf16 changes no weight, so it is done wherever the native kernels run. The kernels take activations in bf16
     and float32; a float32 model is packed only if its weights are to be quantised.
 
     Args:
@@ -108,12 +114,12 @@ def choose_packing(weights: str | None, dtype: torch.dtype, device: torch.device
         raise ConfigError(f"weights={weights!r} is not supported: choose {' or '.join(WEIGHT_FORMATS)}.")
     native = why_not_native(device) is None
     if weights is None:
-        return Packing() if native and dtype == torch.bfloat16 else None
+        return Packing(compact=compact_is_fast()) if native and dtype == torch.bfloat16 else None
     if not native:
         raise ConfigError(f"weights={weights!r} needs the native kernels, which {why_not_native(device)}.")
     if dtype not in (torch.bfloat16, torch.float32):
         raise ConfigError(f"weights={weights!r} runs with dtype bf16 or fp32, not {str(dtype).removeprefix('torch.')}.")
-    return Packing(cast(PackedFormat, weights))
+    return Packing(cast(PackedFormat, weights), compact=compact_is_fast())
 
 
 def pack_module(

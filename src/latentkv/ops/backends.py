@@ -44,6 +44,11 @@ def why_no_int8_products(device: torch.device) -> str | None:
     return None
 
 
+def compact_is_fast() -> bool:
+    """Whether the kernels decode compact weights as fast as memory gives them."""
+    return core.current_isa() == "avx512bf16"
+
+
 def describe_backends(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
     """One line an op: what computes it on this device (`why_not_native`, `why_not_triton`: why that is torch)."""
     if why_not_triton(device) is None and dtype in triton.DTYPES:
@@ -61,6 +66,7 @@ def describe_backends(device: torch.device, dtype: torch.dtype) -> dict[str, str
         "linear": "torch: the weight is not packed",
         "moe_experts": "torch, one matrix product per expert in use: the weights are not packed",
         "linear, packed bf16": native,
+        "linear, packed compact": native,
         "linear, packed int8": native,
         "linear, packed int4": native,
         "moe_experts, packed": native,

@@ -7,6 +7,7 @@ consecutive weights of one output:
 - bf16: 2 weights, the first in the low half.
 - int8: 4 codes, the first in the low byte.
 - int4: 8 codes, each plus 8; from bit 4 i, the low half holds code 2 i and the high half code 2 i + 1.
+- compact: a third of 8 bfloat16 weights, see `ops/compact.py`.
 
 Quantised weights have their block's 32 scales (bf16) before the words of each group. The inner axis is padded with zero
 weights to whole groups and words.
@@ -23,15 +24,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from latentkv.ops import compact as compact_layout
 from latentkv.ops.checks import require
 from latentkv.ops.weight_formats import QuantizedWeight
 
-PackedFormat = Literal["bf16", "int8", "int4"]
+PackedFormat = Literal["bf16", "compact", "int8", "int4"]
 
 BLOCK_OUTS = 32
 """Outputs whose weights lie together."""
 
 _WORD_WEIGHTS: dict[PackedFormat, int] = {"bf16": 2, "int8": 4, "int4": 8}
+_QUANTISED = ("int8", "int4")
 _HUGE_PAGE = 2 << 20
 _CHUNK = 1 << 19
 
@@ -42,11 +45,11 @@ class PackedWeight:
 
     Attributes:
         data: 1-D uint8, 64-byte aligned, in this module's layout.
-        format: what a weight is stored as.
+        format: what a weight is stored as; compact weights are bfloat16, too.
         count: stacked matrices (experts or heads).
         out_features: O.
         in_features: D.
-        group: weights along D that share a scale; 0 for bf16.
+        group: weights along D that share a scale (int8, int4), or exceptions that each block has room for (compact).
     """
 
     data: Tensor
@@ -68,11 +71,12 @@ class PackedWeight:
         return PackedWeight(part, self.format, 1, self.out_features, self.in_features, self.group)
 
 
-def pack_weight(weight: Tensor | QuantizedWeight) -> PackedWeight:
+def pack_weight(weight: Tensor | QuantizedWeight, *, compact: bool = False) -> PackedWeight:
     """Copy a weight into the order in which kernels read it.
 
     Args:
         weight: [O, D] or [E, O, D], bfloat16 or float32 (rounded to bfloat16), or quantised.
+        compact: keep bfloat16 weights in 12 bits where that saves memory. Needs the extension.
 
     Raises:
         OpError: it has another shape or dtype, or its groups are not multiples of 8 weights.
@@ -96,6 +100,8 @@ def pack_weight(weight: Tensor | QuantizedWeight) -> PackedWeight:
             f"pack_weight takes bfloat16 or float32 weights, not {weight.dtype}",
         )
         format_, group, scales = "bf16", 0, None
+        if compact and (packed := _pack_compact(stacked.bfloat16().contiguous())) is not None:
+            return packed
     count, out_features, in_features = stacked.shape
     layout = _layout(format_, count, out_features, in_features, group)
     data = _allocate(4 * math.prod(layout))
@@ -107,6 +113,8 @@ def pack_weight(weight: Tensor | QuantizedWeight) -> PackedWeight:
 
 def unpack_weight(packed: PackedWeight) -> Tensor:
     """What was packed, [O, D] or [E, O, D] float32: exact."""
+    if packed.format == "compact":
+        return _unpack_compact(packed)
     layout = _layout(packed.format, packed.count, packed.out_features, packed.in_features, packed.group)
     stored = packed.data.view(torch.int32).view(layout)
     count, blocks, groups, _ = layout
@@ -122,8 +130,34 @@ def unpack_weight(packed: PackedWeight) -> Tensor:
     return weight[0] if count == 1 else weight
 
 
+def _pack_compact(weight: Tensor) -> PackedWeight | None:
+    """[E, O, D] bfloat16 in 12 bits a weight; None where that saves nothing."""
+    windows = compact_layout.find_windows(weight, BLOCK_OUTS)
+    if windows is None:
+        return None
+    firsts, exceptions = windows
+    count, out_features, in_features = weight.shape
+    blocks = -(-out_features // BLOCK_OUTS)
+    block_words = compact_layout.eights(in_features) * compact_layout.WORDS * BLOCK_OUTS + compact_layout.end_words(exceptions)
+    size = 4 * count * blocks * block_words
+    if size >= 4 * math.prod(_layout("bf16", *weight.shape, 0)):
+        return None
+    data = _allocate(size)
+    words = data.view(torch.int32).view(count, -1)
+    for matrix, first, target in zip(weight, firsts, words, strict=True):
+        compact_layout.pack_matrix(matrix, first, exceptions, BLOCK_OUTS, target)
+    return PackedWeight(data, "compact", count, out_features, in_features, exceptions)
+
+
+def _unpack_compact(packed: PackedWeight) -> Tensor:
+    words = packed.data.view(torch.int32).view(packed.count, -(-packed.out_features // BLOCK_OUTS), -1)
+    weight = torch.stack([compact_layout.unpack_matrix(matrix, BLOCK_OUTS, packed.in_features) for matrix in words])
+    weight = weight[:, : packed.out_features].float()
+    return weight[0] if packed.count == 1 else weight
+
+
 def _scale_words(format_: PackedFormat) -> int:
-    return 0 if format_ == "bf16" else BLOCK_OUTS // 2
+    return BLOCK_OUTS // 2 if format_ in _QUANTISED else 0
 
 
 def _layout(format_: PackedFormat, count: int, out_features: int, in_features: int, group: int) -> tuple[int, ...]:

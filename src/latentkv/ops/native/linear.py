@@ -10,7 +10,7 @@ from torch import Tensor
 from latentkv.ops.native.core import DTYPE_CODES, extension
 from latentkv.ops.packed import PackedWeight
 
-FORMAT_CODES = {"bf16": 0, "int8": 1, "int4": 2}
+FORMAT_CODES = {"bf16": 0, "int8": 1, "int4": 2, "compact": 3}
 """Weight formats as `csrc/linear.h` numbers them."""
 
 
