@@ -23,18 +23,20 @@ def report() -> LinearReport:
 
 
 def test_every_number_of_rows_has_each_format_and_torch(report: LinearReport):
-    names = [TORCH, "linear, bf16", "linear, int8", "torch, int8", "linear, int4", "torch, int4"]
+    names = [TORCH, *(f"linear, {name}" for name in ("bf16", "compact", "int8")), "torch, int8"]
+    names += ["linear, int4", "torch, int4"]
     assert [(row.rows, row.contender) for row in report.rows] == [(m, n) for m in (1, 20) for n in names]
-    assert linear_table(report).row_count == 12
+    assert linear_table(report).row_count == 14
 
 
 def test_rates_count_the_stored_bytes_and_the_arithmetic(report: LinearReport):
     stored = {row.contender: row.weight_bytes for row in report.rows}
-    # 32,768 weights; int8 has a bf16 scale a row, int4 one for 128 weights.
+    # 32,768 weights; int8 has a bf16 scale a row, int4 one for 128 weights; compact a line a block of 32 rows.
     int8, int4 = 32768 + 2 * 128, 16384 + 2 * 2 * 128
     assert stored == {
         TORCH: 65536,
         "linear, bf16": 65536,
+        "linear, compact": 49152 + 4 * 64,
         "linear, int8": int8,
         "torch, int8": int8,
         "linear, int4": int4,

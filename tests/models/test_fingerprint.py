@@ -70,6 +70,7 @@ def test_the_same_model_has_the_same_fingerprint():
         {"weights": b"1" * 32},
         {"dtype": torch.bfloat16},
         {"packing": Packing()},
+        {"packing": Packing(compact=True)},
         {"packing": Packing("int8")},
         {"packing": Packing("int8", 64)},
         {"packing": Packing("int4")},

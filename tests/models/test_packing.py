@@ -22,6 +22,7 @@ from latentkv.models.loading import load_model
 from latentkv.models.mla import Form
 from latentkv.models.packing import Packing, choose_packing
 from latentkv.ops import PackedWeight, quantize_weight
+from latentkv.ops.backends import compact_is_fast
 from latentkv.ops.native import core
 
 pytestmark = pytest.mark.skipif(core.extension is None, reason="the native kernels are not built")
@@ -58,9 +59,11 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float)
 
 
 @by_name
-def test_packing_changes_no_logits(case: Case) -> None:
+@pytest.mark.parametrize("compact", [False, True])
+def test_packing_changes_no_logits(case: Case, compact: bool) -> None:
     folder = checkpoint(case.name)
-    assert_close(logits(load_model(folder, packing=Packing())), logits(load_model(folder)), 1e-4)
+    packed = load_model(folder, packing=Packing(compact=compact))
+    assert_close(logits(packed), logits(load_model(folder)), 1e-4)
 
 
 @by_name
@@ -114,10 +117,10 @@ def test_a_packed_layer_runs_whole_sequences_in_both_forms(form: Form) -> None:
 
 def test_only_bfloat16_is_packed_unasked() -> None:
     cpu = torch.device("cpu")
-    assert choose_packing(None, torch.bfloat16, cpu) == Packing("bf16")
+    assert choose_packing(None, torch.bfloat16, cpu) == Packing("bf16", compact=compact_is_fast())
     assert choose_packing(None, torch.float32, cpu) is None
     assert choose_packing(None, torch.float16, cpu) is None
-    assert choose_packing("int4", torch.float32, cpu) == Packing("int4")
+    assert choose_packing("int4", torch.float32, cpu) == Packing("int4", compact=compact_is_fast())
     with core.use_isa("torch"):
         assert choose_packing(None, torch.bfloat16, cpu) is None
 

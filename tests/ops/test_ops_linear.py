@@ -14,7 +14,7 @@ from latentkv.ops.native import core
 from latentkv.ops.packed import PackedWeight, pack_weight
 from latentkv.ops.weight_formats import QuantizedWeight, quantize_weight
 
-FORMATS = [("bf16", None), ("int8", None), ("int8", 32), ("int4", 32), ("int4", 64), ("int4", 128)]
+FORMATS = [("bf16", None), ("compact", None), ("int8", None), ("int8", 32), ("int4", 32), ("int4", 64), ("int4", 128)]
 SHAPES = [(1, 1), (17, 30), (33, 127), (64, 130), (96, 256), (40, 1)]
 ROWS = [0, 1, 2, 3, 5, 8, 9, 14, 15, 16, 17, 64, 300]
 TOLERANCE = {torch.bfloat16: 2e-6, torch.float32: 2**-17}
@@ -31,8 +31,11 @@ def numbers(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tenso
 def weights(*shape: int, fmt: str, group: int | None, seed: int = 0) -> tuple[PackedWeight, Tensor]:
     """A packed weight and what it stands for, float64."""
     weight = numbers(*shape, seed=seed, dtype=torch.bfloat16)
-    if fmt == "bf16":
-        return pack_weight(weight), weight.double()
+    if fmt == "compact":
+        weight.view(-1)[3::997] = 0  # with what is tiny, exceptions
+        weight.view(-1)[500::997] *= 1e-20
+    if fmt in ("bf16", "compact"):
+        return pack_weight(weight, compact=fmt == "compact"), weight.double()
     quantised = quantize_weight(weight, "int8" if fmt == "int8" else "int4", group)
     return pack_weight(quantised), quantised.dequantize().double()
 
@@ -197,6 +200,34 @@ def test_codes_of_minus_128_are_exact() -> None:
     for isa in core.available_isas():
         with core.use_isa(isa):
             assert linear(torch.eye(4, dtype=torch.bfloat16), packed).flatten().tolist() == codes.flatten().tolist()
+
+
+@every_isa
+@pytest.mark.parametrize("rows", [1, 256])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_compact_weight_is_multiplied_as_it_was(isa: core.Isa, rows: int, dtype: torch.dtype) -> None:
+    if core.extension is None:
+        pytest.skip("only the extension packs compact weights")
+    weight = numbers(64, 256, seed=0, dtype=torch.bfloat16)
+    weight.view(-1)[::2000] = torch.tensor([0, -3e-5, 1e-20, -1e20, 7e30, 1e-5, -2e-9, 2.0, 0]).bfloat16()
+    packed = pack_weight(weight, compact=True)
+    assert packed.format == "compact"
+    assert packed.group >= 3
+    with core.use_isa(isa):
+        columns = [linear(x, packed, out_dtype=torch.float32) for x in torch.eye(256, dtype=dtype).split(rows)]
+    assert torch.equal(torch.cat(columns), weight.float().T)
+
+
+@every_isa
+def test_a_compact_weight_without_exceptions_gives_the_bits_of_the_plain_one(isa: core.Isa) -> None:
+    weight = numbers(70, 250, seed=0, dtype=torch.bfloat16).clamp(-0.9, 0.9)
+    weight = torch.where(weight.abs() < 2**-12, 2**-12, weight)
+    plain, packed = pack_weight(weight), pack_weight(weight, compact=True)
+    assert packed.group == 0
+    x = numbers(100, 250, seed=1, dtype=torch.bfloat16)
+    with core.use_isa(isa):
+        for rows in (1, 2, 9, 40, 100):
+            assert torch.equal(linear(x[:rows], packed), linear(x[:rows], plain))
 
 
 def test_what_does_not_fit_is_refused() -> None:

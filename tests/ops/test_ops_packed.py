@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from latentkv.errors import OpError
+from latentkv.ops.native import core
 from latentkv.ops.packed import pack_weight, unpack_weight
 from latentkv.ops.weight_formats import QuantizedWeight, quantize_weight
 
@@ -36,9 +37,79 @@ def test_every_code_comes_back(bits: int, low: int, high: int) -> None:
     assert torch.equal(unpack_weight(pack_weight(quantised)), codes / 2)
 
 
-def test_kernels_find_the_data_aligned_to_cache_lines() -> None:
+needs_extension = pytest.mark.skipif(core.extension is None, reason="only the extension packs compact weights")
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return torch.equal(a.bfloat16().view(torch.int16), b.bfloat16().view(torch.int16))
+
+
+@needs_extension
+@pytest.mark.parametrize("shape", [(1, 640), (32, 128), (33, 127), (3, 70, 130), (1000, 130), (64, 2048)])
+def test_compact_weights_come_back_bit_for_bit(shape: tuple[int, ...]) -> None:
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16()
+    strange = torch.tensor([0.0, -0.0, 1e-40, -1e-40, float("inf"), float("-inf"), 3e38, 1e-30]).bfloat16()
+    weight.view(-1)[torch.arange(8) * (weight.numel() // 8) + 5] = strange
+    packed = pack_weight(weight, compact=True)
+    assert (packed.format, packed.out_features, packed.in_features) == ("compact", *shape[-2:])
+    assert same_bits(unpack_weight(packed), weight)
+    if len(shape) == 3:
+        assert same_bits(unpack_weight(packed.matrix(1)), weight[1])
+
+
+@needs_extension
+@pytest.mark.parametrize("exponent", [1, 2, 100, 127, 241, 254])
+def test_every_sign_and_mantissa_of_a_window_comes_back(exponent: int) -> None:
+    first = min(exponent, 240)
+    bits = torch.arange(first << 7, (first + 15) << 7)
+    weight = torch.cat([bits, bits | 1 << 15]).to(torch.int16).view(torch.bfloat16).view(30, 128)
+    packed = pack_weight(weight, compact=True)
+    assert packed.format == "compact"
+    assert same_bits(unpack_weight(packed), weight)
+
+
+@needs_extension
+def test_compact_weights_take_three_quarters_of_the_memory() -> None:
+    weight = torch.randn(2, 512, 2048, generator=torch.Generator().manual_seed(0)).bfloat16()
+    assert 0.75 <= pack_weight(weight, compact=True).nbytes / weight.nbytes <= 0.755
+
+
+@needs_extension
+def test_stacked_matrices_have_windows_of_their_own() -> None:
+    weight = (
+        torch.randn(3, 64, 256, generator=torch.Generator().manual_seed(0))
+        * torch.tensor([1, 1e-10, 1e10])[:, None, None]
+    )
+    packed = pack_weight(weight, compact=True)
+    assert packed.format == "compact"
+    assert same_bits(unpack_weight(packed), weight)
+
+
+@needs_extension
+def test_weights_of_all_sizes_stay_as_they_are() -> None:
+    generator = torch.Generator().manual_seed(0)
+    wide = torch.empty(64, 256).uniform_(-40, 40, generator=generator).exp()
+    rows = torch.randn(64, 256, generator=generator)
+    rows[:3] *= 1e-8
+    for weight in (wide, rows, rows.new_zeros(64, 256).index_fill_(0, torch.tensor([7]), 1)):
+        packed = pack_weight(weight, compact=True)
+        assert packed.format == "bf16"
+        assert same_bits(unpack_weight(packed), weight)
+
+
+@needs_extension
+def test_few_weights_that_would_not_get_smaller_stay_as_they_are() -> None:
+    assert pack_weight(torch.ones(1, 1), compact=True).format == "bf16"
+
+
+def test_quantised_weights_are_not_made_compact() -> None:
+    assert pack_weight(quantize_weight(torch.ones(4, 64), "int8", None), compact=True).format == "int8"
+
+
+@pytest.mark.parametrize("compact", [False, True])
+def test_kernels_find_the_data_aligned_to_cache_lines(compact: bool) -> None:
     for out_features in (1, 33, 4096):
-        packed = pack_weight(torch.zeros(3, out_features, 260))
+        packed = pack_weight(torch.ones(3, out_features, 260), compact=compact)
         assert packed.data.data_ptr() % 64 == 0
         assert packed.matrix(1).data.data_ptr() % 64 == 0
 

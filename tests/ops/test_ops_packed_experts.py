@@ -14,7 +14,7 @@ from latentkv.ops.native import core
 from latentkv.ops.packed import PackedWeight, pack_weight
 from latentkv.ops.weight_formats import quantize_weight
 
-FORMATS = [("bf16", None), ("int8", None), ("int8", 32), ("int4", 32)]
+FORMATS = [("bf16", None), ("compact", None), ("int8", None), ("int8", 32), ("int4", 32)]
 every_format = pytest.mark.parametrize(("fmt", "group"), FORMATS)
 
 
@@ -31,8 +31,10 @@ def numbers(*shape: int, seed: int, dtype: torch.dtype = torch.bfloat16) -> Tens
 def weights(*shape: int, fmt: str = "bf16", group: int | None = None, seed: int = 0) -> tuple[PackedWeight, Tensor]:
     """A packed weight and what it stands for, float64; products with it keep the size of what they multiply."""
     weight = (numbers(*shape, seed=seed, dtype=torch.float32) / shape[-1] ** 0.5).bfloat16()
-    if fmt == "bf16":
-        return pack_weight(weight), weight.double()
+    if fmt == "compact":
+        weight.view(-1)[3::997] = 0  # an exception
+    if fmt in ("bf16", "compact"):
+        return pack_weight(weight, compact=fmt == "compact"), weight.double()
     quantised = quantize_weight(weight, "int8" if fmt == "int8" else "int4", group)
     return pack_weight(quantised), quantised.dequantize().double()
 

@@ -106,9 +106,9 @@ def _packed_linear(fmt: ops.PackedFormat) -> Case:
 
     def case(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         x, weight = _random((5, 96), dtype, generator), _random((40, 96), torch.bfloat16, generator)
-        stored = weight if fmt == "bf16" else ops.quantize_weight(weight, fmt, 32)
+        stored = weight if fmt in ("bf16", "compact") else ops.quantize_weight(weight, fmt, 32)
         exact = stored.double() if isinstance(stored, Tensor) else stored.dequantize(torch.float64)
-        return ops.linear(x, ops.pack_weight(stored)), x.double() @ exact.T
+        return ops.linear(x, ops.pack_weight(stored, compact=fmt == "compact")), x.double() @ exact.T
 
     return case
 
@@ -156,6 +156,7 @@ def _stored_latents(kv_format: ops.KVFormat) -> Case:
 
 _PACKED_CASES: Mapping[str, Case] = {
     "linear, packed bf16": _packed_linear("bf16"),
+    "linear, packed compact": _packed_linear("compact"),
     "linear, packed int8": _packed_linear("int8"),
     "linear, packed int4": _packed_linear("int4"),
     "moe_experts, packed": _packed_moe_experts,

@@ -32,12 +32,14 @@ _LARGEST_END = 1 / 32
 
 
 def find_windows(weight: Tensor, block_outs: int) -> tuple[list[int], int] | None:
-    """Each matrix' window, and the most exceptions that a block has; None where there are too many.
+    """Each matrix' window, and the most exceptions that a block has; None where there are too many, or no extension.
 
     Args:
         weight: [E, O, D] bfloat16, rows contiguous.
         block_outs: outputs of a block.
     """
+    if extension is None:
+        return None
     found = [extension.compact_window(*_memory(matrix), block_outs) for matrix in weight]
     most = max(exceptions for _, exceptions in found)
     words = eights(weight.shape[2]) * WORDS * block_outs
@@ -76,4 +78,5 @@ def unpack_matrix(words: Tensor, block_outs: int, in_features: int) -> Tensor:
 
 
 def _memory(matrix: Tensor) -> tuple[int, int, int, int]:
-    return matrix.data_ptr(), *matrix.shape, matrix.stride(0)
+    outs, ins = matrix.shape
+    return matrix.data_ptr(), outs, ins, matrix.stride(0)

@@ -76,7 +76,7 @@ def pack_weight(weight: Tensor | QuantizedWeight, *, compact: bool = False) -> P
 
     Args:
         weight: [O, D] or [E, O, D], bfloat16 or float32 (rounded to bfloat16), or quantised.
-        compact: keep bfloat16 weights in 12 bits where that saves memory. Needs the extension.
+        compact: keep bfloat16 weights in 12 bits where that saves memory and the extension is here.
 
     Raises:
         OpError: it has another shape or dtype, or its groups are not multiples of 8 weights.
@@ -138,9 +138,11 @@ def _pack_compact(weight: Tensor) -> PackedWeight | None:
     firsts, exceptions = windows
     count, out_features, in_features = weight.shape
     blocks = -(-out_features // BLOCK_OUTS)
-    block_words = compact_layout.eights(in_features) * compact_layout.WORDS * BLOCK_OUTS + compact_layout.end_words(exceptions)
+    block_words = compact_layout.eights(in_features) * compact_layout.WORDS * BLOCK_OUTS + compact_layout.end_words(
+        exceptions
+    )
     size = 4 * count * blocks * block_words
-    if size >= 4 * math.prod(_layout("bf16", *weight.shape, 0)):
+    if size >= 4 * math.prod(_layout("bf16", count, out_features, in_features, 0)):
         return None
     data = _allocate(size)
     words = data.view(torch.int32).view(count, -1)
