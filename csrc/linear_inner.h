@@ -2,8 +2,8 @@
 // of blocks of outputs of any of the stacked matrices. Nothing here starts threads; different threads may pack
 // different blocks of rows and multiply by different blocks of outputs.
 //
-// A result depends on its row of activations and its row of weights alone: not on the other rows, the number of rows or
-// threads, or the place in a block.
+// A result depends on its row of activations and its matrix of weights alone: not on the other rows or on the number of
+// rows or threads.
 #pragma once
 
 #include "linear.h"

@@ -20,6 +20,7 @@ from latentkv.models.config_reader import read_config
 from latentkv.models.decoder import Decoder
 from latentkv.models.loading import save_pretrained
 from latentkv.models.packing import Packing, pack_module
+from latentkv.ops.native import core
 from latentkv.ops.native.core import current_isa
 
 PROBE = CeilingProbe(gemm_size=16, buffer_mib=1)
@@ -218,6 +219,15 @@ def test_packed_weights_count_once_and_as_they_are_stored():
     plain, packed = Decoder(config).bfloat16(), Decoder(config).bfloat16()
     pack_module(packed, Packing("int8"))
     assert 0.5 < weight_bytes_read(packed) / weight_bytes_read(plain) < 0.85
+
+
+@pytest.mark.skipif(core.extension is None, reason="only the extension packs compact weights")
+def test_the_report_says_that_bfloat16_weights_are_compact():
+    config = replace(read_config(CONFIG), hidden_size=128, vocab_size=64)
+    for compact, name in [(True, "compact bfloat16"), (False, "bfloat16")]:
+        decoder = Decoder(config).bfloat16()
+        pack_module(decoder, Packing(compact=compact))
+        assert module.unquantised_weights(decoder) == name
 
 
 @torch.inference_mode()

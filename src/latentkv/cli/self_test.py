@@ -106,7 +106,7 @@ def _packed_linear(fmt: ops.PackedFormat) -> Case:
 
     def case(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         x, weight = _random((5, 96), dtype, generator), _random((40, 96), torch.bfloat16, generator)
-        stored = weight if fmt in ("bf16", "compact") else ops.quantize_weight(weight, fmt, 32)
+        stored = weight if fmt == "bf16" or fmt == "compact" else ops.quantize_weight(weight, fmt, 32)
         exact = stored.double() if isinstance(stored, Tensor) else stored.dequantize(torch.float64)
         return ops.linear(x, ops.pack_weight(stored, compact=fmt == "compact")), x.double() @ exact.T
 

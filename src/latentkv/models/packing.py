@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol, cast, runtime_checkable
+from typing import Literal, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from latentkv.checkpoint.names import published_name
 from latentkv.checkpoint.schemes import choose_scheme
 from latentkv.errors import ConfigError
-from latentkv.ops import PackedFormat, PackedWeight, QuantizedWeight, pack_weight, quantize_weight
+from latentkv.ops import PackedWeight, QuantizedWeight, pack_weight, quantize_weight
 from latentkv.ops.backends import compact_is_fast, why_not_native
-from latentkv.ops.weight_formats import WEIGHT_FORMATS
+from latentkv.ops.weight_formats import WEIGHT_FORMATS, WeightFormat
 
 Weight = Tensor | QuantizedWeight
 
@@ -30,7 +30,7 @@ class Packing:
         compact: keep what stays bfloat16 in 12 bits, without loss (`ops/compact.py`).
     """
 
-    format: PackedFormat = "bf16"
+    format: Literal["bf16"] | WeightFormat = "bf16"
     group: int | None = None
     compact: bool = False
 
@@ -119,7 +119,7 @@ def choose_packing(weights: str | None, dtype: torch.dtype, device: torch.device
         raise ConfigError(f"weights={weights!r} needs the native kernels, which {why_not_native(device)}.")
     if dtype not in (torch.bfloat16, torch.float32):
         raise ConfigError(f"weights={weights!r} runs with dtype bf16 or fp32, not {str(dtype).removeprefix('torch.')}.")
-    return Packing(cast(PackedFormat, weights), compact=compact_is_fast())
+    return Packing(cast(WeightFormat, weights), compact=compact_is_fast())
 
 
 def pack_module(
