@@ -59,7 +59,7 @@ Window choose_window(const PlainWeight& w, int block_outs) {
 
 void pack_compact(const PlainWeight& w, int window, std::int64_t room, int block_outs, std::uint32_t* words) {
   const std::int64_t blocks = (w.outs + block_outs - 1) / block_outs;
-  const std::int64_t eights = compact_eights(w.ins);
+  const std::int64_t eights = (w.ins + COMPACT_WEIGHTS - 1) / COMPACT_WEIGHTS;
   const std::int64_t weight_words = eights * COMPACT_WORDS * block_outs;
 #pragma omp parallel for
   for (std::int64_t b = 0; b < blocks; b++) {

@@ -13,11 +13,6 @@ namespace latentkv {
 
 constexpr int COMPACT_WEIGHTS = 8;  // of an output that lie in ..
 constexpr int COMPACT_WORDS = 3;    // .. so many words
-// Eights of weights in a row: an even number, so that its halves are equal. They are summed apart.
-inline std::int64_t compact_eights(std::int64_t ins) {
-  return (ins + 2 * COMPACT_WEIGHTS - 1) / (2 * COMPACT_WEIGHTS) * 2;
-}
-
 constexpr int WINDOW = 16;  // from an even exponent on
 
 struct CompactException {

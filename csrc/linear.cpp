@@ -156,8 +156,8 @@ Layout layout_of(const PackedWeight& w) {
   const bool scaled = w.format == WeightFormat::int8 || w.format == WeightFormat::int4;
   Layout layout;
   layout.blocks = ceil_div(w.outs, BLOCK_OUTS);
-  layout.groups = scaled ? ceil_div(w.ins, w.group) : compact ? 2 : 1;
-  layout.group_words = ceil_div(scaled ? w.group : w.ins, compact ? 2 * word_ins : word_ins);
+  layout.groups = scaled ? ceil_div(w.ins, w.group) : 1;
+  layout.group_words = ceil_div(scaled ? w.group : w.ins, word_ins);
   layout.scale_words = scaled ? BLOCK_OUTS / 2 : 0;
   layout.padded_ins = layout.groups * layout.group_words * word_ins;
   if (compact) layout.group_words *= COMPACT_WORDS;  // to as many weights as one word of int4 has
@@ -222,7 +222,6 @@ void multiply_rows(const PackedWeight& w, std::int64_t e, const void* packed, DT
       const std::int64_t next_part = (block_words + block_words * turn / turns) * WORD_BYTES;
       const std::int64_t ahead = turns == 1 ? bytes_ahead(w.format) : next_part;
       panel.ahead = words + ahead;
-      panel.steps_to_jump = (panel.words_stride * WORD_BYTES - ahead) / (COMPACT_WORDS * BLOCK_OUTS * WORD_BYTES);
       alignas(64) float sums[MAX_ROWS * BLOCK_OUTS];
       const Unit* units = (const Unit*)packed + block_rows.first * row_units;
       const int lanes = (int)block_rows.count * per_row;

@@ -38,14 +38,12 @@ struct Panel {
   std::int64_t words_stride, scales_stride;  // from group to group
   const char* ahead;                         // what is fetched meanwhile:
   std::int64_t ahead_stride, ahead_step;     // bytes from group to group, and from word to word; two lines each time
-  std::int64_t steps_to_jump;                // where two halves are read side by side
 };
 
 // How vectors of `words` words, one after the other of each output, become units: unit i of them, 1 / scale times the
 // weights or codes.
 struct PlainWords {
   static constexpr int words = 1;
-  static constexpr bool halves = false;
   explicit PlainWords(const Panel&) {}
 };
 struct Bf16Words : PlainWords {
@@ -61,7 +59,7 @@ struct Bf16Words : PlainWords {
 };
 // See compact.h. Half of a word is a pair's first weight, the other half its second.
 struct CompactWords {
-  static constexpr bool short_groups = false, halves = true;
+  static constexpr bool short_groups = false;
   static constexpr float scale = 1;
   static constexpr int words = COMPACT_WORDS, units = COMPACT_WEIGHTS / UNIT;
 #if defined(__AVX512BF16__)
@@ -157,9 +155,12 @@ void multiply_tile(const Panel& panel, const Unit* x, float* sums) {
   // Groups' sums and their totals fill the registers where groups are short: storing totals for each would cost more
   // than reading activations twice.
   constexpr int V = Decoder::short_groups && R > MAX_ROWS / 2 ? 1 : 2;
-  // Groups, whose sums do not wait for each other.
-  constexpr int TOGETHER = (Decoder::short_groups || Decoder::halves) && R <= 2 ? 2 : 1;
+  constexpr int TOGETHER = Decoder::short_groups && R <= 2 ? 2 : 1;  // groups, whose sums do not wait for each other
   constexpr int WORDS = Decoder::words;  // that are decoded together
+  // Few rows of compact weights are decoded as fast as a core fetches on by itself, up to the end of a page: only the
+  // next one's beginning is fetched.
+  constexpr bool PAGES_ONLY = WORDS > 1 && R <= 2;
+  constexpr std::uintptr_t PAGE = 4096;
   const Decoder decoder(panel);
   const std::int64_t steps = panel.group_words / WORDS, group_units = steps * Decoder::units * R;
   const auto pass = [&](int first, auto fetches) __attribute__((always_inline)) {
@@ -173,14 +174,12 @@ void multiply_tile(const Panel& panel, const Unit* x, float* sums) {
       if (fetches())  // where scales lie between the groups
         for (int j = 0; j < G; j++) __builtin_prefetch(ahead + j * panel.ahead_stride - 64, 0, 2);
       for (std::int64_t i = 0; i < steps; i++) {
-        // Beyond a half comes the other one, which is read already.
-        if (Decoder::halves && G == 2 && i == panel.steps_to_jump) ahead += panel.words_stride * sizeof(Word);
         vu w[G][V][WORDS];
 #pragma GCC unroll 4
         for (int k = 0; k < WORDS; k++, words += BLOCK_OUTS, ahead += panel.ahead_step)
 #pragma GCC unroll 2
           for (int j = 0; j < G; j++) {
-            if (fetches()) {
+            if (fetches() && (!PAGES_ONLY || (std::uintptr_t)(ahead + j * panel.ahead_stride) % PAGE < 128)) {
               __builtin_prefetch(ahead + j * panel.ahead_stride, 0, 2);  // into the second-level cache
               __builtin_prefetch(ahead + j * panel.ahead_stride + 64, 0, 2);
             }

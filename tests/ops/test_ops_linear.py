@@ -218,6 +218,18 @@ def test_a_compact_weight_is_multiplied_as_it_was(isa: core.Isa, rows: int, dtyp
     assert torch.equal(torch.cat(columns), weight.float().T)
 
 
+@every_isa
+def test_a_compact_weight_without_exceptions_gives_the_bits_of_the_plain_one(isa: core.Isa) -> None:
+    weight = numbers(70, 250, seed=0, dtype=torch.bfloat16).clamp(-0.9, 0.9)
+    weight = torch.where(weight.abs() < 2**-12, 2**-12, weight)
+    plain, packed = pack_weight(weight), pack_weight(weight, compact=True)
+    assert packed.group == 0
+    x = numbers(100, 250, seed=1, dtype=torch.bfloat16)
+    with core.use_isa(isa):
+        for rows in (1, 2, 9, 40, 100):
+            assert torch.equal(linear(x[:rows], packed), linear(x[:rows], plain))
+
+
 def test_what_does_not_fit_is_refused() -> None:
     packed, _ = weights(3, 50, 96, fmt="bf16", group=None)
     one = packed.matrix(0)

@@ -119,7 +119,7 @@ def choose_packing(weights: str | None, dtype: torch.dtype, device: torch.device
         raise ConfigError(f"weights={weights!r} needs the native kernels, which {why_not_native(device)}.")
     if dtype not in (torch.bfloat16, torch.float32):
         raise ConfigError(f"weights={weights!r} runs with dtype bf16 or fp32, not {str(dtype).removeprefix('torch.')}.")
-    return Packing(cast(WeightFormat, weights), compact=compact_is_fast())
+    return Packing(weights, compact=compact_is_fast())
 
 
 def pack_module(
