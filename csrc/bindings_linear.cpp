@@ -1,6 +1,5 @@
 // Python's way to products with packed weights.
 #include <nanobind/nanobind.h>
-
 #include <nanobind/stl/pair.h>
 
 #include "compact.h"
@@ -45,7 +44,7 @@ void bind_linear(nb::module_& m) {
          std::int64_t room, int block_outs, Address words) {
         pack_compact({(const bf16*)weights, outs, ins, stride}, window, room, block_outs, (std::uint32_t*)words);
       },
-      nb::call_guard<nb::gil_scoped_release>(), "bf16 weights [outs, ins] in 12 bits, see ops/packed.py.");
+      nb::call_guard<nb::gil_scoped_release>(), "bf16 weights [outs, ins] in 12 bits, see ops/compact.py.");
   m.def("linear", recordable(&linear), nb::call_guard<nb::gil_scoped_release>(), "y = x W^T + bias + residual, W packed.");
 }
 

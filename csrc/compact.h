@@ -1,4 +1,4 @@
-// bfloat16 weights in 12 bits each, without loss: see `ops/packed.py` for the layout.
+// bfloat16 weights in 12 bits each, without loss: see `ops/compact.py` for the layout.
 //
 // The exponents of a trained matrix lie close together: of a window of 16, 3 bits say which pair of exponents, and a
 // weight's lower byte has the last bit. Weights with other exponents are exceptions: the window's first power of two
@@ -13,7 +13,7 @@ namespace latentkv {
 
 constexpr int COMPACT_WEIGHTS = 8;  // of an output that lie in ..
 constexpr int COMPACT_WORDS = 3;    // .. so many words
-constexpr int WINDOW = 16;  // from an even exponent on
+constexpr int WINDOW = 16;          // exponents, from an even one on
 
 struct CompactException {
   std::uint32_t column;

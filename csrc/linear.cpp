@@ -192,9 +192,9 @@ void multiply(const PackedWeight& w, std::int64_t e, const void* packed, DType x
 void multiply_rows(const PackedWeight& w, std::int64_t e, const void* packed, DType x, std::int64_t rows,
                    std::int64_t first_rows, std::int64_t end_rows, std::int64_t first_block, std::int64_t end_block,
                    const LinearOutput& out) {
-  constexpr std::int64_t AT_ONCE = 1 << 24;  // bytes of activations that stay in L2 while all outputs pass by, ..
-  constexpr std::int64_t FEWEST = 4;         // .. unless so few turns would read all weights once more
-  constexpr std::int64_t WORTH_DECODING = 3;  // turns, of the weights once for all
+  constexpr std::int64_t AT_ONCE = 1 << 24;   // bytes of activations that pass by each block of outputs from the L3, ..
+  constexpr std::int64_t FEWEST = 4;          // .. unless so few turns would read all weights once more
+  constexpr std::int64_t WORTH_DECODING = 3;  // turns, for which a block is decoded once
   constexpr std::int64_t WORD_BYTES = sizeof(Word);
   const Layout layout = layout_of(w);
   const Product& product = product_with(w.format, layout.groups);

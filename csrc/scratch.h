@@ -6,8 +6,8 @@
 namespace latentkv {
 
 enum class Scratch : int {
-  own,   // of one thread of a team
-  team,  // taken by the thread that opens a parallel region, used by its whole team
+  own,    // of one thread of a team
+  team,   // taken by the thread that opens a parallel region, used by its whole team
   panel,  // of one thread: decoded weights
 };
 
