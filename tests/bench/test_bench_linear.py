@@ -7,6 +7,7 @@ from latentkv.bench.ceilings import CeilingProbe
 from latentkv.bench.linear import TORCH, LinearReport, as_packed_format, measure_linear
 from latentkv.bench.op_report import linear_table
 from latentkv.errors import OpError, RequestError
+from latentkv.ops.native import core
 from latentkv.ops.packed import PackedFormat
 
 PROBE = CeilingProbe(gemm_size=16, buffer_mib=1)
@@ -23,20 +24,20 @@ def report() -> LinearReport:
 
 
 def test_every_number_of_rows_has_each_format_and_torch(report: LinearReport):
-    names = [TORCH, *(f"linear, {name}" for name in ("bf16", "compact", "int8")), "torch, int8"]
-    names += ["linear, int4", "torch, int4"]
+    compact = [] if core.extension is None else ["linear, compact"]
+    names = [TORCH, "linear, bf16", *compact, "linear, int8", "torch, int8", "linear, int4", "torch, int4"]
     assert [(row.rows, row.contender) for row in report.rows] == [(m, n) for m in (1, 20) for n in names]
-    assert linear_table(report).row_count == 14
+    assert linear_table(report).row_count == 2 * len(names)
 
 
 def test_rates_count_the_stored_bytes_and_the_arithmetic(report: LinearReport):
     stored = {row.contender: row.weight_bytes for row in report.rows}
+    assert stored.pop("linear, compact", None) == (None if core.extension is None else 49152 + 4 * 64)
     # 32,768 weights; int8 has a bf16 scale a row, int4 one for 128 weights; compact a line a block of 32 rows.
     int8, int4 = 32768 + 2 * 128, 16384 + 2 * 2 * 128
     assert stored == {
         TORCH: 65536,
         "linear, bf16": 65536,
-        "linear, compact": 49152 + 4 * 64,
         "linear, int8": int8,
         "torch, int8": int8,
         "linear, int4": int4,
@@ -47,6 +48,11 @@ def test_rates_count_the_stored_bytes_and_the_arithmetic(report: LinearReport):
     assert row.gflops == pytest.approx(2 * 20 * 128 * 256 / row.us / 1e3)
     assert row.of_read_ceiling == pytest.approx(row.gbps / row.read_ceiling)
     assert row.of_bf16_ceiling == pytest.approx(row.gflops / row.bf16_ceiling)
+
+
+def test_compact_is_left_out_where_nothing_can_be_packed_so(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("latentkv.ops.compact.extension", None)
+    assert list(module._entries(128, 256, ["bf16", "compact"])) == [TORCH, "linear, bf16"]
 
 
 def test_scales_can_be_shared_by_fewer_weights():

@@ -211,6 +211,8 @@ def _entries(
     for name in formats:
         if name in ("bf16", "compact"):
             packed = pack_weight(plain, compact=name == "compact")
+            if packed.format != name:  # without the extension, or where it would save nothing
+                continue
             entries[f"linear, {name}"] = _packed_entry(packed, plain[0, :_CHECKED_OUTPUTS].double())
             continue
         one = ops.quantize_weight(plain[0], name, group)

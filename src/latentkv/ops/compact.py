@@ -1,8 +1,8 @@
 """bfloat16 weights in 12 bits each, without loss: a decode step reads a quarter less.
 
 The exponents of a trained matrix lie close together: sixteen that follow each other, the matrix' window, hold all but
-about one in ten thousand weights. DFloat11 (arXiv 2504.11651) gives exponents codes of different lengths; with one
-length a CPU decodes them as fast as memory gives them.
+about one in ten thousand weights. DFloat11 (arXiv 2504.11651) gives exponents codes of different lengths; one length
+suits a CPU's vectors.
 
 The layout, the same on every machine. A window begins with an even exponent. A weight is its lower byte as it is (the
 exponent's last bit and the mantissa), and a code of 4 bits: the sign, and which pair of exponents of the window. Eight

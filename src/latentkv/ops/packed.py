@@ -76,7 +76,7 @@ def pack_weight(weight: Tensor | QuantizedWeight, *, compact: bool = False) -> P
 
     Args:
         weight: [O, D] or [E, O, D], bfloat16 or float32 (rounded to bfloat16), or quantised.
-        compact: keep bfloat16 weights in 12 bits where that saves memory and the extension is here.
+        compact: keep bfloat16 weights in 12 bits where that saves memory, on a CPU and with the extension.
 
     Raises:
         OpError: it has another shape or dtype, or its groups are not multiples of 8 weights.
@@ -100,7 +100,7 @@ def pack_weight(weight: Tensor | QuantizedWeight, *, compact: bool = False) -> P
             f"pack_weight takes bfloat16 or float32 weights, not {weight.dtype}",
         )
         format_, group, scales = "bf16", 0, None
-        if compact and (packed := _pack_compact(stacked.bfloat16().contiguous())) is not None:
+        if compact and weight.is_cpu and (packed := _pack_compact(stacked.bfloat16().contiguous())) is not None:
             return packed
     count, out_features, in_features = stacked.shape
     layout = _layout(format_, count, out_features, in_features, group)
