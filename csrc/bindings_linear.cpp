@@ -32,17 +32,17 @@ static void linear(Isa isa, Address weight, int format, std::int64_t outs, std::
 void bind_linear(nb::module_& m) {
   m.def(
       "compact_window",
-      [](Address weights, std::int64_t outs, std::int64_t ins, std::int64_t stride, int block_outs) {
-        const Window window = choose_window({(const bf16*)weights, outs, ins, stride}, block_outs);
+      [](Address weights, std::int64_t outs, std::int64_t ins, int block_outs) {
+        const Window window = choose_window({(const bf16*)weights, outs, ins}, block_outs);
         return std::make_pair(window.first, window.exceptions);
       },
       nb::call_guard<nb::gil_scoped_release>(),
       "The first exponent of the window that holds the most weights [outs, ins], and how many of a block are outside.");
   m.def(
       "pack_compact",
-      [](Address weights, std::int64_t outs, std::int64_t ins, std::int64_t stride, int window,
-         std::int64_t room, int block_outs, Address words) {
-        pack_compact({(const bf16*)weights, outs, ins, stride}, window, room, block_outs, (std::uint32_t*)words);
+      [](Address weights, std::int64_t outs, std::int64_t ins, int window, std::int64_t room, int block_outs,
+         Address words) {
+        pack_compact({(const bf16*)weights, outs, ins}, window, room, block_outs, (std::uint32_t*)words);
       },
       nb::call_guard<nb::gil_scoped_release>(), "bf16 weights [outs, ins] in 12 bits, see ops/compact.py.");
   m.def("linear", recordable(&linear), nb::call_guard<nb::gil_scoped_release>(), "y = x W^T + bias + residual, W packed.");

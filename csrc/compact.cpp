@@ -41,7 +41,7 @@ Window choose_window(const PlainWeight& w, int block_outs) {
 #pragma omp parallel for
   for (std::int64_t b = 0; b < blocks; b++)
     for (std::int64_t o = b * block_outs; o < (b + 1) * block_outs && o < w.outs; o++)
-      for (std::int64_t i = 0; i < w.ins; i++) counts[b].of[exponent_of(w.weights[o * w.stride + i])]++;
+      for (std::int64_t i = 0; i < w.ins; i++) counts[b].of[exponent_of(w.weights[o * w.ins + i])]++;
   const auto outside = [](const Counts& c, int first) {
     std::int64_t count = 0;
     for (int e = 0; e < EXPONENTS; e++) count += e < first || e >= first + WINDOW ? c.of[e] : 0;
@@ -67,7 +67,7 @@ void pack_compact(const PlainWeight& w, int window, std::int64_t room, int block
     CompactEnd& end = *(CompactEnd*)(block + weight_words);
     end = {(std::uint32_t)window, 0};
     for (int o = 0; o < block_outs && b * block_outs + o < w.outs; o++) {
-      const bf16* row = w.weights + (b * block_outs + o) * w.stride;
+      const bf16* row = w.weights + (b * block_outs + o) * w.ins;
       for (std::int64_t i = 0; i < eights; i++) {
         bf16 eight[COMPACT_WEIGHTS];
         std::fill_n(eight, COMPACT_WEIGHTS, (bf16)(window << 7));

@@ -27,13 +27,14 @@ struct CompactEnd {
   std::uint32_t exceptions;
 
   static std::int64_t num_words(std::int64_t room) { return (2 + 2 * room + 15) / 16 * 16; }  // whole cache lines
-  CompactException* list() const { return (CompactException*)(this + 1); }
+  CompactException* list() { return (CompactException*)(this + 1); }
+  const CompactException* list() const { return (const CompactException*)(this + 1); }
 };
 
-// A matrix as it was trained.
+// A matrix [outs, ins] as it was trained.
 struct PlainWeight {
   const bf16* weights;
-  std::int64_t outs, ins, stride;
+  std::int64_t outs, ins;
 };
 
 struct Window {

@@ -122,8 +122,8 @@ void add_exceptions(const CompactEnd& end, const Unit* x, int lanes, float* sums
   }
 }
 
-// A block of outputs, whose next one is fetched meanwhile: during each of `turns` passes an equal part of it.
-Panel panel_of(const Layout& layout, const Word* block, std::int64_t turns) {
+// A block of outputs, whose next one is fetched meanwhile: an equal part of it during each of so many passes.
+Panel panel_of(const Layout& layout, const Word* block, std::int64_t fetches) {
   Panel panel = {};
   panel.words = block + layout.scale_words;
   if (layout.scale_words) panel.scales = (const bf16*)block;
@@ -131,21 +131,30 @@ Panel panel_of(const Layout& layout, const Word* block, std::int64_t turns) {
   panel.group_words = layout.group_words;
   panel.words_stride = layout.group_stride();
   panel.scales_stride = 2 * layout.group_stride();
-  panel.ahead_step = BLOCK_OUTS * sizeof(Word) / turns;
-  panel.ahead_stride = panel.words_stride * sizeof(Word) / turns;
+  panel.ahead_step = BLOCK_OUTS * sizeof(Word) / fetches;
+  panel.ahead_stride = panel.words_stride * sizeof(Word) / fetches;
   return panel;
 }
 
-// The same panel decoded, what is fetched included.
+// The same panel as units, the same fetches meanwhile.
 Panel decode(const Product& product, const Panel& panel) {
   Panel decoded = panel;
-  decoded.group_words = panel.group_words / product.words * product.word_units;
+  decoded.group_words = panel.group_words / product.words * product.units;
   decoded.words_stride = decoded.group_words * BLOCK_OUTS;
   Word* units = (Word*)thread_scratch(Scratch::panel, panel.groups * decoded.words_stride * sizeof(Word));
   product.decode(panel, units);
   decoded.words = units;
   decoded.ahead_step = panel.ahead_step * panel.group_words / decoded.group_words;
   return decoded;
+}
+
+// The passes over a block that fetch the next one, the last of `turns`: what comes earlier, many rows of activations push
+// out of the cache again. A power of two, so that they fetch equal parts, and so few that a part is whole bytes a unit.
+std::int64_t fetching_turns(std::int64_t turns) {
+  constexpr std::int64_t MOST = 16;
+  std::int64_t fetches = 1;
+  while (2 * fetches <= turns && fetches < MOST) fetches *= 2;
+  return fetches;
 }
 
 }  // namespace
@@ -192,7 +201,7 @@ void multiply(const PackedWeight& w, std::int64_t e, const void* packed, DType x
 void multiply_rows(const PackedWeight& w, std::int64_t e, const void* packed, DType x, std::int64_t rows,
                    std::int64_t first_rows, std::int64_t end_rows, std::int64_t first_block, std::int64_t end_block,
                    const LinearOutput& out) {
-  constexpr std::int64_t AT_ONCE = 1 << 24;   // bytes of activations that pass by each block of outputs from the L3, ..
+  constexpr std::int64_t AT_ONCE = 1 << 22;   // bytes of activations that pass by each block of outputs from the L3, ..
   constexpr std::int64_t FEWEST = 4;          // .. unless so few turns would read all weights once more
   constexpr std::int64_t WORTH_DECODING = 3;  // turns, for which a block is decoded once
   constexpr std::int64_t WORD_BYTES = sizeof(Word);
@@ -207,26 +216,30 @@ void multiply_rows(const PackedWeight& w, std::int64_t e, const void* packed, DT
     multiply_rows(w, e, packed, x, rows, middle, end_rows, first_block, end_block, out);
     return;
   }
+  const std::int64_t fetches = fetching_turns(turns);
+  const bool decodes = turns >= WORTH_DECODING && w.format != WeightFormat::bf16;
+  const Tile* tiles = decodes ? product.tiles_of_units : product.tiles;
   for (std::int64_t o = first_block; o < end_block; o++) {
     const Word* block = (const Word*)w.data + (e * layout.blocks + o) * block_words;
-    Panel panel = panel_of(layout, block, turns);
-    const CompactEnd& end = *(const CompactEnd*)(block + block_words - layout.end_words);
-    if (w.format == WeightFormat::compact) panel.window = end.window;
+    Panel panel = panel_of(layout, block, fetches);
     const char* const words = (const char*)panel.words;
-    const bool decodes = turns >= WORTH_DECODING && w.format != WeightFormat::bf16;
+    const CompactEnd* end = nullptr;
+    if (w.format == WeightFormat::compact) {
+      end = (const CompactEnd*)(block + block_words - layout.end_words);
+      panel.window = (int)end->window;
+    }
     if (decodes) panel = decode(product, panel);
-    const Tile* tiles = decodes ? product.decoded_tiles : product.tiles;
     for (std::int64_t turn = 0; turn < turns; turn++) {
       const RowBlock block_rows = row_block(rows, row_blocks(x, rows), first_rows + turn);
       // One pass over the weights streams through them; several find them in the cache, while the next block comes.
-      const std::int64_t next_part = (block_words + block_words * turn / turns) * WORD_BYTES;
-      const std::int64_t ahead = turns == 1 ? bytes_ahead(w.format) : next_part;
-      panel.ahead = words + ahead;
+      const std::int64_t part = turn > turns - fetches ? turn - (turns - fetches) : 0;
+      const std::int64_t next_part = (block_words + block_words * part / fetches) * WORD_BYTES;
+      panel.ahead = words + (turns == 1 ? bytes_ahead(w.format) : next_part);
       alignas(64) float sums[MAX_ROWS * BLOCK_OUTS];
       const Unit* units = (const Unit*)packed + block_rows.first * row_units;
       const int lanes = (int)block_rows.count * per_row;
       tiles[lanes - 1](panel, units, sums);
-      if (w.format == WeightFormat::compact) add_exceptions(end, units, lanes, sums);
+      if (end) add_exceptions(*end, units, lanes, sums);
       write_rows(sums, per_row, block_rows, o * BLOCK_OUTS, w.outs, out);
     }
   }

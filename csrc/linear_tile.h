@@ -1,8 +1,8 @@
 // The inner loop of products with packed weights: up to MAX_ROWS rows of activations times 32 outputs.
 //
 // One source for all instruction sets. The unit of work along the inner axis is what one instruction multiplies by: a
-// pair of bf16 (vdpbf16ps) or one float32. Codes of int8 and int4 weights are decoded to units exactly (bf16 holds
-// every 8-bit integer); the scale multiplies the sum of its group, in float32. Each result is summed in order along a
+// pair of bf16 (vdpbf16ps) or one float32. Compact weights and codes of int8 and int4 ones are decoded to units exactly
+// (bf16 holds every 8-bit integer); the scale multiplies the sum of its group, in float32. Each result is summed in order along a
 // group and then over the groups in order, whatever the number of rows.
 #pragma once
 
@@ -29,7 +29,8 @@ constexpr int MAX_ROWS = W == 16 ? 8 : 4;
 LATENTKV_INLINE vf multiply_add(vf sum, vu weights, Unit x) { return multiply_add((vf)weights, splat(x), sum); }
 #endif
 
-// 32 outputs' weights, their words beside each other in groups with one scale for each output (null: all are 1).
+// 32 outputs' weights, their words, or the units that `decode_panel` has made of them, beside each other in groups with
+// one scale for each output (null: all are 1).
 struct Panel {
   const Word* words;
   const bf16* scales;
@@ -55,7 +56,7 @@ struct Bf16Words : PlainWords {
     if (UNIT == 2) return words;
     return i == 0 ? words << 16 : words & 0xffff0000;
   }
-  vu unit(const vu (&w)[1], int i) const { return unit(w[0], i); }
+  LATENTKV_INLINE vu unit(const vu (&w)[1], int i) { return unit(w[0], i); }
 };
 // See compact.h. Half of a word is a pair's first weight, the other half its second.
 struct CompactWords {
@@ -70,7 +71,7 @@ struct CompactWords {
                                                                   -123, -122, -121));
     high_bytes = _mm512_add_epi8(of_codes, _mm512_set1_epi8((char)(panel.window / 2)));
   }
-  vu unit(const vu (&w)[3], int i) const {
+  __attribute__((always_inline)) vu unit(const vu (&w)[3], int i) const {
     constexpr int A_OR_B_AND_C = 0xf8, B_WHERE_A_ELSE_C = 0xca;
     const __m512i low_byte = _mm512_set1_epi16(0xff);
     if (i < 3) {
@@ -86,7 +87,7 @@ struct CompactWords {
   std::uint32_t first_pair;
 
   explicit CompactWords(const Panel& panel) : first_pair(panel.window / 2) {}
-  vu unit(const vu (&w)[3], int i) const {
+  __attribute__((always_inline)) vu unit(const vu (&w)[3], int i) const {
     const int pair = i / 2, half = i % 2 * 16;
     vu code, low;
     if (pair < 3) {
@@ -120,7 +121,7 @@ struct Int8Words : PlainWords {
     return (vu)__builtin_convertvector((vi)(words << (24 - 8 * i)) >> 24, vf);
   }
 #endif
-  vu unit(const vu (&w)[1], int i) const { return unit(w[0], i); }
+  LATENTKV_INLINE vu unit(const vu (&w)[1], int i) { return unit(w[0], i); }
 };
 struct GroupedInt8Words : Int8Words {
   using Int8Words::Int8Words;
@@ -146,7 +147,7 @@ struct Int4Words : PlainWords {
     return (vu)__builtin_convertvector(code, vf);
   }
 #endif
-  vu unit(const vu (&w)[1], int i) const { return unit(w[0], i); }
+  LATENTKV_INLINE vu unit(const vu (&w)[1], int i) { return unit(w[0], i); }
 };
 
 // sums [R][32] = x [groups * group_words * units][R] times the panel.
@@ -222,15 +223,22 @@ void multiply_tile(const Panel& panel, const Unit* x, float* sums) {
   for (int first = V * W; first < BLOCK_OUTS; first += V * W) pass(first, std::false_type{});
 }
 
-// Weights that `decode_panel` has made units of, with a decoder's scale.
-template <class Decoder>
-struct DecodedWords : PlainWords {
+// What `decode_panel` has made of weights: their units.
+struct Units : PlainWords {
   using PlainWords::PlainWords;
+  static constexpr bool short_groups = false;
+  static constexpr float scale = 1;
+  static constexpr int units = 1;
+  LATENTKV_INLINE vu unit(const vu (&w)[1], int) { return w[0]; }
+};
+template <class Decoder>
+struct UnitsLike : Units {
+  using Units::Units;
   static constexpr bool short_groups = Decoder::short_groups;
   static constexpr float scale = Decoder::scale;
-  static constexpr int units = 1;
-  vu unit(const vu (&w)[1], int) const { return w[0]; }
 };
+template <class Decoder>
+using UnitsOf = std::conditional_t<Decoder::short_groups || Decoder::scale != 1, UnitsLike<Decoder>, Units>;
 
 // A panel's units, the 32 outputs' beside each other, in groups without anything between.
 template <class Decoder>
@@ -239,7 +247,7 @@ void decode_panel(const Panel& panel, Word* units) {
   const Decoder decoder(panel);
   for (std::int64_t g = 0; g < panel.groups; g++) {
     const Word* words = panel.words + g * panel.words_stride;
-    for (std::int64_t i = 0; i < panel.group_words; i += WORDS, words += WORDS * BLOCK_OUTS)
+    for (std::int64_t i = 0; i < panel.group_words; i += WORDS) {
       for (int first = 0; first < BLOCK_OUTS; first += W) {
         vu w[WORDS];
 #pragma GCC unroll 4
@@ -249,8 +257,10 @@ void decode_panel(const Panel& panel, Word* units) {
           const vu unit = decoder.unit(w, u);
           std::memcpy(units + u * BLOCK_OUTS + first, &unit, sizeof unit);
         }
-        if (first + W == BLOCK_OUTS) units += Decoder::units * BLOCK_OUTS;
       }
+      words += WORDS * BLOCK_OUTS;
+      units += Decoder::units * BLOCK_OUTS;
+    }
   }
 }
 
@@ -266,12 +276,13 @@ struct Tiles<Decoder, 0, R...> {
 
 // What can be done with a panel.
 struct Product {
-  const Tile *tiles, *decoded_tiles;
+  const Tile* tiles;
+  const Tile* tiles_of_units;
   void (*decode)(const Panel&, Word*);
-  int word_units, words;  // units of so many words
+  int units, words;  // so many units are in so many words
 };
 template <class Decoder>
-constexpr Product product = {Tiles<Decoder, MAX_ROWS>::for_rows, Tiles<DecodedWords<Decoder>, MAX_ROWS>::for_rows,
+constexpr Product product = {Tiles<Decoder, MAX_ROWS>::for_rows, Tiles<UnitsOf<Decoder>, MAX_ROWS>::for_rows,
                              decode_panel<Decoder>, Decoder::units, Decoder::words};
 
 }  // namespace latentkv::LATENTKV_ISA

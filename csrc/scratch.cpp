@@ -27,7 +27,7 @@ struct Buffer {
 }  // namespace
 
 char* thread_scratch(Scratch use, std::size_t bytes) {
-  static thread_local Buffer buffers[3];
+  static thread_local Buffer buffers[SCRATCH_USES];
   return buffers[static_cast<int>(use)].at_least(bytes);
 }
 

@@ -10,6 +10,7 @@ enum class Scratch : int {
   team,   // taken by the thread that opens a parallel region, used by its whole team
   panel,  // of one thread: decoded weights
 };
+constexpr int SCRATCH_USES = 3;
 
 // At least `bytes`, aligned to a cache line; what it holds is undefined, and a later call may move it.
 char* thread_scratch(Scratch use, std::size_t bytes);

@@ -35,7 +35,9 @@ def weights(*shape: int, fmt: str, group: int | None, seed: int = 0) -> tuple[Pa
         weight.view(-1)[3::997] = 0  # with what is tiny, exceptions
         weight.view(-1)[500::997] *= 1e-20
     if fmt in ("bf16", "compact"):
-        return pack_weight(weight, compact=fmt == "compact"), weight.double()
+        packed = pack_weight(weight, compact=fmt == "compact")
+        assert weight.numel() < 4096 or core.extension is None or packed.format == fmt
+        return packed, weight.double()
     quantised = quantize_weight(weight, "int8" if fmt == "int8" else "int4", group)
     return pack_weight(quantised), quantised.dequantize().double()
 
@@ -216,6 +218,56 @@ def test_a_compact_weight_is_multiplied_as_it_was(isa: core.Isa, rows: int, dtyp
     with core.use_isa(isa):
         columns = [linear(x, packed, out_dtype=torch.float32) for x in torch.eye(256, dtype=dtype).split(rows)]
     assert torch.equal(torch.cat(columns), weight.float().T)
+
+
+@every_isa
+def test_a_window_of_the_smallest_numbers_is_multiplied_as_it_was(isa: core.Isa) -> None:
+    bits = torch.arange(1 << 7, 16 << 7)
+    weight = torch.cat([bits, bits | 1 << 15, torch.zeros(256, dtype=torch.int64)]).to(torch.int16).view(torch.bfloat16)
+    weight = weight.repeat(2).view(32, 256).clone()
+    weight[5, 7] = 3
+    packed = pack_weight(weight, compact=True)
+    assert core.extension is None or (packed.format, packed.group) == ("compact", 1)
+    with core.use_isa(isa):
+        product = linear(torch.eye(256, dtype=torch.bfloat16), packed, out_dtype=torch.float32)
+    assert torch.equal(product, weight.float().T)
+
+
+@every_isa
+@pytest.mark.parametrize("fmt", ["bf16", "compact"])
+def test_an_infinite_activation_gives_infinities_or_nan_where_a_weight_is_listed(isa: core.Isa, fmt: str) -> None:
+    weight = numbers(32, 256, seed=0, dtype=torch.bfloat16).clamp(-3, 3)
+    weight = torch.where(weight.abs() < 2**-12, 2**-12, weight)
+    weight[4, 9] = 1e-20
+    packed = pack_weight(weight, compact=fmt == "compact")
+    x = torch.zeros(1, 256, dtype=torch.bfloat16)
+    x[0, 9] = float("inf")
+    with core.use_isa(isa):
+        (product,) = linear(x, packed, out_dtype=torch.float32)
+    expected = weight[:, 9].float() * float("inf")
+    if packed.format == "compact" and isa != "torch":
+        expected[4] = float("nan")
+    torch.testing.assert_close(product, expected, equal_nan=True)
+
+
+@every_isa
+@pytest.mark.parametrize("fmt", ["bf16", "int8"])
+def test_more_activations_than_the_cache_holds_change_no_bit(isa: core.Isa, fmt: str) -> None:
+    if isa == "torch":
+        pytest.skip("torch's products depend on the number of rows")
+    ins = 8192
+    rows = 40 + 2**22 // (ins * (2 if isa == "avx512bf16" else 4))  # beyond what passes by each block at once
+    packed, _ = weights(256, ins, fmt=fmt, group=None)
+    x = numbers(rows, ins, seed=1, dtype=torch.bfloat16)
+    threads = torch.get_num_threads()
+    with core.use_isa(isa):
+        try:
+            torch.set_num_threads(1)
+            together = linear(x, packed)
+            for first in (0, 100, rows - 8):
+                assert torch.equal(linear(x[first : first + 8], packed), together[first : first + 8])
+        finally:
+            torch.set_num_threads(threads)
 
 
 @every_isa

@@ -41,7 +41,8 @@ needs_extension = pytest.mark.skipif(core.extension is None, reason="only the ex
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return torch.equal(a.bfloat16().view(torch.int16), b.bfloat16().view(torch.int16))
+    """Of bfloat16 numbers, however they are kept; NaNs included."""
+    return torch.equal(a.float().view(torch.int32), b.float().view(torch.int32))
 
 
 @needs_extension
@@ -58,13 +59,12 @@ def test_compact_weights_come_back_bit_for_bit(shape: tuple[int, ...]) -> None:
 
 
 @needs_extension
-@pytest.mark.parametrize("exponent", [1, 2, 100, 127, 241, 254])
-def test_every_sign_and_mantissa_of_a_window_comes_back(exponent: int) -> None:
-    first = min(exponent, 240)
-    bits = torch.arange(first << 7, (first + 15) << 7)
-    weight = torch.cat([bits, bits | 1 << 15]).to(torch.int16).view(torch.bfloat16).view(30, 128)
+@pytest.mark.parametrize("window", [0, 2, 100, 126, 240])
+def test_every_sign_exponent_and_mantissa_of_a_window_comes_back(window: int) -> None:
+    bits = torch.arange(window << 7, (window + 16) << 7)
+    weight = torch.cat([bits, bits | 1 << 15]).to(torch.int16).view(torch.bfloat16).view(32, 128)
     packed = pack_weight(weight, compact=True)
-    assert packed.format == "compact"
+    assert (packed.format, packed.group) == ("compact", 0)  # nothing is outside
     assert same_bits(unpack_weight(packed), weight)
 
 
@@ -82,7 +82,7 @@ def test_stacked_matrices_have_windows_of_their_own() -> None:
     )
     packed = pack_weight(weight, compact=True)
     assert packed.format == "compact"
-    assert same_bits(unpack_weight(packed), weight)
+    assert same_bits(unpack_weight(packed), weight.bfloat16())
 
 
 @needs_extension
@@ -94,7 +94,7 @@ def test_weights_of_all_sizes_stay_as_they_are() -> None:
     for weight in (wide, rows, rows.new_zeros(64, 256).index_fill_(0, torch.tensor([7]), 1)):
         packed = pack_weight(weight, compact=True)
         assert packed.format == "bf16"
-        assert same_bits(unpack_weight(packed), weight)
+        assert same_bits(unpack_weight(packed), weight.bfloat16())
 
 
 @needs_extension

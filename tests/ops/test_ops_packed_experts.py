@@ -34,7 +34,9 @@ def weights(*shape: int, fmt: str = "bf16", group: int | None = None, seed: int 
     if fmt == "compact":
         weight.view(-1)[3::997] = 0  # an exception
     if fmt in ("bf16", "compact"):
-        return pack_weight(weight, compact=fmt == "compact"), weight.double()
+        packed = pack_weight(weight, compact=fmt == "compact")
+        assert weight[0].numel() < 4096 or core.extension is None or packed.format == fmt
+        return packed, weight.double()
     quantised = quantize_weight(weight, "int8" if fmt == "int8" else "int4", group)
     return pack_weight(quantised), quantised.dequantize().double()
 
@@ -102,6 +104,26 @@ def test_all_tokens_may_choose_one_expert_and_others_none() -> None:
     case = x, ids, scales, exact_gate_up, exact_down
     out = moe_experts(x, ids, scales, gate_up, down)
     assert_close(out, reference.moe_experts(*case), experts_size(*case))
+
+
+def test_each_of_several_compact_matrices_is_read_with_its_own_window() -> None:
+    def stacked(*shape: int, seed: int) -> tuple[PackedWeight, PackedWeight]:
+        # Nothing is listed, so the compact matrices' sums are the plain ones' bit for bit.
+        weight = numbers(*shape, seed=seed, dtype=torch.float32).clamp(-0.9, 0.9)
+        weight = torch.where(weight.abs() < 2**-12, 2**-12, weight)
+        weight = (weight * torch.tensor([1, 2**-4, 2**-8, 2**4])[:, None, None]).bfloat16()
+        packed = pack_weight(weight, compact=True)
+        assert core.extension is None or (packed.format, packed.group) == ("compact", 0)
+        return packed, pack_weight(weight)
+
+    gate_up, down, heads = stacked(4, 128, 96, seed=1), stacked(4, 96, 64, seed=2), stacked(4, 70, 96, seed=3)
+    for tokens in (1, 2, 50):
+        x, (ids, scales) = numbers(tokens, 96, seed=tokens), choices(tokens, 3, 4)
+        compact, plain = (moe_experts(x, ids, scales, *pair) for pair in zip(gate_up, down, strict=True))
+        assert torch.equal(compact, plain)
+        by_head = numbers(tokens, 4, 96, seed=tokens)
+        compact, plain = (headwise_linear(by_head, weight) for weight in heads)
+        assert torch.equal(compact, plain)
 
 
 @every_format

@@ -35,7 +35,7 @@ def find_windows(weight: Tensor, block_outs: int) -> tuple[list[int], int] | Non
     """Each matrix' window, and the most exceptions that a block has; None where there are too many, or no extension.
 
     Args:
-        weight: [E, O, D] bfloat16, rows contiguous.
+        weight: [E, O, D] bfloat16, contiguous.
         block_outs: outputs of a block.
     """
     if extension is None:
@@ -57,7 +57,7 @@ def end_words(exceptions: int) -> int:
 
 
 def pack_matrix(matrix: Tensor, window: int, exceptions: int, block_outs: int, words: Tensor) -> None:
-    """Pack one matrix [O, D] bfloat16, rows contiguous, into its words [n] int32, which are zero."""
+    """Pack one matrix [O, D] bfloat16, contiguous, into its words [n] int32, which are zero."""
     extension.pack_compact(*_memory(matrix), window, exceptions, block_outs, words.data_ptr())
 
 
@@ -77,6 +77,6 @@ def unpack_matrix(words: Tensor, block_outs: int, in_features: int) -> Tensor:
     return bits[:, :in_features].to(torch.int16).view(torch.bfloat16)
 
 
-def _memory(matrix: Tensor) -> tuple[int, int, int, int]:
+def _memory(matrix: Tensor) -> tuple[int, int, int]:
     outs, ins = matrix.shape
-    return matrix.data_ptr(), outs, ins, matrix.stride(0)
+    return matrix.data_ptr(), outs, ins

@@ -1,6 +1,6 @@
 """Weights in the order in which kernels read them.
 
-The layout, the same on every machine. A matrix [O, D] is cut into blocks of 32 outputs (the last is padded with zeros).
+The layout, the same on every machine. A matrix [O, D] is cut into blocks of 32 outputs (the last is padded).
 In a block, 32-bit words follow each other: word 0 of its 32 outputs, word 1 of its 32 outputs, and so on. A word holds
 consecutive weights of one output:
 
@@ -9,8 +9,8 @@ consecutive weights of one output:
 - int4: 8 codes, each plus 8; from bit 4 i, the low half holds code 2 i and the high half code 2 i + 1.
 - compact: a third of 8 bfloat16 weights, see `ops/compact.py`.
 
-Quantised weights have their block's 32 scales (bf16) before the words of each group. The inner axis is padded with zero
-weights to whole groups and words.
+Quantised weights have their block's 32 scales (bf16) before the words of each group. The inner axis is padded to
+whole groups and words. What pads are zeros, but among compact weights, where kernels skip it by zero activations.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ PackedFormat = Literal["bf16", "compact", "int8", "int4"]
 BLOCK_OUTS = 32
 """Outputs whose weights lie together."""
 
-_WORD_WEIGHTS: dict[PackedFormat, int] = {"bf16": 2, "int8": 4, "int4": 8}
+_WORD_WEIGHTS: dict[PackedFormat, int] = {"bf16": 2, "int8": 4, "int4": 8}  # compact is laid out by `compact.py`
 _QUANTISED = ("int8", "int4")
 _HUGE_PAGE = 2 << 20
 _CHUNK = 1 << 19
