@@ -17,10 +17,13 @@ import argparse
 import ctypes
 import json
 import os
+import queue
 import random
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import llama_cpp
 from kv_state import tile_state
@@ -130,8 +133,9 @@ def main() -> None:
     answer = lambda content: print(json.dumps(content), file=answers, flush=True)  # noqa: E731
     answer({"name": "llama.cpp", "version": llama_cpp.__version__, "bytes": llama_cpp.llama_model_size(model)})
     faster: dict[tuple[str, int], Session] = {}
-    for line in sys.stdin:
-        request = json.loads(line)
+    requests = _requests()
+    while True:
+        request = requests.get()
         if request["op"] == "logits":
             answer({"logits": sessions[0].logits(request["token_ids"])})
             continue
@@ -143,11 +147,24 @@ def main() -> None:
         answer({"seconds": time_on(faster[key]), "flash_attention": faster[key] is sessions[1]})
 
 
-def _case(request: dict[str, int]) -> tuple[int, Callable[[Session], float]]:
+def _case(request: dict[str, Any]) -> tuple[int, Callable[[Session], float]]:
     """The size that a request is about, and how to time it."""
     if request["op"] == "prefill":
         return request["tokens"], lambda session: session.prefill(request["tokens"])
     return request["depth"], lambda session: session.decode(request["depth"], request["tokens"])
+
+
+def _requests() -> queue.SimpleQueue[dict[str, Any]]:
+    """Requests as they come. Their end ends this process at once: a benchmark that was killed waits for nothing."""
+    requests: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+
+    def read() -> None:
+        for line in sys.stdin:
+            requests.put(json.loads(line))
+        os._exit(0)
+
+    threading.Thread(target=read, daemon=True).start()
+    return requests
 
 
 def _take_stdout():

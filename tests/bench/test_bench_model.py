@@ -11,7 +11,7 @@ from latentkv.bench.model import LATENTKV, MHA, TRANSFORMERS, Case, ModelReport,
 from latentkv.bench.model_contenders import OtherProgram, OwnDecoder
 from latentkv.bench.model_report import model_facts, model_table, plot_decode
 from latentkv.bench.model_variants import mha_config, mha_twin
-from latentkv.bench.step_work import decode_flops, prefill_flops, weight_bytes_read
+from latentkv.bench.step_work import decode_flops, prefill_flops, weight_bytes_read, weight_format
 from latentkv.cache import LatentCache
 from latentkv.errors import RequestError
 from latentkv.llm import LLM
@@ -221,13 +221,15 @@ def test_packed_weights_count_once_and_as_they_are_stored():
     assert 0.5 < weight_bytes_read(packed) / weight_bytes_read(plain) < 0.85
 
 
-@pytest.mark.skipif(core.extension is None, reason="only the extension packs compact weights")
-def test_the_report_says_that_bfloat16_weights_are_compact():
+def test_weights_are_called_what_most_of_them_are_stored_as():
     config = replace(read_config(CONFIG), hidden_size=128, vocab_size=64)
-    for compact, name in [(True, "compact bfloat16"), (False, "bfloat16")]:
+    compact = "bfloat16" if core.extension is None else "compact bfloat16"
+    ways = {"bfloat16": Packing(), compact: Packing(compact=True), "int4": Packing("int4", compact=True)}
+    for name, packing in ways.items():
         decoder = Decoder(config).bfloat16()
-        pack_module(decoder, Packing(compact=compact))
-        assert module.unquantised_weights(decoder) == name
+        assert weight_format(decoder) == "bfloat16"
+        pack_module(decoder, packing)
+        assert weight_format(decoder) == name
 
 
 @torch.inference_mode()

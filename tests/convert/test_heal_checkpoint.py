@@ -109,6 +109,7 @@ def test_without_eval_every_held_out_text_is_measured_before_and_after(models: t
     assert [each["step"] for each in healing.evaluations] == [0, 3]
 
 
+@pytest.mark.parametrize("models", ["llama"], indirect=True)  # what is told apart is not of the source
 @pytest.mark.parametrize("killed_at", [10, 14, 30])
 def test_the_evaluations_of_an_interrupted_healing_have_no_gap_and_none_twice(
     models: tuple[Path, Path], killed_at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

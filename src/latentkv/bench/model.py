@@ -16,15 +16,13 @@ from latentkv.bench.ceilings import CeilingProbe
 from latentkv.bench.environment import Environment, describe_environment
 from latentkv.bench.model_contenders import ModelContender, OtherProgram, OwnDecoder, TransformersModel, random_tokens
 from latentkv.bench.model_variants import mha_twin
-from latentkv.bench.step_work import decode_flops, prefill_flops, weight_bytes_read
+from latentkv.bench.step_work import decode_flops, prefill_flops, weight_bytes_read, weight_format
 from latentkv.bench.timing import Timing, time_once, torch_threads
 from latentkv.cache import LatentCache
 from latentkv.errors import RequestError
 from latentkv.llm import LLM
 from latentkv.models.config import MLAConfig, ModelConfig
-from latentkv.models.decoder import Decoder
 from latentkv.models.packing import choose_packing
-from latentkv.ops import PackedWeight
 from latentkv.ops.native.recording import kernel_seconds
 from latentkv.plan.parameters import count_parameters
 
@@ -202,7 +200,7 @@ def measure_model(
         environment=environment,
         model=name,
         parameters=count_parameters(llm.config),
-        weights=weights or unquantised_weights(llm.decoder),
+        weights=weight_format(llm.decoder),
         kv_dtype=llm.cache.format,
         new_tokens=new_tokens,
         repeats=repeats,
@@ -217,12 +215,6 @@ def measure_model(
         rows=tuple(rows),
         notes=tuple(notes),
     )
-
-
-def unquantised_weights(decoder: Decoder) -> str:
-    """What the weights of a decoder are stored as that was not asked to quantise them."""
-    head, dtype = decoder.output_weight, str(decoder.dtype).removeprefix("torch.")
-    return f"compact {dtype}" if isinstance(head, PackedWeight) and head.format == "compact" else dtype
 
 
 def _require_measurable(llm: LLM, cases: Sequence[Case], new_tokens: int, repeats: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from math import prod
 
@@ -32,6 +33,20 @@ def weight_bytes_read(decoder: Decoder) -> int:
             stored = stored * moe.experts_per_token // moe.num_experts
         total += stored
     return total
+
+
+def weight_format(decoder: Decoder) -> str:
+    """What most weights of a decoder are stored as: "int4", "int8", "compact bfloat16", or a dtype."""
+    dtype = str(decoder.dtype).removeprefix("torch.")
+    names = {"bf16": dtype, "compact": f"compact {dtype}", "int8": "int8", "int4": "int4"}
+    counts: Counter[str] = Counter()
+    for module in decoder.modules():
+        for weight in _own_weights(module):
+            if isinstance(weight, PackedWeight):
+                counts[names[weight.format]] += weight.count * weight.out_features * weight.in_features
+            else:
+                counts[dtype] += weight.numel()
+    return counts.most_common(1)[0][0]
 
 
 def _own_weights(module: nn.Module) -> Iterator[Tensor | PackedWeight]:
