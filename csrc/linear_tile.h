@@ -2,8 +2,8 @@
 //
 // One source for all instruction sets. The unit of work along the inner axis is what one instruction multiplies by: a
 // pair of bf16 (vdpbf16ps) or one float32. Compact weights and codes of int8 and int4 ones are decoded to units exactly
-// (bf16 holds every 8-bit integer); the scale multiplies the sum of its group, in float32. Each result is summed in order along a
-// group and then over the groups in order, whatever the number of rows.
+// (bf16 holds every 8-bit integer); the scale multiplies the sum of its group, in float32. Each result is summed in
+// order along a group and then over the groups in order, whatever the number of rows.
 #pragma once
 
 #include <type_traits>

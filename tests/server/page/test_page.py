@@ -87,7 +87,7 @@ def test_a_tab_that_closes_hangs_up(server: PageServer, page: Page):
 def test_the_keyboard_alone_is_enough(server: PageServer, page: Page):
     server.replies += [whole("First answer"), Reply([piece(content="Second"), threading.Event()])]
     page.open()
-    assert page.focused == "message"
+    page.wait(lambda: page.focused == "message")  # a browser heeds autofocus when it first draws the page
     page.press("one", Keys.SHIFT + Keys.ENTER, Keys.NULL, "two", Keys.ENTER)
     page.wait(lambda: page.answer == "First answer")
     page.wait_idle()
