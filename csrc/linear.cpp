@@ -149,7 +149,8 @@ Panel decode(const Product& product, const Panel& panel) {
 }
 
 // The passes over a block that fetch the next one, the last of `turns`: what comes earlier, many rows of activations push
-// out of the cache again. A power of two, so that they fetch equal parts, and so few that a part is whole bytes a unit.
+// out of the cache again, so earlier passes ask for its first part only. A power of two, so that parts are equal, and so
+// few that a part is whole bytes a unit.
 std::int64_t fetching_turns(std::int64_t turns) {
   constexpr std::int64_t MOST = 16;
   std::int64_t fetches = 1;

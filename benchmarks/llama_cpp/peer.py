@@ -135,7 +135,7 @@ def main() -> None:
     faster: dict[tuple[str, int], Session] = {}
     requests = _requests()
     while True:
-        request = requests.get()
+        request = json.loads(requests.get())
         if request["op"] == "logits":
             answer({"logits": sessions[0].logits(request["token_ids"])})
             continue
@@ -154,13 +154,13 @@ def _case(request: dict[str, Any]) -> tuple[int, Callable[[Session], float]]:
     return request["depth"], lambda session: session.decode(request["depth"], request["tokens"])
 
 
-def _requests() -> queue.SimpleQueue[dict[str, Any]]:
-    """Requests as they come. Their end ends this process at once: a benchmark that was killed waits for nothing."""
-    requests: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+def _requests() -> queue.SimpleQueue[str]:
+    """Lines as they come. Their end ends this process at once: a benchmark that was killed waits for nothing."""
+    requests: queue.SimpleQueue[str] = queue.SimpleQueue()
 
     def read() -> None:
         for line in sys.stdin:
-            requests.put(json.loads(line))
+            requests.put(line)
         os._exit(0)
 
     threading.Thread(target=read, daemon=True).start()

@@ -10,7 +10,8 @@ consecutive weights of one output:
 - compact: a third of 8 bfloat16 weights, see `ops/compact.py`.
 
 Quantised weights have their block's 32 scales (bf16) before the words of each group. The inner axis is padded to
-whole groups and words. What pads are zeros, but among compact weights, where kernels skip it by zero activations.
+whole groups and words. Padding is zeros. Among compact weights it stands for other numbers: along D activations are
+zero there, and outputs beyond O are not written.
 """
 
 from __future__ import annotations
