@@ -118,7 +118,7 @@ class Session:
 
 
 def main() -> None:
-    """Answer requests until there are no more."""
+    """Answer requests until whoever asks is gone."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="GGUF file with latent attention")
     parser.add_argument("--threads", type=int, default=os.cpu_count())

@@ -37,15 +37,14 @@ def weight_bytes_read(decoder: Decoder) -> int:
 
 def weight_format(decoder: Decoder) -> str:
     """What most weights of a decoder are stored as: "int4", "int8", "compact bfloat16", or a dtype."""
-    dtype = str(decoder.dtype).removeprefix("torch.")
-    names = {"bf16": dtype, "compact": f"compact {dtype}", "int8": "int8", "int4": "int4"}
+    names = {"bf16": "bfloat16", "compact": "compact bfloat16", "int8": "int8", "int4": "int4"}
     counts: Counter[str] = Counter()
     for module in decoder.modules():
         for weight in _own_weights(module):
             if isinstance(weight, PackedWeight):
                 counts[names[weight.format]] += weight.count * weight.out_features * weight.in_features
             else:
-                counts[dtype] += weight.numel()
+                counts[str(weight.dtype).removeprefix("torch.")] += weight.numel()
     return counts.most_common(1)[0][0]
 
 

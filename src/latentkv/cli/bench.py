@@ -135,7 +135,7 @@ def linear(
     size: Annotated[str, typer.Option(help="Outputs x inputs of the matrix.")] = "8192x2048",
     rows: Annotated[str, typer.Option(help="Numbers of rows, with commas between.")] = "1,2,4,8,16,48,64,256,512,2048",
     formats: Annotated[
-        str, typer.Option(help="How weights are packed, with commas between.")
+        str, typer.Option(help="How weights are packed, with commas between; compact where it can be.")
     ] = "bf16,compact,int8,int4",
     group: Annotated[
         int | None,
