@@ -15,6 +15,7 @@
 #include "attention_packed.h"
 #include "attention_rows.h"
 #include "scratch.h"
+#include "team.h"
 
 namespace latentkv::LATENTKV_ISA {
 namespace {
@@ -167,7 +168,7 @@ void attend_with(const Attention& a) {
   float* partials = nullptr;
   if (by_chunk) partials = (float*)thread_scratch(Scratch::team, sizeof(float) * sizes.state_floats() * items);
   int claimed = 0;
-#pragma omp parallel num_threads(threads) if (threads > 1)
+#pragma omp parallel num_threads(threads) if (forks(threads > 1))
   {
     Worker<Engine> worker(a, sizes);
     const int team = omp_get_num_threads();

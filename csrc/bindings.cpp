@@ -3,6 +3,7 @@
 
 #include "isa.h"
 #include "recording.h"
+#include "team.h"
 
 namespace nb = nanobind;
 
@@ -30,6 +31,9 @@ NB_MODULE(_native, m) {
            "Run all calls; the number of the first that something was wrong with, or -1.")
       .def("__len__", &Recording::size);
   m.def("kernel_seconds", [] { return latentkv::kernel_seconds(); }, "Seconds that this thread has spent in kernels.");
+  m.def("live_teams", &latentkv::live_teams, "Threads that have a team of OpenMP threads.");
+  m.def("release_team", &latentkv::release_team, nb::call_guard<nb::gil_scoped_release>(),
+        "End the calling thread's team of OpenMP threads.");
   latentkv::bind_attention(m);
   latentkv::bind_linear(m);
   latentkv::bind_moe(m);

@@ -1,6 +1,7 @@
 #include "cache_write.h"
 
 #include "rows.h"
+#include "team.h"
 
 namespace latentkv::LATENTKV_ISA {
 namespace {
@@ -121,7 +122,7 @@ LATENTKV_INLINE const char* row_at(const Matrix& m, int t) {
 int write(CacheRows to, Matrix latents, Matrix k_rope) {
   const int bad = first_bad_slot(to);
   if (bad >= 0) return bad;
-#pragma omp parallel for schedule(static) if (to.tokens >= WORTH_A_FORK)
+#pragma omp parallel for schedule(static) if (forks(to.tokens >= WORTH_A_FORK))
   for (int t = 0; t < to.tokens; t++) {
     alignas(64) float row[MAX_ROW];
     convert_row(row_at(latents, t), latents.dtype, to.latent_dim, row, DType::f32);
@@ -135,7 +136,7 @@ int norm_rope_write(CacheRows to, Matrix kv_a, const void* weight, DType weight_
   const int bad = first_bad_slot(to);
   if (bad >= 0) return bad;
   const int half = to.rope_dim / 2;
-#pragma omp parallel for schedule(static) if (to.tokens >= WORTH_A_FORK)
+#pragma omp parallel for schedule(static) if (forks(to.tokens >= WORTH_A_FORK))
   for (int t = 0; t < to.tokens; t++) {
     alignas(64) float row[MAX_ROW];
     float* k_rope = row + to.latent_dim;

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <vector>
 
+#include "team.h"
+
 namespace latentkv {
 namespace {
 
@@ -38,7 +40,7 @@ Window choose_window(const PlainWeight& w, int block_outs) {
   };
   const std::int64_t blocks = (w.outs + block_outs - 1) / block_outs;
   std::vector<Counts> counts(blocks);
-#pragma omp parallel for
+#pragma omp parallel for if (forks(true))
   for (std::int64_t b = 0; b < blocks; b++)
     for (std::int64_t o = b * block_outs; o < (b + 1) * block_outs && o < w.outs; o++)
       for (std::int64_t i = 0; i < w.ins; i++) counts[b].of[exponent_of(w.weights[o * w.ins + i])]++;
@@ -61,7 +63,7 @@ void pack_compact(const PlainWeight& w, int window, std::int64_t room, int block
   const std::int64_t blocks = (w.outs + block_outs - 1) / block_outs;
   const std::int64_t eights = (w.ins + COMPACT_WEIGHTS - 1) / COMPACT_WEIGHTS;
   const std::int64_t weight_words = eights * COMPACT_WORDS * block_outs;
-#pragma omp parallel for
+#pragma omp parallel for if (forks(true))
   for (std::int64_t b = 0; b < blocks; b++) {
     std::uint32_t* block = words + b * (weight_words + CompactEnd::num_words(room));
     CompactEnd& end = *(CompactEnd*)(block + weight_words);

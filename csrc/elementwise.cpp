@@ -1,6 +1,7 @@
 #include "elementwise.h"
 
 #include "rows.h"
+#include "team.h"
 
 namespace latentkv::LATENTKV_ISA {
 namespace {
@@ -14,7 +15,7 @@ LATENTKV_INLINE char* at(const Place& place, std::ptrdiff_t offset) {
 }
 
 void rms_norm(Matrix x, const void* weight, DType weight_dtype, float eps, Matrix out, int tokens, int dim) {
-#pragma omp parallel for schedule(static) if ((std::ptrdiff_t)tokens * dim >= WORTH_A_FORK)
+#pragma omp parallel for schedule(static) if (forks((std::ptrdiff_t)tokens * dim >= WORTH_A_FORK))
   for (int t = 0; t < tokens; t++)
     for_dtype(x.dtype, [&](auto dtype) {
       norm_row<dtype()>(at(x, t * x.stride), weight, weight_dtype, dim, eps, at(out, t * out.stride), dtype());
@@ -22,7 +23,7 @@ void rms_norm(Matrix x, const void* weight, DType weight_dtype, float eps, Matri
 }
 
 void rope(Heads x, Angles angles, Heads out, int tokens, int heads, int half) {
-#pragma omp parallel for schedule(static) if ((std::ptrdiff_t)tokens * heads * half * 2 >= WORTH_A_FORK)
+#pragma omp parallel for schedule(static) if (forks((std::ptrdiff_t)tokens * heads * half * 2 >= WORTH_A_FORK))
   for (int t = 0; t < tokens; t++) {
     const std::ptrdiff_t angle = (std::ptrdiff_t)t * half;
     alignas(64) float row[MAX_ROW];
@@ -45,7 +46,7 @@ void silu_mul_row(const void* gate_up, void* out, int inner) {
 }
 
 void silu_mul_rows(Matrix gate_up, Matrix out, int tokens, int inner) {
-#pragma omp parallel for schedule(static) if ((std::ptrdiff_t)tokens * inner >= WORTH_A_FORK)
+#pragma omp parallel for schedule(static) if (forks((std::ptrdiff_t)tokens * inner >= WORTH_A_FORK))
   for (int t = 0; t < tokens; t++)
     for_dtype(out.dtype, [&](auto dtype) {
       silu_mul_row<dtype()>(at(gate_up, t * gate_up.stride), at(out, t * out.stride), inner);

@@ -4,6 +4,7 @@
 
 #include "linear_inner.h"
 #include "scratch.h"
+#include "team.h"
 
 namespace latentkv::LATENTKV_ISA {
 namespace {
@@ -33,7 +34,7 @@ void multiply_head(const PackedWeight& w, Heads x, Heads out, std::int64_t token
 
 void linear(const PackedWeight& w, Heads x, Heads out, int tokens) {
   const std::int64_t blocks = ceil_div(w.outs, BLOCK_OUTS), items = w.count * blocks;
-#pragma omp parallel if (items * BLOCK_OUTS * w.ins * tokens >= SERIAL_PRODUCTS)
+#pragma omp parallel if (forks(items * BLOCK_OUTS * w.ins * tokens >= SERIAL_PRODUCTS))
   {
     const int thread = omp_get_thread_num(), threads = omp_get_num_threads();
     std::int64_t item = items * thread / threads;

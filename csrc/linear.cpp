@@ -5,6 +5,7 @@
 #include "linear_inner.h"
 #include "linear_tile.h"
 #include "scratch.h"
+#include "team.h"
 
 namespace latentkv::LATENTKV_ISA {
 
@@ -288,7 +289,7 @@ void linear(const PackedWeight& w, const LinearInput& in, const LinearOutput& ou
   const int threads = serial ? 1 : omp_get_max_threads();
   const std::int64_t parts = row_parts(blocks, inputs, threads);
   Runs to_pack(inputs, threads), to_multiply(parts * blocks, threads);
-#pragma omp parallel num_threads(threads) if (threads > 1)
+#pragma omp parallel num_threads(threads) if (forks(threads > 1))
   {
     std::int64_t first, end;
     while (to_pack.take(first, end)) pack_input(w, in, first, end, packed);

@@ -5,6 +5,7 @@
 #include "linear_inner.h"
 #include "rows.h"
 #include "scratch.h"
+#include "team.h"
 
 namespace latentkv::LATENTKV_ISA {
 namespace {
@@ -131,7 +132,7 @@ void gated(const GatedProducts& p) {
   const Temporaries t = allocate(p);
   const std::int64_t inner_blocks = ceil_div(p.down.ins, BLOCK_OUTS), out_blocks = ceil_div(p.down.outs, BLOCK_OUTS);
   const std::int64_t inner_items = p.num_segments * inner_blocks, out_items = p.num_segments * out_blocks;
-#pragma omp parallel if (p.rows * p.down.ins * p.down.outs >= SERIAL_PRODUCTS)
+#pragma omp parallel if (forks(p.rows * p.down.ins * p.down.outs >= SERIAL_PRODUCTS))
   {
     pack_rows(p, p.gate_up, [&](const Segment& s) { return rows_of(p, s); }, t.x);
 #pragma omp barrier

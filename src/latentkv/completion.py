@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections import abc
-from collections.abc import Collection
-from contextlib import closing
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
 from latentkv.engine import Event, FinishReason, Request, SamplingParams, TokenLogprobs
+from latentkv.engine.thread import EngineThread, Submission
 from latentkv.text import StopMatcher, StreamDecoder, Tokenizer
 
 
@@ -106,11 +105,67 @@ def piece_of(event: Event, output: TextOutput) -> Piece:
     return Piece(output.take(), [event.token_id], logprobs, event.prompt_logprobs, reason)
 
 
-def pieces_of(events: abc.Generator[Event], outputs: list[TextOutput]) -> abc.Generator[tuple[int, Piece]]:
-    """(request index, piece) for each event; closing this closes `events`."""
-    with closing(events):
-        for event in events:
-            yield event.index, piece_of(event, outputs[event.index])
+Deliver = Callable[[int, "Piece | Exception"], None]
+"""Takes (which request, what is new of it), in the engine's thread: it must be quick."""
+
+
+def submit_for_text(
+    thread: EngineThread,
+    requests: Sequence[Request],
+    outputs: Sequence[TextOutput],
+    deliver: Deliver,
+    *,
+    salt: str = "",
+) -> list[int]:
+    """Let requests run, all or none; what comes out of each is delivered as text.
+
+    Args:
+        thread: of the engine.
+        requests: what to run.
+        outputs: one a request, new.
+        deliver: called with each piece; the last of a request has a finish_reason or is an error.
+        salt: as in `EngineThread.submit`.
+
+    Returns:
+        A ticket a request, to give it up by.
+
+    Raises:
+        LatentKVError: as `EngineThread.submit`.
+    """
+    pairs = zip(requests, outputs, strict=True)
+    readers = [_Reader(index, output, deliver) for index, (_, output) in enumerate(pairs)]
+    return thread.submit_all(
+        [Submission(request, reader, reader.ends_text) for request, reader in zip(requests, readers, strict=True)],
+        salt=salt,
+    )
+
+
+class _Reader:
+    """Hears of one request in the engine's thread, amid steps of many: what it raises must not harm the others."""
+
+    def __init__(self, index: int, output: TextOutput, deliver: Deliver) -> None:
+        self._index = index
+        self._output = output
+        self._deliver = deliver
+        self._failure: Exception | None = None
+
+    def ends_text(self, token: int) -> bool:
+        """Take the next token; True ends the request."""
+        try:
+            return self._output.push(token)
+        except Exception as error:
+            self._failure = error
+            return True
+
+    def __call__(self, event: Event | Exception) -> None:
+        """Deliver what an event adds to the text."""
+        if self._failure is not None:
+            event = self._failure
+        try:
+            piece = event if isinstance(event, Exception) else piece_of(event, self._output)
+        except Exception as error:
+            piece = error
+        self._deliver(self._index, piece)
 
 
 def join_pieces(request: Request, pieces: list[Piece]) -> Completion:

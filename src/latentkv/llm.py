@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections import abc
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
@@ -10,6 +11,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
@@ -18,7 +20,7 @@ from torch import Tensor
 from latentkv.cache import KVFormat, LatentCache, PageStore, StoreFolder
 from latentkv.checkpoint.identity import weights_digest
 from latentkv.checkpoint.source import resolve_model
-from latentkv.completion import Completion, Piece, TextOutput, best_of, join_pieces, pieces_of
+from latentkv.completion import Completion, Piece, TextOutput, best_of, join_pieces, submit_for_text
 from latentkv.engine import Constraint, Engine, Request, SamplingParams, Structure
 from latentkv.engine.adaptive import AdaptiveDrafter
 from latentkv.engine.drafts import Drafter, NGramDrafter
@@ -27,7 +29,9 @@ from latentkv.engine.mtp import MTPDrafter
 from latentkv.engine.request import validate_token_ids
 from latentkv.engine.scheduler import MAX_RUNNING
 from latentkv.engine.scoring import sequence_logits, text_nats
-from latentkv.errors import ConfigError, RequestError
+from latentkv.engine.thread import EngineThread
+from latentkv.engine.worker import Worker
+from latentkv.errors import ConfigError, EngineStoppedError, RequestError
 from latentkv.llm_options import (
     Draft,
     as_device,
@@ -84,7 +88,9 @@ class Perplexity:
 
 
 class LLM:
-    """A language model, loaded once. Use it from one thread.
+    """A language model, loaded once, for any number of threads.
+
+    It is loaded and run in a thread of its own, and requests of several threads share its steps.
 
     Args:
         model: a folder or a Hugging Face repo id; None is the model embedded in this package.
@@ -114,7 +120,8 @@ class LLM:
         decoder: the model itself.
         cache: the paged cache; `cache.bytes_per_token` counts all layers, `cache.allocated_bytes` what is taken.
         max_context: as asked, or the model's.
-        engine: what requests go through.
+        engine: what requests go through; `thread` alone may use it while there are any.
+        thread: where the model was loaded and is run.
         store: what `cache_dir` holds, if there is one.
 
     Raises:
@@ -142,7 +149,51 @@ class LLM:
         cache_dir: str | Path | None = None,
         cache_dir_bytes: int = CACHE_DIR_BYTES,
     ) -> None:
-        weights_dtype, device = as_dtype(dtype), as_device(device)
+        worker = Worker()
+        weakref.finalize(self, worker.stop)
+        try:
+            worker.call(
+                lambda: self._load(
+                    model,
+                    as_device(device),
+                    as_dtype(dtype),
+                    weights,
+                    kv_dtype,
+                    int8_products=int8_products,
+                    max_context=max_context,
+                    kv_cache_bytes=kv_cache_bytes,
+                    max_running=max_running,
+                    speculate=speculate,
+                    draft=draft,
+                    step_seconds=step_seconds,
+                    cache_dir=cache_dir,
+                    cache_dir_bytes=cache_dir_bytes,
+                )
+            )
+        except BaseException:
+            worker.stop()
+            raise
+        self.thread = EngineThread(self.engine, max_open=None, stall_seconds=None, worker=worker)
+        self.thread.start()
+
+    def _load(
+        self,
+        model: str | Path | None,
+        device: torch.device,
+        weights_dtype: torch.dtype | None,
+        weights: WeightFormat | str | None,
+        kv_dtype: KVFormat | Literal["auto"],
+        *,
+        int8_products: bool,
+        max_context: int | None,
+        kv_cache_bytes: int | None,
+        max_running: int,
+        speculate: int,
+        draft: Draft,
+        step_seconds: float | None,
+        cache_dir: str | Path | None,
+        cache_dir_bytes: int,
+    ) -> None:
         folder = None if cache_dir is None else StoreFolder(Path(cache_dir).expanduser())
         self.folder = embedded_model() if model is None else resolve_model(model)
         config = read_config(self.folder)
@@ -210,10 +261,13 @@ class LLM:
         requests = self._requests(_as_list(prompts), sampling_params)
         choices = [choice for request in requests for choice in request.choices()]
         pieces: list[list[Piece]] = [[] for _ in choices]
-        with closing(self._run(choices)) as steps, progress_bar(len(choices), shown=progress) as bar:
-            for index, piece in steps:
-                pieces[index].append(piece)
-                bar.add(len(piece.token_ids), finished=piece.finish_reason is not None)
+        with (
+            closing(self._run(choices, whole=not progress)) as steps,
+            progress_bar(len(choices), shown=progress) as bar,
+        ):
+            for index, new in steps:
+                pieces[index] += new
+                bar.add(sum(len(piece.token_ids) for piece in new), finished=new[-1].finish_reason is not None)
         completions = iter([join_pieces(choice, parts) for choice, parts in zip(choices, pieces, strict=True)])
         return [
             completion
@@ -232,7 +286,7 @@ class LLM:
         request = self.request(prompt, sampling_params)
         if request.params.num_choices > 1:
             raise RequestError("stream() gives one completion: use generate() for n or best_of above 1.")
-        return (piece for _, piece in self._run([request]))
+        return (piece for _, new in self._run([request]) for piece in new)
 
     def chat(
         self,
@@ -314,7 +368,7 @@ class LLM:
         ids = validate_token_ids(token_ids, vocab_size=self.config.vocab_size)
         if len(ids) > self.max_context:
             raise RequestError(f"{len(ids):,} tokens do not fit into the context of {self.max_context:,}: give fewer.")
-        return sequence_logits(self.engine.runner, ids)
+        return self.thread.call(lambda: sequence_logits(self.engine.runner, ids))
 
     def perplexity(self, text: str) -> Perplexity:
         """How well the model predicts `text`, with BOS before it (unscored).
@@ -331,14 +385,13 @@ class LLM:
         ids = [self._first_token(tokenizer), *tokenizer.encode(text, add_bos=False)]
         if len(ids) < 2:
             raise RequestError("The tokenizer makes no token of this text, so there is nothing to score.")
-        nats = text_nats(
-            self.engine.runner, validate_token_ids(ids, vocab_size=self.config.vocab_size), self.max_context
-        )
+        validate_token_ids(ids, vocab_size=self.config.vocab_size)
+        nats = self.thread.call(lambda: text_nats(self.engine.runner, ids, self.max_context))
         tokens, num_bytes = len(ids) - 1, len(text.encode())
         return Perplexity(math.exp(nats / tokens), nats / (math.log(2) * num_bytes), nats, tokens, num_bytes)
 
     def compile(self, structure: Structure) -> Constraint:
-        """What the engine needs of a structure; kept for later requests. The one method for any thread.
+        """What the engine needs of a structure; kept for later requests.
 
         Raises:
             RequestError: it is malformed, asks for what cannot be enforced, allows no text, or is too much work; or the
@@ -358,12 +411,48 @@ class LLM:
         """Write what still waits to go into `cache_dir`, and let another process write there. The end of the program
         does so too.
         """
-        self.engine.close()
+        try:
+            self.thread.call(self.engine.close)
+        except EngineStoppedError:  # its thread has ended, so the engine is free
+            self.engine.close()
 
-    def _run(self, requests: list[Request]) -> abc.Generator[tuple[int, Piece]]:
+    def _run(self, requests: Sequence[Request], *, whole: bool = False) -> abc.Generator[tuple[int, list[Piece]]]:
+        """Run requests; yields (which, what is new of it), with `whole` only once it has ended.
+
+        Raises:
+            RequestError: one could not fit even into an empty cache; at once.
+        """
+        for request in requests:
+            self.engine.require_fits(request)
+        return self._pieces(requests, whole)
+
+    def _pieces(self, requests: Sequence[Request], whole: bool) -> abc.Generator[tuple[int, list[Piece]]]:
+        arrived: SimpleQueue[tuple[int, list[Piece] | Exception]] = SimpleQueue()
+        collected: list[list[Piece]] = [[] for _ in requests]
+
+        def deliver(index: int, piece: Piece | Exception) -> None:  # in the engine's thread
+            if isinstance(piece, Exception):
+                arrived.put((index, piece))
+                return
+            collected[index].append(piece)
+            if piece.finish_reason or not whole:
+                arrived.put((index, collected[index]))
+                collected[index] = []
+
         outputs = [TextOutput(self.tokenizer, request) for request in requests]
-        events = self.engine.run(requests, lambda index, token: outputs[index].push(token))
-        return pieces_of(events, outputs)
+        tickets = submit_for_text(self.thread, requests, outputs, deliver)
+        unfinished = len(tickets)
+        try:
+            while unfinished:
+                index, new = arrived.get()
+                if isinstance(new, Exception):
+                    raise new
+                unfinished -= new[-1].finish_reason is not None
+                yield index, new
+        finally:
+            if unfinished:
+                for ticket in tickets:
+                    self.thread.abort(ticket, wait=True)
 
     def _requests(
         self, prompts: Sequence[Prompt], sampling_params: SamplingParams | Sequence[SamplingParams] | None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from latentkv import LLM
 from latentkv.cli import self_test
+from latentkv.ops import rms_norm
+from latentkv.ops.native.team import live_teams, release_team
 from latentkv.plan import BUILT_IN
 
 
@@ -151,6 +154,37 @@ def test_doctor_finds_every_op_right(latentkv):
     machine = report["machine"]
     assert machine["cores"] >= 1 and machine["torch"] == torch.__version__
     assert machine["memory"][0]["total"] >= machine["memory"][0]["free"] > 0
+    assert len(machine["openmp"]) == 1
+
+
+def test_doctor_finds_one_team_where_this_thread_has_computed_too_and_two_where_another_does(latentkv):
+    before = torch.get_num_threads()
+    release_team()
+    others = live_teams()  # of models that other tests serve
+
+    def compute() -> None:
+        compute_much()
+        computed.set()
+        leave.wait(60)
+
+    computed, leave = threading.Event(), threading.Event()
+    other = threading.Thread(target=compute)
+    try:
+        torch.set_num_threads(2)
+        compute_much()
+        assert as_json(latentkv("doctor", "--json"))["machine"]["teams"] == others + 1
+        other.start()
+        computed.wait(60)
+        assert as_json(latentkv("doctor", "--json"))["machine"]["teams"] == others + 2
+        assert "teams share the cores" in " ".join(latentkv("doctor").stdout.split())
+    finally:
+        leave.set()
+        torch.set_num_threads(before)
+
+
+def compute_much() -> torch.Tensor:
+    """Work that is worth a team of threads."""
+    return rms_norm(torch.ones(512, 512), torch.ones(512), 1e-6)
 
 
 def test_doctor_reads_as_a_table(latentkv):

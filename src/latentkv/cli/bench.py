@@ -11,6 +11,7 @@ from latentkv.cli.bench_gpu import gpu_attention, require_unset, tune
 from latentkv.cli.bench_model import make_model, model
 from latentkv.cli.bench_options import Contexts, JsonFile, KVDtype, Repeats, Threads, numbers, require_folder, save
 from latentkv.cli.bench_serve import serve
+from latentkv.cli.bench_server_cost import server_cost
 from latentkv.cli.bench_speculation import speculation
 from latentkv.cli.terminal import console
 
@@ -24,6 +25,7 @@ bench_app = typer.Typer(no_args_is_help=True, help="Measure attention, models, s
 bench_app.command()(model)
 bench_app.command("make-model")(make_model)
 bench_app.command()(serve)
+bench_app.command("server-cost")(server_cost)
 bench_app.command()(speculation)
 bench_app.command()(tune)
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
+from collections import deque
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
     from latentkv.plan import Memory
 
 _CPUINFO = Path("/proc/cpuinfo")
+_MAPS = Path("/proc/self/maps")
+_OPENMP = re.compile(r"/lib(gomp|iomp5|omp)[^/]*$")
 _ISA_FLAGS = (
     "avx2",
     "avx512f",
@@ -35,7 +39,14 @@ _ISA_FLAGS = (
 
 @dataclass(frozen=True)
 class Machine:
-    """What is here; sizes in bytes."""
+    """What is here; sizes in bytes.
+
+    Attributes:
+        teams: threads that held a team of OpenMP threads while the embedded model ran, this command's own included: 1
+            where one thread computes at a time, 0 where there is nothing to share out or nothing that counts, None
+            where operations are wrong and no model was run.
+        openmp: files of the OpenMP runtimes in this process; each has threads of its own.
+    """
 
     cpu: str
     cores: int
@@ -44,6 +55,8 @@ class Machine:
     torch: str
     torch_isa: str
     threads: int
+    teams: int | None
+    openmp: tuple[str, ...]
     kernels: str
     gpu_kernels: tuple[str, ...]
     memory: tuple[Memory, ...]
@@ -59,10 +72,11 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON, siz
 
     from latentkv.cli.self_test import self_test
 
-    machine = _look_around()
     devices = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
     reports = [report for device in devices for report in self_test(torch.device(device))]
     passed = all(report.passed for report in reports)
+    # After this thread has computed: what it has left must not slow a model down.
+    machine = _look_around(_teams_beside_a_model() if passed else None)
     if as_json:
         print_json({"machine": asdict(machine), "ops": [asdict(report) for report in reports], "passed": passed})
     else:
@@ -81,7 +95,7 @@ def _verdict(reports: list[OpReport]) -> str:
     return f"[green]All {len(reports)} checks pass.[/green]"
 
 
-def _look_around() -> Machine:
+def _look_around(teams: int | None) -> Machine:
     import torch
 
     from latentkv.bench.environment import describe_environment
@@ -96,11 +110,36 @@ def _look_around() -> Machine:
         torch=environment.torch,
         torch_isa=torch.backends.cpu.get_cpu_capability(),
         threads=environment.threads,
+        teams=teams,
+        openmp=_openmp_runtimes(),
         kernels=_kernels(),
         gpu_kernels=tuple(_gpu_kernels(index) for index in range(torch.cuda.device_count())),
         memory=machine_memory(),
         disk_free=shutil.disk_usage(Path.cwd()).free,
     )
+
+
+def _teams_beside_a_model() -> int:
+    """How many threads hold a team of OpenMP threads right after a step of the embedded model."""
+    from latentkv import LLM, SamplingParams
+    from latentkv.ops.native.team import live_teams
+
+    llm = LLM(kv_cache_bytes=16 << 20)
+    request = llm.request("It was a dark night", SamplingParams(max_tokens=8))
+
+    def run_and_count() -> int:
+        deque(llm.engine.run([request]), maxlen=0)
+        return live_teams()
+
+    return llm.thread.call(run_and_count)
+
+
+def _openmp_runtimes() -> tuple[str, ...]:
+    """The files of OpenMP runtimes that this process has loaded, as Linux tells; none elsewhere."""
+    if not _MAPS.exists():
+        return ()
+    paths = {line.split(maxsplit=5)[-1] for line in _MAPS.read_text().splitlines() if _OPENMP.search(line)}
+    return tuple(sorted(paths))
 
 
 def _kernels() -> str:
@@ -152,10 +191,28 @@ def _print_machine(machine: Machine) -> None:
     out.print(
         f"torch    {machine.torch} on Python {machine.python}, {machine.threads} threads, uses {machine.torch_isa}"
     )
+    out.print(f"Threads  {_threads(machine)}")
     out.print(f"Kernels  {machine.kernels}")
     for index, kernels in enumerate(machine.gpu_kernels):
         out.print(f"GPU {index}    {kernels}")
     out.print()
+
+
+def _threads(machine: Machine) -> str:
+    """Whether one team of threads computes, or why a step takes longer than it could."""
+    if len(machine.openmp) > 1:
+        return (
+            f"[bold red]{len(machine.openmp)} OpenMP runtimes share the cores ({', '.join(machine.openmp)}): steps are "
+            "slower by half or more. Load one alone; LD_PRELOAD may bring the other.[/bold red]"
+        )
+    if machine.teams is None:
+        return "not tried, because operations are wrong"
+    if machine.teams > 1:
+        return (
+            f"[bold red]{machine.teams} teams share the cores while a model runs: steps are slower by half or more. "
+            "Let one thread compute at a time.[/bold red]"
+        )
+    return "one team computes" if machine.teams else "no team was needed"
 
 
 def _op_table(reports: list[OpReport]) -> Table:

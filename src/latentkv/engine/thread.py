@@ -4,25 +4,34 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from queue import SimpleQueue
-from typing import Literal
+from functools import partial
+from typing import Literal, TypeVar
 
 from latentkv.engine.engine import EndsText, Engine, Event
 from latentkv.engine.request import Request
+from latentkv.engine.worker import JOIN_SECONDS, Worker
 from latentkv.errors import BusyError, EngineStoppedError, LatentKVError
+
+T = TypeVar("T")
 
 Listener = Callable[[Event | Exception], None]
 """Called in the engine's thread with each new token; the last call has a finish_reason or is an error. It must be
 quick; if it raises, its request is given up."""
 
 FAILURES = 3
-"""Steps that fail one after another before the engine gives up."""
+"""Steps that fail one after another before a guarded engine gives up."""
 
-JOIN_SECONDS = 5.0
-"""For the last step to end when the engine stops."""
+
+@dataclass(frozen=True)
+class Submission:
+    """A request, and who hears of it; the attributes are the arguments of `EngineThread.submit`."""
+
+    request: Request
+    listener: Listener
+    ends_text: EndsText | None = None
 
 
 @dataclass(frozen=True)
@@ -46,40 +55,56 @@ class Health:
 
 
 class EngineThread:
-    """Runs an engine's steps as long as there is work, and takes requests from any thread.
+    """Runs an engine's steps in one thread as long as there is work, and takes requests from any thread.
 
     Every request that was taken gets exactly one last call: its end, or an error. One that is given up gets none more.
 
     Args:
         engine: used by this thread alone from `start` on.
-        max_open: requests that are not finished at once; more are refused.
-        stall_seconds: time without progress after which the engine counts as dead.
+        max_open: requests that are not finished at once; more are refused. None takes all.
+        stall_seconds: time without progress after which the engine counts as dead. None waits for ever.
+        worker: the thread that loaded the engine's model; None starts one of its own.
     """
 
-    def __init__(self, engine: Engine, *, max_open: int = 512, stall_seconds: float = 120) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        max_open: int | None = 512,
+        stall_seconds: float | None = 120,
+        worker: Worker | None = None,
+    ) -> None:
         self._engine = engine
+        self._worker = worker
         self._max_open = max_open
         self._stall_seconds = stall_seconds
-        self._lock = threading.Lock()
-        self._commands: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        self._lock = threading.RLock()  # reentrant: garbage may be collected, and give a request up, at any point
         self._open: dict[int, Listener] = {}  # by ticket
         self._indices: dict[int, int] = {}  # ticket -> the engine's index; the engine's thread alone uses it
         self._tickets: dict[int, int] = {}  # and back
         self._next_ticket = 0
-        self._draining = self._stopping = False
+        self._failures = 0
+        self._draining = False
         self._reason: str | None = None  # why it is dead
         self._progress_at = time.monotonic()
         self._changed = threading.Condition(self._lock)
-        self._thread = threading.Thread(target=self._run, name="latentkv-engine", daemon=True)
 
     def start(self) -> None:
-        """Begin."""
-        self._thread.start()
+        """Begin; more than once does no harm."""
+        self._worker = self._worker or Worker()
+        self._worker.drive(self._turn, self._end)
+
+    def guard(self, *, max_open: int, stall_seconds: float) -> None:
+        """Serve strangers from now on, with limits as the arguments of the same names say.
+
+        An engine that is guarded also gives up after `FAILURES` steps that fail one after another.
+        """
+        self._max_open, self._stall_seconds = max_open, stall_seconds
 
     @property
     def alive(self) -> bool:
         """Whether the thread runs."""
-        return self._thread.is_alive()
+        return self._worker is not None and self._worker.alive
 
     @property
     def num_open(self) -> int:
@@ -103,37 +128,65 @@ class EngineThread:
             EngineStoppedError: the engine is draining, stopped or dead.
             RequestError: it could not fit even into an empty cache.
         """
-        self._engine.require_fits(request)
+        return self.submit_all([Submission(request, listener, ends_text)], salt=salt)[0]
+
+    def submit_all(self, submissions: Sequence[Submission], *, salt: str = "") -> list[int]:
+        """Take several requests in before the next step, or none: as `submit`, a ticket each."""
+        for each in submissions:
+            self._engine.require_fits(each.request)
         with self._lock:
-            self._require_open()
-            if len(self._open) >= self._max_open:
+            worker = self._require_open()
+            if self._max_open is not None and len(self._open) + len(submissions) > self._max_open:
                 raise BusyError(f"{self._max_open} requests are under way or wait already: try again later.")
-            ticket, self._next_ticket = self._next_ticket, self._next_ticket + 1
             if not self._open:
                 self._progress_at = time.monotonic()  # it was idle until now
-            self._open[ticket] = listener
-        self._commands.put(lambda: self._add(ticket, request, ends_text, salt))
-        return ticket
+            tickets = list(range(self._next_ticket, self._next_ticket + len(submissions)))
+            self._next_ticket += len(submissions)
+            self._open.update(zip(tickets, (each.listener for each in submissions), strict=True))
+        worker.post(partial(self._add_all, tickets, submissions, salt))
+        return tickets
 
-    def abort(self, ticket: int) -> None:
-        """Give a request up: it gets no further call, and its pages are free after the step under way."""
+    def call(self, work: Callable[[], T]) -> T:
+        """Run `work` in the engine's thread, between two steps, as `Worker.call`."""
+        if self._worker is None:
+            raise EngineStoppedError("The engine is not running.")
+        return self._worker.call(work)
+
+    def abort(self, ticket: int, *, wait: bool = False) -> None:
+        """Give a request up: it gets no further call, and its pages are free after the step under way.
+
+        Args:
+            ticket: of the request; one that has ended stays so.
+            wait: return when the pages are free.
+        """
         with self._lock:
-            if self._open.pop(ticket, None) is None:
+            if self._open.pop(ticket, None) is None or self._worker is None:
                 return
             self._changed.notify_all()
-        self._commands.put(lambda: self._abort(ticket))
+        gone = threading.Event()
+
+        def give_up() -> None:
+            self._abort(ticket)
+            gone.set()
+
+        with suppress(EngineStoppedError):
+            self._worker.post(give_up)
+            if wait and not self._worker.is_current:
+                gone.wait(
+                    JOIN_SECONDS
+                )  # bounded: garbage may be collected, and end up here, in any thread at any point
 
     def health(self) -> Health:
         """How the engine does. One that makes no progress is found dead here, and its requests get an error."""
         with self._lock:
             waited = time.monotonic() - self._progress_at if self._open else 0.0
-            stalled = self._reason is None and waited > self._stall_seconds
+            stalled = self._reason is None and self._stall_seconds is not None and waited > self._stall_seconds
         if stalled:
             self._die(f"No step has ended for {waited:.0f} seconds, and {len(self._open)} requests wait.")
         with self._lock:
             if self._reason is not None:
                 return Health("dead", self._reason, waited)
-            if not self._thread.is_alive():
+            if not self.alive:
                 return Health("stopped", "The engine has stopped.", waited)
             if self._draining:
                 return Health("draining", f"The engine ends {len(self._open)} last requests.", waited)
@@ -152,60 +205,55 @@ class EngineThread:
             self._draining = True
             finished = self._changed.wait_for(lambda: not self._open, timeout=seconds)
         self._fail_all(EngineStoppedError("The server is shutting down, and the request was not finished in time."))
-        self._stopping = True
-        self._commands.put(_wake)
-        if self._thread.is_alive():
-            self._thread.join(timeout=JOIN_SECONDS)
+        if self._worker:
+            self._worker.stop(JOIN_SECONDS)
         return finished
 
-    def _require_open(self) -> None:
+    def _require_open(self) -> Worker:
         if self._reason is not None:
             raise EngineStoppedError(f"The engine is dead: {self._reason}")
         if self._draining:
             raise EngineStoppedError("The engine is shutting down and takes no new request.")
-        if not self._thread.is_alive():
+        if self._worker is None or not self._worker.alive:
             raise EngineStoppedError("The engine is not running.")
+        return self._worker
 
     # What follows runs in the engine's thread.
 
-    def _run(self) -> None:
-        failures = 0
+    def _turn(self) -> bool:
+        """One step, if there is work; whether there is more."""
+        if not self._indices:
+            return False
         try:
-            while not self._stopping:
-                try:
-                    self._take_commands()
-                    if self._indices:
-                        self._deliver(self._engine.step())
-                        self._progress()
-                    failures = 0
-                except Exception as error:  # whatever the model raised: those in the step get it, the others go on
-                    failures += 1
-                    self._report_failed(error)
-                    if failures == FAILURES:
-                        self._die(f"{FAILURES} steps failed one after another, the last one so: {error}")
-        finally:
-            if not self._stopping:
-                self._die("Its thread ended.")
-            for index in self._tickets:
-                self._engine.abort(index)
-            self._fail_all(EngineStoppedError("The engine has stopped, and the request was not finished."))
+            self._deliver(self._engine.step())
+            self._progress()
+            self._failures = 0
+        except Exception as error:  # whatever the model raised: those in the step get it, the others go on
+            self._failures += 1
+            if not self._report_failed(error) and self._max_open is None:
+                self._give_up_all(error)  # it would fail for ever, and whoever asked would wait as long
+            if self._failures == FAILURES and self._max_open is not None:
+                self._die(f"{FAILURES} steps failed one after another, the last one so: {error}")
+        except BaseException:
+            self._die("Its thread ended.")
+            raise
+        return bool(self._indices)
 
-    def _take_commands(self) -> None:
-        """Do what was asked for since the last step; with nothing else to do, wait for it."""
-        idle = not self._indices
-        while idle or not self._commands.empty():
-            self._commands.get()()
-            idle = False
+    def _end(self) -> None:
+        for index in self._tickets:
+            self._engine.abort(index)
+        self._fail_all(EngineStoppedError("The engine has stopped, and the request was not finished."))
 
-    def _add(self, ticket: int, request: Request, ends_text: EndsText | None, salt: str) -> None:
-        if ticket not in self._open:
-            return
-        try:
-            index = self._engine.add(request, ends_text, salt=salt)
-        except Exception as error:
-            self._finish(ticket, error)
-            return
-        self._indices[ticket], self._tickets[index] = index, ticket
+    def _add_all(self, tickets: list[int], submissions: Sequence[Submission], salt: str) -> None:
+        for ticket, each in zip(tickets, submissions, strict=True):
+            if ticket not in self._open:
+                continue
+            try:
+                index = self._engine.add(each.request, each.ends_text, salt=salt)
+            except Exception as error:
+                self._finish(ticket, error)
+                continue
+            self._indices[ticket], self._tickets[index] = index, ticket
 
     def _abort(self, ticket: int) -> None:
         index = self._indices.pop(ticket, None)
@@ -228,11 +276,18 @@ class EngineThread:
                     self._abort(ticket)
                     self._finish(ticket, error)
 
-    def _report_failed(self, error: Exception) -> None:
-        for index, ticket in list(self._tickets.items()):
-            if index not in self._engine:
-                del self._tickets[index], self._indices[ticket]
-                self._finish(ticket, error)
+    def _report_failed(self, error: Exception) -> bool:
+        """Tell those whose request the engine gave up in a step that failed; whether there were any."""
+        failed = [(index, ticket) for index, ticket in self._tickets.items() if index not in self._engine]
+        for index, ticket in failed:
+            del self._tickets[index], self._indices[ticket]
+            self._finish(ticket, error)
+        return bool(failed)
+
+    def _give_up_all(self, error: Exception) -> None:
+        for ticket in list(self._indices):
+            self._abort(ticket)
+            self._finish(ticket, error)
 
     def _progress(self) -> None:
         with self._lock:
@@ -256,10 +311,6 @@ class EngineThread:
         with self._lock:
             if self._reason is None:
                 self._reason = reason
-            self._stopping = True
         self._fail_all(EngineStoppedError(f"The engine is dead: {reason}"))
-        self._commands.put(_wake)
-
-
-def _wake() -> None:
-    """A command for an engine that waits for one."""
+        if self._worker:
+            self._worker.stop(0)

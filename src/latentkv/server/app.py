@@ -36,12 +36,11 @@ def create_app(server: Server, *, died: Callable[[str], None] | None = None) -> 
         died: called once with the reason if the engine dies.
 
     Returns:
-        The app; its lifespan starts the engine's thread, watches over it, and drains it at the end.
+        The app; its lifespan watches over the engine's thread, and drains it at the end.
     """
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
-        server.model.thread.start()
         watch = asyncio.create_task(_watch(server, died or (lambda reason: None)))
         try:
             yield

@@ -14,7 +14,6 @@ from typing import cast
 
 import uvicorn
 
-from latentkv.engine.thread import EngineThread
 from latentkv.errors import ConfigError
 from latentkv.llm import LLM
 from latentkv.server.app import create_app
@@ -58,15 +57,15 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def make_server(llm: LLM, name: str, settings: ServerSettings, *, tool_format: str | None = None) -> Server:
-    """All that `create_app` needs; the engine's thread is not started yet.
+    """All that `create_app` needs; the engine's thread keeps the limits of `settings` from now on.
 
     Raises:
         RequestError: there is no tool format of this name.
     """
-    thread = EngineThread(llm.engine, max_open=settings.max_open, stall_seconds=settings.stall_seconds)
+    llm.thread.guard(max_open=settings.max_open, stall_seconds=settings.stall_seconds)
     template = llm.tokenizer.chat_template_text if llm.tokenizer else ""
     format = choose_format(template, llm.config.model_type, tool_format)
-    return Server(ServedModel(llm, name, thread, format), settings, Metrics(llm.engine, name))
+    return Server(ServedModel(llm, name, format), settings, Metrics(llm.engine, name))
 
 
 def serve_forever(listening: socket.socket, server: Server) -> int:

@@ -9,8 +9,8 @@ from contextlib import suppress
 from functools import cached_property
 from typing import Any, TypeVar
 
-from latentkv.completion import Piece, TextOutput, piece_of
-from latentkv.engine import Event, Request
+from latentkv.completion import Piece, TextOutput, submit_for_text
+from latentkv.engine import Request
 from latentkv.engine.thread import EngineThread
 from latentkv.errors import RequestError, TokenizerError
 from latentkv.llm import LLM
@@ -35,40 +35,33 @@ class Generation:
 
     Args:
         thread: of the engine.
-        count: how many requests will be added.
+        requests: what to run.
+        outputs: the text of each.
+        salt: who shares prefixes with them.
         deadline: when to give them up, by `time.monotonic`.
+
+    Raises:
+        LatentKVError: as `EngineThread.submit`; none of them runs then.
     """
 
-    def __init__(self, thread: EngineThread, count: int, deadline: float) -> None:
+    def __init__(
+        self,
+        thread: EngineThread,
+        requests: Sequence[Request],
+        outputs: Sequence[TextOutput],
+        salt: str,
+        deadline: float,
+    ) -> None:
         self._thread = thread
-        self._left = count
+        self._left = len(requests)
         self._deadline = deadline
         self._loop = asyncio.get_running_loop()
         self._arrived: asyncio.Queue[tuple[int, Piece | Exception]] = asyncio.Queue()
-        self._tickets: list[int] = []
+        self._tickets = submit_for_text(thread, requests, outputs, self._deliver, salt=salt)
 
-    def add(self, index: int, request: Request, output: TextOutput, salt: str) -> None:
-        """Let a request run; raises as `EngineThread.submit`."""
-        failures: list[Exception] = []
-
-        def ends_text(token: int) -> bool:  # in the engine's thread, amid a step of many requests
-            try:
-                return output.push(token)
-            except Exception as error:
-                failures.append(error)
-                return True
-
-        def listen(event: Event | Exception) -> None:  # in the engine's thread
-            if failures:
-                event = failures[0]
-            try:
-                piece = event if isinstance(event, Exception) else piece_of(event, output)
-            except Exception as error:
-                piece = error
-            with suppress(RuntimeError):  # the event loop has ended, and so has whoever asked
-                self._loop.call_soon_threadsafe(self._arrived.put_nowait, (index, piece))
-
-        self._tickets.append(self._thread.submit(request, listen, ends_text=ends_text, salt=salt))
+    def _deliver(self, index: int, piece: Piece | Exception) -> None:  # in the engine's thread
+        with suppress(RuntimeError):  # the event loop has ended, and so has whoever asked
+            self._loop.call_soon_threadsafe(self._arrived.put_nowait, (index, piece))
 
     async def pieces(self) -> AsyncGenerator[tuple[int, Piece]]:
         """(which request, what is new of it), until all have ended.
@@ -98,17 +91,17 @@ class ServedModel:
     Args:
         llm: the model.
         name: what clients call it.
-        thread: its engine's.
         format: how it writes tool calls and reasoning.
 
     Attributes:
+        thread: that the model was loaded in, and is run in.
         created: when it was loaded, in seconds since 1970.
     """
 
-    def __init__(self, llm: LLM, name: str, thread: EngineThread, format: OutputFormat) -> None:
+    def __init__(self, llm: LLM, name: str, format: OutputFormat) -> None:
         self.llm = llm
         self.name = name
-        self.thread = thread
+        self.thread = llm.thread
         self.format = format
         self.created = int(time.time())
         self._encoders = asyncio.Semaphore(ENCODERS)
@@ -185,11 +178,5 @@ class ServedModel:
             EngineStoppedError: the engine takes none.
             RequestError: one could not fit even into an empty cache.
         """
-        generation = Generation(self.thread, len(requests), time.monotonic() + seconds)
-        try:
-            for index, request in enumerate(requests):
-                generation.add(index, request, TextOutput(self.llm.tokenizer, request, keep), salt)
-        except BaseException:
-            generation.close()
-            raise
-        return generation
+        outputs = [TextOutput(self.llm.tokenizer, request, keep) for request in requests]
+        return Generation(self.thread, requests, outputs, salt, time.monotonic() + seconds)

@@ -1,0 +1,181 @@
+"""What serving costs: the tokens a second of `latentkv serve` beside those of `LLM.generate`, in turn."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from queue import Empty, SimpleQueue
+
+import torch
+
+from latentkv.bench.environment import Environment, describe_environment
+from latentkv.bench.serve_client import RequestForm, ServeClient
+from latentkv.bench.serve_workload import LoadRequest
+from latentkv.bench.timing import Contender, Timing, time_interleaved
+from latentkv.engine import SamplingParams
+from latentkv.errors import ConfigError, RequestError
+from latentkv.llm import LLM
+
+_PROGRAM = "from latentkv.cli.app import main; main()"
+_START_SECONDS = 600
+_STOP_SECONDS = 20
+_ANSWER_SECONDS = 600
+_PROMPT = "It was a dark night, and the old man sat by the fire and told his story to the children."
+
+
+@dataclass(frozen=True)
+class ServerCostRow:
+    """One number of requests at once.
+
+    Attributes:
+        concurrency: requests at once.
+        generate: tokens a second of `LLM.generate`, all requests together; the median.
+        served: those of the server, streamed over HTTP to a client on this machine; the median.
+        generate_spread: interquartile range over the median.
+        served_spread: likewise.
+    """
+
+    concurrency: int
+    generate: float
+    served: float
+    generate_spread: float
+    served_spread: float
+
+    @property
+    def share(self) -> float:
+        """What is left of the speed."""
+        return self.served / self.generate
+
+
+@dataclass(frozen=True)
+class ServerCostReport:
+    """All rows, and how they were taken.
+
+    Attributes:
+        model: its name.
+        new_tokens: of every completion, greedy.
+        rounds: timed ones, both in turn.
+        rows: one a concurrency.
+        environment: where.
+    """
+
+    model: str
+    new_tokens: int
+    rounds: int
+    rows: tuple[ServerCostRow, ...]
+    environment: Environment
+
+
+def measure_server_cost(
+    model: str | None,
+    *,
+    concurrency: Sequence[int] = (1, 8),
+    new_tokens: int = 128,
+    rounds: int = 14,
+    progress: Callable[[str], object] = lambda text: None,
+) -> ServerCostReport:
+    """Time `LLM.generate` in this process and `latentkv serve` in another, in turn; while one runs the other waits.
+
+    Args:
+        model: a folder or a repo id; None is the embedded model.
+        concurrency: requests at once, a row each.
+        new_tokens: of every completion.
+        rounds: timed rounds a row.
+        progress: told what is being done.
+
+    Raises:
+        RequestError: a number is out of range.
+        ConfigError: the server does not start.
+    """
+    if new_tokens < 1 or rounds < 1 or not concurrency or min(concurrency) < 1:
+        raise RequestError("concurrency, new tokens and rounds must be at least 1.")
+    environment = describe_environment(torch.get_num_threads())
+    progress("loading the model")
+    llm = LLM(model)
+    progress("starting the server")
+    with _server(model) as url, asyncio.Runner() as loop:
+        client = ServeClient(url, api_key=None, timeout=_ANSWER_SECONDS)
+        names = loop.run(client.models())
+        if not isinstance(names, list):
+            raise ConfigError(f"The server does not answer: {names.message}")
+        form = RequestForm(names[0], "completions", {"ignore_eos": True})
+        params = SamplingParams(max_tokens=new_tokens, temperature=0, ignore_eos=True)
+        rows: list[ServerCostRow] = []
+        for many in concurrency:
+            progress(f"{many} at once, {rounds} rounds")
+            prompts = [f"{number}. {_PROMPT}" for number in range(many)]
+
+            def ask(prompts: list[str] = prompts) -> None:
+                loop.run(_ask(client, form, prompts, new_tokens))
+
+            def generate(prompts: list[str] = prompts) -> None:
+                llm.generate(prompts, params)
+
+            timings = time_interleaved(
+                {"generate": Contender(generate), "served": Contender(ask)}, repeats=rounds, warmup=2
+            )
+            rows.append(_row(many, many * new_tokens, timings["generate"], timings["served"]))
+        loop.run(client.__aexit__(None, None, None))
+    return ServerCostReport(model or "the embedded model", new_tokens, rounds, tuple(rows), environment)
+
+
+def _row(concurrency: int, tokens: int, generate: Timing, served: Timing) -> ServerCostRow:
+    return ServerCostRow(concurrency, tokens / generate.median, tokens / served.median, generate.spread, served.spread)
+
+
+async def _ask(client: ServeClient, form: RequestForm, prompts: Sequence[str], new_tokens: int) -> None:
+    """Ask everything at once, and read every answer to its end."""
+    asked = [
+        client.ask(form, LoadRequest(prompt=prompt, prompt_tokens=0, output_tokens=new_tokens), 0.0)
+        for prompt in prompts
+    ]
+    for answer in await asyncio.gather(*asked):
+        if answer.failure:
+            raise ConfigError(f"The server failed: {answer.failure.message}")
+
+
+@contextmanager
+def _server(model: str | None) -> Generator[str]:
+    """The URL of `latentkv serve` in a process of its own, which ends with the block."""
+    command = [sys.executable, "-c", _PROGRAM, "serve", "--port", "0", *([model] if model else [])]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    lines: SimpleQueue[str | None] = SimpleQueue()
+
+    def read() -> None:
+        for line in process.stderr or ():
+            lines.put(line)
+        lines.put(None)
+
+    threading.Thread(target=read, daemon=True).start()
+    try:
+        yield _url(lines)
+    finally:
+        process.terminate()
+        try:
+            process.wait(_STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _url(lines: SimpleQueue[str | None]) -> str:
+    """Where a server says that it listens."""
+    said: list[str] = []
+    deadline = time.monotonic() + _START_SECONDS
+    while True:
+        try:
+            line = lines.get(timeout=max(deadline - time.monotonic(), 0))
+        except Empty:
+            raise ConfigError(f"The server did not start within {_START_SECONDS} s.") from None
+        if line is None:
+            raise ConfigError(f"The server did not start: {' '.join(said).strip()}")
+        said.append(line)
+        if found := re.search(r"on (http://\S+?:\d+)", "".join(said)):
+            return found[1]
