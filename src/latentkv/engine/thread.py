@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Literal
 
 from latentkv.engine.engine import EndsText, Engine, Event
 from latentkv.engine.request import Request
+from latentkv.engine.watchdog import Watchdog
 from latentkv.errors import BusyError, EngineStoppedError, LatentKVError
 
 Listener = Callable[[Event | Exception], None]
@@ -32,7 +32,7 @@ class Health:
     Attributes:
         state: "idle", "working", "draining" (it takes no new request), "stopped" or "dead".
         reason: what happened, as a sentence; "" while nothing did.
-        seconds: since a step ended, or since it had nothing to do.
+        seconds: with work and without progress, as `Watchdog` counts both.
     """
 
     state: Literal["idle", "working", "draining", "stopped", "dead"]
@@ -59,7 +59,6 @@ class EngineThread:
     def __init__(self, engine: Engine, *, max_open: int = 512, stall_seconds: float = 120) -> None:
         self._engine = engine
         self._max_open = max_open
-        self._stall_seconds = stall_seconds
         self._lock = threading.Lock()
         self._commands: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._open: dict[int, Listener] = {}  # by ticket
@@ -68,13 +67,14 @@ class EngineThread:
         self._next_ticket = 0
         self._draining = self._stopping = False
         self._reason: str | None = None  # why it is dead
-        self._progress_at = time.monotonic()
+        self._watchdog = Watchdog(stall_seconds, busy=lambda: bool(self._open))
         self._changed = threading.Condition(self._lock)
         self._thread = threading.Thread(target=self._run, name="latentkv-engine", daemon=True)
 
     def start(self) -> None:
         """Begin."""
         self._thread.start()
+        self._watchdog.start()
 
     @property
     def alive(self) -> bool:
@@ -109,8 +109,6 @@ class EngineThread:
             if len(self._open) >= self._max_open:
                 raise BusyError(f"{self._max_open} requests are under way or wait already: try again later.")
             ticket, self._next_ticket = self._next_ticket, self._next_ticket + 1
-            if not self._open:
-                self._progress_at = time.monotonic()  # it was idle until now
             self._open[ticket] = listener
         self._commands.put(lambda: self._add(ticket, request, ends_text, salt))
         return ticket
@@ -125,11 +123,9 @@ class EngineThread:
 
     def health(self) -> Health:
         """How the engine does. One that makes no progress is found dead here, and its requests get an error."""
-        with self._lock:
-            waited = time.monotonic() - self._progress_at if self._open else 0.0
-            stalled = self._reason is None and waited > self._stall_seconds
-        if stalled:
-            self._die(f"No step has ended for {waited:.0f} seconds, and {len(self._open)} requests wait.")
+        wrong, waited = self._watchdog.diagnosis(), self._watchdog.stall().seconds
+        if wrong and self._open:
+            self._die(f"{wrong}, and {len(self._open)} requests wait.")
         with self._lock:
             if self._reason is not None:
                 return Health("dead", self._reason, waited)
@@ -176,7 +172,7 @@ class EngineThread:
                     self._take_commands()
                     if self._indices:
                         self._deliver(self._engine.step())
-                        self._progress()
+                        self._watchdog.step_ended(self._engine.counters)
                     failures = 0
                 except Exception as error:  # whatever the model raised: those in the step get it, the others go on
                     failures += 1
@@ -184,6 +180,7 @@ class EngineThread:
                     if failures == FAILURES:
                         self._die(f"{FAILURES} steps failed one after another, the last one so: {error}")
         finally:
+            self._watchdog.stop()
             if not self._stopping:
                 self._die("Its thread ended.")
             for index in self._tickets:
@@ -233,10 +230,6 @@ class EngineThread:
             if index not in self._engine:
                 del self._tickets[index], self._indices[ticket]
                 self._finish(ticket, error)
-
-    def _progress(self) -> None:
-        with self._lock:
-            self._progress_at = time.monotonic()
 
     # And this in any.
 
