@@ -105,6 +105,17 @@ class ChatTemplate:
         return "tool_use" if with_tools and "tool_use" in self._sources else "default"
 
 
+def text_length(messages: Sequence[Mapping[str, Any]]) -> int:
+    """Characters of the text in a conversation, whether or not it is well formed."""
+    length = 0
+    for message in messages if isinstance(cast(object, messages), Sequence) else ():
+        content = message.get("content") if isinstance(cast(object, message), Mapping) else None
+        for part in cast(list[Any], content) if isinstance(content, list) else [{"text": content}]:
+            text = cast(Mapping[str, Any], part).get("text") if isinstance(part, Mapping) else None
+            length += len(text) if isinstance(text, str) else 0
+    return length
+
+
 def _checked_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     if isinstance(messages, (str, bytes, Mapping)) or not isinstance(cast(object, messages), Sequence):
         raise TokenizerError('Messages must be a list of {"role": ..., "content": ...}.')
