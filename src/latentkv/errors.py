@@ -17,6 +17,10 @@ class TokenizerError(LatentKVError):
     """A tokenizer or chat template cannot be read, or does not match its model."""
 
 
+class TemplateLimitError(TokenizerError):
+    """A chat template takes more time or memory than one may."""
+
+
 class RequestError(LatentKVError):
     """A prompt or a sampling parameter is out of range."""
 

@@ -52,6 +52,7 @@ from latentkv.models.packing import choose_packing
 from latentkv.ops import WeightFormat
 from latentkv.progress import progress_bar
 from latentkv.text import Tokenizer
+from latentkv.text.chat import text_length
 
 if TYPE_CHECKING:
     from latentkv.text.grammar import GrammarCompiler
@@ -63,6 +64,9 @@ DType = Literal["fp32", "bf16", "fp16"]
 
 CACHE_DIR_BYTES = 10 << 30
 """That the files in a `cache_dir` may take."""
+
+_LEFT_OUT = 4
+"""Of so many characters of a conversation a chat template may write only one: some leave earlier reasoning out."""
 
 # How the plain chat template opens the user's next turn; a model without chat training may well write it itself.
 _PLAIN_NEXT_TURN = "\n\nUser:"
@@ -344,12 +348,13 @@ class LLM:
             TokenizerError: as `chat`.
         """
         tokenizer = self._require_tokenizer("A conversation")
+        self.require_not_too_long(text_length(messages), _LEFT_OUT)
         return tokenizer.apply_chat_template(messages, add_generation_prompt=True, **template_variables)
 
     def chat_tokens(self, text: str) -> list[int]:
         """The token ids of what `chat_text` gave."""
         tokenizer = self._require_tokenizer("A conversation")
-        self._require_not_too_long(tokenizer, text)
+        self.require_not_too_long(len(text))
         return tokenizer.encode(text, add_bos=False, allow_special=True)
 
     def chat_params(self, sampling_params: SamplingParams | None = None) -> SamplingParams:
@@ -469,15 +474,19 @@ class LLM:
         tokenizer = self._require_tokenizer("A prompt in words")
         if not prompt:
             raise RequestError("The prompt is empty: give at least one character.")
-        self._require_not_too_long(tokenizer, prompt)
+        self.require_not_too_long(len(prompt))
         return tokenizer.encode(prompt, add_bos=tokenizer.adds_bos)
 
-    def _require_not_too_long(self, tokenizer: Tokenizer, text: str) -> None:
-        """Refuse what cannot fit before time is spent on its tokens."""
-        most = self.max_context * tokenizer.longest_token
-        if len(text) > most:
+    def require_not_too_long(self, characters: int, times: int = 1) -> None:
+        """Refuse a text that is `times` as long as one that could fit into the context, before time is spent on it.
+
+        Raises:
+            RequestError: it has too many characters, whatever its tokens are; or the model has no tokenizer.
+        """
+        most = self.max_context * self._require_tokenizer("A text").longest_token
+        if characters > times * most:
             raise RequestError(
-                f"The prompt has {len(text):,} characters, and a context of {self.max_context:,} tokens holds at most "
+                f"The prompt has {characters:,} characters, and a context of {self.max_context:,} tokens holds at most "
                 f"{most:,}: shorten it, or load the model with a larger max_context if it has one."
             )
 

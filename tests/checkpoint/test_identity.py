@@ -44,6 +44,32 @@ def test_weights_that_change_under_the_same_name_and_size_are_noticed(folder: Pa
     assert weights_digest(folder, memo) != digest
 
 
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        b"[" * 100_000,
+        b"\xff",
+        b"[]",
+        b"9" * 5000,
+        b'{"\\ud800": [1, 2, 3, 4, "' + b"a" * 64 + b'"]}',
+        "pipe",
+        "folder",
+        "link",
+    ],
+)
+def test_line_23_a_memo_that_is_damaged_or_no_file_never_stops_the_start(folder: Path, tmp_path: Path, damaged):
+    memo = tmp_path / "weights.json"
+    if damaged == "pipe":
+        os.mkfifo(memo)
+    elif damaged == "folder":
+        memo.mkdir()
+    elif damaged == "link":
+        memo.symlink_to(tmp_path / "missing")
+    else:
+        memo.write_bytes(damaged)
+    assert weights_digest(folder, memo) == weights_digest(folder, tmp_path / "other.json")
+
+
 def test_files_that_have_not_changed_are_not_read_again(folder: Path, tmp_path: Path, monkeypatch):
     memo = tmp_path / "memo.json"
     other = write(tmp_path / "other", a=torch.ones(5))

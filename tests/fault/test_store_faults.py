@@ -18,6 +18,9 @@ from pathlib import Path
 import pytest
 
 from latentkv import LLM
+from latentkv.cache import StoreFolder
+from latentkv.errors import CacheError
+from latentkv.files import open_regular
 from live_server import Live, serving
 from stored_models import GREEDY, MLA, PROMPT, write_model
 
@@ -48,7 +51,7 @@ def disk(tmp_path: Path) -> Generator[Path]:
     """A disk of 160 KiB: room for two pages and a bit."""
     path = tmp_path / "disk"
     path.mkdir()
-    if not _mount("-t", "tmpfs", "-o", "size=160k", "tmpfs", path):
+    if not _mount("-t", "tmpfs", "-o", "size=160k,mode=700", "tmpfs", path):
         pytest.skip("this user may not mount a disk")
     yield path
     while os.path.ismount(path):
@@ -225,3 +228,33 @@ def test_metrics_tell_what_went_to_the_folder_and_came_back(model: Path, tmp_pat
         assert float(found[f"latentkv:external_prefix_cache_hits{label}"]) == hits
         assert (float(found[f"latentkv:cache_dir_written_bytes{label}"]) > 0) == (served == 0)
         assert float(found[f"latentkv:cache_dir_read_bytes{label}"]) == hits * live.llm.cache.bytes_per_token
+
+
+@pytest.mark.parametrize("mode", [0o755, 0o770, 0o701])
+def test_line_23_a_folder_that_is_open_to_others_is_refused_with_the_remedy(tmp_path: Path, mode: int) -> None:
+    tmp_path.chmod(mode)
+    with pytest.raises(CacheError, match=f"open to other users.*chmod 700 {tmp_path}"):
+        StoreFolder(tmp_path)
+    tmp_path.chmod(0o700)
+    StoreFolder(tmp_path)
+
+
+def test_line_23_a_folder_of_another_user_is_refused(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: tmp_path.stat().st_uid + 1)
+    with pytest.raises(CacheError, match="belongs to another user"):
+        StoreFolder(tmp_path)
+
+
+def test_line_23_a_page_file_is_a_regular_file_and_nothing_else_is_waited_for(tmp_path: Path) -> None:
+    folder = StoreFolder(tmp_path)
+    names = [f"{i:016x}-{i:064x}.page" for i in range(4)]
+    (tmp_path / names[0]).write_bytes(b"a page")
+    os.mkfifo(tmp_path / names[1])
+    (tmp_path / names[2]).symlink_to(tmp_path / names[0])
+    (tmp_path / names[3]).mkdir()
+    assert [file.name for file in folder.files()] == [names[0]]
+    for name in names[1:]:
+        with pytest.raises(OSError):
+            open_regular(tmp_path / name)
+    os.mkfifo(tmp_path / "lock")
+    assert not folder.lock()

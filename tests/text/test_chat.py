@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 
 from latentkv.errors import RequestError, TokenizerError
 from latentkv.text import Tokenizer, load_tokenizer
-from latentkv.text.chat import MAX_CHARACTERS
+from latentkv.text.template_process import MAX_CHARACTERS
 
 TOOLS = [{"type": "function", "function": {"name": "wêather", "description": "<b>'now' & \"then\"</b>"}}]
 CALL = [{"type": "function", "function": {"name": "wêather", "arguments": {"city": "Köln <&>", "days": 2}}}]
@@ -100,9 +100,11 @@ def test_a_model_without_a_template_gets_a_plain_one_labelled_so(tmp_path: Path)
         ("{{ messages.append(1) }}", "failed"),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "failed"),
         ("{% for i in range(99999) %}{{ 'x' * 9999 }}{% endfor %}", f"more than {MAX_CHARACTERS} characters"),
-        ("{{ 'x' * 10**9 }}", "powers are not available"),
-        ("{{ 'x' * 1000000000 }}", "repetition is too long"),
-        ("{{ 1000000000 * [1] }}", "repetition is too long"),
+        ("{{ 'x' * 10**9 }}", "more than 192 MiB of memory"),
+        ("{{ 'x' * 1000000000 }}", "more than 192 MiB of memory"),
+        ("{{ 1000000000 * [1] }}", "more than 192 MiB of memory"),
+        ("{{ " + "(" * 20000 + "1" + ")" * 20000 + " }}", "cannot be read"),
+        ("{{ raise_exception('long ' * 1000000) }}", "failed: long long"),
     ],
 )
 def test_a_bad_template_is_one_clear_error(tmp_path: Path, template: str, message: str) -> None:

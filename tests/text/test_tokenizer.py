@@ -1,6 +1,9 @@
 import json
 import shutil
+import sys
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import folders_for_text_tests as folders
@@ -9,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from latentkv.errors import TokenizerError
+from latentkv.llm_options import EMBEDDED_MODEL
 from latentkv.text import StreamDecoder, Tokenizer, has_tokenizer, load_tokenizer, require_match
 
 Folder = Callable[[str], Path]
@@ -187,3 +191,34 @@ def test_truncation_and_padding_in_tokenizer_json_do_not_apply(tmp_path: Path) -
     }
     (folder / "tokenizer.json").write_text(json.dumps(content))
     assert load_tokenizer(folder).encode("the whale swam on") == expected
+
+
+def test_line_19_long_runs_are_cut_where_kimis_code_cuts_them_and_found_in_one_pass() -> None:
+    from latentkv.text.tiktoken_backend import _cut_long_runs
+
+    near = ("a" * 24_999 + " ") * 40  # from every character on, almost a run that is long enough
+    assert list(_cut_long_runs(near)) == [near]
+    text = "b " + "a" * 60_000 + " " * 25_001 + "c"
+    assert list(_cut_long_runs(text)) == ["b " + "a" * 25_000, "a" * 25_000, "a" * 10_000 + " " * 25_000, " c"]
+    assert list(_cut_long_runs("x" * 25_000)) == ["x" * 25_000]
+
+
+def test_line_19_a_long_text_is_encoded_and_decoded_as_a_short_one_and_others_run_meanwhile() -> None:
+    embedded = load_tokenizer(EMBEDDED_MODEL)
+    text = "The sea, 1234567890! " * 3000
+    seen: list[float] = []
+    done = threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        before = sys.getswitchinterval()
+        sys.setswitchinterval(1000)  # nobody runs here but while a library lets go of the interpreter
+        try:
+            work = pool.submit(lambda: (embedded.encode("1234567890" * 10_000), done.set()))
+            while not done.is_set():
+                seen.append(0)
+                done.wait(0.001)
+        finally:
+            sys.setswitchinterval(before)
+    ids = work.result()[0]
+    assert len(seen) > 3
+    assert embedded.decode(ids) == "1234567890" * 10_000
+    assert embedded.decode(embedded.encode(text)) == text

@@ -21,6 +21,7 @@ from latentkv.cache.page_key import PageKey
 from latentkv.cache.store_folder import StoreFolder, open_private
 from latentkv.cache.stored_files import StoredFile, StoredFiles, in_blocks
 from latentkv.errors import CacheError
+from latentkv.files import open_regular
 
 logger = logging.getLogger("latentkv.cache")
 
@@ -225,7 +226,7 @@ class PageStore:
     def _open(self, key: PageKey) -> FileIO | None:
         """The file of a page, which the system begins to read; None where there is none any more."""
         try:
-            file = FileIO(self.path(key))
+            file = FileIO(str(self.path(key)), opener=open_regular)
         except FileNotFoundError:  # another process has removed it
             self._forget(key)
             return None

@@ -6,6 +6,8 @@ import errno
 import os
 import re
 import secrets
+import shlex
+import stat
 from collections.abc import Iterator
 from contextlib import suppress
 from io import FileIO
@@ -13,7 +15,7 @@ from pathlib import Path
 
 from latentkv.cache.stored_files import StoredFile, in_blocks
 from latentkv.errors import CacheError
-from latentkv.files import sync
+from latentkv.files import open_regular, sync
 
 SECRET_BYTES = 32
 
@@ -34,13 +36,14 @@ class StoreFolder:
         secret: made once for each folder; names of files cannot be guessed without it.
 
     Raises:
-        CacheError: it cannot be made or read.
+        CacheError: it cannot be made or read, is another user's, or is open to others.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            _require_private(path)
             self.secret = self._read_secret()
         except OSError as error:
             raise CacheError(
@@ -90,6 +93,8 @@ class StoreFolder:
                 if _PAGE.fullmatch(entry.name):
                     with suppress(FileNotFoundError):  # removed in this moment
                         found = entry.stat(follow_symlinks=False)
+                        if not stat.S_ISREG(found.st_mode):
+                            continue
                         yield StoredFile(entry.name, found.st_mtime_ns, in_blocks(found.st_size))
 
     def remove_unfinished(self) -> None:
@@ -102,7 +107,8 @@ class StoreFolder:
     def _read_secret(self) -> bytes:
         path = self.path / "secret"
         with suppress(FileNotFoundError):
-            secret = path.read_bytes()
+            with FileIO(str(path), opener=open_regular) as file:
+                secret = file.read(SECRET_BYTES + 1)
             if len(secret) == SECRET_BYTES:
                 return secret
             path.unlink(missing_ok=True)
@@ -118,6 +124,20 @@ class StoreFolder:
         return path.read_bytes()
 
 
+def _require_private(path: Path) -> None:
+    """Refuse a folder in which others could read what was prompted, or put what is then believed."""
+    if not hasattr(os, "geteuid"):
+        return
+    found = path.stat()
+    if found.st_uid != os.geteuid():
+        raise CacheError(f"cache_dir={str(path)!r} belongs to another user: name a folder of your own.")
+    if found.st_mode & 0o077:
+        raise CacheError(
+            f"cache_dir={str(path)!r} is open to other users, and would hold what was prompted: close it by "
+            f"chmod 700 {shlex.quote(str(path))}, or name another folder."
+        )
+
+
 def open_private(path: str, flags: int) -> int:
-    """Opener of files that only their owner may read: they hold what people wrote."""
-    return os.open(path, flags, 0o600)
+    """Opener of regular files that only their owner may read: they hold what people wrote."""
+    return open_regular(path, flags)

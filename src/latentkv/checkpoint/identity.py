@@ -5,11 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 from contextlib import suppress
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
 from latentkv.checkpoint.reader import CheckpointReader
-from latentkv.files import write_json
+from latentkv.files import open_regular, write_json
+
+MEMO_BYTES = 16 << 20
+"""That are read of what is remembered: some hundred a file."""
 
 
 def weights_digest(folder: Path, memo: Path) -> bytes:
@@ -35,7 +39,7 @@ def weights_digest(folder: Path, memo: Path) -> bytes:
                 entry = [*state, hashlib.file_digest(file, "sha256").hexdigest()]
         digests[name] = entry
     if any(known.get(name) != entry for name, entry in digests.items()):
-        with suppress(OSError):  # then they are read again the next time
+        with suppress(OSError, ValueError):  # then they are read again the next time
             write_json(memo, known | digests)
     return hashlib.sha256("".join(entry[-1] for entry in digests.values()).encode()).digest()
 
@@ -49,8 +53,9 @@ def _state(path: Path) -> list[int]:
 def _read_memo(memo: Path) -> dict[str, list[Any]]:
     """The entries that can be made out."""
     try:
-        found: Any = json.loads(memo.read_bytes())
-    except (OSError, ValueError):
+        with FileIO(str(memo), opener=open_regular) as file:
+            found: Any = json.loads(file.read(MEMO_BYTES))
+    except (OSError, ValueError, RecursionError):
         return {}
     if not isinstance(found, dict):
         return {}

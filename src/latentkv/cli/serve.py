@@ -72,7 +72,7 @@ def serve(
     ] = 256,
     request_seconds: Annotated[float, typer.Option(min=1, help="A request may take at most.")] = 3600,
     drain_seconds: Annotated[float, typer.Option(min=0, help="Open requests may take when told to stop.")] = 30,
-    max_body_mib: Annotated[int, typer.Option(min=1, max=1024, help="Size of a request's body at most.")] = 16,
+    max_body_mib: Annotated[int, typer.Option(min=1, max=1024, help="Size of a request's body at most.")] = 2,
     log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Write prompts and answers into the log.")] = False,
 ) -> None:
     """Serve a model: an OpenAI-compatible API, a chat page at /, metrics at /metrics.

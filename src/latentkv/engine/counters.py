@@ -23,6 +23,7 @@ class Counters:
         loaded_bytes: read from it.
         drafted_tokens: tokens proposed to the model.
         accepted_tokens: those that it would have chosen too.
+        lost_tokens: read or found by sequences that then gave their pages back to others.
     """
 
     steps: int = 0
@@ -38,3 +39,9 @@ class Counters:
     loaded_bytes: int = 0
     drafted_tokens: int = 0
     accepted_tokens: int = 0
+    lost_tokens: int = 0
+
+    @property
+    def known_tokens(self) -> int:
+        """Tokens that were read or found, without those that were lost: it does not grow by reading the same again."""
+        return self.read_tokens + self.prefix_hits + self.store_hits - self.lost_tokens

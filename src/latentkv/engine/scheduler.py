@@ -185,6 +185,7 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         self.counters.preemptions += 1
+        self.counters.lost_tokens += sequence.num_cached
         self.running.remove(sequence)
         self._give_back(sequence)
         self.add(sequence)

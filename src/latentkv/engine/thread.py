@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Literal, TypeVar
 
 from latentkv.engine.engine import EndsText, Engine, Event
 from latentkv.engine.request import Request
+from latentkv.engine.watchdog import Watchdog
 from latentkv.engine.worker import JOIN_SECONDS, Worker
 from latentkv.errors import BusyError, EngineStoppedError, LatentKVError
 
@@ -41,7 +41,7 @@ class Health:
     Attributes:
         state: "idle", "working", "draining" (it takes no new request), "stopped" or "dead".
         reason: what happened, as a sentence; "" while nothing did.
-        seconds: since a step ended, or since it had nothing to do.
+        seconds: with work and without progress, as `Watchdog` counts both.
     """
 
     state: Literal["idle", "working", "draining", "stopped", "dead"]
@@ -77,7 +77,6 @@ class EngineThread:
         self._engine = engine
         self._worker = worker
         self._max_open = max_open
-        self._stall_seconds = stall_seconds
         self._lock = threading.RLock()  # reentrant: garbage may be collected, and give a request up, at any point
         self._open: dict[int, Listener] = {}  # by ticket
         self._indices: dict[int, int] = {}  # ticket -> the engine's index; the engine's thread alone uses it
@@ -86,20 +85,25 @@ class EngineThread:
         self._failures = 0
         self._draining = False
         self._reason: str | None = None  # why it is dead
-        self._progress_at = time.monotonic()
+        self._watchdog = None if stall_seconds is None else Watchdog(stall_seconds, busy=lambda: bool(self._open))
         self._changed = threading.Condition(self._lock)
 
     def start(self) -> None:
         """Begin; more than once does no harm."""
         self._worker = self._worker or Worker()
         self._worker.drive(self._turn, self._end)
+        if self._watchdog:
+            self._watchdog.start()
 
     def guard(self, *, max_open: int, stall_seconds: float) -> None:
         """Serve strangers from now on, with limits as the arguments of the same names say.
 
         An engine that is guarded also gives up after `FAILURES` steps that fail one after another.
         """
-        self._max_open, self._stall_seconds = max_open, stall_seconds
+        if self._watchdog:
+            self._watchdog.stop()
+        self._max_open, self._watchdog = max_open, Watchdog(stall_seconds, busy=lambda: bool(self._open))
+        self._watchdog.start()
 
     @property
     def alive(self) -> bool:
@@ -138,8 +142,6 @@ class EngineThread:
             worker = self._require_open()
             if self._max_open is not None and len(self._open) + len(submissions) > self._max_open:
                 raise BusyError(f"{self._max_open} requests are under way or wait already: try again later.")
-            if not self._open:
-                self._progress_at = time.monotonic()  # it was idle until now
             tickets = list(range(self._next_ticket, self._next_ticket + len(submissions)))
             self._next_ticket += len(submissions)
             self._open.update(zip(tickets, (each.listener for each in submissions), strict=True))
@@ -172,17 +174,14 @@ class EngineThread:
         with suppress(EngineStoppedError):
             self._worker.post(give_up)
             if wait and not self._worker.is_current:
-                gone.wait(
-                    JOIN_SECONDS
-                )  # bounded: garbage may be collected, and end up here, in any thread at any point
+                gone.wait(JOIN_SECONDS)  # bounded: garbage may be collected, and end up here, in any thread
 
     def health(self) -> Health:
         """How the engine does. One that makes no progress is found dead here, and its requests get an error."""
-        with self._lock:
-            waited = time.monotonic() - self._progress_at if self._open else 0.0
-            stalled = self._reason is None and self._stall_seconds is not None and waited > self._stall_seconds
-        if stalled:
-            self._die(f"No step has ended for {waited:.0f} seconds, and {len(self._open)} requests wait.")
+        waited = self._watchdog.stall().seconds if self._watchdog else 0.0
+        wrong = self._watchdog.diagnosis() if self._watchdog else ""
+        if wrong and self._open:
+            self._die(f"{wrong}, and {len(self._open)} requests wait.")
         with self._lock:
             if self._reason is not None:
                 return Health("dead", self._reason, waited)
@@ -226,7 +225,8 @@ class EngineThread:
             return False
         try:
             self._deliver(self._engine.step())
-            self._progress()
+            if self._watchdog:
+                self._watchdog.step_ended(self._engine.counters)
             self._failures = 0
         except Exception as error:  # whatever the model raised: those in the step get it, the others go on
             self._failures += 1
@@ -240,6 +240,8 @@ class EngineThread:
         return bool(self._indices)
 
     def _end(self) -> None:
+        if self._watchdog:
+            self._watchdog.stop()
         for index in self._tickets:
             self._engine.abort(index)
         self._fail_all(EngineStoppedError("The engine has stopped, and the request was not finished."))
@@ -288,10 +290,6 @@ class EngineThread:
         for ticket in list(self._indices):
             self._abort(ticket)
             self._finish(ticket, error)
-
-    def _progress(self) -> None:
-        with self._lock:
-            self._progress_at = time.monotonic()
 
     # And this in any.
 

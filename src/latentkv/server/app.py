@@ -69,7 +69,9 @@ def create_app(server: Server, *, died: Callable[[str], None] | None = None) -> 
     app.add_exception_handler(RequestValidationError, _answer_invalid)
     _leave_out_422(app)
 
-    guarded: ASGIApp = LimitBody(app, server.settings.max_body_bytes)
+    guarded: ASGIApp = LimitBody(
+        app, most := server.settings.max_body_bytes, max(most, server.settings.max_held_bytes), server.held
+    )
     guarded = RequireKey(guarded, server.settings.api_keys)
     if server.settings.cors_origins:
         guarded = CORSMiddleware(

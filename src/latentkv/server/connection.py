@@ -11,6 +11,23 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from latentkv.server.logs import logger
 
 
+class StrictConnection(h11.Connection):
+    """Refuses a request that gives two lengths of its body: whoever stands before this server may believe the other.
+
+    RFC 9112, 6.1: such a request ought to be handled as an error, and its connection must be closed. h11 itself refuses
+    lengths that differ, that are no numbers, and codings other than chunked.
+    """
+
+    def next_event(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
+        """As h11's."""
+        event = super().next_event()
+        if isinstance(event, h11.Request):
+            names = {name for name, _ in event.headers}
+            if b"transfer-encoding" in names and (b"content-length" in names or event.http_version < b"1.1"):
+                raise h11.RemoteProtocolError("two lengths of one body")
+        return event
+
+
 class TimelyProtocol(H11Protocol):
     """HTTP/1.1 as uvicorn speaks it, and no request may take longer than `receive_seconds` to arrive.
 
@@ -21,6 +38,7 @@ class TimelyProtocol(H11Protocol):
 
     def __init__(self, *, receive_seconds: float, **uvicorn: Any) -> None:
         super().__init__(**uvicorn)
+        self.conn = StrictConnection(h11.SERVER, self.conn._max_incomplete_event_size)  # pyright: ignore[reportPrivateUsage]
         self._receive_seconds = receive_seconds
         self._deadline: asyncio.TimerHandle | None = None
 

@@ -21,12 +21,20 @@ CLIENT_LEFT = 499  # nginx's status for it, in the log only: nobody reads the an
 
 
 @dataclass
+class HeldBytes:
+    """Bytes of the bodies of all requests under way."""
+
+    bytes: int = 0
+
+
+@dataclass
 class Server:
     """What lives as long as the app."""
 
     model: ServedModel
     settings: ServerSettings
     metrics: Metrics
+    held: HeldBytes = field(default_factory=HeldBytes)
 
 
 @dataclass

@@ -12,7 +12,8 @@ from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from latentkv.server.errors import ApiError
+from latentkv.server.context import HeldBytes
+from latentkv.server.errors import RETRY_SECONDS, ApiError
 from latentkv.server.routes.page import FILES
 
 OPEN_PATHS = frozenset({"/health", *FILES})
@@ -59,11 +60,20 @@ class RequireKey:
 
 
 class LimitBody:
-    """Refuses bodies of more than `max_bytes`, whether they say so or not."""
+    """Refuses bodies of more than `max_bytes`, whether they say so or not, and those that together are too many.
 
-    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+    Args:
+        app: what is behind; it keeps a body, in one form or another, until it has answered.
+        max_bytes: of a body.
+        max_held: of all of them at a time.
+        held: where they are counted.
+    """
+
+    def __init__(self, app: ASGIApp, max_bytes: int, max_held: int, held: HeldBytes) -> None:
         self._app = app
         self._max_bytes = max_bytes
+        self._max_held = max_held
+        self._held = held
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """As an ASGI app."""
@@ -82,13 +92,24 @@ class LimitBody:
             message = await receive()
             if message["type"] == "http.request":
                 seen += len(message.get("body", b""))
-                if seen > self._max_bytes:
+                self._held.bytes += len(message.get("body", b""))
+                refused = (
+                    self._too_large()
+                    if seen > self._max_bytes
+                    else _BUSY
+                    if self._held.bytes > self._max_held
+                    else None
+                )
+                if refused:
                     await _discard(receive)
                     # The one kind of error that passes through the reading of a body as it is.
-                    raise HTTPException(413, self._too_large().message, headers={"Connection": "close"})
+                    raise HTTPException(refused.status, refused.message, headers=refused.headers)
             return message
 
-        await self._app(scope, counted, send)
+        try:
+            await self._app(scope, counted, send)
+        finally:
+            self._held.bytes -= seen
 
     def _too_large(self) -> ApiError:
         return ApiError(
@@ -97,6 +118,14 @@ class LimitBody:
             code="body_too_large",
             headers={"Connection": "close"},
         )
+
+
+_BUSY = ApiError(
+    503,
+    "The requests under way hold as much text as this server takes at once: try again later.",
+    code="server_busy",
+    headers={"Connection": "close", "Retry-After": str(RETRY_SECONDS)},
+)
 
 
 async def _discard(receive: Receive) -> None:

@@ -28,6 +28,7 @@ class ServerSettings:
         api_keys: who may use it; empty: anyone who reaches it.
         cors_origins: web pages of other origins that browsers let in; none by default.
         max_body_bytes: of a request.
+        max_held_bytes: of the bodies of all requests under way together; more get 503.
         max_open: requests under way and waiting at once; more get 429.
         receive_seconds: that a request may take to arrive; then its connection is closed.
         request_seconds: from a request's arrival to its last token; then it is given up.
@@ -38,7 +39,8 @@ class ServerSettings:
 
     api_keys: tuple[str, ...] = field(default=(), repr=False)
     cors_origins: tuple[str, ...] = ()
-    max_body_bytes: int = 16 << 20
+    max_body_bytes: int = 2 << 20
+    max_held_bytes: int = 64 << 20
     max_open: int = 256
     receive_seconds: float = 60
     request_seconds: float = 3600

@@ -12,6 +12,10 @@ from tokenizers import AddedToken
 from latentkv.errors import TokenizerError
 from latentkv.text.settings import TokenizerSettings
 
+SHORT = 4096
+"""Characters or ids that take no time to speak of. For more, `tokenizers` is called so that it lets other threads run,
+which it does for batches only; a batch of one costs more than the text itself where that is short."""
+
 
 class Backend(Protocol):
     """What `Tokenizer` needs from a library."""
@@ -75,11 +79,15 @@ class HuggingFaceBackend:
         """See `Backend.encode`."""
         with self._switch:
             self._tokenizer.encode_special_tokens = not allow_special
-            return self._tokenizer.encode(text, add_special_tokens=frame).ids
+            if len(text) <= SHORT:
+                return self._tokenizer.encode(text, add_special_tokens=frame).ids
+            return self._tokenizer.encode_batch_fast([text], add_special_tokens=frame)[0].ids
 
     def decode(self, ids: Sequence[int], *, skip_special: bool) -> str:
         """See `Backend.decode`."""
-        return self._tokenizer.decode(ids, skip_special_tokens=skip_special)
+        if len(ids) <= SHORT:
+            return self._tokenizer.decode(ids, skip_special_tokens=skip_special)
+        return self._tokenizer.decode_batch([ids], skip_special_tokens=skip_special)[0]
 
     def token_id(self, token: str) -> int | None:
         """See `Backend.token_id`."""

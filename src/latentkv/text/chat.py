@@ -1,14 +1,11 @@
-"""Chat templates: a checkpoint's jinja2 source, run in a sandbox with the conventions of `transformers`."""
+"""Chat templates: a checkpoint's jinja2 source, run with limits and with the conventions of `transformers`."""
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, Literal, cast
 
-import jinja2
-from jinja2 import meta
-
 from latentkv.errors import RequestError, TokenizerError
-from latentkv.text.sandbox import ENVIRONMENT, MAX_CHARACTERS, time_limit
+from latentkv.text.template_process import template_processes
 from latentkv.text.tools.history import CallStyle, find_style, has_calls, with_style
 from latentkv.text.tools.specs import read_tools
 
@@ -37,7 +34,6 @@ class ChatTemplate:
         self.source: Literal["checkpoint", "plain"] = "checkpoint" if sources else "plain"
         self._sources = dict(sources) or {"default": PLAIN_TEMPLATE}
         self._variables = {**named_tokens, "plain_bos": named_tokens.get("bos_token", "") if plain_bos else ""}
-        self._compiled: dict[str, jinja2.Template] = {}
         self._styles: dict[str, CallStyle] = {}
 
     @property
@@ -48,12 +44,7 @@ class ChatTemplate:
     @cached_property
     def takes_tools(self) -> bool:
         """Whether the template does anything with tools."""
-        if "tool_use" in self._sources:
-            return True
-        try:
-            return "tools" in meta.find_undeclared_variables(ENVIRONMENT.parse(self.tools_source))
-        except jinja2.TemplateError:
-            return False
+        return "tool_use" in self._sources or template_processes().reads_tools(self.tools_source)
 
     def render(
         self,
@@ -105,34 +96,24 @@ class ChatTemplate:
         return self._styles[name]
 
     def _write(self, name: str, variables: Mapping[str, Any]) -> str:
-        parts: list[str] = []
-        size = 0
-        try:
-            with time_limit():
-                for part in self._template(name).generate(variables):
-                    size += len(part)
-                    if size > MAX_CHARACTERS:
-                        raise TokenizerError(f"The chat template wrote more than {MAX_CHARACTERS} characters.")
-                    parts.append(part)
-        except TokenizerError:
-            raise
-        except Exception as error:  # a template is a program: anything can go wrong in it
-            raise TokenizerError(f"The chat template failed: {_first_line(error)}.") from error
-        return "".join(parts)
+        if name not in self._sources:
+            known = ", ".join(sorted(self._sources))
+            raise TokenizerError(f"The checkpoint has no default chat template, only: {known}.")
+        return template_processes().render(self._sources[name], variables)
 
     def _name(self, *, with_tools: bool) -> str:
         return "tool_use" if with_tools and "tool_use" in self._sources else "default"
 
-    def _template(self, name: str) -> jinja2.Template:
-        if name not in self._compiled:
-            if name not in self._sources:
-                known = ", ".join(sorted(self._sources))
-                raise TokenizerError(f"The checkpoint has no default chat template, only: {known}.")
-            try:
-                self._compiled[name] = ENVIRONMENT.from_string(self._sources[name])
-            except jinja2.TemplateError as error:
-                raise TokenizerError(f"The chat template cannot be read: {_first_line(error)}.") from error
-        return self._compiled[name]
+
+def text_length(messages: Sequence[Mapping[str, Any]]) -> int:
+    """Characters of the text in a conversation, whether or not it is well formed."""
+    length = 0
+    for message in messages if isinstance(cast(object, messages), Sequence) else ():
+        content = message.get("content") if isinstance(cast(object, message), Mapping) else None
+        for part in cast(list[Any], content) if isinstance(content, list) else [{"text": content}]:
+            text = cast(Mapping[str, Any], part).get("text") if isinstance(part, Mapping) else None
+            length += len(text) if isinstance(text, str) else 0
+    return length
 
 
 def _checked_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -186,8 +167,3 @@ def _plain_json(value: Any, where: str, depth: int = 0) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain_json(item, where, depth + 1) for item in cast(Sequence[Any], value)]
     raise TokenizerError(f"{where} must be JSON (text, numbers, lists, dicts), but holds a {type(value).__name__}.")
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return (lines[0] if lines else type(error).__name__).rstrip(".")

@@ -12,6 +12,7 @@ from fastapi import APIRouter
 from latentkv.completion import Completion
 from latentkv.engine import Request, Structure, TokenLogprobs
 from latentkv.server.answers import Answer
+from latentkv.server.bodies import BodyRoute
 from latentkv.server.context import Context, InContext
 from latentkv.server.errors import ApiError
 from latentkv.server.generation import Job
@@ -31,7 +32,7 @@ from latentkv.server.served import ServedModel
 from latentkv.server.sse import STREAMS, EventStream, data
 from latentkv.text.tools import Tool, call_grammar, read_tool_choice, read_tools, reasoning_is_open
 
-router = APIRouter()
+router = APIRouter(route_class=BodyRoute)
 
 RESERVED = {"self", "messages", "tools", "documents", "add_generation_prompt"}
 """What a template is given from elsewhere."""

@@ -10,6 +10,7 @@ from fastapi import APIRouter
 
 from latentkv.completion import Completion, Piece
 from latentkv.engine import Request, SamplingParams, TokenLogprobs
+from latentkv.server.bodies import TokensRoute
 from latentkv.server.context import Context, InContext
 from latentkv.server.errors import ApiError
 from latentkv.server.generation import Job
@@ -21,7 +22,7 @@ from latentkv.server.protocol.completions import (
 )
 from latentkv.server.sse import STREAMS, EventStream, data
 
-router = APIRouter()
+router = APIRouter(route_class=TokensRoute)
 
 
 @router.post("/v1/completions", response_model=CompletionResponse, responses=STREAMS, response_model_exclude_none=True)

@@ -10,6 +10,7 @@ from fastapi import APIRouter, Path
 from starlette.responses import Response
 
 from latentkv.plan import mha_bytes
+from latentkv.server.bodies import TokensRoute
 from latentkv.server.context import InContext
 from latentkv.server.errors import ApiError
 from latentkv.server.protocol.operations import (
@@ -26,7 +27,7 @@ from latentkv.server.protocol.operations import (
     TokenizeResponse,
 )
 
-router = APIRouter()
+router = APIRouter(route_class=TokensRoute)
 
 
 @router.head("/health", include_in_schema=False)
@@ -70,6 +71,7 @@ async def tokenize(body: TokenizeRequest, context: InContext) -> TokenizeRespons
         if body.messages is not None:
             tokens = served.llm.chat_tokens(served.chat_text(body.messages))
         else:
+            served.llm.require_not_too_long(len(body.prompt or ""))
             tokens = tokenizer.encode(body.prompt or "", add_bos=body.add_special_tokens and tokenizer.adds_bos)
         return tokens, [served.text_of([token]) for token in tokens] if body.return_token_strs else None
 
@@ -83,7 +85,9 @@ async def detokenize(body: DetokenizeRequest, context: InContext) -> DetokenizeR
     context.require_model(body.model)
     served = context.model
     served.require_tokenizer()
-    size = served.llm.config.vocab_size
+    size, most = served.llm.config.vocab_size, served.llm.max_context
+    if len(body.tokens) > most:
+        raise ApiError(400, f"tokens: {len(body.tokens):,} do not fit into the context of {most:,}.", param="tokens")
     outside = [token for token in body.tokens if not 0 <= token < size]
     if outside:
         raise ApiError(400, f"tokens: {outside[0]} is outside the vocabulary of 0 to {size - 1}.", param="tokens")

@@ -13,6 +13,7 @@ from fastapi import APIRouter
 from latentkv.completion import Completion, Piece
 from latentkv.engine import FinishReason, Request, SamplingParams, Structure
 from latentkv.server.answers import Answer
+from latentkv.server.bodies import BodyRoute
 from latentkv.server.context import Context, InContext
 from latentkv.server.errors import ApiError
 from latentkv.server.generation import Job
@@ -29,7 +30,7 @@ from latentkv.server.served import ServedModel
 from latentkv.server.sse import STREAMS, EventStream
 from latentkv.text.tools import reasoning_is_open
 
-router = APIRouter()
+router = APIRouter(route_class=BodyRoute)
 
 _STATUS: dict[FinishReason | None, Literal["in_progress", "completed", "incomplete"]] = {
     None: "in_progress",

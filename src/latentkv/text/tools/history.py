@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
-from latentkv.errors import TokenizerError
+from latentkv.errors import TemplateLimitError, TokenizerError
 
 Message = dict[str, Any]
 _NAME, _ID, _KEY, _VALUE = "probename", "probecall", "probekey", "probevalue"  # an id of 9 letters suits Mistral
@@ -32,15 +32,20 @@ def find_style(render: Callable[[list[Message]], str]) -> CallStyle:
     """Finds the style of a template by trying: the first in which the arguments of a call come out undamaged.
 
     Args:
-        render: writes a conversation; any TokenizerError means that the template does not take it.
+        render: writes a conversation; a TokenizerError means that the template does not take it.
 
     Returns:
         The style; an object and "" where no style works, so that the template's own error is shown later.
+
+    Raises:
+        TemplateLimitError: it takes too much to find out.
     """
     for blank in ("", None):
         for arguments in ("object", "text"):
             try:
                 text = render(_probe(arguments, blank))
+            except TemplateLimitError:
+                raise
             except TokenizerError:
                 continue
             damaged = f"{{'{_KEY}'" in text or f'\\"{_KEY}' in text or (blank is None and "None" in text)
