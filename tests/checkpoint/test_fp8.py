@@ -110,7 +110,7 @@ def test_float8_without_scales_is_refused(tmp_path):
 def test_scales_that_do_not_fit_are_refused_with_both_shapes(tmp_path):
     weight, _ = quantised((256, 256), (128, 128))
     reader = saved(tmp_path, {"a.weight": weight, "a.weight_scale_inv": torch.ones(3, 2)})
-    with pytest.raises(CheckpointError, match=r"a\.weight_scale_inv .*\(2, 2\).*found \(3, 2\)"):
+    with pytest.raises(CheckpointError, match=r"a\.weight_scale_inv of shape \[3, 2\] .* needs \[2, 2\]"):
         reader.read("a.weight")
 
 
@@ -129,7 +129,7 @@ def test_nan_in_a_quantised_weight_is_named(tmp_path, where):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"quant_method": "awq"}, "quantised by awq"),
+        ({"quant_method": "awq"}, "quantised by AWQ"),
         ({"quant_method": "fp8", "weight_block_size": [128]}, "weight_block_size"),
         ({"quant_method": "fp8", "weight_block_size": [0, 128]}, "weight_block_size"),
         ({"quant_method": "fp8", "weight_block_size": "big"}, "weight_block_size"),
