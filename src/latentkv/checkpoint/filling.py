@@ -171,6 +171,11 @@ def _redundant_names(found: Iterable[str], targets: Mapping[str, Tensor], mtp_la
 def _refuse_missing(missing: list[str], targets: Mapping[str, Tensor], reader: CheckpointReader) -> None:
     if missing:
         shapes = _listed(f"{name} {list(targets[name].shape)}" for name in missing)
+        if missing in (["lm_head.weight"], ["model.embed_tokens.weight"]):
+            raise CheckpointError(
+                f"{reader.folder} lacks {shapes}, and config.json does not tie output head and embedding: set "
+                "tie_word_embeddings to true there if they are one, or else download the weights again"
+            )
         raise CheckpointError(
             f"{reader.folder} lacks {shapes}: the download is incomplete, or config.json belongs to another checkpoint"
         )

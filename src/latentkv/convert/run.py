@@ -26,7 +26,7 @@ from latentkv.llm_options import kv_format
 from latentkv.models.config import ModelConfig
 from latentkv.models.config_reader import read_config
 from latentkv.models.decoder import DecoderLayer
-from latentkv.models.loading import stored_dtype
+from latentkv.models.stored_config import stored_dtype
 from latentkv.models.rope import Rotary, rotary
 
 BALANCES = (1 / 16, 1 / 4, 1.0, 4.0)
