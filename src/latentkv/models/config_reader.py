@@ -82,10 +82,9 @@ def _why_absent(path: Path) -> str:
     """What stands in place of a file that is not there."""
     if reason := why_missing(path):
         return f"{reason}."
-    needed = f"{path.parent} has no {path.name}; a model folder needs one"
     if path.name != CONFIG_FILE or holds_weights(path.parent):
-        return f"{needed}."
-    return f"{needed}: {describe_folder(path.parent)}."
+        return f"{path.parent} has no {path.name}; a model folder needs one."
+    return f"{path.parent} has no {path.name}: {describe_folder(path.parent)}."
 
 
 def _from_dict(raw: Mapping[str, Any], generation: Mapping[str, Any]) -> ModelConfig:
