@@ -24,6 +24,7 @@ _POST_NORM, _PUBLISHED_POST_NORM = ".mlp.post_mlp_layernorm.", ".post_mlp_layern
 _BEFORE_LAYERS = re.compile(r"((?:[^.]+\.)*?)layers\.\d+\.")
 # Parts of a prefix that say that other models stand beside the text model.
 _TEXT_AMONG_OTHERS = re.compile(r"language|text|llm|thinker")
+_WRAPPER = re.compile(r"_\w*mod(ule)?")
 _EMBEDDING, _HEAD = "embed_tokens.weight", "lm_head.weight"
 _PARTS_OF_TEXT = ("embed_tokens.", "layers.", "norm.")
 
@@ -152,7 +153,7 @@ def _is_head(name: str, prefix: str) -> bool:
 
 def _without_wrappers(name: str) -> str:
     """A name without what torch.compile and FSDP put between its parts ("_orig_mod", "_fsdp_wrapped_module")."""
-    return ".".join(part for part in name.split(".") if not part.startswith("_"))
+    return ".".join(part for part in name.split(".") if not _WRAPPER.fullmatch(part))
 
 
 def layer_of(published: str) -> int | None:
