@@ -54,7 +54,10 @@ def nothing(folder):
 
 FOLDERS = {
     "empty": (nothing, "empty folder"),
-    "GGUF": (touch("model-Q4_K_M.gguf"), r"model-Q4_K_M\.gguf in llama\.cpp's GGUF.*original release.*latentkv quantize"),
+    "GGUF": (
+        touch("model-Q4_K_M.gguf"),
+        r"model-Q4_K_M\.gguf in llama\.cpp's GGUF.*original release.*latentkv quantize",
+    ),
     "LoRA": (adapter, "LoRA adapter of org/base.*merge it"),
     "pickled": (touch("pytorch_model.bin"), r"pytorch_model\.bin.*convert to safetensors"),
     "pickled shards": (touch("pytorch_model-00001-of-00002.bin", "pytorch_model.bin.index.json"), "pickled"),
@@ -72,7 +75,10 @@ FOLDERS = {
     "shards without index": (shards(1, 3), r"1 of 3 shards .*add the index, download the 2 that are missing"),
     "one file of another name": (lambda f: save_file({"a": torch.ones(1)}, f / "x.safetensors"), "rename it"),
     "Mistral's own": (touch("consolidated.safetensors", "params.json"), "developer's own code"),
-    "a training run": (lambda f: [(f / "checkpoint-9").mkdir(), touch("config.json")(f / "checkpoint-9")], "checkpoint-9 does"),
+    "a training run": (
+        lambda f: [(f / "checkpoint-9").mkdir(), touch("config.json")(f / "checkpoint-9")],
+        "checkpoint-9 does",
+    ),
     "something else": (touch("NOTES.txt", "README.md"), r"only NOTES\.txt, README\.md"),
 }
 

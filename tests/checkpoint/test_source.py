@@ -2,6 +2,7 @@ import json
 
 import huggingface_hub
 import pytest
+from huggingface_hub import constants
 
 from latentkv.checkpoint import resolve_model
 from latentkv.checkpoint.source import local_folder, model_name, resolve_config, resolve_tokenizer
@@ -49,7 +50,7 @@ def test_a_repository_is_fetched_without_anything_that_runs(tmp_path, monkeypatc
 
 
 def test_offline_and_absent_says_both(monkeypatch, tmp_path):
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(
         ConfigError, match=r"no folder no-org/no-model, and no repo .* could be fetched: HF_HUB_OFFLINE"
@@ -85,8 +86,8 @@ def hub(tmp_path, monkeypatch):
             blob.write_text(json.dumps({"revision": revision}))
             (snapshot / name).symlink_to(f"../../blobs/{blob.name}")
         folders[revision] = snapshot
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     return folders
 
 
@@ -116,7 +117,7 @@ def test_a_config_file_stands_for_its_folder(tmp_path):
     assert resolve_config(tmp_path / "shape.json") == tmp_path / "shape.json"  # a shape needs no more than that
     with pytest.raises(ConfigError, match="is a file"):
         resolve_model(tmp_path / "shape.json")
-    with pytest.raises(ConfigError, match="of which .* is to be the config"):
+    with pytest.raises(ConfigError, match=r"of which .* is to be the config"):
         resolve_model(tmp_path / "gone" / "config.json")
 
 

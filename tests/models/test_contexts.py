@@ -14,7 +14,12 @@ from latentkv import LLM
 from latentkv.errors import ConfigError
 from latentkv.models.config_reader import read_config
 
-LLAMA3 = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
 FACTORS = {"short_factor": [1.0] * 16, "long_factor": [2.0] * 16}
 CARDS: dict[str, tuple[int, dict[str, Any], int]] = {
     "Qwen2.5 with its card's recipe": (

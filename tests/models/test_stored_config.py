@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from stored_models import GQA, write_model
 
 from latentkv.errors import CheckpointError, ConfigError
 from latentkv.models.loading import load_model
 from latentkv.models.stored_config import open_checkpoint, stored_dtype
 from latentkv.plan import load_config
+from stored_models import GQA, write_model
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 

@@ -1,4 +1,4 @@
-"""Models that differ from a family by names alone: inside wrappers, behind prefixes, with other keys in their config."""
+"""Models that differ from a family by names alone: inside wrappers, behind prefixes, with other keys of config.json."""
 
 from __future__ import annotations
 
@@ -93,7 +93,10 @@ def test_a_wrapper_that_names_no_inner_type_has_the_one_of_its_kind(tmp_path: Pa
     tensors, expected = transformers_model(V3, tmp_path)
     text = {key: value for key, value in V3.items() if key not in ("model_type", "tie_word_embeddings")}
     renamed = {f"language_model.{name}": tensor for name, tensor in tensors.items()}
-    renamed |= {"vision_tower.encoder.layers.0.self_attn.q_proj.weight": torch.zeros(2, 2), "mm_projector.x": torch.ones(1)}
+    renamed |= {
+        "vision_tower.encoder.layers.0.mlp.x.weight": torch.zeros(2, 2),
+        "mm_projector.x": torch.ones(1),
+    }
     folder = stored(tmp_path / "m", {"model_type": "kimi_k25", "text_config": text}, renamed)
     decoder = load_model(folder, dtype=torch.float32)
     assert not decoder.config.tie_word_embeddings  # transformers' class would tie; the files hold a head of its own
@@ -136,7 +139,13 @@ def test_sarvam_is_deepseek_v3_with_other_keys(tmp_path: Path) -> None:
 OCR = {
     **{key: V2[key] for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")},
     **{"num_attention_heads": 6, "num_key_value_heads": 6, "max_position_embeddings": 128, **MOE},
-    **{"tie_word_embeddings": False, "topk_method": "greedy", "bos_token_id": 1, "eos_token_id": 2, "rope_theta": 100.0},
+    **{
+        "tie_word_embeddings": False,
+        "topk_method": "greedy",
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "rope_theta": 100.0,
+    },
 }
 
 
@@ -145,7 +154,9 @@ OCR = {
 def test_without_mla_a_deepseek_model_has_llamas_attention(tmp_path: Path, written_by: str, kv_heads: int) -> None:
     text = OCR | {"num_key_value_heads": kv_heads}
     kinds = ["dense", "sparse", "sparse"]
-    their_config = AutoConfig.for_model("deepseek_ocr2_text", **text, mlp_layer_types=kinds, attn_implementation="eager")
+    their_config = AutoConfig.for_model(
+        "deepseek_ocr2_text", **text, mlp_layer_types=kinds, attn_implementation="eager"
+    )
     model, head = randomised(DeepseekOcr2TextModel(their_config)), torch.randn(VOCAB, 48) * 0.2
     with torch.inference_mode():
         expected = model(torch.tensor([IDS])).last_hidden_state[0] @ head.T

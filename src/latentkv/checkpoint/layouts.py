@@ -9,9 +9,7 @@ from typing import Any, cast
 
 from latentkv.errors import CheckpointError
 
-ORIGINAL = (
-    "use the model's original release (bf16, or fp8 with weight_scale_inv); `latentkv quantize` makes int8 or int4 of it"
-)
+ORIGINAL = "use its original release (bf16, or fp8 with weight_scale_inv); `latentkv quantize` makes int8 or int4 of it"
 """What to do about weights in a layout that is not read."""
 
 _MERGE = "merge it into its base model first (peft: `merge_and_unload`, then `save_pretrained`), and name the result"
@@ -180,8 +178,8 @@ def _other_format(folder: Path, entries: list[Path]) -> str | None:
         return f"{folder} has no safetensors, only {name} in llama.cpp's GGUF format: {ORIGINAL}"
     if name := first(".bin", ".pt", ".pth", ".ckpt", ".pkl", ".distcp"):
         return (
-            f"{folder} has only pickled weights ({name}), which are never loaded: convert to safetensors (transformers: "
-            "`from_pretrained`, then `save_pretrained`)"
+            f"{folder} has only pickled weights ({name}), which are never loaded: convert to safetensors "
+            "(transformers: `from_pretrained`, then `save_pretrained`)"
         )
     if name := first(".h5", ".msgpack", ".onnx", ".npz", ".ot", ".tflite", ".mlmodel"):
         return f"{folder} has no safetensors, only {name}: use the model's release in safetensors"

@@ -223,9 +223,7 @@ class CheckpointReader:
 
 def _refuse_foreign(quantization: Mapping[str, Any] | None) -> None:
     if quantization and (method := foreign_quantization(quantization)):
-        raise CheckpointError(
-            f"the checkpoint's weights are quantised by {method}, which is not supported: {ORIGINAL}"
-        )
+        raise CheckpointError(f"the checkpoint's weights are quantised by {method}, which is not supported: {ORIGINAL}")
 
 
 def _packed_weights(names: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, WeightScheme]:

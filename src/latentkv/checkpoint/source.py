@@ -101,7 +101,9 @@ def _local(model: str | Path, *, any_config: bool = False) -> Path | None:
             return path
         if path.suffix == ".gguf":
             raise ConfigError(f"{path} is in llama.cpp's GGUF format, which is not read: {ORIGINAL}")
-        raise ConfigError(f"{path} is a file: name the folder that holds config.json and the weights, or its config.json")
+        raise ConfigError(
+            f"{path} is a file: name the folder that holds config.json and the weights, or its config.json"
+        )
     if is_link:
         raise ConfigError(why_missing(path) or f"{path} cannot be read")
     if path.name == CONFIG_FILE:

@@ -8,7 +8,9 @@ from typing import Any, cast
 
 # Keys under which text models lie, the surest first; then any other `*_config` that has the sizes of one.
 _TEXT_KEYS = ("text_config", "language_config", "llm_config", "language_model_config", "thinker_config")
-_OTHERS = re.compile(r"vision|visual|image|video|audio|speech|talker|token2wav|code2wav|codec|code_predictor|encoder|projector|draft|quantization")
+_OTHERS = re.compile(
+    r"vision|visual|image|video|audio|speech|talker|token2wav|code2wav|codec|code_predictor|encoder|projector|draft|quantization"
+)
 _SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
 _MOST_LEVELS = 4
 

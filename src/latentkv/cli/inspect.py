@@ -39,9 +39,9 @@ def inspect(
 
 
 def _print_facts(facts: CheckpointFacts) -> None:
-    from latentkv.plan.sizes import format_count
-
     from rich.markup import escape
+
+    from latentkv.plan.sizes import format_count
 
     out = console()
     out.print(f"[bold]{facts.folder}[/bold]  {facts.model_type}")

@@ -143,7 +143,9 @@ def stated_tying(raw: Mapping[str, Any]) -> bool | None:
 def _model_type(levels: tuple[Mapping[str, Any], ...]) -> str:
     named = levels[-1].get("model_type")
     if named is None:
-        named = next((TEXT_MODEL_OF[t] for level in levels if (t := str(level.get("model_type"))) in TEXT_MODEL_OF), None)
+        named = next(
+            (TEXT_MODEL_OF[t] for level in levels if (t := str(level.get("model_type"))) in TEXT_MODEL_OF), None
+        )
     if named is None:
         raise ConfigError(f"config.json names no model_type; supported: {', '.join(FAMILIES)}.")
     model_type = ALIASES.get(str(named), str(named))
@@ -202,9 +204,7 @@ def _refuse_quantization(*described: Any) -> None:
         if quantization and not isinstance(quantization, Mapping):
             raise TypeError(f"quantization_config is {quantization!r}")
         if quantization and (method := foreign_quantization(quantization)):
-            raise ConfigError(
-                f"Weights quantised by {method} are not supported: {ORIGINAL}."
-            )
+            raise ConfigError(f"Weights quantised by {method} are not supported: {ORIGINAL}.")
 
 
 def _read_attention(fields: Fields, family: Family) -> MLAConfig | GQAConfig:

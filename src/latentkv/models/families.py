@@ -150,7 +150,7 @@ FAMILIES: Mapping[str, Family] = {
     "deepseek_v2": _DEEPSEEK_V2_FAMILY,
     # The text model of DeepSeek-OCR 2: multi-head attention.
     "deepseek_ocr2_text": replace(
-        _DEEPSEEK_V2_FAMILY, defaults=_DEEPSEEK_V2_FAMILY.defaults | {"use_mla": False, "first_k_dense_replace": 1}
+        _DEEPSEEK_V2_FAMILY, defaults={**_DEEPSEEK_V2_FAMILY.defaults, "use_mla": False, "first_k_dense_replace": 1}
     ),
     "deepseek_v3": _DEEPSEEK_V3_FAMILY,
     # Kimi-K2 is a DeepSeek-V3 checkpoint under another name.
