@@ -44,11 +44,11 @@ from latentkv.llm_options import (
     tokenizer_of,
 )
 from latentkv.models.config import ModelConfig
-from latentkv.models.config_reader import read_config
 from latentkv.models.fingerprint import model_fingerprint
-from latentkv.models.loading import load_model, stored_dtype
+from latentkv.models.loading import load_model
 from latentkv.models.mla import MultiHeadLatentAttention
 from latentkv.models.packing import choose_packing
+from latentkv.models.stored_config import open_checkpoint, stored_dtype
 from latentkv.ops import WeightFormat
 from latentkv.progress import progress_bar
 from latentkv.text import Tokenizer
@@ -200,7 +200,7 @@ class LLM:
     ) -> None:
         folder = None if cache_dir is None else StoreFolder(Path(cache_dir).expanduser())
         self.folder = embedded_model() if model is None else resolve_model(model)
-        config = read_config(self.folder)
+        config, _ = open_checkpoint(self.folder)
         if int8_products:
             require_int8_products(config, kv_dtype, device)
         if int8_products and speculate:

@@ -54,8 +54,10 @@ def context_of(asked: int | None, config: ModelConfig) -> int:
     if asked is None:
         return config.max_positions
     if type(asked) is not int or not 2 <= asked <= config.max_positions:
+        is_dynamic = config.rope.kind == "dynamic"
+        beyond = " Its dynamic RoPE would change what cached keys mean beyond that." if is_dynamic else ""
         raise ConfigError(
-            f"max_context={asked!r} is not allowed: this model takes 2 to {config.max_positions:,} tokens."
+            f"max_context={asked!r} is not allowed: this model takes 2 to {config.max_positions:,} tokens.{beyond}"
         )
     return asked
 

@@ -110,7 +110,7 @@ def test_float8_without_scales_is_refused(tmp_path):
 def test_scales_that_do_not_fit_are_refused_with_both_shapes(tmp_path):
     weight, _ = quantised((256, 256), (128, 128))
     reader = saved(tmp_path, {"a.weight": weight, "a.weight_scale_inv": torch.ones(3, 2)})
-    with pytest.raises(CheckpointError, match=r"a\.weight_scale_inv .*\(2, 2\).*found \(3, 2\)"):
+    with pytest.raises(CheckpointError, match=r"a\.weight_scale_inv of shape \[3, 2\] .* needs \[2, 2\]"):
         reader.read("a.weight")
 
 
@@ -129,7 +129,7 @@ def test_nan_in_a_quantised_weight_is_named(tmp_path, where):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"quant_method": "awq"}, "quantised by awq"),
+        ({"quant_method": "awq"}, "quantised by AWQ"),
         ({"quant_method": "fp8", "weight_block_size": [128]}, "weight_block_size"),
         ({"quant_method": "fp8", "weight_block_size": [0, 128]}, "weight_block_size"),
         ({"quant_method": "fp8", "weight_block_size": "big"}, "weight_block_size"),
@@ -138,3 +138,52 @@ def test_nan_in_a_quantised_weight_is_named(tmp_path, where):
 def test_other_quantisations_are_refused_by_name(tmp_path, config, message):
     with pytest.raises(CheckpointError, match=message):
         saved(tmp_path, {"a": torch.ones(1)}, config)
+
+
+@pytest.mark.parametrize("stored", ["uint8", "float8_e8m0fnu", "float32"])
+def test_exponents_as_scales_are_powers_of_two(tmp_path, stored):
+    weight, _ = quantised((64, 48), (32, 16))
+    exponents = torch.tensor([[0, 1, 127], [120, 130, 200]], dtype=torch.uint8)
+    by_definition = torch.tensor([[2.0 ** (int(s) - 127) for s in row] for row in exponents])
+    scale = {"uint8": exponents, "float8_e8m0fnu": exponents.view(torch.float8_e8m0fnu), "float32": by_definition}
+    config = {"quant_method": "fp8", "weight_block_size": [32, 16], "scale_fmt": "ue8m0"}
+    reader = saved(tmp_path, {"a.weight": weight, "a.weight_scale_inv": scale[stored]}, config)
+    assert reader.why_unreadable("a.weight") is None
+    assert torch.equal(reader.read("a.weight"), by_hand(weight, by_definition, 32, 16))
+    assert reader.nbytes("a.weight") == 64 * 48 + 6 * scale[stored].itemsize
+
+
+@pytest.mark.parametrize("stored", [torch.uint8, torch.float8_e8m0fnu])
+def test_the_exponent_255_is_nan_and_the_tensor_is_named(tmp_path, stored):
+    weight, _ = quantised((4, 4), (4, 4))
+    scale = torch.full((1, 1), 255, dtype=torch.uint8).view(stored)
+    reader = saved(tmp_path, {"a.weight": weight, "a.weight_scale_inv": scale}, {"scale_fmt": "ue8m0"})
+    with pytest.raises(CheckpointError, match=r"a\.weight holds NaN"):
+        reader.read("a.weight")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "scale_fmt", "named"),
+    [
+        (torch.uint8, None, "uint8.*scale_fmt 'ue8m0'"),
+        (torch.uint8, "float", "uint8.*scale_fmt 'ue8m0'"),
+        (torch.int8, "ue8m0", "int8"),
+        (torch.int32, None, "int32"),
+        (torch.uint16, "ue8m0", "uint16"),
+        (torch.float8_e4m3fn, None, "float8_e4m3fn"),
+        (torch.bool, "ue8m0", "bool"),
+        (torch.complex64, None, "complex64"),
+    ],
+)
+def test_scales_of_another_dtype_are_refused_by_name(tmp_path, dtype, scale_fmt, named):
+    weight, _ = quantised((4, 4), (4, 4))
+    config = {"quant_method": "fp8", "scale_fmt": scale_fmt}
+    reader = saved(tmp_path, {"a.weight": weight, "a.weight_scale_inv": torch.zeros(1, 1, dtype=dtype)}, config)
+    assert "a.weight_scale_inv is stored as" in reader.why_unreadable("a.weight")
+    with pytest.raises(CheckpointError, match=rf"scale a\.weight_scale_inv is stored as {named}"):
+        reader.read("a.weight")
+
+
+def test_an_unknown_format_of_scales_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match=r"scale_fmt is 'e5m3'.*'ue8m0'"):
+        saved(tmp_path, {"a": torch.ones(1)}, {"quant_method": "fp8", "scale_fmt": "e5m3"})

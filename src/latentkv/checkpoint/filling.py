@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 import torch
 from torch import Tensor
 
+from latentkv.checkpoint.layouts import foreign_names
 from latentkv.checkpoint.names import layer_of, mtp_index, published_parts, text_model_names
 from latentkv.checkpoint.reader import CheckpointReader
 from latentkv.errors import CheckpointError
@@ -115,7 +116,7 @@ def match_parameters(
     Raises:
         CheckpointError: tensors are missing, unexpected, of another shape or not floating point, each named.
     """
-    found = text_model_names(reader.names)
+    found = text_model_names(reader.names, nested=reader.nests_text_model, tied="lm_head.weight" not in state)
     mtp_layers = _mtp_layers(found, num_layers, num_mtp_layers)
     filled = frozenset(k for name in state if (k := mtp_index(name)) is not None and num_layers + k in mtp_layers)
     targets: dict[str, Tensor] = {}
@@ -128,9 +129,12 @@ def match_parameters(
 
     absent = [name for name in targets if name not in found]
     zeroed = [name for name in absent if name.endswith(tuple(zero_if_absent))]
-    _refuse_missing(sorted(set(absent) - set(zeroed)), targets, reader)
+    missing = sorted(set(absent) - set(zeroed))
     redundant = _redundant_names(found, targets, mtp_layers)
     extra = [source for name, source in found.items() if name not in targets and name not in redundant]
+    if (missing or extra) and (reason := foreign_names(reader.folder, reader.names)):
+        raise CheckpointError(reason)
+    _refuse_missing(missing, targets, reader)
     _refuse_unexpected(extra, reader)
     sources = {name: source for name, source in found.items() if name in targets}
     _refuse_misshapen(sources, targets, reader)
@@ -167,6 +171,11 @@ def _redundant_names(found: Iterable[str], targets: Mapping[str, Tensor], mtp_la
 def _refuse_missing(missing: list[str], targets: Mapping[str, Tensor], reader: CheckpointReader) -> None:
     if missing:
         shapes = _listed(f"{name} {list(targets[name].shape)}" for name in missing)
+        if missing in (["lm_head.weight"], ["model.embed_tokens.weight"]):
+            raise CheckpointError(
+                f"{reader.folder} lacks {shapes}, and config.json does not tie output head and embedding: set "
+                "tie_word_embeddings to true there if they are one, or else download the weights again"
+            )
         raise CheckpointError(
             f"{reader.folder} lacks {shapes}: the download is incomplete, or config.json belongs to another checkpoint"
         )
@@ -186,10 +195,8 @@ def _refuse_misshapen(sources: Mapping[str, str], targets: Mapping[str, Tensor],
     for name, source in sources.items():
         if reader.shape(source) != tuple(targets[name].shape):
             wrong.append(f"{source} (expected {list(targets[name].shape)}, found {list(reader.shape(source))})")
-        elif not reader.dtype(source).is_floating_point:
-            wrong.append(
-                f"{source} (expected floating point, found {str(reader.dtype(source)).removeprefix('torch.')})"
-            )
+        elif reason := reader.why_unreadable(source):
+            wrong.append(reason)
     if wrong:
         raise CheckpointError(f"{reader.folder} does not fit its config.json: {_listed(wrong)}")
 

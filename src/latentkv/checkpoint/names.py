@@ -8,18 +8,25 @@ belongs to the MLP.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Mapping
 
 from torch import Tensor
+
+from latentkv.errors import CheckpointError
 
 _MTP = re.compile(r"mtp\.(\d+)\.(layer\.|norm\.|)(.+)")
 _MTP_PARTS = {"layer.": "", "norm.": "shared_head.norm.", "": ""}
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 _POST_NORM, _PUBLISHED_POST_NORM = ".mlp.post_mlp_layernorm.", ".post_mlp_layernorm."
 
-# Wrappers (text and vision) put the text model under `language_model.`; transformers 5 under `model.language_model.`.
-_WRAPPED = ("language_model.", "model.language_model.")
-_VISION = re.compile(r"(model\.)?(vision_\w+|visual|image_\w+|multi_modal_projector|mm_projector|patch_merger)\.")
+# Up to the layers of one of a checkpoint's models: what stands before tells which of them.
+_BEFORE_LAYERS = re.compile(r"((?:[^.]+\.)*?)layers\.\d+\.")
+# Parts of a prefix that say that other models stand beside the text model.
+_TEXT_AMONG_OTHERS = re.compile(r"language|text|llm|thinker")
+_WRAPPER = re.compile(r"_\w*mod(ule)?")
+_EMBEDDING, _HEAD = "embed_tokens.weight", "lm_head.weight"
+_PARTS_OF_TEXT = ("embed_tokens.", "layers.", "norm.")
 
 # A tensor is of the first kind of which its published name contains the mark.
 _KINDS: Mapping[str, str] = {
@@ -89,21 +96,64 @@ def export_names(
         yield from published_parts(name, tensor, num_layers, fused)
 
 
-def text_model_names(names: Iterable[str]) -> dict[str, str]:
+def text_model_names(names: Iterable[str], *, nested: bool = False, tied: bool = False) -> dict[str, str]:
     """What a checkpoint's own names mean: {published name: name in the file}, of the text model only.
 
-    A text model inside a vision wrapper loses its prefix, and the vision tensors are left out. So are rotary
-    frequencies, which some old checkpoints carry: they follow from the config.
+    Whatever stands before all of the text model's names is found and taken off. Tensors of other models beside it are
+    left out, and so are rotary frequencies, which some old checkpoints carry: they follow from the config.
+
+    Args:
+        names: of all tensors.
+        nested: the config describes the text model inside a larger one, whose other parts are beside it.
+        tied: the output head is the embedding, which may be stored as either.
+
+    Raises:
+        CheckpointError: two tensors mean the same.
     """
-    names = tuple(names)
-    wrapped = any(name.startswith(_WRAPPED) for name in names)
+    plain = {name: _without_wrappers(name) for name in names if not name.endswith("rotary_emb.inv_freq")}
+    prefix = _text_prefix(plain.values())
+    head = max((n.removesuffix(_HEAD) for n in plain.values() if _is_head(n, prefix)), key=len, default="")
+    parent = prefix.removesuffix("model.")
+    among_others = nested or _TEXT_AMONG_OTHERS.search(prefix) is not None
     found: dict[str, str] = {}
-    for name in names:
-        if name.endswith("rotary_emb.inv_freq") or (wrapped and _VISION.match(name)):
+    for name, known_as in plain.items():
+        inner = known_as.removeprefix(prefix)
+        if known_as.startswith(f"{head}lm_head."):
+            published = known_as.removeprefix(head)
+        elif known_as.startswith(prefix) and (not nested or inner.startswith(_PARTS_OF_TEXT)):
+            published = f"model.{inner}".replace(_POST_NORM, _PUBLISHED_POST_NORM)
+        elif nested or (among_others and not known_as.startswith(parent)):
             continue
-        published = _unwrapped(name) if wrapped else name
-        found[published.replace(_POST_NORM, _PUBLISHED_POST_NORM)] = name
+        else:
+            published = known_as.removeprefix(parent)
+        if published in found:
+            raise CheckpointError(f"{found[published]} and {name} are both {published}: remove one of the two")
+        found[published] = name
+    if tied and f"model.{_EMBEDDING}" not in found and _HEAD in found:
+        found[f"model.{_EMBEDDING}"] = found.pop(_HEAD)
     return found
+
+
+def _text_prefix(names: Iterable[str]) -> str:
+    """What the names of the text model begin with in place of "model."; of several models the one that embeds tokens
+    and has the most tensors."""
+    names = frozenset(names)
+    tensors = Counter(match[1] for name in names if (match := _BEFORE_LAYERS.match(name)))
+    for end in (_EMBEDDING, "norm.weight", ""):
+        candidates = [prefix for prefix in tensors if not end or prefix + end in names]
+        if candidates:
+            return max(candidates, key=lambda prefix: (tensors[prefix], -len(prefix)))
+    return "model."
+
+
+def _is_head(name: str, prefix: str) -> bool:
+    """Whether a tensor is the output head of the model whose names begin with `prefix`."""
+    return name.endswith(_HEAD) and prefix.startswith(name.removesuffix(_HEAD))
+
+
+def _without_wrappers(name: str) -> str:
+    """A name without what torch.compile and FSDP put between its parts ("_orig_mod", "_fsdp_wrapped_module")."""
+    return ".".join(part for part in name.split(".") if not _WRAPPER.fullmatch(part))
 
 
 def layer_of(published: str) -> int | None:
@@ -116,9 +166,3 @@ def mtp_index(name: str) -> int | None:
     """The k of a decoder's `mtp.{k}.*`."""
     match = _MTP.match(name)
     return int(match[1]) if match else None
-
-
-def _unwrapped(name: str) -> str:
-    if name.startswith("model.language_model."):
-        return "model." + name.removeprefix("model.language_model.")
-    return name.removeprefix("language_model.")

@@ -2,43 +2,27 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from latentkv.checkpoint.compressed import METHOD, PackedSchemes
-from latentkv.checkpoint.fp8 import SCALE_SUFFIXES, block_size_of, dequantize_blocks
+from latentkv.checkpoint.dtypes import STORED, StoredDtype, short_name
+from latentkv.checkpoint.fp8 import SCALE_SUFFIXES, Float8Scheme, read_float8_scheme
+from latentkv.checkpoint.layouts import ORIGINAL, foreign_quantization
+from latentkv.checkpoint.locate import CONFIG_FILE, INDEX_FILE, locate_tensors, open_file, read_object
 from latentkv.checkpoint.quantized import PACKED, REFUSED_PARTS, SCALE, SHAPE, unpack
 from latentkv.checkpoint.schemes import WeightScheme
+from latentkv.checkpoint.wrapper import config_levels, outermost
 from latentkv.errors import CheckpointError
 from latentkv.ops.weight_formats import QuantizedWeight
 
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
-
 # A file's pages stay in this process's memory as long as it is mapped: it is opened anew after this many bytes.
 _MAX_MAPPED_BYTES = 256 * 2**20
-
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 
 
 class CheckpointReader:
@@ -52,6 +36,9 @@ class CheckpointReader:
     Args:
         folder: the checkpoint; its `config.json`, where present, says how weights are quantised.
 
+    Attributes:
+        nests_text_model: its config.json describes the text model inside a larger one.
+
     Raises:
         CheckpointError: there are no safetensors, a file is damaged, the index disagrees with its shards, or weights
             are quantised in a way that is not supported.
@@ -59,14 +46,17 @@ class CheckpointReader:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        self._shard_of = _locate_tensors(self.folder)
+        self._shard_of = locate_tensors(self.folder)
         self._headers: dict[str, tuple[tuple[int, ...], str]] = {}
         for shard in sorted(set(self._shard_of.values())):
             self._read_header(shard)
-        config = _quantization_config(self.folder)
+        whole = read_object(self.folder / CONFIG_FILE) if (self.folder / CONFIG_FILE).is_file() else {}
+        self.nests_text_model = len(config_levels(whole)) > 1
+        config = outermost(whole, "quantization_config")
+        _refuse_foreign(config)
         is_packed = bool(config) and config.get("quant_method") == METHOD
         self._packed = _packed_weights(self._headers, config) if config and is_packed else {}
-        self._block_size = None if is_packed else block_size_of(config)
+        self._float8 = Float8Scheme() if is_packed else read_float8_scheme(config)
         self._file_of = {name: shard for name, shard in self._shard_of.items() if not self._belongs_to_weight(name)}
         self._file_of |= {name: self._shard_of[name + PACKED] for name in self._packed}
         self._open_shard = ""
@@ -96,7 +86,39 @@ class CheckpointReader:
     def dtype(self, name: str) -> torch.dtype:
         """Dtype that a tensor is stored in; of a packed weight bfloat16, that of its scales."""
         self._require(name)
-        return torch.bfloat16 if name in self._packed else self._stored_dtype(name)
+        if name in self._packed:
+            return torch.bfloat16
+        stored = self._stored(name)
+        if stored.torch is None:
+            raise CheckpointError(f"tensor {name} is stored as {stored.name}, which is not supported: {ORIGINAL}")
+        return stored.torch
+
+    def shown_dtype(self, name: str) -> str:
+        """How a tensor is stored, for people; every dtype that a file may name has one."""
+        scheme = self.scheme(name)
+        return scheme.format if scheme else self._stored(name).shown
+
+    def why_unreadable(self, name: str) -> str | None:
+        """Why `read` cannot give a tensor's weights, from the headers alone; None where it can.
+
+        Floating point is read as it is, float8 only with scales beside it. Anything else is no weight.
+        """
+        self._require(name)
+        if name in self._packed:
+            return None
+        stored, shape, scale = self._stored(name), self._headers[name][0], f"{name}_scale_inv"
+        if stored.is_float:
+            return None
+        if not stored.is_float8:
+            return f"{name} (expected floating point, found {stored.shown})"
+        if scale not in self._headers:
+            return f"float8 tensor {name} has no {scale} beside it: only float8 with DeepSeek's scales is supported"
+        if not self._float8.fits(shape, self._headers[scale][0]):
+            return (
+                f"scale {scale} of shape {list(self._headers[scale][0])} does not fit {name}, which needs "
+                f"{list(self._float8.grid(shape))}"
+            )
+        return self._float8.why_no_scale(scale, self._stored(scale))
 
     def scheme(self, name: str) -> WeightScheme | None:
         """How a weight is packed as integers; None for every other tensor."""
@@ -108,7 +130,7 @@ class CheckpointReader:
         self._require(name)
         parts = [name + part for part in (PACKED, SCALE, SHAPE)] if name in self._packed else [name]
         parts += [scale for scale in (f"{name}_scale_inv",) if scale in self._headers]
-        return sum(math.prod(self._headers[part][0]) * self._stored_dtype(part).itemsize for part in parts)
+        return sum(self._stored(part).nbytes(self._headers[part][0]) for part in parts)
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """Read one tensor.
@@ -124,13 +146,15 @@ class CheckpointReader:
         weight = self.quantized(name)
         if weight is not None:
             tensor = weight.dequantize(dtype or torch.float32)
-        elif stored_dtype.itemsize == 1 and stored_dtype.is_floating_point:
-            tensor = self._dequantize(name, self._load(name), dtype or torch.float32)
+        elif self._stored(name).is_float8:
+            if reason := self.why_unreadable(name):
+                raise CheckpointError(reason)
+            tensor = self._float8.dequantize(self._load(name), self._load(f"{name}_scale_inv"), dtype or torch.float32)
         else:
             tensor = self._load(name).to(dtype or stored_dtype)
         if not _is_finite(tensor):
             raise CheckpointError(
-                f"tensor {name} holds NaN or infinite values as {str(tensor.dtype).removeprefix('torch.')}: "
+                f"tensor {name} holds NaN or infinite values as {short_name(tensor.dtype)}: "
                 "the checkpoint is damaged, or its values need a wider dtype"
             )
         return tensor
@@ -146,23 +170,11 @@ class CheckpointReader:
             return None
         return unpack(name, {part: self._load(name + part) for part in (PACKED, SCALE, SHAPE)}, scheme)
 
-    def _dequantize(self, name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-        scale_name = f"{name}_scale_inv"
-        if scale_name not in self._shard_of:
-            raise CheckpointError(
-                f"float8 tensor {name} has no {scale_name} beside it: only float8 with DeepSeek's scales is supported"
-            )
-        scale = self._load(scale_name)
-        try:
-            return dequantize_blocks(tensor, scale, self._block_size, dtype)
-        except ValueError as error:
-            raise CheckpointError(f"tensor {scale_name} does not fit {name}: {error}") from error
-
     def _load(self, name: str) -> Tensor:
         shard = self._shard_of[name]
         if shard != self._open_shard or self._mapped_bytes > _MAX_MAPPED_BYTES:
             self._handle = None  # unmaps the previous file before the next is mapped
-            self._handle = _open(self.folder / shard)
+            self._handle = open_file(self.folder / shard)
             self._open_shard, self._mapped_bytes = shard, 0
         try:
             tensor = cast(Tensor, self._handle.get_tensor(name))
@@ -172,7 +184,7 @@ class CheckpointReader:
         return tensor
 
     def _read_header(self, shard: str) -> None:
-        handle = _open(self.folder / shard)
+        handle = open_file(self.folder / shard)
         found = set(handle.keys())
         expected = {name for name, where in self._shard_of.items() if where == shard}
         if missing := sorted(expected - found):
@@ -188,11 +200,11 @@ class CheckpointReader:
         if name not in self:
             raise CheckpointError(f"{self.folder} has no tensor {name}: see CheckpointReader.names for what it has")
 
-    def _stored_dtype(self, name: str) -> torch.dtype:
+    def _stored(self, name: str) -> StoredDtype:
         stored = self._headers[name][1]
-        if stored not in _DTYPES:
-            raise CheckpointError(f"tensor {name} is stored as {stored}, which is not supported: convert it to bf16")
-        return _DTYPES[stored]
+        if stored not in STORED:
+            raise CheckpointError(f"tensor {name} is stored as {stored}, which is not known: convert it to bf16")
+        return STORED[stored]
 
     def _belongs_to_weight(self, name: str) -> bool:
         """Whether a stored tensor is a scale or another part of a quantised weight."""
@@ -209,63 +221,9 @@ class CheckpointReader:
         return False
 
 
-def _locate_tensors(folder: Path) -> dict[str, str]:
-    """The file of every tensor, from the index or from the one file."""
-    if (folder / SINGLE_FILE).is_file():
-        return dict.fromkeys(_open(folder / SINGLE_FILE).keys(), SINGLE_FILE)
-    if not (folder / INDEX_FILE).is_file():
-        raise CheckpointError(_nothing_found(folder))
-    weight_map = _read_json(folder / INDEX_FILE).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{folder / INDEX_FILE} has no weight_map: download it again")
-    shard_of = {str(name): str(shard) for name, shard in weight_map.items()}
-    for name, shard in shard_of.items():
-        if Path(shard).name != shard:
-            raise CheckpointError(f"{folder / INDEX_FILE} places {name} outside its folder, in {shard}: not read")
-        if not (folder / shard).is_file():
-            raise CheckpointError(f"{folder} lacks the shard {shard} that its index names (for {name}): download it")
-    return shard_of
-
-
-def _nothing_found(folder: Path) -> str:
-    if not folder.is_dir():
-        return f"there is no checkpoint folder {folder}: name an existing one"
-    shards = sorted(folder.glob("*.safetensors"))
-    if shards:
-        return f"{folder} has {shards[0].name} but neither {SINGLE_FILE} nor {INDEX_FILE}: add the index"
-    pickled = [path for pattern in ("*.bin", "*.pt", "*.pth") for path in sorted(folder.glob(pattern))]
-    if pickled:
-        return f"{folder} has only pickled weights ({pickled[0].name}), which are never loaded: convert to safetensors"
-    return f"{folder} has no weights: it needs {SINGLE_FILE}, or shards with {INDEX_FILE}"
-
-
-def _open(path: Path) -> Any:
-    try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{path} is truncated or not a safetensors file ({error}): copy or download it again"
-        ) from error
-
-
-def _read_json(path: Path) -> Mapping[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is not readable JSON ({error}): download it again") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds no JSON object: download it again")
-    return content
-
-
-def _quantization_config(folder: Path) -> Mapping[str, Any] | None:
-    """`quantization_config` of config.json, a text model's inside its wrapper included."""
-    if not (folder / "config.json").is_file():
-        return None
-    config = _read_json(folder / "config.json")
-    text_config = config.get("text_config")
-    nested = text_config.get("quantization_config") if isinstance(text_config, dict) else None
-    return config.get("quantization_config") or nested
+def _refuse_foreign(quantization: Mapping[str, Any] | None) -> None:
+    if quantization and (method := foreign_quantization(quantization)):
+        raise CheckpointError(f"the checkpoint's weights are quantised by {method}, which is not supported: {ORIGINAL}")
 
 
 def _packed_weights(names: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, WeightScheme]:

@@ -10,23 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from latentkv.checkpoint.dtypes import NAMES
 from latentkv.errors import CheckpointError
 from latentkv.files import write_whole
 
-_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
 _ALIGNMENT = 8
 
 Entry = tuple[torch.dtype, tuple[int, ...]]
@@ -86,7 +73,7 @@ def _header(entries: Mapping[str, Entry]) -> tuple[bytes, dict[str, int]]:
     for name in sorted(entries, key=lambda name: (-entries[name][0].itemsize, name)):
         dtype, shape = entries[name]
         end = position + entry_bytes(entries[name])
-        described[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [position, end]}
+        described[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [position, end]}
         starts[name], position = position, end
     encoded = json.dumps(described, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % _ALIGNMENT)

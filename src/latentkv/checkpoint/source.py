@@ -1,62 +1,155 @@
-"""Where a model lies: a local folder, or a Hugging Face repository that is fetched once."""
+"""Where a model lies: a local folder, its config.json, or a Hugging Face repository that is fetched once.
+
+Every command and `LLM` take a model in these forms, through the two functions here: `resolve_model` where weights are
+needed, `resolve_config` where the shape is enough.
+"""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
+from latentkv.checkpoint.layouts import ORIGINAL, why_missing
+from latentkv.checkpoint.locate import CONFIG_FILE
 from latentkv.errors import ConfigError
 
-_WANTED = ["*.safetensors", "*.json", "*.model", "*.jinja", "merges.txt", "vocab.txt"]
+_WANTED = ("*.safetensors", "*.json", "*.model", "*.tiktoken", "*.jinja", "merges.txt", "vocab.txt")
+_TOKENIZER = tuple(pattern for pattern in _WANTED if pattern != "*.safetensors")
 # Second copies of the same weights in other layouts, which some repositories carry.
-_UNWANTED = ["consolidated*", "original/*", "onnx/*"]
-_REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_UNWANTED = ("consolidated*", "original/*", "onnx/*")
+_REPO = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?)(@(?P<revision>[\w.-]+(/[\w.-]+)*))?")
 _SECONDS_TO_ANSWER = 10
 
 
-def resolve_model(name_or_path: str | Path) -> Path:
-    """The folder of a model.
+def resolve_model(model: str | Path) -> Path:
+    """The folder of a model with its weights.
 
     Args:
-        name_or_path: a local folder, or a repository of the Hugging Face hub (`org/name`), which is downloaded with a
-            progress bar (weights as safetensors, config, tokenizer and chat template; nothing that runs) and kept in
-            the hub's own cache.
+        model: a local folder or the config.json in it; or a repository of the Hugging Face hub, `org/name` or
+            `org/name@revision` (a branch, a tag or a commit), which is downloaded with a progress bar (weights as
+            safetensors, config, tokenizer and chat template; nothing that runs) and kept in the hub's own cache.
 
     Raises:
         ConfigError: neither a folder nor a repository that could be fetched.
     """
-    folder = Path(name_or_path).expanduser()
-    if folder.is_dir():
-        return folder
-    if folder.exists():
-        raise ConfigError(f"{folder} is a file: name the folder that holds config.json and the weights")
-    name = str(name_or_path)
-    if not _REPO_ID.fullmatch(name):
-        raise ConfigError(f"no folder {name}: name an existing folder, or a Hugging Face repository as org/name")
-    return _fetch(name)
+    local = _local(model)
+    if local is None:
+        return _fetch(str(model), _WANTED)
+    return local if local.is_dir() else local.parent
 
 
-def _fetch(repo_id: str) -> Path:
+def resolve_config(model: str | Path) -> Path:
+    """What `models.read_config` reads a model's shape from: its folder, or a config file by any name.
+
+    Args:
+        model: as `resolve_model` takes it; of a repository no weights are fetched. A JSON file of another name than
+            config.json is taken for one.
+
+    Raises:
+        ConfigError: as `resolve_model`.
+    """
+    local = _local(model, any_config=True)
+    if local is None:
+        return _fetch(str(model), (CONFIG_FILE, "generation_config.json"))
+    return local if local.is_dir() or local.name != CONFIG_FILE else local.parent
+
+
+def resolve_tokenizer(model: str | Path) -> Path:
+    """The folder of a model's tokenizer; of a repository nothing else is fetched. Raises as `resolve_model`."""
+    local = _local(model)
+    if local is None:
+        return _fetch(str(model), _TOKENIZER)
+    return local if local.is_dir() else local.parent
+
+
+def local_folder(model: Path) -> Path:
+    """The folder of a model that is changed where it lies: itself, or the folder of its config.json.
+
+    Raises:
+        ConfigError: no such folder.
+    """
+    local = _local(model)
+    if local is None:
+        raise ConfigError(f"no folder {model}: name the local folder of the model")
+    return local if local.is_dir() else local.parent
+
+
+def model_name(model: str | Path) -> str:
+    """What to call a model: its folder's name, or its repository."""
+    path = Path(model).expanduser()
+    if path.is_file():
+        path = path.parent
+    return path.resolve().name if path.is_dir() else str(model)
+
+
+def _local(model: str | Path, *, any_config: bool = False) -> Path | None:
+    """The folder or config file that a model is named by; None where it can be a repository only.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    path = Path(model).expanduser()
+    try:
+        if path.is_dir():
+            return path
+        exists, is_link = path.exists(), path.is_symlink()
+    except (OSError, ValueError) as error:  # a name too long, a null byte
+        raise ConfigError(f"{str(model)[:80]!r} names no folder: {error}") from None
+    if exists:
+        if path.name == CONFIG_FILE or (any_config and path.suffix == ".json"):
+            return path
+        if path.suffix == ".gguf":
+            raise ConfigError(f"{path} is in llama.cpp's GGUF format, which is not read: {ORIGINAL}")
+        raise ConfigError(
+            f"{path} is a file: name the folder that holds config.json and the weights, or its config.json"
+        )
+    if is_link:
+        raise ConfigError(why_missing(path) or f"{path} cannot be read")
+    if path.name == CONFIG_FILE:
+        if path.parent.is_dir():
+            return path.parent  # which says what it holds instead
+        raise ConfigError(f"no folder {path.parent}, of which {model} is to be the config: name an existing folder")
+    if not _REPO.fullmatch(str(model)):
+        raise ConfigError(
+            f"no folder {model}: name an existing folder, or a Hugging Face repository as org/name or org/name@revision"
+        )
+    return None
+
+
+def _fetch(repo: str, wanted: Sequence[str]) -> Path:
     # Imported here: it is slow to import, and a local folder needs none of it.
     from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
+    repo_id, _, revision = repo.partition("@")
     try:
         path = snapshot_download(
-            repo_id, allow_patterns=_WANTED, ignore_patterns=_UNWANTED, etag_timeout=_SECONDS_TO_ANSWER
+            repo_id,
+            revision=revision or None,
+            allow_patterns=list(wanted),
+            ignore_patterns=list(_UNWANTED),
+            etag_timeout=_SECONDS_TO_ANSWER,
         )
     except GatedRepoError as error:
         reason = "its owner asks you to accept terms on its page, then log in with `hf auth login`"
-        raise _not_found(repo_id, reason) from error
+        raise _not_found(repo, reason) from error
+    except RevisionNotFoundError as error:
+        raise _not_found(repo, f"the repository has no revision {revision!r}") from error
     except RepositoryNotFoundError as error:
-        raise _not_found(repo_id, "the hub has no such public repository") from error
+        raise _not_found(repo, "the hub has no such public repository") from error
     except LocalEntryNotFoundError as error:
         offline = constants.HF_HUB_OFFLINE
         reason = "HF_HUB_OFFLINE is set" if offline else f"{constants.ENDPOINT} cannot be reached"
-        raise _not_found(repo_id, f"{reason} and no copy is on this machine") from error
+        raise _not_found(repo, f"{reason} and no copy is on this machine") from error
     except Exception as error:  # The hub's client raises errors of its HTTP library, of the disk and its own.
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise _not_found(repo_id, first_line) from error
+        raise _not_found(repo, first_line) from error
     return Path(path)
 
 

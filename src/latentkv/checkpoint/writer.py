@@ -14,11 +14,10 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from latentkv.checkpoint.reader import INDEX_FILE, SINGLE_FILE
+from latentkv.checkpoint.locate import CONFIG_FILE, INDEX_FILE, SINGLE_FILE
 from latentkv.errors import CheckpointError
 from latentkv.files import sync
 
-CONFIG_FILE = "config.json"
 MAX_SHARD_BYTES = 4 * 10**9
 
 _STAGING = ".saving"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 import typer
 
 from latentkv.cli.bench_options import JsonFile, Repeats, Threads, numbers, require_folder, save
-from latentkv.cli.options import Int8ProductsOption
+from latentkv.cli.options import MODEL_FORMS, Int8ProductsOption
 from latentkv.cli.terminal import console
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def model(
     model: Annotated[
-        str | None, typer.Argument(help="A folder or a repo id.", show_default="the embedded model")
+        str | None, typer.Argument(help=f"The model: {MODEL_FORMS}.", show_default="the embedded model")
     ] = None,
     prompts: Annotated[str, typer.Option(help="Tokens of the prompts that are read, with commas between.")] = "512,2k",
     depths: Annotated[
@@ -57,6 +57,7 @@ def model(
     from latentkv.bench.model import measure_model
     from latentkv.bench.model_report import MODEL_NOTES, model_facts, model_table, plot_decode
     from latentkv.bench.report import describe
+    from latentkv.checkpoint.source import model_name
     from latentkv.llm import LLM
     from latentkv.plan import as_kv_format
 
@@ -72,7 +73,7 @@ def model(
                 int8_products=int8_products,
                 max_context=max(*prompt_lens, *depth_lens) + new_tokens,
             ),
-            name=Path(model).name if model else "the embedded model",
+            name=model_name(model) if model else "the embedded model",
             prompts=prompt_lens,
             depths=depth_lens,
             new_tokens=new_tokens,

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from latentkv.cli.bench_options import JsonFile, Repeats, Threads, require_folder, save
-from latentkv.cli.options import DtypeOption, WeightsOption
+from latentkv.cli.options import MODEL_FORMS, DtypeOption, WeightsOption
 from latentkv.cli.terminal import console
 
 
 def speculation(
     model: Annotated[
-        str | None, typer.Argument(help="A folder or a repo id.", show_default="the embedded model")
+        str | None, typer.Argument(help=f"The model: {MODEL_FORMS}.", show_default="the embedded model")
     ] = None,
     speculate: Annotated[int, typer.Option(min=1, max=16, help="Tokens of a draft at most.")] = 4,
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a completion.")] = 200,
@@ -34,6 +33,7 @@ def speculation(
     from latentkv.bench.report import describe
     from latentkv.bench.speculation import measure_speculation
     from latentkv.bench.speculation_report import SPECULATION_NOTES, speculation_table
+    from latentkv.checkpoint.source import model_name
     from latentkv.llm import LLM
 
     require_folder(json_file)
@@ -41,7 +41,7 @@ def speculation(
     with console(stderr=True).status("loading the model") as status:
         report = measure_speculation(
             LLM(model, dtype=dtype, weights=weights, max_context=new_tokens + 256),
-            name=Path(model).name if model else "the embedded model",
+            name=model_name(model) if model else "the embedded model",
             speculate=speculate,
             new_tokens=new_tokens,
             temperatures=values,

@@ -10,8 +10,10 @@ from typing import Any
 
 from latentkv.checkpoint import CheckpointReader
 from latentkv.checkpoint.names import layer_of, tensor_kind, text_model_names
+from latentkv.errors import CheckpointError
 from latentkv.models.config import MLAConfig, ModelConfig
-from latentkv.models.config_reader import read_config
+from latentkv.models.loading import match_weights
+from latentkv.models.stored_config import DTYPE_NAMES, open_checkpoint, stored_dtype
 from latentkv.plan import count_active_parameters, count_mtp_parameters, count_parameters, mha_bytes
 from latentkv.text import has_tokenizer, load_tokenizer
 
@@ -48,10 +50,18 @@ class TokenizerFact:
 
 @dataclass(frozen=True)
 class CheckpointFacts:
-    """A checkpoint. `parameters_stored` counts the main model; it should be `parameters`, which its config implies."""
+    """A checkpoint.
+
+    Attributes:
+        dtype: that the model runs in where no other is asked for.
+        parameters_stored: of the main model; they should be `parameters`, which its config implies.
+        problem: why it will not load, in the words of what would refuse it; None where the headers say nothing against.
+    """
 
     folder: str
     model_type: str
+    dtype: str
+    problem: str | None
     attention: dict[str, Any]
     num_layers: int
     num_heads: int
@@ -86,14 +96,16 @@ def read_facts(folder: Path) -> CheckpointFacts:
         CheckpointError: a file of weights is missing or damaged.
         TokenizerError: the tokenizer cannot be read.
     """
-    config = read_config(folder)
-    tensors = tuple(_tensor_facts(CheckpointReader(folder), config))
+    config, reader = open_checkpoint(folder)
+    tensors = tuple(_tensor_facts(reader, config))
     main = [t for t in tensors if t.kind not in ("mtp", "other") and not t.name.endswith("e_score_correction_bias")]
     attention = config.attention
     kind = "MLA" if isinstance(attention, MLAConfig) else "GQA"
     return CheckpointFacts(
         folder=str(folder),
         model_type=config.model_type,
+        dtype=DTYPE_NAMES[stored_dtype(config)],
+        problem=_problem(config, reader),
         attention={"kind": kind, **asdict(attention)},
         num_layers=config.num_layers,
         num_heads=config.num_heads,
@@ -121,15 +133,24 @@ def read_facts(folder: Path) -> CheckpointFacts:
     )
 
 
+def _problem(config: ModelConfig, reader: CheckpointReader) -> str | None:
+    """Why weights would not load."""
+    try:
+        match_weights(config, reader)
+    except CheckpointError as error:
+        return str(error)
+    return None
+
+
 def _tensor_facts(reader: CheckpointReader, config: ModelConfig) -> Iterable[TensorFact]:
-    published = {name: known_as for known_as, name in text_model_names(reader.names).items()}
+    names = text_model_names(reader.names, nested=reader.nests_text_model, tied=config.tie_word_embeddings)
+    published = {name: known_as for known_as, name in names.items()}
     for name in reader.names:
-        scheme = reader.scheme(name)
         yield TensorFact(
             name=name,
             kind=_kind(published.get(name), config),
             shape=reader.shape(name),
-            dtype=scheme.format if scheme else str(reader.dtype(name)).removeprefix("torch."),
+            dtype=reader.shown_dtype(name),
             bytes=reader.nbytes(name),
         )
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 import typer
 
 from latentkv.cli.conversion import EVAL_SEED, SELF, TextOption, progress, require_length, run_facts, text_tokens
-from latentkv.cli.options import ThreadsOption, use_threads
+from latentkv.cli.options import MODEL_FORMS, ThreadsOption, use_threads
 from latentkv.cli.terminal import console, print_json
 from latentkv.errors import RequestError
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def convert(
-    source: Annotated[str, typer.Argument(help="The model: a folder or a repo id.", show_default=False)],
+    source: Annotated[str, typer.Argument(help=f"The model: {MODEL_FORMS}.", show_default=False)],
     target: Annotated[Path, typer.Argument(help="A new folder for the converted model.", show_default=False)],
     kv_budget: Annotated[
         str | None, typer.Option(help="Share of the source's KV cache to keep, like 1/4; chooses rank and rope-dim.")
@@ -54,6 +54,7 @@ def convert(
     Example: latentkv convert path/to/llama llama-mla --kv-budget 1/4 --calibrate book.txt
     """
     from latentkv.checkpoint import resolve_model
+    from latentkv.checkpoint.source import model_name
     from latentkv.convert import (
         ConvertOptions,
         Export,
@@ -81,7 +82,7 @@ def convert(
         report = convert_checkpoint(folder, target, tokens, options, on_progress=on_progress)
     record = read_record(target)
     if "command" not in record:
-        note(target, source=Path(source).resolve().name, **run_facts())
+        note(target, source=model_name(source), **run_facts())
     if "healings" in record:
         console(stderr=True).print(f"{target} has been healed since: its report stays as it is")
     else:
@@ -116,7 +117,7 @@ def _speed(source: Path, converted: Path) -> dict[str, Any]:
 
     from latentkv.bench.decode_speed import measure_decode
     from latentkv.models.config_reader import read_config
-    from latentkv.models.loading import stored_dtype
+    from latentkv.models.stored_config import stored_dtype
 
     with console(stderr=True).status("Decode speed"):
         dtype = stored_dtype(read_config(converted))

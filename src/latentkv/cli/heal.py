@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from latentkv.cli.conversion import EVAL_SEED, SELF, TextOption, progress, require_length, run_facts, text_tokens
-from latentkv.cli.options import ThreadsOption, use_threads
+from latentkv.cli.options import MODEL_FORMS, ThreadsOption, use_threads
 from latentkv.cli.terminal import console, print_json
 from latentkv.errors import RequestError
 
@@ -19,8 +19,10 @@ _TRAINED = ("all", "attention", "lora")
 
 
 def heal(
-    target: Annotated[Path, typer.Argument(help="The converted model; it is trained in place.", show_default=False)],
-    teacher: Annotated[str, typer.Option(help="Its source: a folder or a repo id.", show_default=False)],
+    target: Annotated[
+        Path, typer.Argument(help="The converted model, a local folder; it is trained in place.", show_default=False)
+    ],
+    teacher: Annotated[str, typer.Option(help=f"Its source: {MODEL_FORMS}.", show_default=False)],
     data: TextOption = SELF,
     sequences: Annotated[int, typer.Option(help="Of text; they are gone through again and again.")] = 512,
     length: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 512,
@@ -54,9 +56,11 @@ def heal(
     from dataclasses import asdict
 
     from latentkv.checkpoint import resolve_model
+    from latentkv.checkpoint.source import local_folder
     from latentkv.convert import HealOptions, heal_checkpoint, read_record
 
     use_threads(threads)
+    target = local_folder(target)
     if train not in _TRAINED:
         raise RequestError(f"--train={train} is not allowed: choose {', '.join(_TRAINED)}.")
     options = HealOptions(steps, match_steps, batch_size, lr, train, lora_rank, lora_alpha, eval_every)

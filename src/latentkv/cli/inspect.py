@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from latentkv.cli.options import MODEL_FORMS
 from latentkv.cli.terminal import console, print_json
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 def inspect(
     model: Annotated[
-        str | None, typer.Argument(help="A folder or a repo id.", show_default="the small model in this package")
+        str | None, typer.Argument(help=f"The model: {MODEL_FORMS}.", show_default="the small model in this package")
     ] = None,
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, sizes in bytes.")] = False,
@@ -38,6 +39,8 @@ def inspect(
 
 
 def _print_facts(facts: CheckpointFacts) -> None:
+    from rich.markup import escape
+
     from latentkv.plan.sizes import format_count
 
     out = console()
@@ -52,11 +55,12 @@ def _print_facts(facts: CheckpointFacts) -> None:
     out.print(f"Context     {facts.max_context:,} tokens; {_rope(facts)}")
     used = facts.active_parameters
     share = f", {format_count(used)} of them used for each token" if used < facts.parameters else ""
+    out.print(f"Runs in     {facts.dtype}")
     out.print(f"Parameters  {format_count(facts.parameters)} ({facts.parameters:,}){share}")
     if facts.parameters_stored != facts.parameters:
-        out.print(
-            f"            [yellow]the files hold {facts.parameters_stored:,}: this checkpoint will not load[/yellow]"
-        )
+        out.print(f"            [yellow]the files hold {facts.parameters_stored:,}[/yellow]")
+    if facts.problem is not None:
+        out.print(f"            [yellow]this checkpoint will not load: {escape(facts.problem)}[/yellow]")
     out.print(f"MTP         {_mtp(facts)}")
     out.print(f"Tokenizer   {_tokenizer(facts)}")
     own, mha = facts.cache_bytes_per_token, facts.mha_cache_bytes_per_token

@@ -15,9 +15,12 @@ if TYPE_CHECKING:
     from latentkv import LLM
     from latentkv.cache import PageStore
 
+MODEL_FORMS = "a folder, its config.json, or a repo id, also as org/name@revision"
+"""What every command takes for a model (`checkpoint.source` reads it)."""
+
 ModelOption = Annotated[
     str | None,
-    typer.Option("--model", "-m", help="A folder or a repo id.", show_default="the small model in this package"),
+    typer.Option("--model", "-m", help=f"The model: {MODEL_FORMS}.", show_default="the small model in this package"),
 ]
 DeviceOption = Annotated[str, typer.Option(help="cpu, or cuda where there is an NVIDIA GPU.")]
 DtypeOption = Annotated[

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from latentkv.cli.options import MODEL_FORMS
 from latentkv.cli.terminal import console, print_json
 from latentkv.errors import RequestError
 
@@ -22,7 +23,7 @@ def plan(
         str | None,
         typer.Argument(
             show_default=False,
-            help="A config file, a folder, a repo id (only its config is fetched), or a built-in shape: "
+            help=f"{MODEL_FORMS[0].upper()}{MODEL_FORMS[1:]} (only its config is fetched), or a built-in shape: "
             "deepseek-v2-lite, deepseek-v2, deepseek-v3, kimi-k2, glm-4.7-flash, minicpm3-4b, youtu-llm-2b, "
             "moonlight-16b. None: the cache of all of these, side by side.",
         ),

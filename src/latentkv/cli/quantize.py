@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from latentkv.cli.options import ThreadsOption, use_threads
+from latentkv.cli.options import MODEL_FORMS, ThreadsOption, use_threads
 from latentkv.cli.terminal import console, print_json
 from latentkv.errors import RequestError
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def quantize(
-    source: Annotated[str, typer.Argument(help="The model: a folder or a repo id.", show_default=False)],
+    source: Annotated[str, typer.Argument(help=f"The model: {MODEL_FORMS}.", show_default=False)],
     target: Annotated[Path, typer.Argument(help="A new folder for the copy.", show_default=False)],
     weights: Annotated[str, typer.Option(help="int8, or int4 (its output head is int8).", show_default=False)],
     group: Annotated[

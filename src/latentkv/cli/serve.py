@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from latentkv.cli.options import (
+    MODEL_FORMS,
     CacheBytesOption,
     CacheDirBytesOption,
     CacheDirOption,
@@ -32,7 +33,7 @@ LOOPBACK = ("127.0.0.1", "::1", "localhost")
 def serve(
     model: Annotated[
         str | None,
-        typer.Argument(help="A folder or a repo id.", show_default="the small model in this package"),
+        typer.Argument(help=f"The model: {MODEL_FORMS}.", show_default="the small model in this package"),
     ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
@@ -79,6 +80,7 @@ def serve(
 
     Example: latentkv serve ./model --port 8000 --kv-cache-bytes 4GiB
     """
+    from latentkv.checkpoint.source import model_name
     from latentkv.server.run import bind, make_server, serve_forever
     from latentkv.server.served import STEP_SECONDS
     from latentkv.server.settings import ServerSettings, read_keys
@@ -104,7 +106,7 @@ def serve(
         cache_dir_bytes=cache_dir_bytes,
     )
     llm = choice.load(max_running=max_running, speculate=speculate, draft=draft, step_seconds=STEP_SECONDS)
-    shown = name or (Path(model).name if model and Path(model).is_dir() else model) or "latentkv"
+    shown = name or (model_name(model) if model else "latentkv")
     server = make_server(llm, shown, settings, tool_format=tool_format)
     out = console(stderr=True)
     shown_host = f"[{host}]" if ":" in host else host

@@ -7,13 +7,16 @@ from typing import Annotated
 
 import typer
 
+from latentkv.cli.options import MODEL_FORMS
 from latentkv.errors import TrainingError
 
 
 def train(
     config: Annotated[
-        Path | None,
-        typer.Argument(help="config.json of the model to train from scratch. Not needed with --init."),
+        str | None,
+        typer.Argument(
+            help=f"What to train from scratch, of which only the config is read: {MODEL_FORMS}. Not needed with --init."
+        ),
     ] = None,
     data: Annotated[
         Path, typer.Option(help="Folder of .txt files, or one text file.", exists=True, show_default=False)
@@ -26,13 +29,13 @@ def train(
         float | None, typer.Option(help="Or: train this many minutes; the learning rate follows the clock.")
     ] = None,
     init: Annotated[
-        Path | None, typer.Option(help="Start from this checkpoint folder instead of fresh weights.", exists=True)
+        str | None, typer.Option(help=f"Start from this model instead of fresh weights: {MODEL_FORMS}.")
     ] = None,
     rope_scaling: Annotated[
         str | None, typer.Option(help="Stretch the context, e.g. yarn:8 (with --init and a longer --seq-len).")
     ] = None,
     tokenizer: Annotated[
-        Path | None, typer.Option(help="Folder with a tokenizer; else --init's, or a BPE trained on the data.")
+        str | None, typer.Option(help="A model whose tokenizer to take; else --init's, or a BPE trained on the data.")
     ] = None,
     exclude: Annotated[
         list[str] | None, typer.Option(help="File name to keep out of training and tokenizer; repeatable.")
@@ -73,6 +76,7 @@ def train(
     """
     import torch
 
+    from latentkv.checkpoint.source import resolve_config, resolve_model, resolve_tokenizer
     from latentkv.train import TrainingPlan, TrainOptions, train_model
 
     if threads is not None:
@@ -103,9 +107,9 @@ def train(
     plan = TrainingPlan(
         data=data,
         out=out,
-        config=config,
-        init=init,
-        tokenizer=tokenizer,
+        config=None if config is None else resolve_config(config),
+        init=None if init is None else resolve_model(init),
+        tokenizer=None if tokenizer is None else resolve_tokenizer(tokenizer),
         exclude=tuple(exclude or ()),
         eval_files=tuple(eval_file or ()),
         eval_fraction=eval_fraction,

@@ -24,7 +24,8 @@ from latentkv.convert.record import add_healing, read_record
 from latentkv.errors import TrainingError
 from latentkv.models.config import MLAConfig
 from latentkv.models.decoder import Decoder, DecoderLayer
-from latentkv.models.loading import load_model, save_pretrained, stored_dtype
+from latentkv.models.loading import load_model, save_pretrained
+from latentkv.models.stored_config import stored_dtype
 from latentkv.train.checkpoints import Checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
 from latentkv.train.optimizers import optimizer_tensors, restore_optimizers
 from latentkv.train.schedule import warmed_cosine

@@ -26,8 +26,8 @@ from latentkv.llm_options import kv_format
 from latentkv.models.config import ModelConfig
 from latentkv.models.config_reader import read_config
 from latentkv.models.decoder import DecoderLayer
-from latentkv.models.loading import stored_dtype
 from latentkv.models.rope import Rotary, rotary
+from latentkv.models.stored_config import stored_dtype
 
 BALANCES = (1 / 16, 1 / 4, 1.0, 4.0)
 """Of keys against values, as multiples of what is predicted; the one with the least measured error is taken."""

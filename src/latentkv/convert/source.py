@@ -14,9 +14,9 @@ from latentkv.checkpoint.reader import CheckpointReader
 from latentkv.convert.attention import GQAWeights, HeadShape
 from latentkv.errors import ConfigError
 from latentkv.models.config import GQAConfig, ModelConfig
-from latentkv.models.config_reader import read_config
 from latentkv.models.decoder import Decoder, DecoderLayer
 from latentkv.models.rope import attention_factor, inverse_frequencies
+from latentkv.models.stored_config import open_checkpoint
 
 _FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
@@ -87,7 +87,7 @@ def open_source(folder: Path) -> SourceModel:
         ConfigError: it cannot be converted, and why.
         CheckpointError: its files are damaged, or tensors are missing, unexpected or misshapen, each named.
     """
-    config = read_config(folder)
+    config, reader = open_checkpoint(folder)
     attention = config.attention
     if not isinstance(attention, GQAConfig):
         raise ConfigError(f"{folder} has latent attention already: there is nothing to convert.")
@@ -97,11 +97,11 @@ def open_source(folder: Path) -> SourceModel:
         raise ConfigError(f"{folder} has sliding windows, which no latent attention here can express.")
     if config.mlp_bias:
         raise ConfigError(f"{folder} has biases in its feed-forward layers, for which DeepSeek-V3 has no place.")
-    reader = CheckpointReader(folder)
     with torch.device("meta"):
         decoder = Decoder(config, max_context=config.max_positions)
     match_parameters(decoder.state_dict(), reader, num_layers=config.num_layers)
-    return SourceModel(config, attention, reader, text_model_names(reader.names))
+    names = text_model_names(reader.names, nested=reader.nests_text_model, tied=config.tie_word_embeddings)
+    return SourceModel(config, attention, reader, names)
 
 
 def attention_weights(layer: DecoderLayer) -> GQAWeights:

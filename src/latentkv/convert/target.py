@@ -13,9 +13,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from latentkv.checkpoint.companions import copy_companions
+from latentkv.checkpoint.locate import CONFIG_FILE
 from latentkv.checkpoint.reader import INDEX_FILE, CheckpointReader
 from latentkv.checkpoint.shard import write_shard
-from latentkv.checkpoint.writer import CONFIG_FILE
 from latentkv.convert.record import REPORT_FILE, write_record
 from latentkv.convert.report import ConversionReport
 from latentkv.convert.source import SourceModel

@@ -17,12 +17,13 @@ from latentkv.cache.layout import KeyValuePlane, KVFormat, LatentPlane, Plane
 class RopeConfig:
     """Rotary position embedding of `dim` dimensions per head (YaRN: arXiv 2309.00071; longrope: arXiv 2402.13753).
 
-    `interleaved` pairs dimensions (0, 1), (2, 3), ...; otherwise (0, dim/2), (1, dim/2 + 1), ...
+    `interleaved` pairs dimensions (0, 1), (2, 3), ...; otherwise (0, dim/2), (1, dim/2 + 1), ... "dynamic" is plain up
+    to the original length, beyond which cached keys would change their meaning with every token.
     """
 
     dim: int
     theta: float = 10000.0
-    kind: Literal["default", "linear", "yarn", "llama3", "longrope"] = "default"
+    kind: Literal["default", "linear", "dynamic", "yarn", "llama3", "longrope"] = "default"
     interleaved: bool = False
     factor: float = 1.0
     original_max_positions: int = 0

@@ -8,10 +8,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from latentkv.checkpoint.layouts import ORIGINAL, describe_folder, foreign_quantization, why_missing
+from latentkv.checkpoint.locate import CONFIG_FILE, holds_weights
+from latentkv.checkpoint.wrapper import config_levels, outermost
 from latentkv.errors import ConfigError
 from latentkv.models.config import GQAConfig, MLAConfig, ModelConfig, MoEConfig
-from latentkv.models.families import ALIASES, FAMILIES, Family
-from latentkv.models.rope_reader import read_rope
+from latentkv.models.families import ALIASES, FAMILIES, SPELLINGS, TEXT_MODEL_OF, Family, family_of
+from latentkv.models.rope_reader import longest_context, read_rope
+
+TIED = "tie_word_embeddings"
+"""The key that says whether the output head is the embedding."""
 
 # Keys that change the mathematics in ways that no family here has, with the values that mean "off".
 _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
@@ -24,6 +30,7 @@ _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "num_kv_shared_layers": (None, 0),
     "add_cross_attention": (None, False),
     "is_encoder_decoder": (None, False),
+    "moe_router_enable_expert_bias": (None, True),
 }
 
 # No model has more; a damaged file may say so, and every layer costs memory before the first weight is read.
@@ -60,32 +67,38 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         parsed = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(f"{path.parent} has no {path.name}; a model folder needs one.") from None
+        raise ConfigError(_why_absent(path)) from None
     except OSError as error:
         raise ConfigError(f"{path} cannot be read ({error.strerror}).") from None
     except ValueError as error:
-        raise ConfigError(f"{path} is not valid JSON ({error}); fetch the file again.") from None
+        reason = why_missing(path) or f"{path} is not valid JSON ({error}); fetch the file again"
+        raise ConfigError(f"{reason}.") from None
     if not isinstance(parsed, dict):
         raise ConfigError(f"{path} holds no JSON object; a model's config.json is one.")
     return parsed
 
 
+def _why_absent(path: Path) -> str:
+    """What stands in place of a file that is not there."""
+    if reason := why_missing(path):
+        return f"{reason}."
+    if path.name != CONFIG_FILE or holds_weights(path.parent):
+        return f"{path.parent} has no {path.name}; a model folder needs one."
+    return f"{path.parent} has no {path.name}: {describe_folder(path.parent)}."
+
+
 def _from_dict(raw: Mapping[str, Any], generation: Mapping[str, Any]) -> ModelConfig:
-    text = raw.get("text_config")
-    inner: Mapping[str, Any] = text if isinstance(text, Mapping) else raw
-    model_type = inner.get("model_type")
-    if model_type is None:
-        raise ConfigError(f"config.json names no model_type; supported: {', '.join(FAMILIES)}.")
-    model_type = ALIASES.get(str(model_type), str(model_type))
-    family = FAMILIES.get(model_type)
-    if family is None:
-        raise ConfigError(f"Model type {model_type!r} is not supported; supported: {', '.join(FAMILIES)}.")
+    levels = config_levels(raw)
+    inner = levels[-1]
+    # What weights are stored as comes first: it is the likeliest reason why a config is of no use.
+    _refuse_quantization(outermost(raw, "quantization_config"), outermost(raw, "quantization"))
+    model_type = _model_type(levels)
+    family = family_of(model_type, inner)
     fields = Fields(inner, family)
-    _refuse_quantization(raw.get("quantization_config") or inner.get("quantization_config"))
     _refuse_unsupported(fields, family)
     num_layers, hidden_size = fields.size("num_hidden_layers"), fields.size("hidden_size")
     attention, moe = _read_attention(fields, family), _read_moe(fields, family)
-    scale_depth = fields.get("scale_depth")
+    rope, scale_depth = read_rope(fields, family, attention), fields.get("scale_depth")
     return ModelConfig(
         model_type=model_type,
         vocab_size=fields.size("vocab_size"),
@@ -93,9 +106,9 @@ def _from_dict(raw: Mapping[str, Any], generation: Mapping[str, Any]) -> ModelCo
         num_layers=num_layers,
         num_heads=fields.size("num_attention_heads"),
         intermediate_size=fields.size("intermediate_size"),
-        max_positions=fields.size("max_position_embeddings"),
+        max_positions=longest_context(rope, fields.size("max_position_embeddings")),
         attention=attention,
-        rope=read_rope(fields, family, attention),
+        rope=rope,
         rms_norm_eps=fields.number("rms_norm_eps"),
         mlp_bias=bool(fields.get("mlp_bias")),
         moe=moe,
@@ -106,19 +119,47 @@ def _from_dict(raw: Mapping[str, Any], generation: Mapping[str, Any]) -> ModelCo
         embedding_multiplier=float(fields.get("scale_emb") or 1.0),
         residual_multiplier=1.0 if scale_depth is None else float(scale_depth) / math.sqrt(num_layers),
         logit_multiplier=float(fields.get("dim_model_base") or hidden_size) / hidden_size,
-        tie_word_embeddings=bool(raw.get("tie_word_embeddings", fields.get("tie_word_embeddings"))),
+        tie_word_embeddings=stated if (stated := stated_tying(raw)) is not None else bool(fields.get(TIED)),
         initializer_range=float(fields.get("initializer_range") or 0.02),
         bos_token_id=fields.get("bos_token_id"),
-        eos_token_ids=_token_ids(fields.get("eos_token_id"), raw.get("eos_token_id"), generation.get("eos_token_id")),
+        eos_token_ids=_token_ids(
+            fields.get("eos_token_id"),
+            *(level.get("eos_token_id") for level in reversed(levels[:-1])),
+            generation.get("eos_token_id"),
+        ),
         source=dict(raw),
     )
+
+
+def stated_tying(raw: Mapping[str, Any]) -> bool | None:
+    """Whether a config.json ties the output head to the embedding; None where it does not say, or says both.
+
+    Then the files decide (`models.stored_config`), and without files the family's default.
+    """
+    stated = {bool(level[TIED]) for level in config_levels(raw) if level.get(TIED) is not None}
+    return stated.pop() if len(stated) == 1 else None
+
+
+def _model_type(levels: tuple[Mapping[str, Any], ...]) -> str:
+    named = levels[-1].get("model_type")
+    if named is None:
+        named = next(
+            (TEXT_MODEL_OF[t] for level in levels if (t := str(level.get("model_type"))) in TEXT_MODEL_OF), None
+        )
+    if named is None:
+        raise ConfigError(f"config.json names no model_type; supported: {', '.join(FAMILIES)}.")
+    model_type = ALIASES.get(str(named), str(named))
+    if model_type not in FAMILIES:
+        raise ConfigError(f"Model type {model_type!r} is not supported; supported: {', '.join(FAMILIES)}.")
+    return model_type
 
 
 class Fields:
     """The keys of one config.json, an absent one replaced by its family's default."""
 
     def __init__(self, raw: Mapping[str, Any], family: Family) -> None:
-        self.raw = raw
+        others = {key: name for key, names in SPELLINGS.items() for name in names if name in raw and key not in raw}
+        self.raw = {**raw, **{key: raw[name] for key, name in others.items()}}
         self._defaults = family.defaults
 
     def get(self, key: str) -> Any:
@@ -158,13 +199,12 @@ def _refuse_unsupported(fields: Fields, family: Family) -> None:
         raise ConfigError("config.json: norm_topk_prob=true is not supported for this model type; only false is.")
 
 
-def _refuse_quantization(quantization: Any) -> None:
-    if quantization and quantization.get("quant_method") not in ("fp8", "compressed-tensors"):
-        method = quantization.get("quant_method")
-        raise ConfigError(
-            f"Weights quantised with {method!r} are not supported; 'fp8' (128x128 blocks), 'compressed-tensors' (int8 "
-            "or int4, packed) and none are."
-        )
+def _refuse_quantization(*described: Any) -> None:
+    for quantization in described:
+        if quantization and not isinstance(quantization, Mapping):
+            raise TypeError(f"quantization_config is {quantization!r}")
+        if quantization and (method := foreign_quantization(quantization)):
+            raise ConfigError(f"Weights quantised by {method} are not supported: {ORIGINAL}.")
 
 
 def _read_attention(fields: Fields, family: Family) -> MLAConfig | GQAConfig:

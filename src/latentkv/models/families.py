@@ -118,33 +118,39 @@ _DEEPSEEK_V3_FAMILY = Family(
     topk_methods=frozenset({"noaux_tc"}),
 )
 
+_DEEPSEEK_V2_FAMILY = Family(
+    "mla",
+    _LLAMA
+    | {
+        "vocab_size": 102400,
+        "first_k_dense_replace": 0,
+        "moe_layer_freq": 1,
+        "kv_lora_rank": 512,
+        "q_lora_rank": 1536,
+        "n_group": None,
+        "n_routed_experts": 64,
+        "n_shared_experts": 2,
+        "qk_nope_head_dim": 128,
+        "qk_rope_head_dim": 64,
+        "routed_scaling_factor": 1.0,
+        "topk_group": None,
+        "topk_method": "greedy",
+        "norm_topk_prob": False,
+        "v_head_dim": 128,
+        "moe_intermediate_size": 1407,
+    },
+    rope_interleaved=True,
+    scoring="softmax",
+    group_score="topk_method",
+    normalizes_weights=False,
+    topk_methods=frozenset({"greedy", "group_limited_greedy"}),
+)
+
 FAMILIES: Mapping[str, Family] = {
-    "deepseek_v2": Family(
-        "mla",
-        _LLAMA
-        | {
-            "vocab_size": 102400,
-            "first_k_dense_replace": 0,
-            "moe_layer_freq": 1,
-            "kv_lora_rank": 512,
-            "q_lora_rank": 1536,
-            "n_group": None,
-            "n_routed_experts": 64,
-            "n_shared_experts": 2,
-            "qk_nope_head_dim": 128,
-            "qk_rope_head_dim": 64,
-            "routed_scaling_factor": 1.0,
-            "topk_group": None,
-            "topk_method": "greedy",
-            "norm_topk_prob": False,
-            "v_head_dim": 128,
-            "moe_intermediate_size": 1407,
-        },
-        rope_interleaved=True,
-        scoring="softmax",
-        group_score="topk_method",
-        normalizes_weights=False,
-        topk_methods=frozenset({"greedy", "group_limited_greedy"}),
+    "deepseek_v2": _DEEPSEEK_V2_FAMILY,
+    # The text model of DeepSeek-OCR 2: multi-head attention.
+    "deepseek_ocr2_text": replace(
+        _DEEPSEEK_V2_FAMILY, defaults={**_DEEPSEEK_V2_FAMILY.defaults, "use_mla": False, "first_k_dense_replace": 1}
     ),
     "deepseek_v3": _DEEPSEEK_V3_FAMILY,
     # Kimi-K2 is a DeepSeek-V3 checkpoint under another name.
@@ -296,6 +302,25 @@ FAMILIES: Mapping[str, Family] = {
         correction_bias_optional=True,
         post_mlp_norm=True,
     ),
+    # A DeepSeek-V3 checkpoint but for names of its config; it states no groups where it has these.
+    "sarvam_mla": replace(
+        _DEEPSEEK_V3_FAMILY,
+        defaults=_DEEPSEEK_V3
+        | {
+            "vocab_size": 262144,
+            "hidden_size": 4096,
+            "intermediate_size": 16384,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 64,
+            "n_routed_experts": 128,
+            "q_lora_rank": None,
+            "n_group": 16,
+            "topk_group": 2,
+            "first_k_dense_replace": 1,
+            "initializer_range": 0.006,
+            "num_nextn_predict_layers": 0,
+        },
+    ),
     "llama": Family("gqa", _LLAMA),
     "mistral": Family(
         "gqa",
@@ -316,3 +341,41 @@ FAMILIES: Mapping[str, Family] = {
 
 ALIASES: Mapping[str, str] = {"AXK1": "axk1", "youtu_llm": "youtu"}
 """Names that copies of a checkpoint use for the same model type."""
+
+TEXT_MODEL_OF: Mapping[str, str] = {
+    "kimi_k25": "deepseek_v3",
+    "kimi_vl": "deepseek_v3",
+    "deepseek_vl_v2": "deepseek_v2",
+    "deepseek_ocr": "deepseek_v2",
+    "deepseek_ocr2": "deepseek_ocr2_text",
+}
+"""What a wrapper's text model is where that does not say."""
+
+SPELLINGS: Mapping[str, tuple[str, ...]] = {
+    "n_routed_experts": ("num_experts", "num_local_experts"),
+    "n_shared_experts": ("num_shared_experts",),
+}
+"""Other names of a key of config.json."""
+
+
+def family_of(model_type: str, config: Mapping[str, Any]) -> Family:
+    """The family of a text model: its `model_type`'s, with what keys of its config change in it.
+
+    DeepSeek-VL2 calls itself deepseek_v2 and routes as DeepSeek-V3 does; with `use_mla: false` (DeepSeek-VL2-Tiny,
+    DeepSeek-OCR) attention is Llama's, which rotates halves of a head.
+    """
+    family = FAMILIES[model_type]
+    routes_as_v3 = config.get("topk_method") == "noaux_tc" and config.get("scoring_func") == "sigmoid"
+    if family.scoring == "softmax" and routes_as_v3:
+        router = _DEEPSEEK_V3_FAMILY
+        family = replace(
+            family,
+            scoring=router.scoring,
+            group_score=router.group_score,
+            correction_bias=True,
+            normalizes_weights=True,
+            topk_methods=router.topk_methods,
+        )
+    if family.attention == "mla" and config.get("use_mla", family.defaults.get("use_mla")) is False:
+        family = replace(family, attention="gqa", rope_interleaved=False)
+    return family

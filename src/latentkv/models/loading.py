@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +11,14 @@ from torch import nn
 from latentkv.checkpoint.filling import Match, match_parameters
 from latentkv.checkpoint.names import export_names
 from latentkv.checkpoint.reader import CheckpointReader
+from latentkv.checkpoint.wrapper import text_config
 from latentkv.checkpoint.writer import write_checkpoint
 from latentkv.errors import ConfigError
 from latentkv.models.config import ModelConfig
-from latentkv.models.config_reader import read_config
 from latentkv.models.decoder import Decoder
 from latentkv.models.families import FAMILIES
 from latentkv.models.packing import Packer, Packing, pack_module
-
-_DTYPES: Mapping[str, torch.dtype] = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
+from latentkv.models.stored_config import DTYPE_NAMES, open_checkpoint, stored_dtype
 
 
 def load_model(
@@ -41,10 +35,10 @@ def load_model(
 
     Args:
         folder: with config.json and safetensors.
-        dtype: of the weights that are not packed and of the hidden states; None: the config's own (float32 if it names
-            none).
+        dtype: of the weights that are not packed and of the hidden states; None: the config's own, or where it
+            names none that of the files.
         device: where the weights go.
-        max_context: longest sequence it will see; None: the config's `max_position_embeddings`.
+        max_context: longest sequence it will see; None: the longest that it was made for.
         packing: pack each layer once it is read, so that memory never holds more than one layer unpacked; None: leave
             all as parameters.
 
@@ -56,24 +50,39 @@ def load_model(
         CheckpointError: weights are missing, unexpected, damaged or misshapen.
     """
     folder = Path(folder)
-    config = read_config(folder)
+    config, reader = open_checkpoint(folder)
     with torch.device("meta"):
         decoder = Decoder(config, max_context=max_context)
     decoder = decoder.to(dtype or stored_dtype(config))
     decoder.keep_routing_bias_exact()
-    match = match_parameters(
-        decoder.state_dict(),
-        CheckpointReader(folder),
-        num_layers=config.num_layers,
-        num_mtp_layers=config.num_mtp_layers,
-        zero_if_absent=("e_score_correction_bias",) if FAMILIES[config.model_type].correction_bias_optional else (),
-    )
+    match = _match(decoder, reader)
     decoder.drop_mtp_modules(keep=match.mtp_modules)
     for name, part in decoder.parts():
         _load_part(name, part, match, torch.device(device), packing)
     if packing is not None:
         decoder.pack(Packer(packing, decoder, ""))
     return decoder.eval()
+
+
+def match_weights(config: ModelConfig, reader: CheckpointReader) -> None:
+    """Find every weight of a model in its checkpoint, from the headers alone.
+
+    Raises:
+        CheckpointError: as `load_model`, but for damage that only the weights themselves show.
+    """
+    with torch.device("meta"):
+        _match(Decoder(config), reader)
+
+
+def _match(decoder: Decoder, reader: CheckpointReader) -> Match:
+    config = decoder.config
+    return match_parameters(
+        decoder.state_dict(),
+        reader,
+        num_layers=config.num_layers,
+        num_mtp_layers=config.num_mtp_layers,
+        zero_if_absent=("e_score_correction_bias",) if FAMILIES[config.model_type].correction_bias_optional else (),
+    )
 
 
 def _load_part(name: str, part: nn.Module, match: Match, device: torch.device, packing: Packing | None) -> None:
@@ -97,15 +106,13 @@ def save_pretrained(decoder: Decoder, folder: Path | str, *, dtype: torch.dtype 
         CheckpointError: the disk is full or cannot be written; what was there before stays whole.
     """
     dtype = dtype or decoder.dtype
-    names = {stored: name for name, stored in _DTYPES.items()}
-    if dtype not in names:
-        raise ConfigError(f"{dtype} is no dtype for a checkpoint; choose one of {', '.join(_DTYPES)}.")
-    source = decoder.config.source
+    if dtype not in DTYPE_NAMES:
+        raise ConfigError(f"{dtype} is no dtype for a checkpoint; choose one of {', '.join(DTYPE_NAMES.values())}.")
     # Of a vision wrapper the text model alone is here, so its own config is what describes the files.
-    config: dict[str, Any] = dict(source.get("text_config") or source)
+    config: dict[str, Any] = dict(text_config(decoder.config.source))
     family, stops = FAMILIES[decoder.config.model_type], list(decoder.config.eos_token_ids)
     config["model_type"] = family.saved_as or decoder.config.model_type
-    config["dtype"] = names[dtype]
+    config["dtype"] = DTYPE_NAMES[dtype]
     config["tie_word_embeddings"] = decoder.config.tie_word_embeddings
     # Stop ids that only generation_config.json named are kept too.
     config["eos_token_id"] = stops[0] if len(stops) == 1 else stops or None
@@ -118,16 +125,3 @@ def save_pretrained(decoder: Decoder, folder: Path | str, *, dtype: torch.dtype 
     )
     cast = ((name, t if name.endswith("e_score_correction_bias") else t.to(dtype)) for name, t in tensors)
     write_checkpoint(folder, cast, config)
-
-
-def stored_dtype(config: ModelConfig) -> torch.dtype:
-    """The dtype that a config names, float32 if none."""
-    inner = config.source.get("text_config") or {}
-    named = (
-        inner.get("dtype") or inner.get("torch_dtype") or config.source.get("dtype") or config.source.get("torch_dtype")
-    )
-    if named is None:
-        return torch.float32
-    if named not in _DTYPES:
-        raise ConfigError(f"config.json: dtype {named!r} is not supported; supported: {', '.join(_DTYPES)}.")
-    return _DTYPES[named]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,25 @@ if TYPE_CHECKING:
     from latentkv.models.config_reader import Fields
     from latentkv.models.families import Family
 
-_KINDS = ("default", "linear", "yarn", "llama3", "longrope")
+_KINDS = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
+_OTHER_NAMES = {"su": "longrope", "deepseek_yarn": "yarn"}
+
+
+def longest_context(rope: RopeConfig, max_positions: int) -> int:
+    """Tokens of the longest sequence that a model was made for.
+
+    A stretched model reads its original length times the factor; published recipes add the stretching to a config and
+    leave `max_position_embeddings` as it was. llama3 is the exception: Llama 3.2 says 131,072 with a factor that would
+    give twice as many, so there the field counts where it is more than the original length.
+
+    Args:
+        rope: of the model.
+        max_positions: the config's `max_position_embeddings`.
+    """
+    left_alone = max_positions <= rope.original_max_positions
+    if rope.kind in ("linear", "yarn", "longrope") or (rope.kind == "llama3" and left_alone):
+        return max(max_positions, int(rope.original_max_positions * rope.factor))
+    return max_positions
 
 
 def read_rope(fields: Fields, family: Family, attention: MLAConfig | GQAConfig) -> RopeConfig:
@@ -30,6 +49,7 @@ def read_rope(fields: Fields, family: Family, attention: MLAConfig | GQAConfig) 
     if any(isinstance(value, Mapping) for value in params.values()):
         raise ConfigError("config.json: rope parameters that differ between layers are not supported.")
     kind = params.get("rope_type") or params.get("type") or "default"
+    kind = _OTHER_NAMES.get(kind, kind)
     if kind not in _KINDS:
         raise ConfigError(f"config.json: rope type {kind!r} is not supported; supported: {', '.join(_KINDS)}.")
     dim = attention.qk_rope_head_dim if isinstance(attention, MLAConfig) else attention.head_dim
@@ -37,33 +57,40 @@ def read_rope(fields: Fields, family: Family, attention: MLAConfig | GQAConfig) 
         raise ConfigError(f"config.json: rotary embedding needs an even number of dimensions, not {dim}.")
     _check_partial(fields, params, attention, dim)
     max_positions = fields.size("max_position_embeddings")
-    original = int(
-        fields.raw.get("original_max_position_embeddings")
-        or params.get("original_max_position_embeddings")
-        or max_positions
-    )
+    outside, inside = (where.get("original_max_position_embeddings") for where in (fields.raw, params))
+    original = int(outside or inside or max_positions)
+    if not 0 < original <= 2**31:
+        raise ConfigError(f"config.json: original_max_position_embeddings is {original}: it must be a positive number.")
     if params.get("factor") is None and kind in ("linear", "llama3"):
         raise ConfigError(f"config.json: rope type {kind!r} needs a 'factor'.")
     interleaved = bool(fields.get("rope_interleave")) if family.rope_interleaved is None else family.rope_interleaved
     return RopeConfig(
         dim=dim,
-        theta=float(params.get("rope_theta") or fields.get("rope_theta")),
+        theta=_positive(params, "rope_theta", fields.get("rope_theta")),
         kind=kind,
         interleaved=interleaved,
-        factor=float(params.get("factor") or max_positions / original),
+        factor=_positive(params, "factor", max_positions / original),
         original_max_positions=original,
         attention_factor=params.get("attention_factor"),
         mscale=params.get("mscale"),
         mscale_all_dim=params.get("mscale_all_dim"),
-        beta_fast=float(params.get("beta_fast") or 32.0),
-        beta_slow=float(params.get("beta_slow") or 1.0),
+        beta_fast=_positive(params, "beta_fast", 32.0),
+        beta_slow=_positive(params, "beta_slow", 1.0),
         truncate=bool(params.get("truncate", True)),
-        low_freq_factor=float(params.get("low_freq_factor") or 1.0),
-        high_freq_factor=float(params.get("high_freq_factor") or 4.0),
+        low_freq_factor=_positive(params, "low_freq_factor", 1.0),
+        high_freq_factor=_positive(params, "high_freq_factor", 4.0),
         short_factor=_factors(params, "short_factor", kind, dim),
         long_factor=_factors(params, "long_factor", kind, dim),
         query_scaling_beta=params.get("llama_4_scaling_beta"),
     )
+
+
+def _positive(params: Mapping[str, Any], key: str, default: Any) -> float:
+    """A finite number above 0; the default where the key is absent, null or 0."""
+    value = float(params.get(key) or default)
+    if not 0 < value < math.inf:
+        raise ConfigError(f"config.json: rope's {key} is {value}: it must be a finite number above 0.")
+    return value
 
 
 def _check_partial(fields: Fields, params: Mapping[str, Any], attention: MLAConfig | GQAConfig, dim: int) -> None:

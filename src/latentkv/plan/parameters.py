@@ -13,12 +13,14 @@ from typing import Any, Literal, cast
 import torch
 
 from latentkv.checkpoint.compressed import METHOD, PackedSchemes
+from latentkv.checkpoint.fp8 import read_float8_scheme
 from latentkv.checkpoint.quantized import packed_layout
 from latentkv.checkpoint.schemes import choose_scheme
 from latentkv.checkpoint.shard import entry_bytes
+from latentkv.checkpoint.wrapper import outermost
 from latentkv.errors import ConfigError
 from latentkv.models.config import GQAConfig, MLAConfig, ModelConfig, MoEConfig
-from latentkv.models.loading import stored_dtype
+from latentkv.models.stored_config import stored_dtype
 from latentkv.ops.weight_formats import WEIGHT_FORMATS, WeightFormat
 
 Kind = Literal[
@@ -138,8 +140,7 @@ def _packed_bytes(group: TensorGroup, fmt: WeightFormat, config: ModelConfig) ->
 
 
 def _quantization(config: ModelConfig) -> Mapping[str, Any]:
-    inner: Mapping[str, Any] = config.source.get("text_config") or config.source
-    return config.source.get("quantization_config") or inner.get("quantization_config") or {}
+    return outermost(config.source, "quantization_config") or {}
 
 
 def _fp8_block(config: ModelConfig) -> tuple[int, int] | None:
@@ -147,8 +148,7 @@ def _fp8_block(config: ModelConfig) -> tuple[int, int] | None:
     quantization = _quantization(config)
     if not quantization or quantization.get("quant_method") == METHOD:
         return None
-    rows, columns = quantization.get("weight_block_size") or (128, 128)
-    return int(rows), int(columns)
+    return read_float8_scheme(quantization).block_size or (128, 128)
 
 
 def _packed_schemes(config: ModelConfig) -> PackedSchemes | None:

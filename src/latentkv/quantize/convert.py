@@ -15,11 +15,10 @@ from typing import Any
 from torch import Tensor
 
 from latentkv.checkpoint.companions import copy_companions
+from latentkv.checkpoint.locate import CONFIG_FILE, INDEX_FILE
 from latentkv.checkpoint.names import published_parts
 from latentkv.checkpoint.quantized import pack
-from latentkv.checkpoint.reader import INDEX_FILE
 from latentkv.checkpoint.shard import write_shard
-from latentkv.checkpoint.writer import CONFIG_FILE
 from latentkv.errors import CheckpointError, OpError
 from latentkv.files import sync, write_json
 from latentkv.ops.weight_formats import WeightFormat, quantize_weight, require_format

@@ -12,13 +12,16 @@ from typing import Any
 import torch
 
 from latentkv.checkpoint.compressed import build_config
+from latentkv.checkpoint.locate import CONFIG_FILE, SINGLE_FILE
 from latentkv.checkpoint.names import layer_of, published_parts, tensor_kind, text_model_names
 from latentkv.checkpoint.quantized import packed_layout
-from latentkv.checkpoint.reader import SINGLE_FILE, CheckpointReader
+from latentkv.checkpoint.reader import CheckpointReader
 from latentkv.checkpoint.schemes import WeightScheme, choose_scheme
 from latentkv.checkpoint.shard import Entry, entry_bytes
+from latentkv.checkpoint.wrapper import without
 from latentkv.errors import CheckpointError
-from latentkv.models.config_reader import read_config, read_json
+from latentkv.models.config_reader import read_json
+from latentkv.models.stored_config import open_checkpoint
 from latentkv.ops.weight_formats import WeightFormat
 
 
@@ -83,17 +86,14 @@ def plan_copy(folder: Path, fmt: WeightFormat, group: int | None, max_shard_byte
         ConfigError: the model is not supported.
         CheckpointError: the source's files are damaged, or quantised already.
     """
-    config = read_config(folder)
-    reader = CheckpointReader(folder)
+    config, reader = open_checkpoint(folder)
     _refuse_quantized(reader)
     parts = list(_parts(reader, config.num_layers, fmt, group, keeps_head=config.tie_word_embeddings))
     schemes = {_module(part): part.scheme for part in parts if part.scheme is not None}
     if not schemes:
         raise CheckpointError(f"{folder} holds no weight that could be quantised: is it a language model's?")
     kept = [_module(part) for part in parts if part.scheme is None and _is_linear(part)]
-    raw = read_json(folder / "config.json")
-    if isinstance(raw.get("text_config"), dict):
-        raw["text_config"].pop("quantization_config", None)
+    raw = without(read_json(folder / CONFIG_FILE), "quantization_config")
     raw["quantization_config"] = build_config(schemes, kept)
     return CopyLayout(
         reader=reader,
@@ -116,7 +116,8 @@ def _refuse_quantized(reader: CheckpointReader) -> None:
 def _parts(
     reader: CheckpointReader, num_layers: int, fmt: WeightFormat, group: int | None, *, keeps_head: bool
 ) -> Iterator[Part]:
-    published = {name: known_as for known_as, name in text_model_names(reader.names).items()}
+    names = text_model_names(reader.names, nested=reader.nests_text_model)
+    published = {name: known_as for known_as, name in names.items()}
     for source in reader.names:
         stored = torch.empty(reader.shape(source), dtype=reader.dtype(source), device="meta")
         known_as = published.get(source)  # None: not of the text model

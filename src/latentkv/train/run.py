@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from latentkv.checkpoint.wrapper import text_config
 from latentkv.errors import TrainingError
 from latentkv.files import write_json
 from latentkv.models.config_reader import read_config, read_json
@@ -194,7 +195,7 @@ def stretch_rope(raw: dict[str, Any], scaling: str) -> dict[str, Any]:
         "mscale_all_dim": 1.0,
     }
     # Of a wrapper the text model; `rope_theta` and `rope_scaling` in place of transformers 5's `rope_parameters`.
-    kept = {key: value for key, value in (raw.get("text_config") or raw).items() if key != "rope_parameters"}
+    kept = {key: value for key, value in text_config(raw).items() if key != "rope_parameters"}
     return {
         **kept,
         "rope_theta": config.rope.theta,

@@ -1,0 +1,83 @@
+"""Names of a text model: what stands before them is found, and whose tensors are beside it."""
+
+import pytest
+
+from latentkv.checkpoint.names import text_model_names
+from latentkv.errors import CheckpointError
+
+PUBLISHED = [
+    "model.embed_tokens.weight",
+    "model.layers.0.self_attn.q_proj.weight",
+    "model.layers.1.mlp.experts.0.up_proj.weight",
+    "model.norm.weight",
+    "lm_head.weight",
+]
+
+
+def renamed(prefix, head=None):
+    head = prefix.removesuffix("model.") if head is None else head
+    return {name: prefix + name[6:] if name.startswith("model.") else head + name for name in PUBLISHED}
+
+
+@pytest.mark.parametrize(
+    ("prefix", "head"),
+    [
+        ("model.", ""),
+        ("", ""),
+        ("transformer.", ""),
+        ("transformer.", None),
+        ("base_model.model.model.", None),
+        ("module.model.", None),
+        ("_orig_mod.model.", None),
+        ("module._orig_mod.model.", None),
+        ("model._fsdp_wrapped_module.", ""),
+        ("student.model.", None),
+        ("language_model.model.", None),
+        ("model.language_model.", ""),
+        ("model.text_model.", ""),
+        ("thinker.model.", None),
+        ("llm.model.", None),
+    ],
+)
+def test_a_prefix_is_found_and_not_listed(prefix, head):
+    stored = renamed(prefix, head)
+    assert text_model_names(stored.values()) == stored
+
+
+def test_wrappers_in_the_middle_of_names_are_taken_off():
+    stored = {name: name.replace("self_attn", "_orig_mod.self_attn") for name in PUBLISHED}
+    assert text_model_names(stored.values()) == stored
+
+
+@pytest.mark.parametrize(
+    ("prefix", "others"),
+    [
+        ("language.model.", ["vision.blocks.0.x", "projector.layers.0.weight", "image_newline", "view_seperator"]),
+        ("model.", ["model.sam_model.blocks.0.x", "model.vision_model.layers.0.self_attn.q_proj.weight"]),
+        ("model.", ["model.projector.layers.weight", "model.image_newline", "visual.layers.0.norm.weight"]),
+        ("thinker.model.", ["talker.model.layers.0.x", "talker.model.embed_tokens.weight", "talker.lm_head.weight"]),
+        ("", ["vision_tower.encoder.layers.0.x", "vision_tower.norm.weight"]),
+    ],
+)
+def test_other_models_beside_the_text_model_are_left_out_of_a_wrapper(prefix, others):
+    stored = renamed(prefix)
+    assert text_model_names([*stored.values(), *others], nested=True) == stored
+
+
+def test_without_a_wrapper_what_is_beside_the_model_is_no_part_of_it_and_stays():
+    for prefix in ("model.", "base_model.model.model."):
+        found = text_model_names([*renamed(prefix).values(), "stray.weight", f"{prefix}stray.weight"])
+        assert found["stray.weight"] == "stray.weight"
+        assert found["model.stray.weight"] == f"{prefix}stray.weight"
+
+
+def test_a_tied_head_stored_alone_is_the_embedding():
+    names = [name for name in PUBLISHED if "embed_tokens" not in name]
+    assert text_model_names(names, tied=True)["model.embed_tokens.weight"] == "lm_head.weight"
+    assert "model.embed_tokens.weight" not in text_model_names(names)
+
+
+def test_two_tensors_of_the_same_meaning_are_refused():
+    both = [*PUBLISHED, "model.layers.0._orig_mod.self_attn.q_proj.weight"]
+    with pytest.raises(CheckpointError, match=r"are both model\.layers\.0\.self_attn\.q_proj\.weight: remove one"):
+        text_model_names(both)
