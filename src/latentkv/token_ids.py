@@ -11,9 +11,7 @@ NO_TOKEN = -1
 """How some files write that there is no such token."""
 
 
-def read_token_id(
-    value: Any, name: str, error: type[LatentKVError], *, vocab_size: int | None = None
-) -> int | None:
+def read_token_id(value: Any, name: str, error: type[LatentKVError], *, vocab_size: int | None = None) -> int | None:
     """One token id of a file; None for null and -1, which both say that there is none.
 
     Args:

@@ -291,9 +291,7 @@ def _token_ids(
         ("config.json", raw.get("eos_token_id")),
         ("generation_config.json", generation.get("eos_token_id")),
     )
-    eos = [
-        read_token_ids(value, f"{file}: eos_token_id", ConfigError, vocab_size=vocab_size) for file, value in ends
-    ]
+    eos = [read_token_ids(value, f"{file}: eos_token_id", ConfigError, vocab_size=vocab_size) for file, value in ends]
     for key, size in (("bos_token_id", vocab_size), ("pad_token_id", None)):
         read_token_id(generation.get(key), f"generation_config.json: {key}", ConfigError, vocab_size=size)
     return bos, tuple(dict.fromkeys(token for ids in eos for token in ids))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 import tokenizers
+
 from latentkv.errors import TokenizerError
 from latentkv.text.settings import TokenizerSettings
 

@@ -112,12 +112,14 @@ class SentencePieceBackend:
 
     def _with_bytes(self, text: str, encoding: tokenizers.Encoding) -> list[int]:
         """The ids of an encoded text, what is unknown written as bytes where the model has them."""
-        ids = cast("list[int]", encoding.ids)
+        ids = encoding.ids
         if self._bytes is None or self._unknown not in ids:
             return ids
         found: list[int] = []
         for token_id, (start, end) in zip(ids, encoding.offsets, strict=True):
-            found += [self._bytes[byte] for byte in text[start:end].encode()] if token_id == self._unknown else [token_id]
+            found += (
+                [self._bytes[byte] for byte in text[start:end].encode()] if token_id == self._unknown else [token_id]
+            )
         return found
 
 
@@ -182,7 +184,8 @@ def _library(
             vocab = {name: i for i, name in enumerate(names)}
             core = models.BPE(vocab=vocab, merges=_merges(pieces), unk_token=names[unknown], fuse_unk=True)
         else:
-            scores = [piece.score if piece.type in kinds else 0.0 for piece in pieces]
+            # Log-probabilities are below 0: a user-defined piece beats whatever else its characters could become.
+            scores = [piece.score if piece.type is PieceType.NORMAL else 1.0 for piece in pieces]
             core = models.Unigram(list(zip(names, scores, strict=True)), unknown, False)
         library = tokenizers.Tokenizer(core)
     except Exception as error:  # the library raises bare Exception

@@ -9,6 +9,8 @@ from collections.abc import Iterator, Sequence
 from latentkv.errors import TokenizerError
 
 SPACE = "▁"
+_LONGEST_KEY = 64
+"""Characters of a key at most; the longest known has 18."""
 
 
 class CharacterMap:
@@ -56,31 +58,31 @@ class CharacterMap:
         """(characters of the longest key at `start`, what replaces them); (0, "") if there is none."""
         node = self._offset(self._unit(0))
         best, target = 0, 0
-        for length in range(1, len(text) - start + 1):
-            for byte in text[start + length - 1].encode():
-                node ^= byte
-                unit = self._unit(node)
-                if unit & 0x8000_00FF != byte:
-                    return best, self._target(target) if best else ""
-                node ^= self._offset(unit)
-            if unit >> 8 & 1:
+        for length, character in enumerate(text[start : start + _LONGEST_KEY], 1):
+            reached, ends = self._step(node, character)
+            if reached is None:
+                break
+            node = reached
+            if ends:
                 best, target = length, self._unit(node) & 0x7FFF_FFFF
         return best, self._target(target) if best else ""
 
     def _begins_key(self, character: str) -> bool:
         """Whether a key begins with this character."""
         if character not in self._begins:
-            node = self._offset(self._unit(0))
-            begins = True
-            for byte in character.encode():
-                node ^= byte
-                unit = self._unit(node)
-                if unit & 0x8000_00FF != byte:
-                    begins = False
-                    break
-                node ^= self._offset(unit)
-            self._begins[character] = begins
+            self._begins[character] = self._step(self._offset(self._unit(0)), character)[0] is not None
         return self._begins[character]
+
+    def _step(self, node: int, character: str) -> tuple[int | None, bool]:
+        """(the node that a character leads to, whether a key ends there); (None, False) if no key goes on so."""
+        unit = 0
+        for byte in character.encode():
+            node ^= byte
+            unit = self._unit(node)
+            if unit & 0x8000_00FF != byte:
+                return None, False
+            node ^= self._offset(unit)
+        return node, bool(unit >> 8 & 1)
 
     def _unit(self, node: int) -> int:
         return self._units[node] if node < len(self._units) else 0

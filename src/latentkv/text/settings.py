@@ -1,8 +1,8 @@
 """What the small JSON files beside a tokenizer say: special tokens, BOS habits, stop ids, chat templates."""
 
 import json
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -49,6 +49,18 @@ class TokenizerSettings:
     fix_mistral_regex: bool = False
     eos_ids: frozenset[int] = frozenset()
     chat_templates: dict[str, str] = field(default_factory=dict[str, str])
+
+    def with_named_tokens(self, defaults: Mapping[str, str]) -> "TokenizerSettings":
+        """These settings, and for names that the files leave open the tokens of the vocabulary's own kind."""
+        given = self.named_tokens
+        names = {
+            name: given[name] if name in given else defaults[name]
+            for name in NAMED_TOKENS
+            if name in given or (name in defaults and name not in self.unnamed)
+        }
+        listed = {token.content: token for token in self.special_tokens}
+        special = [listed.get(token, AddedToken(token, special=True)) for token in names.values()]
+        return replace(self, named_tokens=names | given, special_tokens=(*special, *self.special_tokens))
 
 
 def read_settings(folder: Path) -> TokenizerSettings:

@@ -1,15 +1,15 @@
 """`vocab.json` and `merges.txt`: byte-level BPE in GPT-2's two files, which do not say how a text is cut."""
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from latentkv.errors import TokenizerError
 from latentkv.text.decoders import BYTE_CHARACTERS
-from latentkv.text.settings import NAMED_TOKENS, TokenizerSettings
+from latentkv.text.settings import TokenizerSettings
 from latentkv.token_ids import read_token_id
 
 _END_OF_TEXT = "<|endoftext|>"
@@ -78,8 +78,7 @@ def read_vocab_merges(
         )
     if cutting.nfc:
         tokenizer.normalizer = normalizers.NFC()
-    settings = _with_defaults(settings, cutting)
-    return tokenizer, settings
+    return tokenizer, settings.with_named_tokens(dict.fromkeys(cutting.named_tokens, _END_OF_TEXT))
 
 
 def add_frame(tokenizer: Tokenizer, settings: TokenizerSettings) -> None:
@@ -113,22 +112,9 @@ def _remedy(folder: Path) -> str:
     )
 
 
-def _with_defaults(settings: TokenizerSettings, cutting: _Cutting) -> TokenizerSettings:
-    """The settings, and `<|endoftext|>` for names of the class that the files leave open."""
-    given = settings.named_tokens
-    names = {
-        name: given.get(name, _END_OF_TEXT)
-        for name in NAMED_TOKENS
-        if name in given or (name in cutting.named_tokens and name not in settings.unnamed)
-    }
-    listed = {token.content: token for token in settings.special_tokens}
-    special = [listed.get(token, AddedToken(token, special=True)) for token in names.values()]
-    return replace(settings, named_tokens=names | given, special_tokens=(*special, *settings.special_tokens))
-
-
 def _read_vocab(path: Path) -> dict[str, int]:
     try:
-        vocab = cast(Any, json.loads(path.read_text(encoding="utf-8")))
+        vocab: Any = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise TokenizerError(f"{path.parent} has merges.txt but no vocab.json: fetch both files.") from None
     except (OSError, ValueError) as error:
