@@ -7,7 +7,16 @@ from pathlib import Path
 
 from latentkv.errors import ConfigError
 
-_WANTED = ["*.safetensors", "*.json", "*.model", "*.jinja", "merges.txt", "vocab.txt"]
+_WANTED = [
+    "*.safetensors",
+    "*.json",
+    "*.model",
+    "tokenizer.model.v*",
+    "*.tiktoken",
+    "*.jinja",
+    "merges.txt",
+    "vocab.txt",
+]
 # Second copies of the same weights in other layouts, which some repositories carry.
 _UNWANTED = ["consolidated*", "original/*", "onnx/*"]
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
