@@ -5,12 +5,13 @@ from typing import Any
 import folders_for_text_tests as folders
 import pytest
 from folders_for_text_tests import CORPUS, TEXTS
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import AddedToken, ByteLevelBPETokenizer, Tokenizer
 from transformers import AutoTokenizer
 
 from latentkv.errors import TokenizerError
 from latentkv.text import has_tokenizer, load_tokenizer, require_match
 from latentkv.text.bpe_trainer import train_bpe
+from latentkv.text.mistral_pattern import fix_mistral_pattern
 
 
 def write(folder: Path, files: dict[str, Any], tokenizer: Tokenizer | None = None) -> Path:
@@ -142,11 +143,12 @@ def test_vocab_and_merges_are_read_as_in_transformers(tmp_path: Path, config: di
 
 def test_vocab_and_merges_alone_are_read_as_tokenizers_reads_them(tmp_path: Path) -> None:
     folder = vocab_merges(tmp_path / "v", {"tokenizer_config.json": {"bos_token": None, "eos_token": None}})
-    ours, theirs = load_tokenizer(folder), train_bpe(CORPUS, 420, special_tokens=["<s>", "</s>"])
+    ours = load_tokenizer(folder)
+    theirs = ByteLevelBPETokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"))
     assert ours.eos_ids == set()
-    for text in CORPUS[:2]:
+    for text in TEXTS:
+        assert ours.encode(text) == theirs.encode(text).ids
         assert ours.decode(ours.encode(text)) == text
-        assert ours.encode(text) == theirs.encode(text, add_special_tokens=False).ids
 
 
 @pytest.mark.parametrize(
@@ -185,30 +187,35 @@ def test_tokenizers_of_other_kinds_are_named_with_what_helps(tmp_path: Path, nam
         load_tokenizer(tmp_path)
 
 
-def large(folder: Path, model_type: str, version: str | None, *, fix: bool | None) -> Path:
+def large() -> Tokenizer:
     """A vocabulary of the size from which transformers looks at Mistral's pattern."""
-    tokenizer = train_bpe(CORPUS, 300, special_tokens=["<s>", "</s>"])
-    content = json.loads(tokenizer.to_str())
+    content = json.loads(train_bpe(CORPUS, 300, special_tokens=["<s>", "</s>"]).to_str())
     content["model"]["vocab"] |= {f"\0{i}": i for i in range(300, 100_301)}
     content["post_processor"] = None
-    tokenizer = Tokenizer.from_str(json.dumps(content))
-    config = {"model_type": model_type} | ({"transformers_version": version} if version else {})
-    flag = {} if fix is None else {"fix_mistral_regex": fix}
-    return write(folder, {"config.json": config, "tokenizer_config.json": flag}, tokenizer)
+    return Tokenizer.from_str(json.dumps(content))
 
 
-def test_mistrals_pattern_is_put_right_only_where_it_is_asked_and_meant(tmp_path: Path) -> None:
-    text = "MyClass l'homme 123/x/\n"
-    folder = large(tmp_path / "m", "mistral", "4.57.2", fix=True)
+def test_mistrals_pattern_is_put_right_where_the_files_ask_for_it(tmp_path: Path) -> None:
+    config = {"model_type": "mistral", "transformers_version": "4.57.2"}
+    flag = {"fix_mistral_regex": True}
+    folder = write(tmp_path / "m", {"config.json": config, "tokenizer_config.json": flag}, tokenizer := large())
+    text = "'tt MyClass l'homme 123/x/\n"  # a contraction of the wrong pattern, and none of the right one
     fixed = load_tokenizer(folder).encode(text)
     assert fixed == AutoTokenizer.from_pretrained(folder)(text)["input_ids"]
-    wrong = train_bpe(CORPUS, 300, special_tokens=["<s>", "</s>"]).encode(text, add_special_tokens=False).ids
-    (folder / "tokenizer_config.json").write_text('{"fix_mistral_regex": false}')
-    assert load_tokenizer(folder).encode(text) == wrong
-    (folder / "tokenizer_config.json").write_text('{"fix_mistral_regex": true}')
-    for config in ({"model_type": "mistral", "transformers_version": "5.1.0"}, {"model_type": "llama"}):
-        (folder / "config.json").write_text(json.dumps(config))
-        assert load_tokenizer(folder).encode(text) == wrong
+    assert fixed != tokenizer.encode(text).ids
+
+
+def test_mistrals_pattern_is_left_where_it_is_not_meant() -> None:
+    tokenizer = large()
+    before = str(tokenizer.pre_tokenizer)
+    for config in ({"model_type": "mistral", "transformers_version": "5.1.0"}, {"model_type": "llama"}, {}):
+        fix_mistral_pattern(tokenizer, config)
+        assert str(tokenizer.pre_tokenizer) == before
+    small = train_bpe(CORPUS, 300, special_tokens=["<s>", "</s>"])
+    fix_mistral_pattern(small, {"model_type": "mistral"})
+    assert str(small.pre_tokenizer) == before
+    fix_mistral_pattern(tokenizer, {"model_type": "mistral"})
+    assert str(tokenizer.pre_tokenizer) != before
 
 
 CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

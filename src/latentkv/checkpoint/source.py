@@ -11,7 +11,7 @@ _WANTED = [
     "*.safetensors",
     "*.json",
     "*.model",
-    "tokenizer.model.v*",
+    "tokenizer.model.v[0-9]",
     "*.tiktoken",
     "*.jinja",
     "merges.txt",
