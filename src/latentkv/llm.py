@@ -39,7 +39,9 @@ from latentkv.llm_options import (
     context_of,
     drafts_by_mtp,
     embedded_model,
+    end_ids,
     kv_format,
+    named_end_ids,
     require_int8_products,
     tokenizer_of,
 )
@@ -229,11 +231,10 @@ class LLM:
             weights_bytes = weights_digest(self.folder, folder.path / "weights.json")
             fingerprint = model_fingerprint(self.decoder, weights_bytes, packing=packing, int8_products=int8_products)
             self.store = PageStore(folder, cache_dir_bytes, fingerprint, self.cache)
-        eos_ids = set(self.config.eos_token_ids) | set(self.tokenizer.eos_ids if self.tokenizer else ())
         self.engine = Engine(
             self.decoder,
             self.cache,
-            eos_ids,
+            end_ids(self.config, self.tokenizer),
             step_seconds=step_seconds,
             max_running=max_running,
             drafter=AdaptiveDrafter(*drafters) if speculate else None,
@@ -350,6 +351,12 @@ class LLM:
         tokenizer = self._require_tokenizer("A conversation")
         self.require_not_too_long(text_length(messages), _LEFT_OUT)
         return tokenizer.apply_chat_template(messages, add_generation_prompt=True, **template_variables)
+
+    @property
+    def unnamed_turn_end(self) -> str | None:
+        """The token that ends completions because the chat template closes turns with it, and no file names it."""
+        added = self.engine.eos_ids - named_end_ids(self.config, self.tokenizer)
+        return self.tokenizer.piece(min(added)) if self.tokenizer and added else None
 
     def chat_tokens(self, text: str) -> list[int]:
         """The token ids of what `chat_text` gave."""

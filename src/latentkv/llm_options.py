@@ -49,6 +49,18 @@ def tokenizer_of(folder: Path, config: ModelConfig) -> Tokenizer | None:
     return tokenizer
 
 
+def end_ids(config: ModelConfig, tokenizer: Tokenizer | None) -> frozenset[int]:
+    """The tokens that end a completion: those that the files name, and what closes a turn in the chat template."""
+    named = named_end_ids(config, tokenizer)
+    turn_end = None if tokenizer is None else tokenizer.turn_end_id
+    return named if turn_end is None or turn_end >= config.vocab_size else named | {turn_end}
+
+
+def named_end_ids(config: ModelConfig, tokenizer: Tokenizer | None) -> frozenset[int]:
+    """The tokens that the files of a model and its tokenizer say to end a text."""
+    return frozenset(config.eos_token_ids) | (frozenset() if tokenizer is None else tokenizer.eos_ids)
+
+
 def context_of(asked: int | None, config: ModelConfig) -> int:
     """The context as asked, or the model's."""
     if asked is None:

@@ -207,7 +207,6 @@ def test_what_is_not_supported_is_refused_by_name(change: dict[str, object], nam
         {"rope_scaling": ["yarn"]},
         {"rope_scaling": {"type": "yarn", "factor": "forty"}},
         {"rope_theta": None},
-        {"eos_token_id": "</s>"},
         {"first_k_dense_replace": [1]},
         {"quantization_config": ["fp8"]},
     ],
@@ -232,3 +231,43 @@ def test_a_damaged_config_is_refused_by_name(tmp_path: Path, text: str) -> None:
 def test_a_folder_without_config_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"has no config\.json"):
         read_config(tmp_path)
+
+
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+@pytest.mark.parametrize("key", ["bos_token_id", "eos_token_id", "pad_token_id"])
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (True, "not True"),
+        ("2", "not '2'"),
+        (2.0, r"not 2\.0"),
+        ([[2]], "not a list"),
+        ({"id": 2}, "whole number"),
+        (-2, "the token -2, outside"),
+        (102400, "the token 102400, outside the vocabulary of 0 to 102399"),
+    ],
+)
+def test_a_token_id_that_is_none_is_named(tmp_path: Path, file: str, key: str, value: object, message: str) -> None:
+    files = {"config.json": dict(V2_LITE), "generation_config.json": {}}
+    files[file][key] = value
+    for name, content in files.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    if key == "pad_token_id" and value == 102400:
+        read_config(tmp_path)  # padding is never looked up
+        return
+    with pytest.raises(ConfigError, match=rf"^{file}: {key} .*{message}"):
+        read_config(tmp_path)
+
+
+def test_minus_one_and_null_name_no_token(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(V2_LITE | {"bos_token_id": -1, "pad_token_id": -1}))
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [-1, 7], "bos_token_id": None}))
+    config = read_config(tmp_path)
+    assert config.bos_token_id is None
+    assert config.eos_token_ids == (100001, 7)
+
+
+def test_a_familys_default_outside_a_smaller_vocabulary_is_not_meant() -> None:
+    small = {key: value for key, value in V2_LITE.items() if not key.endswith("token_id")} | {"vocab_size": 1}
+    config = read_config(small)
+    assert (config.bos_token_id, config.eos_token_ids) == (None, ())

@@ -126,11 +126,11 @@ def test_unusable_texts_and_ids_are_refused(kimi: Tokenizer) -> None:
 
 def test_folders_without_a_readable_tokenizer_are_explained(tmp_path: Path) -> None:
     assert not has_tokenizer(tmp_path)
-    with pytest.raises(TokenizerError, match=r"has no tokenizer: expected tokenizer\.json or tiktoken\.model"):
+    with pytest.raises(TokenizerError, match=r"has no tokenizer: expected tokenizer\.json, tiktoken\.model"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.model").write_bytes(b"\x0a\x0e")
     assert has_tokenizer(tmp_path)
-    with pytest.raises(TokenizerError, match=r"only a SentencePiece tokenizer\.model: convert it"):
+    with pytest.raises(TokenizerError, match=r"tokenizer\.model is no SentencePiece model, or damaged"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text('{"model": ')
     with pytest.raises(TokenizerError, match=r"Cannot read .*tokenizer\.json as a tokenizer"):
@@ -142,11 +142,15 @@ def test_folders_without_a_readable_tokenizer_are_explained(tmp_path: Path) -> N
     [
         ("tokenizer_config.json", "{", "as JSON"),
         ("tokenizer_config.json", "[]", "must hold a JSON object"),
-        ("tokenizer_config.json", '{"bos_token": 3}', "malformed"),
-        ("tokenizer_config.json", '{"added_tokens_decoder": {"x": {"content": "y"}}}', "malformed"),
+        ("tokenizer_config.json", '{"bos_token": 3}', "tokenizer_config.json: bos_token must be a token's text, not 3"),
+        ("tokenizer_config.json", '{"added_tokens_decoder": {"x": {"content": "y"}}}', "key 'x', which is no token id"),
         ("tokenizer_config.json", '{"added_tokens_decoder": {"7": {"content": "new"}}}', "'new' the id 7"),
-        ("tokenizer_config.json", '{"chat_template": [1]}', "malformed"),
-        ("generation_config.json", '{"eos_token_id": "two"}', "malformed"),
+        ("tokenizer_config.json", '{"chat_template": [1]}', "chat_template must be a jinja template"),
+        (
+            "generation_config.json",
+            '{"eos_token_id": "two"}',
+            "eos_token_id must be a token id",
+        ),
     ],
 )
 def test_damaged_settings_are_named(tmp_path: Path, file: str, content: str, message: str) -> None:

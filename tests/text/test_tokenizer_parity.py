@@ -7,8 +7,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
+from latentkv.text import Tokenizer, load_tokenizer
 from latentkv.text.stream import StreamDecoder
-from latentkv.text.tokenizer import Tokenizer, load_tokenizer
 
 NAMES = [*(builder.__name__ for builder in BUILDERS), "stories"]
 BOS_FROM_CONFIG = ("deepseek",)  # transformers 5 ignores add_bos_token beside a tokenizer.json, transformers 4 did not

@@ -27,6 +27,7 @@ from latentkv.cli.options import (
     TopPOption,
     WeightsOption,
     cache_summary,
+    turn_end_note,
 )
 from latentkv.cli.terminal import console
 from latentkv.errors import LatentKVError, RequestError
@@ -91,6 +92,8 @@ def chat(
             "This model has no chat template: a plain one (User: ... Assistant: ...) is used, so it may just write on.",
             style="yellow",
         )
+    if llm.unnamed_turn_end is not None:
+        notes.print(turn_end_note(llm.unnamed_turn_end), style="dim", markup=False)
     _Terminal(conversation, notes).run()
 
 

@@ -40,12 +40,14 @@ class KindFact:
 
 @dataclass(frozen=True)
 class TokenizerFact:
-    """The tokenizer; `chat_template` is "checkpoint" or "plain"."""
+    """The tokenizer; `chat_template` is "checkpoint" or "plain", `turn_end_id` what closes a turn in it."""
 
     vocab_size: int
     bos_id: int | None
     eos_ids: tuple[int, ...]
     chat_template: str
+    turn_end_id: int | None
+    needed_size: int
 
 
 @dataclass(frozen=True)
@@ -179,5 +181,10 @@ def _tokenizer_fact(folder: Path) -> TokenizerFact | None:
         return None
     tokenizer = load_tokenizer(folder)
     return TokenizerFact(
-        tokenizer.vocab_size, tokenizer.bos_id, tuple(sorted(tokenizer.eos_ids)), tokenizer.chat_template_source
+        tokenizer.vocab_size,
+        tokenizer.bos_id,
+        tuple(sorted(tokenizer.eos_ids)),
+        tokenizer.chat_template_source,
+        tokenizer.turn_end_id,
+        tokenizer.needed_size,
     )

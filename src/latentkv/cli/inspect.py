@@ -116,9 +116,11 @@ def _tokenizer(facts: CheckpointFacts) -> str:
     tokenizer = facts.tokenizer
     if tokenizer is None:
         return "none: this checkpoint serves token ids only"
-    if tokenizer.vocab_size > facts.vocab_size:
+    if tokenizer.needed_size > facts.vocab_size:
         return f"[yellow]{tokenizer.vocab_size:,} tokens, more than the model has: they do not match[/yellow]"
     ends = ", ".join(map(str, tokenizer.eos_ids)) or "none"
+    if tokenizer.turn_end_id is not None and tokenizer.turn_end_id not in tokenizer.eos_ids:
+        ends += f" and {tokenizer.turn_end_id}, which closes turns in the chat template"
     template = "the checkpoint's own" if tokenizer.chat_template == "checkpoint" else "a plain one (it brings none)"
     begin = "none" if tokenizer.bos_id is None else tokenizer.bos_id
     return f"{tokenizer.vocab_size:,} tokens, begin {begin}, end {ends}; chat template: {template}"

@@ -135,3 +135,8 @@ def use_threads(threads: int | None) -> None:
         if threads < 1:
             raise RequestError(f"--threads must be 1 or more, not {threads}.")
         torch.set_num_threads(threads)
+
+
+def turn_end_note(token: str) -> str:
+    """That a token ends answers which no file names as an end, for one line."""
+    return f"ends: {token}, too, with which the chat template closes a turn, though no file names it as an end"

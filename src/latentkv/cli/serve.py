@@ -22,6 +22,7 @@ from latentkv.cli.options import (
     WeightsOption,
     cache_summary,
     store_summary,
+    turn_end_note,
 )
 from latentkv.cli.terminal import console
 from latentkv.errors import ConfigError
@@ -113,6 +114,8 @@ def serve(
     address = f"http://{shown_host}:{listening.getsockname()[1]}"
     out.print(f"Serving {shown} on {address} - chat page at {address}/, API at {address}/v1", highlight=False)
     out.print(cache_summary(llm), style="dim")
+    if llm.unnamed_turn_end is not None:
+        out.print(turn_end_note(llm.unnamed_turn_end), style="dim", markup=False)
     if llm.store:
         out.print(store_summary(llm.store), style="dim")
     code = serve_forever(listening, server)

@@ -10,6 +10,7 @@ from typing import cast
 from latentkv.engine.constraint import Constraint
 from latentkv.engine.sampling_params import MAX_SEED, SamplingParams
 from latentkv.errors import RequestError
+from latentkv.token_ids import require_token_ids
 
 
 @dataclass(frozen=True)
@@ -65,13 +66,8 @@ class Request:
                 f"The prompt has {len(prompt):,} tokens, and a context of {max_context:,} holds a prompt of at most "
                 f"{max_context - 1:,}: shorten it, or load the model with a larger max_context if it has one."
             )
-        if any(token >= vocab_size for token in params.stop_token_ids):
-            raise RequestError(
-                f"stop_token_ids={params.stop_token_ids} must lie in the vocabulary, 0 to {vocab_size - 1}."
-            )
-        outside = [token for token in params.logit_bias if token >= vocab_size]
-        if outside:
-            raise RequestError(f"logit_bias names token {outside[0]}, outside the vocabulary of 0 to {vocab_size - 1}.")
+        require_token_ids(params.stop_token_ids, "stop_token_ids", RequestError, vocab_size=vocab_size)
+        require_token_ids(params.logit_bias, "logit_bias", RequestError, vocab_size=vocab_size)
         for name, asked in (("logprobs", params.logprobs), ("prompt_logprobs", params.prompt_logprobs)):
             if asked is not None and asked > vocab_size:
                 raise RequestError(f"{name}={asked} is more than the vocabulary's {vocab_size} tokens.")

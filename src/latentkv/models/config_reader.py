@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from latentkv.errors import ConfigError
 from latentkv.models.config import GQAConfig, MLAConfig, ModelConfig, MoEConfig
 from latentkv.models.families import ALIASES, FAMILIES, SPELLINGS, TEXT_MODEL_OF, Family, family_of
 from latentkv.models.rope_reader import longest_context, read_rope
+from latentkv.token_ids import read_token_id, read_token_ids
 
 TIED = "tie_word_embeddings"
 """The key that says whether the output head is the embedding."""
@@ -97,6 +98,7 @@ def _from_dict(raw: Mapping[str, Any], generation: Mapping[str, Any]) -> ModelCo
     fields = Fields(inner, family)
     _refuse_unsupported(fields, family)
     num_layers, hidden_size = fields.size("num_hidden_layers"), fields.size("hidden_size")
+    bos_token_id, eos_token_ids = _token_ids(levels, family, generation, vocab_size=fields.size("vocab_size"))
     attention, moe = _read_attention(fields, family), _read_moe(fields, family)
     rope, scale_depth = read_rope(fields, family, attention), fields.get("scale_depth")
     return ModelConfig(
@@ -121,12 +123,8 @@ def _from_dict(raw: Mapping[str, Any], generation: Mapping[str, Any]) -> ModelCo
         logit_multiplier=float(fields.get("dim_model_base") or hidden_size) / hidden_size,
         tie_word_embeddings=stated if (stated := stated_tying(raw)) is not None else bool(fields.get(TIED)),
         initializer_range=float(fields.get("initializer_range") or 0.02),
-        bos_token_id=fields.get("bos_token_id"),
-        eos_token_ids=_token_ids(
-            fields.get("eos_token_id"),
-            *(level.get("eos_token_id") for level in reversed(levels[:-1])),
-            generation.get("eos_token_id"),
-        ),
+        bos_token_id=bos_token_id,
+        eos_token_ids=eos_token_ids,
         source=dict(raw),
     )
 
@@ -301,11 +299,35 @@ def _sliding_windows(fields: Fields, family: Family, num_layers: int) -> tuple[i
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
 
-def _token_ids(*values: int | list[int] | None) -> tuple[int, ...]:
-    """The union of several `eos_token_id` values, in order."""
-    ids: dict[int, None] = {}
-    for value in values:
-        for token in value if isinstance(value, list) else [value]:
-            if token is not None:
-                ids[int(token)] = None
-    return tuple(ids)
+def _token_ids(
+    levels: Sequence[Mapping[str, Any]],
+    family: Family,
+    generation: Mapping[str, Any],
+    *,
+    vocab_size: int,
+) -> tuple[int | None, tuple[int, ...]]:
+    """The id that begins a text, and all that end one, in order; a family's defaults only where they can be meant."""
+    defaults = {
+        key: value
+        for key in ("bos_token_id", "eos_token_id")
+        if type(value := family.defaults.get(key)) is int and value < vocab_size
+    }
+    inner, *outer = reversed(levels)
+    bos = read_token_id(
+        inner.get("bos_token_id", defaults.get("bos_token_id")),
+        "config.json: bos_token_id",
+        ConfigError,
+        vocab_size=vocab_size,
+    )
+    # Padding is never looked up, so that an id past the embeddings does no harm.
+    for level in levels:
+        read_token_id(level.get("pad_token_id"), "config.json: pad_token_id", ConfigError)
+    ends = (
+        ("config.json", inner.get("eos_token_id", defaults.get("eos_token_id"))),
+        *(("config.json", level.get("eos_token_id")) for level in outer),
+        ("generation_config.json", generation.get("eos_token_id")),
+    )
+    eos = [read_token_ids(value, f"{file}: eos_token_id", ConfigError, vocab_size=vocab_size) for file, value in ends]
+    for key, size in (("bos_token_id", vocab_size), ("pad_token_id", None)):
+        read_token_id(generation.get(key), f"generation_config.json: {key}", ConfigError, vocab_size=size)
+    return bos, tuple(dict.fromkeys(token for ids in eos for token in ids))

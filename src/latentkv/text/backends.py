@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 import tokenizers
-from tokenizers import AddedToken
 
 from latentkv.errors import TokenizerError
 from latentkv.text.settings import TokenizerSettings
@@ -28,6 +27,11 @@ class Backend(Protocol):
     @property
     def special_ids(self) -> frozenset[int]:
         """Ids that `decode(..., skip_special=True)` leaves out."""
+        ...
+
+    @property
+    def added_ids(self) -> frozenset[int]:
+        """Ids of tokens that are found in a text whole, before it is cut into others."""
         ...
 
     @property
@@ -53,13 +57,10 @@ class Backend(Protocol):
 
 
 class HuggingFaceBackend:
-    """A `tokenizer.json`, read by the `tokenizers` library."""
+    """What the `tokenizers` library encodes: a `tokenizer.json`, or what was put together from other files."""
 
-    def __init__(self, path: Path, settings: TokenizerSettings) -> None:
-        try:
-            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises bare Exception
-            raise TokenizerError(f"Cannot read {path} as a tokenizer: {error}.") from error
+    def __init__(self, tokenizer: tokenizers.Tokenizer, settings: TokenizerSettings) -> None:
+        self._tokenizer = tokenizer
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         _add_tokens(self._tokenizer, settings)
@@ -68,6 +69,7 @@ class HuggingFaceBackend:
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         added = self._tokenizer.get_added_tokens_decoder()
         self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
+        self.added_ids = frozenset(added)
 
     @property
     def decoder(self) -> dict[str, Any] | None:
@@ -98,20 +100,31 @@ class HuggingFaceBackend:
         return self._tokenizer.id_to_token(token_id)
 
 
+def read_tokenizer_json(path: Path) -> tokenizers.Tokenizer:
+    """The tokenizer of a `tokenizer.json`.
+
+    Raises:
+        TokenizerError: the library cannot read it.
+    """
+    try:
+        return tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception
+        raise TokenizerError(f"Cannot read {path} as a tokenizer: {error}.") from error
+
+
 def _add_tokens(tokenizer: tokenizers.Tokenizer, settings: TokenizerSettings) -> None:
-    """Adds what only `tokenizer_config.json` lists, and marks the named tokens of the vocabulary as special."""
+    """Adds what only the files beside it list, and marks their special tokens as such.
+
+    A special token that has no id gets the next one, as in `transformers`.
+    """
     present = tokenizer.get_added_tokens_decoder()
     for token_id, token in sorted(settings.added_tokens.items()):
         if repr(present.get(token_id)) != repr(token):
             tokenizer.add_tokens([token])
         if tokenizer.token_to_id(token.content) != token_id:
             raise TokenizerError(
-                f"tokenizer_config.json gives the token {token.content!r} the id {token_id}, tokenizer.json gives it "
-                f"{tokenizer.token_to_id(token.content)}: take both files from the same checkpoint."
+                f"{settings.added_tokens_file} gives the token {token.content!r} the id {token_id}, and the vocabulary "
+                f"beside it {tokenizer.token_to_id(token.content)}: take both files from the same checkpoint."
             )
-    named = (*settings.named_tokens.values(), *settings.special_tokens)
-    known = [token for token in dict.fromkeys(named) if tokenizer.token_to_id(token) is not None]
     already = {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special}
-    tokenizer.add_special_tokens(
-        [AddedToken(token, special=True, normalized=False) for token in known if token not in already]
-    )
+    tokenizer.add_special_tokens([token for token in settings.special_tokens if token.content not in already])

@@ -53,6 +53,7 @@ class TiktokenBackend:
             raise TokenizerError(f"Cannot build a tokenizer from {path}: {error}.") from error
         plain = {token_id for token_id, token in settings.added_tokens.items() if not token.special}
         self.special_ids = frozenset(specials.values()) - plain
+        self.added_ids = frozenset(specials.values())
         self._specials = specials
         self._plain = frozenset(name for name, token_id in specials.items() if token_id in plain)
         self.vocab_size = last + 1

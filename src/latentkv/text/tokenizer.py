@@ -2,13 +2,16 @@
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Literal
 
 from latentkv.errors import TokenizerError
-from latentkv.text.backends import Backend, HuggingFaceBackend
+from latentkv.text.backends import Backend
 from latentkv.text.chat import ChatTemplate
-from latentkv.text.settings import TokenizerSettings, read_settings
+from latentkv.text.settings import TokenizerSettings
+from latentkv.text.turn_end import find_turn_end
+
+# Texts hold none of them: what a model was never given an embedding for does no harm there.
+_UNNEEDED_TOKENS = ("unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 class Tokenizer:
@@ -26,8 +29,8 @@ class Tokenizer:
         self._settings = settings
         self.vocab_size = backend.vocab_size
         self.special_ids = backend.special_ids
-        self.bos_id = self._named_id("bos_token")
-        eos_id = self._named_id("eos_token")
+        self.bos_id = self.named_id("bos_token")
+        eos_id = self.named_id("eos_token")
         self.eos_ids = settings.eos_ids if eos_id is None else settings.eos_ids | {eos_id}
         # Published DeepSeek folders ask for BOS in tokenizer_config.json only, where transformers 5 no longer looks.
         frame = backend.encode("", frame=True, allow_special=False)
@@ -120,54 +123,50 @@ class Tokenizer:
     def _chat_template(self) -> ChatTemplate:
         return ChatTemplate(self._settings.chat_templates, self._settings.named_tokens, plain_bos=self.adds_bos)
 
-    def _named_id(self, name: str) -> int | None:
-        token = self._settings.named_tokens.get(name)
+    @cached_property
+    def turn_end_id(self) -> int | None:
+        """The token that closes a turn of the assistant's as the chat template writes it; None if there is no such."""
+        if self._chat_template.source == "plain":
+            return None
+        return find_turn_end(self._chat_template, self._backend)
+
+    @property
+    def needed_size(self) -> int:
+        """One more than the largest id that texts, turns and their ends need."""
+        unneeded = {self.named_id(name) for name in _UNNEEDED_TOKENS} - {self.bos_id, *self.eos_ids}
+        size = self.vocab_size
+        while size and size - 1 in unneeded:
+            size -= 1
+        return size
+
+    def named_token(self, name: str) -> str | None:
+        """The text of `bos_token`, `eos_token`, ..., None where the checkpoint names none."""
+        return self._settings.named_tokens.get(name)
+
+    def named_id(self, name: str) -> int | None:
+        """The id of `bos_token`, `eos_token`, ..., None where the checkpoint names none."""
+        token = self.named_token(name)
         return None if token is None else self._backend.token_id(token)
 
 
-def has_tokenizer(folder: Path) -> bool:
-    """Whether a folder holds tokenizer files of a kind that `load_tokenizer` knows or can explain."""
-    return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")) or bool(_ranks_file(folder))
-
-
-def load_tokenizer(folder: Path) -> Tokenizer:
-    """Reads a folder's tokenizer: `tokenizer.json`, or else `tiktoken.model` / one `*.tiktoken`.
-
-    Raises:
-        TokenizerError: there is none, it is damaged, or it is of a kind that must be converted first.
-    """
-    folder = Path(folder)
-    settings = read_settings(folder)
-    if (folder / "tokenizer.json").is_file():
-        return Tokenizer(HuggingFaceBackend(folder / "tokenizer.json", settings), settings)
-    ranks_file = _ranks_file(folder)
-    if ranks_file is not None:
-        from latentkv.text.tiktoken_backend import TiktokenBackend  # a slow import that few checkpoints need
-
-        return Tokenizer(TiktokenBackend(ranks_file, settings), settings)
-    if (folder / "tokenizer.model").is_file():
-        raise TokenizerError(
-            f"{folder} has only a SentencePiece tokenizer.model: convert it with "
-            "transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(folder), which writes tokenizer.json."
-        )
-    raise TokenizerError(f"{folder} has no tokenizer: expected tokenizer.json or tiktoken.model.")
-
-
 def require_match(tokenizer: Tokenizer, vocab_size: int) -> None:
-    """Checks that a model with `vocab_size` embeddings can take every id of the tokenizer.
+    """Checks that a model with `vocab_size` embeddings can take every id that the tokenizer needs.
+
+    Tokens that neither text nor its ends need, such as the one for padding, may lie past the embeddings: many published
+    folders name one more than the model has, and it is never looked up.
 
     Raises:
         TokenizerError: the tokenizer does not match the model.
     """
-    if tokenizer.vocab_size > vocab_size:
+    for name in ("bos_token", "eos_token"):
+        token_id = tokenizer.named_id(name)
+        if token_id is not None and token_id >= vocab_size:
+            raise TokenizerError(
+                f"tokenizer_config.json: {name} {tokenizer.named_token(name)!r} has the id {token_id}, outside the "
+                f"model's vocabulary of 0 to {vocab_size - 1}: name a token that the model has."
+            )
+    if tokenizer.needed_size > vocab_size:
         raise TokenizerError(
-            f"The tokenizer does not match the model: its ids go up to {tokenizer.vocab_size - 1}, "
+            f"The tokenizer does not match the model: its ids go up to {tokenizer.needed_size - 1}, "
             f"the model's vocabulary has {vocab_size} tokens."
         )
-
-
-def _ranks_file(folder: Path) -> Path | None:
-    if (folder / "tiktoken.model").is_file():
-        return folder / "tiktoken.model"
-    others = sorted(folder.glob("*.tiktoken"))
-    return others[0] if len(others) == 1 else None
