@@ -40,7 +40,7 @@ class RequireKey:
         if scope["type"] == "lifespan" or not self._keys or _is_open(scope):
             await self._app(scope, receive, send)
             return
-        given = _bearer(Headers(scope=scope))
+        given = _given_key(Headers(scope=scope))
         # Every key is compared, and in constant time: how long it takes tells nothing of them.
         matches = [hmac.compare_digest(given, key) for key in self._keys]
         if any(matches):
@@ -132,6 +132,9 @@ def _is_open(scope: Scope) -> bool:
     )
 
 
-def _bearer(headers: Headers) -> bytes:
+def _given_key(headers: Headers) -> bytes:
+    """As OpenAI's clients send it, or Anthropic's or Azure's."""
     scheme, _, key = headers.get("authorization", "").partition(" ")
-    return key.strip().encode("latin-1", "replace") if scheme.lower() == "bearer" else b""
+    if scheme.lower() != "bearer":
+        key = headers.get("x-api-key", "") or headers.get("api-key", "")
+    return key.strip().encode("latin-1", "replace")
