@@ -355,7 +355,7 @@ def test_texts_go_their_own_ways(any_compiler: GrammarCompiler, tokenizer_folder
         (Structure.grammar("start: foo"), '^The grammar cannot be used: at 1\\(8\\): unknown name: "foo".$'),
         (Structure.grammar("begin: /a/"), "^The grammar cannot be used: "),
         (Structure.grammar('start: <｜end｜> "a"'), "names the special token <｜end｜>: write its number"),
-        (Structure.grammar('start: %json {"x-guidance": {"lenient": true}, "format": "foo"}'), "Unknown format: foo"),
+        (Structure.json_schema({"oneOf": [{"type": "string"}, {"minLength": 1}]}), "of a oneOf .* use anyOf"),
         (Structure.grammar('{"grammars": [{"json_schema": {"x-guidance": {"lenient": true}}}]}'), "cannot be used"),
     ],
 )

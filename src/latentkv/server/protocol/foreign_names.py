@@ -1,4 +1,4 @@
-"""The tables of `foreign`, by kind of request: OpenAI's newer words, and those of vLLM, SGLang, llama.cpp and Ollama."""
+"""The tables of `foreign`, by kind of request: OpenAI's newer words, those of vLLM, SGLang, llama.cpp and Ollama."""
 
 from __future__ import annotations
 

@@ -24,7 +24,9 @@ _TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "ref
 """Parts that are text, and the key that it is under."""
 
 
-def read_messages(messages: Sequence[Mapping[str, Any]], template: str, where: str = "messages") -> list[dict[str, Any]]:
+def read_messages(
+    messages: Sequence[Mapping[str, Any]], template: str, where: str = "messages"
+) -> list[dict[str, Any]]:
     """What of each message means something; labels (`id`, `timestamp`) are left out.
 
     Args:

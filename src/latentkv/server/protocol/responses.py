@@ -8,7 +8,7 @@ from pydantic import BaseModel, Field
 
 from latentkv.server.protocol import foreign_names
 from latentkv.server.protocol.reasoning import Effort, Verbosity
-from latentkv.server.protocol.sampling import Strict, StreamOptions
+from latentkv.server.protocol.sampling import StreamOptions, Strict
 from latentkv.server.settings import MAX_MESSAGES
 
 

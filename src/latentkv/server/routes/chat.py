@@ -93,7 +93,9 @@ def _read(model: ServedModel, body: ChatRequest) -> _Conversation:
         name = min(reserved)
         raise ApiError(400, f"chat_template_kwargs may not set {name}: leave it out.", param="chat_template_kwargs")
     if body.documents and "documents" not in model.template:
-        raise ApiError(400, "documents: this model's chat template takes none; put them into a message.", param="documents")
+        raise ApiError(
+            400, "documents: this model's chat template takes none; put them into a message.", param="documents"
+        )
     tools = read_tools(body.tools)
     choice = read_tool_choice(body.tool_choice, tools)
     variables = {

@@ -16,6 +16,7 @@ from latentkv.server.answers import Answer
 from latentkv.server.context import Context, InContext
 from latentkv.server.errors import ApiError
 from latentkv.server.generation import Job
+from latentkv.server.protocol.reasoning import template_variables
 from latentkv.server.protocol.responses import (
     IncompleteDetails,
     OutputMessage,
@@ -25,7 +26,6 @@ from latentkv.server.protocol.responses import (
     ResponsesUsage,
     TextFormat,
 )
-from latentkv.server.protocol.reasoning import template_variables
 from latentkv.server.served import ServedModel
 from latentkv.server.sse import STREAMS, EventStream
 from latentkv.text.tools import reasoning_is_open
