@@ -180,7 +180,7 @@ def test_an_answer_without_max_tokens_may_fill_what_is_left(client: openai.OpenA
         ({"top_p": 0}, "top_p"),
         ({"n": 1000}, "n"),
         ({"max_tokens": -5}, "max_tokens"),
-        ({"stop": [""]}, "stop"),
+        ({"stop": ["a" * 2000]}, "stop"),
         ({"stop": ["a"] * 100}, "stop"),
         ({"logit_bias": {"999999": 1}}, None),
         ({"logit_bias": {"x": 1}}, "logit_bias"),

@@ -161,16 +161,6 @@ def test_speeds_are_those_of_the_last_seconds_whoever_asked_before(reference: LL
     assert metrics.speeds()[0] > 0
 
 
-def test_what_a_message_says_beyond_the_templates_knowledge_is_refused_and_empty_keys_are_not(live: Live) -> None:
-    message = {"role": "user", "content": PROMPT}
-    extra = {"refusal": None, "annotations": [], "audio": None}  # as clients send answers back
-    known = {"messages": [{**message, **extra}], "max_tokens": 1}
-    assert ask(live, "/v1/chat/completions", known)[0] == 200
-    for path in ("/v1/chat/completions", "/tokenize"):
-        status, answer, _ = ask(live, path, {"messages": [message, {**message, "weight": 2}]})
-        assert status == 400 and "messages[1].weight" in answer["error"]["message"]
-
-
 def test_pieces_of_an_answer_are_sent_at_once_and_not_held_back_for_more() -> None:
     async def nodelay() -> int:
         connected: asyncio.Future[int] = asyncio.get_running_loop().create_future()

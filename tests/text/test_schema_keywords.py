@@ -3,7 +3,7 @@ import re
 import pytest
 
 from latentkv.errors import RequestError
-from latentkv.text.schema_keywords import require_enforced
+from latentkv.text.schema_keywords import require_enforced, without_idle_words
 
 
 @pytest.mark.parametrize(
@@ -81,3 +81,41 @@ def test_a_deep_schema_is_looked_through():
         schema = {"items": schema}
     with pytest.raises(RequestError, match="'oops'"):
         require_enforced(schema)
+
+
+@pytest.mark.parametrize(
+    "idle",
+    [
+        {"uniqueItems": False},
+        {"propertyNames": {"type": "string", "title": "Name"}},
+        {"propertyNames": {}},
+        {"nullable": False},
+        {"format": "password"},
+        {"unevaluatedProperties": True},
+        {"dependentRequired": {}},
+    ],
+)
+@pytest.mark.parametrize(
+    "around",
+    [lambda schema: schema, lambda schema: {"properties": {"format": schema}}, lambda schema: {"items": [schema]}],
+)
+def test_words_that_demand_nothing_are_left_out_wherever_they_stand(idle, around):
+    found = without_idle_words(around({"type": "object", **idle}))
+    assert found == around({"type": "object"})
+    require_enforced(found)
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"format": "uuid"},
+        {"uniqueItems": True},
+        {"uniqueItems": 0},
+        {"propertyNames": {"pattern": "^a"}},
+        {"nullable": True},
+        {"enum": [{"uniqueItems": False}], "const": {"format": "x"}, "default": {"nullable": False}},
+        {"properties": {"nullable": False}},
+    ],
+)
+def test_words_that_demand_something_and_values_stay(schema):
+    assert without_idle_words(schema) == schema

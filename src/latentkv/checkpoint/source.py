@@ -14,8 +14,8 @@ from latentkv.checkpoint.layouts import ORIGINAL, why_missing
 from latentkv.checkpoint.locate import CONFIG_FILE
 from latentkv.errors import ConfigError
 
-_WANTED = ("*.safetensors", "*.json", "*.model", "tokenizer.model.v[0-9]", "*.tiktoken", "*.jinja", "merges.txt", "vocab.txt")
-_TOKENIZER = tuple(pattern for pattern in _WANTED if pattern != "*.safetensors")
+_TOKENIZER = ("*.json", "*.model", "tokenizer.model.v[0-9]", "*.tiktoken", "*.jinja", "merges.txt", "vocab.txt")
+_WANTED = ("*.safetensors", *_TOKENIZER)
 # Second copies of the same weights in other layouts, which some repositories carry.
 _UNWANTED = ("consolidated*", "original/*", "onnx/*")
 _REPO = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?)(@(?P<revision>[\w.-]+(/[\w.-]+)*))?")

@@ -22,7 +22,7 @@ from latentkv.server.errors import ApiError, as_api_error
 from latentkv.server.logs import LogRequests, logger
 from latentkv.server.protocol.operations import ErrorResponse
 from latentkv.server.routes import chat, completions, operations, page, responses
-from latentkv.server.security import LimitBody, RequireKey
+from latentkv.server.security import JsonByDefault, LimitBody, RequireKey
 
 REFUSALS = (400, 401, 404, 405, 413, 429, 500, 503, 504)
 WATCH_SECONDS = 1.0
@@ -69,13 +69,16 @@ def create_app(server: Server, *, died: Callable[[str], None] | None = None) -> 
     app.add_exception_handler(RequestValidationError, _answer_invalid)
     _leave_out_422(app)
 
-    guarded: ASGIApp = LimitBody(
-        app, most := server.settings.max_body_bytes, max(most, server.settings.max_held_bytes), server.held
-    )
+    settings = server.settings
+    most_held = max(settings.max_body_bytes, settings.max_held_bytes)
+    guarded: ASGIApp = LimitBody(JsonByDefault(app), settings.max_body_bytes, most_held, server.held)
     guarded = RequireKey(guarded, server.settings.api_keys)
     if server.settings.cors_origins:
         guarded = CORSMiddleware(
-            guarded, allow_origins=server.settings.cors_origins, allow_methods=["GET", "POST"], allow_headers=["*"]
+            guarded,
+            allow_origins=server.settings.cors_origins,
+            allow_methods=["GET", "HEAD", "POST"],
+            allow_headers=["*"],
         )
     return LogRequests(guarded)
 

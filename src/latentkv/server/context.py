@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Annotated, Any, TypeVar, cast
+from uuid import uuid4
 
 from fastapi import Depends
 from starlette.requests import Request as HttpRequest
@@ -62,6 +64,12 @@ class Context:
         """Write who asks, as the client calls them, into the log."""
         if user is not None:
             self.log["user"] = user
+
+    def part_prefixes(self, salt: str | None, *, cached: bool) -> None:
+        """Share prefixes under `salt` only, or, unless `cached`, with nobody."""
+        if salt is not None or not cached:
+            own = salt if cached else uuid4().hex
+            self.salt = hashlib.sha256(f"{self.salt}\0{own}".encode("utf-8", "backslashreplace")).hexdigest()
 
     def require_model(self, name: str | None) -> None:
         """Raise a 404 unless the one model is meant."""

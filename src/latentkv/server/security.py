@@ -41,7 +41,7 @@ class RequireKey:
         if scope["type"] == "lifespan" or not self._keys or _is_open(scope):
             await self._app(scope, receive, send)
             return
-        given = _bearer(Headers(scope=scope))
+        given = _given_key(Headers(scope=scope))
         # Every key is compared, and in constant time: how long it takes tells nothing of them.
         matches = [hmac.compare_digest(given, key) for key in self._keys]
         if any(matches):
@@ -128,6 +128,26 @@ _BUSY = ApiError(
 )
 
 
+class JsonByDefault:
+    """Takes a body without a type of its own, as `curl -d` sends it, for JSON.
+
+    Not from a web page: browsers let pages of other origins post forms unasked, and say so in `Origin`.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """As an ASGI app."""
+        if scope["type"] == "http" and scope["method"] == "POST":
+            headers = Headers(scope=scope)
+            kind = headers.get("content-type", "")
+            if "origin" not in headers and kind in ("", "application/x-www-form-urlencoded"):
+                others = [(name, value) for name, value in scope["headers"] if name != b"content-type"]
+                scope = {**scope, "headers": [*others, (b"content-type", b"application/json")]}
+        await self._app(scope, receive, send)
+
+
 async def _discard(receive: Receive) -> None:
     """Let a client finish a body that is too large, within reason: most read no answer before they have."""
     left = DISCARDED_BYTES
@@ -161,6 +181,9 @@ def _is_open(scope: Scope) -> bool:
     )
 
 
-def _bearer(headers: Headers) -> bytes:
+def _given_key(headers: Headers) -> bytes:
+    """As OpenAI's clients send it, or Anthropic's or Azure's."""
     scheme, _, key = headers.get("authorization", "").partition(" ")
-    return key.strip().encode("latin-1", "replace") if scheme.lower() == "bearer" else b""
+    if scheme.lower() != "bearer":
+        key = headers.get("x-api-key", "") or headers.get("api-key", "")
+    return key.strip().encode("latin-1", "replace")

@@ -14,6 +14,7 @@ from latentkv.engine import Request
 from latentkv.engine.thread import EngineThread
 from latentkv.errors import RequestError, TokenizerError
 from latentkv.llm import LLM
+from latentkv.server.protocol.messages import read_messages
 from latentkv.text import Tokenizer
 from latentkv.text.token_bytes import token_bytes
 from latentkv.text.tools import OutputFormat
@@ -26,8 +27,6 @@ ENCODERS = 4
 """Prompts that are turned into tokens at once."""
 COMPILERS = 2
 """And prompts whose grammar must be compiled first, which may take seconds; they hold up no others."""
-MESSAGE_KEYS = {"role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content"}
-"""Of a message, that mean something with any template."""
 
 
 class Generation:
@@ -119,16 +118,14 @@ class ServedModel:
             raise RequestError("This model has no tokenizer: use token ids.")
         return self.llm.tokenizer
 
+    @property
+    def template(self) -> str:
+        """Source of the chat template; "" for the plain one."""
+        return self.require_tokenizer().chat_template_text
+
     def chat_text(self, messages: Sequence[Mapping[str, Any]], **template_variables: Any) -> str:
-        """A conversation as the model's template writes it; a `RequestError` for what the template would not notice."""
-        template = self.require_tokenizer().chat_template_text
-        for index, message in enumerate(messages):
-            for key, value in message.items():
-                if key not in MESSAGE_KEYS and value not in (None, "", [], {}) and key not in template:
-                    raise RequestError(
-                        f"messages[{index}].{key[:100]} is nothing that this model's chat template knows: leave it out."
-                    )
-        return self.llm.chat_text(messages, **template_variables)
+        """A conversation as the model's template writes it; an `ApiError` for what the template would not notice."""
+        return self.llm.chat_text(read_messages(messages, self.template), **template_variables)
 
     def room_after(self, prompt_tokens: int) -> int:
         """New tokens that the context and the cache can hold after a prompt; 1 where it is too long already."""

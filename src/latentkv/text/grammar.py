@@ -228,6 +228,8 @@ def _reason(error: str, kind: str) -> str:
     line = next((line for line in lines if line.startswith("error: ")), lines[0] if lines else "")
     if line.startswith("NoExtension"):
         return "no text follows it"
+    if "coerce_one_of" in line:  # an option of the compiler's, which nobody here can set
+        return "of a oneOf more than one schema might hold, which cannot be ruled out; use anyOf"
     if kind != "grammar":
         line = re.sub(r"^at \d+\(\d+\): |failed to compile JSON schema: ", "", line)
     return line.removeprefix("error: ")[:200].rstrip(" .")

@@ -7,7 +7,7 @@ from typing import Any
 import llguidance
 
 from latentkv.errors import RequestError
-from latentkv.text.schema_keywords import require_enforced
+from latentkv.text.schema_keywords import require_enforced, without_idle_words
 
 _JSON_OPTIONS = {
     # Between JSON's signs: nothing, a space, or a new line that is indented. With more, a model
@@ -44,7 +44,7 @@ def as_lark(kind: str, source: str) -> str:
 
 
 def _from_schema(source: str) -> str:
-    schema: dict[str, Any] = json.loads(source)
+    schema: dict[str, Any] = without_idle_words(json.loads(source))
     require_enforced(schema)
     return f"start: %json {json.dumps({**schema, 'x-guidance': _JSON_OPTIONS})}"
 
@@ -81,13 +81,12 @@ def _with_checked_schemas(grammar: str) -> str:
         if not inline["schema"]:
             continue
         try:
-            schema, _ = json.JSONDecoder().raw_decode(grammar, inline.end() - 1)
+            schema, end = json.JSONDecoder().raw_decode(grammar, inline.end() - 1)
         except ValueError:
             continue  # for the compiler to complain about
-        options = schema.pop("x-guidance", None)
+        options = schema.pop("x-guidance", _JSON_OPTIONS)
+        schema = without_idle_words(schema)
         require_enforced(schema)
-        if options is None:
-            ours = f'"x-guidance": {json.dumps(_JSON_OPTIONS)}{", " if schema else ""}'
-            parts += [grammar[done : inline.end()], ours]
-            done = inline.end()
+        parts += [grammar[done : inline.end() - 1], json.dumps({**schema, "x-guidance": options})]
+        done = end
     return "".join(parts) + grammar[done:]

@@ -1,4 +1,4 @@
-"""Which words of JSON Schema are enforced. Any other is refused: a word that is ignored promises what does not hold."""
+"""Which words of JSON Schema are enforced. Any other that demands something is refused: it would promise too much."""
 
 import json
 import re
@@ -18,10 +18,18 @@ _ANNOTATIONS = frozenset(
     {
         *("$anchor", "$comment", "$id", "$schema", "id", "title", "description", "default", "example", "examples"),
         *("deprecated", "readOnly", "writeOnly", "contentEncoding", "contentMediaType", "contentSchema"),
-        *("discriminator", "externalDocs"),
+        *("discriminator", "externalDocs", "xml", "markdownDescription", "enumDescriptions", "enumNames"),
     }
 )
 _KNOWN = _ONE_SCHEMA | _LISTED_SCHEMAS | _NAMED_SCHEMAS | _LIMITS | _COUNTS | _PLAIN | _ANNOTATIONS
+# Those of `format` that the grammar's compiler knows. Any other says what a text is for, as the standard has it.
+_FORMATS = frozenset({"date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri"})
+# Words with these values demand nothing.
+_IDLE: tuple[tuple[str, Any], ...] = (
+    *(("uniqueItems", False), ("nullable", False), ("unevaluatedProperties", True), ("unevaluatedItems", True)),
+    *(("dependentRequired", {}), ("dependentSchemas", {}), ("dependencies", {}), ("not", False)),
+    ("propertyNames", True),
+)
 # Keys that the grammar's own compiler would read: they can turn the checks off.
 _COMPILER_OPTIONS = "x-guidance"
 
@@ -29,6 +37,33 @@ _COMPILER_OPTIONS = "x-guidance"
 _CONTROL = re.compile(r"(?<!\\)(?:\\\\)*(\\u00..|\x7f)")
 
 _Found = tuple[str, Any]
+
+
+def without_idle_words(schema: Any) -> Any:
+    """A schema without the words that demand nothing, in those inside it, too."""
+    if not isinstance(schema, dict):
+        return schema
+    kept: dict[str, Any] = {}
+    for key, value in cast("dict[str, Any]", schema).items():
+        if _is_idle(key, value):
+            continue
+        if key in _NAMED_SCHEMAS and isinstance(value, dict):
+            value = {name: without_idle_words(each) for name, each in cast("dict[str, Any]", value).items()}
+        elif key in _LISTED_SCHEMAS | _ONE_SCHEMA and isinstance(value, list):
+            value = [without_idle_words(each) for each in cast("list[Any]", value)]
+        elif key in _ONE_SCHEMA:
+            value = without_idle_words(value)
+        kept[key] = value
+    return kept
+
+
+def _is_idle(key: str, value: Any) -> bool:
+    if key == "format":
+        return isinstance(value, str) and value not in _FORMATS
+    if key == "propertyNames" and isinstance(value, dict):  # names are strings anyway
+        asked = {name: each for name, each in cast("dict[str, Any]", value).items() if name not in _ANNOTATIONS}
+        return asked in ({}, {"type": "string"})
+    return any(key == word and value == idle and type(value) is type(idle) for word, idle in _IDLE)
 
 
 def require_enforced(schema: dict[str, Any]) -> None:

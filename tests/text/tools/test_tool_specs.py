@@ -53,10 +53,27 @@ def test_a_choice_is_read() -> None:
 
 
 @pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ("any", "required"),
+        ({"type": "any"}, "required"),
+        ({"type": "auto"}, "auto"),
+        ({"type": "none"}, "none"),
+        ({"type": "function", "name": "get_time"}, {"type": "function", "function": {"name": "get_time"}}),
+    ],
+)
+def test_a_choice_as_others_write_it_means_the_same(theirs: object, ours: object) -> None:
+    tools = read_tools(TOOLS)
+    assert read_tool_choice(theirs, tools) == read_tool_choice(ours, tools)
+
+
+@pytest.mark.parametrize(
     ("choice", "tools", "message"),
     [
         ("required", [], "needs tools"),
-        ("any", TOOLS, "must be"),
+        ("any", [], "needs tools"),
+        ("some", TOOLS, "must be"),
+        ({"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": []}}, TOOLS, "must be"),
         ({"type": "function", "function": {"name": "else"}}, TOOLS, "names 'else'"),
         ({"type": "function"}, TOOLS, "must be"),
     ],

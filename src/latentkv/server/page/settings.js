@@ -53,7 +53,9 @@ export class Settings {
 
   #fill() {
     for (const field of this.#form.elements) {
-      if (field.name) field.value = this.#values[field.name] ?? "";
+      if (!field.name) continue;
+      field.value = this.#values[field.name] ?? "";
+      if (!field.validity.valid) field.value = this.#values[field.name] = ""; // kept when more was allowed
     }
   }
 }

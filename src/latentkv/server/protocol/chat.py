@@ -6,6 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field
 
+from latentkv.server.protocol import foreign_names
+from latentkv.server.protocol.reasoning import Effort, Verbosity
 from latentkv.server.protocol.sampling import SamplingRequest, Usage
 from latentkv.server.settings import MAX_MESSAGES, MAX_TOP_LOGPROBS
 from latentkv.text.tools.specs import MAX_TOOLS
@@ -13,6 +15,8 @@ from latentkv.text.tools.specs import MAX_TOOLS
 
 class ChatRequest(SamplingRequest):
     """A conversation to answer."""
+
+    foreign = foreign_names.CHAT
 
     messages: Annotated[list[dict[str, Any]], Field(min_length=1, max_length=MAX_MESSAGES)] = Field(
         description="Oldest first: role and content, which is text or a list of text parts."
@@ -31,6 +35,9 @@ class ChatRequest(SamplingRequest):
     chat_template_kwargs: dict[str, Any] = Field(
         default_factory=dict[str, Any], description="Variables of the checkpoint's template, like enable_thinking."
     )
+    reasoning_effort: Effort | None = Field(None, description="Of a model that reasons; none turns it off.")
+    verbosity: Verbosity | None = Field(None, description="Of a model whose template knows it.")
+    documents: list[dict[str, Any]] | None = Field(None, description="Of a model whose template takes them.")
 
 
 class TopLogprob(BaseModel):

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field
 
+from latentkv.server.protocol import foreign_names
 from latentkv.server.protocol.sampling import Strict
 from latentkv.server.settings import MAX_MESSAGES
 
@@ -44,6 +45,8 @@ class ModelList(BaseModel):
 
 class TokenizeRequest(Strict):
     """A text or a conversation."""
+
+    foreign = foreign_names.TOKENIZE
 
     model: str | None = Field(None, max_length=1024)
     prompt: str | None = Field(None, description="A text; or give messages.")

@@ -6,7 +6,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field
 
-from latentkv.server.protocol.sampling import Strict
+from latentkv.server.protocol import foreign_names
+from latentkv.server.protocol.reasoning import Effort, Verbosity
+from latentkv.server.protocol.sampling import StreamOptions, Strict
 from latentkv.server.settings import MAX_MESSAGES
 
 
@@ -24,10 +26,21 @@ class TextOptions(Strict):
     """How the text is written."""
 
     format: TextFormat | None = None
+    verbosity: Verbosity | None = None
+
+
+class ReasoningOptions(Strict):
+    """How a model reasons; its reasoning is not a part of the answer."""
+
+    foreign = foreign_names.REASONING
+
+    effort: Effort | None = None
 
 
 class ResponsesRequest(Strict):
     """A question; nothing of it is stored."""
+
+    foreign = foreign_names.RESPONSES
 
     model: str | None = Field(None, max_length=1024, description="As /v1/models names it; may be left out.")
     input: str | Annotated[list[dict[str, Any]], Field(min_length=1, max_length=MAX_MESSAGES)] = Field(
@@ -39,6 +52,16 @@ class ResponsesRequest(Strict):
     top_p: float = Field(1.0, gt=0, le=1)
     text: TextOptions | None = None
     stream: bool = False
+    stream_options: StreamOptions | None = Field(None, description="Of a stream.")
+    reasoning: ReasoningOptions | None = None
+    include: Annotated[list[str], Field(max_length=16)] | None = Field(
+        None, description="More of what there may be beside text; there is nothing else here."
+    )
+    tool_choice: Literal["none", "auto"] = Field("auto", description="There are no tools to choose.")
+    parallel_tool_calls: bool = Field(True, description="There are no tools to call.")
+    metadata: Annotated[dict[str, str], Field(max_length=16)] = Field(
+        default_factory=dict[str, str], description="Is given back."
+    )
     store: Literal[False] | None = Field(None, description="Nothing is stored here.")
     user: str | None = Field(None, max_length=256, description="Is written into the server's log.")
 
@@ -88,8 +111,8 @@ class ResponsesResponse(BaseModel):
     max_output_tokens: int | None = None
     temperature: float
     top_p: float
-    parallel_tool_calls: bool = False
-    tool_choice: Literal["none"] = "none"
+    parallel_tool_calls: bool = True
+    tool_choice: Literal["none", "auto"] = "auto"
     tools: list[Any] = Field(default_factory=list[Any])
     store: Literal[False] = False
     incomplete_details: IncompleteDetails | None = None

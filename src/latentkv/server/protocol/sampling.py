@@ -3,45 +3,56 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from latentkv.engine import SamplingParams, Structure, structure
 from latentkv.engine.sampling_params import MAX_BIASES, MAX_CHOICES, MAX_SEED
 from latentkv.server.errors import ApiError
+from latentkv.server.protocol import foreign_names
+from latentkv.server.protocol.foreign import Rules, translate
 from latentkv.server.settings import MAX_STOP_CHARACTERS, MAX_STOPS
 
 MAX_PARAMETERS = 64
-StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
+StopString = Annotated[str, Field(max_length=MAX_STOP_CHARACTERS)]
 
 
 class Strict(BaseModel):
-    """A part of a request: what it does not know it refuses by name, and it turns no type into another."""
+    """A part of a request: what it does not know it refuses by name, and it turns no type into another.
+
+    Attributes:
+        foreign: what becomes of the words that are not ours.
+    """
 
     model_config = ConfigDict(extra="forbid", strict=True)
+    foreign: ClassVar[Rules] = {}
 
     @model_validator(mode="before")
     @classmethod
-    def _without_null(cls, given: object) -> object:
+    def _translated(cls, given: object) -> object:
         """A parameter that is null is one that was left out."""
         if not isinstance(given, dict):
             return given
-        if len(given) > MAX_PARAMETERS:
+        found = cast("dict[str, Any]", given)
+        if len(found) > MAX_PARAMETERS:
             raise ValueError(f"more than {MAX_PARAMETERS} parameters were given")
-        return {name: value for name, value in given.items() if value is not None}
+        return translate(found, {field.alias or name for name, field in cls.model_fields.items()}, cls.foreign)
 
 
 class StreamOptions(Strict):
-    """How a stream is written."""
+    """How a stream is written; of an answer that is none they ask nothing."""
+
+    foreign = foreign_names.STREAM_OPTIONS
 
     include_usage: bool = Field(False, description="End the stream with a chunk that counts all tokens.")
+    continuous_usage_stats: bool = Field(False, description="Count the tokens so far in each chunk, too.")
 
 
 class JsonSchema(Strict):
     """A named JSON schema."""
 
-    name: str = Field(max_length=256)
+    name: str | None = Field(None, max_length=256)
     description: str | None = Field(None, max_length=4096)
     schema_: dict[str, Any] = Field(alias="schema")
     strict: bool = Field(True, description="Schemas are always held to strictly.")
@@ -52,10 +63,13 @@ class ResponseFormat(Strict):
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
+    schema_: dict[str, Any] | None = Field(None, alias="schema", description="The schema alone, as llama.cpp takes it.")
 
 
 class StructuredOutputs(Strict):
     """A form beyond JSON, as vLLM names it: give one."""
+
+    foreign = foreign_names.STRUCTURED_OUTPUTS
 
     json_: dict[str, Any] | str | None = Field(None, alias="json")
     regex: str | None = None
@@ -65,6 +79,8 @@ class StructuredOutputs(Strict):
 
 class SamplingRequest(Strict):
     """How tokens are chosen and when a completion ends."""
+
+    foreign = foreign_names.GENERATION
 
     model: str | None = Field(None, description="As /v1/models names it; may be left out.", max_length=1024)
     temperature: float = Field(1.0, ge=0, le=2, description="0 always takes the likeliest token.")
@@ -90,18 +106,19 @@ class SamplingRequest(Strict):
     response_format: ResponseFormat | None = Field(None, description="Hold the text to JSON.")
     structured_outputs: StructuredOutputs | None = Field(None, description="Hold the text to another form.")
     stream: bool = Field(False, description="Send the text as it comes, as server-sent events.")
-    stream_options: StreamOptions | None = Field(None, description="Only with stream.")
+    stream_options: StreamOptions | None = Field(None, description="Of a stream.")
+    cache_prompt: bool = Field(True, description="Whether what others have asked may be read from the cache.")
+    cache_salt: str | None = Field(None, max_length=256, description="Prefixes are shared under the same one only.")
     user: str | None = Field(None, max_length=256, description="Is written into the server's log.")
 
     def sampling(self, max_tokens: int, **more: Any) -> SamplingParams:
         """These parameters, and `more`, as the engine knows them.
 
         Raises:
-            ApiError: stream_options came without stream, or a token id of logit_bias is no number.
+            ApiError: a token id of logit_bias is no number.
             RequestError: a value is out of range.
         """
-        if self.stream_options and not self.stream:
-            raise ApiError(400, "stream_options needs stream=true: set it, or leave the options out.", param="stream")
+        stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
         params = SamplingParams(
             max_tokens=max_tokens,
             temperature=self.temperature,
@@ -109,7 +126,7 @@ class SamplingRequest(Strict):
             top_k=self.top_k,
             min_p=self.min_p,
             n=self.n,
-            stop=() if self.stop is None else (self.stop,) if isinstance(self.stop, str) else tuple(self.stop),
+            stop=tuple(stop for stop in stops if stop),  # nothing ends at an empty one
             stop_token_ids=tuple(self.stop_token_ids),
             ignore_eos=self.ignore_eos,
             min_tokens=self.min_tokens,
@@ -143,9 +160,22 @@ class SamplingRequest(Strict):
         """Whether a stream ends by counting its tokens."""
         return self.stream_options is not None and self.stream_options.include_usage
 
+    @property
+    def counts_as_it_goes(self) -> bool:
+        """Whether each part of a stream counts the tokens so far."""
+        return self.stream_options is not None and self.stream_options.continuous_usage_stats
+
 
 def _of_response_format(given: ResponseFormat | None) -> list[Structure]:
     match given:
+        case ResponseFormat(json_schema=None, type="json_object" | "json_schema", schema_=dict() as schema):
+            return [Structure.json_schema(schema)]
+        case ResponseFormat(schema_=dict()):
+            raise ApiError(
+                400,
+                "response_format has a schema: put it into json_schema, with the type json_schema.",
+                param="response_format",
+            )
         case ResponseFormat(type="text" | "json_object", json_schema=JsonSchema()):
             raise ApiError(
                 400, "response_format has a json_schema: its type must be json_schema.", param="response_format"

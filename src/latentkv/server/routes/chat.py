@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
+from typing import Any
 from uuid import uuid4
 
 from fastapi import APIRouter
+from starlette.responses import Response
 
 from latentkv.completion import Completion
 from latentkv.engine import Request, Structure, TokenLogprobs
@@ -27,6 +30,7 @@ from latentkv.server.protocol.chat import (
     TokenLogprob,
     TopLogprob,
 )
+from latentkv.server.protocol.reasoning import template_variables
 from latentkv.server.protocol.sampling import Usage
 from latentkv.server.served import ServedModel
 from latentkv.server.sse import STREAMS, EventStream, data
@@ -38,19 +42,28 @@ RESERVED = {"self", "messages", "tools", "documents", "add_generation_prompt"}
 """What a template is given from elsewhere."""
 
 
-@router.post("/v1/chat/completions", response_model=ChatResponse, responses=STREAMS, response_model_exclude_none=True)
-async def chat(body: ChatRequest, context: InContext) -> ChatResponse | EventStream:
+@router.post("/v1/chat/completions", response_model=ChatResponse, responses=STREAMS)
+async def chat(body: ChatRequest, context: InContext) -> Response:
     """Answer a conversation."""
     context.require_model(body.model)
     context.note_user(body.user)
+    context.part_prefixes(body.cache_salt, cached=body.cache_prompt)
     compiles = body.response_format is not None or body.structured_outputs is not None or bool(body.tools)
     conversation = await context.model.off_loop(lambda: _read(context.model, body), compiles=compiles)
     job = Job(context, [conversation.request], keep=context.model.format.markers)
     writer = _Writer(context, conversation, len(job.choices))
     if body.stream:
-        events = writer.stream(job, usage=body.includes_usage)
+        events = writer.stream(job, usage=body.includes_usage, always=body.counts_as_it_goes)
         return EventStream(events, job.close)
-    return writer.whole(await job.completions(), job.usage)
+    return _as_json(writer.whole(await job.completions(), job.usage))
+
+
+def _as_json(answer: ChatResponse) -> Response:
+    """Of what is None nothing is written, but a content of null is: clients ask for it beside tool calls."""
+    fields = answer.model_dump(exclude_none=True)
+    for choice in fields["choices"]:
+        choice["message"].setdefault("content", None)
+    return Response(json.dumps(fields), media_type="application/json")
 
 
 @dataclass(frozen=True)
@@ -72,7 +85,7 @@ class _Conversation:
 
 def _read(model: ServedModel, body: ChatRequest) -> _Conversation:
     """Everything that takes long: the template, the tokens, the grammar."""
-    if body.top_logprobs is not None and not body.logprobs:
+    if body.top_logprobs and not body.logprobs:
         raise ApiError(400, "top_logprobs needs logprobs=true: set it, or leave it out.", param="top_logprobs")
     if body.max_tokens is not None and body.max_completion_tokens not in (None, body.max_tokens):
         raise ApiError(400, "max_tokens and max_completion_tokens differ: give one of them.", param="max_tokens")
@@ -80,9 +93,21 @@ def _read(model: ServedModel, body: ChatRequest) -> _Conversation:
     if reserved:
         name = min(reserved)
         raise ApiError(400, f"chat_template_kwargs may not set {name}: leave it out.", param="chat_template_kwargs")
+    if body.documents and "documents" not in model.template:
+        raise ApiError(
+            400, "documents: this model's chat template takes none; put them into a message.", param="documents"
+        )
     tools = read_tools(body.tools)
     choice = read_tool_choice(body.tool_choice, tools)
-    text = model.chat_text(body.messages, **({"tools": body.tools} if tools else {}), **body.chat_template_kwargs)
+    variables = {
+        **template_variables(
+            body.reasoning_effort, body.verbosity, model.template, reasons=model.format.reasoning is not None
+        ),
+        **body.chat_template_kwargs,
+        **({"tools": body.tools} if tools else {}),
+        **({"documents": body.documents} if body.documents else {}),
+    }
+    text = model.chat_text(body.messages, **variables)
     reasoning_open = reasoning_is_open(text, model.format)
     prompt = model.llm.chat_tokens(text)
     structure = body.structure
@@ -137,19 +162,22 @@ class _Writer:
             )
         return ChatResponse(id=self._id, created=self._created, model=self._model.name, choices=choices, usage=usage)
 
-    async def stream(self, job: Job, *, usage: bool) -> AsyncGenerator[str]:
+    async def stream(self, job: Job, *, usage: bool, always: bool) -> AsyncGenerator[str]:
+        def chunk(index: int, delta: ChatDelta, **more: Any) -> str:
+            choice = ChatChunkChoice(index=index, delta=delta, **more)
+            return self._chunk(choice, usage=job.usage if always else None)
+
         answers = [self._answer() for _ in job.choices]
         for index in range(len(answers)):
-            yield self._chunk(ChatChunkChoice(index=index, delta=ChatDelta(role="assistant", content="")))
+            yield chunk(index, ChatDelta(role="assistant", content=""))
         async for index, piece in job.pieces():
             answer, logprobs = answers[index], self._logprobs(piece.logprobs)
             deltas = answer.push(piece.text, last=piece.finish_reason is not None)
             for delta in deltas or ([ChatDelta(content="")] if logprobs else []):
-                yield self._chunk(ChatChunkChoice(index=index, delta=delta, logprobs=logprobs))
+                yield chunk(index, delta, logprobs=logprobs)
                 logprobs = None  # with the first of what a token adds
             if piece.finish_reason:
-                reason = answer.finish_reason(piece.finish_reason)
-                yield self._chunk(ChatChunkChoice(index=index, delta=ChatDelta(), finish_reason=reason))
+                yield chunk(index, ChatDelta(), finish_reason=answer.finish_reason(piece.finish_reason))
         if usage:
             yield self._chunk(usage=job.usage)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncGenerator, Sequence
+from dataclasses import replace
 from uuid import uuid4
 
 from fastapi import APIRouter
@@ -14,12 +15,15 @@ from latentkv.server.bodies import TokensRoute
 from latentkv.server.context import Context, InContext
 from latentkv.server.errors import ApiError
 from latentkv.server.generation import Job
+from latentkv.server.offsets import TextOffsets
 from latentkv.server.protocol.completions import (
     CompletionChoice,
     CompletionLogprobs,
     CompletionRequest,
     CompletionResponse,
 )
+from latentkv.server.protocol.foreign_names import AS_MANY_AS_FIT
+from latentkv.server.served import ServedModel
 from latentkv.server.sse import STREAMS, EventStream, data
 
 router = APIRouter(route_class=TokensRoute)
@@ -30,9 +34,10 @@ async def complete(body: CompletionRequest, context: InContext) -> CompletionRes
     """Continue one prompt or several."""
     context.require_model(body.model)
     context.note_user(body.user)
-    params = _params(body)
+    context.part_prefixes(body.cache_salt, cached=body.cache_prompt)
+    params = _params(body, context.model.capacity)
     prompts = await context.model.off_loop(
-        lambda: [context.model.llm.request(prompt, params) for prompt in _prompts(body)],
+        lambda: [_request(context.model, prompt, params, body) for prompt in _prompts(body)],
         compiles=params.structure is not None,
     )
     job = Job(context, prompts)
@@ -53,7 +58,7 @@ class _Writer:
         self._echoes = [
             given if isinstance(given, str) else self._text(given) for given in (_prompts(body) if body.echo else ())
         ]
-        self._offsets = [0] * (len(prompts) * body.n)
+        self._offsets = [self._offsets_of(index, prompt) for index, prompt in enumerate(prompts) for _ in range(body.n)]
 
     def whole(self, completions: list[Completion], job: Job) -> CompletionResponse:
         choices = [
@@ -78,7 +83,8 @@ class _Writer:
             prompt = () if index in begun else job.choices[index].prompt_token_ids
             begun.add(index)
             if piece.text or prompt or piece.logprobs or piece.finish_reason:
-                yield data(self._response([self._choice(index, piece, prompt)], job))
+                choice = self._choice(index, piece, prompt)
+                yield data(self._response([choice], job, usage=self._body.counts_as_it_goes))
         if self._body.includes_usage:
             yield data(self._response([], job, usage=True))
 
@@ -87,23 +93,26 @@ class _Writer:
         nothing_asked = self._body.max_tokens == 0
         text = "" if nothing_asked else piece.text
         entries: list[tuple[int, TokenLogprobs | None]] = []
+        offsets: list[int] = []
         if self._body.echo and prompt:
             text = self._echoes[index // self._n] + text
-            scores = piece.prompt_logprobs or []
-            entries += zip(prompt, [None, *scores], strict=True) if self._body.logprobs is not None else []
+            if self._body.logprobs is not None:
+                entries += zip(prompt, [None, *(piece.prompt_logprobs or ())], strict=True)
+                offsets += self._offsets[index].of_prompt()
         if not nothing_asked:
             entries += [(entry.token_id, entry) for entry in piece.logprobs or ()]
-        logprobs = None if self._body.logprobs is None else self._logprobs(index, entries)
+            offsets += [self._offsets[index].of_next(entry.token_id) for entry in piece.logprobs or ()]
+        logprobs = None if self._body.logprobs is None else self._logprobs(entries, offsets)
         return CompletionChoice(index=index, text=text, logprobs=logprobs, finish_reason=piece.finish_reason)
 
-    def _logprobs(self, index: int, entries: list[tuple[int, TokenLogprobs | None]]) -> CompletionLogprobs:
-        tokens = [self._text([token]) for token, _ in entries]
-        offsets: list[int] = []
-        for token in tokens:
-            offsets.append(self._offsets[index])
-            self._offsets[index] += len(token)
+    def _offsets_of(self, index: int, prompt: Request) -> TextOffsets:
+        echo = self._echoes[index] if self._body.echo else ""
+        shows_special = not isinstance(_prompts(self._body)[index], str)
+        return TextOffsets(self._model.llm.tokenizer, prompt.prompt_token_ids, echo, shows_special=shows_special)
+
+    def _logprobs(self, entries: list[tuple[int, TokenLogprobs | None]], offsets: list[int]) -> CompletionLogprobs:
         return CompletionLogprobs(
-            tokens=tokens,
+            tokens=[self._text([token]) for token, _ in entries],
             token_logprobs=[entry.logprob if entry else None for _, entry in entries],
             top_logprobs=[
                 {self._text([token]): value for token, value in entry.top.items()} if entry else None
@@ -124,7 +133,7 @@ class _Writer:
         return self._model.text_of(tokens)
 
 
-def _params(body: CompletionRequest) -> SamplingParams:
+def _params(body: CompletionRequest, capacity: int) -> SamplingParams:
     if body.stream and (body.best_of or body.n) > body.n:
         raise ApiError(400, "best_of cannot be streamed: which is best is known at the end.", param="best_of")
     if body.max_tokens == 0 and not body.echo:
@@ -132,11 +141,22 @@ def _params(body: CompletionRequest) -> SamplingParams:
             400, "max_tokens=0 asks for nothing: ask for a token, or for the prompt by echo.", param="max_tokens"
         )
     return body.sampling(
-        max(body.max_tokens, 1),
+        capacity if body.max_tokens == AS_MANY_AS_FIT else max(body.max_tokens, 1),
         best_of=body.best_of,
         logprobs=body.logprobs,
         prompt_logprobs=body.logprobs if body.echo else None,
     )
+
+
+def _request(model: ServedModel, prompt: str | list[int], params: SamplingParams, body: CompletionRequest) -> Request:
+    """One prompt, its text turned into tokens."""
+    if isinstance(prompt, str) and not body.add_special_tokens and model.require_tokenizer().adds_bos:
+        prompt = list(model.llm.request(prompt).prompt_token_ids[1:])
+    request = model.llm.request(prompt, params)
+    if body.max_tokens != AS_MANY_AS_FIT:
+        return request
+    room = model.room_after(len(request.prompt_token_ids))
+    return replace(request, params=replace(params, max_tokens=room), max_new_tokens=room)
 
 
 def _prompts(body: CompletionRequest) -> Sequence[str | list[int]]:

@@ -39,18 +39,21 @@ async def health(context: InContext, response: Response) -> HealthResponse:
     return HealthResponse(status=found.state, reason=found.reason)
 
 
+@router.head("/metrics", include_in_schema=False)
 @router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
 async def metrics(context: InContext) -> Response:
     """For Prometheus."""
     return Response(context.server.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
+@router.head("/v1/models", include_in_schema=False)
 @router.get("/v1/models")
 async def models(context: InContext) -> ModelList:
     """The one model."""
     return ModelList(data=[_card(context)])
 
 
+@router.head("/v1/models/{name:path}", include_in_schema=False)
 @router.get("/v1/models/{name:path}")
 async def model(name: Annotated[str, Path(max_length=1024)], context: InContext) -> ModelCard:
     """The one model, by name."""
@@ -94,6 +97,7 @@ async def detokenize(body: DetokenizeRequest, context: InContext) -> DetokenizeR
     return DetokenizeResponse(prompt=await served.off_loop(lambda: served.text_of(body.tokens)))
 
 
+@router.head("/stats", include_in_schema=False)
 @router.get("/stats")
 async def stats(context: InContext) -> StatsResponse:
     """What the page shows."""

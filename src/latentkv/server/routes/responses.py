@@ -17,6 +17,7 @@ from latentkv.server.bodies import BodyRoute
 from latentkv.server.context import Context, InContext
 from latentkv.server.errors import ApiError
 from latentkv.server.generation import Job
+from latentkv.server.protocol.reasoning import template_variables
 from latentkv.server.protocol.responses import (
     IncompleteDetails,
     OutputMessage,
@@ -56,7 +57,15 @@ async def respond(body: ResponsesRequest, context: InContext) -> ResponsesRespon
 
 
 def _read(model: ServedModel, body: ResponsesRequest) -> tuple[Request, bool]:
-    text = model.chat_text(_messages(body))
+    if "message.output_text.logprobs" in (body.include or ()):
+        raise ApiError(400, "include: log-probabilities come from /v1/chat/completions only.", param="include")
+    variables = template_variables(
+        body.reasoning.effort if body.reasoning else None,
+        body.text.verbosity if body.text else None,
+        model.template,
+        reasons=model.format.reasoning is not None,
+    )
+    text = model.chat_text(_messages(body), **variables)
     reasoning_open = reasoning_is_open(text, model.format)
     prompt = model.llm.chat_tokens(text)
     params = SamplingParams(
@@ -80,25 +89,10 @@ def _messages(body: ResponsesRequest) -> list[dict[str, Any]]:
     for index, item in enumerate(body.input):
         match item:
             case {"role": str(role), "content": content, **rest} if rest.get("type", "message") == "message":
-                messages.append({"role": role, "content": _content(content, f"input[{index}]")})
+                messages.append({"role": role, "content": content})
             case _:
                 raise ApiError(400, f"input[{index}] is no message: give role and content.", param="input")
     return messages
-
-
-def _content(content: Any, where: str) -> str:
-    if isinstance(content, str):
-        return content
-    texts: list[str] = []
-    for part in content if isinstance(content, list) else [None]:
-        match part:
-            case {"type": "input_text" | "output_text" | "text", "text": str(text)}:
-                texts.append(text)
-            case _:
-                raise ApiError(
-                    400, f"{where} has content that is not text: this server takes text only.", param="input"
-                )
-    return "".join(texts)
 
 
 def _structure(format: TextFormat | None) -> Structure | None:
@@ -177,6 +171,9 @@ class _Writer:
             max_output_tokens=body.max_output_tokens,
             temperature=body.temperature,
             top_p=body.top_p,
+            parallel_tool_calls=body.parallel_tool_calls,
+            tool_choice=body.tool_choice,
+            metadata=body.metadata,
             incomplete_details=IncompleteDetails() if reason == "length" else None,
             usage=None
             if reason is None

@@ -72,15 +72,15 @@ def read_tool_choice(value: object, tools: Sequence[Tool]) -> ToolChoice:
     match value:
         case None:
             return ToolChoice("auto" if tools else "none")
-        case "none":
+        case "none" | {"type": "none"}:
             return ToolChoice("none")
-        case "auto":
+        case "auto" | {"type": "auto"}:
             return ToolChoice("auto")
-        case "required":
+        case "required" | "any" | {"type": "required" | "any"}:  # "any" is Mistral's and Anthropic's word for it
             if not tools:
                 raise RequestError('tool_choice "required" needs tools: give at least one.')
             return ToolChoice("required")
-        case {"type": "function", "function": {"name": str(name)}}:
+        case {"type": "function", "function": {"name": str(name)}} | {"type": "function", "name": str(name)}:
             if all(tool.name != name for tool in tools):
                 raise RequestError(f"tool_choice names {name!r}, which is not among the tools.")
             return ToolChoice("required", name)
