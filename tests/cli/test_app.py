@@ -93,7 +93,7 @@ def test_a_repo_that_cannot_be_fetched_is_one_line(args, monkeypatch, capsys):
         main()
     error = capsys.readouterr().err
     assert ended.value.code == 2
-    assert "no-one/no-model" in error and error.count("\n") == 1
+    assert "no-one/no-such-model" in error and error.count("\n") == 1
 
 
 def test_interrupting_exits_with_130(model_folder):
