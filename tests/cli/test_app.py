@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 
-import huggingface_hub
 import pytest
 
 from latentkv.cli.app import main
@@ -87,7 +86,7 @@ def test_debug_after_a_double_dash_is_text(latentkv, model_folder):
     "args", [["generate", "hello", "-m", "no-one/no-such-model"], ["plan", "no-one/no-such-model"]]
 )
 def test_a_repo_that_cannot_be_fetched_is_one_line(args, monkeypatch, capsys):
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr(sys, "argv", ["latentkv", *args])
     with pytest.raises(SystemExit) as ended:
         main()
