@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import os
+
+# One thread, in the programs that tests start, too: small products do not wait for each other, results do not vary, and
+# the processes that run tests side by side leave each other a core. OpenMP reads it once, when torch is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import signal
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -19,7 +24,6 @@ if TYPE_CHECKING:
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-# One thread: small products do not wait for each other, and results do not vary.
 torch.set_num_threads(1)
 
 # The same examples every time: a run that fails can be run again.
@@ -28,6 +32,19 @@ hypothesis.settings.load_profile("latentkv")
 
 # A shell that runs the tests in the background has them ignore Ctrl-C, and so would the programs that they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+SHARED = {"live": "server", "reference": "server", "client": "server", "browser": "browser"}
+"""Fixtures that take long to make, and the group of tests that share one."""
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where tests run side by side, those of a file stay together, and those that share a server or a browser do."""
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            used = [SHARED[name] for name in getattr(item, "fixturenames", ()) if name in SHARED]
+            item.add_marker(pytest.mark.xdist_group(used[0] if used else item.path.name))
 
 
 # The server's tests and those of its faults; imported here when they ask, for all others need no server.

@@ -10,6 +10,9 @@ import time
 
 import pytest
 
+from latentkv.cli.app import main
+from latentkv.errors import ConfigError
+
 RUN = "import sys; from latentkv.cli.app import main; main()"
 
 
@@ -61,11 +64,17 @@ def test_an_error_is_one_line_on_stderr_and_exit_2():
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("args", [["--debug", "plan", "no-such-model"], ["plan", "no-such-model", "--debug"]])
-def test_debug_shows_the_traceback_wherever_it_stands(args):
-    done = run(*args)
+def test_debug_shows_the_traceback():
+    done = run("plan", "no-such-model", "--debug")
     assert done.returncode != 0
     assert "Traceback" in done.stderr and "ConfigError" in done.stderr
+
+
+@pytest.mark.parametrize("args", [["--debug", "plan", "no-such-model"], ["plan", "no-such-model", "--debug"]])
+def test_debug_lets_the_error_through_wherever_it_stands(args, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["latentkv", *args])
+    with pytest.raises(ConfigError):
+        main()
 
 
 def test_debug_after_a_double_dash_is_text(latentkv, model_folder):
@@ -73,11 +82,17 @@ def test_debug_after_a_double_dash_is_text(latentkv, model_folder):
     assert result.exit_code == 0, result.stderr
 
 
-def test_a_repo_that_cannot_be_fetched_is_one_line():
-    for args in (["generate", "hello", "-m", "no-one/no-such-model"], ["plan", "no-one/no-such-model"]):
-        done = run(*args)
-        assert done.returncode == 2
-        assert "no-one/no-such-model" in done.stderr and done.stderr.count("\n") == 1
+@pytest.mark.parametrize(
+    "args", [["generate", "hello", "-m", "no-one/no-such-model"], ["plan", "no-one/no-such-model"]]
+)
+def test_a_repo_that_cannot_be_fetched_is_one_line(args, monkeypatch, capsys):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(sys, "argv", ["latentkv", *args])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    error = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert "no-one/no-such-model" in error and error.count("\n") == 1
 
 
 def test_interrupting_exits_with_130(model_folder):

@@ -100,7 +100,7 @@ def test_healing_by_low_rank_updates_brings_the_model_nearer_and_moves_attention
     assert read_record(folder)["healings"][0]["lora_rank"] == 4
 
 
-@pytest.mark.parametrize("killed_at", [12, 30])
+@pytest.mark.parametrize(("models", "killed_at"), [("llama", 12), ("qwen2", 30)], indirect=["models"])
 def test_an_interrupted_healing_by_low_rank_updates_ends_with_the_same_weights(
     models: tuple[Path, Path], killed_at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -119,6 +119,7 @@ def test_an_interrupted_healing_by_low_rank_updates_ends_with_the_same_weights(
     assert (folder / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
 
 
+@pytest.mark.parametrize("models", ["qwen2"], indirect=True)  # what is told apart is not of the source
 def test_a_healing_that_is_killed_once_its_weights_are_written_does_not_add_its_updates_twice(
     models: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

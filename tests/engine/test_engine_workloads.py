@@ -225,8 +225,8 @@ class StoredWorkload(Workload):
                 self.patch.undo()
 
 
-Workload.TestCase.settings = settings(max_examples=60, stateful_step_count=25, deadline=None)
-StoredWorkload.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+Workload.TestCase.settings = settings(max_examples=30, stateful_step_count=25, deadline=None)
+StoredWorkload.TestCase.settings = settings(max_examples=30, stateful_step_count=30, deadline=None)
 TestWorkload = Workload.TestCase
 TestStoredWorkload = StoredWorkload.TestCase
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
-from tempfile import mkdtemp
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
@@ -29,13 +29,14 @@ pytestmark = pytest.mark.skipif(core.extension is None, reason="the native kerne
 
 PAGE = 16
 IDS = torch.randint(3, VOCAB, (45,), generator=torch.Generator().manual_seed(1)).tolist()
+FOLDERS = TemporaryDirectory(prefix="latentkv-models-")  # removed when the process ends
 by_name = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
 
 @cache
 def checkpoint(name: str) -> Path:
     """A checkpoint whose weights bfloat16 holds exactly, stored in float32."""
-    folder = Path(mkdtemp(prefix=f"latentkv-packing-{name}-"))
+    folder = Path(FOLDERS.name) / name
     save_checkpoint(next(case for case in CASES if case.name == name), folder)
     weights = {key: tensor.bfloat16().float() for key, tensor in load_file(folder / "model.safetensors").items()}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from tempfile import mkdtemp
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -23,6 +23,7 @@ TOLERANCE = 1e-4  # of the largest logit
 
 IDS = torch.randint(3, VOCAB, (PREFILL + STEPS,), generator=torch.Generator().manual_seed(1)).tolist()
 MLA_CASES = [case for case in CASES if "kv_lora_rank" in case.config]
+FOLDERS = TemporaryDirectory(prefix="latentkv-models-")  # removed when the process ends
 by_name = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 by_name_mla = pytest.mark.parametrize("case", MLA_CASES, ids=lambda case: case.name)
 
@@ -30,7 +31,7 @@ by_name_mla = pytest.mark.parametrize("case", MLA_CASES, ids=lambda case: case.n
 @cache
 def reference(name: str) -> tuple[Path, torch.Tensor]:
     """The case's checkpoint folder and transformers' logits [T, V] for IDS."""
-    folder = Path(mkdtemp(prefix=f"latentkv-{name}-"))
+    folder = Path(FOLDERS.name) / name
     model = save_checkpoint(next(case for case in CASES if case.name == name), folder)
     with torch.inference_mode():
         return folder, model(torch.tensor([IDS])).logits[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import random
 import re
@@ -119,10 +120,20 @@ def compiled(compiler: GrammarCompiler, structure: Structure) -> Grammar:
     return compiler.compile(structure.kind, structure.source)
 
 
+tried_once = functools.cache(grammar_module._try_out)
+
+
+@pytest.fixture
+def trials_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A grammar goes to its trial in a process once, not once for each tokenizer: of a tokenizer it knows nothing."""
+    monkeypatch.setattr(grammar_module, "_try_out", tried_once)
+
+
 def is_valid(schema: dict[str, Any], text: str) -> bool:
     return jsonschema_rs.Draft202012Validator(schema, validate_formats=True).is_valid(json.loads(text))
 
 
+@pytest.mark.usefixtures("trials_shared")
 @pytest.mark.parametrize("name", SCHEMAS)
 def test_json_holds_to_its_schema(compiler: GrammarCompiler, tokenizer: Tokenizer, name: str) -> None:
     grammar = compiled(compiler, Structure.json_schema(SCHEMAS[name]))
@@ -130,6 +141,7 @@ def test_json_holds_to_its_schema(compiler: GrammarCompiler, tokenizer: Tokenize
         assert is_valid(SCHEMAS[name], text), text
 
 
+@pytest.mark.usefixtures("trials_shared")
 @pytest.mark.parametrize("pattern", REGEXES)
 def test_a_text_matches_its_regex(compiler: GrammarCompiler, tokenizer: Tokenizer, pattern: str) -> None:
     grammar = compiled(compiler, Structure.regex(pattern))
