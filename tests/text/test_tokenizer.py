@@ -136,8 +136,8 @@ def test_folders_without_a_readable_tokenizer_are_explained(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
-        ("tokenizer_config.json", "{", "as JSON"),
-        ("tokenizer_config.json", "[]", "must hold a JSON object"),
+        ("tokenizer_config.json", "{", "not valid JSON"),
+        ("tokenizer_config.json", "[]", "holds no JSON object"),
         ("tokenizer_config.json", '{"bos_token": 3}', "malformed"),
         ("tokenizer_config.json", '{"added_tokens_decoder": {"x": {"content": "y"}}}', "malformed"),
         ("tokenizer_config.json", '{"added_tokens_decoder": {"7": {"content": "new"}}}', "'new' the id 7"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ from latentkv.checkpoint.fp8 import SCALE_SUFFIXES, block_size_of, dequantize_bl
 from latentkv.checkpoint.quantized import PACKED, REFUSED_PARTS, SCALE, SHAPE, unpack
 from latentkv.checkpoint.schemes import WeightScheme
 from latentkv.errors import CheckpointError
+from latentkv.json_files import INDEX_BYTES, read_json
 from latentkv.ops.weight_formats import QuantizedWeight
 
 SINGLE_FILE = "model.safetensors"
@@ -215,7 +215,7 @@ def _locate_tensors(folder: Path) -> dict[str, str]:
         return dict.fromkeys(_open(folder / SINGLE_FILE).keys(), SINGLE_FILE)
     if not (folder / INDEX_FILE).is_file():
         raise CheckpointError(_nothing_found(folder))
-    weight_map = _read_json(folder / INDEX_FILE).get("weight_map")
+    weight_map = read_json(folder / INDEX_FILE, CheckpointError, most_bytes=INDEX_BYTES).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{folder / INDEX_FILE} has no weight_map: download it again")
     shard_of = {str(name): str(shard) for name, shard in weight_map.items()}
@@ -248,21 +248,11 @@ def _open(path: Path) -> Any:
         ) from error
 
 
-def _read_json(path: Path) -> Mapping[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is not readable JSON ({error}): download it again") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds no JSON object: download it again")
-    return content
-
-
 def _quantization_config(folder: Path) -> Mapping[str, Any] | None:
     """`quantization_config` of config.json, a text model's inside its wrapper included."""
     if not (folder / "config.json").is_file():
         return None
-    config = _read_json(folder / "config.json")
+    config = read_json(folder / "config.json", CheckpointError)
     text_config = config.get("text_config")
     nested = text_config.get("quantization_config") if isinstance(text_config, dict) else None
     return config.get("quantization_config") or nested

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from latentkv.errors import ConfigError
+from latentkv.json_files import read_json
 from latentkv.models.config import GQAConfig, MLAConfig, ModelConfig, MoEConfig
 from latentkv.models.families import ALIASES, FAMILIES, Family
 from latentkv.models.rope_reader import read_rope
@@ -44,30 +44,15 @@ def read_config(source: Path | str | Mapping[str, Any]) -> ModelConfig:
     if isinstance(source, Mapping):
         raw = source
     elif (path := Path(source)).is_dir():
-        raw = read_json(path / "config.json")
+        raw = read_json(path / "config.json", ConfigError)
         if (path / "generation_config.json").exists():
-            generation = read_json(path / "generation_config.json")
+            generation = read_json(path / "generation_config.json", ConfigError)
     else:
-        raw = read_json(path)
+        raw = read_json(path, ConfigError)
     try:
         return _from_dict(raw, generation)
     except (TypeError, ValueError, AttributeError) as error:  # a word for a number, a list for an object
         raise ConfigError(f"config.json holds a value of the wrong kind: {error}.") from error
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Parse one JSON object, or raise ConfigError naming the file."""
-    try:
-        parsed = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path.parent} has no {path.name}; a model folder needs one.") from None
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read ({error.strerror}).") from None
-    except ValueError as error:
-        raise ConfigError(f"{path} is not valid JSON ({error}); fetch the file again.") from None
-    if not isinstance(parsed, dict):
-        raise ConfigError(f"{path} holds no JSON object; a model's config.json is one.")
-    return parsed
 
 
 def _from_dict(raw: Mapping[str, Any], generation: Mapping[str, Any]) -> ModelConfig:

@@ -17,8 +17,9 @@ from latentkv.checkpoint.quantized import packed_layout
 from latentkv.checkpoint.reader import SINGLE_FILE, CheckpointReader
 from latentkv.checkpoint.schemes import WeightScheme, choose_scheme
 from latentkv.checkpoint.shard import Entry, entry_bytes
-from latentkv.errors import CheckpointError
-from latentkv.models.config_reader import read_config, read_json
+from latentkv.errors import CheckpointError, ConfigError
+from latentkv.json_files import read_json
+from latentkv.models.config_reader import read_config
 from latentkv.ops.weight_formats import WeightFormat
 
 
@@ -91,7 +92,7 @@ def plan_copy(folder: Path, fmt: WeightFormat, group: int | None, max_shard_byte
     if not schemes:
         raise CheckpointError(f"{folder} holds no weight that could be quantised: is it a language model's?")
     kept = [_module(part) for part in parts if part.scheme is None and _is_linear(part)]
-    raw = read_json(folder / "config.json")
+    raw = read_json(folder / "config.json", ConfigError)
     if isinstance(raw.get("text_config"), dict):
         raw["text_config"].pop("quantization_config", None)
     raw["quantization_config"] = build_config(schemes, kept)

@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from latentkv.errors import TrainingError
+from latentkv.errors import ConfigError, TrainingError
 from latentkv.files import write_json
-from latentkv.models.config_reader import read_config, read_json
+from latentkv.json_files import read_json
+from latentkv.models.config_reader import read_config
 from latentkv.models.decoder import Decoder
 from latentkv.models.loading import load_model, save_pretrained
 from latentkv.text import Tokenizer, has_tokenizer, load_tokenizer
@@ -163,9 +164,9 @@ def _model_config(plan: TrainingPlan) -> dict[str, Any]:
     if plan.config is None and plan.init is None:
         raise TrainingError("Say what to train: a config.json, or --init CHECKPOINT.")
     if plan.config is not None:
-        raw = read_json(plan.config / "config.json" if plan.config.is_dir() else plan.config)
+        raw = read_json(plan.config / "config.json" if plan.config.is_dir() else plan.config, ConfigError)
     else:
-        raw = read_json(plan.init / "config.json") if plan.init else {}
+        raw = read_json(plan.init / "config.json", ConfigError) if plan.init else {}
     return stretch_rope(raw, plan.rope_scaling) if plan.rope_scaling else raw
 
 
@@ -260,7 +261,7 @@ def _fingerprint(folder: Path) -> str:
 
 def _data_facts(plan: TrainingPlan) -> dict[str, Any]:
     """What `write_tokens` noted of the encoded text."""
-    return read_json(plan.tokens_file.with_name(f"{plan.tokens_file.name}.json"))
+    return read_json(plan.tokens_file.with_name(f"{plan.tokens_file.name}.json"), TrainingError)
 
 
 def _identity(plan: TrainingPlan, raw: dict[str, Any]) -> str:
