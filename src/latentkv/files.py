@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Files: written whole or not at all, read only as far as their size and kind allow."""
 
 from __future__ import annotations
 
@@ -8,6 +8,34 @@ import os
 import stat
 from collections.abc import Callable
 from pathlib import Path
+
+
+def read_bytes(path: Path, error: type[Exception], most_bytes: int) -> bytes:
+    """All bytes of a regular file of at most `most_bytes`; nothing is read before kind and size are known.
+
+    Raises:
+        Exception: of type `error`, in one sentence: the file is missing, too large, no regular file (a pipe would never
+            end), or cannot be read.
+    """
+    try:
+        # Opening a pipe that nobody writes to would wait for ever.
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+        try:
+            found = os.fstat(descriptor)
+            if not stat.S_ISREG(found.st_mode):
+                raise error(f"{path} is no regular file: put the file itself there.")
+            if found.st_size > most_bytes:
+                raise error(f"{path} has {found.st_size:,} bytes, more than the {most_bytes:,} that it may.")
+            with os.fdopen(descriptor, "rb", closefd=False) as file:
+                return file.read(found.st_size)
+        finally:
+            os.close(descriptor)
+    except FileNotFoundError:
+        if path.is_symlink():
+            raise error(f"{path} is a link to {path.readlink()}, which is not there: fetch the file itself.") from None
+        raise error(f"{path.parent} has no {path.name}: it is needed.") from None
+    except (OSError, ValueError) as reason:  # a name with a null character is a ValueError
+        raise error(f"{path} cannot be read ({getattr(reason, 'strerror', None) or reason}).") from None
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:

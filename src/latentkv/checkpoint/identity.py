@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from contextlib import suppress
-from io import FileIO
 from pathlib import Path
 from typing import Any
 
 from latentkv.checkpoint.reader import CheckpointReader
-from latentkv.files import open_regular, write_json
-
-MEMO_BYTES = 16 << 20
-"""That are read of what is remembered: some hundred a file."""
+from latentkv.errors import CheckpointError
+from latentkv.files import write_json
+from latentkv.json_files import INDEX_BYTES, read_json
 
 
 def weights_digest(folder: Path, memo: Path) -> bytes:
@@ -53,11 +50,8 @@ def _state(path: Path) -> list[int]:
 def _read_memo(memo: Path) -> dict[str, list[Any]]:
     """The entries that can be made out."""
     try:
-        with FileIO(str(memo), opener=open_regular) as file:
-            found: Any = json.loads(file.read(MEMO_BYTES))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    if not isinstance(found, dict):
+        found = read_json(memo, CheckpointError, most_bytes=INDEX_BYTES)
+    except CheckpointError:
         return {}
     return {name: entry for name, entry in found.items() if _is_entry(entry)}
 

@@ -135,6 +135,8 @@ def why_missing(path: Path) -> str | None:
             f"{path} is a link to {path.readlink()}, which is not there: download the model again, or copy it with its "
             "links followed (`cp -L`)"
         )
+    if not path.is_file():  # opening a pipe would wait for ever
+        return None
     try:
         with path.open("rb") as file:
             start = file.read(len(_LFS_POINTER))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 
 from latentkv.checkpoint.layouts import describe_folder, refuse_missing
 from latentkv.errors import CheckpointError
+from latentkv.json_files import INDEX_BYTES, read_json
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -78,10 +78,4 @@ def read_object(path: Path) -> Mapping[str, Any]:
         CheckpointError: it cannot be read, or is none.
     """
     refuse_missing(path)
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is not readable JSON ({error}): download it again") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds no JSON object: download it again")
-    return content
+    return read_json(path, CheckpointError, most_bytes=INDEX_BYTES, remedy="download it again")

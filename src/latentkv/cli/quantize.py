@@ -97,12 +97,13 @@ def _progress(title: str) -> Generator[Callable[[int, int], None]]:
 
 
 def _add_to_report(target: Path, measured: dict[str, Any]) -> None:
+    from latentkv.errors import CheckpointError
     from latentkv.files import write_json
-    from latentkv.models.config_reader import read_json
+    from latentkv.json_files import read_json
     from latentkv.quantize import REPORT_FILE
 
     path = target / REPORT_FILE
-    write_json(path, read_json(path) | {"perplexity": measured})
+    write_json(path, read_json(path, CheckpointError) | {"perplexity": measured})
 
 
 def _print_report(report: QuantizationReport, target: Path, measured: dict[str, Any] | None) -> None:

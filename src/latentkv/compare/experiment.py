@@ -20,9 +20,9 @@ from latentkv.compare.report import ArmReport, Report, Speed, choose_rate, repor
 from latentkv.compare.runs import Run, RunFolder, RunResult
 from latentkv.compare.table import as_markdown
 from latentkv.compare.text import Text
-from latentkv.errors import TrainingError
+from latentkv.errors import RequestError, TrainingError
 from latentkv.files import write_json, write_text
-from latentkv.models.config_reader import read_json
+from latentkv.json_files import read_json
 
 REPORT_FILE, TABLE_FILE, PLOT_FILE = "compare.json", "compare.md", "compare.png"
 _SPEED_FILE = "speed.json"
@@ -146,7 +146,7 @@ class _Experiment:
         path = self._folder.out / _SPEED_FILE
         models = {run.arm.name: self._folder.model(run) for run in self._full_runs(self._seeds[0])}
         asked = {"models": {name: folder.name for name, folder in models.items()}, "depth": DEPTH}
-        stored = read_json(path) if path.exists() else {}
+        stored = read_json(path, RequestError) if path.exists() else {}
         if stored.get("asked") == asked:
             return {name: Speed(**values) for name, values in stored["speeds"].items()}
         with self._console.status("Decode speed"):
@@ -165,7 +165,7 @@ class _Experiment:
         return report
 
     def _report(self, speeds: dict[str, Speed]) -> Report:
-        options, data = self._options, read_json(self._folder.out / "data" / "tokens.bin.json")
+        options, data = self._options, read_json(self._folder.out / "data" / "tokens.bin.json", RequestError)
         finished = {arm.name: self._finished(arm) for arm in self._arms}
         losses, bits = (
             {

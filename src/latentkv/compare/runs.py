@@ -18,7 +18,7 @@ from latentkv.compare.options import CompareOptions
 from latentkv.compare.text import HeldOut, Text
 from latentkv.errors import DivergedError, RequestError
 from latentkv.files import write_json
-from latentkv.models.config_reader import read_json
+from latentkv.json_files import INDEX_BYTES, read_json
 from latentkv.train import TrainingPlan, TrainOptions, train_model
 
 _OPTIONS_FILE = "options.json"
@@ -79,7 +79,7 @@ class RunFolder:
         self._options = options
         self._facts = options.fixed() | {"text": text.digest()}
         if (out / _OPTIONS_FILE).exists():
-            _require_same(out, read_json(out / _OPTIONS_FILE), self._facts)
+            _require_same(out, read_json(out / _OPTIONS_FILE, RequestError), self._facts)
         elif out.exists() and any(out.iterdir()):
             raise RequestError(f"{out} holds something else than a comparison: give a new folder as --out.")
         else:
@@ -91,7 +91,7 @@ class RunFolder:
     def result(self, run: Run) -> RunResult | None:
         """What came of a run; None where it has not been finished."""
         path = self._result_file(run)
-        found = read_json(path) if path.exists() else {}
+        found = read_json(path, RequestError) if path.exists() else {}
         if found.get("fingerprint") != self._fingerprint(run):
             return None
         return RunResult(**{name: found[name] for name in RunResult.__dataclass_fields__})
@@ -123,7 +123,7 @@ class RunFolder:
         try:
             if not train_model(plan, self._training(run), console):
                 return None
-            result = self._measured(read_json(folder / "training.json"))
+            result = self._measured(read_json(folder / "training.json", RequestError, most_bytes=INDEX_BYTES))
         except DivergedError:
             if run.keep:
                 raise

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from latentkv.convert.page import render_page
+from latentkv.errors import CheckpointError
 from latentkv.files import write_json, write_text
-from latentkv.models.config_reader import read_json
+from latentkv.json_files import read_json
 
 REPORT_FILE = "report.json"
 PAGE_FILE = "report.html"
@@ -17,7 +18,7 @@ PAGE_FILE = "report.html"
 def read_record(folder: Path) -> dict[str, Any]:
     """What is known of the conversion in `folder`; empty where nothing is."""
     path = folder / REPORT_FILE
-    return read_json(path) if path.is_file() else {}
+    return read_json(path, CheckpointError) if path.is_file() else {}
 
 
 def write_record(folder: Path, record: Mapping[str, Any]) -> None:

@@ -22,6 +22,7 @@ from latentkv.convert.states import HiddenStates
 from latentkv.convert.target import TargetFolder
 from latentkv.errors import CheckpointError
 from latentkv.files import write_json
+from latentkv.json_files import read_json
 from latentkv.llm_options import kv_format
 from latentkv.models.config import ModelConfig
 from latentkv.models.config_reader import read_config
@@ -129,7 +130,7 @@ class _Conversion:
             plan, errors = self._survey([LayerPlan(*size, **self._method) for size in sizes])
             forecasts = [[*size, error] for size, error in zip(sizes, errors, strict=True)] if errors else []
             write_json(path, {"plan": asdict(plan), "forecasts": forecasts})
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_json(path, CheckpointError, remedy="remove it, and the same command makes it again")
         plan = LayerPlan(**found["plan"] | {"counts": tuple(found["plan"]["counts"])})
         return plan, tuple((rank, dim, error) for rank, dim, error in found["forecasts"])
 
@@ -169,7 +170,7 @@ class _Conversion:
                 self._convert_layer(index, plan, states, after, path)
                 if index:
                     states.path.unlink(missing_ok=True)
-            found = json.loads(path.read_text(encoding="utf-8"))
+            found = read_json(path, CheckpointError, remedy="remove it, and the same command makes it again")
             rows.append(LayerRow(**found["row"]))
             frequencies, biases = torch.tensor(found["frequencies"], dtype=torch.float64), found["biases"]
             states = after

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +20,7 @@ from latentkv.convert.report import ConversionReport
 from latentkv.convert.source import SourceModel
 from latentkv.errors import CheckpointError
 from latentkv.files import sync, write_json
+from latentkv.json_files import read_any_json, read_json
 
 _STATE = ".converting"
 
@@ -49,7 +49,7 @@ class TargetFolder:
         path = self.folder / REPORT_FILE
         if not (path.is_file() and (self.folder / CONFIG_FILE).is_file()):
             return None
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path, CheckpointError, remedy="remove the folder and convert again")
         if content.pop("fingerprint", None) != self._fingerprint:
             return None
         shutil.rmtree(self.state, ignore_errors=True)
@@ -59,7 +59,7 @@ class TargetFolder:
         """Make the folder this conversion's own; refuse one that is another's."""
         state = self.state / "conversion.json"
         if state.is_file():
-            if json.loads(state.read_text(encoding="utf-8")) != self._fingerprint:
+            if read_any_json(state, CheckpointError, remedy="remove the folder and convert again") != self._fingerprint:
                 raise CheckpointError(
                     f"{self.folder} holds an unfinished conversion of another source, or with other options: remove it"
                 )

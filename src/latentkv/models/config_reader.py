@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from latentkv.checkpoint.layouts import ORIGINAL, describe_folder, foreign_quant
 from latentkv.checkpoint.locate import CONFIG_FILE, holds_weights
 from latentkv.checkpoint.wrapper import config_levels, outermost
 from latentkv.errors import ConfigError
+from latentkv.json_files import read_json
 from latentkv.models.config import GQAConfig, MLAConfig, ModelConfig, MoEConfig
 from latentkv.models.families import ALIASES, FAMILIES, SPELLINGS, TEXT_MODEL_OF, Family, family_of
 from latentkv.models.rope_reader import longest_context, read_rope
@@ -52,31 +52,26 @@ def read_config(source: Path | str | Mapping[str, Any]) -> ModelConfig:
     if isinstance(source, Mapping):
         raw = source
     elif (path := Path(source)).is_dir():
-        raw = read_json(path / "config.json")
+        raw = read_model_json(path / CONFIG_FILE)
         if (path / "generation_config.json").exists():
-            generation = read_json(path / "generation_config.json")
+            generation = read_model_json(path / "generation_config.json")
     else:
-        raw = read_json(path)
+        raw = read_model_json(path)
     try:
         return _from_dict(raw, generation)
     except (TypeError, ValueError, AttributeError) as error:  # a word for a number, a list for an object
         raise ConfigError(f"config.json holds a value of the wrong kind: {error}.") from error
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Parse one JSON object, or raise ConfigError naming the file."""
-    try:
-        parsed = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(_why_absent(path)) from None
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read ({error.strerror}).") from None
-    except ValueError as error:
-        reason = why_missing(path) or f"{path} is not valid JSON ({error}); fetch the file again"
-        raise ConfigError(f"{reason}.") from None
-    if not isinstance(parsed, dict):
-        raise ConfigError(f"{path} holds no JSON object; a model's config.json is one.")
-    return parsed
+def read_model_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file of a model's folder.
+
+    Raises:
+        ConfigError: it cannot be read; where the file is missing, the sentence says what is there instead.
+    """
+    if not path.exists() or (path.is_file() and why_missing(path)):
+        raise ConfigError(_why_absent(path))
+    return read_json(path, ConfigError)
 
 
 def _why_absent(path: Path) -> str:

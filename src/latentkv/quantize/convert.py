@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import shutil
@@ -21,6 +20,7 @@ from latentkv.checkpoint.quantized import pack
 from latentkv.checkpoint.shard import write_shard
 from latentkv.errors import CheckpointError, OpError
 from latentkv.files import sync, write_json
+from latentkv.json_files import read_any_json, read_json
 from latentkv.ops.weight_formats import WeightFormat, quantize_weight, require_format
 from latentkv.quantize.layout import CopyLayout, Part, plan_copy
 from latentkv.quantize.report import QuantizationReport, ReportRow, squared_error
@@ -83,7 +83,7 @@ def _finished_report(target: Path, layout: CopyLayout) -> QuantizationReport | N
     """The report of a complete copy that this very conversion made; None where there is none."""
     if not all((target / name).is_file() for name in (REPORT_FILE, CONFIG_FILE, *layout.shards)):
         return None
-    content = json.loads((target / REPORT_FILE).read_text(encoding="utf-8"))
+    content = read_json(target / REPORT_FILE, CheckpointError, remedy="remove the folder and quantize again")
     return QuantizationReport.from_json(content) if content.get("fingerprint") == layout.fingerprint else None
 
 
@@ -91,7 +91,7 @@ def _claim(target: Path, layout: CopyLayout) -> None:
     """Make the folder this conversion's own; refuse one that is another's, or on a disk too small."""
     state = target / _STATE / "conversion.json"
     if state.is_file():
-        if json.loads(state.read_text(encoding="utf-8")) != layout.fingerprint:
+        if read_any_json(state, CheckpointError, remedy="remove the folder and quantize again") != layout.fingerprint:
             raise CheckpointError(
                 f"{target} holds an unfinished copy of another source, or with other options: remove it first"
             )
@@ -120,7 +120,10 @@ def _convert(layout: CopyLayout, target: Path, on_progress: Callable[[int, int],
             tensors = _converted(layout, parts, own, lambda n, done=done: on_progress(done + n, total))
             write_shard(target / name, entries, tensors)
             write_json(state, [asdict(row) for row in QuantizationReport.of(own).rows])
-        rows += [ReportRow(**row) for row in json.loads(state.read_text(encoding="utf-8"))]
+        rows += [
+            ReportRow(**row)
+            for row in read_any_json(state, CheckpointError, remedy="remove it, and the same command makes it again")
+        ]
     on_progress(total, total)
     return rows
 

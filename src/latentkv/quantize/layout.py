@@ -20,7 +20,7 @@ from latentkv.checkpoint.schemes import WeightScheme, choose_scheme
 from latentkv.checkpoint.shard import Entry, entry_bytes
 from latentkv.checkpoint.wrapper import without
 from latentkv.errors import CheckpointError
-from latentkv.models.config_reader import read_json
+from latentkv.models.config_reader import read_model_json
 from latentkv.models.stored_config import open_checkpoint
 from latentkv.ops.weight_formats import WeightFormat
 
@@ -93,7 +93,7 @@ def plan_copy(folder: Path, fmt: WeightFormat, group: int | None, max_shard_byte
     if not schemes:
         raise CheckpointError(f"{folder} holds no weight that could be quantised: is it a language model's?")
     kept = [_module(part) for part in parts if part.scheme is None and _is_linear(part)]
-    raw = without(read_json(folder / CONFIG_FILE), "quantization_config")
+    raw = without(read_model_json(folder / CONFIG_FILE), "quantization_config")
     raw["quantization_config"] = build_config(schemes, kept)
     return CopyLayout(
         reader=reader,

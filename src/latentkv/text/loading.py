@@ -1,10 +1,10 @@
 """Which tokenizer a folder holds: the first of the files that say it all, and a true word about the others."""
 
-import json
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from latentkv.errors import TokenizerError
+from latentkv.json_files import read_json
 from latentkv.text.backends import HuggingFaceBackend, read_tokenizer_json
 from latentkv.text.mistral_pattern import fix_mistral_pattern
 from latentkv.text.settings import TokenizerSettings, read_settings
@@ -87,10 +87,9 @@ def _vocab_merges(folder: Path, settings: TokenizerSettings) -> Tokenizer:
 def _config(folder: Path) -> dict[str, Any]:
     """The model's config.json; a damaged one is told of where the model is read."""
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        return read_json(folder / "config.json", TokenizerError)
+    except TokenizerError:
         return {}
-    return cast("dict[str, Any]", config) if isinstance(config, dict) else {}
 
 
 def _ranks_file(folder: Path) -> Path | None:

@@ -1,6 +1,5 @@
 """What the small JSON files beside a tokenizer say: special tokens, BOS habits, stop ids, chat templates."""
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any, cast
 from tokenizers import AddedToken
 
 from latentkv.errors import TokenizerError
+from latentkv.json_files import read_json
 from latentkv.text.template_files import read_templates
 from latentkv.token_ids import read_token_id, read_token_ids
 
@@ -112,15 +112,7 @@ def read_settings(folder: Path) -> TokenizerSettings:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise TokenizerError(f"Cannot read {path} as JSON: {error}.") from error
-    if not isinstance(value, dict):
-        raise TokenizerError(f"{path} must hold a JSON object, not a {type(value).__name__}.")
-    return cast(dict[str, Any], value)
+    return read_json(path, TokenizerError) if path.exists() or path.is_symlink() else {}
 
 
 def _flag(config: dict[str, Any], key: str) -> bool | None:

@@ -1,13 +1,13 @@
 """`vocab.json` and `merges.txt`: byte-level BPE in GPT-2's two files, which do not say how a text is cut."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from latentkv.errors import TokenizerError
+from latentkv.json_files import INDEX_BYTES, read_json
 from latentkv.text.decoders import BYTE_CHARACTERS
 from latentkv.text.settings import TokenizerSettings
 from latentkv.token_ids import read_token_id
@@ -113,15 +113,11 @@ def _remedy(folder: Path) -> str:
 
 
 def _read_vocab(path: Path) -> dict[str, int]:
-    try:
-        vocab: Any = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise TokenizerError(f"{path.parent} has merges.txt but no vocab.json: fetch both files.") from None
-    except (OSError, ValueError) as error:
-        raise TokenizerError(f"Cannot read {path} as JSON: {error}.") from error
-    if not isinstance(vocab, dict) or not vocab:
+    if not path.exists():
+        raise TokenizerError(f"{path.parent} has merges.txt but no vocab.json: fetch both files.")
+    tokens = read_json(path, TokenizerError, most_bytes=INDEX_BYTES)
+    if not tokens:
         raise TokenizerError(f"{path} must be a JSON object of token ids by tokens, with at least one.")
-    tokens = cast("dict[str, Any]", vocab)
     for token, token_id in tokens.items():
         if read_token_id(token_id, f"{path.name}: {token!r:.40}", TokenizerError) is None:
             raise TokenizerError(f"{path.name}: {token!r:.40} must have a token id, not {token_id!r}.")

@@ -15,9 +15,12 @@ from torch import Tensor
 
 from latentkv.errors import TrainingError
 from latentkv.files import sync
+from latentkv.json_files import INDEX_BYTES, read_json
 
 KEEP = 2
 PREFIX = "step-"
+
+_REMEDY = "remove its folder to resume from the checkpoint before"
 
 
 @dataclass(frozen=True)
@@ -62,12 +65,10 @@ def load_checkpoint(path: Path) -> Checkpoint:
         return Checkpoint(
             load_file(path / "weights.safetensors"),
             load_file(path / "optimizer.safetensors"),
-            json.loads((path / "state.json").read_text(encoding="utf-8")),
+            read_json(path / "state.json", TrainingError, most_bytes=INDEX_BYTES, remedy=_REMEDY),
         )
     except (OSError, ValueError, SafetensorError) as error:
-        raise TrainingError(
-            f"The training checkpoint {path} cannot be read ({error}): remove it to resume from the one before."
-        ) from error
+        raise TrainingError(f"The training checkpoint {path} cannot be read ({error}): {_REMEDY}.") from error
 
 
 def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

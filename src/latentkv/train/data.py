@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +12,12 @@ from numpy.typing import NDArray
 
 from latentkv.errors import TrainingError
 from latentkv.files import write_json, write_whole
+from latentkv.json_files import read_json
 
 BLOCK_CHARACTERS = 1 << 20
 EVAL_PIECES_PER_FILE = 8
+
+_REMEDY = "remove it, and the text is encoded again"
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,8 @@ def write_tokens(
     for text in corpus.training_texts():
         digest.update(text.encode())
     identity = digest.hexdigest()
-    if not (path.exists() and meta_path.exists() and json.loads(meta_path.read_text()).get("sha256") == identity):
+    known = read_json(meta_path, TrainingError, remedy=_REMEDY) if path.exists() and meta_path.exists() else {}
+    if known.get("sha256") != identity:
         path.parent.mkdir(parents=True, exist_ok=True)
         meta_path.unlink(missing_ok=True)
         size = 0

@@ -11,7 +11,9 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from latentkv.errors import TrainingError
 from latentkv.files import write_text, write_whole
+from latentkv.json_files import parse_json
 
 Record = dict[str, Any]
 
@@ -108,8 +110,8 @@ def _read_records(path: Path) -> list[Record]:
     records: list[Record] = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try:
-            records.append(json.loads(line))
-        except ValueError:  # the line that a kill cut short
+            records.append(parse_json(line, str(path), TrainingError))
+        except TrainingError:  # the line that a kill cut short
             break
     return records
 

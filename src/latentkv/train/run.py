@@ -20,7 +20,8 @@ from rich.console import Console
 from latentkv.checkpoint.wrapper import text_config
 from latentkv.errors import TrainingError
 from latentkv.files import write_json
-from latentkv.models.config_reader import read_config, read_json
+from latentkv.json_files import read_json
+from latentkv.models.config_reader import read_config, read_model_json
 from latentkv.models.decoder import Decoder
 from latentkv.models.loading import load_model, save_pretrained
 from latentkv.text import Tokenizer, has_tokenizer, load_tokenizer
@@ -164,9 +165,9 @@ def _model_config(plan: TrainingPlan) -> dict[str, Any]:
     if plan.config is None and plan.init is None:
         raise TrainingError("Say what to train: a config.json, or --init CHECKPOINT.")
     if plan.config is not None:
-        raw = read_json(plan.config / "config.json" if plan.config.is_dir() else plan.config)
+        raw = read_model_json(plan.config / "config.json" if plan.config.is_dir() else plan.config)
     else:
-        raw = read_json(plan.init / "config.json") if plan.init else {}
+        raw = read_model_json(plan.init / "config.json") if plan.init else {}
     return stretch_rope(raw, plan.rope_scaling) if plan.rope_scaling else raw
 
 
@@ -261,7 +262,7 @@ def _fingerprint(folder: Path) -> str:
 
 def _data_facts(plan: TrainingPlan) -> dict[str, Any]:
     """What `write_tokens` noted of the encoded text."""
-    return read_json(plan.tokens_file.with_name(f"{plan.tokens_file.name}.json"))
+    return read_json(plan.tokens_file.with_name(f"{plan.tokens_file.name}.json"), TrainingError)
 
 
 def _identity(plan: TrainingPlan, raw: dict[str, Any]) -> str:

@@ -5,17 +5,16 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from latentkv.errors import ConfigError
 from latentkv.files import write_json
+from latentkv.json_files import read_json
 from latentkv.ops.triton.blocks import AttendBlocks, AttendShape, attend_blocks, shared_memory_of
 
 TUNED_FILE = Path(str(files("latentkv.ops.triton"))) / "tuned_blocks.json"
@@ -51,8 +50,8 @@ def read_tuned(path: Path) -> Tuned:
     """
     if not path.exists():
         return {}
+    found = read_json(path, ConfigError, remedy="delete it, or tune anew")
     try:
-        found: Any = json.loads(path.read_text(encoding="utf-8"))
         for shapes in found.values():
             for sizes in shapes.values():
                 AttendBlocks(**sizes)
