@@ -1,4 +1,4 @@
-"""RELIABILITY line 14: chat templates are programs of strangers."""
+"""docs/reliability.md, line 14: chat templates are programs of strangers."""
 
 from __future__ import annotations
 
