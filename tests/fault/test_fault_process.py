@@ -117,7 +117,7 @@ def test_line_13_a_truncated_model_is_one_sentence_and_exit_code_2(tmp_path: Pat
 
 
 def test_line_17_only_this_machine_is_let_in_unless_there_is_a_key_or_it_is_said() -> None:
-    found = run("--host", "0.0.0.0")
+    found = run("--host", "0.0.0.0", "no/such-model")
     assert found.returncode == 2
     assert "--api-key-file" in found.stderr and "--allow-anyone" in found.stderr
 

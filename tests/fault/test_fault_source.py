@@ -10,7 +10,7 @@ import latentkv
 CODE_OF_A_CHECKPOINT = re.compile(r"""trust_remote_code["']?\s*[=:](?!\s*False\b)""")
 
 
-def test_line_17_no_checkpoint_s_own_code_is_trusted() -> None:
+def test_line_17_the_code_of_a_checkpoint_is_never_trusted() -> None:
     files = sorted(Path(latentkv.__file__).parent.rglob("*.py"))
     assert len(files) > 100
     assert [path.name for path in files if CODE_OF_A_CHECKPOINT.search(path.read_text("utf-8"))] == []
