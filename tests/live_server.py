@@ -35,7 +35,7 @@ class Live:
     def llm(self) -> LLM:
         return self.server.model.llm
 
-    def wait_until_free(self, seconds: float = 5) -> None:
+    def wait_until_free(self, seconds: float = 30) -> None:
         """Until no request holds a page."""
         deadline = time.monotonic() + seconds
         pool = self.llm.cache.pool

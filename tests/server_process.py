@@ -35,7 +35,7 @@ class ServerProcess:
         is_json = answer.headers.get_content_type() == "application/json"
         return answer.status, json.loads(text) if is_json else text
 
-    def wait_until_idle(self, seconds: float = 10) -> None:
+    def wait_until_idle(self, seconds: float = 60) -> None:
         """Until no request holds a page."""
         deadline = time.monotonic() + seconds
         while True:
@@ -47,7 +47,7 @@ class ServerProcess:
 
 
 @contextmanager
-def server_process(*arguments: str, command: Sequence[str] = COMMAND, seconds: float = 30) -> Generator[ServerProcess]:
+def server_process(*arguments: str, command: Sequence[str] = COMMAND, seconds: float = 120) -> Generator[ServerProcess]:
     """A server that has begun to serve; killed at the end if it still runs."""
     process = subprocess.Popen([*command, *arguments], stderr=subprocess.PIPE, text=True)
     lines: list[str] = []

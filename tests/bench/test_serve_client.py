@@ -43,8 +43,9 @@ def test_an_answer_has_a_time_for_each_chunk_with_text_and_the_servers_counts(se
     assert (answer.prompt_tokens, answer.output_tokens, answer.cached_tokens) == (4, 5, None)
     assert len(answer.chunk_times) == 5
     assert answer.due <= answer.sent
-    assert answer.chunk_times[0] - answer.sent >= 0.1  # a chat's first chunk, its role, came at once
-    assert answer.chunk_times[4] - answer.chunk_times[0] >= 0.08 - 0.005
+    # At least, for the server waits as long after it was asked; a chat's first chunk, its role, came at once.
+    assert answer.chunk_times[0] - answer.sent >= 0.1
+    assert answer.chunk_times[4] - answer.sent >= 0.18
     assert answer.chunk_times == sorted(answer.chunk_times)
     assert answer.ended >= answer.chunk_times[4]
 

@@ -1,14 +1,39 @@
 import asyncio
 from itertools import count, islice
-from time import perf_counter
 
 import pytest
 
+from latentkv.bench import serve_load
 from latentkv.bench.serve_arrivals import arrivals
 from latentkv.bench.serve_client import Answer, Failure
 from latentkv.bench.serve_load import Level, LevelRun, Limit, run_level
 from latentkv.bench.serve_workload import LoadRequest
 from latentkv.errors import RequestError
+
+
+class Clock(asyncio.SelectorEventLoop):
+    """A loop in which nothing takes time but what is slept, and that takes none outside of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 0.0
+        self.select, self._selector.select = self._selector.select, self.skip
+
+    def time(self) -> float:
+        return self.now
+
+    def skip(self, seconds: float | None) -> list:
+        self.now += seconds or 0.0
+        return self.select(seconds if seconds is None else 0)
+
+
+def now() -> float:
+    return asyncio.get_running_loop().time()
+
+
+@pytest.fixture(autouse=True)
+def clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve_load, "perf_counter", now)
 
 
 class Server:
@@ -20,7 +45,7 @@ class Server:
         self.under_way = self.most = 0
 
     async def ask(self, request: LoadRequest, due: float) -> Answer:
-        answer = Answer(due=due, sent=perf_counter(), failure=Failure("HTTP 500", "") if self.fails else None)
+        answer = Answer(due=due, sent=now(), failure=Failure("HTTP 500", "") if self.fails else None)
         self.asked.append(request.output_tokens)
         self.under_way += 1
         self.most = max(self.most, self.under_way)
@@ -28,7 +53,7 @@ class Server:
             await asyncio.sleep(self.seconds)
         finally:
             self.under_way -= 1
-        answer.ended = perf_counter()
+        answer.ended = now()
         return answer
 
 
@@ -47,7 +72,8 @@ def load(server: Server, level: Level, limit: Limit, interrupt_after: int | None
         await asyncio.sleep(0)  # a task that was cancelled would end here
         return run
 
-    return asyncio.run(main())
+    with asyncio.Runner(loop_factory=Clock) as runner:
+        return runner.run(main())
 
 
 @pytest.mark.parametrize("concurrency", [1, 3, 20])
@@ -57,22 +83,22 @@ def test_a_closed_loop_keeps_that_many_requests_under_way_and_sends_exactly_what
     assert server.most == min(concurrency, 12)
     assert server.asked == list(range(12))
     assert (run.sent, len(run.answers), run.failed, run.interrupted) == (12, 12, 0, False)
-    assert run.seconds >= 0.005 * 12 / concurrency
+    assert run.seconds == pytest.approx(0.005 * -(-12 // concurrency))
     assert run.seconds == max(answer.ended for answer in run.answers) - run.started
 
 
 def test_a_level_sends_nothing_after_its_duration_and_waits_for_what_is_under_way():
     server = Server(0.04)
     run = load(server, Level(concurrency=2), Limit(None, 0.1))
-    assert max(answer.sent for answer in run.answers) - run.started < 0.1 + 1.0
+    assert [answer.sent - run.started for answer in run.answers] == pytest.approx([0, 0, 0.04, 0.04, 0.08, 0.08])
     assert len(run.answers) == run.sent == len(server.asked)
-    assert 2 <= run.sent <= 6
+    assert run.seconds == pytest.approx(0.12)
     assert server.under_way == 0
 
 
 def test_whichever_limit_is_first_counts():
     assert load(Server(), Level(concurrency=1), Limit(3, 60)).sent == 3
-    assert load(Server(0.03), Level(concurrency=1), Limit(1000, 0.05)).sent <= 2
+    assert load(Server(0.03), Level(concurrency=1), Limit(1000, 0.05)).sent == 2
 
 
 def test_at_a_rate_requests_are_due_when_they_arrive_whether_or_not_others_have_ended():
@@ -80,7 +106,7 @@ def test_at_a_rate_requests_are_due_when_they_arrive_whether_or_not_others_have_
     run = load(server, Level(rate=200.0), Limit(20, None))
     due = sorted(answer.due - run.started for answer in run.answers)
     assert due == pytest.approx(list(islice(arrivals(200.0, 1.0, 0), 20)))
-    assert all(answer.sent >= answer.due - 1e-3 for answer in run.answers)
+    assert all(answer.sent == pytest.approx(answer.due) for answer in run.answers)
     assert server.most == 20
 
 
@@ -97,7 +123,7 @@ def test_an_interrupted_level_keeps_what_was_answered_and_says_what_was_not(leve
     assert run.interrupted
     assert 4 <= len(run.answers) < run.sent
     assert server.under_way == 0
-    assert run.seconds >= 0.05
+    assert run.seconds == pytest.approx(0.05 if level.concurrency else run.answers[-1].ended - run.started)
 
 
 def test_failures_are_counted_as_they_come():
@@ -108,7 +134,8 @@ def test_failures_are_counted_as_they_come():
         ask = Server(fails=True).ask
         await run_level(ask, requests, Level(concurrency=1), Limit(3, None), 0, lambda run: seen.append(run.failed))
 
-    asyncio.run(main())
+    with asyncio.Runner(loop_factory=Clock) as runner:
+        runner.run(main())
     assert seen == [1, 2, 3]
 
 

@@ -91,16 +91,17 @@ def test_what_can_never_fit_is_refused_by_submit(thread: EngineThread) -> None:
 
 
 def test_one_that_is_given_up_hears_no_more_and_holds_no_page(thread: EngineThread, engine: Engine) -> None:
-    listener, other = Listener(), Listener()
+    listener, first, second = Listener(), Listener(), Listener()
     ticket = thread.submit(ask([5, 6], max_tokens=100), listener)
     while not listener.got:
         time.sleep(0.001)
     thread.abort(ticket)
     thread.abort(ticket)
-    time.sleep(0.05)
+    thread.submit(ask([9], max_tokens=3), first)
+    assert first.done.wait(10)  # and with it the step that was under way
     heard = len(listener.got)
-    thread.submit(ask([9], max_tokens=3), other)
-    assert other.done.wait(10)
+    thread.submit(ask([9], max_tokens=3), second)
+    assert second.done.wait(10)
     assert len(listener.got) == heard < 100
     assert not listener.done.is_set()
     assert engine.cache.pool.free_pages == engine.cache.num_pages

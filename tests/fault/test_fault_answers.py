@@ -1,4 +1,4 @@
-"""RELIABILITY lines 1, 2, 8, 11 and 18: nothing that happens beside a request changes its answer."""
+"""docs/reliability.md, lines 1, 2, 8, 11 and 18: nothing that happens beside a request changes its answer."""
 
 from __future__ import annotations
 

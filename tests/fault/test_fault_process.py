@@ -1,4 +1,4 @@
-"""RELIABILITY lines 5, 13 and 17, and how a server's process ends: by signals, by force, by its own failure."""
+"""docs/reliability.md, lines 5, 13 and 17, and how a server's process ends: by signals, by force, by itself."""
 
 from __future__ import annotations
 
@@ -45,33 +45,43 @@ def wait_until_running(server: ServerProcess, count: int) -> None:
         time.sleep(0.01)
 
 
+def test_a_signal_under_load_lets_requests_end_and_exits_0() -> None:
+    with server_process(*SMALL, "--drain-seconds", "120") as server:
+        (thread,) = ask_in_background(server, body := {"prompt": "x", "max_tokens": 1000, "ignore_eos": True})
+        wait_until_running(server, 1)
+        server.process.send_signal(signal.SIGTERM)
+        thread.join()
+        assert server.process.wait(timeout=60) == 0
+    assert body["answer"][0] == 200 and body["answer"][1]["usage"]["completion_tokens"] == 1000
+
+
 @pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_under_load_lets_short_requests_end_tells_long_ones_and_exits_0(sign: signal.Signals) -> None:
+def test_a_signal_under_load_tells_requests_that_do_not_end_in_time_and_exits_0(sign: signal.Signals) -> None:
     long = {"prompt": "x", "max_tokens": 3800, "ignore_eos": True}
-    short, streamed = {**long, "max_tokens": 150}, {**long, "stream": True}
-    with server_process(*SMALL, "--drain-seconds", "2") as server:
-        threads = ask_in_background(server, short, long, streamed)
-        wait_until_running(server, 3)
+    streamed = {**long, "stream": True}
+    with server_process(*SMALL, "--drain-seconds", "0") as server:
+        threads = ask_in_background(server, long, streamed)
+        wait_until_running(server, 2)
         server.process.send_signal(sign)
-        began = time.monotonic()
         for thread in threads:
             thread.join()
-        assert server.process.wait(timeout=10) == 0
-        assert time.monotonic() - began < 8
-    assert short["answer"][0] == 200 and short["answer"][1]["usage"]["completion_tokens"] == 150
+        assert server.process.wait(timeout=60) == 0
     assert long["answer"][0] == 503 and "shutting down" in long["answer"][1]["error"]["message"]
     assert "shutting down" in streamed["answer"][1] and streamed["answer"][1].endswith("data: [DONE]\n\n")
     assert "Traceback" not in "".join(server.lines)
 
 
 def test_a_second_signal_waits_no_longer() -> None:
-    with server_process(*SMALL, "--drain-seconds", "60") as server:
+    with server_process(*SMALL, "--drain-seconds", "600") as server:
         (thread,) = ask_in_background(server, body := {"prompt": "x", "max_tokens": 3800, "ignore_eos": True})
         wait_until_running(server, 1)
         server.process.send_signal(signal.SIGTERM)
-        time.sleep(0.3)
+        with suppress(OSError):
+            while True:  # until nobody is let in any more: the first signal was heard
+                socket.create_connection(("127.0.0.1", server.port), timeout=10).close()
+                time.sleep(0.01)
         server.process.send_signal(signal.SIGTERM)
-        assert server.process.wait(timeout=10) == 0
+        assert server.process.wait(timeout=60) == 0
         thread.join()
     assert body["answer"][0] == 503
 
@@ -89,12 +99,10 @@ def test_after_kill_9_a_new_server_takes_the_same_port() -> None:
 
 def test_a_second_server_on_a_port_is_told_at_once_before_any_model_is_read() -> None:
     with server_process(*SMALL) as first:
-        began = time.monotonic()
         second = run(*SMALL, "--port", str(first.port), "no/such-model")
         assert second.returncode == 2
         assert f"Port {first.port}" in second.stderr and "--port" in second.stderr
         assert len(second.stderr.splitlines()) == 1
-        assert time.monotonic() - began < 10
         assert first.ask("GET", "/health")[0] == 200
 
 
@@ -109,7 +117,7 @@ def test_line_13_a_truncated_model_is_one_sentence_and_exit_code_2(tmp_path: Pat
 
 
 def test_line_17_only_this_machine_is_let_in_unless_there_is_a_key_or_it_is_said() -> None:
-    found = run("--host", "0.0.0.0")
+    found = run("--host", "0.0.0.0", "no/such-model")
     assert found.returncode == 2
     assert "--api-key-file" in found.stderr and "--allow-anyone" in found.stderr
 
@@ -134,7 +142,7 @@ def test_line_05_a_dead_engine_ends_the_process_with_exit_code_1() -> None:
             except OSError:
                 break
         assert statuses[:2] == [500, 500]
-        assert server.process.wait(timeout=10) == 1
+        assert server.process.wait(timeout=60) == 1
         assert "the engine died" in "".join(server.lines)
 
 

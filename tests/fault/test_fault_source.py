@@ -1,37 +1,16 @@
-"""RELIABILITY lines 12, 13 and 17: what the source must not contain."""
+"""docs/reliability.md, lines 12, 13 and 17: what ruff cannot see in the source; the rest is its rules S and TID251."""
 
 from __future__ import annotations
 
-import ast
+import re
 from pathlib import Path
-
-import pytest
 
 import latentkv
 
-FILES = sorted(Path(latentkv.__file__).parent.rglob("*.py"))
+CODE_OF_A_CHECKPOINT = re.compile(r"""trust_remote_code["']?\s*[=:](?!\s*False\b)""")
 
 
-def test_there_is_source_to_look_at() -> None:
-    assert len(FILES) > 100
-
-
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
-def test_lines_12_13_and_17_no_pickle_no_torch_load_no_remote_code_and_no_check_by_assert(path: Path) -> None:
-    for node in ast.walk(ast.parse(path.read_text())):
-        match node:
-            case ast.Assert():
-                pytest.fail(f"{path}:{node.lineno}: assert vanishes under python -O")
-            case ast.Import(names=names):
-                modules = {name.name.split(".")[0] for name in names}
-                assert not modules & {"pickle", "dill", "cloudpickle", "shelve", "marshal"}, path
-            case ast.ImportFrom(module=module):
-                assert (module or "").split(".")[0] not in {"pickle", "dill", "cloudpickle", "shelve", "marshal"}, path
-            case ast.Call(func=ast.Attribute(attr="load", value=ast.Name(id="torch"))):
-                pytest.fail(f"{path}:{node.lineno}: torch.load runs what a file says")
-            case ast.Call(func=ast.Name(id="eval" | "exec" | "compile")):
-                pytest.fail(f"{path}:{node.lineno}: runs text as code")
-            case ast.keyword(arg="trust_remote_code", value=ast.Constant(value=True)):
-                pytest.fail(f"{path}: runs a checkpoint's code")
-            case _:
-                pass
+def test_line_17_the_code_of_a_checkpoint_is_never_trusted() -> None:
+    files = sorted(Path(latentkv.__file__).parent.rglob("*.py"))
+    assert len(files) > 100
+    assert [path.name for path in files if CODE_OF_A_CHECKPOINT.search(path.read_text("utf-8"))] == []

@@ -6,7 +6,6 @@ import asyncio
 import json
 import logging
 import socket
-import time
 import urllib.error
 import urllib.request
 from typing import Any
@@ -149,16 +148,17 @@ def test_health_can_be_asked_for_its_status_alone(live: Live) -> None:
 
 
 def test_speeds_are_those_of_the_last_seconds_whoever_asked_before(reference: LLM) -> None:
-    metrics = Metrics(reference.engine, NAME)
+    now = 0.0
+    metrics = Metrics(reference.engine, NAME, clock=lambda: now)
     assert metrics.speeds() == (0.0, 0.0)
     for _ in range(2):  # what is older than the last samples does not count
         reference.generate(PROMPT, SamplingParams(max_tokens=50))
         for _ in range(8):
             metrics.sample()
-    time.sleep(0.11)
+    now = 2.0
     assert metrics.speeds() == (0.0, 0.0)
-    reference.generate(PROMPT, SamplingParams(max_tokens=50))
-    assert metrics.speeds()[0] > 0
+    reference.generate(PROMPT, SamplingParams(max_tokens=50, ignore_eos=True))
+    assert metrics.speeds()[0] == 25
 
 
 def test_pieces_of_an_answer_are_sent_at_once_and_not_held_back_for_more() -> None:

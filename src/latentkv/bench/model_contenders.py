@@ -130,7 +130,9 @@ class TransformersModel:
         transformers: Any = importlib.import_module("transformers")
         transformers.utils.logging.disable_progress_bar()
         self._new_cache = transformers.DynamicCache
-        self._model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+        # Said, so that a checkpoint with code of its own is refused: by default the terminal is asked.
+        load = transformers.AutoModelForCausalLM.from_pretrained
+        self._model = load(folder, dtype=torch.bfloat16, trust_remote_code=False).eval()
         self._config = self._model.config
         self._filled: tuple[int, Any] = (0, None)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -44,13 +44,15 @@ class Metrics:
     Args:
         engine: whose state is read when somebody asks for it.
         model: the label of every series.
+        clock: the time that speeds are told by, in seconds.
     """
 
-    def __init__(self, engine: Engine, model: str) -> None:
+    def __init__(self, engine: Engine, model: str, *, clock: Callable[[], float] = time.monotonic) -> None:
         self.registry = CollectorRegistry()
         self.finished = 0
         self.started_at = time.time()
         self._engine = engine
+        self._clock = clock
         self._samples: deque[tuple[float, int, int]] = deque(maxlen=_SAMPLES)
         self._labels = {"model_name": model}
         self._ttft = self._histogram("time_to_first_token_seconds", "From arrival to the first token.", _SECONDS)
@@ -114,15 +116,13 @@ class Metrics:
 
     def sample(self) -> None:
         """Note how far the engine is; called about once a second, so that speeds are those of the last seconds."""
-        self._samples.append(
-            (time.monotonic(), self._engine.counters.generated_tokens, self._engine.counters.read_tokens)
-        )
+        self._samples.append((self._clock(), self._engine.counters.generated_tokens, self._engine.counters.read_tokens))
 
     def speeds(self) -> tuple[float, float]:
         """Generated and prompt tokens a second since the oldest sample that is kept."""
         if not self._samples:
             return 0.0, 0.0
-        counters, now = self._engine.counters, time.monotonic()
+        counters, now = self._engine.counters, self._clock()
         then, generated, read = self._samples[0]
         if now - then < 0.1:
             return 0.0, 0.0
