@@ -59,7 +59,7 @@ def test_a_page_that_the_cache_does_not_have_is_refused_whatever_it_is_cut_to(pa
 
 @pytest.mark.parametrize("stop", BEYOND)
 def test_a_stop_beyond_the_pages_is_refused_whatever_it_is_cut_to(stop: int) -> None:
-    with pytest.raises(OpError, match="tokens 0 to .* lie outside the 1 pages of 4 tokens"):
+    with pytest.raises(OpError, match=r"tokens 0 to .* lie outside the 1 pages of 4 tokens"):
         attend(stop=integers(stop))
     with pytest.raises(OpError, match="lie outside the 1 pages of 4 tokens"):
         mla_decode(X[None], KV, integers([1]), integers(stop), latent_dim=16, scale=1)
@@ -69,6 +69,13 @@ def test_a_stop_beyond_the_pages_is_refused_whatever_it_is_cut_to(stop: int) -> 
 def test_a_start_below_zero_is_refused(start: int) -> None:
     with pytest.raises(OpError, match="lie outside the 1 pages"):
         attend(start=integers(start))
+
+
+@pytest.mark.parametrize("slots", [None, integers([0])])
+@pytest.mark.parametrize("bounds", [[0, 2**32 + 1], [2**32, 1], [-(2**31), 1], [1, 1], [0, 0]])
+def test_rows_that_are_not_those_of_q_are_refused_with_slots_too(bounds: list[int], slots: Tensor | None) -> None:
+    with pytest.raises(OpError, match="q_start must rise from 0 to the 1 rows of q"):
+        attend(q_start=integers(*bounds), slots=slots)
 
 
 @pytest.mark.parametrize("slot", [12, *BEYOND])

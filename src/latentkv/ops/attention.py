@@ -115,6 +115,7 @@ def mla_attend(
         return latents, latents[..., :latent_dim]
 
     if slots is not None:
+        _bounds(q, q_start)
         _attend_slots(q, kv_pages, slots, keys_and_values, out, lse, scale=scale)
     else:
         _attend_ranges(
@@ -271,11 +272,7 @@ def _attend_ranges(
     scale: float,
 ) -> None:
     """Fill out and lse, one sequence after the other, each from its own pages."""
-    bounds: list[int] = q_start.tolist()
-    require(
-        bounds[0] == 0 and bounds[-1] == q.shape[0] and bounds == sorted(bounds),
-        f"q_start must rise from 0 to the {q.shape[0]} rows of q, not {bounds[:8]}",
-    )
+    bounds = _bounds(q, q_start)
     start = torch.zeros_like(stop) if start is None else start
     for b, (first_row, last_row) in enumerate(pairwise(bounds)):
         own = slice(first_row, last_row)
@@ -318,6 +315,16 @@ def _attend_slots(
             value_dim=out.shape[-1],
             scale=scale,
         )
+
+
+def _bounds(q: Tensor, q_start: Tensor) -> list[int]:
+    """Where the sequences' rows begin and end, checked."""
+    bounds: list[int] = q_start.tolist()
+    require(
+        bounds[0] == 0 and bounds[-1] == q.shape[0] and bounds == sorted(bounds),
+        f"q_start must rise from 0 to the {q.shape[0]} rows of q, not {bounds[:8]}",
+    )
+    return bounds
 
 
 def _check_rows(q: Tensor, block_table: Tensor, q_start: Tensor, start: Tensor | None, stop: Tensor) -> None:

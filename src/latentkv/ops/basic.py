@@ -97,8 +97,8 @@ def _packed_linear(
         isa is None
         or x.dtype not in _NATIVE_X
         or out_dtype not in DTYPE_CODES
-        or not _can_add(bias)
-        or not _can_add(residual)
+        or (bias is not None and not _can_add(bias))
+        or (residual is not None and not _can_add(residual))
         or (x.requires_grad and torch.is_grad_enabled())
     ):
         require_floats(x=x, bias=bias, residual=residual)
@@ -110,9 +110,9 @@ def _packed_linear(
     return native.linear(isa, x, weight, bias, residual, out_dtype)
 
 
-def _can_add(numbers: Tensor | None) -> bool:
+def _can_add(numbers: Tensor) -> bool:
     """Whether the kernels can add these to a product."""
-    return numbers is None or (numbers.dtype in DTYPE_CODES and numbers.is_cpu)
+    return numbers.dtype in DTYPE_CODES and numbers.is_cpu
 
 
 def _require_residual(residual: Tensor, x: Tensor, out_features: int) -> None:
@@ -123,7 +123,7 @@ def _require_residual(residual: Tensor, x: Tensor, out_features: int) -> None:
 
 
 def _require_linear(x: Tensor, weight: Tensor) -> None:
-    if x.dtype not in FLOATS or weight.dtype not in FLOATS:
+    if x.dtype not in FLOATS or x.dtype is not weight.dtype:
         require_floats(x=x, weight=weight)
     require(
         weight.ndim == 2 and x.shape[-1] == weight.shape[1],
