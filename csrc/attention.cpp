@@ -49,7 +49,7 @@ struct Chunk {
   // Down to where a vector of weights or a pair of values could begin: what lies beside what does not depend on the
   // group.
   int first() const { return begin() > group->first / 16 * 16 ? begin() : group->first / 16 * 16; }
-  int last() const { return begin() + group->chunk < group->last ? begin() + group->chunk : group->last; }
+  int last() const { return group->last - begin() > group->chunk ? begin() + group->chunk : group->last; }
 };
 
 // One thread's memory and the work on one group of query vectors.
@@ -135,8 +135,8 @@ class Worker {
 
   // The chunk's tile from token `first` to the next multiple of TILE.
   void locate_tile(Chunk chunk, int first, StoredTile<TILE>& tile) {
-    const int full = (first / TILE + 1) * TILE, last = chunk.last();
-    locate(a_, *chunk.group, first, full < last ? full : last, tile);
+    const int left = TILE - first % TILE, last = chunk.last();
+    locate(a_, *chunk.group, first, last - first > left ? first + left : last, tile);
     hide_unread(a_, *chunk.group, first, tile);
   }
 

@@ -138,7 +138,8 @@ void AttentionPlan::cut(const RaggedRows& rows, int first_row, int last_row, con
         group.last = own.last;
         group.chunk = chunk;
         group.first_item = num_items_;
-        group.chunks = std::max(1, (own.last + chunk - 1) / chunk - own.first / chunk);
+        // Not (last + chunk - 1) / chunk, which may not be an int.
+        group.chunks = own.last > own.first ? (own.last - 1) / chunk - own.first / chunk + 1 : 1;
         num_items_ += group.chunks;
         pairs_ += (std::int64_t)group.rows * group.heads * (own.last - own.first);
         groups_.push_back(group);

@@ -4,6 +4,7 @@
 #include "attention.h"
 #include "attention_decode.h"
 #include "attention_fetch.h"
+#include "attention_vectors.h"
 
 namespace latentkv::LATENTKV_ISA {
 
@@ -44,9 +45,8 @@ template <int TILE>
 LATENTKV_INLINE void hide_unread(const Attention& a, const Group& group, int first, StoredTile<TILE>& tile) {
   bool read[TILE] = {};
   for (int t = group.row; t < group.row + group.rows; t++) {
-    int from = (a.start ? a.start[t] : 0) - first, to = a.stop[t] - first;
-    from = from > 0 ? from : 0;
-    to = to < tile.tokens ? to : tile.tokens;
+    const int from = after(first, a.start ? a.start[t] : 0), stop = after(first, a.stop[t]);
+    const int to = stop < tile.tokens ? stop : tile.tokens;
     if (from == 0 && to == tile.tokens) return;
     for (int i = from; i < to; i++) read[i] = true;
   }

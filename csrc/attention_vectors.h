@@ -24,6 +24,9 @@ LATENTKV_INLINE int num_vector_blocks(int vectors) {
   return vectors / MOST + rest / 4 + rest % 4 / 2 + rest % 2;
 }
 
+// How far `token` lies after `first`, 0 where it does not: a row that reads nothing may name any tokens.
+LATENTKV_INLINE int after(int first, int token) { return token > first ? token - first : 0; }
+
 // The tokens from[v] <= t < to[v] of a tile that query vector v reads; those that fill up the last 16 read none.
 struct Ranges {
   alignas(64) std::int32_t from[GROUP_VECTORS], to[GROUP_VECTORS];
@@ -34,8 +37,8 @@ struct Ranges {
       from[v] = to[v] = 0;
       if (v >= vectors) continue;
       const int t = group.row + v / group.heads;
-      const int begin = (a.start ? a.start[t] : 0) - first, end = a.stop[t] - first;
-      from[v] = begin > 0 ? begin : 0;
+      from[v] = after(first, a.start ? a.start[t] : 0);
+      const int end = after(first, a.stop[t]);
       to[v] = end < tokens ? end : tokens;
     }
   }

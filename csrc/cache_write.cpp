@@ -29,8 +29,10 @@ LATENTKV_INLINE float absmax(const float* x, int n) {
   return float_of((std::uint32_t)most);
 }
 
-// absmax / 127 in float16, one step larger where rounding down would clip by more than half a step.
+// absmax / 127 in float16, one step larger where rounding down would clip by more than half a step. Infinity where a
+// number is not finite: all codes are then 0, and 0 times infinity shows what was lost.
 f16 int8_scale(float largest) {
+  if (!(largest < __builtin_inff())) return 0x7c00;
   const float ratio = largest / 127.0f;
   const f16 nearest = float_to_f16(ratio > 65504.0f ? 65504.0f : ratio);
   const bool clips = f16_to_float(nearest) * 127.5f < largest;

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ops_cases import assert_meets_bar, mla_case
+from ops_cases import assert_meets_bar, mla_case, token_slots
 from torch import Tensor
 
 from latentkv.errors import OpError
@@ -18,8 +18,10 @@ from latentkv.ops import (
     latent_token_bytes,
     mla_attend,
     reference,
+    write_latents,
 )
 from latentkv.ops.kv_formats import KV_FORMATS
+from latentkv.ops.native.core import available_isas, use_isa
 
 TINY_FLOAT16 = 2.0**-24
 
@@ -132,6 +134,69 @@ def test_a_nan_latent_is_not_hidden_by_quantisation(fmt: KVFormat) -> None:
     c = torch.zeros(1, 64)
     c[0, 5] = float("nan")
     assert bool(decode_latents(encode_latents(c, torch.zeros(1, 8), fmt), fmt, 64, 8).isnan().any())
+
+
+def int8_parts(c: list[float]) -> tuple[list[int], list[float]]:
+    """Codes of one group of latents, and the scales of it and of an empty rotated key."""
+    row = encode_latents(torch.tensor([c]), torch.zeros(1, 0), "int8")[0]
+    scales = row[len(c) : len(c) + 4].clone().view(torch.float16)
+    return row[: len(c)].view(torch.int8).tolist(), scales.tolist()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_int8_marks_a_group_that_is_not_finite_by_an_infinite_scale(bad: float) -> None:
+    assert int8_parts([1.0, bad, -2.0]) == ([0, 0, 0], [float("inf"), 0.0])
+    c = torch.ones(1, 300)
+    c[0, 200] = bad
+    for k_rope in (torch.ones(1, 8), torch.full((1, 8), bad)):
+        decoded = decode_latents(encode_latents(c, k_rope, "int8"), "int8", 300, 8)[0]
+        for part, finite in ((decoded[:128], True), (decoded[128:256], False), (decoded[256:300], True)):
+            assert bool(part.isfinite().all()) == finite
+            assert bool(part.isnan().all()) != finite
+        assert bool(decoded[300:].isfinite().all()) == (k_rope[0, 0] == 1)
+
+
+@pytest.mark.parametrize(
+    ("c", "codes", "scale"),
+    [
+        ([127.0, -63.5, 1.0], [127, -64, 1], 1.0),  # ties to even
+        ([127 * 65504.0, 65504.0 * 3], [127, 3], 65504.0),  # the largest that a float16 scale carries
+        ([1e9, -1e30, 65504.0], [127, -127, 1], 65504.0),  # beyond it finite numbers are clipped, and stay finite
+        ([2.0**-24, -(2.0**-20)], [1, -16], 2.0**-24),  # the least scale that there is
+        ([2.0**-26, 0.0], [0, 0], 2.0**-24),  # less than half of it rounds to nothing
+        ([1e-40, -1e-45], [0, 0], 2.0**-24),  # numbers that are subnormal themselves
+        ([0.0, -0.0], [0, 0], 0.0),
+    ],
+)
+def test_int8_codes_and_scales_by_hand(c: list[float], codes: list[int], scale: float) -> None:
+    assert int8_parts(c) == (codes, [scale, 0.0])
+    decoded = decode_latents(encode_latents(torch.tensor([c]), torch.zeros(1, 0), "int8"), "int8", len(c), 0)
+    assert decoded.tolist() == [[code * scale for code in codes]]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("fmt", KV_FORMATS)
+def test_attention_over_a_token_that_is_not_finite_is_not_finite(fmt: KVFormat, bad: float) -> None:
+    for isa in available_isas():
+        for heads in (2, 16):
+            shape = {"heads": heads, "latent_dim": 128, "rope_dim": 16, "dtype": torch.float32}
+            case = mla_case([1], [9], kv_format=fmt, **shape)
+            c, k_rope = torch.zeros(1, 128), torch.zeros(1, 16)
+            c[0, 3] = bad
+            slot = token_slots(case.table, 0, 9, 16)[4:5]
+            with use_isa(isa):
+                write_latents(case.pages, slot, c, k_rope, kv_format=fmt)
+                out, _ = mla_attend(*case.args, latent_dim=128, scale=0.1, kv_format=fmt)
+            assert not out[..., 3].isfinite().any()
+
+
+def test_float16_numbers_are_decoded_from_fp8_without_overflow_of_their_scale() -> None:
+    """448 * 256 needs a scale of 2^8; 256 beside it is a float16, and zero is zero."""
+    rows = encode_latents(torch.tensor([[448.0 * 256, 256.0, 0.0, 2.0**-9]]), torch.zeros(1, 0), "fp8")
+    decoded = decode_latents(rows, "fp8", 4, 0, torch.float16)
+    assert decoded.tolist() == [[float("inf"), 256.0, 0.0, 0.0]]
+    tiny = encode_latents(torch.tensor([[2.0**-14, 0.0]]), torch.zeros(1, 0), "fp8")
+    assert decode_latents(tiny, "fp8", 2, 0, torch.float16).tolist() == [[2.0**-14, 0.0]]
 
 
 @pytest.mark.parametrize("fmt", KV_FORMATS)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
 from latentkv.errors import OpError
+from latentkv.ops import linear
 from latentkv.ops.native import core
 from latentkv.ops.packed import pack_weight, unpack_weight
 from latentkv.ops.weight_formats import QuantizedWeight, quantize_weight
@@ -122,3 +124,41 @@ def test_what_cannot_be_packed_is_refused() -> None:
     codes = torch.zeros(3, 40, dtype=torch.int8)
     with pytest.raises(OpError, match="multiple of 8"):
         pack_weight(QuantizedWeight(codes, torch.ones(3, 4, dtype=torch.bfloat16), 4, 12))
+
+
+@pytest.mark.parametrize(
+    ("codes", "scales", "bits", "message"),
+    [
+        (torch.zeros(3, 64).to(torch.int8), torch.ones(3, 2), 8, "int8 codes and bfloat16 scales, not .*float32"),
+        (torch.zeros(3, 64), torch.ones(3, 2).bfloat16(), 8, "int8 codes and bfloat16 scales, not torch.float32"),
+        (torch.zeros(3, 64).to(torch.int8), torch.ones(2, 3).bfloat16(), 8, r"take scales \[3, 2\], not \[2, 3\]"),
+        (torch.full((3, 64), 8).to(torch.int8), torch.ones(3, 2).bfloat16(), 4, "4-bit codes are -8 to 7, not 8 to 8"),
+        (torch.zeros(3, 64).to(torch.int8), torch.ones(3, 2).bfloat16(), 5, "5 bits in groups of 32"),
+    ],
+)
+def test_codes_and_scales_that_do_not_belong_together_are_refused(
+    codes: Tensor, scales: Tensor, bits: int, message: str
+) -> None:
+    with pytest.raises(OpError, match=message):
+        pack_weight(QuantizedWeight(codes, scales, bits, 32))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("kind", ["bf16", "compact", "int8", "int4"])
+def test_a_weight_or_scale_that_is_not_finite_shows_in_every_product_with_it(kind: str, bad: float) -> None:
+    weight = torch.full((32, 512), 0.5).bfloat16()
+    packed = weight
+    if kind in ("int8", "int4"):
+        codes, scales = torch.full((32, 512), 3).to(torch.int8), torch.ones(32, 4).bfloat16()
+        scales[5, 1] = bad
+        packed = QuantizedWeight(codes, scales, int(kind[3:]), 128)
+    else:
+        weight[5, 200] = bad
+    packed = pack_weight(packed, compact=kind == "compact")
+    assert packed.format == kind or core.extension is None
+    for isa in core.available_isas():
+        for dtype in (torch.bfloat16, torch.float32):
+            with core.use_isa(isa):
+                out = linear(torch.ones(3, 512).to(dtype), packed)
+            assert not out[:, 5].isfinite().any()
+            assert out[:, [4, 6]].isfinite().all()

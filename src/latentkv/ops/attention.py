@@ -13,7 +13,7 @@ from torch import Tensor
 
 from latentkv.errors import OpError
 from latentkv.ops.backends import why_no_int8_products
-from latentkv.ops.checks import require, require_shape
+from latentkv.ops.checks import require, require_floats, require_integers, require_shape
 from latentkv.ops.kv_formats import KVFormat
 from latentkv.ops.native import attention as native
 from latentkv.ops.online_softmax import CHUNK_TOKENS, attend, compute_dtype
@@ -66,7 +66,8 @@ def mla_attend(
         nothing gives 0 and -inf.
 
     Raises:
-        OpError: shapes or dtypes do not fit, the pages do not cover a range, or there are no int8 products here.
+        OpError: shapes or dtypes do not fit, the pages do not cover a range, a page or slot that is read is none of
+            the cache's (page numbers on a GPU are not looked at), or there are no int8 products here.
     """
     if q.ndim != 3:
         require_shape("q", q, (None, None, None))
@@ -77,31 +78,31 @@ def mla_attend(
     _check_rows(q, block_table, q_start, start, stop)
     if slots is not None:
         require_shape("slots", slots, (rows, None))
+        require_integers("slots", slots)
     dtype = compute_dtype(q)
     out = _output(out, (rows, heads, latent_dim), out_dtype or q.dtype, q.device)
     lse = torch.empty(rows, heads, dtype=dtype, device=q.device)
     isa = native.isa_for(q, kv_pages, out)
     if int8_products:
         _require_int8_products(kv_format, isa, q)
-    if isa is not None:
-        native.attend_pages(
-            isa,
-            q,
-            kv_pages,
-            block_table,
-            q_start,
-            start,
-            stop,
-            slots,
-            out,
-            lse,
-            kv_heads=1,
-            head_numbers=0,
-            value_offset=0,
-            scale=scale,
-            kv_format=kv_format,
-            int8_products=int8_products,
-        )
+    if isa is not None and native.attend_pages(
+        isa,
+        q,
+        kv_pages,
+        block_table,
+        q_start,
+        start,
+        stop,
+        slots,
+        out,
+        lse,
+        kv_heads=1,
+        head_numbers=0,
+        value_offset=0,
+        scale=scale,
+        kv_format=kv_format,
+        int8_products=int8_products,
+    ):
         return out, lse
 
     if triton.attend_pages(
@@ -114,6 +115,7 @@ def mla_attend(
         return latents, latents[..., :latent_dim]
 
     if slots is not None:
+        _bounds(q, q_start)
         _attend_slots(q, kv_pages, slots, keys_and_values, out, lse, scale=scale)
     else:
         _attend_ranges(
@@ -168,23 +170,22 @@ def gqa_attend(
     out = _output(None, (rows, heads, dim), out_dtype or q.dtype, q.device)
     lse = torch.empty(rows, heads, dtype=dtype, device=q.device)
     isa = native.isa_for(q, kv_pages, out)
-    if isa is not None:
-        native.attend_pages(
-            isa,
-            q,
-            kv_pages,
-            block_table,
-            q_start,
-            start,
-            stop,
-            None,
-            out,
-            lse,
-            kv_heads=kv_heads,
-            head_numbers=dim,
-            value_offset=kv_heads * dim,
-            scale=scale,
-        )
+    if isa is not None and native.attend_pages(
+        isa,
+        q,
+        kv_pages,
+        block_table,
+        q_start,
+        start,
+        stop,
+        None,
+        out,
+        lse,
+        kv_heads=kv_heads,
+        head_numbers=dim,
+        value_offset=kv_heads * dim,
+        scale=scale,
+    ):
         return out, lse
 
     if triton.attend_pages(q, kv_pages, block_table, q_start, start, stop, None, out, lse, scale=scale):
@@ -234,11 +235,12 @@ def mla_decode(
     require_shape("q", q, (None, None, None, None))
     batch, steps, heads, _ = q.shape
     require_shape("kv_lens", kv_lens, (batch,))
-    stop = kv_lens.to(torch.int32)
+    require_integers("kv_lens", kv_lens)
+    stop = kv_lens.to(torch.promote_types(kv_lens.dtype, torch.int32))
     if steps != 1:
         stop = stop[:, None].expand(batch, steps)
-        if causal:
-            stop = stop - torch.arange(steps - 1, -1, -1, dtype=torch.int32, device=stop.device)
+        if causal:  # a length below 0 is nothing to read, and less than that may not be a number
+            stop = stop.clamp(min=0) - torch.arange(steps - 1, -1, -1, dtype=stop.dtype, device=stop.device)
         stop = stop.reshape(-1)
     q_start = torch.arange(batch + 1, dtype=torch.int32, device=q.device).mul_(steps)
     out, lse = mla_attend(
@@ -270,11 +272,7 @@ def _attend_ranges(
     scale: float,
 ) -> None:
     """Fill out and lse, one sequence after the other, each from its own pages."""
-    bounds: list[int] = q_start.tolist()
-    require(
-        bounds[0] == 0 and bounds[-1] == q.shape[0] and bounds == sorted(bounds),
-        f"q_start must rise from 0 to the {q.shape[0]} rows of q, not {bounds[:8]}",
-    )
+    bounds = _bounds(q, q_start)
     start = torch.zeros_like(stop) if start is None else start
     for b, (first_row, last_row) in enumerate(pairwise(bounds)):
         own = slice(first_row, last_row)
@@ -319,17 +317,30 @@ def _attend_slots(
         )
 
 
+def _bounds(q: Tensor, q_start: Tensor) -> list[int]:
+    """Where the sequences' rows begin and end, checked."""
+    bounds: list[int] = q_start.tolist()
+    require(
+        bounds[0] == 0 and bounds[-1] == q.shape[0] and bounds == sorted(bounds),
+        f"q_start must rise from 0 to the {q.shape[0]} rows of q, not {bounds[:8]}",
+    )
+    return bounds
+
+
 def _check_rows(q: Tensor, block_table: Tensor, q_start: Tensor, start: Tensor | None, stop: Tensor) -> None:
     """Raise `OpError` unless the tensors of a ragged layout fit together."""
     rows = q.shape[0]
-    if not q.dtype.is_floating_point:
-        raise OpError(f"q must be float64, float32, bf16 or fp16, not {q.dtype}")
+    require_floats(q=q)
+    require_integers("block_table", block_table)
+    require_integers("q_start", q_start)
+    require_integers("stop", stop)
     if block_table.ndim != 2 or q_start.shape != (block_table.shape[0] + 1,) or stop.shape != (rows,):
         require_shape("block_table", block_table, (None, None))
         require_shape("q_start", q_start, (block_table.shape[0] + 1,))
         require_shape("stop", stop, (rows,))
     if start is not None:
         require_shape("start", start, (rows,))
+        require_integers("start", start)
 
 
 def _require_int8_products(kv_format: KVFormat | None, isa: object, q: Tensor) -> None:
@@ -342,8 +353,10 @@ def _require_int8_products(kv_format: KVFormat | None, isa: object, q: Tensor) -
 
 def _output(out: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     if out is None:
-        return torch.empty(shape, dtype=dtype, device=device)
-    require_shape("out", out, shape)
+        out = torch.empty(shape, dtype=dtype, device=device)
+    else:
+        require_shape("out", out, shape)
+    require_floats(out=out)
     return out
 
 

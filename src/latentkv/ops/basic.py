@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from latentkv.errors import OpError
-from latentkv.ops.checks import require, require_shape
+from latentkv.ops.checks import FLOATS, require, require_floats, require_same_dtype, require_shape
 from latentkv.ops.native import linear as native
 from latentkv.ops.native.core import DTYPE_CODES, native_isa
 from latentkv.ops.packed import PackedWeight, unpack_weight
@@ -44,9 +44,12 @@ def linear(
     if isinstance(weight, PackedWeight):
         return _packed_linear(x, weight, bias, residual, out_dtype or x.dtype)
     _require_linear(x, weight)
+    if x.dtype is not weight.dtype or bias is not None:
+        require_same_dtype("linear", x=x, weight=weight, bias=bias)
     out = torch.nn.functional.linear(x, weight, bias)
     if residual is not None:
         _require_residual(residual, x, weight.shape[0])
+        require_floats(residual=residual)
         out = out + residual
     return out if out_dtype is None else out.to(out_dtype)
 
@@ -66,6 +69,7 @@ def output_logits(x: Tensor, weight: Tensor | PackedWeight) -> Tensor:
     Raises:
         OpError: the inner sizes differ.
     """
+    require_floats(x=x)
     wide = torch.promote_types(x.dtype, torch.float32)
     if isinstance(weight, PackedWeight):
         return _packed_linear(x, weight, None, None, wide)
@@ -93,14 +97,22 @@ def _packed_linear(
         isa is None
         or x.dtype not in _NATIVE_X
         or out_dtype not in DTYPE_CODES
+        or (bias is not None and not _can_add(bias))
+        or (residual is not None and not _can_add(residual))
         or (x.requires_grad and torch.is_grad_enabled())
     ):
+        require_floats(x=x, bias=bias, residual=residual)
         wide = torch.promote_types(x.dtype, torch.float32)
         out = torch.nn.functional.linear(
             x.to(wide), unpack_weight(weight).to(wide), None if bias is None else bias.to(wide)
         )
         return (out if residual is None else out + residual).to(out_dtype)
     return native.linear(isa, x, weight, bias, residual, out_dtype)
+
+
+def _can_add(numbers: Tensor) -> bool:
+    """Whether the kernels can add these to a product."""
+    return numbers.dtype in DTYPE_CODES and numbers.is_cpu
 
 
 def _require_residual(residual: Tensor, x: Tensor, out_features: int) -> None:
@@ -111,6 +123,8 @@ def _require_residual(residual: Tensor, x: Tensor, out_features: int) -> None:
 
 
 def _require_linear(x: Tensor, weight: Tensor) -> None:
+    if x.dtype not in FLOATS or x.dtype is not weight.dtype:
+        require_floats(x=x, weight=weight)
     require(
         weight.ndim == 2 and x.shape[-1] == weight.shape[1],
         f"linear takes x [..., D] and weight [O, D]; these are {list(x.shape)} and {list(weight.shape)}",

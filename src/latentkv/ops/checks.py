@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from latentkv.errors import OpError
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+"""What numbers may be computed with."""
+
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def require(condition: bool, message: str) -> None:
@@ -21,3 +27,39 @@ def require_shape(name: str, tensor: Tensor, shape: tuple[int | None, ...]) -> N
     ):
         wanted = ", ".join("any" if size is None else str(size) for size in shape)
         raise OpError(f"{name} has shape {list(tensor.shape)}; it must be [{wanted}]")
+
+
+def require_integers(name: str, numbers: Tensor) -> None:
+    """Raise `OpError` unless `numbers` can be page numbers, slots or lengths: nothing is rounded to an integer."""
+    if numbers.dtype not in _INTEGERS:
+        raise OpError(f"{name} must be integers, not {numbers.dtype}")
+
+
+def require_floats(**numbers: Tensor | None) -> None:
+    """Raise `OpError` unless all of these (None: not given) are float32, bf16, fp16 or float64."""
+    for name, values in numbers.items():
+        if values is not None and values.dtype not in FLOATS:
+            raise OpError(f"{name} must be float64, float32, bf16 or fp16, not {values.dtype}")
+
+
+def require_same_dtype(op: str, **numbers: Tensor | None) -> None:
+    """Raise `OpError` unless all of these (None: not given) are of one type; under autocast torch makes them so."""
+    given = {name: values for name, values in numbers.items() if values is not None}
+    if len({values.dtype for values in given.values()}) == 1:
+        return
+    if any(torch.is_autocast_enabled(values.device.type) for values in given.values()):
+        return
+    found = ", ".join(f"{name} is {values.dtype}" for name, values in given.items())
+    raise OpError(f"{op} takes tensors of one dtype: {found}; convert with .to(dtype)")
+
+
+def as_int32(numbers: Tensor) -> Tensor | None:
+    """Integers as kernels read them, int32 and the last dimension without gaps; None where one is beyond int32.
+
+    Only other types than int32 are looked through (on a GPU the host then waits for them).
+    """
+    if numbers.dtype is torch.int32:
+        return numbers if numbers.stride(-1) == 1 else numbers.contiguous()
+    narrow = numbers.to(torch.int32).contiguous()
+    fits = numbers.dtype is not torch.int64 or bool((narrow == numbers).all())
+    return narrow if fits else None

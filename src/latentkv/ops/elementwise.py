@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from latentkv.errors import OpError
+from latentkv.ops.checks import require_floats
 from latentkv.ops.native import elementwise as native
 from latentkv.ops.triton import calls as triton
 
@@ -22,6 +23,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     fast = native.rms_norm(x, weight, eps)
     if fast is not None:
         return fast
+    require_floats(x=x, weight=weight)
     if weight.ndim != 1 or weight.shape[0] != x.shape[-1]:
         raise OpError(f"rms_norm takes weight [{x.shape[-1]}] for x {list(x.shape)}, not {list(weight.shape)}")
     fast = triton.rms_norm(x, weight, eps)
@@ -51,6 +53,7 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool, out: T
     fast = native.apply_rope(x, cos, sin, interleaved=interleaved, out=out)
     if fast is not None:
         return fast
+    require_floats(x=x, cos=cos, sin=sin)
     half = x.shape[-1] // 2
     if x.shape[-1] != 2 * half or cos.shape != sin.shape or not _angles_fit(x, cos, half):
         raise OpError(
@@ -89,6 +92,7 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     fast = native.silu_mul(gate_up)
     if fast is not None:
         return fast
+    require_floats(gate_up=gate_up)
     if gate_up.shape[-1] % 2:
         raise OpError(f"silu_mul takes gate and up of one width side by side, not {list(gate_up.shape)}")
     gate, up = gate_up.chunk(2, dim=-1)

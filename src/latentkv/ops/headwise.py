@@ -7,6 +7,7 @@ from torch import Tensor
 
 from latentkv.errors import OpError
 from latentkv.ops.basic import linear
+from latentkv.ops.checks import require_floats
 from latentkv.ops.native import headwise as native
 from latentkv.ops.packed import PackedWeight
 
@@ -38,5 +39,6 @@ def headwise_linear(x: Tensor, weight: PackedWeight, *, out: Tensor | None = Non
     fast = native.headwise_linear(x, weight, out)
     if fast is not None:
         return fast
+    require_floats(x=x, out=out)
     result = torch.stack([linear(x[:, head], weight.matrix(head)) for head in range(weight.count)], dim=1)
     return result if out is None else out.copy_(result)

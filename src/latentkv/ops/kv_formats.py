@@ -8,6 +8,10 @@
 
 A token's *payload* is what the table counts; its *row* is the payload padded to a multiple of 16 bytes, so that every
 row starts aligned. The padding is really allocated, so it is counted: `latent_token_bytes` is the size of a row.
+
+A group of 128 latents (and int8's rotated key) in which a number is NaN or infinite gets a scale that is not finite;
+int8's is infinity, with codes of 0, so that all of the group reads as NaN. int8 clips finite numbers beyond
+127 * 65504 (8.3e6); fp16 and bf16 round what is beyond their largest number to infinity.
 """
 
 from __future__ import annotations
@@ -18,7 +22,7 @@ import torch
 from torch import Tensor
 
 from latentkv.errors import OpError
-from latentkv.ops.checks import require, require_shape
+from latentkv.ops.checks import require, require_floats, require_shape
 
 KVFormat = Literal["fp32", "bf16", "fp16", "int8", "fp8"]
 KV_FORMATS: tuple[KVFormat, ...] = get_args(KVFormat)
@@ -77,6 +81,7 @@ def encode_latents(latents: Tensor, k_rope: Tensor, fmt: KVFormat) -> Tensor:
         OpError: the shapes do not fit together or the format is unknown.
     """
     dtype = storage_dtype(fmt)
+    require_floats(latents=latents, k_rope=k_rope)
     require_shape("latents", latents, (None, None))
     require_shape("k_rope", k_rope, (latents.shape[0], None))
     row_bytes = latent_token_bytes(fmt, latents.shape[1], k_rope.shape[1])
@@ -148,17 +153,20 @@ def _encode_int8(latents: Tensor, k_rope: Tensor) -> Tensor:
     for i, group in enumerate(groups):
         # Divide by the scale as stored, so that decoding undoes exactly this division; a zero scale has zero codes.
         scale = scales[:, i : i + 1].float()
-        ratio = torch.where(scale > 0, values[:, group] / scale, 0.0)
+        ratio = torch.where((scale > 0) & (scale < torch.inf), values[:, group] / scale, 0.0)
         codes[:, group] = ratio.round().clamp(-INT8_MAX, INT8_MAX).to(torch.int8)
     return torch.cat([codes.view(torch.uint8), scales.view(torch.uint8)], dim=1)
 
 
 def _int8_scales(absmax: Tensor) -> Tensor:
-    """The scales absmax / 127 in float16, one step larger where rounding down would clip by more than half a step."""
+    """The scales absmax / 127 in float16, one step larger where rounding down would clip by more than half a step.
+
+    At most the largest float16 for numbers that are finite, and infinity for a group where one is not.
+    """
     nearest = (absmax / INT8_MAX).clamp(max=torch.finfo(torch.float16).max).to(torch.float16)
     larger = (nearest.view(torch.int16) + 1).view(torch.float16)
     clips = (nearest.float() * (INT8_MAX + 0.5) < absmax) & torch.isfinite(larger)
-    return torch.where(clips, larger, nearest)
+    return torch.where(torch.isfinite(absmax), torch.where(clips, larger, nearest), torch.inf)
 
 
 def _decode_int8(rows: Tensor, latent_dim: int, rope_dim: int, dtype: torch.dtype) -> Tensor:
@@ -196,7 +204,9 @@ def _decode_fp8(rows: Tensor, latent_dim: int, rope_dim: int, dtype: torch.dtype
     values = torch.empty(rows.shape[0], latent_dim + rope_dim, dtype=dtype, device=rows.device)
     values[:, :latent_dim] = _e4m3_as_float16(rows[:, :latent_dim])
     values[:, latent_dim:] = _reinterpret(rows[:, rope_at : rope_at + 2 * rope_dim], torch.bfloat16).to(dtype)
-    scales = _reinterpret(rows[:, latent_dim:rope_at], torch.float32).to(dtype) * E4M3_PER_FLOAT16
+    scales = _reinterpret(rows[:, latent_dim:rope_at], torch.float32) * E4M3_PER_FLOAT16
+    if dtype != torch.float16:  # which has no room for large and small scales; in bf16 they are exact
+        scales = scales.to(dtype)
     for i, group in enumerate(groups):
         values[:, group] *= scales[:, i : i + 1]
     return values

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from latentkv.errors import OpError
 from latentkv.ops.basic import linear
-from latentkv.ops.checks import require_shape
+from latentkv.ops.checks import require_floats, require_integers, require_same_dtype, require_shape
 from latentkv.ops.elementwise import silu_mul
 from latentkv.ops.native import moe as native
 from latentkv.ops.packed import PackedWeight
@@ -49,6 +49,7 @@ def moe_experts(
     require_shape("weights", weights, (x.shape[0], expert_ids.shape[1]))
     if residual is not None:
         require_shape("residual", residual, (x.shape[0], x.shape[1]))
+    require_integers("expert_ids", expert_ids)
     num_experts = _require_experts(x, gate_up, down)
     if expert_ids.numel() == 0:
         return torch.zeros_like(x) if residual is None else residual.to(x.dtype, copy=True)
@@ -56,6 +57,9 @@ def moe_experts(
         fast = native.moe_experts(x, expert_ids, weights, gate_up, down, residual)
         if fast is not None:
             return fast
+    require_floats(x=x, weights=weights, residual=residual)
+    if isinstance(gate_up, Tensor) and isinstance(down, Tensor):
+        require_same_dtype("moe_experts", x=x, gate_up=gate_up, down=down)
     # On a GPU, its kernels do not wait to read the choices; elsewhere they are checked.
     counts = _tokens_per_expert(expert_ids, num_experts) if expert_ids.is_cpu else None
     if isinstance(gate_up, Tensor) and isinstance(down, Tensor):
@@ -102,6 +106,7 @@ def gated_mlp(x: Tensor, gate_up: PackedWeight, down: PackedWeight, *, residual:
     rows_residual = residual if residual is None or x.ndim == 2 else residual.reshape(-1, outs)
     out = native.gated_mlp(rows, gate_up, down, rows_residual)
     if out is None:
+        require_floats(x=x, residual=residual)
         out = _gated(rows, gate_up, down)
         out = (out if rows_residual is None else out + rows_residual).to(x.dtype)
     return out if x.ndim == 2 else out.view(*x.shape[:-1], outs)
@@ -128,12 +133,10 @@ def _sizes(weight: Tensor | PackedWeight) -> tuple[int, ...]:
 
 def _tokens_per_expert(expert_ids: Tensor, num_experts: int) -> list[int]:
     flat_ids = expert_ids.reshape(-1)
-    if int(flat_ids.min()) < 0:
-        native.raise_unknown_expert(int(flat_ids.min()), num_experts)
-    counts: list[int] = torch.bincount(flat_ids, minlength=num_experts).tolist()
-    if len(counts) > num_experts:
-        native.raise_unknown_expert(len(counts) - 1, num_experts)
-    return counts
+    for found in map(int, flat_ids.aminmax()):  # before `bincount`, which makes room for the largest
+        if not 0 <= found < num_experts:
+            native.raise_unknown_expert(found, num_experts)
+    return torch.bincount(flat_ids, minlength=num_experts).tolist()
 
 
 def _matrices(weight: Tensor | PackedWeight) -> list[Tensor | PackedWeight]:

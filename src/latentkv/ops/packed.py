@@ -27,7 +27,7 @@ from torch.nn import functional
 
 from latentkv.ops import compact as compact_layout
 from latentkv.ops.checks import require
-from latentkv.ops.weight_formats import QuantizedWeight
+from latentkv.ops.weight_formats import QuantizedWeight, require_quantized
 
 PackedFormat = Literal["bf16", "compact", "int8", "int4"]
 
@@ -80,7 +80,8 @@ def pack_weight(weight: Tensor | QuantizedWeight, *, compact: bool = False) -> P
         compact: keep bfloat16 weights in 12 bits where that saves memory, on a CPU and with the extension.
 
     Raises:
-        OpError: it has another shape or dtype, or its groups are not multiples of 8 weights.
+        OpError: it has another shape or dtype, its codes and scales do not fit together, or its groups are not
+            multiples of 8 weights.
     """
     values = weight.codes if isinstance(weight, QuantizedWeight) else weight
     require(
@@ -88,6 +89,7 @@ def pack_weight(weight: Tensor | QuantizedWeight, *, compact: bool = False) -> P
     )
     stacked = values if values.ndim == 3 else values[None]
     if isinstance(weight, QuantizedWeight):
+        require_quantized(weight)
         format_: PackedFormat = "int8" if weight.bits == 8 else "int4"
         group = min(weight.group, stacked.shape[2])
         require(

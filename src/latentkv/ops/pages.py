@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from latentkv.errors import OpError
-from latentkv.ops.checks import require, require_shape
+from latentkv.ops.checks import require, require_floats, require_integers, require_shape
 from latentkv.ops.elementwise import apply_rope, rms_norm
 from latentkv.ops.kv_formats import (
     FLOAT_DTYPES,
@@ -62,6 +62,8 @@ def write_latents(
     if native.write_latents(kv_pages, slots, latents, k_rope, kv_format):
         return
     require_shape("latents", latents, (None, None))
+    require_floats(latents=latents, k_rope=k_rope)
+    require_integers("slots", slots)
     tokens, latent_dim = latents.shape
     require_shape("slots", slots, (tokens,))
     require_shape("k_rope", k_rope, (tokens, None))
@@ -112,6 +114,8 @@ def norm_rope_write(
     ):
         return
     require_shape("kv_a", kv_a, (None, None))
+    require_floats(kv_a=kv_a, norm_weight=norm_weight, cos=cos, sin=sin)
+    require_integers("slots", slots)
     require_shape("norm_weight", norm_weight, (None,))
     tokens, width = kv_a.shape
     latent_dim = norm_weight.shape[0]

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from latentkv.ops.backends import prefill_backend
-from latentkv.ops.checks import require, require_shape
+from latentkv.ops.checks import require, require_floats, require_integers, require_shape
 from latentkv.ops.native import attention as native
 from latentkv.ops.online_softmax import attend, compute_dtype
 from latentkv.ops.states import merge_states
@@ -53,13 +53,18 @@ def mla_prefill(
     require_shape("q", q, (None, None, None))
     require_shape("k", k, (None, q.shape[1], q.shape[2]))
     require_shape("v", v, (k.shape[0], q.shape[1], None))
+    require_floats(q=q, k=k, v=v)
+    require_shape("q_start", q_start, (None,))
     require(q_start.shape == kv_start.shape, "q_start and kv_start must name the same number of sequences")
+    require_integers("q_start", q_start)
+    require_integers("kv_start", kv_start)
     starts = q_start, kv_start, q.shape[0], k.shape[0]
     # Those on a GPU are not waited for, where its kernels compute.
     bounds = _bounds(*starts) if q_start.is_cpu and kv_start.is_cpu else None
     out = torch.empty(q.shape[0], q.shape[1], v.shape[2], dtype=out_dtype or q.dtype, device=q.device)
+    require_floats(out=out)
     isa = native.isa_for(q, k, v, out) if k.dtype == v.dtype else None
-    if prefill_backend(q.device, q.dtype) == "native" and isa is not None:
+    if prefill_backend(q.device, q.dtype) == "native" and isa is not None and bounds is not None:
         lse = torch.empty(q.shape[:2], dtype=torch.float32)
         native.attend_new_tokens(isa, q, k, v, q_start, kv_start, out, lse, scale=scale, causal=causal)
         return out, lse

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from latentkv.errors import OpError
-from latentkv.ops.checks import require_shape
+from latentkv.ops.checks import require_floats, require_shape
 from latentkv.ops.native import routing as native
 
 Scoring = Literal["softmax", "sigmoid"]
@@ -68,6 +68,7 @@ def select_experts(
     )  # fmt: skip
     if fast is not None:
         return fast
+    require_floats(logits=logits, correction_bias=correction_bias)
     scores = logits.softmax(-1) if scoring == "softmax" else logits.sigmoid()
     choice = scores if correction_bias is None else scores + correction_bias
     if group_score is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from latentkv.ops.checks import require, require_shape
+from latentkv.ops.checks import require, require_floats, require_shape
 from latentkv.ops.triton import calls as triton
 
 
@@ -24,6 +24,7 @@ def merge_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> 
     Raises:
         OpError: the shapes differ.
     """
+    require_floats(out_a=out_a, lse_a=lse_a, out_b=out_b, lse_b=lse_b)
     require_shape("out_b", out_b, tuple(out_a.shape))
     require_shape("lse_b", lse_b, tuple(lse_a.shape))
     require(

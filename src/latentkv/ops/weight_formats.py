@@ -91,6 +91,27 @@ def quantize_weight(weight: Tensor, fmt: WeightFormat, group: int | None = None)
     return QuantizedWeight(codes.view(weight.shape), scales.view(*weight.shape[:-1], -1), bits, group)
 
 
+def require_quantized(weight: QuantizedWeight) -> None:
+    """Raise `OpError` unless codes and scales fit together and are of the types that `QuantizedWeight` names."""
+    codes, scales = weight.codes, weight.scales
+    require(
+        codes.dtype == torch.int8 and scales.dtype == torch.bfloat16,
+        f"a quantised weight has int8 codes and bfloat16 scales, not {codes.dtype} and {scales.dtype}",
+    )
+    require(
+        weight.bits in _CODES and weight.group >= 1, f"{weight.bits} bits in groups of {weight.group} are no weight"
+    )
+    groups = -(-codes.shape[-1] // weight.group)
+    require(
+        tuple(scales.shape) == (*codes.shape[:-1], groups),
+        f"codes {list(codes.shape)} in groups of {weight.group} take scales {[*codes.shape[:-1], groups]}, "
+        f"not {list(scales.shape)}",
+    )
+    if weight.bits == 4 and codes.numel():
+        least, most = map(int, codes.aminmax())
+        require(_CODES[4][0] <= least and most <= _CODES[4][1], f"4-bit codes are -8 to 7, not {least} to {most}")
+
+
 def require_format(fmt: str, group: int | None) -> None:
     """Raise `OpError` unless weights come in this format and group."""
     require(fmt in WEIGHT_FORMATS, f"unknown weight format {fmt!r}; choose one of {', '.join(WEIGHT_FORMATS)}")

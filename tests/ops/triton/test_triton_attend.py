@@ -10,6 +10,7 @@ import pytest
 import torch
 from ops_cases import Paged, assert_meets_bar, gqa_case, mla_case, token_slots
 
+from latentkv.errors import OpError
 from latentkv.ops import KVFormat, gqa_attend, mla_attend, mla_decode, reference
 
 Run = Callable[..., Any]
@@ -146,6 +147,22 @@ def test_the_first_slot_of_the_first_page_is_a_slot_like_any_other(run: Run) -> 
     args = (torch.randn(1, 2, 12), pages, torch.zeros(1, 1, dtype=torch.int32), torch.tensor([0, 1]), torch.tensor([4]))
     out, _ = run(mla_attend, *args, latent_dim=8, scale=1.0, slots=torch.tensor([[-1, 0, -1]]))
     torch.testing.assert_close(out, pages[:, :1, :8].expand(1, 2, 8))
+
+
+def test_int64_numbers_beyond_int32_are_left_to_torch_which_refuses_them(run: Run) -> None:
+    q, pages, bounds = torch.randn(1, 2, 12), torch.randn(3, 4, 12), torch.tensor([0, 1])
+    options = {"latent_dim": 8, "scale": 1.0}
+    table, stop = torch.tensor([[1]]), torch.tensor([4])
+    expected, _ = run(mla_attend, q, pages, table, bounds, stop, **options)
+    unused = torch.tensor([[1, 2**32 + 2]])  # what is not read may be anything
+    got, _ = run(mla_attend, q, pages, unused, bounds, stop, **options, launches=False)
+    torch.testing.assert_close(got, expected)
+    with pytest.raises(OpError, match="lie outside the 1 pages"):
+        run(mla_attend, q, pages, table, bounds, torch.tensor([2**32 + 2]), **options, launches=False)
+    options["slots"] = torch.tensor([[-(2**63)]])
+    out, lse = run(mla_attend, q, pages, table, bounds, stop, **options, launches=False)
+    assert not out.any()
+    assert lse.isneginf().all()
 
 
 @pytest.mark.parametrize("kv_format", FORMATS)

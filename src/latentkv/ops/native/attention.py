@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from latentkv.errors import OpError
+from latentkv.ops.checks import as_int32
 from latentkv.ops.kv_formats import KV_FORMATS, KVFormat, latent_payload_bytes
 from latentkv.ops.native import eligible
 from latentkv.ops.native.core import DTYPE_CODES, extension
@@ -42,8 +43,8 @@ def attend_pages(
     scale: float,
     kv_format: KVFormat | None = None,
     int8_products: bool = False,
-) -> None:
-    """Fill out [T, H, Dv] and lse [T, H].
+) -> bool:
+    """Fill out [T, H, Dv] and lse [T, H]; False: a page number, slot or length is beyond int32, and torch has to.
 
     A token's row in kv_pages [N, P, ...] holds the key of key/value head g from number g * head_numbers on, and its
     value value_offset numbers later (0: the value begins the key). Quantised rows (kv_format) are latents: one head,
@@ -61,9 +62,13 @@ def attend_pages(
         key_bytes = value_bytes = latent_payload_bytes(kv_format, value_width, width - value_width)
     else:
         format_code, key_bytes, value_bytes = DTYPE_CODES[kv_pages.dtype], width * size, value_width * size
-    block_table, q_start, stop = _int32(block_table), _int32(q_start), _int32(stop)
-    start = None if start is None else _int32(start)
-    slots = None if slots is None else _int32(slots)
+    table, bounds, ends = _int32(block_table), _int32(q_start), _int32(stop)
+    begins = None if start is None else _int32(start)
+    places = None if slots is None else _int32(slots)
+    if table is None or bounds is None or ends is None:
+        return False
+    if (start is not None and begins is None) or (slots is not None and places is None):
+        return False
     try:
         extension.attend_pages(
             isa,
@@ -90,20 +95,21 @@ def attend_pages(
             value_bytes,
             kv_pages.shape[0],
             kv_pages.shape[1],
-            block_table.data_ptr(),
-            block_table.stride(0),
-            block_table.shape[1],
-            block_table.shape[0],
-            q_start.data_ptr(),
-            0 if start is None else start.data_ptr(),
-            stop.data_ptr(),
-            0 if slots is None else slots.data_ptr(),
-            0 if slots is None else slots.shape[1],
+            table.data_ptr(),
+            table.stride(0),
+            table.shape[1],
+            table.shape[0],
+            bounds.data_ptr(),
+            0 if begins is None else begins.data_ptr(),
+            ends.data_ptr(),
+            0 if places is None else places.data_ptr(),
+            0 if places is None else places.shape[1],
             scale,
             int8_products,
         )
     except ValueError as error:
         raise OpError(str(error)) from None
+    return True
 
 
 def attend_new_tokens(
@@ -119,9 +125,12 @@ def attend_new_tokens(
     scale: float,
     causal: bool,
 ) -> None:
-    """Fill out [T, H, Dv] and lse [T, H] from q [T, H, Dq], k [S, H, Dq] and v [S, H, Dv], any strides."""
+    """Fill out [T, H, Dv] and lse [T, H] from q [T, H, Dq], k [S, H, Dq] and v [S, H, Dv], any strides.
+
+    q_start and kv_start are checked, and so within int32.
+    """
     size = k.element_size()
-    q_start, kv_start = _int32(q_start), _int32(kv_start)
+    q_start, kv_start = (t.to(torch.int32).contiguous() for t in (q_start, kv_start))
     extension.attend_new_tokens(
         isa,
         q.data_ptr(),
@@ -152,8 +161,5 @@ def attend_new_tokens(
     )
 
 
-def _int32(numbers: Tensor) -> Tensor:
-    """As the kernels read them: int32, the last dimension without gaps."""
-    if numbers.dtype is torch.int32 and numbers.stride(-1) == 1:
-        return numbers
-    return numbers.to(torch.int32).contiguous()
+def _int32(numbers: Tensor) -> Tensor | None:
+    return as_int32(numbers) if numbers.is_cpu else None

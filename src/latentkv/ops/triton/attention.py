@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from latentkv.ops.checks import as_int32
 from latentkv.ops.kv_formats import KVFormat
 from latentkv.ops.triton import attention_kernels as kernels
 from latentkv.ops.triton.blocks import AttendBlocks, AttendShape, block_size
@@ -18,6 +19,9 @@ from latentkv.ops.triton.tuned import blocks_for
 
 WORKSPACE_BYTES = 512 << 20
 """Of partial results that exist at once: more rows than that are attended to in several passes."""
+
+LONGEST = 1 << 30
+"""Tokens that a block table may reach: counting them in chunks stays within int32."""
 
 _LOG2_E = 1.4426950408889634
 _LANES = 128
@@ -52,11 +56,15 @@ class Rows:
         stop = torch.full((rows,), most, dtype=torch.int32, device=slots.device)
         return cls(slots, q_start, None, stop, page_size=1, has_holes=True)
 
-    def as_int32(self) -> Rows:
-        """With numbers as the kernels read them."""
-        start = None if self.start is None else _int32(self.start)
-        bounds = _int32(self.q_start), start, _int32(self.stop)
-        return Rows(_int32(self.block_table), *bounds, self.page_size, self.has_holes)
+    def as_int32(self) -> Rows | None:
+        """With numbers as the kernels read them; None where one is beyond int32, or a range may be."""
+        table, q_start, stop = as_int32(self.block_table), as_int32(self.q_start), as_int32(self.stop)
+        start = None if self.start is None else as_int32(self.start)
+        if table is None or q_start is None or stop is None or (start is None) != (self.start is None):
+            return None
+        if table.shape[1] * self.page_size > LONGEST:
+            return None
+        return Rows(table, q_start, start, stop, self.page_size, self.has_holes)
 
 
 def attend_pages(
@@ -77,7 +85,7 @@ def attend_pages(
     Args:
         q: [T, H, L + R].
         kv_pages: [N, P, row] of latents, or [N, P, 2, G, D] of keys and values (L = D, R = 0).
-        rows: what they read.
+        rows: what they read, as `Rows.as_int32` gives it.
         out: [T, H, L], the last dimension contiguous.
         lse: [T, H].
         scale: softmax scale.
@@ -93,7 +101,6 @@ def attend_pages(
     heads = num_heads // kv_heads
     grouped = kv_pages.ndim == 5
     q = q if q.stride(2) == 1 else q.contiguous()
-    rows = rows.as_int32()
     quantised = kv_pages.dtype == torch.uint8
     compute = q.dtype if quantised or kv_pages.dtype == q.dtype else torch.float32
     # A value of its own takes as much room as the key before it.
@@ -169,10 +176,3 @@ def _rows_at_once(rows: int, batch: int, chunks: int, heads: int, dim: int, bloc
     if _most_tiles(rows, batch, heads, blocks) * tile_bytes <= WORKSPACE_BYTES:
         return max(1, rows)
     return max(1, WORKSPACE_BYTES // (tile_bytes * _most_tiles(1, batch, heads, blocks)))
-
-
-def _int32(numbers: Tensor) -> Tensor:
-    """As the kernels read them: int32, the last dimension without gaps."""
-    if numbers.dtype is torch.int32 and numbers.stride(-1) == 1:
-        return numbers
-    return numbers.to(torch.int32).contiguous()

@@ -38,6 +38,9 @@ def attend_pages(
     rows = attention.Rows(block_table, q_start, start, stop, kv_pages.shape[1])
     if slots is not None:
         rows = attention.Rows.of_slots(slots)
+    rows = rows.as_int32()
+    if rows is None:
+        return False
     for launch in attention.attend_pages(q, kv_pages, rows, out, lse, scale=scale, kv_format=kv_format):
         launch.run()
     return True

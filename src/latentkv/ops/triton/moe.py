@@ -26,7 +26,10 @@ def moe_experts(
     tokens, dim = x.shape
     chosen, experts, inner_dim = expert_ids.shape[1], down.shape[0], down.shape[2]
     choices = tokens * chosen
-    sorted_ids, order = torch.sort(expert_ids.reshape(-1).to(torch.int32), stable=True)
+    # Clamped first: an id beyond int32 must not become one that there is.
+    sorted_ids, order = torch.sort(
+        expert_ids.reshape(-1).to(torch.int64).clamp(-1, experts).to(torch.int32), stable=True
+    )
     numbers = torch.arange(experts + 1, dtype=torch.int32, device=x.device)
     expert_start = torch.searchsorted(sorted_ids, numbers, out_int32=True)
     inner = torch.empty(choices, inner_dim, dtype=x.dtype, device=x.device)

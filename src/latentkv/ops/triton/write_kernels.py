@@ -129,18 +129,22 @@ def _largest(values, axis: tl.constexpr):
 
 @triton.jit
 def _int8_scales(largest):
-    """Largest / 127 in float16, one step larger where rounding down would clip by more than half a step; float32."""
+    """Largest / 127 in float16, one step larger where rounding down would clip by more than half a step; float32.
+
+    Infinity where a number is not finite.
+    """
     quotient = tl.div_rn(largest, tl.full(largest.shape, 127.0, tl.float32))
     nearest = tl.where(quotient > 65504.0, 65504.0, quotient).to(tl.float16)
     larger = (nearest.to(tl.int16, bitcast=True) + 1).to(tl.float16, bitcast=True).to(tl.float32)
     nearest = nearest.to(tl.float32)
-    return tl.where((nearest * 127.5 < largest) & (larger <= 65504.0), larger, nearest)
+    scales = tl.where((nearest * 127.5 < largest) & (larger <= 65504.0), larger, nearest)
+    return tl.where(largest < float("inf"), scales, float("inf"))
 
 
 @triton.jit
 def _int8_codes(values, scales):
     scales = tl.broadcast_to(scales, values.shape)
-    known = scales > 0.0  # neither 0 nor NaN
+    known = (scales > 0.0) & (scales < float("inf"))
     ratio = tl.where(known, tl.div_rn(values, tl.where(known, scales, 1.0)), 0.0)
     clipped = tl.minimum(tl.maximum(ratio, -127.0), 127.0)
     return ((clipped + NEAREST) - NEAREST).to(tl.int8).to(tl.uint8, bitcast=True)
