@@ -154,7 +154,7 @@ def test_doctor_finds_every_op_right(latentkv):
     machine = report["machine"]
     assert machine["cores"] >= 1 and machine["torch"] == torch.__version__
     assert machine["memory"][0]["total"] >= machine["memory"][0]["free"] > 0
-    assert len(machine["openmp"]) == 1
+    assert sum("torch" in path for path in machine["openmp"]) == 1  # a package of the tests may bring another
 
 
 def test_doctor_finds_one_team_where_this_thread_has_computed_too_and_two_where_another_does(latentkv):

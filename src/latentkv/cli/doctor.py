@@ -200,11 +200,6 @@ def _print_machine(machine: Machine) -> None:
 
 def _threads(machine: Machine) -> str:
     """Whether one team of threads computes, or why a step takes longer than it could."""
-    if len(machine.openmp) > 1:
-        return (
-            f"[bold red]{len(machine.openmp)} OpenMP runtimes share the cores ({', '.join(machine.openmp)}): steps are "
-            "slower by half or more. Load one alone; LD_PRELOAD may bring the other.[/bold red]"
-        )
     if machine.teams is None:
         return "not tried, because operations are wrong"
     if machine.teams > 1:
@@ -212,7 +207,13 @@ def _threads(machine: Machine) -> str:
             f"[bold red]{machine.teams} teams share the cores while a model runs: steps are slower by half or more. "
             "Let one thread compute at a time.[/bold red]"
         )
-    return "one team computes" if machine.teams else "no team was needed"
+    found = "one team computes" if machine.teams else "no team was needed"
+    if len(machine.openmp) < 2:
+        return found
+    return (
+        f"{found}; {len(machine.openmp)} OpenMP runtimes are loaded ({', '.join(machine.openmp)}): where a second one "
+        "computes at the same time, both are slower by half or more. LD_PRELOAD may bring one."
+    )
 
 
 def _op_table(reports: list[OpReport]) -> Table:

@@ -70,9 +70,11 @@ class Generation:
             LatentKVError: a request failed.
         """
         while self._left:
-            waiting = asyncio.timeout_at(self._loop.time() + self._deadline - time.monotonic())
-            async with waiting:
-                index, piece = await self._arrived.get()
+            if self._arrived.empty():  # a timer for each piece would cost as much as the piece
+                async with asyncio.timeout_at(self._loop.time() + self._deadline - time.monotonic()):
+                    index, piece = await self._arrived.get()
+            else:
+                index, piece = self._arrived.get_nowait()
             if isinstance(piece, Exception):
                 raise piece
             self._left -= piece.finish_reason is not None
