@@ -181,16 +181,16 @@ WRONG = [
     ({"arms": "mha,gqa-3"}, "gqa-3 does not divide 4 heads"),
     ({"arms": "mha,mla-9999"}, "mla-9999 has more parameters than MHA"),
     ({"match": "cache"}, "--match=cache is not known: choose parameters or none"),
-    ({"seeds": 0}, "--seeds must be from 1 to 20"),
-    ({"steps": 2}, "--steps must be 3 or more"),
+    ({"seeds": 0}, "--seeds must be a whole number from 1 to 20, not 0."),
+    ({"steps": 2}, "--steps must be a whole number from 3 to 2,147,483,647, not 2."),
     ({"lrs": "fast"}, "--lrs=fast is not a list of numbers"),
-    ({"lrs": "1e-3,0"}, "--lrs must be numbers above 0"),
+    ({"lrs": "1e-3,0"}, "--lrs must be a number above 0, not 0.0."),
     ({"hidden": 36}, "--hidden 36 gives 4 heads no width that is a multiple of 4"),
-    ({"layers": 0}, "--layers must be 1 or more"),
-    ({"vocab": 200}, "--vocab must be 259 or more"),
+    ({"layers": 0}, "--layers must be a whole number from 1 to 1,024, not 0."),
+    ({"vocab": 200}, "--vocab must be a whole number from 259 to 1,048,576, not 200."),
     ({"batch_tokens": 65}, "--batch-tokens 65 must be a multiple of --seq-len 16"),
-    ({"eval_bytes": 0}, "--eval-bytes must be 1 or more"),
-    ({"threads": 0}, "--threads must be 1 or more"),
+    ({"eval_bytes": 0}, "--eval-bytes must be a whole number from 1 to 2,147,483,647, not 0."),
+    ({"threads": 0}, "--threads must be a whole number from 1 to 1,024, not 0."),
 ]
 
 

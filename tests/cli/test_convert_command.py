@@ -112,14 +112,80 @@ def test_speed_is_measured_where_it_is_asked_for_and_converting_again_keeps_what
     ("options", "message"),
     [
         (("--train", "half"), "--train=half is not allowed: choose all, attention, lora"),
-        (("--train", "lora", "--lora-rank", 0), "--lora-rank=0 is not allowed"),
-        (("--eval-every", 0), "--eval-every=0 is not allowed"),
+        (("--train", "lora", "--lora-rank", 0), "--lora-rank must be a whole number from 1 to 65,536, not 0."),
+        (("--eval-every", 0), "--eval-every must be a whole number from 1 to 2,147,483,647, not 0."),
         (("--eval-every", 5), "--eval-every needs a text to measure on: give --text"),
     ],
 )
 def test_wrong_healing_is_one_sentence(latentkv, source: Path, options: tuple, message: str) -> None:
     result = latentkv("heal", source, "--teacher", source, *options, *SMALL)
     assert result.exit_code == 2 and message in " ".join(result.stderr.split())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--batch-size", 0), "--batch-size must be a whole number from 1 to 2,147,483,647, not 0."),
+        (("--batch-size", 9), "--batch-size must be a whole number from 1 to 8, not 9."),
+        (("--lr", "nan"), "--lr must be a number above 0, not nan."),
+        (("--lr", "inf"), "--lr must be a number above 0, not inf."),
+        (("--lr", -1), "--lr must be a number above 0, not -1.0."),
+        (("--steps", 0), "--steps must be a whole number from 1 to 2,147,483,647, not 0."),
+        (("--steps", -1), "--steps must be a whole number from 1 to 2,147,483,647, not -1."),
+        (("--match-steps", -1), "--match-steps must be a whole number from 0 to 2,147,483,647, not -1."),
+        (("--lora-alpha", "nan"), "--lora-alpha must be a number above 0, not nan."),
+        (("--length", 0), "--length must be a whole number from 16 to 2,147,483,647, not 0."),
+        (("--sequences", 0), "--sequences must be a whole number from 8 to 1,048,576, not 0."),
+        (("--data", "nothing.txt"), "nothing.txt cannot be read (No such file or directory)"),
+        (("--text", "nothing.txt"), "nothing.txt cannot be read (No such file or directory)"),
+        (("--data", "."), ". cannot be read (Is a directory)"),
+    ],
+)
+def test_options_of_healing_are_checked_before_a_model_is_looked_for(latentkv, options: tuple, message: str) -> None:
+    result = latentkv("heal", "no folder", "--teacher", "no source", *SMALL, *options)
+    assert result.exit_code == 2 and result.stderr.startswith(f"error: {message}"), result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("case", ["itself", "a file", "not empty", "below a file", "dead link"])
+def test_where_a_conversion_cannot_be_written_is_said_before_the_source_writes_text(
+    latentkv, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    (tmp_path / "file").write_text("kept")
+    (tmp_path / "dead").symlink_to(tmp_path / "gone")
+    target, words = {
+        "itself": (source, "is the source itself"),
+        "a file": (tmp_path / "file", "is a file, not a folder"),
+        "not empty": (tmp_path, "is not empty"),
+        "below a file": (tmp_path / "file" / "out", "is a file, not a folder"),
+        "dead link": (tmp_path / "dead", "is a link that leads nowhere"),
+    }[case]
+
+    def writes(*_: object, **__: object) -> None:
+        raise AssertionError("text was written")
+
+    monkeypatch.setattr("latentkv.convert.text.load_writer", writes)
+    result = latentkv("convert", source, target, "--kv-budget", "1/2", *SMALL)
+    assert result.exit_code == 2 and words in result.stderr and len(result.stderr.splitlines()) == 1
+    assert (tmp_path / "file").read_text() == "kept" and not (source / ".converting").exists()
+
+
+def test_a_teacher_that_is_the_target_is_refused_before_text_is_written(
+    latentkv, source: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    assert latentkv("convert", source, out, "--kv-budget", "1/2", "--calibrate", text, *SMALL).exit_code == 0
+
+    def writes(*_: object, **__: object) -> None:
+        raise AssertionError("text was written")
+
+    monkeypatch.setattr("latentkv.convert.text.load_writer", writes)
+    result = latentkv("heal", out, "--teacher", out, "--data", "self", *SMALL)
+    assert result.exit_code == 2 and "is the teacher itself" in result.stderr
+    report = (out / REPORT_FILE).read_text()
+    worse = latentkv("heal", out, "--teacher", source, "--data", text, "--steps", 1, "--lr", 50, *SMALL)
+    assert worse.exit_code == 2 and "so it stays as it was: give a lower --lr than 50" in worse.stderr
+    assert len(worse.stderr.splitlines()) == 1 and (out / REPORT_FILE).read_text() == report
 
 
 def test_a_text_that_the_conversion_was_measured_on_and_that_is_gone_is_named(
@@ -148,9 +214,15 @@ WRONG = [
     (("--rank", 16, "--rope-dim", 18, "--export", "vllm"), "--rope-dim=18 is not allowed with --export vllm"),
     (("--kv-budget", "half"), "--kv-budget=half is no share"),
     (("--kv-budget", "1/0"), "is no share"),
-    (("--kv-budget", "1/2", "--sequences", 4), "--sequences=4 is too few"),
-    (("--kv-budget", "1/2", "--length", 4096), "--length=4096 is not allowed: this model takes 16 to 128"),
-    (("--kv-budget", "1/2", "--threads", 0), "--threads must be 1 or more"),
+    (("--kv-budget", "nan"), "--kv-budget must be a number above 0 and at most 1, not nan."),
+    (("--kv-budget", "1e999999999"), "--kv-budget must be a number above 0 and at most 1, not inf."),
+    (("--kv-budget", "-1/4"), "--kv-budget must be a number above 0 and at most 1, not -0.25."),
+    (("--kv-budget", "1/2", "--length", 0), "--length must be a whole number from 16 to"),
+    (("--kv-budget", "1/2", "--fold", 0), "--fold must be a whole number from 1 to"),
+    (("--rank", 0, "--rope-dim", 8), "--rank must be a whole number from 1 to"),
+    (("--kv-budget", "1/2", "--sequences", 4), "--sequences must be a whole number from 8 to 1,048,576, not 4."),
+    (("--kv-budget", "1/2", "--length", 4096), "--length must be a whole number from 16 to 128, not 4096."),
+    (("--kv-budget", "1/2", "--threads", 0), "--threads must be a whole number from 1 to 1,024, not 0."),
     (("--kv-budget", "1/2", "--calibrate", "nothing.txt"), "nothing.txt cannot be read"),
     (("--kv-budget", "1/2", "--calibrate", "{text}", "--sequences", 999), "are needed: give a longer text"),
 ]

@@ -54,7 +54,7 @@ WRONG = [
     ((), "Missing option '--weights'"),
     (("--weights", "int3"), "unknown weight format 'int3'"),
     (("--weights", "int4", "--group", 48), "groups of 48"),
-    (("--weights", "int4", "--threads", 0), "--threads must be 1 or more"),
+    (("--weights", "int4", "--threads", 0), "--threads must be a whole number from 1 to 1,024"),
     (("--weights", "int4", "--text", "nothing.txt"), "does not exist"),
     (("--weights", "int4", "--text", "{empty}"), "no text to score"),
     (("--weights", "int4", "--text", "{text}", "--text-bytes", 0), "--text-bytes must be 1 or more"),

@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -141,25 +142,25 @@ def test_the_same_call_again_does_nothing_and_another_one_is_refused(tmp_path: P
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (ConvertOptions(), "either --rank or --kv-budget"),
-        (ConvertOptions(rank=8, kv_budget=0.5), "either --rank or --kv-budget"),
-        (ConvertOptions(rank=0, rope_dim=4), "--rank=0 is not allowed"),
-        (ConvertOptions(rank=129, rope_dim=4), "1 to 128"),
-        (ConvertOptions(rank=125, rope_dim=4), "--rank=125 is not allowed with --rope-dim=4, which leaves at most 124"),
-        (ConvertOptions(rank=8), "--rank needs --rope-dim"),
-        (ConvertOptions(rank=8, rope_dim=3), "--rope-dim=3 is not allowed"),
-        (ConvertOptions(rank=8, rope_dim=66), "--rope-dim=66 is not allowed"),
-        (ConvertOptions(kv_budget=0.0), "--kv-budget=0 is not allowed"),
-        (ConvertOptions(kv_budget=1.5), "--kv-budget=1.5 is not allowed"),
-        (ConvertOptions(kv_budget=0.01), "too few for this model"),
+        ({}, "either --rank or --kv-budget"),
+        ({"rank": 8, "kv_budget": 0.5}, "either --rank or --kv-budget"),
+        ({"rank": 0, "rope_dim": 4}, "--rank must be a whole number from 1"),
+        ({"rank": 129, "rope_dim": 4}, "1 to 128"),
+        ({"rank": 125, "rope_dim": 4}, "--rank=125 is not allowed with --rope-dim=4, which leaves at most 124"),
+        ({"rank": 8}, "--rank needs --rope-dim"),
+        ({"rank": 8, "rope_dim": 3}, "--rope-dim=3 is not allowed"),
+        ({"rank": 8, "rope_dim": 66}, "--rope-dim=66 is not allowed"),
+        ({"kv_budget": 0.0}, "--kv-budget must be a number above 0 and at most 1, not 0.0"),
+        ({"kv_budget": 1.5}, "--kv-budget must be a number above 0 and at most 1, not 1.5"),
+        ({"kv_budget": 0.01}, "too few for this model"),
     ],
 )
 def test_sizes_that_cannot_be_are_refused_in_one_sentence_and_nothing_is_written(
-    options: ConvertOptions, message: str, tmp_path: Path
+    options: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     source = write_source("llama", tmp_path / "source")
     with pytest.raises(ConfigError, match=message):
-        convert_checkpoint(source, tmp_path / "out", TOKENS, options)
+        convert_checkpoint(source, tmp_path / "out", TOKENS, ConvertOptions(**options))
     assert not (tmp_path / "out" / "config.json").exists()
 
 
@@ -204,3 +205,25 @@ def test_the_report_is_in_the_folder_and_finite(tmp_path: Path) -> None:
     assert stored["rank"] == report.rank and len(stored["layers"]) == 3
     assert stored["cache"] == {"dtype": "fp32", "before": 3 * 128 * 4, "after": 3 * 64 * 4}
     assert all(math.isfinite(value) for row in stored["layers"] for value in row.values())
+
+
+def test_a_damaged_resume_state_is_one_sentence_that_names_it_and_the_remedy(tmp_path: Path) -> None:
+    source, options = write_source("llama", tmp_path / "source"), ConvertOptions(rank=16, rope_dim=8)
+    state = tmp_path / "out" / ".converting"
+
+    def killed(what: str, done: int, total: int) -> None:
+        if (what, done) == ("convert", 1):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert_checkpoint(source, tmp_path / "out", TOKENS, options, on_progress=killed)
+    for name in ("conversion.json", "plan.json", "layer-0.json", "hidden-0.f32"):
+        whole = (state / name).read_bytes()
+        of_another_type = [] if name == "conversion.json" else [b"{}", b'{"row": 1}', b"3"]
+        for damage in (b"", whole[:-5], b"[" * 100_000, *of_another_type):
+            (state / name).write_bytes(damage)
+            with pytest.raises(CheckpointError, match=rf"{name} .*: remove the folder") as refused:
+                convert_checkpoint(source, tmp_path / "out", TOKENS, options)
+            assert "\n" not in str(refused.value)
+        (state / name).write_bytes(whole)
+    assert len(convert_checkpoint(source, tmp_path / "out", TOKENS, options).layers) == 3

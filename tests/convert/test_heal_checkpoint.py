@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from sources import some_tokens, write_source
 from transformers import AutoModelForCausalLM
 
 from latentkv.convert import ConvertOptions, HealOptions, convert_checkpoint, heal_checkpoint, read_record
 from latentkv.convert.quality import compare_models
-from latentkv.errors import TrainingError
+from latentkv.errors import LatentKVError, TrainingError
 from latentkv.models.loading import load_model
 
 TOKENS = some_tokens(16)
 OPTIONS = HealOptions(steps=30, batch_size=4, lr=2e-3)
+EVALUATED = HealOptions(steps=30, batch_size=4, lr=2e-3, eval_every=10)
+HELD_OUT = some_tokens(8, 48)
 
 
 @pytest.fixture(params=["llama", "qwen2"])
@@ -52,7 +56,8 @@ def test_layers_can_be_matched_first_which_moves_attention_alone_and_nearer(
 ) -> None:
     source, folder = models
     before, far = load_model(folder, dtype=torch.float32).state_dict(), compare_models(source, folder, TOKENS)
-    healing = heal_checkpoint(folder, source, TOKENS, HealOptions(steps=90, match_steps=90, batch_size=4, lr=2e-3))
+    options = HealOptions(steps=90, match_steps=90, batch_size=4, lr=2e-3)
+    healing = heal_checkpoint(folder, source, TOKENS, options, held_out=HELD_OUT)
     assert healing.losses[-1] < 0.8 * healing.losses[0] < 1
     after = load_model(folder, dtype=torch.float32).state_dict()
     assert all(".self_attn." in name for name in before if not torch.equal(before[name], after[name]))
@@ -69,8 +74,8 @@ def test_an_interrupted_healing_goes_on_and_ends_with_the_same_weights(
     shutil.copytree(folder, tmp_path / "whole")
     whole = heal_checkpoint(tmp_path / "whole", source, TOKENS, OPTIONS)
 
-    def killed(step: int, steps: int, loss: float) -> None:
-        if step == 12:
+    def killed(stage: str, step: int, steps: int) -> None:
+        if stage.startswith("train") and step == 12:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -92,11 +97,6 @@ def test_only_attention_moves_when_only_attention_is_trained(models: tuple[Path,
     assert not any("layernorm" in name for name in moved)
 
 
-EVALUATED = HealOptions(steps=30, batch_size=4, lr=2e-3, eval_every=10)
-HELD_OUT = some_tokens(8, 48)
-
-
-@OF_ONE
 def test_held_out_text_is_measured_before_every_so_often_and_after(models: tuple[Path, Path]) -> None:
     source, folder = models
     before = compare_models(source, folder, HELD_OUT)
@@ -126,8 +126,8 @@ def test_the_evaluations_of_an_interrupted_healing_have_no_gap_and_none_twice(
     shutil.copytree(folder, tmp_path / "whole")
     whole = heal_checkpoint(tmp_path / "whole", source, TOKENS, EVALUATED, held_out=HELD_OUT)
 
-    def killed(step: int, steps: int, loss: float) -> None:
-        if step == killed_at:
+    def killed(stage: str, step: int, steps: int) -> None:
+        if stage.startswith("train") and step == killed_at:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -138,11 +138,134 @@ def test_the_evaluations_of_an_interrupted_healing_have_no_gap_and_none_twice(
     assert {**found, "seconds": 0} == {**expected, "seconds": 0}
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("models", ["llama"], indirect=True)
+@pytest.mark.parametrize("given", [True, False])
+def test_a_healing_that_makes_the_model_worse_leaves_it_as_it_was(models: tuple[Path, Path], given: bool) -> None:
+    source, folder = models
+    before = contents(folder)
+    held_out = HELD_OUT if given else None
+    with pytest.raises(TrainingError, match=r"would make .* worse .*so it stays as it was: give a lower --lr than 5,"):
+        heal_checkpoint(folder, source, TOKENS, HealOptions(steps=2, batch_size=4, lr=5.0), held_out=held_out)
+    assert contents(folder) == before
+    heal_checkpoint(folder, source, TOKENS, HealOptions(steps=4, batch_size=4, lr=2e-3), held_out=held_out)
+    assert contents(folder)["model.safetensors"] and read_record(folder)["healings"]
+
+
+@pytest.mark.parametrize("models", ["llama"], indirect=True)
+@pytest.mark.parametrize("lr", [1e37, 1e300])
+def test_weights_that_the_last_step_made_infinite_are_never_stored(models: tuple[Path, Path], lr: float) -> None:
+    source, folder = models
+    before = contents(folder)
+    with pytest.raises(TrainingError, match=r"stay.? as it was"):
+        heal_checkpoint(folder, source, TOKENS, HealOptions(steps=1, batch_size=4, lr=lr), held_out=HELD_OUT)
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize("models", ["llama"], indirect=True)
+def test_after_a_healing_that_diverged_another_rate_can_be_tried(
+    models: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, folder = models
+    before = contents(folder)
+    monkeypatch.setattr("latentkv.convert.heal._SAVE_SECONDS", 0)
+    with pytest.raises(TrainingError, match="Healing diverged at step"):
+        heal_checkpoint(folder, source, TOKENS, HealOptions(steps=20, batch_size=4, lr=1e20))
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize("models", ["llama"], indirect=True)
+def test_what_does_not_belong_together_is_refused_before_any_weight_is_read(models: tuple[Path, Path]) -> None:
+    source, folder = models
+    for weights in (*source.glob("*.safetensors"), *folder.glob("*.safetensors")):
+        weights.unlink()
+    options = HealOptions(steps=2, match_steps=1)
+    (folder.parent / "again").symlink_to(folder)
+    for target, teacher, words in (
+        (folder, folder, "is the teacher itself"),
+        (folder, folder.parent / "again", "is the teacher itself"),
+        (source, folder, "has no latent attention"),
+        (folder / "config.json", source, "is no folder"),
+        (folder.parent / "nothing", source, "is no folder"),
+    ):
+        with pytest.raises(TrainingError, match=words):
+            heal_checkpoint(target, teacher, TOKENS, options)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2}))
+    with pytest.raises(TrainingError, match=r"is not the source of .* num_layers is 3, not 2"):
+        heal_checkpoint(folder, source, TOKENS, options)
+    (folder / "report.json").write_text('{"healings": 3}')
+    (source / "config.json").write_text(json.dumps(config))
+    with pytest.raises(LatentKVError, match=r"report.json is damaged .*: remove it"):
+        heal_checkpoint(folder, source, TOKENS, options)
+
+
+DAMAGES = [
+    ("state.json", b""),
+    ("state.json", b"[]"),
+    ("state.json", b'{"fingerprint": 3}'),
+    ("state.json", b"[" * 100_000),
+    ("state.json", {"losses": "many"}),
+    ("state.json", {"evaluations": [{}]}),
+    ("state.json", {"number": None}),
+    ("weights.safetensors", b"short"),
+    ("weights.safetensors", {}),
+    ("optimizer.safetensors", {"nobody:exp_avg": torch.zeros(1)}),
+    ("optimizer.safetensors", {"model.norm.weight:exp_avg": torch.zeros(3)}),
+]
+
+
+@pytest.mark.parametrize("models", ["llama"], indirect=True)
+def test_a_damaged_resume_state_is_one_sentence_that_names_it_and_the_remedy(
+    models: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, folder = models
+    monkeypatch.setattr("latentkv.convert.heal._SAVE_SECONDS", 0)
+
+    def killed(stage: str, done: int, total: int) -> None:
+        if stage.startswith("train") and done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        heal_checkpoint(folder, source, TOKENS, OPTIONS, on_progress=killed)
+    newest = sorted((folder / ".healing").iterdir())[-1]
+    whole = contents(newest)
+    for name, damage in DAMAGES:
+        if isinstance(damage, bytes):
+            (newest / name).write_bytes(damage)
+        elif name == "state.json":
+            (newest / name).write_text(json.dumps(json.loads(whole[name]) | damage))
+        else:
+            save_file(damage, newest / name)
+        with pytest.raises(TrainingError, match=r"^\S*step-0000000\d\S* .*: .*remove \S+.*\.$|remove"):
+            heal_checkpoint(folder, source, TOKENS, OPTIONS)
+        (newest / name).write_bytes(whole[name])
+    assert len(heal_checkpoint(folder, source, TOKENS, OPTIONS).losses) == OPTIONS.steps
+
+
+@pytest.mark.parametrize("models", ["llama"], indirect=True)
+def test_progress_names_its_stage_and_counts(models: tuple[Path, Path]) -> None:
+    source, folder = models
+    seen: list[tuple[str, int, int]] = []
+    heal_checkpoint(
+        folder,
+        source,
+        TOKENS,
+        HealOptions(steps=3, match_steps=1, batch_size=4),
+        held_out=HELD_OUT,
+        on_progress=lambda stage, done, total: seen.append((stage.split(",")[0], done, total)),
+    )
+    before, after = ([(f"measure {when}", count, 8) for count in (4, 8)] for when in ("before", "after"))
+    assert seen == [*before, ("match layers", 1, 1), ("train", 2, 3), ("train", 3, 3), *after]
+
+
 def test_what_cannot_be_healed_is_refused(models: tuple[Path, Path]) -> None:
     source, folder = models
     with pytest.raises(TrainingError, match="fewer than a batch"):
         heal_checkpoint(folder, source, TOKENS[:2], OPTIONS)
-    with pytest.raises(TrainingError, match="Healing diverged"):
-        heal_checkpoint(folder, source, TOKENS, HealOptions(steps=20, batch_size=4, lr=1e20))
-    with pytest.raises(TrainingError, match="--eval-every=0 is not allowed"):
+    with pytest.raises(TrainingError, match="--eval-every must be a whole number from 1"):
         HealOptions(eval_every=0)

@@ -216,6 +216,27 @@ def test_an_interrupted_run_goes_on_shard_by_shard_to_the_same_files(source, tmp
     assert contents(out) == contents(whole)
 
 
+def test_a_damaged_resume_state_is_one_sentence_that_names_it_and_the_remedy(source, tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(Stop):
+        quantize_checkpoint(source, out, "int4", max_shard_bytes=20_000, on_progress=stopping_after(8))
+    claim = out / ".quantizing" / "conversion.json"
+    rows = next(path for path in sorted(claim.parent.iterdir()) if path != claim)
+    whole = claim.read_bytes()
+    for damage in (b"", b"[" * 100_000, whole[:-9]):
+        claim.write_bytes(damage)
+        with pytest.raises(CheckpointError, match=r"conversion\.json is .*: remove the folder of the copy"):
+            quantize_checkpoint(source, out, "int4", max_shard_bytes=20_000)
+    claim.write_bytes(whole)
+    for damage in (b"", b"[" * 100_000, b"{}", b"[{}]", rows.read_bytes().replace(b'"tensors": 1', b'"tensors": "1"')):
+        rows.write_bytes(damage)
+        with pytest.raises(CheckpointError, match=r"safetensors\.json .*: remove it") as refused:
+            quantize_checkpoint(source, out, "int4", max_shard_bytes=20_000)
+        assert "\n" not in str(refused.value)
+    rows.unlink()
+    assert quantize_checkpoint(source, out, "int4", max_shard_bytes=20_000).total.bytes_before > 0
+
+
 def test_a_finished_run_given_again_does_nothing(source, tmp_path):
     out = tmp_path / "out"
     report = quantize_checkpoint(source, out, "int4")

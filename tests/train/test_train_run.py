@@ -1,4 +1,5 @@
 import json
+import math
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
@@ -143,3 +144,60 @@ def test_a_log_line_cut_short_by_a_kill_is_dropped(tmp_path: Path) -> None:
 def test_options_are_checked(change: dict[str, object], words: str) -> None:
     with pytest.raises(TrainingError, match=words):
         replace(OPTIONS, **change)
+
+
+STATES: list[tuple[str, bytes | dict[str, object]]] = [
+    ("state.json", b""),
+    ("state.json", b"[1]"),
+    ("state.json", b"[" * 100_000),
+    ("state.json", {"step": "3"}),
+    ("state.json", {"step": -1}),
+    ("state.json", {"elapsed": None}),
+    ("state.json", {"options": [1]}),
+    ("state.json", {"unknown": 1}),
+    ("weights.safetensors", b"cut short"),
+    ("weights.safetensors", {}),
+    ("weights.safetensors", {"model.norm.weight": torch.zeros(3)}),
+    ("optimizer.safetensors", {"nobody:exp_avg": torch.zeros(3)}),
+]
+
+
+def test_a_damaged_checkpoint_is_one_sentence_that_names_it_and_the_remedy(
+    tiny_config: Path, text_folder: Path, tmp_path: Path
+) -> None:
+    plan = TrainingPlan(text_folder, tmp_path / "out", tiny_config)
+    train_model(plan, replace(OPTIONS, steps=1), quiet())
+    newest = plan.out / "checkpoints" / "step-00000001"
+    for name, damage in STATES:
+        whole = (newest / name).read_bytes()
+        if isinstance(damage, bytes):
+            (newest / name).write_bytes(damage)
+        elif name == "state.json":
+            (newest / name).write_text(json.dumps(json.loads(whole) | damage))
+        else:
+            save_file(damage, newest / name)
+        with pytest.raises(TrainingError, match=r"step-00000001.*: remove ") as refused:
+            train_model(plan, OPTIONS, quiet())
+        assert "\n" not in str(refused.value)
+        (newest / name).write_bytes(whole)
+
+
+def test_nothing_is_made_or_forgotten_where_the_run_cannot_begin(
+    tiny_config: Path, text_folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("kept")
+    empty, out = tmp_path / "empty", tmp_path / "out"
+    empty.mkdir()
+    (out / "checkpoints").mkdir(parents=True)
+    for plan, words in (
+        (TrainingPlan(text_folder, tmp_path / "file", tiny_config), "is a file, not a folder"),
+        (TrainingPlan(text_folder, tmp_path, init=tmp_path), "is the checkpoint of --init itself"),
+        (TrainingPlan(empty, tmp_path / "new", tiny_config), "no .txt file"),
+        (TrainingPlan(empty, out, tiny_config, restart=True), "no .txt file"),
+        (TrainingPlan(text_folder, tmp_path / "new", tiny_config, eval_fraction=math.nan), "--eval-fraction must be"),
+        (TrainingPlan(text_folder, tmp_path / "new", tiny_config, eval_bytes=0), "--eval-bytes must be"),
+    ):
+        with pytest.raises(TrainingError, match=words):
+            train_model(plan, OPTIONS, quiet())
+    assert (tmp_path / "file").read_text() == "kept" and not (tmp_path / "new").exists()
+    assert (out / "checkpoints").is_dir()

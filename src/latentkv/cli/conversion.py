@@ -13,6 +13,7 @@ import typer
 
 from latentkv.cli.terminal import console
 from latentkv.errors import RequestError
+from latentkv.ranges import require_range
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,36 +25,49 @@ EVAL_SEED = 1_000_000
 TextOption = Annotated[str, typer.Option(help="A UTF-8 text file, or self: what the source writes by itself.")]
 
 
+def require_text_options(sequences: int, length: int, *texts: str | None) -> None:
+    """Raise `RequestError` for sizes that no model takes, and for a text that is no readable file."""
+    require_range("sequences", sequences, RequestError)
+    require_range("length", length, RequestError)
+    for text in texts:
+        if text is None or text == SELF:
+            continue
+        try:
+            with Path(text).open("rb"):
+                pass
+        except OSError as problem:
+            raise RequestError(
+                f"{text} cannot be read ({problem.strerror}): name a UTF-8 text file, or self."
+            ) from None
+
+
 def require_length(folder: Path, length: int) -> None:
     """Raise `RequestError` for a length that the model does not take."""
     from latentkv.models.config_reader import read_config
 
-    most = read_config(folder).max_positions
-    if not 16 <= length <= most:
-        raise RequestError(f"--length={length} is not allowed: this model takes 16 to {most:,} tokens.")
+    require_range("length", length, RequestError, high=read_config(folder).max_positions)
 
 
-def text_tokens(folder: Path, text: str, sequences: int, length: int, *, seed: int) -> Tensor:
-    """[sequences, length] ids of a file, or of what the source writes with this seed."""
+def text_tokens(folder: Path, text: str, sequences: int, length: int, *, seed: int, stage: str) -> Tensor:
+    """[sequences, length] ids of a file, or of what the source writes with this seed; `stage` is what they are for."""
     from latentkv.convert.text import load_writer, tokens_of_file, tokens_of_model
 
-    if sequences < 8:
-        raise RequestError(f"--sequences={sequences} is too few: give 8 or more.")
     if text != SELF:
-        return tokens_of_file(folder, Path(text), sequences=sequences, length=length)
-    with progress("Text") as on_progress:
+        with console(stderr=True).status(f"{stage}: read {text}"):
+            return tokens_of_file(folder, Path(text), sequences=sequences, length=length)
+    with progress(stage) as on_progress:
         return tokens_of_model(
             load_writer(folder, length),
             sequences=sequences,
             length=length,
             seed=seed,
-            on_token=lambda done, total: on_progress("from the source", done, total),
+            on_token=lambda done, total: on_progress("the source writes, tokens", done, total),
         )
 
 
 @contextmanager
 def progress(title: str) -> Generator[Callable[[str, int, int], None]]:
-    """A bar on a terminal: called with what is done, how much is, and of how much."""
+    """A bar on a terminal that names stage and count: called with the stage, what is done of it, and of how much."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     out = console(stderr=True)

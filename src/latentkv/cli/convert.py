@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 
 import typer
 
-from latentkv.cli.conversion import EVAL_SEED, SELF, TextOption, progress, require_length, run_facts, text_tokens
+from latentkv.cli.conversion import (
+    EVAL_SEED,
+    SELF,
+    TextOption,
+    progress,
+    require_length,
+    require_text_options,
+    run_facts,
+    text_tokens,
+)
 from latentkv.cli.options import MODEL_FORMS, ThreadsOption, use_threads
 from latentkv.cli.terminal import console, print_json
 from latentkv.errors import RequestError
@@ -63,6 +71,7 @@ def convert(
         note,
         read_record,
         require_convertible,
+        require_target,
     )
 
     use_threads(threads)
@@ -72,12 +81,14 @@ def convert(
         raise RequestError(f"--export={export} is not known: choose {', '.join(get_args(Export))}.")
     budget = None if kv_budget is None else _share(kv_budget)
     options = ConvertOptions(rank, rope_dim, budget, cast("Method", method), fold, cast("Export", export))
+    require_text_options(sequences, length, calibrate, text)
     folder = resolve_model(source)
     require_convertible(folder, options)
+    require_target(target, folder)
     require_length(folder, length)
-    tokens = text_tokens(folder, calibrate, sequences, length, seed=0)
+    tokens = text_tokens(folder, calibrate, sequences, length, seed=0, stage="Calibration text")
     count = max(sequences // 4, 8)
-    held_out = None if text is None else text_tokens(folder, text, count, length, seed=EVAL_SEED)
+    held_out = None if text is None else text_tokens(folder, text, count, length, seed=EVAL_SEED, stage="Held-out text")
     with progress("Convert") as on_progress:
         report = convert_checkpoint(folder, target, tokens, options, on_progress=on_progress)
     record = read_record(target)
@@ -100,7 +111,8 @@ def convert(
 
 def _share(text: str) -> float:
     try:
-        return float(Fraction(text))
+        part, _, whole = text.partition("/")
+        return float(part) / float(whole or "1")
     except (ValueError, ZeroDivisionError):
         raise RequestError(f"--kv-budget={text} is no share: write 1/4 or 0.25.") from None
 
@@ -108,8 +120,14 @@ def _share(text: str) -> float:
 def _quality(source: Path, converted: Path, tokens: Tensor) -> dict[str, Any]:
     from latentkv.convert.quality import compare_models
 
-    with console(stderr=True).status("Perplexity"):
-        return {**compare_models(source, converted, tokens)}
+    with progress("Perplexity") as on_progress:
+        found = compare_models(
+            source,
+            converted,
+            tokens,
+            on_progress=lambda done, total: on_progress("both models, sequences", done, total),
+        )
+    return {**found}
 
 
 def _speed(source: Path, converted: Path) -> dict[str, Any]:

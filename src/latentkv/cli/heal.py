@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from latentkv.cli.conversion import EVAL_SEED, SELF, TextOption, progress, require_length, run_facts, text_tokens
+from latentkv.cli.conversion import (
+    EVAL_SEED,
+    SELF,
+    TextOption,
+    progress,
+    require_length,
+    require_text_options,
+    run_facts,
+    text_tokens,
+)
 from latentkv.cli.options import MODEL_FORMS, ThreadsOption, use_threads
 from latentkv.cli.terminal import console, print_json
 from latentkv.errors import RequestError
+from latentkv.ranges import require_range
+from latentkv.saved_values import saved_in
 
 if TYPE_CHECKING:
     from latentkv.convert import Healing
-
-_TRAINED = ("all", "attention", "lora")
+    from latentkv.convert.heal import Trained
 
 
 def heal(
@@ -26,7 +36,7 @@ def heal(
     data: TextOption = SELF,
     sequences: Annotated[int, typer.Option(help="Of text; they are gone through again and again.")] = 512,
     length: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 512,
-    steps: Annotated[int, typer.Option(help="Of the optimiser.", min=1)] = 500,
+    steps: Annotated[int, typer.Option(help="Of the optimiser.")] = 500,
     match_steps: Annotated[int, typer.Option(help="Of these, the first match each layer's attention alone.")] = 0,
     batch_size: Annotated[int, typer.Option(help="Sequences a step.")] = 8,
     lr: Annotated[float, typer.Option(help="Highest learning rate.")] = 1e-3,
@@ -48,8 +58,9 @@ def heal(
 ) -> None:
     """Train a converted model to predict what its source predicts (distillation), which wins its quality back.
 
-    The model's report.html and report.json tell what it did. An interrupted run goes on when the same command is given
-    again.
+    The model is replaced only by one that is no farther from its source on text that it was not trained on: that of
+    --text, or else a part of --data. Its report.html and report.json tell what was done. An interrupted run goes on
+    when the same command is given again.
 
     Example: latentkv heal llama-mla --teacher path/to/llama --data book.txt
     """
@@ -57,20 +68,22 @@ def heal(
 
     from latentkv.checkpoint import resolve_model
     from latentkv.checkpoint.source import local_folder
-    from latentkv.convert import HealOptions, heal_checkpoint, read_record
+    from latentkv.convert import HealOptions, heal_checkpoint, held_out_sequences, require_healable
 
     use_threads(threads)
     target = local_folder(target)
-    if train not in _TRAINED:
-        raise RequestError(f"--train={train} is not allowed: choose {', '.join(_TRAINED)}.")
-    options = HealOptions(steps, match_steps, batch_size, lr, train, lora_rank, lora_alpha, eval_every)
-    text, count, width = _held_out(read_record(target), text, max(sequences // 16, 8), length)
+    options = HealOptions(steps, match_steps, batch_size, lr, cast("Trained", train), lora_rank, lora_alpha, eval_every)
+    require_text_options(sequences, length, data, text)
+    require_range("batch_size", batch_size, RequestError, high=sequences)
+    text, count, width = _held_out(target, text, max(sequences // 16, 8), length)
     if text is None and eval_every is not None:
         raise RequestError("--eval-every needs a text to measure on: give --text.")
     folder = resolve_model(teacher)
+    require_healable(target, folder, options)
     require_length(folder, max(length, width))
-    tokens = text_tokens(folder, data, sequences, length, seed=sequences)
-    held_out = None if text is None else text_tokens(folder, text, count, width, seed=EVAL_SEED)
+    own = held_out_sequences(sequences) if text is None else 0
+    tokens = text_tokens(folder, data, sequences + own, length, seed=sequences, stage="Healing text")
+    held_out = None if text is None else text_tokens(folder, text, count, width, seed=EVAL_SEED, stage="Held-out text")
     with progress("Heal") as on_progress:
         healing = heal_checkpoint(
             target,
@@ -79,7 +92,7 @@ def heal(
             options,
             held_out=held_out,
             about={"data": data, "text": text, **run_facts()},
-            on_progress=lambda step, total, loss: on_progress(f"KL {loss:.4f}", step, total),
+            on_progress=on_progress,
         )
     if as_json:
         print_json(asdict(healing))
@@ -87,14 +100,20 @@ def heal(
         _print_healing(healing, target)
 
 
-def _held_out(record: dict[str, Any], text: str | None, sequences: int, length: int) -> tuple[str | None, int, int]:
+def _held_out(target: Path, text: str | None, sequences: int, length: int) -> tuple[str | None, int, int]:
     """Text, sequences and length to measure on: as the conversion was, so that the report compares like with like."""
-    measured = record.get("quality")
+    from latentkv.convert import REPORT_FILE, read_record
+
+    path, measured = target / REPORT_FILE, read_record(target).get("quality")
     if measured is None:
         return text, sequences, length
-    if text is None and measured["text"] != SELF and not Path(measured["text"]).is_file():
-        raise RequestError(f"{measured['text']}, which the conversion was measured on, is not there: give --text.")
-    return text or measured["text"], measured["sequences"], measured["length"]
+    with saved_in(path, RequestError, "remove it, and the model stays without its report"):
+        known, sequences, length = str(measured["text"]), measured["sequences"], measured["length"]
+        require_range("sequences", sequences, RequestError)
+        require_range("length", length, RequestError)
+    if text is None and known != SELF and not Path(known).is_file():
+        raise RequestError(f"{known}, which the conversion was measured on, is not there: give --text.")
+    return text or known, sequences, length
 
 
 def _print_healing(healing: Healing, target: Path) -> None:

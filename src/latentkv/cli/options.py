@@ -10,6 +10,7 @@ import typer
 
 from latentkv.cli.terminal import console
 from latentkv.errors import RequestError
+from latentkv.ranges import require_range
 
 if TYPE_CHECKING:
     from latentkv import LLM
@@ -132,8 +133,7 @@ def use_threads(threads: int | None) -> None:
     import torch
 
     if threads is not None:
-        if threads < 1:
-            raise RequestError(f"--threads must be 1 or more, not {threads}.")
+        require_range("threads", threads, RequestError)
         torch.set_num_threads(threads)
 
 

@@ -7,8 +7,7 @@ from typing import Annotated
 
 import typer
 
-from latentkv.cli.options import MODEL_FORMS
-from latentkv.errors import TrainingError
+from latentkv.cli.options import MODEL_FORMS, use_threads
 
 
 def train(
@@ -74,15 +73,10 @@ def train(
 
     Example: latentkv train config.json --data books --out my-model --time-limit 60 --optimizer muon
     """
-    import torch
-
     from latentkv.checkpoint.source import resolve_config, resolve_model, resolve_tokenizer
     from latentkv.train import TrainingPlan, TrainOptions, train_model
 
-    if threads is not None:
-        if threads < 1:
-            raise TrainingError(f"--threads must be 1 or more, not {threads}.")
-        torch.set_num_threads(threads)
+    use_threads(threads)
     options = TrainOptions(
         steps=steps,
         time_limit=time_limit,

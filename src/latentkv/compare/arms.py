@@ -10,15 +10,15 @@ from latentkv.errors import RequestError
 from latentkv.models.config import ModelConfig
 from latentkv.models.config_reader import read_config
 from latentkv.plan import count_parameters
+from latentkv.ranges import require_range
 
 BASELINE = "mha"
 WIDTH_STEP = 8
 """The feed-forward layer's width is a multiple of this."""
 MAX_POSITIONS = 8192
 """Longer than the text trained on, so that decoding can be timed over a deep cache."""
-LEAST_VOCAB = 259
-"""All bytes and three special tokens."""
 _LEAST_RANK = 4
+_MOST_DIGITS = 5  # of a rank or of groups: more than any model's width has
 
 
 @dataclass(frozen=True)
@@ -39,12 +39,8 @@ class Sizes:
 
     def __post_init__(self) -> None:
         """Refuse sizes that no arm can have."""
-        for name in ("hidden_size", "num_layers", "num_heads"):
-            if getattr(self, name) < 1:
-                option = name.removesuffix("_size").removeprefix("num_")
-                raise RequestError(f"--{option} must be 1 or more, not {getattr(self, name)}.")
-        if self.vocab_size < LEAST_VOCAB:
-            raise RequestError(f"--vocab must be {LEAST_VOCAB} or more, not {self.vocab_size}.")
+        for name in ("hidden_size", "num_layers", "num_heads", "vocab_size"):
+            require_range(name.removesuffix("_size").removeprefix("num_"), getattr(self, name), RequestError)
         if self.hidden_size % (4 * self.num_heads):
             raise RequestError(
                 f"--hidden {self.hidden_size} gives {self.num_heads} heads no width that is a multiple of 4 (half of "
@@ -162,7 +158,7 @@ def parse_arm(name: str, sizes: Sizes) -> Arm:
         return Arm(name, num_kv_heads=sizes.num_heads)
     if name == "mqa":
         return Arm(name, num_kv_heads=1)
-    if kind in ("gqa", "mla") and number.isdecimal() and int(number) > 0:
+    if kind in ("gqa", "mla") and number.isdecimal() and len(number) <= _MOST_DIGITS and int(number) > 0:
         if kind == "mla":
             return Arm(name, rank=int(number))
         groups = int(number)

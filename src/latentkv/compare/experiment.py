@@ -17,12 +17,13 @@ from latentkv.compare.arms import BASELINE, Arm
 from latentkv.compare.options import SWEEP_SEED, CompareOptions
 from latentkv.compare.plot import plot_comparison
 from latentkv.compare.report import ArmReport, Report, Speed, choose_rate, report_arm, same_cache_pairs
-from latentkv.compare.runs import Run, RunFolder, RunResult
+from latentkv.compare.runs import Run, RunFolder, RunResult, require_comparison
 from latentkv.compare.table import as_markdown
 from latentkv.compare.text import Text
 from latentkv.errors import RequestError, TrainingError
 from latentkv.files import write_json, write_text
 from latentkv.json_files import read_json
+from latentkv.saved_values import as_saved, saved_in
 
 REPORT_FILE, TABLE_FILE, PLOT_FILE = "compare.json", "compare.md", "compare.png"
 _SPEED_FILE = "speed.json"
@@ -59,6 +60,7 @@ def compare_attention(
         TrainingError: the text cannot be used, or training diverged.
     """
     console = console or Console(stderr=True)
+    require_comparison(out)
     text = Text.find(data, eval_files, options.eval_bytes)
     with console.status("Text"):
         folder = RunFolder(out, text, options)
@@ -148,7 +150,8 @@ class _Experiment:
         asked = {"models": {name: folder.name for name, folder in models.items()}, "depth": DEPTH}
         stored = read_json(path, RequestError) if path.exists() else {}
         if stored.get("asked") == asked:
-            return {name: Speed(**values) for name, values in stored["speeds"].items()}
+            with saved_in(path, RequestError, "remove it, and the same command measures again"):
+                return {name: as_saved(Speed, stored["speeds"][name]) for name in models}
         with self._console.status("Decode speed"):
             found = measure_decode(models, torch.bfloat16)
         speeds = {name: Speed(found.tokens_per_second[name], found.spread[name]) for name in models}

@@ -6,8 +6,9 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from latentkv.compare.arms import BASELINE, Arm, Sizes, default_arms, matched_width, parse_arm
+from latentkv.compare.arms import BASELINE, MAX_POSITIONS, Arm, Sizes, default_arms, matched_width, parse_arm
 from latentkv.errors import RequestError
+from latentkv.ranges import require_range, require_ranges
 from latentkv.train import TrainOptions
 
 Match = Literal["parameters", "none"]
@@ -16,7 +17,6 @@ SWEEP_SEED = 0
 """The final seeds are 1, 2, ..."""
 SWEEP_PART = 3
 """A run that only chooses a learning rate has a third of the steps."""
-MOST_SEEDS = 20
 _WARMUP_PART = 20
 _LARGEST_MICRO_BATCH = 8
 
@@ -52,19 +52,15 @@ class CompareOptions:
         """Refuse what cannot be compared."""
         if self.match not in get_args(Match):
             raise RequestError(f"--match={self.match} is not known: choose {' or '.join(get_args(Match))}.")
-        if not 1 <= self.seeds <= MOST_SEEDS:
-            raise RequestError(f"--seeds must be from 1 to {MOST_SEEDS}, not {self.seeds}.")
-        if self.steps < SWEEP_PART:
-            raise RequestError(f"--steps must be {SWEEP_PART} or more, not {self.steps}.")
-        if not self.rates or not all(0 < rate < math.inf for rate in self.rates):
-            raise RequestError("--lrs must be numbers above 0 with commas between, such as 1e-3,2e-3,4e-3.")
-        if self.seq_len < 2 or self.batch_tokens < 1 or self.batch_tokens % self.seq_len:
-            raise RequestError(
-                f"--batch-tokens {self.batch_tokens} must be a multiple of --seq-len {self.seq_len}, which must be 2 "
-                "or more."
-            )
-        if self.eval_bytes < 1:
-            raise RequestError(f"--eval-bytes must be 1 or more, not {self.eval_bytes}.")
+        require_ranges(self, RequestError)
+        require_range("steps", self.steps, RequestError, low=SWEEP_PART)
+        require_range("seq_len", self.seq_len, RequestError, low=2, high=MAX_POSITIONS)
+        if not self.rates:
+            raise RequestError("--lrs names no learning rate: write one or more, such as 1e-3,2e-3,4e-3.")
+        for rate in self.rates:
+            require_range("lrs", rate, RequestError)
+        if self.batch_tokens % self.seq_len:
+            raise RequestError(f"--batch-tokens {self.batch_tokens} must be a multiple of --seq-len {self.seq_len}.")
         arms = self.list_arms()
         names = [arm.name for arm in arms]
         if BASELINE not in names:

@@ -19,6 +19,8 @@ from latentkv.compare.text import HeldOut, Text
 from latentkv.errors import DivergedError, RequestError
 from latentkv.files import write_json
 from latentkv.json_files import INDEX_BYTES, read_json
+from latentkv.saved_values import as_saved, saved_in
+from latentkv.targets import require_folder
 from latentkv.train import TrainingPlan, TrainOptions, train_model
 
 _OPTIONS_FILE = "options.json"
@@ -65,6 +67,17 @@ class RunResult:
     threads: int
 
 
+def require_comparison(out: Path) -> None:
+    """Refuse, before any text is read, a folder that is neither new nor a comparison's.
+
+    Raises:
+        RequestError: it is a file, not writable, or holds something else.
+    """
+    require_folder(out, RequestError)
+    if out.exists() and not (out / _OPTIONS_FILE).exists() and any(out.iterdir()):
+        raise RequestError(f"{out} holds something else than a comparison: give a new folder as --out.")
+
+
 class RunFolder:
     """The folder of a comparison: one tokenizer and one encoded text, a folder and a result file a run."""
 
@@ -80,8 +93,6 @@ class RunFolder:
         self._facts = options.fixed() | {"text": text.digest()}
         if (out / _OPTIONS_FILE).exists():
             _require_same(out, read_json(out / _OPTIONS_FILE, RequestError), self._facts)
-        elif out.exists() and any(out.iterdir()):
-            raise RequestError(f"{out} holds something else than a comparison: give a new folder as --out.")
         else:
             out.mkdir(parents=True, exist_ok=True)
             write_json(out / _OPTIONS_FILE, self._facts)
@@ -94,7 +105,8 @@ class RunFolder:
         found = read_json(path, RequestError) if path.exists() else {}
         if found.get("fingerprint") != self._fingerprint(run):
             return None
-        return RunResult(**{name: found[name] for name in RunResult.__dataclass_fields__})
+        with saved_in(path, RequestError, "remove it, and the same command trains this run again"):
+            return as_saved(RunResult, {name: found[name] for name in RunResult.__dataclass_fields__})
 
     def model(self, run: Run) -> Path:
         """Where the trained model of a run is."""

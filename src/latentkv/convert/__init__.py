@@ -1,12 +1,20 @@
 """A grouped-query model made into a latent-attention one: converted, and healed."""
 
 from latentkv.convert.export import VLLM_LATENT_WIDTHS, Export
-from latentkv.convert.heal import Evaluation, Healing, HealOptions, heal_checkpoint
+from latentkv.convert.heal import (
+    Evaluation,
+    Healing,
+    HealOptions,
+    heal_checkpoint,
+    held_out_sequences,
+    require_healable,
+)
 from latentkv.convert.layer import Method
 from latentkv.convert.options import ConvertOptions
 from latentkv.convert.record import PAGE_FILE, REPORT_FILE, note, read_record
 from latentkv.convert.report import ConversionReport
 from latentkv.convert.run import convert_checkpoint, require_convertible
+from latentkv.convert.target import require_target
 
 __all__ = [
     "PAGE_FILE",
@@ -21,7 +29,10 @@ __all__ = [
     "Method",
     "convert_checkpoint",
     "heal_checkpoint",
+    "held_out_sequences",
     "note",
     "read_record",
     "require_convertible",
+    "require_healable",
+    "require_target",
 ]

@@ -9,6 +9,7 @@ from latentkv.convert.export import Export
 from latentkv.convert.layer import Method
 from latentkv.convert.source import SourceModel
 from latentkv.errors import ConfigError
+from latentkv.ranges import require_ranges
 
 
 @dataclass(frozen=True)
@@ -31,29 +32,31 @@ class ConvertOptions:
     fold: int = 1
     export: Export = "transformers"
 
+    def __post_init__(self) -> None:
+        """Refuse what no source allows."""
+        require_ranges(self, ConfigError)
+        if (self.rank is None) == (self.kv_budget is None):
+            raise ConfigError("Give either --rank or --kv-budget.")
+        if self.rank is not None and self.rope_dim is None:
+            raise ConfigError("--rank needs --rope-dim; or give --kv-budget instead of both.")
+        if self.rope_dim is not None and self.rope_dim % 2:
+            raise ConfigError(f"--rope-dim={self.rope_dim} is not allowed: an even number, 2 or more.")
+        if self.method != "weighted" and self.rope_dim is None:
+            raise ConfigError(f"method={self.method} needs a rope_dim: only weighted chooses one.")
+
     def require_fit(self, source: SourceModel) -> None:
         """Raise `ConfigError` for sizes that this source does not allow."""
         width, head = source.shape.kv_width, source.shape.head_dim
-        if (self.rank is None) == (self.kv_budget is None):
-            raise ConfigError("Give either --rank or --kv-budget.")
-        if self.kv_budget is not None and not 0 < self.kv_budget <= 1:
-            raise ConfigError(
-                f"--kv-budget={self.kv_budget:g} is not allowed: a share of the cache, above 0 and at most 1."
-            )
         if self.rank is not None and not 1 <= self.rank <= 2 * width:
             raise ConfigError(f"--rank={self.rank} is not allowed: this model's keys and values take 1 to {2 * width}.")
         if self.rope_dim is not None and not (2 <= self.rope_dim <= width and self.rope_dim % 2 == 0):
             raise ConfigError(f"--rope-dim={self.rope_dim} is not allowed: an even number from 2 to {width}.")
-        if self.rank is not None and self.rope_dim is None:
-            raise ConfigError("--rank needs --rope-dim; or give --kv-budget instead of both.")
         if self.rank is not None and self.rope_dim is not None and self.rank + self.rope_dim > 2 * width:
             raise ConfigError(
                 f"--rank={self.rank} is not allowed with --rope-dim={self.rope_dim}, which leaves at most "
                 f"{2 * width - self.rope_dim} of this model's keys and values."
             )
-        if self.method != "weighted" and self.rope_dim is None:
-            raise ConfigError(f"method={self.method} needs a rope_dim: only weighted chooses one.")
-        if self.fold < 1 or (head // 2) % self.fold:
+        if (head // 2) % self.fold:
             raise ConfigError(f"fold={self.fold} is not allowed: it must divide {head // 2} frequencies.")
         if self.export == "vllm":
             self._require_vllm(source)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import TypedDict
 
@@ -31,14 +32,31 @@ class Quality(TypedDict):
     sample: str
 
 
-def compare_models(source: Path, converted: Path, tokens: Tensor) -> Quality:
+def compare_models(
+    source: Path,
+    converted: Path,
+    tokens: Tensor,
+    *,
+    on_progress: Callable[[int, int], object] = lambda done, total: None,
+) -> Quality:
     """`compare` the models of two folders, in float32."""
-    return compare(load_model(source, dtype=torch.float32), load_model(converted, dtype=torch.float32), tokens)
+    before, after = (load_model(folder, dtype=torch.float32) for folder in (source, converted))
+    return compare(before, after, tokens, on_progress=on_progress)
 
 
 @torch.no_grad()
-def compare(source: Decoder, converted: Decoder, tokens: Tensor) -> Quality:
-    """Predict every token of [sequences, length] int64 ids but the first with both."""
+def compare(
+    source: Decoder,
+    converted: Decoder,
+    tokens: Tensor,
+    *,
+    on_progress: Callable[[int, int], object] = lambda done, total: None,
+) -> Quality:
+    """Predict every token of [sequences, length] int64 ids but the first with both.
+
+    A perplexity too large for a float is infinite. `on_progress` is called with the sequences done, and all of them.
+    """
+    rows_done = 0
     nats, divergence, same, count = [0.0, 0.0], 0.0, 0, 0
     for rows in tokens.split(_SEQUENCES_AT_ONCE):
         targets = rows[:, 1:].flatten()
@@ -51,7 +69,9 @@ def compare(source: Decoder, converted: Decoder, tokens: Tensor) -> Quality:
         divergence += float((log_p.exp() * (log_p - log_q)).sum())
         same += int((log_p.argmax(-1) == log_q.argmax(-1)).sum())
         count += len(targets)
-    before, after = (math.exp(total / count) for total in nats)
+        rows_done += len(rows)
+        on_progress(rows_done, len(tokens))
+    before, after = (_perplexity(total / count) for total in nats)
     return Quality(
         source=before,
         converted=after,
@@ -60,3 +80,10 @@ def compare(source: Decoder, converted: Decoder, tokens: Tensor) -> Quality:
         tokens=count,
         sample=hashlib.sha256(tokens.numpy().tobytes()).hexdigest()[:16],
     )
+
+
+def _perplexity(nats: float) -> float:
+    try:
+        return math.exp(nats)
+    except OverflowError:
+        return math.inf

@@ -10,6 +10,7 @@ from latentkv.convert.page import render_page
 from latentkv.errors import CheckpointError
 from latentkv.files import write_json, write_text
 from latentkv.json_files import read_json
+from latentkv.saved_values import saved_in
 
 REPORT_FILE = "report.json"
 PAGE_FILE = "report.html"
@@ -19,6 +20,20 @@ def read_record(folder: Path) -> dict[str, Any]:
     """What is known of the conversion in `folder`; empty where nothing is."""
     path = folder / REPORT_FILE
     return read_json(path, CheckpointError) if path.is_file() else {}
+
+
+def require_record(folder: Path) -> None:
+    """Refuse a record that cannot be added to, before the work that is to be noted in it.
+
+    Raises:
+        LatentKVError: the file is damaged, named.
+    """
+    record = read_record(folder)
+    with saved_in(folder / REPORT_FILE, CheckpointError, "remove it, and the model stays without its report"):
+        if not isinstance(record.get("healings", []), list):
+            raise TypeError("healings is no list")
+        if record:
+            render_page(record)
 
 
 def write_record(folder: Path, record: Mapping[str, Any]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from latentkv.convert.options import ConvertOptions
 from latentkv.convert.report import CacheBytes, ConversionReport, LayerRow
 from latentkv.convert.source import SourceModel, open_source
 from latentkv.convert.states import HiddenStates
-from latentkv.convert.target import TargetFolder
+from latentkv.convert.target import TargetFolder, require_target
 from latentkv.errors import CheckpointError
 from latentkv.files import write_json
 from latentkv.json_files import read_json
@@ -29,6 +29,9 @@ from latentkv.models.config_reader import read_config
 from latentkv.models.decoder import DecoderLayer
 from latentkv.models.rope import Rotary, rotary
 from latentkv.models.stored_config import stored_dtype
+from latentkv.saved_values import as_saved, saved_in
+
+_REMEDY = "remove the folder of the converted model and convert again"
 
 BALANCES = (1 / 16, 1 / 4, 1.0, 4.0)
 """Of keys against values, as multiples of what is predicted; the one with the least measured error is taken."""
@@ -70,12 +73,30 @@ def convert_checkpoint(
         CheckpointError: the source is damaged; the target holds something else, or cannot be written.
     """
     source = require_convertible(folder, options)
+    require_target(target, folder)
     try:
         return _Conversion(source, target, tokens, options, on_progress).run()
     except OSError as error:
         raise CheckpointError(
             f"{target} cannot be written ({error.strerror or error}): what is finished stays, the same command goes on"
         ) from error
+
+
+@dataclass(frozen=True)
+class _SavedPlan:
+    """Sizes and RoPE that were chosen, and what was forecast of all (rank, rope_dim)."""
+
+    plan: LayerPlan
+    forecasts: tuple[tuple[int, int, float], ...]
+
+
+@dataclass(frozen=True)
+class _SavedLayer:
+    """What is known of a layer that has been written."""
+
+    row: LayerRow
+    frequencies: tuple[float, ...]
+    biases: bool
 
 
 class _Conversion:
@@ -128,11 +149,13 @@ class _Conversion:
         path = self._target.state / "plan.json"
         if not path.exists():
             plan, errors = self._survey([LayerPlan(*size, **self._method) for size in sizes])
-            forecasts = [[*size, error] for size, error in zip(sizes, errors, strict=True)] if errors else []
-            write_json(path, {"plan": asdict(plan), "forecasts": forecasts})
-        found = read_json(path, CheckpointError, remedy="remove it, and the same command makes it again")
-        plan = LayerPlan(**found["plan"] | {"counts": tuple(found["plan"]["counts"])})
-        return plan, tuple((rank, dim, error) for rank, dim, error in found["forecasts"])
+            forecasts = tuple((*size, error) for size, error in zip(sizes, errors, strict=True)) if errors else ()
+            write_json(path, asdict(_SavedPlan(plan, forecasts)))
+        with saved_in(path, CheckpointError, _REMEDY):
+            found = as_saved(_SavedPlan, read_json(path, CheckpointError, remedy=_REMEDY))
+            if (found.plan.rank, found.plan.rope_dim) not in sizes:
+                raise ValueError(f"rank {found.plan.rank} and rope_dim {found.plan.rope_dim} are not this conversion's")
+        return found.plan, found.forecasts
 
     @property
     def _method(self) -> dict[str, Any]:
@@ -170,9 +193,10 @@ class _Conversion:
                 self._convert_layer(index, plan, states, after, path)
                 if index:
                     states.path.unlink(missing_ok=True)
-            found = read_json(path, CheckpointError, remedy="remove it, and the same command makes it again")
-            rows.append(LayerRow(**found["row"]))
-            frequencies, biases = torch.tensor(found["frequencies"], dtype=torch.float64), found["biases"]
+            with saved_in(path, CheckpointError, _REMEDY):
+                found = as_saved(_SavedLayer, read_json(path, CheckpointError, remedy=_REMEDY))
+            rows.append(found.row)
+            frequencies, biases = torch.tensor(found.frequencies, dtype=torch.float64), found.biases
             states = after
             self._on_progress("convert", index + 1, layers)
         return rows, frequencies, biases
@@ -192,8 +216,7 @@ class _Conversion:
         angles = self._angles(config)
         self._target.write_layer(index, tensors)
         states.mapped(after.path, lambda piece: layer(piece, angles))
-        found = {"row": asdict(row), "frequencies": converted.frequencies.tolist(), "biases": biases}
-        write_json(done, found)
+        write_json(done, asdict(_SavedLayer(row, tuple(converted.frequencies.tolist()), biases)))
 
     def _best_layer(self, index: int, plan: LayerPlan, states: HiddenStates) -> tuple[ConvertedLayer, LayerRow]:
         """Convert with every balance, and take the one whose attention comes nearest to the source's."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from latentkv.errors import CheckpointError
 from latentkv.files import write_whole
 
 _TOKENS_AT_ONCE = 1024
@@ -29,6 +31,12 @@ class HiddenStates:
 
     def pieces(self, first: int = 0, last: int | None = None) -> Iterator[Tensor]:
         """[some, length, hidden] of the sequences from `first` to before `last`."""
+        size = self.path.stat().st_size if self.path.is_file() else 0
+        if size != 4 * math.prod(self.shape):
+            raise CheckpointError(
+                f"{self.path} is damaged ({size:,} bytes, not {4 * math.prod(self.shape):,}): remove the folder of the "
+                "converted model and convert again."
+            )
         stored = np.memmap(self.path, dtype=np.float32, mode="r", shape=self.shape)
         last = self.shape[0] if last is None else last
         for start in range(first, last, self._rows):

@@ -21,8 +21,26 @@ from latentkv.convert.source import SourceModel
 from latentkv.errors import CheckpointError
 from latentkv.files import sync, write_json
 from latentkv.json_files import read_any_json, read_json
+from latentkv.saved_values import saved_in
+from latentkv.targets import require_folder
 
-_STATE = ".converting"
+_STATE, _CLAIM = ".converting", "conversion.json"
+_REMEDY = "remove the folder of the converted model and convert again"
+
+
+def require_target(folder: Path, source: Path) -> None:
+    """Refuse, before any text is read, what no conversion can be written to.
+
+    Raises:
+        CheckpointError: it is the source, a file, not writable, or holds something else than a conversion.
+    """
+    require_folder(folder, CheckpointError, apart=[("the source", source)])
+    if not folder.is_dir():
+        return
+    begun = (folder / _STATE / _CLAIM).is_file()
+    finished = (folder / REPORT_FILE).is_file() and (folder / CONFIG_FILE).is_file()
+    if not begun and not finished and any(folder.iterdir()):
+        raise CheckpointError(f"{folder} exists and is not empty: name a new folder for the converted model")
 
 
 class TargetFolder:
@@ -49,17 +67,21 @@ class TargetFolder:
         path = self.folder / REPORT_FILE
         if not (path.is_file() and (self.folder / CONFIG_FILE).is_file()):
             return None
-        content = read_json(path, CheckpointError, remedy="remove the folder and convert again")
-        if content.pop("fingerprint", None) != self._fingerprint:
-            return None
+        with saved_in(path, CheckpointError, _REMEDY):
+            content = read_json(path, CheckpointError, remedy=_REMEDY)
+            if content.pop("fingerprint", None) != self._fingerprint:
+                return None
         shutil.rmtree(self.state, ignore_errors=True)
-        return ConversionReport.from_json(content)
+        with saved_in(path, CheckpointError, _REMEDY):
+            return ConversionReport.from_json(content)
 
     def claim(self) -> None:
         """Make the folder this conversion's own; refuse one that is another's."""
-        state = self.state / "conversion.json"
+        state = self.state / _CLAIM
         if state.is_file():
-            if read_any_json(state, CheckpointError, remedy="remove the folder and convert again") != self._fingerprint:
+            with saved_in(state, CheckpointError, _REMEDY):
+                claimed = read_any_json(state, CheckpointError, remedy=_REMEDY)
+            if claimed != self._fingerprint:
                 raise CheckpointError(
                     f"{self.folder} holds an unfinished conversion of another source, or with other options: remove it"
                 )
@@ -80,7 +102,8 @@ class TargetFolder:
         shards = [self._shard(index) for index in range(self._source.config.num_layers + 1)]
         weight_map: dict[str, str] = {}
         for shard in shards:
-            with safe_open(self.folder / shard, framework="pt") as file:
+            path = self.folder / shard
+            with saved_in(path, CheckpointError, _REMEDY), safe_open(path, framework="pt") as file:
                 weight_map |= dict.fromkeys(file.keys(), shard)
         size = sum((self.folder / shard).stat().st_size for shard in shards)
         write_json(self.folder / INDEX_FILE, {"metadata": {"total_size": size}, "weight_map": weight_map})

@@ -24,12 +24,15 @@ from latentkv.json_files import read_any_json, read_json
 from latentkv.ops.weight_formats import WeightFormat, quantize_weight, require_format
 from latentkv.quantize.layout import CopyLayout, Part, plan_copy
 from latentkv.quantize.report import QuantizationReport, ReportRow, squared_error
+from latentkv.saved_values import as_saved, saved_in
 
 REPORT_FILE = "quantization_report.json"
 MAX_SHARD_BYTES = 2 * 10**9
 
 # What a run that is under way has finished; gone when the copy is complete.
 _STATE = ".quantizing"
+_REMEDY = "remove the folder of the copy and quantize again"
+_AGAIN = "remove it, and the same command makes it again"
 
 
 def quantize_checkpoint(
@@ -83,15 +86,18 @@ def _finished_report(target: Path, layout: CopyLayout) -> QuantizationReport | N
     """The report of a complete copy that this very conversion made; None where there is none."""
     if not all((target / name).is_file() for name in (REPORT_FILE, CONFIG_FILE, *layout.shards)):
         return None
-    content = read_json(target / REPORT_FILE, CheckpointError, remedy="remove the folder and quantize again")
-    return QuantizationReport.from_json(content) if content.get("fingerprint") == layout.fingerprint else None
+    with saved_in(target / REPORT_FILE, CheckpointError, _REMEDY):
+        content = read_json(target / REPORT_FILE, CheckpointError, remedy=_REMEDY)
+        return QuantizationReport.from_json(content) if content.get("fingerprint") == layout.fingerprint else None
 
 
 def _claim(target: Path, layout: CopyLayout) -> None:
     """Make the folder this conversion's own; refuse one that is another's, or on a disk too small."""
     state = target / _STATE / "conversion.json"
     if state.is_file():
-        if read_any_json(state, CheckpointError, remedy="remove the folder and quantize again") != layout.fingerprint:
+        with saved_in(state, CheckpointError, _REMEDY):
+            claimed = read_any_json(state, CheckpointError, remedy=_REMEDY)
+        if claimed != layout.fingerprint:
             raise CheckpointError(
                 f"{target} holds an unfinished copy of another source, or with other options: remove it first"
             )
@@ -120,10 +126,15 @@ def _convert(layout: CopyLayout, target: Path, on_progress: Callable[[int, int],
             tensors = _converted(layout, parts, own, lambda n, done=done: on_progress(done + n, total))
             write_shard(target / name, entries, tensors)
             write_json(state, [asdict(row) for row in QuantizationReport.of(own).rows])
-        rows += [
-            ReportRow(**row)
-            for row in read_any_json(state, CheckpointError, remedy="remove it, and the same command makes it again")
-        ]
+        with saved_in(state, CheckpointError, _AGAIN):
+            rows += as_saved(
+                QuantizationReport,
+                {
+                    "rows": read_any_json(
+                        state, CheckpointError, remedy="remove it, and the same command makes it again"
+                    )
+                },
+            ).rows
     on_progress(total, total)
     return rows
 

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from latentkv.errors import TrainingError
 from latentkv.files import sync
 from latentkv.json_files import INDEX_BYTES, read_json
+from latentkv.saved_values import saved_in
 
 KEEP = 2
 PREFIX = "step-"
@@ -60,15 +61,43 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """Read what `save_checkpoint` wrote."""
-    try:
+    """Read what `save_checkpoint` wrote.
+
+    Raises:
+        TrainingError: a file is missing or damaged; what the values mean is the caller's to check.
+    """
+    with saved_in(path, TrainingError, _REMEDY):
         return Checkpoint(
             load_file(path / "weights.safetensors"),
             load_file(path / "optimizer.safetensors"),
             read_json(path / "state.json", TrainingError, most_bytes=INDEX_BYTES, remedy=_REMEDY),
         )
-    except (OSError, ValueError, SafetensorError) as error:
-        raise TrainingError(f"The training checkpoint {path} cannot be read ({error}): {_REMEDY}.") from error
+
+
+@torch.no_grad()
+def restore_weights(
+    targets: Mapping[str, Tensor], saved: Mapping[str, Tensor], *, required: Collection[str] | None = None
+) -> None:
+    """Put saved tensors back.
+
+    Args:
+        targets: {name: tensor} to fill.
+        saved: of the same names and shapes; of no others.
+        required: names that must be there; None: all of `targets`.
+
+    Raises:
+        ValueError: one is missing, unknown, or of another shape, named; nothing has been filled then.
+    """
+    for name in targets if required is None else required:
+        if name not in saved:
+            raise ValueError(f"tensor {name} is missing")
+    for name, tensor in saved.items():
+        if name not in targets:
+            raise ValueError(f"tensor {name} belongs to another run")
+        if tensor.shape != targets[name].shape:
+            raise ValueError(f"tensor {name} is {list(tensor.shape)}, not {list(targets[name].shape)}")
+    for name, tensor in saved.items():
+        targets[name].copy_(tensor)
 
 
 def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -55,10 +55,16 @@ def optimizer_tensors(weights: Mapping[str, Tensor], optimizers: list[torch.opti
 def restore_optimizers(
     weights: Mapping[str, Tensor], optimizers: list[torch.optim.Optimizer], tensors: Mapping[str, Tensor]
 ) -> None:
-    """Put back what `optimizer_tensors` gave."""
+    """Put back what `optimizer_tensors` gave.
+
+    Raises:
+        ValueError: a state is of another weight, or of another shape than its weight.
+    """
     for key, value in tensors.items():
-        name, state_name = key.rsplit(":", 1)
-        weight = weights[name]
+        name, _, state_name = key.rpartition(":")
+        weight = weights.get(name)
+        if weight is None or value.shape not in (weight.shape, torch.Size()):
+            raise ValueError(f"the optimiser's tensor {key} belongs to another run")
         for optimizer in optimizers:
             if any(weight is owned for group in optimizer.param_groups for owned in group["params"]):
                 optimizer.state[weight][state_name] = value.clone()

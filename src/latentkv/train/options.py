@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from latentkv.errors import TrainingError
+from latentkv.ranges import require_ranges
 
 # Options that change what a step computes: a run resumes only with the same ones.
 FIXED_ON_RESUME = (
@@ -78,18 +79,9 @@ class TrainOptions:
         """Refuse what cannot be trained with."""
         if (self.steps is None) == (self.time_limit is None):
             raise TrainingError("Say how long to train: either --steps or --time-limit, one of the two.")
-        for name in ("seq_len", "batch_tokens", "micro_batch", "log_every", "save_minutes", "lr"):
-            self._check(name, getattr(self, name) > 0, "above 0")
-        for name in ("warmup", "weight_decay", "grad_clip", "mtp_weight", "bias_speed", "eval_every", "seed"):
-            self._check(name, getattr(self, name) >= 0, "0 or more")
-        self._check("steps", self.steps is None or self.steps > 0, "above 0")
-        self._check("time_limit", self.time_limit is None or self.time_limit > 0, "above 0")
-        self._check("min_lr", 0 <= self.min_lr <= 1, "between 0 and 1")
-        self._check("mtp_start", 0 <= self.mtp_start <= 1, "between 0 and 1")
+        require_ranges(self, TrainingError)
         self._check("optimizer", self.optimizer in ("adamw", "muon"), "adamw or muon")
         self._check("dtype", self.dtype in ("bf16", "fp32"), "bf16 or fp32")
-        self._check("betas", all(0 <= beta < 1 for beta in self.betas), "at least 0 and below 1")
-        self._check("momentum", 0 <= self.momentum < 1, "at least 0 and below 1")
         if self.batch_tokens % (self.seq_len * self.micro_batch):
             raise TrainingError(
                 f"--batch-tokens {self.batch_tokens} must be a multiple of --seq-len x --micro-batch "

@@ -58,7 +58,8 @@ class Reporter:
 
 def describe(record: Record) -> str:
     """One record as one line."""
-    parts = [f"step {record['step']}"]
+    of = f" of {record['steps']:,}" if record.get("steps") else ""
+    parts = [f"step {record['step']}{of}"]
     for key, form in (
         ("loss", "loss {:.3f}"),
         ("mtp_loss", "mtp {:.3f}"),

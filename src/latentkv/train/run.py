@@ -24,6 +24,8 @@ from latentkv.json_files import read_json
 from latentkv.models.config_reader import read_config, read_model_json
 from latentkv.models.decoder import Decoder
 from latentkv.models.loading import load_model, save_pretrained
+from latentkv.ranges import require_range
+from latentkv.targets import require_folder
 from latentkv.text import Tokenizer, has_tokenizer, load_tokenizer
 from latentkv.text.bpe_trainer import save_tokenizer, train_bpe
 from latentkv.train.data import Corpus, find_corpus, write_tokens
@@ -106,10 +108,9 @@ def train_model(plan: TrainingPlan, options: TrainOptions, console: Console | No
             f"--seq-len {options.seq_len} is longer than the model's max_position_embeddings {config.max_positions}: "
             "use a shorter one, or stretch the model with --rope-scaling yarn:FACTOR."
         )
-    plan.out.mkdir(parents=True, exist_ok=True)
-    if plan.restart:
-        for name in ("checkpoints", "data"):
-            shutil.rmtree(plan.out / name, ignore_errors=True)
+    require_range("eval_fraction", plan.eval_fraction, TrainingError)
+    require_range("eval_bytes", plan.eval_bytes, TrainingError)
+    require_folder(plan.out, TrainingError, apart=[("the checkpoint of --init", plan.init)] if plan.init else [])
     corpus = find_corpus(
         plan.data,
         exclude=plan.exclude,
@@ -117,6 +118,10 @@ def train_model(plan: TrainingPlan, options: TrainOptions, console: Console | No
         eval_fraction=plan.eval_fraction,
         eval_bytes=plan.eval_bytes,
     )
+    plan.out.mkdir(parents=True, exist_ok=True)
+    if plan.restart:
+        for name in ("checkpoints", "data"):
+            shutil.rmtree(plan.out / name, ignore_errors=True)
     tokenizer = _tokenizer(plan, corpus, config.vocab_size, console)
     separator = _separator(tokenizer)
 

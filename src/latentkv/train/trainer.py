@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,9 @@ from torch import Tensor
 
 from latentkv.errors import DivergedError, TrainingError
 from latentkv.models.decoder import Decoder
+from latentkv.saved_values import as_saved, saved_in
 from latentkv.train.balance import LoadBalancer
-from latentkv.train.checkpoints import Checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
+from latentkv.train.checkpoints import Checkpoint, list_checkpoints, load_checkpoint, restore_weights, save_checkpoint
 from latentkv.train.evaluate import EvalSet, bits_per_byte
 from latentkv.train.loss import backward_language_loss
 from latentkv.train.optimizers import build_optimizers, optimizer_tensors, restore_optimizers
@@ -41,6 +42,16 @@ class Clock:
     def elapsed(self) -> float:
         """Seconds spent so far."""
         return self.before + (time.monotonic() - self.started if self.started else 0.0)
+
+
+@dataclass(frozen=True)
+class _Moment:
+    """What a checkpoint says of its run, besides tensors."""
+
+    step: int
+    elapsed: float
+    options: dict[str, Any]
+    identity: str
 
 
 class Trainer:
@@ -101,7 +112,7 @@ class Trainer:
             now = time.monotonic()
             record["tokens_per_second"] = (self.step - since[0]) * self.options.batch_tokens / (now - since[1])
             record["eta"] = self.clock.elapsed * (1 / max(self.done, 1e-9) - 1)
-            reporter.live(record)
+            reporter.live(record | {"steps": self.options.steps})
             if self.step % self.options.log_every == 0 or self.step == 1 or self.done >= 1.0:
                 reporter.log(record)
                 since = (self.step, now)
@@ -172,12 +183,7 @@ class Trainer:
 
     def save(self, folder: Path) -> None:
         """Write a checkpoint of this moment."""
-        state = {
-            "step": self.step,
-            "elapsed": self.clock.elapsed,
-            "options": self.options.to_dict(),
-            "identity": self._identity,
-        }
+        state = asdict(_Moment(self.step, self.clock.elapsed, self.options.to_dict(), self._identity))
         tensors = {**self.weights.by_name, **self._buffers}
         optimizer = optimizer_tensors(self.weights.by_name, self._optimizers)
         save_checkpoint(folder, self.step, Checkpoint(tensors, optimizer, state))
@@ -188,16 +194,18 @@ class Trainer:
         if not found:
             return False
         checkpoint = load_checkpoint(found[-1])
-        if checkpoint.state["identity"] != self._identity:
-            raise TrainingError(
-                f"{found[-1]} was made from other data, another tokenizer or another model: give the same ones, "
-                "another --out, or --restart."
-            )
-        self.options.check_resumes(checkpoint.state["options"])
-        self.weights.load(checkpoint.weights)
-        for name, buffer in self._buffers.items():
-            buffer.copy_(checkpoint.weights[name])
-        restore_optimizers(self.weights.by_name, self._optimizers, checkpoint.optimizer)
-        self.step = checkpoint.state["step"]
-        self.clock.before = checkpoint.state["elapsed"]
+        with saved_in(found[-1], TrainingError, "remove it to resume from the one before, or give --restart"):
+            moment = as_saved(_Moment, checkpoint.state)
+            if moment.identity != self._identity:
+                raise TrainingError(
+                    f"{found[-1]} was made from other data, another tokenizer or another model: give the same ones, "
+                    "another --out, or --restart."
+                )
+            self.options.check_resumes(moment.options)
+            if moment.step < 0 or not 0 <= moment.elapsed < math.inf:
+                raise ValueError(f"step {moment.step} after {moment.elapsed} seconds")
+            restore_weights({**self.weights.by_name, **self._buffers}, checkpoint.weights)
+            self.weights.publish()
+            restore_optimizers(self.weights.by_name, self._optimizers, checkpoint.optimizer)
+        self.step, self.clock.before = moment.step, moment.elapsed
         return True

@@ -62,13 +62,6 @@ class MasterWeights:
             for name, parameter in self._parameters.items():
                 parameter.copy_(self.by_name[name])
 
-    @torch.no_grad()
-    def load(self, tensors: dict[str, Tensor]) -> None:
-        """Put saved masters back, and into the model."""
-        for name, weight in self.by_name.items():
-            weight.copy_(tensors[name])
-        self.publish()
-
 
 @torch.no_grad()
 def initialize(model: nn.Module, std: float, num_layers: int, seed: int) -> None:
