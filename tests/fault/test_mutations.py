@@ -145,12 +145,8 @@ def unchanged(tmp_path_factory: pytest.TempPathFactory) -> Copy:
     return copy
 
 
-@pytest.mark.mutation
-@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.path.stem)
-def test_line_27_what_keeps_a_promise_cannot_be_taken_out_unnoticed(
-    mutation: Mutation, unchanged: Copy, tmp_path: Path
-) -> None:
-    copy = Copy(tmp_path)
+def require_found(mutation: Mutation, copy: Copy) -> None:
+    """Make the change in `copy`; its finders must find it there."""
     copy.apply(mutation)
     for finder in mutation.finders:
         if finder.startswith("ruff "):
@@ -160,3 +156,25 @@ def test_line_27_what_keeps_a_promise_cannot_be_taken_out_unnoticed(
         assert any(failures), f"{finder} passes without what {mutation.path.name} takes out"
         for failure in filter(None, failures):
             assert BROKEN_PROMISE.match(failure), f"{finder} failed for another reason:\n{printed}"
+
+
+@pytest.mark.mutation
+@pytest.mark.parametrize(
+    "mutation",
+    [mutation for mutation in MUTATIONS if mutation.line != PROMISES],
+    ids=lambda mutation: mutation.path.stem,
+)
+def test_what_keeps_a_promise_cannot_be_taken_out_unnoticed(
+    mutation: Mutation, unchanged: Copy, tmp_path: Path
+) -> None:
+    require_found(mutation, Copy(tmp_path))
+
+
+@pytest.mark.mutation
+@pytest.mark.parametrize(
+    ("name", "why"), [("27_harmless", "passes without what"), ("27_does_not_run", "the tests did not run")]
+)
+def test_line_27_a_mutation_that_no_test_finds_is_told(name: str, why: str, unchanged: Copy, tmp_path: Path) -> None:
+    (mutation,) = [mutation for mutation in MUTATIONS if mutation.path.stem == name]
+    with pytest.raises(AssertionError, match=why):
+        require_found(mutation, Copy(tmp_path))
