@@ -161,7 +161,7 @@ def test_line_07_pages_of_a_client_who_left_are_free_long_before_its_answer_woul
         ("/v1/completions", {"logit_bias": {str(i): 1 for i in range(1025)}}),
         ("/v1/completions", {"logprobs": 21}),
         ("/v1/completions", {"seed": 1 << 70}),
-        ("/v1/completions", {"top_k": -1}),
+        ("/v1/completions", {"top_k": -2}),
         ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}] * 4097}),
         ("/v1/chat/completions", {"top_logprobs": 21, "logprobs": True}),
     ],
