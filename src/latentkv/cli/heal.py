@@ -71,10 +71,10 @@ def heal(
     from latentkv.convert import HealOptions, heal_checkpoint, held_out_sequences, require_healable
 
     use_threads(threads)
-    target = local_folder(target)
     options = HealOptions(steps, match_steps, batch_size, lr, cast("Trained", train), lora_rank, lora_alpha, eval_every)
     require_text_options(sequences, length, data, text)
     require_range("batch_size", batch_size, RequestError, high=sequences)
+    target = local_folder(target)
     text, count, width = _held_out(target, text, max(sequences // 16, 8), length)
     if text is None and eval_every is not None:
         raise RequestError("--eval-every needs a text to measure on: give --text.")
