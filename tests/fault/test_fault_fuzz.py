@@ -361,7 +361,7 @@ class HangError(BaseException):
 
 @contextmanager
 def limited() -> Iterator[None]:
-    """Ends a case after `CPU_SECONDS` of the processor's time, however busy the machine is; the process, if all waits."""
+    """Ends a case after `CPU_SECONDS` of the processor's time, however busy the machine; the process, if all waits."""
 
     def give_up(*_: object) -> None:
         raise HangError(f"more than {CPU_SECONDS} s")
