@@ -158,7 +158,7 @@ def test_vocab_and_merges_alone_are_read_as_tokenizers_reads_them(tmp_path: Path
         ("vocab.json", None, r"has merges\.txt but no vocab\.json"),
         ("merges.txt", "#version: 0.2\na b c\n", r"merges\.txt, line 2, is no merge"),
         ("merges.txt", "zz zz\n", r"merges\.txt does not fit the vocab\.json"),
-        ("vocab.json", "[]", "must be a JSON object of token ids"),
+        ("vocab.json", "[]", "holds no JSON object but a list"),
         ("vocab.json", '{"a": true}', r"vocab\.json: 'a' must be a token id"),
         ("vocab.json", '{"a": 0, "b": 0}', "ids twice or far apart"),
         ("vocab.json", '{"a": 0, "b": 5000000}', "ids twice or far apart"),

@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from latentkv.checkpoint.layouts import describe_folder, refuse_missing
 from latentkv.errors import CheckpointError
 from latentkv.json_files import INDEX_BYTES, read_json
+from latentkv.libraries import errors_as
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -63,12 +64,8 @@ def open_file(path: Path) -> Any:
         CheckpointError: it cannot be read.
     """
     refuse_missing(path)
-    try:
+    with errors_as(CheckpointError, f"{path} is truncated or not a safetensors file"):
         return safe_open(path, framework="pt")
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{path} is truncated or not a safetensors file ({error}): copy or download it again"
-        ) from error
 
 
 def read_object(path: Path) -> Mapping[str, Any]:

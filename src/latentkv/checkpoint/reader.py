@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from latentkv.checkpoint.compressed import METHOD, PackedSchemes
@@ -19,6 +18,7 @@ from latentkv.checkpoint.quantized import PACKED, REFUSED_PARTS, SCALE, SHAPE, u
 from latentkv.checkpoint.schemes import WeightScheme
 from latentkv.checkpoint.wrapper import config_levels, outermost
 from latentkv.errors import CheckpointError
+from latentkv.libraries import errors_as
 from latentkv.ops.weight_formats import QuantizedWeight
 
 # A file's pages stay in this process's memory as long as it is mapped: it is opened anew after this many bytes.
@@ -176,10 +176,8 @@ class CheckpointReader:
             self._handle = None  # unmaps the previous file before the next is mapped
             self._handle = open_file(self.folder / shard)
             self._open_shard, self._mapped_bytes = shard, 0
-        try:
+        with errors_as(CheckpointError, f"tensor {name} of {self.folder / shard} cannot be read"):
             tensor = cast(Tensor, self._handle.get_tensor(name))
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"tensor {name} of {self.folder / shard} cannot be read: {error}") from error
         self._mapped_bytes += tensor.nbytes
         return tensor
 

@@ -14,6 +14,7 @@ from latentkv.errors import ConfigError
 from latentkv.json_files import read_json
 from latentkv.models.config import GQAConfig, MLAConfig, ModelConfig, MoEConfig
 from latentkv.models.families import ALIASES, FAMILIES, SPELLINGS, TEXT_MODEL_OF, Family, family_of
+from latentkv.models.fields import read_flag, read_number, read_positive, shown
 from latentkv.models.rope_reader import longest_context, read_rope
 from latentkv.token_ids import read_token_id, read_token_ids
 
@@ -34,8 +35,23 @@ _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "moe_router_enable_expert_bias": (None, True),
 }
 
-# No model has more; a damaged file may say so, and every layer costs memory before the first weight is read.
-_LARGEST: Mapping[str, int] = {"num_hidden_layers": 4096, "n_routed_experts": 65_536, "num_nextn_predict_layers": 64}
+# No model has more; a damaged file may say so, and every layer costs memory before the first weight is read. Any
+# product of these that is the size of a tensor stays within 64 bits.
+_LARGEST: Mapping[str, int] = {
+    "num_hidden_layers": 4096,
+    "num_nextn_predict_layers": 64,
+    "n_routed_experts": 65_536,
+    "n_shared_experts": 65_536,
+    "num_attention_heads": 65_536,
+    "num_key_value_heads": 65_536,
+    "head_dim": 65_536,
+    "qk_nope_head_dim": 65_536,
+    "qk_rope_head_dim": 65_536,
+    "v_head_dim": 65_536,
+    "max_position_embeddings": 2**31,
+    "sliding_window": 2**31,
+}
+_LARGEST_SIZE = 2**24
 
 
 def read_config(source: Path | str | Mapping[str, Any]) -> ModelConfig:
@@ -59,7 +75,13 @@ def read_config(source: Path | str | Mapping[str, Any]) -> ModelConfig:
         raw = read_model_json(path)
     try:
         return _from_dict(raw, generation)
-    except (TypeError, ValueError, AttributeError) as error:  # a word for a number, a list for an object
+    except (
+        TypeError,
+        ValueError,
+        AttributeError,
+        ArithmeticError,
+    ) as error:
+        # A word for a number, a list for an object.
         raise ConfigError(f"config.json holds a value of the wrong kind: {error}.") from error
 
 
@@ -106,18 +128,18 @@ def _from_dict(raw: Mapping[str, Any], generation: Mapping[str, Any]) -> ModelCo
         max_positions=longest_context(rope, fields.size("max_position_embeddings")),
         attention=attention,
         rope=rope,
-        rms_norm_eps=fields.number("rms_norm_eps"),
-        mlp_bias=bool(fields.get("mlp_bias")),
+        rms_norm_eps=fields.positive("rms_norm_eps", 0.0),
+        mlp_bias=fields.flag("mlp_bias"),
         moe=moe,
         moe_layers=_moe_layers(fields, num_layers, has_moe=moe is not None),
         sliding_windows=_sliding_windows(fields, family, num_layers),
-        num_mtp_layers=fields.size("num_nextn_predict_layers") if fields.get("num_nextn_predict_layers") else 0,
+        num_mtp_layers=fields.count("num_nextn_predict_layers"),
         # MiniCPM scales its embeddings, residual branches and logits; the keys are absent elsewhere.
-        embedding_multiplier=float(fields.get("scale_emb") or 1.0),
-        residual_multiplier=1.0 if scale_depth is None else float(scale_depth) / math.sqrt(num_layers),
-        logit_multiplier=float(fields.get("dim_model_base") or hidden_size) / hidden_size,
-        tie_word_embeddings=stated if (stated := stated_tying(raw)) is not None else bool(fields.get(TIED)),
-        initializer_range=float(fields.get("initializer_range") or 0.02),
+        embedding_multiplier=fields.positive("scale_emb", 1.0),
+        residual_multiplier=1.0 if scale_depth is None else fields.number("scale_depth") / math.sqrt(num_layers),
+        logit_multiplier=fields.positive("dim_model_base", hidden_size) / hidden_size,
+        tie_word_embeddings=stated if (stated := stated_tying(raw)) is not None else fields.flag(TIED),
+        initializer_range=fields.positive("initializer_range", 0.02),
         bos_token_id=bos_token_id,
         eos_token_ids=eos_token_ids,
         source=dict(raw),
@@ -129,19 +151,21 @@ def stated_tying(raw: Mapping[str, Any]) -> bool | None:
 
     Then the files decide (`models.stored_config`), and without files the family's default.
     """
-    stated = {bool(level[TIED]) for level in config_levels(raw) if level.get(TIED) is not None}
+    stated = {read_flag(level[TIED], TIED) for level in config_levels(raw) if level.get(TIED) is not None}
     return stated.pop() if len(stated) == 1 else None
 
 
 def _model_type(levels: tuple[Mapping[str, Any], ...]) -> str:
     named = levels[-1].get("model_type")
+    if not isinstance(named, str | None):
+        raise ConfigError(f"config.json: model_type must be a text, not {shown(named)}.")
     if named is None:
         named = next(
             (TEXT_MODEL_OF[t] for level in levels if (t := str(level.get("model_type"))) in TEXT_MODEL_OF), None
         )
     if named is None:
         raise ConfigError(f"config.json names no model_type; supported: {', '.join(FAMILIES)}.")
-    model_type = ALIASES.get(str(named), str(named))
+    model_type = ALIASES.get(named, named)
     if model_type not in FAMILIES:
         raise ConfigError(f"Model type {model_type!r} is not supported; supported: {', '.join(FAMILIES)}.")
     return model_type
@@ -161,18 +185,31 @@ class Fields:
 
     def size(self, key: str) -> int:
         """A positive whole number."""
-        value = self.get(key)
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= _LARGEST.get(key, 2**31):
-            most = _LARGEST.get(key, 2**31)
-            raise ConfigError(f"config.json: {key} must be a whole number from 1 to {most:,}, not {value!r}.")
-        return value
+        return self._whole(key, 1, self.get(key))
+
+    def count(self, key: str) -> int:
+        """A whole number that may be 0, which null stands for, too."""
+        return self._whole(key, 0, 0 if self.get(key) is None else self.get(key))
 
     def number(self, key: str) -> float:
         """A finite number."""
-        value = self.get(key)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise ConfigError(f"config.json: {key} must be a number, not {value!r}.")
-        return float(value)
+        return read_number(self.get(key), key)
+
+    def positive(self, key: str, default: float) -> float:
+        """A finite number above 0; the default where the key is absent, null or 0."""
+        return read_positive(self.get(key), key, default)
+
+    def flag(self, key: str) -> bool:
+        """True or false, which null stands for, too."""
+        return read_flag(self.get(key), key)
+
+    def _whole(self, key: str, least: int, value: Any) -> int:
+        most = _LARGEST.get(key, _LARGEST_SIZE)
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+            raise ConfigError(
+                f"config.json: {key} must be a whole number from {least} to {most:,}, not {shown(value)}."
+            )
+        return value
 
 
 def _refuse_unsupported(fields: Fields, family: Family) -> None:
@@ -188,7 +225,7 @@ def _refuse_unsupported(fields: Fields, family: Family) -> None:
     if family.topk_methods and method is not None and method not in family.topk_methods:
         supported = " and ".join(sorted(map(repr, family.topk_methods)))
         raise ConfigError(f"config.json: topk_method={method!r} is not supported here; {supported} are.")
-    if family.scoring and fields.get("norm_topk_prob") and not family.normalizes_weights:
+    if family.scoring and fields.flag("norm_topk_prob") and not family.normalizes_weights:
         raise ConfigError("config.json: norm_topk_prob=true is not supported for this model type; only false is.")
 
 
@@ -202,7 +239,7 @@ def _refuse_quantization(*described: Any) -> None:
 
 def _read_attention(fields: Fields, family: Family) -> MLAConfig | GQAConfig:
     heads = fields.size("num_attention_heads")
-    bias = bool(fields.get("attention_bias"))
+    bias = fields.flag("attention_bias")
     if family.attention == "mla":
         if fields.get("v_head_dim") is None:
             v_head_dim = fields.size("hidden_size") // heads
@@ -230,13 +267,13 @@ def _read_attention(fields: Fields, family: Family) -> MLAConfig | GQAConfig:
 
 
 def _read_moe(fields: Fields, family: Family) -> MoEConfig | None:
-    if family.scoring is None or not fields.get("n_routed_experts"):
+    if family.scoring is None or not fields.count("n_routed_experts"):
         return None
     experts, chosen = fields.size("n_routed_experts"), fields.size("num_experts_per_tok")
     group_score = family.group_score
     if group_score == "topk_method":
         group_score = "max" if fields.get("topk_method") == "group_limited_greedy" else None
-    groups = fields.size("n_group") if fields.get("n_group") and group_score else 1
+    groups = (fields.count("n_group") or 1) if group_score else 1
     topk_group = fields.size("topk_group") if groups > 1 else 1
     if experts % groups or topk_group > groups or chosen > experts // groups * topk_group:
         raise ConfigError(
@@ -248,13 +285,13 @@ def _read_moe(fields: Fields, family: Family) -> MoEConfig | None:
         num_experts=experts,
         experts_per_token=chosen,
         intermediate_size=fields.size("moe_intermediate_size"),
-        num_shared_experts=int(fields.get("n_shared_experts") or 0),
+        num_shared_experts=fields.count("n_shared_experts"),
         scoring=family.scoring,
         correction_bias=family.correction_bias,
         group_score=group_score if topk_group < groups else None,
         num_groups=groups,
         topk_group=topk_group,
-        normalize_weights=bool(fields.get("norm_topk_prob")),
+        normalize_weights=fields.flag("norm_topk_prob"),
         scaling_factor=fields.number("routed_scaling_factor"),
         post_norm=family.post_mlp_norm,
     )
@@ -265,13 +302,17 @@ def _moe_layers(fields: Fields, num_layers: int, *, has_moe: bool) -> tuple[bool
         return (False,) * num_layers
     kinds = fields.get("mlp_layer_types")
     if kinds is None:
-        first, every = int(fields.get("first_k_dense_replace") or 0), int(fields.get("moe_layer_freq") or 1)
+        first, every = fields.count("first_k_dense_replace"), fields.count("moe_layer_freq") or 1
         return tuple(i >= first and i % every == 0 for i in range(num_layers))
-    if len(kinds) != num_layers or set(kinds) - {"dense", "sparse"}:
+    if not _names_layers(kinds, num_layers, ("dense", "sparse")):
         raise ConfigError(
             f"config.json: mlp_layer_types must name 'dense' or 'sparse' for each of {num_layers} layers."
         )
     return tuple(kind == "sparse" for kind in kinds)
+
+
+def _names_layers(kinds: Any, num_layers: int, allowed: Sequence[str]) -> bool:
+    return isinstance(kinds, list) and len(kinds) == num_layers and all(kind in allowed for kind in kinds)
 
 
 def _sliding_windows(fields: Fields, family: Family, num_layers: int) -> tuple[int | None, ...]:
@@ -281,15 +322,15 @@ def _sliding_windows(fields: Fields, family: Family, num_layers: int) -> tuple[i
             raise ConfigError(f"config.json: sliding_window={window!r} is not supported with latent attention.")
         return (None,) * num_layers
     kinds = fields.raw.get("layer_types")
-    if kinds is not None and (len(kinds) != num_layers or set(kinds) - {"full_attention", "sliding_attention"}):
+    if kinds is not None and not _names_layers(kinds, num_layers, ("full_attention", "sliding_attention")):
         raise ConfigError(
             f"config.json: layer_types must name each of {num_layers} layers 'full_attention' or 'sliding_attention'."
         )
-    if window is None or not fields.get("use_sliding_window"):
+    if window is None or not fields.flag("use_sliding_window"):
         return (None,) * num_layers
     window = fields.size("sliding_window")
     if kinds is None:
-        first = int(fields.get("max_window_layers") or 0)
+        first = fields.count("max_window_layers")
         kinds = ["sliding_attention" if i >= first else "full_attention" for i in range(num_layers)]
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 

@@ -6,12 +6,19 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from latentkv.errors import ConfigError
 from latentkv.models.config import GQAConfig, MLAConfig, RopeConfig
+from latentkv.models.fields import read_flag, read_optional, read_positive, shown
+from latentkv.models.rope import attention_factor, inverse_frequencies
 
 if TYPE_CHECKING:
     from latentkv.models.config_reader import Fields
     from latentkv.models.families import Family
+
+_LONGEST = 2**31
+"""Tokens of a context; no model has more."""
 
 _KINDS = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
 _OTHER_NAMES = {"su": "longrope", "deepseek_yarn": "yarn"}
@@ -40,16 +47,11 @@ def read_rope(fields: Fields, family: Family, attention: MLAConfig | GQAConfig) 
     Raises:
         ConfigError: the kind is not supported, or a value that the kind needs is missing.
     """
-    params: Mapping[str, Any] = (
-        fields.raw.get("rope_scaling")
-        or fields.raw.get("rope_parameters")
-        or family.defaults.get("rope_parameters")
-        or {}
-    )
+    params = _parameters(fields, family)
     if any(isinstance(value, Mapping) for value in params.values()):
         raise ConfigError("config.json: rope parameters that differ between layers are not supported.")
     kind = params.get("rope_type") or params.get("type") or "default"
-    kind = _OTHER_NAMES.get(kind, kind)
+    kind = _OTHER_NAMES.get(str(kind), kind)
     if kind not in _KINDS:
         raise ConfigError(f"config.json: rope type {kind!r} is not supported; supported: {', '.join(_KINDS)}.")
     dim = attention.qk_rope_head_dim if isinstance(attention, MLAConfig) else attention.head_dim
@@ -58,48 +60,74 @@ def read_rope(fields: Fields, family: Family, attention: MLAConfig | GQAConfig) 
     _check_partial(fields, params, attention, dim)
     max_positions = fields.size("max_position_embeddings")
     outside, inside = (where.get("original_max_position_embeddings") for where in (fields.raw, params))
-    original = int(outside or inside or max_positions)
+    key = "original_max_position_embeddings"
+    original = int(read_positive(outside, key, read_positive(inside, key, max_positions)))
     if not 0 < original <= 2**31:
-        raise ConfigError(f"config.json: original_max_position_embeddings is {original}: it must be a positive number.")
+        raise ConfigError(f"config.json: {key} is {original}: it must be a whole number from 1 to {2**31:,}.")
     if params.get("factor") is None and kind in ("linear", "llama3"):
         raise ConfigError(f"config.json: rope type {kind!r} needs a 'factor'.")
-    interleaved = bool(fields.get("rope_interleave")) if family.rope_interleaved is None else family.rope_interleaved
-    return RopeConfig(
+    interleaved = fields.flag("rope_interleave") if family.rope_interleaved is None else family.rope_interleaved
+    rope = RopeConfig(
         dim=dim,
-        theta=_positive(params, "rope_theta", fields.get("rope_theta")),
+        theta=read_positive(params.get("rope_theta") or fields.number("rope_theta"), "rope_theta", 0.0),
         kind=kind,
         interleaved=interleaved,
         factor=_positive(params, "factor", max_positions / original),
         original_max_positions=original,
-        attention_factor=params.get("attention_factor"),
-        mscale=params.get("mscale"),
-        mscale_all_dim=params.get("mscale_all_dim"),
+        attention_factor=read_optional(params.get("attention_factor"), "rope's attention_factor"),
+        mscale=read_optional(params.get("mscale"), "rope's mscale"),
+        mscale_all_dim=read_optional(params.get("mscale_all_dim"), "rope's mscale_all_dim"),
         beta_fast=_positive(params, "beta_fast", 32.0),
         beta_slow=_positive(params, "beta_slow", 1.0),
-        truncate=bool(params.get("truncate", True)),
+        truncate=read_flag(params.get("truncate", True), "rope's truncate"),
         low_freq_factor=_positive(params, "low_freq_factor", 1.0),
         high_freq_factor=_positive(params, "high_freq_factor", 4.0),
         short_factor=_factors(params, "short_factor", kind, dim),
         long_factor=_factors(params, "long_factor", kind, dim),
-        query_scaling_beta=params.get("llama_4_scaling_beta"),
+        query_scaling_beta=read_optional(params.get("llama_4_scaling_beta"), "rope's llama_4_scaling_beta"),
     )
+    _require_computable(rope)
+    return rope
 
 
-def _positive(params: Mapping[str, Any], key: str, default: Any) -> float:
-    """A finite number above 0; the default where the key is absent, null or 0."""
-    value = float(params.get(key) or default)
-    if not 0 < value < math.inf:
-        raise ConfigError(f"config.json: rope's {key} is {value}: it must be a finite number above 0.")
-    return value
+def _require_computable(rope: RopeConfig) -> None:
+    """Refuse numbers that are each of the right kind, and together lead to none."""
+    try:
+        longest = rope.original_max_positions * rope.factor
+        frequencies = [inverse_frequencies(rope, max_context=length) for length in (1, _LONGEST)]
+        factors = [attention_factor(rope), rope.softmax_factor]
+        fits = all(bool(torch.isfinite(each).all()) for each in frequencies) and all(map(math.isfinite, factors))
+    except (ArithmeticError, ValueError):
+        longest, fits = 0.0, False
+    if not fits or longest > _LONGEST:
+        raise ConfigError(
+            "config.json: the rotary embedding's numbers lead to angles or to a context that are not finite, or too "
+            "large: fetch the file again."
+        )
+
+
+def _parameters(fields: Fields, family: Family) -> Mapping[str, Any]:
+    for key in ("rope_scaling", "rope_parameters"):
+        found = fields.raw.get(key)
+        if found is not None and not isinstance(found, Mapping):
+            raise ConfigError(f"config.json: {key} must be an object, not {shown(found)}.")
+        if found:
+            return found
+    return family.defaults.get("rope_parameters") or {}
+
+
+def _positive(params: Mapping[str, Any], key: str, default: float) -> float:
+    return read_positive(params.get(key), f"rope's {key}", default)
 
 
 def _check_partial(fields: Fields, params: Mapping[str, Any], attention: MLAConfig | GQAConfig, dim: int) -> None:
     """Some configs state the rotary share of a head; it must agree with the rotary dims that the attention has."""
     share = params.get("partial_rotary_factor", fields.raw.get("partial_rotary_factor"))
+    share = read_optional(share, "partial_rotary_factor")
     if share is None or share == 1:
         return
     heads = (attention.qk_nope_head_dim + dim, dim) if isinstance(attention, MLAConfig) else (dim,)
-    if not any(round(head * float(share)) == dim for head in heads):
+    if not any(round(head * share) == dim for head in heads):
         raise ConfigError(f"config.json: partial_rotary_factor={share} does not match {dim} rotary dimensions.")
 
 
@@ -109,4 +137,4 @@ def _factors(params: Mapping[str, Any], key: str, kind: str, dim: int) -> tuple[
     values = params.get(key)
     if not isinstance(values, list) or len(values) != dim // 2:
         raise ConfigError(f"config.json: longrope needs {key} with {dim // 2} numbers.")
-    return tuple(float(value) for value in values)
+    return tuple(read_positive(value, f"rope's {key}", 0.0) for value in values)

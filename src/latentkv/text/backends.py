@@ -9,7 +9,12 @@ from typing import Any, Protocol, cast
 import tokenizers
 
 from latentkv.errors import TokenizerError
+from latentkv.files import read_bytes
+from latentkv.json_files import INDEX_BYTES, parse_json
+from latentkv.libraries import errors_as
+from latentkv.text.added_tokens import require_added_token, require_near
 from latentkv.text.settings import TokenizerSettings
+from latentkv.token_ids import read_token_id
 
 SHORT = 4096
 """Characters or ids that take no time to speak of. For more, `tokenizers` is called so that it lets other threads run,
@@ -63,7 +68,11 @@ class HuggingFaceBackend:
         self._tokenizer = tokenizer
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        _add_tokens(self._tokenizer, settings)
+        known = tokenizer.get_vocab_size(with_added_tokens=True) + len(settings.added_tokens)
+        for token_id, token in settings.added_tokens.items():
+            require_added_token(token_id, token.content, known, settings.added_tokens_file)
+        with errors_as(TokenizerError, f"Cannot add the tokens of {settings.added_tokens_file} to the tokenizer"):
+            _add_tokens(self._tokenizer, settings)
         # Whether special tokens in the text are parsed is a switch of the shared object, not an argument.
         self._switch = threading.Lock()
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
@@ -79,7 +88,7 @@ class HuggingFaceBackend:
 
     def encode(self, text: str, *, frame: bool, allow_special: bool) -> list[int]:
         """See `Backend.encode`."""
-        with self._switch:
+        with self._switch, errors_as(TokenizerError, "The tokenizer cannot encode this text"):
             self._tokenizer.encode_special_tokens = not allow_special
             if len(text) <= SHORT:
                 return self._tokenizer.encode(text, add_special_tokens=frame).ids
@@ -88,8 +97,10 @@ class HuggingFaceBackend:
     def decode(self, ids: Sequence[int], *, skip_special: bool) -> str:
         """See `Backend.decode`."""
         if len(ids) <= SHORT:
-            return self._tokenizer.decode(ids, skip_special_tokens=skip_special)
-        return self._tokenizer.decode_batch([ids], skip_special_tokens=skip_special)[0]
+            with errors_as(TokenizerError, "The tokenizer cannot decode these ids"):
+                return self._tokenizer.decode(ids, skip_special_tokens=skip_special)
+        with errors_as(TokenizerError, "The tokenizer cannot decode these ids"):
+            return self._tokenizer.decode_batch([ids], skip_special_tokens=skip_special)[0]
 
     def token_id(self, token: str) -> int | None:
         """See `Backend.token_id`."""
@@ -106,10 +117,27 @@ def read_tokenizer_json(path: Path) -> tokenizers.Tokenizer:
     Raises:
         TokenizerError: the library cannot read it.
     """
-    try:
-        return tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exception
-        raise TokenizerError(f"Cannot read {path} as a tokenizer: {error}.") from error
+    content = read_bytes(path, TokenizerError, INDEX_BYTES)
+    _require_sizes(parse_json(content, str(path), TokenizerError), path)
+    with errors_as(TokenizerError, f"Cannot read {path} as a tokenizer"):
+        return tokenizers.Tokenizer.from_buffer(content)
+
+
+def _require_sizes(content: Any, path: Path) -> None:
+    """Refuse added tokens that are empty or have ids far from all others, for which a table would be made."""
+    added = cast("dict[str, Any]", content).get("added_tokens") if isinstance(content, dict) else None
+    model = cast("dict[str, Any]", content).get("model") if isinstance(content, dict) else None
+    vocab = cast("dict[str, Any]", model).get("vocab") if isinstance(model, dict) else None
+    if not isinstance(added, list) or not isinstance(vocab, dict | list):
+        return  # the library has a word to say
+    known = len(cast("list[Any]", vocab)) + len(cast("list[Any]", added))
+    for token in cast("list[Any]", added):
+        if isinstance(token, dict):
+            entry = cast("dict[str, Any]", token)
+            require_added_token(entry.get("id"), entry.get("content"), known, f"{path}: added_tokens")
+    if isinstance(vocab, dict):
+        for token, token_id in cast("dict[str, Any]", vocab).items():
+            require_near(read_token_id(token_id, f"{path}: {token!r:.40}", TokenizerError), known, str(path))
 
 
 def _add_tokens(tokenizer: tokenizers.Tokenizer, settings: TokenizerSettings) -> None:

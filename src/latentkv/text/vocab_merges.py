@@ -8,6 +8,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 
 from latentkv.errors import TokenizerError
 from latentkv.json_files import INDEX_BYTES, read_json
+from latentkv.libraries import errors_as
 from latentkv.text.decoders import BYTE_CHARACTERS
 from latentkv.text.settings import TokenizerSettings
 from latentkv.token_ids import read_token_id
@@ -61,10 +62,8 @@ def read_vocab_merges(
             f"{folder / 'vocab.json'} is no byte-level vocabulary ({len(missing)} of 256 bytes are missing), and no "
             f"tokenizer_class says what else it is. {_remedy(folder)}"
         )
-    try:
+    with errors_as(TokenizerError, f"{folder / 'merges.txt'} does not fit the vocab.json beside it"):
         tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, dropout=None, fuse_unk=False))
-    except Exception as error:  # the library raises bare Exception
-        raise TokenizerError(f"{folder / 'merges.txt'} does not fit the vocab.json beside it: {error}.") from error
     tokenizer.decoder = decoders.ByteLevel()
     prefix = settings.add_prefix_space or False
     if cutting.pattern is None:
