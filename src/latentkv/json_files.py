@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
@@ -154,3 +156,24 @@ _KINDS: dict[type, str] = {
     bool: "true or false",
     type(None): "null",
 }
+
+
+@contextmanager
+def taken_from(path: Path, error: type[LatentKVError], *, remedy: str = "fetch the file again") -> Generator[None]:
+    """Has a key that is missing from a file's values, or one of the wrong kind, become one sentence.
+
+    Args:
+        path: of the file that the values inside come from.
+        error: the type that is raised.
+        remedy: what to do about it, to end the sentence with.
+
+    Raises:
+        LatentKVError: of type `error`.
+    """
+    try:
+        yield
+    except KeyError as reason:
+        raise error(f"{path} lacks {reason}: {remedy}.") from reason
+    except (TypeError, ValueError, AttributeError, IndexError, ArithmeticError, RuntimeError) as reason:
+        said = " ".join(str(reason).split())[:200]
+        raise error(f"{path} holds a value of the wrong kind ({said}): {remedy}.") from reason

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 
 from latentkv.errors import LatentKVError
@@ -12,7 +12,7 @@ _PANIC = "PanicException"
 
 
 @contextmanager
-def errors_as(error: type[LatentKVError], what: str) -> Iterator[None]:
+def errors_as(error: type[LatentKVError], what: str) -> Generator[None]:
     """Has whatever a library raises inside, panics too, become one sentence.
 
     Args:

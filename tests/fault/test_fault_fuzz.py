@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "text"))
 
 from damage import damaged_bytes, damaged_json, wrong_value
 from folders_for_text_tests import BUILDERS, kimi
+
 from latentkv import LLM, SamplingParams
 from latentkv.errors import LatentKVError
 from latentkv.quantize.convert import quantize_checkpoint
@@ -37,7 +38,7 @@ from stored_models import GQA, MLA, write_model
 
 CASES, SLOW_CASES = 500, 20_000
 CPU_SECONDS = 5
-GROWTH = 64 << 20
+GROWTH = 96 << 20
 """Memory that a case may take whatever its file's size: libraries loaded at their first use, a model, its cache."""
 
 TOKENS = [3, 4, 5, 6]
@@ -48,20 +49,13 @@ TEXT = "The whale's 12 tails, naïve 鲸鱼!\n"
 HARMLESS = {"architectures", "bos_token_id", "eos_token_id", "initializer_range", "num_nextn_predict_layers"}
 HARMLESS |= {"max_position_embeddings", "pad_token_id", "transformers_version", "dtype", "tie_word_embeddings"}
 OPTIONAL: dict[str, Any] = {
-    **{key: 1.0 for key in ("rope_theta", "routed_scaling_factor", "rms_norm_eps", "latent_norm_eps", "scale_emb")},
-    **{key: False for key in ("attention_bias", "mlp_bias", "norm_topk_prob", "rope_interleave", "use_sliding_window")},
-    **{
-        key: None
-        for key in ("rope_scaling", "rope_parameters", "topk_method", "scoring_func", "hidden_act", "head_dim")
-    },
-    **{
-        key: None for key in ("layer_types", "mlp_layer_types", "moe_layer_freq", "sliding_window", "max_window_layers")
-    },
-    **{key: None for key in ("pad_token_id", "torch_dtype", "quantization_config", "text_config", "foo_config")},
-    **{key: None for key in ("num_nextn_predict_layers", "index_topk", "use_mla", "scale_depth", "dim_model_base")},
-    **{
-        key: None for key in ("original_max_position_embeddings", "partial_rotary_factor", "quantization", "model_type")
-    },
+    **dict.fromkeys(("rope_theta", "routed_scaling_factor", "rms_norm_eps", "latent_norm_eps", "scale_emb"), 1.0),
+    **dict.fromkeys(("attention_bias", "mlp_bias", "norm_topk_prob", "rope_interleave", "use_sliding_window"), False),
+    **dict.fromkeys(("rope_scaling", "rope_parameters", "topk_method", "scoring_func", "hidden_act", "head_dim")),
+    **dict.fromkeys(("layer_types", "mlp_layer_types", "moe_layer_freq", "sliding_window", "max_window_layers")),
+    **dict.fromkeys(("pad_token_id", "torch_dtype", "quantization_config", "text_config", "foo_config")),
+    **dict.fromkeys(("num_nextn_predict_layers", "index_topk", "use_mla", "scale_depth", "dim_model_base")),
+    **dict.fromkeys(("original_max_position_embeddings", "partial_rotary_factor", "quantization", "model_type")),
 }
 ROPE: dict[str, Any] = {
     **{"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256, "beta_fast": 32, "beta_slow": 1},
@@ -367,7 +361,7 @@ class HangError(BaseException):
 
 @contextmanager
 def limited() -> Iterator[None]:
-    """Ends a case after `CPU_SECONDS` of the processor's time, however busy the machine is; the process, if all waits."""
+    """Ends a case after `CPU_SECONDS` of its own processor time; the process, if it only waits."""
 
     def give_up(*_: object) -> None:
         raise HangError(f"more than {CPU_SECONDS} s")

@@ -22,7 +22,7 @@ from latentkv.compare.table import as_markdown
 from latentkv.compare.text import Text
 from latentkv.errors import RequestError, TrainingError
 from latentkv.files import write_json, write_text
-from latentkv.json_files import read_json
+from latentkv.json_files import read_json, taken_from
 
 REPORT_FILE, TABLE_FILE, PLOT_FILE = "compare.json", "compare.md", "compare.png"
 _SPEED_FILE = "speed.json"
@@ -148,7 +148,8 @@ class _Experiment:
         asked = {"models": {name: folder.name for name, folder in models.items()}, "depth": DEPTH}
         stored = read_json(path, RequestError) if path.exists() else {}
         if stored.get("asked") == asked:
-            return {name: Speed(**values) for name, values in stored["speeds"].items()}
+            with taken_from(path, RequestError, remedy="remove it, and it is measured again"):
+                return {name: Speed(**values) for name, values in stored["speeds"].items()}
         with self._console.status("Decode speed"):
             found = measure_decode(models, torch.bfloat16)
         speeds = {name: Speed(found.tokens_per_second[name], found.spread[name]) for name in models}

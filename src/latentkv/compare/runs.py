@@ -18,7 +18,7 @@ from latentkv.compare.options import CompareOptions
 from latentkv.compare.text import HeldOut, Text
 from latentkv.errors import DivergedError, RequestError
 from latentkv.files import write_json
-from latentkv.json_files import INDEX_BYTES, read_json
+from latentkv.json_files import INDEX_BYTES, read_json, taken_from
 from latentkv.train import TrainingPlan, TrainOptions, train_model
 
 _OPTIONS_FILE = "options.json"
@@ -94,7 +94,9 @@ class RunFolder:
         found = read_json(path, RequestError) if path.exists() else {}
         if found.get("fingerprint") != self._fingerprint(run):
             return None
-        return RunResult(**{name: found[name] for name in RunResult.__dataclass_fields__})
+        with taken_from(path, RequestError, remedy="remove it, and the same command makes it again"):
+            loss, bits = (None if found[name] is None else float(found[name]) for name in ("loss", "bits_per_byte"))
+            return RunResult(loss, bits, float(found["minutes"]), int(found["threads"]))
 
     def model(self, run: Run) -> Path:
         """Where the trained model of a run is."""
@@ -123,7 +125,9 @@ class RunFolder:
         try:
             if not train_model(plan, self._training(run), console):
                 return None
-            result = self._measured(read_json(folder / "training.json", RequestError, most_bytes=INDEX_BYTES))
+            summary = read_json(folder / "training.json", RequestError, most_bytes=INDEX_BYTES)
+            with taken_from(folder / "training.json", RequestError, remedy="remove the run's folder"):
+                result = self._measured(summary)
         except DivergedError:
             if run.keep:
                 raise

@@ -22,7 +22,7 @@ from latentkv.convert.states import HiddenStates
 from latentkv.convert.target import TargetFolder
 from latentkv.errors import CheckpointError
 from latentkv.files import write_json
-from latentkv.json_files import read_json
+from latentkv.json_files import read_json, taken_from
 from latentkv.llm_options import kv_format
 from latentkv.models.config import ModelConfig
 from latentkv.models.config_reader import read_config
@@ -34,6 +34,8 @@ BALANCES = (1 / 16, 1 / 4, 1.0, 4.0)
 """Of keys against values, as multiples of what is predicted; the one with the least measured error is taken."""
 HELD_OUT = 0.125
 """Of the calibration sequences, on which sizes and balance are chosen."""
+
+_MADE_AGAIN = "remove it, and the same command makes it again"
 
 
 def require_convertible(folder: Path, options: ConvertOptions) -> SourceModel:
@@ -130,9 +132,10 @@ class _Conversion:
             plan, errors = self._survey([LayerPlan(*size, **self._method) for size in sizes])
             forecasts = [[*size, error] for size, error in zip(sizes, errors, strict=True)] if errors else []
             write_json(path, {"plan": asdict(plan), "forecasts": forecasts})
-        found = read_json(path, CheckpointError, remedy="remove it, and the same command makes it again")
-        plan = LayerPlan(**found["plan"] | {"counts": tuple(found["plan"]["counts"])})
-        return plan, tuple((rank, dim, error) for rank, dim, error in found["forecasts"])
+        found = read_json(path, CheckpointError, remedy=_MADE_AGAIN)
+        with taken_from(path, CheckpointError, remedy=_MADE_AGAIN):
+            plan = LayerPlan(**found["plan"] | {"counts": tuple(map(int, found["plan"]["counts"]))})
+            return plan, tuple((int(rank), int(dim), float(error)) for rank, dim, error in found["forecasts"])
 
     @property
     def _method(self) -> dict[str, Any]:
@@ -170,9 +173,10 @@ class _Conversion:
                 self._convert_layer(index, plan, states, after, path)
                 if index:
                     states.path.unlink(missing_ok=True)
-            found = read_json(path, CheckpointError, remedy="remove it, and the same command makes it again")
-            rows.append(LayerRow(**found["row"]))
-            frequencies, biases = torch.tensor(found["frequencies"], dtype=torch.float64), found["biases"]
+            found = read_json(path, CheckpointError, remedy=_MADE_AGAIN)
+            with taken_from(path, CheckpointError, remedy=_MADE_AGAIN):
+                rows.append(LayerRow(**found["row"]))
+                frequencies, biases = torch.tensor(found["frequencies"], dtype=torch.float64), bool(found["biases"])
             states = after
             self._on_progress("convert", index + 1, layers)
         return rows, frequencies, biases

@@ -20,7 +20,7 @@ from latentkv.convert.report import ConversionReport
 from latentkv.convert.source import SourceModel
 from latentkv.errors import CheckpointError
 from latentkv.files import sync, write_json
-from latentkv.json_files import read_any_json, read_json
+from latentkv.json_files import read_any_json, read_json, taken_from
 
 _STATE = ".converting"
 
@@ -53,7 +53,8 @@ class TargetFolder:
         if content.pop("fingerprint", None) != self._fingerprint:
             return None
         shutil.rmtree(self.state, ignore_errors=True)
-        return ConversionReport.from_json(content)
+        with taken_from(path, CheckpointError, remedy="remove the folder and convert again"):
+            return ConversionReport.from_json(content)
 
     def claim(self) -> None:
         """Make the folder this conversion's own; refuse one that is another's."""

@@ -20,7 +20,7 @@ from latentkv.checkpoint.quantized import pack
 from latentkv.checkpoint.shard import write_shard
 from latentkv.errors import CheckpointError, OpError
 from latentkv.files import sync, write_json
-from latentkv.json_files import read_any_json, read_json
+from latentkv.json_files import read_any_json, read_json, taken_from
 from latentkv.ops.weight_formats import WeightFormat, quantize_weight, require_format
 from latentkv.quantize.layout import CopyLayout, Part, plan_copy
 from latentkv.quantize.report import QuantizationReport, ReportRow, squared_error
@@ -30,6 +30,8 @@ MAX_SHARD_BYTES = 2 * 10**9
 
 # What a run that is under way has finished; gone when the copy is complete.
 _STATE = ".quantizing"
+
+_MADE_AGAIN = "remove it, and the same command makes it again"
 
 
 def quantize_checkpoint(
@@ -84,7 +86,12 @@ def _finished_report(target: Path, layout: CopyLayout) -> QuantizationReport | N
     if not all((target / name).is_file() for name in (REPORT_FILE, CONFIG_FILE, *layout.shards)):
         return None
     content = read_json(target / REPORT_FILE, CheckpointError, remedy="remove the folder and quantize again")
-    return QuantizationReport.from_json(content) if content.get("fingerprint") == layout.fingerprint else None
+    if content.get("fingerprint") != layout.fingerprint:
+        return None
+    with taken_from(target / REPORT_FILE, CheckpointError, remedy="remove the folder and quantize again"):
+        report = QuantizationReport.from_json(content)
+        report.as_json()  # sums every number, so that one of the wrong kind shows here
+    return report
 
 
 def _claim(target: Path, layout: CopyLayout) -> None:
@@ -120,10 +127,11 @@ def _convert(layout: CopyLayout, target: Path, on_progress: Callable[[int, int],
             tensors = _converted(layout, parts, own, lambda n, done=done: on_progress(done + n, total))
             write_shard(target / name, entries, tensors)
             write_json(state, [asdict(row) for row in QuantizationReport.of(own).rows])
-        rows += [
-            ReportRow(**row)
-            for row in read_any_json(state, CheckpointError, remedy="remove it, and the same command makes it again")
-        ]
+        found = read_any_json(state, CheckpointError, remedy=_MADE_AGAIN)
+        with taken_from(state, CheckpointError, remedy=_MADE_AGAIN):
+            own = [ReportRow(**row) for row in found]
+            QuantizationReport.of(own).as_json()
+        rows += own
     on_progress(total, total)
     return rows
 

@@ -20,7 +20,7 @@ from latentkv.json_files import INDEX_BYTES, read_json
 KEEP = 2
 PREFIX = "step-"
 
-_REMEDY = "remove its folder to resume from the checkpoint before"
+REMEDY = "remove its folder to resume from the checkpoint before"
 
 
 @dataclass(frozen=True)
@@ -65,10 +65,10 @@ def load_checkpoint(path: Path) -> Checkpoint:
         return Checkpoint(
             load_file(path / "weights.safetensors"),
             load_file(path / "optimizer.safetensors"),
-            read_json(path / "state.json", TrainingError, most_bytes=INDEX_BYTES, remedy=_REMEDY),
+            read_json(path / "state.json", TrainingError, most_bytes=INDEX_BYTES, remedy=REMEDY),
         )
     except (OSError, ValueError, SafetensorError) as error:
-        raise TrainingError(f"The training checkpoint {path} cannot be read ({error}): {_REMEDY}.") from error
+        raise TrainingError(f"The training checkpoint {path} cannot be read ({error}): {REMEDY}.") from error
 
 
 def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

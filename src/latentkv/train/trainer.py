@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from latentkv.errors import DivergedError, TrainingError
+from latentkv.json_files import taken_from
 from latentkv.models.decoder import Decoder
 from latentkv.train.balance import LoadBalancer
-from latentkv.train.checkpoints import Checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
+from latentkv.train.checkpoints import REMEDY, Checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
 from latentkv.train.evaluate import EvalSet, bits_per_byte
 from latentkv.train.loss import backward_language_loss
 from latentkv.train.optimizers import build_optimizers, optimizer_tensors, restore_optimizers
@@ -188,16 +189,24 @@ class Trainer:
         if not found:
             return False
         checkpoint = load_checkpoint(found[-1])
-        if checkpoint.state["identity"] != self._identity:
-            raise TrainingError(
-                f"{found[-1]} was made from other data, another tokenizer or another model: give the same ones, "
-                "another --out, or --restart."
-            )
-        self.options.check_resumes(checkpoint.state["options"])
-        self.weights.load(checkpoint.weights)
-        for name, buffer in self._buffers.items():
-            buffer.copy_(checkpoint.weights[name])
-        restore_optimizers(self.weights.by_name, self._optimizers, checkpoint.optimizer)
-        self.step = checkpoint.state["step"]
-        self.clock.before = checkpoint.state["elapsed"]
+        with taken_from(found[-1], TrainingError, remedy=REMEDY):
+            if checkpoint.state["identity"] != self._identity:
+                raise TrainingError(
+                    f"{found[-1]} was made from other data, another tokenizer or another model: give the same ones, "
+                    "another --out, or --restart."
+                )
+            self.options.check_resumes(checkpoint.state["options"])
+            self.weights.load(checkpoint.weights)
+            for name, buffer in self._buffers.items():
+                buffer.copy_(checkpoint.weights[name])
+            restore_optimizers(self.weights.by_name, self._optimizers, checkpoint.optimizer)
+            self.step, self.clock.before = _progress(checkpoint.state)
         return True
+
+
+def _progress(state: Mapping[str, Any]) -> tuple[int, float]:
+    """The step and the seconds that a checkpoint stands for."""
+    step, elapsed = state["step"], state["elapsed"]
+    if type(step) is not int or step < 0 or isinstance(elapsed, bool) or not isinstance(elapsed, int | float):
+        raise ValueError(f"step {step!r:.40}, elapsed {elapsed!r:.40}")
+    return step, float(elapsed)
