@@ -15,9 +15,9 @@ class PanicException(BaseException):
 
 @pytest.mark.parametrize("reason", [PanicException("index out\nof bounds"), ValueError("index out of bounds")])
 def test_an_exception_and_a_panic_are_one_sentence(reason: BaseException):
-    with pytest.raises(TokenizerError, match=r"^It cannot be read \(index out of bounds\): fetch the file again\.$"):
-        with errors_as(TokenizerError, "It cannot be read"):
-            raise reason
+    said = r"^It cannot be read \(index out of bounds\): fetch the file again\.$"
+    with pytest.raises(TokenizerError, match=said), errors_as(TokenizerError, "It cannot be read"):
+        raise reason
 
 
 @pytest.mark.parametrize("reason", [KeyboardInterrupt(), SystemExit(1), RequestError("too long")])
