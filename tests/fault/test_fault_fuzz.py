@@ -38,7 +38,7 @@ from stored_models import GQA, MLA, write_model
 
 CASES, SLOW_CASES = 500, 20_000
 CPU_SECONDS = 5
-GROWTH = 64 << 20
+GROWTH = 96 << 20
 """Memory that a case may take whatever its file's size: libraries loaded at their first use, a model, its cache."""
 
 TOKENS = [3, 4, 5, 6]
@@ -361,7 +361,7 @@ class HangError(BaseException):
 
 @contextmanager
 def limited() -> Iterator[None]:
-    """Ends a case after `CPU_SECONDS` of the processor's time, however busy the machine; the process, if all waits."""
+    """Ends a case after `CPU_SECONDS` of its own processor time; the process, if it only waits."""
 
     def give_up(*_: object) -> None:
         raise HangError(f"more than {CPU_SECONDS} s")

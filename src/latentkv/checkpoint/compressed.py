@@ -85,13 +85,13 @@ class PackedSchemes:
             raise CheckpointError("quantization_config has no config_groups: download config.json again")
         for name, group in groups.items():
             scheme = _read_group(f"quantization_config.config_groups.{name}", group, config.get("format"))
-            for target in cast("Iterable[Any]", group.get("targets") or ()):
-                self._by_target.setdefault(str(target), scheme)
+            for target in _texts(f"quantization_config.config_groups.{name}.targets", group.get("targets")):
+                self._by_target.setdefault(target, scheme)
         if not self._by_target:
             raise CheckpointError("quantization_config.config_groups name no targets: download config.json again")
         patterns = sorted(target for target in self._by_target if target.startswith(_EXPRESSION))
         self._patterns = [(_pattern(target), self._by_target[target]) for target in patterns]
-        self._ignored = [_pattern(str(target)) for target in config.get("ignore") or ()]
+        self._ignored = [_pattern(target) for target in _texts("quantization_config.ignore", config.get("ignore"))]
 
     @property
     def asked(self) -> WeightScheme:
@@ -113,6 +113,13 @@ class PackedSchemes:
         if _EVERY_LINEAR in self._by_target:
             return self._by_target[_EVERY_LINEAR]
         raise CheckpointError(f"{module} is stored packed, but no target of quantization_config fits it")
+
+
+def _texts(where: str, value: Any) -> list[str]:
+    listed = cast("list[Any]", [] if value is None else value)
+    if not isinstance(value, list | None) or not all(isinstance(text, str) for text in listed):
+        raise CheckpointError(f"{where} must be a list of texts, not {value!r:.60}: download config.json again")
+    return listed
 
 
 def _pattern(target: str) -> re.Pattern[str]:
@@ -138,11 +145,11 @@ def _read_group(where: str, group: Any, common_format: Any) -> WeightScheme:
         raise CheckpointError(f"{where} says nothing about weights, which is not supported")
     _refuse_others(f"{where}.weights", weights, _WEIGHTS_OFF)
     bits, strategy, size = weights.get("num_bits"), weights.get("strategy"), weights.get("group_size")
-    if bits not in (4, 8):
+    if type(bits) is not int or bits not in (4, 8):
         raise CheckpointError(f"{where} has weights of {bits} bits: only 4 and 8 are supported")
     if strategy == "channel" or (strategy is None and size == -1):
         return WeightScheme(_FORMATS[bits], None)
-    if strategy not in ("group", None) or size not in GROUP_SIZES:
+    if strategy not in ("group", None) or type(size) is not int or size not in GROUP_SIZES:
         shared = f"groups of {size}" if strategy in ("group", None) else f"strategy {strategy!r}"
         raise CheckpointError(
             f"{where} shares scales by {shared}: only groups of 32, 64 or 128, or channels, are supported"

@@ -241,10 +241,7 @@ def _read_attention(fields: Fields, family: Family) -> MLAConfig | GQAConfig:
     heads = fields.size("num_attention_heads")
     bias = fields.flag("attention_bias")
     if family.attention == "mla":
-        if fields.get("v_head_dim") is None:
-            v_head_dim = fields.size("hidden_size") // heads
-        else:
-            v_head_dim = fields.size("v_head_dim")
+        v_head_dim = _head_share(fields, heads) if fields.get("v_head_dim") is None else fields.size("v_head_dim")
         return MLAConfig(
             kv_lora_rank=fields.size("kv_lora_rank"),
             qk_nope_head_dim=fields.size("qk_nope_head_dim"),
@@ -259,11 +256,18 @@ def _read_attention(fields: Fields, family: Family) -> MLAConfig | GQAConfig:
         raise ConfigError(f"config.json: {heads} attention heads cannot share {kv_heads} key/value heads evenly.")
     return GQAConfig(
         num_kv_heads=kv_heads,
-        head_dim=fields.size("hidden_size") // heads if fields.get("head_dim") is None else fields.size("head_dim"),
+        head_dim=_head_share(fields, heads) if fields.get("head_dim") is None else fields.size("head_dim"),
         qkv_bias=bias if family.qkv_bias is None else family.qkv_bias,
         output_bias=bias if family.qkv_bias is None else False,
         qk_norm=family.qk_norm,
     )
+
+
+def _head_share(fields: Fields, heads: int) -> int:
+    hidden_size = fields.size("hidden_size")
+    if heads > hidden_size:
+        raise ConfigError(f"config.json: hidden_size={hidden_size} leaves nothing for each of {heads} attention heads.")
+    return hidden_size // heads
 
 
 def _read_moe(fields: Fields, family: Family) -> MoEConfig | None:

@@ -36,7 +36,7 @@ def read_positive(value: Any, key: str, default: float) -> float:
     Raises:
         ConfigError: it is something else.
     """
-    number = default if value is None or (type(value) in (int, float) and not value) else value
+    number = default if value is None or (value == 0 and type(value) is not bool) else value
     if isinstance(number, bool) or not isinstance(number, int | float) or not 0 < number < _MOST:
         raise ConfigError(f"config.json: {key} is {shown(value)}: it must be a finite number above 0.")
     return float(number)

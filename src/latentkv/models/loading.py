@@ -13,7 +13,7 @@ from latentkv.checkpoint.names import export_names
 from latentkv.checkpoint.reader import CheckpointReader
 from latentkv.checkpoint.wrapper import text_config
 from latentkv.checkpoint.writer import write_checkpoint
-from latentkv.errors import ConfigError
+from latentkv.errors import CheckpointError, ConfigError
 from latentkv.models.config import ModelConfig
 from latentkv.models.decoder import Decoder
 from latentkv.models.families import FAMILIES
@@ -51,6 +51,7 @@ def load_model(
     """
     folder = Path(folder)
     config, reader = open_checkpoint(folder)
+    _require_tensors(config, reader)
     with torch.device("meta"):
         decoder = Decoder(config, max_context=max_context)
     decoder = decoder.to(dtype or stored_dtype(config))
@@ -70,8 +71,18 @@ def match_weights(config: ModelConfig, reader: CheckpointReader) -> None:
     Raises:
         CheckpointError: as `load_model`, but for damage that only the weights themselves show.
     """
+    _require_tensors(config, reader)
     with torch.device("meta"):
         _match(Decoder(config), reader)
+
+
+def _require_tensors(config: ModelConfig, reader: CheckpointReader) -> None:
+    """Refuse a config that counts more than its files hold, before anything of that size is made."""
+    if config.num_layers > len(reader.names):
+        raise CheckpointError(
+            f"{reader.folder} holds {len(reader.names)} tensors, and its config.json counts {config.num_layers:,} "
+            "layers: the download is incomplete, or config.json belongs to another checkpoint"
+        )
 
 
 def _match(decoder: Decoder, reader: CheckpointReader) -> Match:
