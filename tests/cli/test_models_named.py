@@ -79,7 +79,7 @@ def test_train_takes_files_and_revisions(latentkv, forms, tmp_path, option):
         ("plan", ()),
         ("inspect", ()),
         ("quantize", ("--weights", "int8")),
-        ("convert", ("--rank", 8)),
+        ("convert", ("--kv-budget", "1/2")),
         ("heal", ("--teacher",)),
         ("train", ("--data", ".", "--steps", 1, "--init")),
         ("train", ("--data", ".", "--steps", 1)),

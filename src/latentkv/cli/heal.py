@@ -21,7 +21,6 @@ from latentkv.cli.options import MODEL_FORMS, ThreadsOption, use_threads
 from latentkv.cli.terminal import console, print_json
 from latentkv.errors import RequestError
 from latentkv.ranges import require_range
-from latentkv.saved_values import saved_in
 
 if TYPE_CHECKING:
     from latentkv.convert import Healing
@@ -107,6 +106,8 @@ def _held_out(target: Path, text: str | None, sequences: int, length: int) -> tu
     path, measured = target / REPORT_FILE, read_record(target).get("quality")
     if measured is None:
         return text, sequences, length
+    from latentkv.saved_values import saved_in
+
     with saved_in(path, RequestError, "remove it, and the model stays without its report"):
         known, sequences, length = str(measured["text"]), measured["sequences"], measured["length"]
         require_range("sequences", sequences, RequestError)
