@@ -24,8 +24,9 @@ ROOT = Path(__file__).parents[2]
 PROMISES = 27
 SECONDS = 600  # a test that hangs without what was taken out ends by deadlines of its own, which are shorter
 
-# What a test says when what it watches is broken. Anything else, an ImportError say, means that the diff is.
-BROKEN_PROMISE = re.compile(r"AssertionError|assert |Failed|TimeoutError|subprocess\.TimeoutExpired")
+# What a test says when what it watches is broken, or an error of the package that should not have come to it. Anything
+# else, an ImportError say, means that the diff is broken.
+BROKEN_PROMISE = re.compile(r"latentkv\.errors\.|AssertionError|assert |Failed|TimeoutError|subprocess\.TimeoutExpired")
 
 # Installed in place, the package is found by hooks that are asked before any path.
 NO_HOOKS = """
