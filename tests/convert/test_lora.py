@@ -88,7 +88,7 @@ def test_healing_by_low_rank_updates_brings_the_model_nearer_and_moves_attention
 ) -> None:
     source, folder = models
     before, far = load_model(folder, dtype=torch.float32).state_dict(), compare_models(source, folder, TOKENS)
-    heal_checkpoint(folder, source, TOKENS, LORA)
+    heal_checkpoint(folder, source, TOKENS, LORA, held_out=TOKENS)
     assert compare_models(source, folder, TOKENS)["divergence"] < 0.9 * far["divergence"]
     after = load_model(folder, dtype=torch.float32).state_dict()
     assert set(after) == set(before)
@@ -107,15 +107,15 @@ def test_an_interrupted_healing_by_low_rank_updates_ends_with_the_same_weights(
     source, folder = models
     monkeypatch.setattr("latentkv.convert.heal._SAVE_SECONDS", 0)
     shutil.copytree(folder, tmp_path / "whole")
-    whole = heal_checkpoint(tmp_path / "whole", source, TOKENS, LORA)
+    whole = heal_checkpoint(tmp_path / "whole", source, TOKENS, LORA, held_out=TOKENS)
 
     def killed(stage: str, step: int, steps: int) -> None:
         if stage.startswith("train") and step == killed_at:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        heal_checkpoint(folder, source, TOKENS, LORA, on_progress=killed)
-    assert heal_checkpoint(folder, source, TOKENS, LORA).losses == whole.losses
+        heal_checkpoint(folder, source, TOKENS, LORA, held_out=TOKENS, on_progress=killed)
+    assert heal_checkpoint(folder, source, TOKENS, LORA, held_out=TOKENS).losses == whole.losses
     assert (folder / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
 
 
@@ -125,19 +125,19 @@ def test_a_healing_that_is_killed_once_its_weights_are_written_does_not_add_its_
 ) -> None:
     source, folder = models
     shutil.copytree(folder, tmp_path / "whole")
-    heal_checkpoint(tmp_path / "whole", source, TOKENS, LORA)
+    heal_checkpoint(tmp_path / "whole", source, TOKENS, LORA, held_out=TOKENS)
 
     def killed(*args: object, **options: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr("latentkv.convert.heal.add_healing", killed)
-        heal_checkpoint(folder, source, TOKENS, LORA)
-    heal_checkpoint(folder, source, TOKENS, LORA)
+        heal_checkpoint(folder, source, TOKENS, LORA, held_out=TOKENS)
+    heal_checkpoint(folder, source, TOKENS, LORA, held_out=TOKENS)
     assert (folder / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
     assert len(read_record(folder)["healings"]) == 1
 
 
 def test_a_rank_below_one_is_refused() -> None:
-    with pytest.raises(TrainingError, match="--lora-rank=0 is not allowed"):
+    with pytest.raises(TrainingError, match="--lora-rank must be a whole number from 1"):
         HealOptions(train="lora", lora_rank=0)
