@@ -98,7 +98,7 @@ def test_a_long_curve_is_thinned_to_means_and_loses_no_step(healed: Path, tmp_pa
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("latentkv.convert.heal._CURVE_POINTS", 4)
         copy = shutil.copytree(healed, tmp_path / "copy")
-        healing = heal_checkpoint(copy, source, TOKENS, options)
+        healing = heal_checkpoint(copy, source, TOKENS, options, held_out=TOKENS)
     curve = read_record(copy)["healings"][1]["curve"]
     assert [tokens // 256 for tokens, _ in curve] == [4, 8, 12, 15]
     assert curve[-1][1] == pytest.approx(sum(healing.losses[12:]) / 3)

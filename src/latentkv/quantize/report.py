@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from latentkv.ops.weight_formats import QuantizedWeight
+from latentkv.saved_values import as_saved
 
 _NUMBERS_AT_A_TIME = 2**22
 
@@ -94,7 +95,7 @@ class QuantizationReport:
     def from_json(cls, content: dict[str, Any]) -> QuantizationReport:
         """Of what `as_json` gave."""
         fields = ReportRow.__dataclass_fields__
-        return cls(tuple(ReportRow(**{key: row[key] for key in fields}) for row in content["by_layer"]))
+        return as_saved(cls, {"rows": [{key: row[key] for key in fields} for row in content["by_layer"]]})
 
 
 def squared_error(weight: Tensor, quantized: QuantizedWeight) -> tuple[float, float]:
