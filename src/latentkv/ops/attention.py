@@ -331,13 +331,13 @@ def _check_rows(q: Tensor, block_table: Tensor, q_start: Tensor, start: Tensor |
     """Raise `OpError` unless the tensors of a ragged layout fit together."""
     rows = q.shape[0]
     require_floats(q=q)
-    require_integers("block_table", block_table)
-    require_integers("q_start", q_start)
-    require_integers("stop", stop)
     if block_table.ndim != 2 or q_start.shape != (block_table.shape[0] + 1,) or stop.shape != (rows,):
         require_shape("block_table", block_table, (None, None))
         require_shape("q_start", q_start, (block_table.shape[0] + 1,))
         require_shape("stop", stop, (rows,))
+    require_integers("block_table", block_table)
+    require_integers("q_start", q_start)
+    require_integers("stop", stop)
     if start is not None:
         require_shape("start", start, (rows,))
         require_integers("start", start)
