@@ -93,9 +93,16 @@ def test_the_committed_file_is_one_of_its_kind() -> None:
     assert isinstance(tuned.read_tuned(tuned.TUNED_FILE), dict)
 
 
-@pytest.mark.parametrize("content", ["no json", "[]", json.dumps({"Some GPU": {"H=1": {"rows": 16}}})])
-def test_a_file_that_holds_something_else_is_refused(tmp_path: Path, content: str) -> None:
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("no json", "is not valid JSON"),
+        ("[]", "holds no JSON object"),
+        (json.dumps({"Some GPU": {"H=1": {"rows": 16}}}), "does not hold block sizes"),
+    ],
+)
+def test_a_file_that_holds_something_else_is_refused(tmp_path: Path, content: str, said: str) -> None:
     path = tmp_path / "tuned.json"
     path.write_text(content)
-    with pytest.raises(ConfigError, match="does not hold block sizes"):
+    with pytest.raises(ConfigError, match=f"tuned.json {said}"):
         tuned.read_tuned(path)
