@@ -105,6 +105,20 @@ def piece_of(event: Event, output: TextOutput) -> Piece:
     return Piece(output.take(), [event.token_id], logprobs, event.prompt_logprobs, reason)
 
 
+def joined(pieces: Sequence[Piece]) -> Piece:
+    """Pieces of one request that follow one another, as one."""
+    if len(pieces) == 1:
+        return pieces[0]
+    first, last = pieces[0], pieces[-1]
+    return Piece(
+        "".join(piece.text for piece in pieces),
+        [token for piece in pieces for token in piece.token_ids],
+        None if first.logprobs is None else [entry for piece in pieces for entry in piece.logprobs or ()],
+        first.prompt_logprobs,
+        last.finish_reason,
+    )
+
+
 Deliver = Callable[[int, "Piece | Exception"], None]
 """Takes (which request, what is new of it), in the engine's thread: it must be quick."""
 
@@ -170,14 +184,15 @@ class _Reader:
 
 def join_pieces(request: Request, pieces: list[Piece]) -> Completion:
     """All pieces of one request, put together."""
+    whole = joined(pieces)
     return Completion(
-        text="".join(piece.text for piece in pieces),
-        token_ids=[token for piece in pieces for token in piece.token_ids],
-        logprobs=None if request.params.logprobs is None else [entry for p in pieces for entry in p.logprobs or ()],
-        finish_reason=pieces[-1].finish_reason or "length",
+        text=whole.text,
+        token_ids=list(whole.token_ids),
+        logprobs=whole.logprobs,
+        finish_reason=whole.finish_reason or "length",
         prompt_token_ids=list(request.prompt_token_ids),
         seed=request.seed,
-        prompt_logprobs=pieces[0].prompt_logprobs,
+        prompt_logprobs=whole.prompt_logprobs,
     )
 
 

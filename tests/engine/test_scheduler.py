@@ -42,6 +42,14 @@ def test_a_short_prompt_does_not_wait_for_a_long_one_before_it(cache: LatentCach
     assert go(scheduler, budget) == {0: budget - 100, 1: 100}
 
 
+def test_a_step_reads_as_many_short_prompts_as_it_has_room_for(cache: LatentCache):
+    scheduler = Scheduler(cache)
+    for index in range(12):
+        scheduler.add(Sequence(index, [index] * 25))
+    assert go(scheduler, 2 * FAIR_SHARE) == dict.fromkeys(range(10), 25)
+    assert go(scheduler, 2 * FAIR_SHARE) == {**dict.fromkeys(range(10), 1), 10: 25, 11: 25}
+
+
 def test_a_long_prompt_moves_on_under_a_stream_of_short_ones(cache: LatentCache):
     scheduler = Scheduler(cache)
     scheduler.add(Sequence(0, list(range(300))))

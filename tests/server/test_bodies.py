@@ -11,7 +11,7 @@ import pytest
 from starlette.exceptions import HTTPException
 
 from latentkv.server import bodies
-from latentkv.server.bodies import MAX_LISTS, MAX_NAMES, MAX_VALUES, SMALL, WINDOW, parse
+from latentkv.server.bodies import MAX_LISTS, MAX_NAMES, MAX_VALUES, SHORT, SMALL, WINDOW, parse
 from live_server import Live
 
 
@@ -62,13 +62,14 @@ def test_what_cannot_be_read_is_one_sentence(body: bytes, message: str, pad: byt
     assert caught.value.status_code == 400
 
 
-def test_line_19_bodies_are_parsed_beside_the_event_loop(live: Live, monkeypatch) -> None:
+def test_line_19_all_bodies_but_short_ones_are_parsed_beside_the_event_loop(live: Live, monkeypatch) -> None:
     seen = []
     monkeypatch.setattr(bodies, "parse", lambda *given: seen.append(threading.current_thread().name) or parse(*given))
     connection = http.client.HTTPConnection(live.url.removeprefix("http://"), timeout=30)
     for path in ("/tokenize", "/v1/completions", "/v1/chat/completions", "/v1/responses"):
-        connection.request("POST", path, b"{}", {"Content-Type": "application/json"})
-        answer = connection.getresponse()
-        assert (answer.status, answer.read() != b"") == (400, True)
+        for body in (b"{}", b" " * SHORT + b"{}"):
+            connection.request("POST", path, body, {"Content-Type": "application/json"})
+            answer = connection.getresponse()
+            assert (answer.status, answer.read() != b"") == (400, True)
     connection.close()
-    assert [name.startswith("latentkv-bodies") for name in seen] == [True] * 4
+    assert [name.startswith("latentkv-bodies") for name in seen] == [False, True] * 4

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import asyncio
+import http.client
+import json
 import re
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from queue import Empty, SimpleQueue
 
 import torch
 
 from latentkv.bench.environment import Environment, describe_environment
-from latentkv.bench.serve_client import RequestForm, ServeClient
-from latentkv.bench.serve_workload import LoadRequest
 from latentkv.bench.timing import Contender, Timing, time_interleaved
 from latentkv.engine import SamplingParams
 from latentkv.errors import ConfigError, RequestError
@@ -100,12 +101,7 @@ def measure_server_cost(
     progress("loading the model")
     llm = LLM(model)
     progress("starting the server")
-    with _server(model) as url, asyncio.Runner() as loop:
-        client = ServeClient(url, api_key=None, timeout=_ANSWER_SECONDS)
-        names = loop.run(client.models())
-        if not isinstance(names, list):
-            raise ConfigError(f"The server does not answer: {names.message}")
-        form = RequestForm(names[0], "completions", {"ignore_eos": True})
+    with _server(model) as address, ThreadPoolExecutor(max(concurrency)) as clients:
         params = SamplingParams(max_tokens=new_tokens, temperature=0, ignore_eos=True)
         rows: list[ServerCostRow] = []
         for many in concurrency:
@@ -113,7 +109,9 @@ def measure_server_cost(
             prompts = [f"{number}. {_PROMPT}" for number in range(many)]
 
             def ask(prompts: list[str] = prompts) -> None:
-                loop.run(_ask(client, form, prompts, new_tokens))
+                for tokens in clients.map(partial(_ask, address, new_tokens), prompts):
+                    if tokens != new_tokens:
+                        raise ConfigError(f"The server made {tokens} tokens of {new_tokens}.")
 
             def generate(prompts: list[str] = prompts) -> None:
                 llm.generate(prompts, params)
@@ -122,7 +120,6 @@ def measure_server_cost(
                 {"generate": Contender(generate), "served": Contender(ask)}, repeats=rounds, warmup=2
             )
             rows.append(_row(many, many * new_tokens, timings["generate"], timings["served"]))
-        loop.run(client.__aexit__(None, None, None))
     return ServerCostReport(model or "the embedded model", new_tokens, rounds, tuple(rows), environment)
 
 
@@ -130,20 +127,39 @@ def _row(concurrency: int, tokens: int, generate: Timing, served: Timing) -> Ser
     return ServerCostRow(concurrency, tokens / generate.median, tokens / served.median, generate.spread, served.spread)
 
 
-async def _ask(client: ServeClient, form: RequestForm, prompts: Sequence[str], new_tokens: int) -> None:
-    """Ask everything at once, and read every answer to its end."""
-    asked = [
-        client.ask(form, LoadRequest(prompt=prompt, prompt_tokens=0, output_tokens=new_tokens), 0.0)
-        for prompt in prompts
-    ]
-    for answer in await asyncio.gather(*asked):
-        if answer.failure:
-            raise ConfigError(f"The server failed: {answer.failure.message}")
+def _ask(address: str, new_tokens: int, prompt: str) -> int:
+    """Stream one completion to its end; how many tokens it had.
+
+    The client shares the server's cores, so it is one that does next to nothing: it reads, and looks at the end alone.
+    """
+    body = {
+        "prompt": prompt,
+        "max_tokens": new_tokens,
+        "temperature": 0,
+        "ignore_eos": True,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    connection = http.client.HTTPConnection(address, timeout=_ANSWER_SECONDS)
+    try:
+        connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
+        response = connection.getresponse()
+        parts: list[bytes] = []
+        while part := response.read1():
+            parts.append(part)
+    except (OSError, http.client.HTTPException) as error:
+        raise ConfigError(f"The server failed: {error!r}") from None
+    finally:
+        connection.close()
+    said = b"".join(parts).decode()
+    if response.status != 200 or not (found := re.search(r'"completion_tokens": ?(\d+)', said)):
+        raise ConfigError(f"The server failed: {said[-300:]}")
+    return int(found[1])
 
 
 @contextmanager
 def _server(model: str | None) -> Generator[str]:
-    """The URL of `latentkv serve` in a process of its own, which ends with the block."""
+    """The host and port of `latentkv serve` in a process of its own, which ends with the block."""
     command = [sys.executable, "-c", _PROGRAM, "serve", "--port", "0", *([model] if model else [])]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     lines: SimpleQueue[str | None] = SimpleQueue()
@@ -155,7 +171,7 @@ def _server(model: str | None) -> Generator[str]:
 
     threading.Thread(target=read, daemon=True).start()
     try:
-        yield _url(lines)
+        yield _address(lines)
     finally:
         process.terminate()
         try:
@@ -165,7 +181,7 @@ def _server(model: str | None) -> Generator[str]:
             process.wait()
 
 
-def _url(lines: SimpleQueue[str | None]) -> str:
+def _address(lines: SimpleQueue[str | None]) -> str:
     """Where a server says that it listens."""
     said: list[str] = []
     deadline = time.monotonic() + _START_SECONDS
@@ -177,5 +193,5 @@ def _url(lines: SimpleQueue[str | None]) -> str:
         if line is None:
             raise ConfigError(f"The server did not start: {' '.join(said).strip()}")
         said.append(line)
-        if found := re.search(r"on (http://\S+?:\d+)", "".join(said)):
+        if found := re.search(r"on http://(\S+?:\d+)", "".join(said)):
             return found[1]

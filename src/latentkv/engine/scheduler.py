@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import insort
 from collections.abc import Iterator
+from itertools import accumulate
 
 from latentkv.cache import LatentCache, PageStore, PrefixIndex
 from latentkv.engine.counters import Counters
@@ -76,7 +77,8 @@ class Scheduler:
         for sequence in decoding:
             sequence.draft = sequence.draft[: 0 if prompts else left]
             left -= len(sequence.draft)
-        prompts = prompts[: max(left // FAIR_SHARE, 1)]
+        least = accumulate(min(sequence.num_uncached, FAIR_SHARE) for sequence in prompts)
+        prompts = prompts[: max(sum(tokens <= left for tokens in least), 1)]
         shares: dict[Sequence, int] = {}
         for done, sequence in enumerate(sorted(prompts, key=lambda each: each.num_uncached)):
             shares[sequence] = min(sequence.num_uncached, -(-left // (len(prompts) - done)))

@@ -84,6 +84,7 @@ class EngineThread:
         self._next_ticket = 0
         self._failures = 0
         self._draining = False
+        self._after_step: Callable[[], object] = lambda: None
         self._reason: str | None = None  # why it is dead
         self._watchdog = None if stall_seconds is None else Watchdog(stall_seconds, busy=lambda: bool(self._open))
         self._changed = threading.Condition(self._lock)
@@ -95,11 +96,13 @@ class EngineThread:
         if self._watchdog:
             self._watchdog.start()
 
-    def guard(self, *, max_open: int, stall_seconds: float) -> None:
+    def guard(self, *, max_open: int, stall_seconds: float, after_step: Callable[[], object] = lambda: None) -> None:
         """Serve strangers from now on, with limits as the arguments of the same names say.
 
-        An engine that is guarded also gives up after `FAILURES` steps that fail one after another.
+        An engine that is guarded also gives up after `FAILURES` steps that fail one after another. `after_step` is
+        called in the engine's thread when the listeners have heard of all that a step made; it must not raise.
         """
+        self._after_step = after_step
         if self._watchdog:
             self._watchdog.stop()
         self._max_open, self._watchdog = max_open, Watchdog(stall_seconds, busy=lambda: bool(self._open))
@@ -277,6 +280,7 @@ class EngineThread:
                 except Exception as error:  # one who cannot listen is given up, and nobody else
                     self._abort(ticket)
                     self._finish(ticket, error)
+        self._after_step()
 
     def _report_failed(self, error: Exception) -> bool:
         """Tell those whose request the engine gave up in a step that failed; whether there were any."""

@@ -1,4 +1,4 @@
-"""`BodyRoute`: bodies are parsed in a thread of their own, and whatever is in them holds nobody else up."""
+"""`BodyRoute`: bodies but short ones are parsed in a thread of their own, so that none holds anybody else up."""
 
 from __future__ import annotations
 
@@ -27,6 +27,8 @@ MAX_VALUES = 1 << 17
 MAX_TOKENS = 1 << 20
 """And of those that are token ids."""
 
+SHORT = 1 << 12
+"""Bytes that are parsed in the event loop: it takes less than to wake a thread."""
 SMALL = 1 << 16
 """Bytes that the parser written in C reads within some milliseconds, whatever they are. It lets no other thread run, so
 what is larger is read by the one written in Python, but for its strings: slower, and nobody waits for it."""
@@ -74,8 +76,12 @@ class BodyRequest(Request):
     async def json(self) -> Any:
         """The body."""
         if not hasattr(self, "_json"):
-            loop = asyncio.get_running_loop()
-            self._json = await loop.run_in_executor(_parsers(), parse, await self.body(), self._max_values)
+            body = await self.body()
+            if len(body) <= SHORT:
+                self._json = parse(body, self._max_values)
+            else:
+                loop = asyncio.get_running_loop()
+                self._json = await loop.run_in_executor(_parsers(), parse, body, self._max_values)
             self._body = b""
         return self._json
 

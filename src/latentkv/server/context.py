@@ -101,7 +101,7 @@ async def _until_disconnect(receive: Callable[[], Awaitable[Any]]) -> None:
         pass
 
 
-def _context(http: HttpRequest) -> Context:
+async def _context(http: HttpRequest) -> Context:  # async: FastAPI would run it in a thread
     server = cast(Server, http.app.state.server)
     context = Context(server, http, salt=http.scope.get("latentkv.salt", ""))
     http.scope["latentkv.log"] = context.log

@@ -59,7 +59,7 @@ class Job:
             self._tokens[index] += len(piece.token_ids)
             if self._logs_text:
                 self._texts[index] += piece.text
-            metrics.token(self._clocks[index])
+            metrics.tokens(self._clocks[index], len(piece.token_ids))
             if piece.finish_reason:
                 self._unfinished -= 1
                 prompt_tokens = len(self.choices[index].prompt_token_ids)

@@ -80,13 +80,14 @@ class Metrics:
         }
         self._seen = dict.fromkeys(self._totals, 0)
 
-    def token(self, clock: RequestClock) -> None:
-        """A completion has a new piece."""
+    def tokens(self, clock: RequestClock, count: int) -> None:
+        """A completion has so many new tokens, which are sent together."""
         now = time.monotonic()
         if clock.last is None:
             self._ttft.observe(now - clock.arrived)
         else:
-            self._itl.observe(now - clock.last)
+            for _ in range(count):
+                self._itl.observe((now - clock.last) / count)
         clock.last = now
 
     def finish(self, clock: RequestClock, prompt_tokens: int, tokens: int, reason: str) -> None:

@@ -62,10 +62,11 @@ def make_server(llm: LLM, name: str, settings: ServerSettings, *, tool_format: s
     Raises:
         RequestError: there is no tool format of this name.
     """
-    llm.thread.guard(max_open=settings.max_open, stall_seconds=settings.stall_seconds)
     template = llm.tokenizer.chat_template_text if llm.tokenizer else ""
     format = choose_format(template, llm.config.model_type, tool_format)
-    return Server(ServedModel(llm, name, format), settings, Metrics(llm.engine, name))
+    model = ServedModel(llm, name, format)
+    llm.thread.guard(max_open=settings.max_open, stall_seconds=settings.stall_seconds, after_step=model.outbox.flush)
+    return Server(model, settings, Metrics(llm.engine, name))
 
 
 def serve_forever(listening: socket.socket, server: Server) -> int:

@@ -5,15 +5,15 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
-from contextlib import suppress
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, TypeVar
 
-from latentkv.completion import Piece, TextOutput, submit_for_text
+from latentkv.completion import Piece, TextOutput, joined, submit_for_text
 from latentkv.engine import Request
 from latentkv.engine.thread import EngineThread
 from latentkv.errors import RequestError, TokenizerError
 from latentkv.llm import LLM
+from latentkv.server.outbox import Outbox
 from latentkv.server.protocol.messages import read_messages
 from latentkv.text import Tokenizer
 from latentkv.text.token_bytes import token_bytes
@@ -34,6 +34,7 @@ class Generation:
 
     Args:
         thread: of the engine.
+        outbox: by which the engine's thread hands over.
         requests: what to run.
         outputs: the text of each.
         salt: who shares prefixes with them.
@@ -46,42 +47,66 @@ class Generation:
     def __init__(
         self,
         thread: EngineThread,
+        outbox: Outbox,
         requests: Sequence[Request],
         outputs: Sequence[TextOutput],
         salt: str,
         deadline: float,
     ) -> None:
         self._thread = thread
+        self._outbox = outbox
         self._left = len(requests)
         self._deadline = deadline
-        self._loop = asyncio.get_running_loop()
-        self._arrived: asyncio.Queue[tuple[int, Piece | Exception]] = asyncio.Queue()
+        self._begun: set[int] = set()  # the engine's thread alone uses it
+        self._arrived: dict[int, list[Piece]] = {}  # by request, what nobody has taken yet; the loop's, as the next two
+        self._failure: Exception | None = None
+        self._anything = asyncio.Event()
+        outbox.open()
         self._tickets = submit_for_text(thread, requests, outputs, self._deliver, salt=salt)
+        self._open = True
+        outbox.streams += 1
 
     def _deliver(self, index: int, piece: Piece | Exception) -> None:  # in the engine's thread
-        with suppress(RuntimeError):  # the event loop has ended, and so has whoever asked
-            self._loop.call_soon_threadsafe(self._arrived.put_nowait, (index, piece))
+        if isinstance(piece, Exception):
+            self._outbox.put(partial(self._fail, piece), urgent=True)
+            self._outbox.flush()  # it may be raised outside of any step
+            return
+        urgent = piece.finish_reason is not None or index not in self._begun
+        self._begun.add(index)
+        self._outbox.put(partial(self._take, index, piece), urgent=urgent)
+
+    def _take(self, index: int, piece: Piece) -> None:
+        self._arrived.setdefault(index, []).append(piece)
+        self._anything.set()
+
+    def _fail(self, error: Exception) -> None:
+        self._failure = self._failure or error
+        self._anything.set()
 
     async def pieces(self) -> AsyncGenerator[tuple[int, Piece]]:
-        """(which request, what is new of it), until all have ended.
+        """(which request, what is new of it), until all have ended; what came since the last one of it is joined.
 
         Raises:
             TimeoutError: the deadline has passed.
             LatentKVError: a request failed.
         """
+        loop = asyncio.get_running_loop()
         while self._left:
-            if self._arrived.empty():  # a timer for each piece would cost as much as the piece
-                async with asyncio.timeout_at(self._loop.time() + self._deadline - time.monotonic()):
-                    index, piece = await self._arrived.get()
-            else:
-                index, piece = self._arrived.get_nowait()
-            if isinstance(piece, Exception):
-                raise piece
+            if not self._arrived and self._failure is None:
+                self._anything.clear()
+                async with asyncio.timeout_at(loop.time() + self._deadline - time.monotonic()):
+                    await self._anything.wait()
+            if not self._arrived and self._failure is not None:
+                raise self._failure
+            index = next(iter(self._arrived))
+            piece = joined(self._arrived.pop(index))
             self._left -= piece.finish_reason is not None
             yield index, piece
 
     def close(self) -> None:
         """Give up the requests that have not ended; more than once does no harm."""
+        self._outbox.streams -= self._open
+        self._open = False
         for ticket in self._tickets:
             self._thread.abort(ticket)
 
@@ -96,6 +121,7 @@ class ServedModel:
 
     Attributes:
         thread: that the model was loaded in, and is run in.
+        outbox: by which it hands over what came out; to be flushed after every step.
         created: when it was loaded, in seconds since 1970.
     """
 
@@ -103,6 +129,7 @@ class ServedModel:
         self.llm = llm
         self.name = name
         self.thread = llm.thread
+        self.outbox = Outbox()
         self.format = format
         self.created = int(time.time())
         self._encoders = asyncio.Semaphore(ENCODERS)
@@ -178,4 +205,4 @@ class ServedModel:
             RequestError: one could not fit even into an empty cache.
         """
         outputs = [TextOutput(self.llm.tokenizer, request, keep) for request in requests]
-        return Generation(self.thread, requests, outputs, salt, time.monotonic() + seconds)
+        return Generation(self.thread, self.outbox, requests, outputs, salt, time.monotonic() + seconds)
