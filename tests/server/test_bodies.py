@@ -11,7 +11,7 @@ import pytest
 from starlette.exceptions import HTTPException
 
 from latentkv.server import bodies
-from latentkv.server.bodies import MAX_LISTS, MAX_NAMES, MAX_VALUES, SHORT, SMALL, WINDOW, parse
+from latentkv.server.bodies import MAX_LISTS, MAX_NAMES, MAX_TEXT, MAX_VALUES, SHORT, SMALL, WINDOW, parse
 from live_server import Live
 
 
@@ -42,6 +42,14 @@ def test_what_strings_hold_is_counted_as_nothing_wherever_a_window_ends() -> Non
     for shift in range(2):
         given = {"a" * shift: hard, "b": ["\\", '\\"', hard]}
         assert parse(json.dumps(given).encode()) == given
+
+
+def test_a_text_may_be_as_long_as_texts_may_be() -> None:
+    assert parse(json.dumps({"a": "x" * MAX_TEXT}).encode()) == {"a": "x" * MAX_TEXT}
+    assert parse(json.dumps(["x" * (MAX_TEXT // 2)] * 3).encode()) == ["x" * (MAX_TEXT // 2)] * 3
+    with pytest.raises(HTTPException, match="a text of more than 8 MiB") as caught:
+        parse(json.dumps({"a": "x" * (MAX_TEXT + 2 * WINDOW)}).encode())
+    assert caught.value.status_code == 400
 
 
 def test_large_bodies_say_what_small_ones_say() -> None:

@@ -26,6 +26,8 @@ MAX_VALUES = 1 << 17
 """Values of all its lists and objects."""
 MAX_TOKENS = 1 << 20
 """And of those that are token ids."""
+MAX_TEXT = 8 << 20
+"""Bytes of one text: nobody else runs while it is copied."""
 
 SHORT = 1 << 12
 """Bytes that are parsed in the event loop: it takes less than to wake a thread."""
@@ -118,8 +120,9 @@ def parse(body: bytes, max_values: int = MAX_VALUES) -> Any:
 
 
 def _require_bounded(body: bytes, max_values: int) -> None:
-    """Refuse a body with too much of something. What its strings hold does not count."""
+    """Refuse a body with too much of something. What stands in its texts does not count."""
     lists = names = commas = 0
+    whole = 0  # bytes of windows that are inside of one text from end to end
     state = escaped = False
     for start in range(0, len(body), WINDOW):
         window = np.frombuffer(body, np.uint8, min(WINDOW, len(body) - start), start)
@@ -136,6 +139,9 @@ def _require_bounded(body: bytes, max_values: int) -> None:
             escaped = bool(after[-1] == len(window))
             quotes[after[: len(after) - escaped]] = False
         inside = np.logical_xor.accumulate(quotes) ^ state
+        whole = whole + len(window) if state and not quotes.any() else 0
+        if whole > MAX_TEXT:
+            raise HTTPException(400, f"The body holds a text of more than {MAX_TEXT >> 20} MiB: send less at once.")
         state = bool(inside[-1])
         outside = window[~inside]
         lists += int(np.count_nonzero((outside | 0x20) == ord("{")))  # [ and { differ in this bit

@@ -35,11 +35,8 @@ async def complete(body: CompletionRequest, context: InContext) -> CompletionRes
     context.require_model(body.model)
     context.note_user(body.user)
     context.part_prefixes(body.cache_salt, cached=body.cache_prompt)
-    params = _params(body, context.model.capacity)
-    prompts = await context.model.off_loop(
-        lambda: [_request(context.model, prompt, params, body) for prompt in _prompts(body)],
-        compiles=params.structure is not None,
-    )
+    compiles = body.response_format is not None or body.structured_outputs is not None
+    prompts = await context.model.off_loop(lambda: _requests(context.model, body), compiles=compiles)
     job = Job(context, prompts)
     writer = _Writer(context, body, prompts)
     if body.stream:
@@ -146,6 +143,12 @@ def _params(body: CompletionRequest, capacity: int) -> SamplingParams:
         logprobs=body.logprobs,
         prompt_logprobs=body.logprobs if body.echo else None,
     )
+
+
+def _requests(model: ServedModel, body: CompletionRequest) -> list[Request]:
+    """Everything that takes long: the grammar, the tokens."""
+    params = _params(body, model.capacity)
+    return [_request(model, prompt, params, body) for prompt in _prompts(body)]
 
 
 def _request(model: ServedModel, prompt: str | list[int], params: SamplingParams, body: CompletionRequest) -> Request:
