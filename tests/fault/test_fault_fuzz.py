@@ -14,12 +14,13 @@ import signal
 import sys
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # stored_models.py and text/ are shared by several folders
@@ -29,6 +30,9 @@ from damage import damaged_bytes, damaged_json, wrong_value
 from folders_for_text_tests import BUILDERS, kimi
 
 from latentkv import LLM, SamplingParams
+from latentkv.convert.options import ConvertOptions
+from latentkv.convert.report import ConversionReport
+from latentkv.convert.run import convert_checkpoint
 from latentkv.errors import LatentKVError
 from latentkv.quantize.convert import quantize_checkpoint
 from latentkv.server.settings import ServerSettings, read_keys
@@ -273,6 +277,33 @@ def fuzz_quantize_state(random: Random, files: Files) -> None:
     assert report.as_json()
 
 
+def fuzz_conversion_state(random: Random, files: Files) -> None:
+    begun = files.root / "conversion"
+    if not begun.exists():
+        with suppress(KeyboardInterrupt):
+            _convert(files, begun, on_progress=_interrupt)
+    target = files.fresh(begun)
+    path = random.choice(sorted(path for path in target.rglob("*") if path.is_file()))
+    data = path.read_bytes()
+    if path.suffix == ".json":
+        path.write_bytes(damaged_json(random, json.loads(data)))
+    else:
+        path.write_bytes(data[: random.randrange(len(data))])
+    report = _convert(files, target)
+    assert len(report.layers) == GQA["num_hidden_layers"]
+    assert len(tokens_of(target)) == 4
+
+
+def _convert(files: Files, target: Path, **how: Any) -> ConversionReport:
+    text = torch.arange(64).reshape(2, 32) % GQA["vocab_size"]
+    return convert_checkpoint(files.models["gqa"], target, text, ConvertOptions(rank=8, rope_dim=4), **how)
+
+
+def _interrupt(what: str, done: int, total: int) -> None:
+    if (what, done) == ("convert", 1):
+        raise KeyboardInterrupt
+
+
 def fuzz_training_state(random: Random, files: Files) -> None:
     weights = {"a": load_file(next(files.models["gqa"].glob("*.safetensors")))["model.norm.weight"]}
     folder = save_checkpoint(files.fresh(files.models["gqa"]), 3, Checkpoint(weights, weights, {"step": 3, "x": [1]}))
@@ -293,8 +324,9 @@ TARGETS: dict[str, tuple[Callable[[Random, Files], None], int]] = {
     "ranks": (fuzz_ranks, 20),
     "settings": (fuzz_settings, 15),
     "pages": (fuzz_pages, 25),
-    "quantize_state": (fuzz_quantize_state, 15),
-    "training_state": (fuzz_training_state, 15),
+    "quantize_state": (fuzz_quantize_state, 10),
+    "conversion_state": (fuzz_conversion_state, 10),
+    "training_state": (fuzz_training_state, 10),
 }
 """What is damaged, and how many of 500 cases are of it."""
 
