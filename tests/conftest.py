@@ -10,7 +10,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import signal
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import hypothesis
 import pytest
@@ -45,6 +46,26 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if item.get_closest_marker("xdist_group") is None:
             used = [SHARED[name] for name in getattr(item, "fixturenames", ()) if name in SHARED]
             item.add_marker(pytest.mark.xdist_group(used[0] if used else item.path.name))
+
+
+@pytest.fixture(scope="module")
+def unpainted() -> Iterator[None]:
+    """Figures are put together, but not painted, which takes half a second each; the tests of pictures paint theirs."""
+    from matplotlib.figure import Figure
+
+    def savefig(self: Figure, file: Any, **how: Any) -> None:
+        assert self.axes
+        file.write(b"a picture") if hasattr(file, "write") else Path(file).write_bytes(b"a picture")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", savefig)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Random numbers are the same in every run, whatever ran before."""
+    torch.manual_seed(0)
 
 
 # The server's tests and those of its faults; imported here when they ask, for all others need no server.

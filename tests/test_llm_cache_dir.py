@@ -18,7 +18,8 @@ from stored_models import GQA, GREEDY, MLA, PROMPT, write_model
 
 FORMATS = {"mla": ("fp32", "bf16", "fp16", "int8", "fp8"), "gqa": ("fp32", "bf16", "fp16")}
 
-# Prints, for each model and format, the tokens and how many of the prompt's tokens came from the folder.
+# Prints, for each model and format, the tokens and how many of the prompt's tokens came from the folder; and whether
+# torch's compiler was loaded, which takes seconds and serves nobody here.
 PROGRAM = """
 import json, sys
 from pathlib import Path
@@ -34,6 +35,7 @@ for kind, names in formats.items():
         said = llm.generate(PROMPT, GREEDY)[0].token_ids
         result[f"{kind} {name}"] = [said, llm.engine.counters.store_hits]
         llm.close()
+result["compiler"] = "torch._dynamo" in sys.modules
 print(json.dumps(result))
 """
 
@@ -61,6 +63,7 @@ def test_a_fresh_process_says_the_same_in_every_format_without_reading_the_promp
             plain = LLM(models / kind, kv_dtype=name).generate(PROMPT, GREEDY)[0].token_ids
             assert first[f"{kind} {name}"] == [plain, 0]
             assert second[f"{kind} {name}"] == [plain, 256]
+    assert first["compiler"] is second["compiler"] is False
 
 
 def hits(folder: Path, model: Path, **options) -> int:

@@ -14,6 +14,8 @@ from latentkv import LLM
 from latentkv.convert import PAGE_FILE, REPORT_FILE
 from latentkv.llm_options import EMBEDDED_MODEL
 
+pytestmark = pytest.mark.usefixtures("unpainted")
+
 TEXT = "The whale swam on, and the harpooner watched it from the mast.\n" * 60
 SMALL = ("--sequences", 8, "--length", 32, "--threads", 1)
 

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
+pytestmark = pytest.mark.usefixtures("unpainted")
+
 
 @pytest.fixture
 def forms(copied_model, tmp_path, monkeypatch):

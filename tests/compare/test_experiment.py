@@ -12,6 +12,8 @@ from latentkv.compare import CompareOptions, Sizes, compare_attention
 from latentkv.compare.report import choose_rate
 from latentkv.errors import RequestError, TrainingError
 
+pytestmark = pytest.mark.usefixtures("unpainted")
+
 TINY = Sizes(32, 1, 2, 300)
 
 

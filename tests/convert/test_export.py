@@ -19,6 +19,8 @@ from latentkv.models.config_reader import read_config
 from latentkv.models.loading import load_model
 from latentkv.models.rope import attention_factor, inverse_frequencies
 
+pytestmark = pytest.mark.usefixtures("unpainted")
+
 TOKENS = some_tokens()
 
 

@@ -16,6 +16,8 @@ from latentkv.errors import TrainingError
 from latentkv.models.decoder import Decoder
 from latentkv.models.loading import load_model
 
+pytestmark = pytest.mark.usefixtures("unpainted")
+
 TOKENS = some_tokens(16)
 LORA = HealOptions(steps=30, batch_size=4, lr=1e-2, train="lora", lora_rank=4, lora_alpha=4)
 

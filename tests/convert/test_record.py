@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 import shutil
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 from sources import some_tokens, write_source
 
 from latentkv.convert import (
@@ -27,6 +29,8 @@ from latentkv.convert.quality import compare_models
 from latentkv.convert.record import add_healing
 from latentkv.convert.stages import stages_of
 
+pytestmark = pytest.mark.usefixtures("unpainted")  # but for one test
+
 TOKENS, HELD_OUT = some_tokens(16), some_tokens(8, 48)
 SPEED = {
     "tokens_per_second": {"source": 100.0, "converted": 125.0},
@@ -37,6 +41,7 @@ SPEED = {
     "threads": 2,
     "dtype": "fp32",
 }
+PAINT = Figure.savefig
 ENVIRONMENT = {"latentkv": "0.1.0", "cpu": "a <fast> CPU", "threads": 2, "python": "3.11", "torch": "2.13"}
 
 
@@ -113,6 +118,14 @@ def test_the_page_needs_nothing_from_outside_and_closes_its_tags(healed: Path) -
     assert all(each.startswith("data:image/png;base64,") for each in parser.fetched)
     assert "http:" not in page and "https:" not in page and "url(" not in page and "<script" not in page
     assert "prefers-color-scheme: dark" in page
+
+
+def test_the_page_has_pictures_for_light_and_for_dark(healed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Figure, "savefig", PAINT)
+    found = re.findall(r"data:image/png;base64,([^\"]+)", render_page(read_record(healed)))
+    pictures = [base64.b64decode(each) for each in found]
+    assert len(pictures) == len(set(pictures)) == 6
+    assert all(each.startswith(b"\x89PNG") and len(each) > 5_000 for each in pictures)
 
 
 def test_the_page_says_what_was_saved_and_what_it_cost(healed: Path) -> None:

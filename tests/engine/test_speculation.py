@@ -67,7 +67,7 @@ def plain(dtype: str, temperature: float, kv_format: KVFormat | None = None) -> 
 
 @pytest.mark.parametrize(
     ("drafter", "most", "temperature"),  # every two meet
-    [(drafter, most, (0, 0.8)[(i + most) % 2]) for i, drafter in enumerate(DRAFTERS) for most in (1, 2, 3, 4)],
+    [(drafter, most, (0, 0.8)[(i + most // 4) % 2]) for i, drafter in enumerate(DRAFTERS) for most in (1, 4)],
 )
 def test_answers_are_the_same_with_drafts(drafter: str, most: int, temperature: float) -> None:
     answers, engine = run("fp32", DRAFTERS[drafter], most, temperature=temperature)
@@ -76,8 +76,7 @@ def test_answers_are_the_same_with_drafts(drafter: str, most: int, temperature: 
     assert engine.counters.drafted_tokens > 0
 
 
-@pytest.mark.parametrize("kv_format", ["bf16", "int8", "fp8"])
-@pytest.mark.parametrize("temperature", [0, 0.8])
+@pytest.mark.parametrize(("kv_format", "temperature"), [("bf16", 0.8), ("int8", 0), ("fp8", 0.8), ("bf16", 0)])
 def test_answers_are_the_same_in_bf16_where_steps_of_several_tokens_give_the_same_bits(
     kv_format: KVFormat, temperature: float
 ) -> None:

@@ -116,7 +116,10 @@ class Trunk(nn.Module):
 
     def __init__(self, config: ModelConfig, *, max_context: int) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        # Its weight is given, because one without storage would be initialised by torch's compiler, and that be loaded.
+        self.embed_tokens = nn.Embedding.from_pretrained(
+            torch.empty(config.vocab_size, config.hidden_size), freeze=False
+        )
         self.layers = nn.ModuleList(DecoderLayer(config, i, max_context=max_context) for i in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -144,7 +147,9 @@ class Decoder(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialise for training: normal(0, initializer_range), norms 1, biases 0."""
+        """Initialise for training: normal(0, initializer_range), norms 1, biases 0; nothing where there is no storage."""
+        if self.model.embed_tokens.weight.is_meta:
+            return
         std = self.config.initializer_range
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding | Router):

@@ -68,6 +68,11 @@ class _OnlyMemory(TorchDispatchMode):
         super().__init__()
         self._kept = kept
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Whether torch's compiler is told to leave this alone; it would have to be loaded first, for seconds."""
+        return False
+
     def __torch_dispatch__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
