@@ -147,7 +147,7 @@ class Decoder(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialise for training: normal(0, initializer_range), norms 1, biases 0; nothing where there is no storage."""
+        """Initialise for training: normal(0, initializer_range), norms 1, biases 0; without storage, nothing."""
         if self.model.embed_tokens.weight.is_meta:
             return
         std = self.config.initializer_range
