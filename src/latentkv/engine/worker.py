@@ -24,6 +24,7 @@ JOIN_SECONDS = 5.0
 """Time for the last step to end when a worker stops."""
 
 _INTERRUPT_SECONDS = 0.1
+_LOOK_SECONDS = 0.5
 _STOPPED = "The engine has stopped: load the model again."
 
 
@@ -164,7 +165,8 @@ class _Call(Generic[T]):
     def wait(self) -> T:
         """What came out of it, for the thread that waits."""
         try:
-            self._done.wait()
+            while not self._done.wait(_LOOK_SECONDS):  # a signal does not wake a thread that was about to sleep
+                pass
         except BaseException:
             self._give_up()
             raise
