@@ -6,8 +6,8 @@ import pytest
 from tokenizers import Tokenizer as HuggingFaceTokenizer
 from tokenizers import decoders, models
 
-from latentkv.completion import TextOutput
-from latentkv.engine import Request, SamplingParams
+from latentkv.completion import Piece, TextOutput, joined
+from latentkv.engine import Request, SamplingParams, TokenLogprobs
 from latentkv.text import Tokenizer, load_tokenizer
 
 PIECES = ["<unk>", "<s>", "▁the", "▁whale", "s", "▁sw", "am", "<0xC3>", "<0xAF>", "<0x0A>"]
@@ -79,3 +79,14 @@ def test_a_stop_string_and_what_follows_are_cut_and_a_near_miss_is_not(tmp_path:
     assert text_of(model, "<s> s", "▁the ▁sw s", stop=("swam",)) == [" the", " ", "sw", "s"]
     assert text_of(model, "<s> s", "▁the ▁sw", stop=("swam",)) == [" the", " ", "sw"]
     assert "".join(text_of(tokenizer(tmp_path, WHOLE), "<s> s", "▁the ▁sw am", stop=("swam",))) == " the "
+
+
+def test_pieces_that_follow_one_another_are_one_with_all_that_they_hold():
+    first, second = TokenLogprobs(5, -0.5, {5: -0.5}), TokenLogprobs(6, -0.25, {6: -0.25})
+    parts = [
+        Piece("a", [5], [first], [second], None),
+        Piece("", [6], [second]),
+        Piece("b c", [7], [first], None, "stop"),
+    ]
+    assert joined(parts) == Piece("ab c", [5, 6, 7], [first, second, first], [second], "stop")
+    assert joined([Piece("a", [5]), Piece("b", [6])]) == Piece("ab", [5, 6])
