@@ -1,33 +1,22 @@
-"""Runs chat templates, which are programs of strangers, in a process of its own that its limits may end at any time.
+"""Renders chat templates, which are programs of strangers, for `limited_worker.py`.
 
-Run as a file, it knows only jinja2. Its arguments are the limits on memory in bytes, on processor time in seconds and
-on what is written in characters, then where packages are found. It answers the one who holds the other end of its
-stdin: a frame is 8 bytes of length and so many bytes. A task is JSON: {"source": of a template, "variables": to write
-it with, or null to be told by 1 or 0 whether it reads `tools`}. An answer is two letters and a text: + (it went well),
-- (the template is wrong) or ! (it takes too much), and . or ! (this process ends now, and another takes its place).
+A task is JSON: {"source": of a template, "variables": to write it with, or null to be told by 1 or 0 whether it reads
+`tools`}. The answer is a text.
 """
 
 import json
-import os
-import resource
-import select
-import signal
-import sys
+from collections.abc import Callable
 from datetime import datetime
 from typing import Any, NoReturn
 
+import jinja2
+from jinja2 import meta, nodes
+from jinja2.ext import Extension
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
 MAX_COMPILED = 16
 MAX_ERROR = 500  # characters
-PARENT_SECONDS = 2.0  # after which the process looks whether its parent still lives, in case its end was not seen
-
-if __name__ == "__main__":
-    sys.path += sys.argv[4:]
-
-import jinja2  # noqa: E402 (found only now)
-from jinja2 import meta, nodes  # noqa: E402
-from jinja2.ext import Extension  # noqa: E402
-from jinja2.parser import Parser  # noqa: E402
-from jinja2.sandbox import ImmutableSandboxedEnvironment  # noqa: E402
 
 
 class _GenerationBlock(Extension):
@@ -122,7 +111,7 @@ def _first_line(error: Exception) -> str:
     return (lines[0] if lines else type(error).__name__)[:MAX_ERROR].rstrip(".")
 
 
-def _answer(templates: _Templates, task: bytes, memory: int) -> tuple[bytes, str]:
+def _answer(templates: _Templates, task: bytes) -> tuple[bytes, str]:
     """(how it went, the text)."""
     try:
         asked = json.loads(task.decode(errors="surrogatepass"))
@@ -132,54 +121,15 @@ def _answer(templates: _Templates, task: bytes, memory: int) -> tuple[bytes, str
     except _Failed as error:
         return b"-.", str(error)
     except MemoryError:
-        return b"!!", f"The chat template takes more than {memory >> 20} MiB of memory."
+        return b"!!", ""
 
 
-def _receive(count: int, parent: int) -> bytes:
-    """So many bytes of stdin; ends the process when there is nobody to send them."""
-    parts: list[bytes] = []
-    while count:
-        while not select.select([0], [], [], PARENT_SECONDS)[0]:
-            if os.getppid() != parent:
-                sys.exit()
-        part = os.read(0, min(count, 1 << 20))
-        if not part:
-            sys.exit()
-        parts.append(part)
-        count -= len(part)
-    return b"".join(parts)
+def start(most: str) -> Callable[[bytes], tuple[bytes, bytes]]:
+    """The function that does a task; a template may write `most` characters."""
+    templates = _Templates(int(most))
 
+    def do(task: bytes) -> tuple[bytes, bytes]:
+        how, text = _answer(templates, task)
+        return how, text.encode(errors="surrogatepass")
 
-def _send(how: bytes, text: str) -> None:
-    content = text.encode(errors="surrogatepass")
-    left = memoryview((2 + len(content)).to_bytes(8, "little") + how + content)
-    while left:
-        left = left[os.write(0, left) :]
-
-
-def _limit(kind: int, most: int) -> None:
-    hard = resource.getrlimit(kind)[1]
-    resource.setrlimit(kind, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
-
-
-def main() -> None:
-    """Take tasks until there is nobody to send any."""
-    parent, memory, seconds = os.getppid(), int(sys.argv[1]), float(sys.argv[2])
-    _limit(resource.RLIMIT_CORE, 0)
-    _limit(resource.RLIMIT_FSIZE, 0)
-    _limit(resource.RLIMIT_AS, memory)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the one who is served
-    templates = _Templates(int(sys.argv[3]))
-    while True:
-        task = _receive(int.from_bytes(_receive(8, parent), "little"), parent)
-        # Its signal is nobody's to catch: it ends the process, wherever in which library the time is spent.
-        signal.setitimer(signal.ITIMER_PROF, seconds)
-        how, text = _answer(templates, task, memory)
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        _send(how, text)
-        if how.endswith(b"!"):
-            return
-
-
-if __name__ == "__main__":
-    main()
+    return do

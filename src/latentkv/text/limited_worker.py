@@ -1,0 +1,84 @@
+"""Runs what strangers wrote in a process of its own that its limits may end at any time.
+
+Run as a file, it knows only the standard library. Its arguments are the limit on memory in bytes, where packages are
+found, the file of a worker, and what that is told at the start: `start(*arguments)` of it returns the function
+that does a task. It answers the one who holds the other end of its stdin. A task is 8 bytes of length, 8 bytes of the
+processor time in seconds that it may take, and so many bytes. An answer is 8 bytes of length, and so many bytes: two
+letters, then what the task gives or a sentence. The first letter is + (it went well), - (the task is wrong) or ! (it
+takes too much memory), the second . or ! (this process ends now, and another takes its place).
+"""
+
+import importlib.util
+import os
+import resource
+import select
+import signal
+import struct
+import sys
+from collections.abc import Callable
+
+Do = Callable[[bytes], tuple[bytes, bytes]]
+
+PARENT_SECONDS = 2.0  # after which the process looks whether its parent still lives, in case its end was not seen
+
+_HEAD, _LENGTH = struct.Struct("<Qd"), struct.Struct("<Q")
+
+
+def _receive(count: int, parent: int) -> bytes:
+    """So many bytes of stdin; ends the process when there is nobody to send them."""
+    parts: list[bytes] = []
+    while count:
+        while not select.select([0], [], [], PARENT_SECONDS)[0]:
+            if os.getppid() != parent:
+                sys.exit()
+        part = os.read(0, min(count, 1 << 20))
+        if not part:
+            sys.exit()
+        parts.append(part)
+        count -= len(part)
+    return b"".join(parts)
+
+
+def _send(how: bytes, content: bytes) -> None:
+    left = memoryview(_LENGTH.pack(2 + len(content)) + how + content)
+    while left:
+        left = left[os.write(0, left) :]
+
+
+def _limit(kind: int, most: int) -> None:
+    hard = resource.getrlimit(kind)[1]
+    resource.setrlimit(kind, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
+
+
+def _load(file: str, arguments: list[str]) -> Do:
+    spec = importlib.util.spec_from_file_location("worker", file)
+    if spec is None or spec.loader is None:
+        raise ImportError(file)
+    worker = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(worker)
+    return worker.start(*arguments)
+
+
+def main() -> None:
+    """Take tasks until there is nobody to send any."""
+    parent = os.getppid()
+    sys.path += sys.argv[2].split(os.pathsep)
+    do = _load(sys.argv[3], sys.argv[4:])
+    _limit(resource.RLIMIT_CORE, 0)
+    _limit(resource.RLIMIT_FSIZE, 0)
+    _limit(resource.RLIMIT_AS, int(sys.argv[1]))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the one who is served
+    while True:
+        length, seconds = _HEAD.unpack(_receive(_HEAD.size, parent))
+        task = _receive(length, parent)
+        # Its signal is nobody's to catch: it ends the process, wherever in which library the time is spent.
+        signal.setitimer(signal.ITIMER_PROF, seconds)
+        how, content = do(task)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        _send(how, content)
+        if how.endswith(b"!"):
+            return
+
+
+if __name__ == "__main__":
+    main()
