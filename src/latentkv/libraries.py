@@ -12,12 +12,13 @@ _PANIC = "PanicException"
 
 
 @contextmanager
-def errors_as(error: type[LatentKVError], what: str) -> Generator[None]:
+def errors_as(error: type[LatentKVError], what: str, remedy: str = "fetch the file again") -> Generator[None]:
     """Has whatever a library raises inside, panics too, become one sentence.
 
     Args:
         error: the type that is raised.
         what: what could not be done, and with which file; the library's own words follow in parentheses.
+        remedy: what to do.
 
     Raises:
         LatentKVError: of type `error`.
@@ -29,4 +30,4 @@ def errors_as(error: type[LatentKVError], what: str) -> Generator[None]:
     except BaseException as reason:
         if not isinstance(reason, Exception) and type(reason).__name__ != _PANIC:
             raise
-        raise error(f"{what} ({' '.join(str(reason).split())[:200]}): fetch the file again.") from reason
+        raise error(f"{what} ({' '.join(str(reason).split())[:200]}): {remedy}.") from reason

@@ -3,18 +3,17 @@
 import json
 import threading
 from collections.abc import Sequence
-from pathlib import Path
+from functools import cached_property
 from typing import Any, Protocol, cast
 
 import tokenizers
 
 from latentkv.errors import TokenizerError
-from latentkv.files import read_bytes
-from latentkv.json_files import INDEX_BYTES, parse_json
 from latentkv.libraries import errors_as
-from latentkv.text.added_tokens import require_added_token, require_near
+from latentkv.text.added_tokens import require_added_token
+from latentkv.text.encoding_process import EncodingProcesses
+from latentkv.text.foreign_steps import ForeignSteps
 from latentkv.text.settings import TokenizerSettings
-from latentkv.token_ids import read_token_id
 
 SHORT = 4096
 """Characters or ids that take no time to speak of. For more, `tokenizers` is called so that it lets other threads run,
@@ -62,10 +61,18 @@ class Backend(Protocol):
 
 
 class HuggingFaceBackend:
-    """What the `tokenizers` library encodes: a `tokenizer.json`, or what was put together from other files."""
+    """What the `tokenizers` library encodes: a `tokenizer.json`, or what was put together from other files.
 
-    def __init__(self, tokenizer: tokenizers.Tokenizer, settings: TokenizerSettings) -> None:
-        self._tokenizer = tokenizer
+    Args:
+        tokenizer: of the library.
+        settings: of the folder; its added tokens are added.
+        foreign: steps that are done in processes with limits, for all texts or for long ones.
+    """
+
+    def __init__(
+        self, tokenizer: tokenizers.Tokenizer, settings: TokenizerSettings, foreign: ForeignSteps | None = None
+    ) -> None:
+        self._tokenizer, self._foreign = tokenizer, foreign
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         known = tokenizer.get_vocab_size(with_added_tokens=True) + len(settings.added_tokens)
@@ -88,11 +95,20 @@ class HuggingFaceBackend:
 
     def encode(self, text: str, *, frame: bool, allow_special: bool) -> list[int]:
         """See `Backend.encode`."""
-        with self._switch, errors_as(TokenizerError, "The tokenizer cannot encode this text"):
+        if self._foreign is not None and (self._foreign.always or len(text) > SHORT):
+            return self._processes.encode(text, frame=frame, allow_special=allow_special)
+        with self._switch, errors_as(TokenizerError, "The tokenizer cannot encode this text", "change the text"):
             self._tokenizer.encode_special_tokens = not allow_special
             if len(text) <= SHORT:
                 return self._tokenizer.encode(text, add_special_tokens=frame).ids
             return self._tokenizer.encode_batch_fast([text], add_special_tokens=frame)[0].ids
+
+    @cached_property
+    def _processes(self) -> EncodingProcesses:
+        if self._foreign is None:
+            raise RuntimeError("nothing is foreign")
+        with self._switch:  # while nobody else uses the object
+            return EncodingProcesses(self._tokenizer, self._foreign)
 
     def decode(self, ids: Sequence[int], *, skip_special: bool) -> str:
         """See `Backend.decode`."""
@@ -109,35 +125,6 @@ class HuggingFaceBackend:
     def piece(self, token_id: int) -> str | None:
         """See `Backend.piece`."""
         return self._tokenizer.id_to_token(token_id)
-
-
-def read_tokenizer_json(path: Path) -> tokenizers.Tokenizer:
-    """The tokenizer of a `tokenizer.json`.
-
-    Raises:
-        TokenizerError: the library cannot read it.
-    """
-    content = read_bytes(path, TokenizerError, INDEX_BYTES)
-    _require_sizes(parse_json(content, str(path), TokenizerError), path)
-    with errors_as(TokenizerError, f"Cannot read {path} as a tokenizer"):
-        return tokenizers.Tokenizer.from_buffer(content)
-
-
-def _require_sizes(content: Any, path: Path) -> None:
-    """Refuse added tokens that are empty or have ids far from all others, for which a table would be made."""
-    added = cast("dict[str, Any]", content).get("added_tokens") if isinstance(content, dict) else None
-    model = cast("dict[str, Any]", content).get("model") if isinstance(content, dict) else None
-    vocab = cast("dict[str, Any]", model).get("vocab") if isinstance(model, dict) else None
-    if not isinstance(added, list) or not isinstance(vocab, dict | list):
-        return  # the library has a word to say
-    known = len(cast("list[Any]", vocab)) + len(cast("list[Any]", added))
-    for token in cast("list[Any]", added):
-        if isinstance(token, dict):
-            entry = cast("dict[str, Any]", token)
-            require_added_token(entry.get("id"), entry.get("content"), known, f"{path}: added_tokens")
-    if isinstance(vocab, dict):
-        for token, token_id in cast("dict[str, Any]", vocab).items():
-            require_near(read_token_id(token_id, f"{path}: {token!r:.40}", TokenizerError), known, str(path))
 
 
 def _add_tokens(tokenizer: tokenizers.Tokenizer, settings: TokenizerSettings) -> None:

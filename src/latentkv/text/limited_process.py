@@ -13,11 +13,14 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
 from latentkv.errors import TokenizerError
+
+Limit = Literal["time", "memory", "end", "wait"]
 
 MAX_PROCESSES = 2
 
@@ -26,8 +29,29 @@ _VARIABLES = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "TZ")  # of the environmen
 _HEAD, _LENGTH = struct.Struct("<Qd"), struct.Struct("<Q")
 
 
+@dataclass(frozen=True)
+class Task:
+    """What a worker is asked.
+
+    Attributes:
+        content: as the worker knows it.
+        seconds: processor time that it may take.
+        wait: seconds until it is given up.
+    """
+
+    content: bytes
+    seconds: float
+    wait: float
+
+
 class RefusedError(Exception):
-    """The worker says in a sentence what is wrong with its task."""
+    """The worker says in a sentence what is wrong with a task.
+
+    Attributes:
+        first: whether it was the one that each process is given first.
+    """
+
+    first = False
 
 
 class LimitError(Exception):
@@ -36,11 +60,14 @@ class LimitError(Exception):
     Attributes:
         limit: "time" of the processor, "memory" (as the worker noticed itself), "end" (something ended the process, as
             too little memory may) or "wait" (it did not come to an end, on a machine that is busy otherwise).
+        first: whether it was the one that each process is given first.
     """
 
-    def __init__(self, limit: Literal["time", "memory", "end", "wait"]) -> None:
+    first = False
+
+    def __init__(self, limit: Limit) -> None:
         super().__init__(limit)
-        self.limit = limit
+        self.limit: Limit = limit
 
 
 class LimitedProcesses:
@@ -53,6 +80,7 @@ class LimitedProcesses:
         packages: those that it imports.
         memory: bytes of address space of a process, those of an empty one (about 30 MiB) included.
         arguments: for its function.
+        first: task that each process is given before all others.
         most: processes at once; further tasks wait.
     """
 
@@ -63,22 +91,18 @@ class LimitedProcesses:
         *,
         memory: int,
         arguments: Sequence[str] = (),
+        first: Task | None = None,
         most: int = MAX_PROCESSES,
     ) -> None:
         self._worker, self._packages = worker, packages
         self._memory, self._arguments = memory, arguments
-        self._most = most
+        self._first, self._most = first, most
         self._begin()
         own = weakref.ref(self)
         os.register_at_fork(after_in_child=lambda: (it := own()) and it._begin())
 
-    def ask(self, task: bytes, *, seconds: float, wait: float) -> bytes:
+    def ask(self, task: Task) -> bytes:
         """The answer to a task.
-
-        Args:
-            task: as the worker knows them.
-            seconds: processor time that it may take.
-            wait: seconds until it is given up.
 
         Raises:
             RefusedError: the worker cannot do it.
@@ -87,20 +111,10 @@ class LimitedProcesses:
         """
         with self._slots:
             process = self._take()
-            try:
-                how, answer = process.ask(task, seconds, wait)
-                stays = how.endswith(b".")
-            except BaseException:
-                process.end()
-                raise
-            if stays:
-                self._idle.append(process)
-            else:
-                process.end()
-        if how.startswith(b"-"):
-            raise RefusedError(str(answer, "utf-8", "surrogatepass"))
-        if how.startswith(b"!"):
-            raise LimitError("memory")
+            how, answer = process.ask(task)
+            self._idle.append(process)
+        if how == b"-":
+            raise RefusedError(_text(answer))
         return bytes(answer)
 
     def _begin(self) -> None:
@@ -119,7 +133,17 @@ class LimitedProcesses:
 
     def _start(self) -> _Process:
         places = dict.fromkeys(str(_place(package)) for package in self._packages)
-        return _Process([str(self._memory), os.pathsep.join(places), str(self._worker), *self._arguments])
+        process = _Process([str(self._memory), os.pathsep.join(places), str(self._worker), *self._arguments])
+        if self._first is not None:
+            try:
+                how, answer = process.ask(self._first)
+                if how == b"-":
+                    process.end()
+                    raise RefusedError(_text(answer))
+            except (RefusedError, LimitError) as error:
+                error.first = True
+                raise
+        return process
 
 
 class _Process:
@@ -145,25 +169,35 @@ class _Process:
         """Whether it can be asked."""
         return self._process.poll() is None
 
-    def ask(self, task: bytes, seconds: float, wait: float) -> tuple[bytes, memoryview]:
-        """(how it went, the answer); after an error the process can only be ended."""
-        deadline = time.monotonic() + wait
+    def ask(self, task: Task) -> tuple[bytes, memoryview]:
+        """(+ or -, the answer); an error ends the process."""
         try:
-            self._socket.settimeout(wait)
-            self._socket.sendall(_HEAD.pack(len(task), seconds) + task)
-            (length,) = _LENGTH.unpack(self._receive(_LENGTH.size, deadline))
-            answer = self._receive(length, deadline)
-        except TimeoutError:
-            raise LimitError("wait") from None
-        except OSError:  # it has ended, and so the socket
-            raise LimitError("time" if self._process.wait() == -signal.SIGPROF else "end") from None
-        return bytes(answer[:2]), answer[2:]
+            how, answer = self._ask(task)
+            if how == b"!":
+                raise LimitError("memory")
+        except BaseException:
+            self.end()
+            raise
+        return how, answer
 
     def end(self) -> None:
         """End it, whatever it does."""
         self._socket.close()
         self._process.kill()
         self._process.wait()
+
+    def _ask(self, task: Task) -> tuple[bytes, memoryview]:
+        deadline = time.monotonic() + task.wait
+        try:
+            self._socket.settimeout(task.wait)
+            self._socket.sendall(_HEAD.pack(len(task.content), task.seconds) + task.content)
+            (length,) = _LENGTH.unpack(self._receive(_LENGTH.size, deadline))
+            answer = self._receive(length, deadline)
+        except TimeoutError:
+            raise LimitError("wait") from None
+        except OSError:  # it has ended, and so the socket
+            raise LimitError("time" if self._process.wait() == -signal.SIGPROF else "end") from None
+        return bytes(answer[:1]), answer[1:]
 
     def _receive(self, count: int, deadline: float) -> memoryview:
         into = memoryview(bytearray(count))
@@ -175,6 +209,10 @@ class _Process:
                 raise ConnectionResetError
             left = left[received:]
         return into
+
+
+def _text(answer: memoryview) -> str:
+    return str(answer, "utf-8", "surrogatepass")
 
 
 def _place(package: str) -> Path:

@@ -3,9 +3,9 @@
 Run as a file, it knows only the standard library. Its arguments are the limit on memory in bytes, where packages are
 found, the file of a worker, and what that is told at the start: `start(*arguments)` of it returns the function
 that does a task. It answers the one who holds the other end of its stdin. A task is 8 bytes of length, 8 bytes of the
-processor time in seconds that it may take, and so many bytes. An answer is 8 bytes of length, and so many bytes: two
-letters, then what the task gives or a sentence. The first letter is + (it went well), - (the task is wrong) or ! (it
-takes too much memory), the second . or ! (this process ends now, and another takes its place).
+processor time in seconds that it may take, and so many bytes. An answer is 8 bytes of length, and so many bytes: + and
+what the task gives, - and what is wrong with it in a sentence, or ! (it takes too much memory: this process ends, and
+another takes its place).
 """
 
 import importlib.util
@@ -40,7 +40,7 @@ def _receive(count: int, parent: int) -> bytes:
 
 
 def _send(how: bytes, content: bytes) -> None:
-    left = memoryview(_LENGTH.pack(2 + len(content)) + how + content)
+    left = memoryview(_LENGTH.pack(len(how) + len(content)) + how + content)
     while left:
         left = left[os.write(0, left) :]
 
@@ -76,7 +76,7 @@ def main() -> None:
         how, content = do(task)
         signal.setitimer(signal.ITIMER_PROF, 0)
         _send(how, content)
-        if how.endswith(b"!"):
+        if how == b"!":
             return
 
 

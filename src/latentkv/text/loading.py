@@ -5,10 +5,10 @@ from typing import Any
 
 from latentkv.errors import TokenizerError
 from latentkv.json_files import read_json
-from latentkv.text.backends import HuggingFaceBackend, read_tokenizer_json
-from latentkv.text.mistral_pattern import fix_mistral_pattern
+from latentkv.text.backends import HuggingFaceBackend
 from latentkv.text.settings import TokenizerSettings, read_settings
 from latentkv.text.tokenizer import Tokenizer
+from latentkv.text.tokenizer_json import read_tokenizer_json
 from latentkv.text.vocab_merges import add_frame, read_vocab_merges
 
 _SENTENCEPIECE = ("tokenizer.model", "spm.model", "spiece.model", "sentencepiece.bpe.model")
@@ -38,10 +38,9 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     folder = Path(folder)
     settings = read_settings(folder)
     if _is_meant(folder / "tokenizer.json"):
-        tokenizer = read_tokenizer_json(folder / "tokenizer.json")
-        if settings.fix_mistral_regex:
-            fix_mistral_pattern(tokenizer, _config(folder))
-        return Tokenizer(HuggingFaceBackend(tokenizer, settings), settings)
+        fixed_for = _config(folder) if settings.fix_mistral_regex else None
+        tokenizer, foreign = read_tokenizer_json(folder / "tokenizer.json", fixed_for)
+        return Tokenizer(HuggingFaceBackend(tokenizer, settings, foreign), settings)
     if (ranks_file := _ranks_file(folder)) is not None:
         return _tiktoken(ranks_file, settings)
     if (pieces_file := _sentencepiece_file(folder)) is not None:

@@ -1,41 +1,51 @@
 """The pattern of Mistral's newer tokenizers, which some published `tokenizer.json` files have wrong."""
 
-from typing import Any
+from typing import Any, cast
 
-from tokenizers import Regex, Tokenizer, pre_tokenizers
+from latentkv.text.known_patterns import TEKKEN
 
 MODEL_TYPES = ("mistral", "mistral3", "voxtral", "ministral", "pixtral")
 SMALLEST_VOCABULARY = 100_000
-# How these models cut text: a fact of theirs, stated by Mistral in tekken.json.
-PATTERN = (
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
-    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
-    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 
 
-def fix_mistral_pattern(tokenizer: Tokenizer, config: dict[str, Any]) -> None:
+def fix_mistral_pattern(content: dict[str, Any], config: dict[str, Any]) -> bool:
     """Puts the right pattern in, where `fix_mistral_regex` asks for it and `transformers` would do so.
 
     That is for large vocabularies beside a config.json of one of Mistral's models that a version before 5 wrote: later
     ones wrote the right pattern.
 
     Args:
-        tokenizer: is changed in place.
+        content: of the tokenizer.json; is changed in place.
         config: the model's config.json.
+
+    Returns:
+        Whether it was changed.
     """
-    cutting = tokenizer.pre_tokenizer
-    if cutting is None or tokenizer.get_vocab_size() <= SMALLEST_VOCABULARY or not config:
-        return
+    cutting = content.get("pre_tokenizer")
+    if not isinstance(cutting, dict) or _vocabulary_size(content) <= SMALLEST_VOCABULARY or not config:
+        return False
     version, model_type = config.get("transformers_version"), config.get("model_type")
     if (version and str(version).split(".")[0] not in ("0", "1", "2", "3", "4")) or (
         model_type is not None and model_type not in MODEL_TYPES
     ):
-        return
-    split = pre_tokenizers.Split(Regex(PATTERN), behavior="isolated")
-    if isinstance(cutting, pre_tokenizers.Sequence):
-        cutting[0] = split
-        return
-    if isinstance(cutting, pre_tokenizers.Metaspace):
-        cutting = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, cutting])
+        return False
+    # How these models cut text: a fact of theirs, stated by Mistral in tekken.json.
+    split = {"type": "Split", "pattern": {"Regex": TEKKEN}, "behavior": "Isolated", "invert": False}
+    match cast("dict[str, Any]", cutting):
+        case {"type": "Sequence", "pretokenizers": [_, *others]}:
+            steps = [split, *others]
+        case {"type": "Metaspace"}:
+            steps = [split, {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}]
+        case other:
+            steps = [split, other]
+    content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": steps}
+    return True
+
+
+def _vocabulary_size(content: dict[str, Any]) -> int:
+    match content:
+        case {"model": {"vocab": dict() | list() as vocab}, "added_tokens": list() as added}:
+            names = {piece[0] if isinstance(piece, list) else piece for piece in vocab}
+            return len(names | {token.get("content") for token in added if isinstance(token, dict)})
+        case _:
+            return 0

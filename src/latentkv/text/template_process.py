@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from latentkv.errors import TemplateLimitError, TokenizerError
-from latentkv.text.limited_process import MAX_PROCESSES, LimitedProcesses, LimitError, RefusedError
+from latentkv.text.limited_process import MAX_PROCESSES, LimitedProcesses, LimitError, RefusedError, Task
 
 RENDER_SECONDS = 0.4
 """Processor time that a template may take, to be read and to write one conversation."""
@@ -62,7 +62,7 @@ class TemplateProcesses(LimitedProcesses):
         except ValueError as error:  # an integer of thousands of digits
             raise TokenizerError(f"The chat template cannot be given what is no JSON: {error}.") from None
         try:
-            answer = self.ask(frame, seconds=RENDER_SECONDS, wait=WAIT_SECONDS)
+            answer = self.ask(Task(frame, RENDER_SECONDS, WAIT_SECONDS))
         except RefusedError as refused:
             raise TokenizerError(str(refused)) from None
         except LimitError as over:

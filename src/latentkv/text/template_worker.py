@@ -116,12 +116,12 @@ def _answer(templates: _Templates, task: bytes) -> tuple[bytes, str]:
     try:
         asked = json.loads(task.decode(errors="surrogatepass"))
         if asked["variables"] is None:
-            return b"+.", str(int(_reads_tools(asked["source"])))
-        return b"+.", templates.write(asked["source"], asked["variables"])
+            return b"+", str(int(_reads_tools(asked["source"])))
+        return b"+", templates.write(asked["source"], asked["variables"])
     except _Failed as error:
-        return b"-.", str(error)
+        return b"-", str(error)
     except MemoryError:
-        return b"!!", ""
+        return b"!", ""
 
 
 def start(most: str) -> Callable[[bytes], tuple[bytes, bytes]]:

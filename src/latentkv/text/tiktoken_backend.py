@@ -15,26 +15,11 @@ from latentkv.json_files import INDEX_BYTES
 from latentkv.libraries import errors_as
 from latentkv.text.added_tokens import require_added_token
 from latentkv.text.decoders import BYTE_CHARACTERS
+from latentkv.text.known_patterns import KIMI
 from latentkv.text.settings import TokenizerSettings
 
-# How Kimi-K2 and Moonlight cut text into pieces, and the 256 ids reserved for special tokens above the ranks: facts
-# stated in `tokenization_kimi.py` / `tokenization_moonshot.py` of the published repositories (moonshotai/Kimi-K2-
-# Instruct, moonshotai/Moonlight-16B-A3B). Han runs stand alone; words may change from upper to lower case once.
-_UPPER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
-_LOWER = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
-_CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-PIECE_PATTERN = "|".join(
-    (
-        r"[\p{Han}]+",
-        rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_CONTRACTION}",
-        rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_CONTRACTION}",
-        r"\p{N}{1,3}",
-        r" ?[^\s\p{L}\p{N}]+[\r\n]*",
-        r"\s*[\r\n]+",
-        r"\s+(?!\S)",
-        r"\s+",
-    )
-)
+# The ids reserved for special tokens above the ranks of Kimi-K2 and Moonlight, as stated in `tokenization_kimi.py` and
+# `tokenization_moonshot.py` of the published repositories. A checkpoint cannot bring a pattern of its own.
 RESERVED_TOKENS = 256
 _RANK_DIGITS = 9
 # The regular expression engine overflows its stack on very long runs, so they are cut as the published code does.
@@ -53,9 +38,7 @@ class TiktokenBackend:
         if len(specials) != last + 1 - len(ranks):
             raise TokenizerError(f"{settings.added_tokens_file} names a token as reserved ones are named: rename it.")
         with errors_as(TokenizerError, f"Cannot build a tokenizer from {path}"):
-            self._encoding = tiktoken.Encoding(
-                path.name, pat_str=PIECE_PATTERN, mergeable_ranks=ranks, special_tokens=specials
-            )
+            self._encoding = tiktoken.Encoding(path.name, pat_str=KIMI, mergeable_ranks=ranks, special_tokens=specials)
         plain = {token_id for token_id, token in settings.added_tokens.items() if not token.special}
         self.special_ids = frozenset(specials.values()) - plain
         self.added_ids = frozenset(specials.values())
@@ -67,7 +50,7 @@ class TiktokenBackend:
     def encode(self, text: str, *, frame: bool, allow_special: bool) -> list[int]:
         """See `Backend.encode`; such a file says nothing about a frame."""
         allowed = self._specials.keys() if allow_special else self._plain
-        with errors_as(TokenizerError, "The tokenizer cannot encode this text"):
+        with errors_as(TokenizerError, "The tokenizer cannot encode this text", "change the text"):
             return [
                 token_id
                 for part in _cut_long_runs(text)

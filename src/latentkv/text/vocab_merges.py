@@ -10,6 +10,7 @@ from latentkv.errors import TokenizerError
 from latentkv.json_files import INDEX_BYTES, read_json
 from latentkv.libraries import errors_as
 from latentkv.text.decoders import BYTE_CHARACTERS
+from latentkv.text.known_patterns import QWEN2
 from latentkv.text.settings import TokenizerSettings
 from latentkv.token_ids import read_token_id
 
@@ -25,11 +26,7 @@ class _Cutting:
     named_tokens: tuple[str, ...] = ()
 
 
-# How Qwen2 cuts text into pieces: a fact of that model family, published in each of its tokenizer.json files.
-_QWEN2_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_QWEN2 = _Cutting(_QWEN2_PATTERN, nfc=True, named_tokens=("eos_token", "unk_token", "pad_token"))
+_QWEN2 = _Cutting(QWEN2, nfc=True, named_tokens=("eos_token", "unk_token", "pad_token"))
 # The two files alone are what `tokenizers` writes and reads as byte-level BPE with GPT-2's pattern.
 _UNNAMED = _Cutting()
 _CLASSES = {
