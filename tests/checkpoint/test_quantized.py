@@ -133,7 +133,7 @@ def test_mixed_schemes_survive_their_config():
     config = build_config(schemes, ["model.layers.0.mlp.gate"])
     assert config["ignore"] == ["model.layers.0.mlp.gate"]
     assert config["config_groups"]["group_0"]["targets"] == ["Linear"]
-    read = PackedSchemes(json.loads(json.dumps(config)))
+    read = PackedSchemes(json.loads(json.dumps(config)), [*schemes, "model.layers.0.mlp.gate_proj"])
     assert {name: read.of(name) for name in schemes} == schemes
     assert read.asked == SCHEMES[3]
     assert read.ignores("model.layers.0.mlp.gate") and not read.ignores("model.layers.0.mlp.gate_proj")
@@ -143,11 +143,12 @@ def test_a_named_target_comes_before_a_pattern_and_that_before_every_linear():
     config = build_config({"a": SCHEMES[0], "b": SCHEMES[1], "c": SCHEMES[2]}, [])
     for group, target in zip(config["config_groups"].values(), ("Linear", r"re:.*mlp\..*", "x.mlp.up"), strict=True):
         group["targets"] = [target]
-    read = PackedSchemes(config)
-    assert [read.of(name) for name in ("x.attn.o", "x.mlp.down", "x.mlp.up")] == SCHEMES[:3]
+    modules = ["x.attn.o", "x.mlp.down", "x.mlp.up"]
+    read = PackedSchemes(config, modules)
+    assert [read.of(name) for name in modules] == SCHEMES[:3]
     del config["config_groups"]["group_0"]
     with pytest.raises(CheckpointError, match=r"x\.attn\.o is stored packed, but no target"):
-        PackedSchemes(config).of("x.attn.o")
+        PackedSchemes(config, modules).of("x.attn.o")
 
 
 def group_change(**changes: Any) -> Any:

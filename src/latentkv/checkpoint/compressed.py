@@ -3,10 +3,10 @@ more than `WeightScheme` can (https://github.com/vllm-project/compressed-tensors
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
+from latentkv.checkpoint.patterns import match_patterns
 from latentkv.checkpoint.schemes import WeightScheme
 from latentkv.errors import CheckpointError
 from latentkv.ops.weight_formats import GROUP_SIZES, WeightFormat
@@ -73,11 +73,15 @@ def _weights_entry(scheme: WeightScheme) -> dict[str, Any]:
 class PackedSchemes:
     """The schemes that a compressed-tensors config gives to modules.
 
+    Args:
+        config: the `quantization_config`.
+        modules: names of those that will be asked about.
+
     Raises:
-        CheckpointError: something in it is not supported; the sentence says what.
+        CheckpointError: something in it is not supported, or its patterns take too long; the sentence says what.
     """
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
+    def __init__(self, config: Mapping[str, Any], modules: Iterable[str]) -> None:
         self._by_target: dict[str, WeightScheme] = {}
         _refuse_others("quantization_config", config, _OFF)
         groups = config.get("config_groups")
@@ -89,9 +93,12 @@ class PackedSchemes:
                 self._by_target.setdefault(target, scheme)
         if not self._by_target:
             raise CheckpointError("quantization_config.config_groups name no targets: download config.json again")
-        patterns = sorted(target for target in self._by_target if target.startswith(_EXPRESSION))
-        self._patterns = [(_pattern(target), self._by_target[target]) for target in patterns]
-        self._ignored = [_pattern(target) for target in _texts("quantization_config.ignore", config.get("ignore"))]
+        self._ignored = set(_texts("quantization_config.ignore", config.get("ignore")))
+        patterns = sorted(filter(_is_pattern, self._by_target.keys() | self._ignored))
+        names = list(dict.fromkeys(modules))
+        expressions = [pattern.removeprefix(_EXPRESSION) for pattern in patterns]
+        fits = match_patterns(expressions, names, "quantization_config")
+        self._fits = {pattern: fits[pattern.removeprefix(_EXPRESSION)] for pattern in patterns}
 
     @property
     def asked(self) -> WeightScheme:
@@ -101,15 +108,15 @@ class PackedSchemes:
 
     def ignores(self, module: str) -> bool:
         """Whether the config says that a module stays unquantised."""
-        return any(pattern.match(module) for pattern in self._ignored)
+        return module in self._ignored or any(module in self._fits[it] for it in filter(_is_pattern, self._ignored))
 
     def of(self, module: str) -> WeightScheme:
         """The scheme of a module: the one that names it, else one whose pattern fits it, else that of all "Linear"."""
         if module in self._by_target:
             return self._by_target[module]
-        for pattern, scheme in self._patterns:
-            if pattern.match(module):
-                return scheme
+        for target, fits in self._fits.items():
+            if target in self._by_target and module in fits:
+                return self._by_target[target]
         if _EVERY_LINEAR in self._by_target:
             return self._by_target[_EVERY_LINEAR]
         raise CheckpointError(f"{module} is stored packed, but no target of quantization_config fits it")
@@ -122,13 +129,9 @@ def _texts(where: str, value: Any) -> list[str]:
     return listed
 
 
-def _pattern(target: str) -> re.Pattern[str]:
-    """The names that a target of the config means: itself, or what the regular expression after "re:" fits."""
-    is_expression = target.startswith(_EXPRESSION)
-    try:
-        return re.compile(target.removeprefix(_EXPRESSION) if is_expression else re.escape(target) + "$")
-    except re.error as error:
-        raise CheckpointError(f"quantization_config has {target!r}, which is no regular expression: {error}") from error
+def _is_pattern(target: str) -> bool:
+    """Whether a target means the names that a regular expression fits, not one name."""
+    return target.startswith(_EXPRESSION)
 
 
 def _read_group(where: str, group: Any, common_format: Any) -> WeightScheme:

@@ -226,7 +226,8 @@ def _refuse_foreign(quantization: Mapping[str, Any] | None) -> None:
 
 def _packed_weights(names: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, WeightScheme]:
     """Every weight that is stored as packed integers, and how."""
-    schemes = PackedSchemes(config)
+    modules = (name.removesuffix(PACKED).removesuffix(".weight") for name in names if name.endswith(PACKED))
+    schemes = PackedSchemes(config, modules)
     found: dict[str, WeightScheme] = {}
     for name in names:
         weight = name.removesuffix(PACKED)

@@ -6,7 +6,7 @@ The tensors listed here are those of `models.Decoder` (tests hold the two togeth
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
@@ -90,7 +90,7 @@ def count_mtp_parameters(config: ModelConfig) -> int:
 
 def checkpoint_dtype(config: ModelConfig) -> str:
     """How the checkpoint's config says that most weights are stored: fp8, int8 or int4, else its torch dtype."""
-    if schemes := _packed_schemes(config):
+    if schemes := _packed_schemes(config, ()):
         return schemes.asked.format
     return "fp8" if _fp8_block(config) else _TORCH_NAMES[stored_dtype(config)]
 
@@ -109,15 +109,17 @@ def weight_bytes(config: ModelConfig, dtype: str) -> int:
     """
     if dtype not in WEIGHT_DTYPES:
         raise ConfigError(f"{dtype!r} is not a dtype for weights; choose from {', '.join(WEIGHT_DTYPES)}.")
-    return sum(group.count * _tensor_bytes(group, dtype, config) for group in tensor_groups(config))
+    groups = list(tensor_groups(config))
+    stored = _packed_schemes(config, groups) if dtype in ("int4", "int8") else None
+    return sum(group.count * _tensor_bytes(group, dtype, config, stored) for group in groups)
 
 
-def _tensor_bytes(group: TensorGroup, dtype: str, config: ModelConfig) -> int:
+def _tensor_bytes(group: TensorGroup, dtype: str, config: ModelConfig, stored: PackedSchemes | None) -> int:
     if group.buffer:
         return 4 * group.numel
     if dtype in _FLOAT_BYTES:
         return _FLOAT_BYTES[dtype] * group.numel
-    return _fp8_bytes(group, config) if dtype == "fp8" else _packed_bytes(group, cast(WeightFormat, dtype), config)
+    return _fp8_bytes(group, config) if dtype == "fp8" else _packed_bytes(group, cast(WeightFormat, dtype), stored)
 
 
 def _fp8_bytes(group: TensorGroup, config: ModelConfig) -> int:
@@ -128,12 +130,11 @@ def _fp8_bytes(group: TensorGroup, config: ModelConfig) -> int:
     return group.numel + 4 * math.ceil(rows / block[0]) * math.ceil(columns / block[1])
 
 
-def _packed_bytes(group: TensorGroup, fmt: WeightFormat, config: ModelConfig) -> int:
-    stored = _packed_schemes(config)
+def _packed_bytes(group: TensorGroup, fmt: WeightFormat, stored: PackedSchemes | None) -> int:
     if stored is not None and stored.asked.format != fmt:
         stored = None  # the checkpoint is of another format than the one that is asked about
     scheme = choose_scheme(group.published, group.shape, fmt, stored.asked.group if stored else None)
-    if scheme is None or (stored is not None and stored.ignores(group.published.removesuffix(".weight"))):
+    if scheme is None or (stored is not None and stored.ignores(_module(group))):
         return 2 * group.numel
     rows, columns = group.shape
     return sum(entry_bytes(entry) for entry in packed_layout((rows, columns), scheme).values())
@@ -151,10 +152,14 @@ def _fp8_block(config: ModelConfig) -> tuple[int, int] | None:
     return read_float8_scheme(quantization).block_size or (128, 128)
 
 
-def _packed_schemes(config: ModelConfig) -> PackedSchemes | None:
+def _packed_schemes(config: ModelConfig, groups: Iterable[TensorGroup]) -> PackedSchemes | None:
     """How weights are packed as integers; None if they are not."""
     quantization = _quantization(config)
-    return PackedSchemes(quantization) if quantization.get("quant_method") == METHOD else None
+    return PackedSchemes(quantization, map(_module, groups)) if quantization.get("quant_method") == METHOD else None
+
+
+def _module(group: TensorGroup) -> str:
+    return group.published.removesuffix(".weight")
 
 
 def _is_moe(config: ModelConfig, index: int) -> bool:

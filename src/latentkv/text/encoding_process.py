@@ -9,8 +9,8 @@ from pathlib import Path
 import tokenizers
 
 from latentkv.errors import TokenizerError
+from latentkv.limited_process import LimitedProcesses, LimitError, RefusedError, Task
 from latentkv.text.foreign_steps import ForeignSteps
-from latentkv.text.limited_process import LimitedProcesses, LimitError, RefusedError, Task
 
 ENCODE_SECONDS, ENCODE_SECONDS_PER_CHARACTER = 1.0, 3e-6
 """Processor time that a text may take; what is honest takes about a third of a character's share."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from latentkv.errors import TemplateLimitError, TokenizerError
-from latentkv.text.limited_process import MAX_PROCESSES, LimitedProcesses, LimitError, RefusedError, Task
+from latentkv.limited_process import MAX_PROCESSES, LimitedProcesses, LimitError, RefusedError, Task
 
 RENDER_SECONDS = 0.4
 """Processor time that a template may take, to be read and to write one conversation."""

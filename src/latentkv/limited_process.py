@@ -18,7 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
-from latentkv.errors import TokenizerError
+from latentkv.errors import LatentKVError
 
 Limit = Literal["time", "memory", "end", "wait"]
 
@@ -77,7 +77,7 @@ class LimitedProcesses:
 
     Args:
         worker: file with the function that does the tasks; see `limited_worker.py`.
-        packages: those that it imports.
+        packages: those that it imports, besides the standard library.
         memory: bytes of address space of a process, those of an empty one (about 30 MiB) included.
         arguments: for its function.
         first: task that each process is given before all others.
@@ -116,6 +116,11 @@ class LimitedProcesses:
         if how == b"-":
             raise RefusedError(_text(answer))
         return bytes(answer)
+
+    def close(self) -> None:
+        """End the processes that have nothing to do."""
+        while self._idle:
+            self._idle.pop().end()
 
     def _begin(self) -> None:
         self._idle: deque[_Process] = deque()
@@ -218,5 +223,5 @@ def _text(answer: memoryview) -> str:
 def _place(package: str) -> Path:
     spec = find_spec(package)
     if spec is None or spec.origin is None:
-        raise TokenizerError(f"The package {package} is needed here: install it.")
+        raise LatentKVError(f"The package {package} is needed, and cannot be found: install it.")
     return Path(spec.origin).parents[1]

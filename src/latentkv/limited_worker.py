@@ -62,7 +62,7 @@ def _load(file: str, arguments: list[str]) -> Do:
 def main() -> None:
     """Take tasks until there is nobody to send any."""
     parent = os.getppid()
-    sys.path += sys.argv[2].split(os.pathsep)
+    sys.path += filter(None, sys.argv[2].split(os.pathsep))
     do = _load(sys.argv[3], sys.argv[4:])
     _limit(resource.RLIMIT_CORE, 0)
     _limit(resource.RLIMIT_FSIZE, 0)
