@@ -17,6 +17,7 @@ from latentkv.text.sentencepiece_normalizer import SPACE, Normalizer
 from latentkv.text.settings import TokenizerSettings
 
 _ANY_NUMBER = 1 << 20
+_SPACES = re.compile(r"\s*")
 _SPECIAL = (PieceType.CONTROL, PieceType.UNKNOWN)
 
 
@@ -50,6 +51,7 @@ class SentencePieceBackend:
             add_dummy_prefix=prefix,
             remove_extra_whitespaces=model.remove_extra_whitespaces,
         )
+        self._flags = table.flags
         self._special_texts = _special_texts([self._pieces[i] for i in self.special_ids], table.flags)
         self._each_begins = settings.legacy
         named = settings.named_tokens
@@ -101,12 +103,18 @@ class SentencePieceBackend:
     def _parts(self, text: str) -> Iterator[str | int]:
         """The text between special tokens, which are told by their ids; empty parts are left out."""
         position = 0
-        for found in self._special_texts.finditer(text) if self._special_texts else ():
-            if found.start() > position:
-                yield text[position : found.start()]
-            # The token itself is in the one group that matched; around it may be spaces that it takes with it.
-            yield self._ids[next(group for group in found.groups() if group is not None)]
+        while self._special_texts and (found := self._special_texts.search(text, position)):
+            token = found.group()
+            # The spaces that a token takes with it are no part of the pattern: looking for them from each space on, as
+            # far as they go, would take time that grows with the square of their number.
+            flags = self._flags.get(token)
+            before = text[position : found.start()]
+            if before := before.rstrip() if flags is not None and flags.lstrip else before:
+                yield before
+            yield self._ids[token]
             position = found.end()
+            if flags is not None and flags.rstrip and (spaces := _SPACES.match(text, position)):
+                position = spaces.end()
         if position < len(text):
             yield text[position:]
 
@@ -161,13 +169,11 @@ class _Table:
 
 
 def _special_texts(texts: Sequence[str], flags: dict[str, AddedToken]) -> re.Pattern[str] | None:
-    """Finds special tokens in a text, the longest where several begin, with the spaces that they take along."""
+    """Finds special tokens in a text, the longest where several begin."""
 
     def pattern(text: str) -> str:
-        token = flags.get(text, AddedToken(text))
-        before, after = (r"\s*" if token.lstrip else ""), (r"\s*" if token.rstrip else "")
-        edges = (r"(?<!\w)", r"(?!\w)") if token.single_word else ("", "")
-        return f"{before}{edges[0]}({re.escape(text)}){edges[1]}{after}"
+        alone = text in flags and flags[text].single_word
+        return rf"(?<!\w){re.escape(text)}(?!\w)" if alone else re.escape(text)
 
     longest_first = sorted(texts, key=len, reverse=True)
     return re.compile("|".join(map(pattern, longest_first))) if texts else None
