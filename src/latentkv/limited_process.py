@@ -122,6 +122,9 @@ class LimitedProcesses:
         while self._idle:
             self._idle.pop().end()
 
+    def __del__(self) -> None:
+        self.close()
+
     def _begin(self) -> None:
         self._idle: deque[_Process] = deque()
         self._slots = threading.BoundedSemaphore(self._most)

@@ -45,7 +45,7 @@ def match_patterns(patterns: Collection[str], names: Sequence[str], where: str) 
         for pattern in patterns:
             found, took = _match(processes, pattern, left, where)
             fits[pattern] = frozenset([names[place] for place in found])
-            left = max(left - took, 0.001)
+            left -= took
     return fits
 
 
@@ -56,6 +56,8 @@ def _match(processes: LimitedProcesses, pattern: str, seconds: float, where: str
             f"{where} has a pattern of {len(pattern)} characters, {pattern!r:.60}: list the modules by their names"
         )
     try:
+        if seconds <= 0:
+            raise LimitError("time")
         answer = json.loads(processes.ask(Task(pattern.encode(errors="surrogatepass"), seconds, WAIT_SECONDS)))
     except RefusedError as refused:
         raise CheckpointError(f"{where} has {pattern!r:.100}, which is no regular expression: {refused}") from None
