@@ -17,7 +17,7 @@ import pytest
 
 import latentkv
 from latentkv.checkpoint.compressed import PackedSchemes
-from latentkv.checkpoint.patterns import MAX_PATTERN, match_patterns
+from latentkv.checkpoint.patterns import MAX_PATTERN, MAX_PATTERNS, match_patterns
 from latentkv.checkpoint.schemes import WeightScheme
 from latentkv.errors import CheckpointError, TokenizerError
 from latentkv.text import encoding_process, load_tokenizer
@@ -141,9 +141,11 @@ def test_line_22_a_target_that_does_not_end_is_ended(key: str) -> None:
 
 
 def test_line_22_all_patterns_together_have_one_limit() -> None:
-    quadratic = [f"(?:.*.*.*{i}!)" for i in range(100_000)]
+    slow = [SLOW_TARGET.removeprefix("re:.*") + "!" * i for i in range(MAX_PATTERNS)]
     with pytest.raises(CheckpointError, match="takes too much time"):
-        match_patterns(quadratic, [SLOW_NAME], "quantization_config")
+        match_patterns(slow, [SLOW_NAME], "quantization_config")
+    with pytest.raises(CheckpointError, match="has 1001 patterns"):
+        match_patterns([f"a{i}" for i in range(MAX_PATTERNS + 1)], [SLOW_NAME], "quantization_config")
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,9 @@ MATCH_MEMORY = 256 << 20
 MAX_PATTERN = 1000
 """Characters of a pattern."""
 
+MAX_PATTERNS = 1000
+"""Patterns of one config; published ones have up to a few dozen."""
+
 WAIT_SECONDS = 20.0
 """Time until a pattern is given up, on a machine that is busy otherwise."""
 
@@ -34,10 +37,12 @@ def match_patterns(patterns: Collection[str], names: Sequence[str], where: str) 
         where: the key that holds the patterns, to begin a sentence with.
 
     Raises:
-        CheckpointError: one is no regular expression, or they take too long.
+        CheckpointError: one is no regular expression, they take too long, or are too many.
     """
     if not patterns or not names:
         return dict.fromkeys(patterns, frozenset[str]())
+    if len(patterns) > MAX_PATTERNS:
+        raise CheckpointError(f"{where} has {len(patterns)} patterns: list the modules by their names")
     left = MATCH_SECONDS + MATCH_SECONDS_PER_NAME * len(names)
     first = Task(json.dumps(list(names)).encode(), left, WAIT_SECONDS)
     with closing(LimitedProcesses(_WORKER, (), memory=MATCH_MEMORY, first=first)) as processes:
