@@ -172,6 +172,19 @@ def test_an_added_token_takes_spaces_along_where_it_says_so(tmp_path: Path) -> N
     assert backend.encode("<end>  \n", frame=False, allow_special=True) == [size]
 
 
+def test_line_22_a_token_that_takes_spaces_along_is_not_looked_for_from_each_of_them(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(trained(**CASES[0]))
+    model = read_sentencepiece_model(tmp_path / "tokenizer.model")
+    size = len(model.pieces)
+    added = {size: AddedToken("<mask>", special=True, lstrip=True, rstrip=True)}
+    backend = SentencePieceBackend(model, TokenizerSettings(added_tokens=added))
+    spaces = " \n" * 100_000  # 10^10 steps, if it were
+    whale = backend.encode("whale", frame=False, allow_special=True)
+    assert backend.encode(f"whale{spaces}<mask>{spaces}", frame=False, allow_special=True) == [*whale, size]
+    assert backend.encode(f"<mask>{spaces}whale", frame=False, allow_special=True)[0] == size
+    assert size not in backend.encode(f"{spaces}whale", frame=False, allow_special=True)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
