@@ -12,8 +12,6 @@ from latentkv.compare import PLOT_FILE, REPORT_FILE, TABLE_FILE
 from latentkv.train.trainer import Trainer
 from latentkv.train.windows import Windows
 
-pytestmark = pytest.mark.usefixtures("unpainted")
-
 SMALL = {
     "--arms": "mha,mla-12",
     "--seeds": 2,

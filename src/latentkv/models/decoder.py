@@ -13,7 +13,7 @@ from latentkv.cache import LatentCache
 from latentkv.models.batch import Batch
 from latentkv.models.config import MLAConfig, ModelConfig
 from latentkv.models.gqa import GroupedQueryAttention
-from latentkv.models.layers import MLP, Linear, RMSNorm
+from latentkv.models.layers import MLP, Embedding, Linear, RMSNorm
 from latentkv.models.mla import Form, MultiHeadLatentAttention
 from latentkv.models.moe import Experts, MoE, Router
 from latentkv.models.packing import Packer
@@ -116,10 +116,7 @@ class Trunk(nn.Module):
 
     def __init__(self, config: ModelConfig, *, max_context: int) -> None:
         super().__init__()
-        # Its weight is given, because one without storage would be initialised by torch's compiler, and that be loaded.
-        self.embed_tokens = nn.Embedding.from_pretrained(
-            torch.empty(config.vocab_size, config.hidden_size), freeze=False
-        )
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, i, max_context=max_context) for i in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 

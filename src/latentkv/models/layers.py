@@ -38,6 +38,15 @@ class Linear(nn.Linear):
         self.packed = packer("weight")
 
 
+class Embedding(nn.Embedding):
+    """A vector for each token; without storage it is not initialised, for which torch's compiler would be loaded."""
+
+    def reset_parameters(self) -> None:
+        """As torch does."""
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
 class MLP(nn.Module):
     """SwiGLU feed-forward block (arXiv 2002.05202)."""
 
