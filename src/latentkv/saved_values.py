@@ -7,7 +7,7 @@ from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints, is_typeddict
+from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints, is_typeddict
 
 from safetensors import SafetensorError
 
@@ -66,6 +66,8 @@ def _read(value: Any, hint: Any, name: str) -> Any:
         return value
     if origin is dict:
         hint = dict
+    if origin is Literal and value not in inner:
+        raise ValueError(f"{name} is none of {', '.join(map(repr, inner))}")
     plain = hint if isinstance(hint, type) else str  # a Literal is one of some texts
     if type(value) is not plain:
         raise ValueError(f"{name} is no {plain.__name__}")

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from latentkv.convert import REPORT_FILE, ConvertOptions, convert_checkpoint
 from latentkv.convert.layer import Method
+from latentkv.convert.report import ConversionReport
 from latentkv.errors import CheckpointError, ConfigError
 from latentkv.models.config import MLAConfig
 from latentkv.models.loading import load_model
@@ -207,6 +208,11 @@ def test_the_report_is_in_the_folder_and_finite(tmp_path: Path) -> None:
     assert stored["rank"] == report.rank and len(stored["layers"]) == 3
     assert stored["cache"] == {"dtype": "fp32", "before": 3 * 128 * 4, "after": 3 * 64 * 4}
     assert all(math.isfinite(value) for row in stored["layers"] for value in row.values())
+    stored.pop("fingerprint")
+    assert ConversionReport.from_json(stored) == report
+    for damage in ({"layers": []}, {"layers": [{}]}, {"frequencies": ["x"]}, {"cache": 3}, {"export": "nothing"}):
+        with pytest.raises(ValueError, match=r"\w"):
+            ConversionReport.from_json(stored | damage)
 
 
 def test_a_damaged_resume_state_is_one_sentence_that_names_it_and_the_remedy(tmp_path: Path) -> None:

@@ -166,6 +166,8 @@ def test_the_report_tells_what_is_in_the_files(source, tmp_path):
     assert report.layer_errors[1]["routed experts"] == row.relative_error
     saved = json.loads((tmp_path / "out" / REPORT_FILE).read_text())
     assert QuantizationReport.from_json(saved) == report
+    with pytest.raises(ValueError, match="it has no rows"):
+        QuantizationReport.from_json(saved | {"by_layer": []})
     assert saved["total"]["relative_error"] == report.total.relative_error
     assert (saved["weights"], saved["group"]) == ("int4", None)
 

@@ -8,6 +8,7 @@ from typing import Any
 from latentkv.convert.export import Export
 from latentkv.models.config import ModelConfig
 from latentkv.ops.kv_formats import KVFormat
+from latentkv.saved_values import as_saved
 
 
 @dataclass(frozen=True)
@@ -85,10 +86,8 @@ class ConversionReport:
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> ConversionReport:
-        """What `as_json` gave."""
-        known: dict[str, Any] = {name: content[name] for name in cls.__dataclass_fields__}
-        known["cache"] = CacheBytes(**known["cache"])
-        known["forecasts"] = tuple((rank, dim, error) for rank, dim, error in known["forecasts"])
-        known["frequencies"], known["read_by"] = tuple(known["frequencies"]), tuple(known["read_by"])
-        known["layers"] = tuple(LayerRow(**row) for row in known["layers"])
-        return cls(**known)
+        """What `as_json` gave; a `ValueError` or `KeyError` names what it cannot be."""
+        report = as_saved(cls, {name: content[name] for name in cls.__dataclass_fields__})
+        if not report.layers:
+            raise ValueError("it has no layers")
+        return report

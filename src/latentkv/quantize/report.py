@@ -93,9 +93,12 @@ class QuantizationReport:
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> QuantizationReport:
-        """Of what `as_json` gave."""
+        """Of what `as_json` gave; a `ValueError` or `KeyError` names what it cannot be."""
         fields = ReportRow.__dataclass_fields__
-        return as_saved(cls, {"rows": [{key: row[key] for key in fields} for row in content["by_layer"]]})
+        report = as_saved(cls, {"rows": [{key: row[key] for key in fields} for row in content["by_layer"]]})
+        if not report.rows:
+            raise ValueError("it has no rows")
+        return report
 
 
 def squared_error(weight: Tensor, quantized: QuantizedWeight) -> tuple[float, float]:
