@@ -28,7 +28,7 @@ if not torch.cuda.is_available():
 torch.set_num_threads(1)
 
 # The same examples every time, however long they take: a run that fails can be run again.
-hypothesis.settings.register_profile("latentkv", derandomize=True, deadline=None)
+hypothesis.settings.register_profile("latentkv", derandomize=True, deadline=None, max_examples=60)
 hypothesis.settings.load_profile("latentkv")
 
 # A shell that runs the tests in the background has them ignore Ctrl-C, and so would the programs that they start.

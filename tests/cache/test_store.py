@@ -190,7 +190,7 @@ def test_the_file_that_is_damaged_below_is_read_while_it_is_whole(whole: Path, t
     assert damaged(whole, tmp_path, lambda data: data) == (1, 0, True)
 
 
-@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(where=st.floats(0, 1, exclude_max=True), bits=st.integers(1, 255))
 def test_no_byte_can_be_changed(whole: Path, tmp_path: Path, where: float, bits: int):
     def flip(data: bytes) -> bytes:

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from sources import some_tokens, write_source
+from sources import some_tokens
 from transformers import AutoModelForCausalLM
 
-from latentkv.convert import ConvertOptions, HealOptions, convert_checkpoint, heal_checkpoint, read_record
+from latentkv.convert import HealOptions, heal_checkpoint, read_record
 from latentkv.convert.quality import compare_models
 from latentkv.errors import LatentKVError, TrainingError
 from latentkv.models.loading import load_model
@@ -23,14 +23,6 @@ TOKENS = some_tokens(16)
 OPTIONS = HealOptions(steps=30, batch_size=4, lr=2e-3)
 EVALUATED = HealOptions(steps=30, batch_size=4, lr=2e-3, eval_every=10)
 HELD_OUT = some_tokens(8, 48)
-
-
-@pytest.fixture(params=["llama", "qwen2"])
-def models(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, Path]:
-    """(source, converted)."""
-    source = write_source(request.param, tmp_path / "source")
-    convert_checkpoint(source, tmp_path / "out", TOKENS, ConvertOptions(rank=16, rope_dim=8))
-    return source, tmp_path / "out"
 
 
 OF_ONE = pytest.mark.parametrize("models", ["llama"], indirect=True)

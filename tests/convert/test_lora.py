@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from sources import some_tokens, write_source
+from sources import some_tokens
 
-from latentkv.convert import ConvertOptions, HealOptions, convert_checkpoint, heal_checkpoint, read_record
+from latentkv.convert import HealOptions, heal_checkpoint, read_record
 from latentkv.convert.lora import PROJECTIONS, low_rank_updates
 from latentkv.convert.quality import compare_models
 from latentkv.errors import TrainingError
@@ -20,14 +20,6 @@ pytestmark = pytest.mark.usefixtures("unpainted")
 
 TOKENS = some_tokens(16)
 LORA = HealOptions(steps=30, batch_size=4, lr=1e-2, train="lora", lora_rank=4, lora_alpha=4)
-
-
-@pytest.fixture(params=["llama", "qwen2"])
-def models(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, Path]:
-    """(source, converted)."""
-    source = write_source(request.param, tmp_path / "source")
-    convert_checkpoint(source, tmp_path / "out", TOKENS, ConvertOptions(rank=16, rope_dim=8))
-    return source, tmp_path / "out"
 
 
 @torch.no_grad()

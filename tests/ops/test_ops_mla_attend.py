@@ -243,7 +243,7 @@ def test_both_forms_of_mla_agree_to_1e_12_and_the_fast_op_with_them() -> None:
     torch.testing.assert_close(torch.einsum("hdl,thl->thd", w_uv, out), expanded, atol=1e-12, rtol=1e-12)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     lens=st.lists(st.tuples(st.integers(0, 6), st.integers(0, 40)), min_size=1, max_size=4),
     heads=st.one_of(st.integers(1, 7), st.integers(8, 40)),

@@ -381,7 +381,7 @@ print(peak() - before)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak memory of a process is read from /proc")
 def test_memory_holds_a_few_tensors_of_many(source, tmp_path):
-    large = random_decoder(hidden_size=512, moe_intermediate_size=512, n_routed_experts=96, intermediate_size=512)
+    large = random_decoder(hidden_size=512, moe_intermediate_size=512, n_routed_experts=64, intermediate_size=512)
     from latentkv.models.loading import save_pretrained
 
     save_pretrained(large, tmp_path / "large", dtype=torch.bfloat16)
@@ -389,7 +389,7 @@ def test_memory_holds_a_few_tensors_of_many(source, tmp_path):
     returning = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}  # malloc keeps no freed tensor for later
     asked = [sys.executable, "-c", PEAK, str(source), str(tmp_path), str(tmp_path / "large")]
     done = subprocess.run(asked, env=returning, capture_output=True, text=True, check=True)
-    assert size > 150e6
+    assert size > 100e6
     assert int(done.stdout) < 40e6
 
 

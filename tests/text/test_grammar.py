@@ -247,7 +247,7 @@ def small_schemas() -> st.SearchStrategy[dict[str, Any]]:
     return st.recursive(leaves, inside, max_leaves=5)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(schema=small_schemas())
 def test_json_holds_to_any_small_schema(any_compiler: GrammarCompiler, tokenizer_folder: Folder, schema) -> None:
     tokenizer = load_tokenizer(tokenizer_folder("deepseek"))

@@ -55,7 +55,7 @@ def test_any_text_encodes_decodes_and_streams_alike(
     assert stream(ours, ids, skip) == expected
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(data=st.data(), skip=st.booleans())
 def test_any_ids_decode_and_stream_alike(
     pair: tuple[Tokenizer, AutoTokenizer], data: st.DataObject, skip: bool
