@@ -7,11 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 
 from latentkv.compare import PLOT_FILE, REPORT_FILE, TABLE_FILE
 from latentkv.train.trainer import Trainer
 from latentkv.train.windows import Windows
 
+pytestmark = pytest.mark.usefixtures("unpainted")  # but for one test
+
+PAINT = Figure.savefig
 SMALL = {
     "--arms": "mha,mla-12",
     "--seeds": 2,
@@ -56,7 +60,8 @@ def findings(out: Path) -> list[dict[str, Any]]:
     return [arm | {"decode": None} for arm in json.loads((out / REPORT_FILE).read_text())["arms"]]
 
 
-def test_arms_are_tuned_trained_and_reported(latentkv, asked, tmp_path: Path) -> None:
+def test_arms_are_tuned_trained_and_reported(latentkv, asked, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Figure, "savefig", PAINT)
     result = latentkv(*asked("out"))
     assert result.exit_code == 0, result.stderr
     out = tmp_path / "out"

@@ -24,7 +24,6 @@ MESSAGES = [{"role": "user", "content": "x"}] * 300
 
 TOO_LONG = [
     "{% for a in messages %}{% for b in messages %}{% for c in messages %}{% endfor %}{% endfor %}{% endfor %}",
-    "{% for a in range(99999) recursive %}{% for b in range(99999) %}{{ b }}{% endfor %}{% endfor %}",
     "{% macro f(n) %}{% if n > 0 %}{{ f(n-1) }}{{ f(n-1) }}{% endif %}{% endmacro %}{{ f(30) }}",
     # Each of these is one call of a library, which never comes back to look at a clock.
     "{% set n = namespace(v=7) %}{% for i in range(40) %}{% set n.v = n.v*n.v %}{% endfor %}{{ 1 if n.v else 0 }}",
@@ -32,7 +31,8 @@ TOO_LONG = [
     "{% set n = namespace(v=[1]) %}{% for i in range(30) %}{% set n.v = [n.v, n.v] %}{% endfor %}{{ n.v | string }}",
     "{{ (['a' * 4000] * 4000) | join | replace('a', 'bb') | wordwrap(2) | length }}",
 ]
-TOO_LARGE = [
+TOO_LARGE = [  # or too long: which limit is met first depends on how fast the machine is
+    "{% for a in range(99999) recursive %}{% for b in range(99999) %}{{ b }}{% endfor %}{% endfor %}",
     "{{ ('%01500000000d' % 1) | length }}",
     "{{ ('%*d' % (1500000000, 1)) | length }}",
     "{{ '{:>1500000000}'.format(1) | length }}",
@@ -116,7 +116,7 @@ def test_line_21_one_that_takes_too_long_with_tool_calls_is_tried_once_and_not_i
     call = {"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}}
     tried = children()
     with pytest.raises(TemplateLimitError):
-        ChatTemplate({"default": TOO_LONG[2]}, {}).render([{"role": "assistant", "tool_calls": [call]}])
+        ChatTemplate({"default": TOO_LONG[1]}, {}).render([{"role": "assistant", "tool_calls": [call]}])
     assert len(children() - tried) <= 1
 
 
@@ -128,7 +128,7 @@ def test_a_process_serves_one_after_another_and_is_replaced_when_it_was_stopped(
         own.render("{{ raise_exception('no') }}", {})
     assert children() - before == {first}
     with pytest.raises(TemplateLimitError):
-        own.render(TOO_LONG[2], {})
+        own.render(TOO_LONG[1], {})
     assert own.render("{{ a }}", {"a": 4}) == "4"
     (second,) = children() - before
     assert second != first
@@ -212,7 +212,7 @@ def test_line_21_others_are_served_while_a_template_takes_its_time(own: Template
     before = children()
     monkeypatch.setattr(template_process, "RENDER_SECONDS", 60.0)
     with ThreadPoolExecutor(1) as pool:
-        bomb = pool.submit(own.render, TOO_LONG[3], {})
+        bomb = pool.submit(own.render, TOO_LONG[2], {})
         while not (busy := children() - before):
             time.sleep(0.001)
         assert own.render("{{ a | tojson }}", {"a": [1, None]}) == json.dumps([1, None])
