@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import gc
 import math
 import socket
 import threading
@@ -76,6 +77,9 @@ def serve_forever(listening: socket.socket, server: Server) -> int:
         The exit code: 0 after a signal, 1 if the engine died. A thread that hangs in a step may still run.
     """
     log_to_stderr()
+    # What is loaded stays: a collection that looks through all of it has everybody wait for a tenth of a second.
+    gc.collect()
+    gc.freeze()
     deaths: list[str] = []
 
     def died(reason: str) -> None:
