@@ -23,6 +23,7 @@ _OPTIONS = '\n%llguidance {"no_forcing": true}\n'
 # Strings, expressions and comments; those that do not end go to the end of the line, so that no text takes long.
 _QUIET = r'"(?:[^"\\\n]|\\.)*"?|/(?:[^/\\\n]|\\.)+/?|(?://|#)[^\n]*'
 _UNHEARD = re.compile(r"\b(temperature|stop|stop_capture)\s*=")
+_MAX_BROKEN = 64
 _SPECIAL_TOKEN = re.compile(r"<(?!\[)[^<>\n]*>")
 _INLINE_SCHEMA = re.compile(rf"{_QUIET}|(?P<schema>%json\s*{{)")
 
@@ -76,14 +77,17 @@ def _require_heard(grammar: str) -> None:
 def _with_checked_schemas(grammar: str) -> str:
     """A grammar whose inline schemas are known to be enforced, with our options where they set none."""
     parts: list[str] = []
-    done = 0
+    done = broken = 0
     for inline in _INLINE_SCHEMA.finditer(grammar):
         if not inline["schema"]:
             continue
         try:
             schema, end = json.JSONDecoder().raw_decode(grammar, inline.end() - 1)
-        except ValueError:
-            continue  # for the compiler to complain about
+        except ValueError:  # for the compiler to complain about; but each counts the lines before it
+            broken += 1
+            if broken > _MAX_BROKEN:
+                raise RequestError(f"The grammar has over {_MAX_BROKEN} inline schemas that are no JSON: correct them.")
+            continue
         options = schema.pop("x-guidance", _JSON_OPTIONS)
         schema = without_idle_words(schema)
         require_enforced(schema)
