@@ -86,7 +86,9 @@ def _with_checked_schemas(grammar: str) -> str:
         except ValueError:  # for the compiler to complain about; but each counts the lines before it
             broken += 1
             if broken > _MAX_BROKEN:
-                raise RequestError(f"The grammar has over {_MAX_BROKEN} inline schemas that are no JSON: correct them.")
+                raise RequestError(
+                    f"The grammar has over {_MAX_BROKEN} inline schemas that are no JSON: fix them."
+                ) from None
             continue
         options = schema.pop("x-guidance", _JSON_OPTIONS)
         schema = without_idle_words(schema)
