@@ -210,8 +210,15 @@ def test_the_report_is_in_the_folder_and_finite(tmp_path: Path) -> None:
     assert all(math.isfinite(value) for row in stored["layers"] for value in row.values())
     stored.pop("fingerprint")
     assert ConversionReport.from_json(stored) == report
-    for damage in ({"layers": []}, {"layers": [{}]}, {"frequencies": ["x"]}, {"cache": 3}, {"export": "nothing"}):
-        with pytest.raises(ValueError, match=r"\w"):
+    damages: list[tuple[dict[str, Any], str]] = [
+        ({"layers": []}, "it has no layers"),
+        ({"layers": [{}]}, "is missing"),
+        ({"frequencies": ["x"]}, "frequencies is no float"),
+        ({"cache": 3}, "cache is no object"),
+        ({"export": "nothing"}, "export is none of 'transformers', 'vllm'"),
+    ]
+    for damage, said in damages:
+        with pytest.raises(ValueError, match=said):
             ConversionReport.from_json(stored | damage)
 
 

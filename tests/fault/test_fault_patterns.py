@@ -22,6 +22,7 @@ from latentkv.checkpoint.schemes import WeightScheme
 from latentkv.errors import CheckpointError, TokenizerError
 from latentkv.text import encoding_process, load_tokenizer
 from latentkv.text.tokenizer import Tokenizer
+from worker_processes import worker_processes
 
 EMBEDDED = Path(latentkv.__file__).parent / "assets" / "default" / "tokenizer.json"
 
@@ -38,12 +39,7 @@ def tokenizer(folder: Path, pattern: str, **parts: Any) -> Tokenizer:
 
 
 def workers() -> set[int]:
-    found = set()
-    for child in psutil.Process().children():
-        with suppress(psutil.NoSuchProcess):  # a zombie among them
-            if any("encoding_worker.py" in part for part in child.cmdline()):
-                found.add(child.pid)
-    return found
+    return worker_processes("encoding_worker.py")
 
 
 def test_line_22_a_pattern_that_does_not_end_is_ended_and_the_next_text_is_encoded(tmp_path: Path) -> None:

@@ -10,7 +10,6 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 
 import psutil
 import pytest
@@ -19,6 +18,7 @@ from latentkv.errors import TemplateLimitError, TokenizerError
 from latentkv.text import template_process
 from latentkv.text.chat import ChatTemplate
 from latentkv.text.template_process import RENDER_MEMORY, TemplateProcesses, template_processes
+from worker_processes import worker_processes
 
 MESSAGES = [{"role": "user", "content": "x"}] * 300
 
@@ -56,12 +56,7 @@ def own() -> Iterator[TemplateProcesses]:
 
 
 def children() -> set[int]:
-    found = set()
-    for child in psutil.Process().children():
-        with suppress(psutil.NoSuchProcess):  # a zombie among them
-            if "template_worker.py" in " ".join(child.cmdline()):
-                found.add(child.pid)
-    return found
+    return worker_processes("template_worker.py")
 
 
 @pytest.mark.parametrize("source", TOO_LONG)

@@ -50,8 +50,9 @@ def test_what_comes_soon_after_waits_and_is_handed_over_together_in_its_order():
         taken.put(3)
         await turns()
         assert taken == [1]
-        while taken == [1]:
-            await asyncio.sleep(0.001)
+        async with asyncio.timeout(30):
+            while taken == [1]:
+                await asyncio.sleep(0.001)
         assert taken == [1, 2, 3]
 
     in_loop(work)

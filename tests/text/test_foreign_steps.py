@@ -1,11 +1,9 @@
 import json
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 from folders_for_text_tests import CORPUS, TEXTS
 from tokenizers import AddedToken, Tokenizer, normalizers
@@ -17,6 +15,7 @@ from latentkv.text.backends import SHORT
 from latentkv.text.bpe_trainer import train_bpe
 from latentkv.text.foreign_steps import find_foreign_steps
 from latentkv.text.known_patterns import KIMI, KNOWN_PATTERNS, QWEN2, SLOW_PATTERNS, TEKKEN
+from worker_processes import worker_processes
 
 UNKNOWN = r"\w+|[^\w\s]|\s"
 SLOW = next(iter(SLOW_PATTERNS))
@@ -49,12 +48,7 @@ def stored(folder: Path) -> Tokenizer:
 
 
 def workers() -> set[int]:
-    found = set()
-    for child in psutil.Process().children():
-        with suppress(psutil.NoSuchProcess):  # a zombie among them
-            if any("encoding_worker.py" in part for part in child.cmdline()):
-                found.add(child.pid)
-    return found
+    return worker_processes("encoding_worker.py")
 
 
 LOWER = {"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "Lowercase"}]}
