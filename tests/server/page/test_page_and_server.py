@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+from importlib.resources import files
 
 import pytest
 from page_browser import Page
 from selenium import webdriver
 
 from latentkv import LLM
+from latentkv.server.protocol.completions import CompletionRequest
 from live_server import NAME, Live, serving
 
 KEY = "a-long-enough-key"
@@ -44,3 +47,11 @@ def test_the_page_asks_for_the_key_and_goes_on_with_it(browser: webdriver.Chrome
     page.wait(lambda: len(page.answer) > 5)
     page.click("Stop")
     locked.wait_until_free()
+
+
+def test_the_page_offers_the_temperatures_that_the_server_takes() -> None:
+    html = (files("latentkv.server") / "page" / "index.html").read_text("utf-8")
+    label = re.search(r'Temperature <span class="small">(\d+) to (\d+);.*?\n.*?min="(\d+)" max="(\d+)"', html)
+    limits = CompletionRequest.model_json_schema()["properties"]["temperature"]
+    assert label is not None
+    assert [int(each) for each in label.groups()] == [limits["minimum"], limits["maximum"]] * 2
