@@ -82,6 +82,7 @@ class LimitedProcesses:
         arguments: for its function.
         first: task that each process is given before all others.
         most: processes at once; further tasks wait.
+        apart: each task is done in a copy of its process that ends with it, and finds nothing of the tasks before.
     """
 
     def __init__(
@@ -93,9 +94,11 @@ class LimitedProcesses:
         arguments: Sequence[str] = (),
         first: Task | None = None,
         most: int = MAX_PROCESSES,
+        apart: bool = False,
     ) -> None:
-        self._worker, self._packages = worker, packages
-        self._memory, self._arguments = memory, arguments
+        self._packages = packages
+        self._limits = ["apart" if apart else "together", str(memory)]
+        self._program = [str(worker), *arguments]
         self._first, self._most = first, most
         self._begin()
         own = weakref.ref(self)
@@ -141,7 +144,7 @@ class LimitedProcesses:
 
     def _start(self) -> _Process:
         places = dict.fromkeys(str(_place(package)) for package in self._packages)
-        process = _Process([str(self._memory), os.pathsep.join(places), str(self._worker), *self._arguments])
+        process = _Process([*self._limits, os.pathsep.join(places), *self._program])
         if self._first is not None:
             try:
                 how, answer = process.ask(self._first)

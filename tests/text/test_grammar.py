@@ -9,6 +9,7 @@ import re
 import threading
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,12 @@ from hypothesis import strategies as st
 
 from latentkv.engine import Structure
 from latentkv.errors import RequestError
-from latentkv.text import Tokenizer, load_tokenizer
+from latentkv.text import Tokenizer, grammar_process, load_tokenizer
 from latentkv.text import grammar as grammar_module
 from latentkv.text.grammar import Grammar, GrammarCompiler
+from latentkv.text.grammar_process import GrammarProcesses, grammar_processes
+from latentkv.text.lark import as_lark
+from worker_processes import worker_processes
 
 Folder = Callable[[str], Path]
 SURPLUS = 70  # ids that a model has above those of its tokenizer
@@ -120,13 +124,13 @@ def compiled(compiler: GrammarCompiler, structure: Structure) -> Grammar:
     return compiler.compile(structure.kind, structure.source)
 
 
-tried_once = functools.cache(grammar_module._try_out)
+tried_once = functools.cache(grammar_processes().try_out)
 
 
 @pytest.fixture
 def trials_shared(monkeypatch: pytest.MonkeyPatch) -> None:
     """A grammar goes to its trial in a process once, not once for each tokenizer: of a tokenizer it knows nothing."""
-    monkeypatch.setattr(grammar_module, "_try_out", tried_once)
+    monkeypatch.setattr(GrammarProcesses, "try_out", lambda _, *asked: tried_once(*asked))
 
 
 def is_valid(schema: dict[str, Any], text: str) -> bool:
@@ -418,7 +422,7 @@ def test_what_is_too_much_work_is_refused_in_time_and_stalls_nobody(any_compiler
     thread = threading.Thread(target=work)
     thread.start()
     compiled(any_compiler, Structure.regex("[0-9]{2}"))  # meanwhile
-    thread.join(grammar_module.WAIT_SECONDS)
+    thread.join(grammar_process.WAIT_SECONDS)
     assert not thread.is_alive()
     assert isinstance(outcome[0], RequestError)
 
@@ -460,25 +464,42 @@ def test_what_is_much_work_takes_no_step_long(any_compiler: GrammarCompiler, nam
                 break
 
 
-def test_a_trial_ends_when_its_time_or_memory_does(
-    any_compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def tried(structure: Structure) -> tuple[str, int]:
+    """What the trial of a structure gives, in a process of its own."""
+    with closing(GrammarProcesses()) as processes:
+        return processes.try_out(as_lark(structure.kind, structure.source), "regular expression", 0)
+
+
+def test_a_trial_ends_when_its_time_or_memory_does(monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(grammar_module, "WAIT_SECONDS", 0.01)
-        with pytest.raises(RequestError, match=r"was not compiled within 0.01 s: simplify it, or try again"):
-            compiled(any_compiler, Structure.regex("time"))
+        patch.setattr(grammar_process, "WAIT_SECONDS", 0.001)
+        with pytest.raises(RequestError, match=r"was not compiled within 0.001 s: simplify it, or try again"):
+            tried(Structure.regex("a"))
     with monkeypatch.context() as patch:
-        patch.setattr(grammar_module, "COMPILE_MEMORY", 1 << 20)
+        patch.setattr(grammar_process, "COMPILE_SECONDS", 0.02)
+        with pytest.raises(RequestError, match=r"takes more than 0.02 s to compile: simplify it"):
+            tried(HEAVY["many properties"])
+    with monkeypatch.context() as patch:
+        patch.setattr(grammar_process, "COMPILE_MEMORY", 1 << 20)
         with pytest.raises(RequestError, match="is too large or nests too deeply"):
-            compiled(any_compiler, Structure.regex("memory"))
-    for pattern in ("time", "memory"):
-        compiled(any_compiler, Structure.regex(pattern))
+            tried(Structure.regex("a"))
+    assert tried(Structure.regex("a"))[0] == ""
+
+
+def test_a_trial_finds_nothing_of_those_before_and_one_process_serves_them_all() -> None:
+    large, small = (as_lark("json_schema", json.dumps({"enum": list(range(n))})) for n in (3_000, 1))
+    with closing(GrammarProcesses()) as processes:
+        sizes = [processes.try_out(grammar, "grammar", 0)[1] for grammar in (large, small, large, small)]
+        serving = worker_processes("grammar_worker.py")
+        assert processes.try_out(small, "grammar", 0)[0] == ""
+        assert worker_processes("grammar_worker.py") == serving
+    assert sizes[2] > 0.8 * sizes[0] > 1.5 * sizes[1] and sizes[3] > 0.8 * sizes[1]
 
 
 def test_a_grammar_whose_states_are_used_up_is_compiled_anew(
     tokenizer_folder: Folder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(grammar_module._LIMITS, "max_lexer_states", 200)
+    monkeypatch.setitem(grammar_module.PARSER_LIMITS, "max_lexer_states", 200)
     tokenizer = load_tokenizer(tokenizer_folder("deepseek"))
     compiler, structure = compiler_of(tokenizer), Structure.regex("(.|\n)*a(.|\n){60}")
     a, b, *_ = bytewise(tokenizer, "ab")
@@ -508,7 +529,7 @@ def test_the_cache_drops_what_was_not_used_longest(
 ) -> None:
     compiler = compiler_of(load_tokenizer(tokenizer_folder("deepseek")))
     monkeypatch.setattr(grammar_module, limit, value)
-    monkeypatch.setattr(grammar_module, "_try_out", lambda *args: 400 << 10)
+    monkeypatch.setattr(GrammarProcesses, "try_out", lambda *args: ("", 400 << 10))
     a, b, c = (Structure.regex(letter) for letter in "abc")
     first, second = compiled(compiler, a), compiled(compiler, b)
     assert compiled(compiler, a) is first

@@ -6,53 +6,25 @@ stack; only what passes is compiled here, where a crash would be everybody's.
 
 from __future__ import annotations
 
-import json
 import re
-import signal
-import subprocess
-import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Collection
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 from numpy.typing import NDArray
 
 from latentkv.errors import RequestError
+from latentkv.text.grammar_process import PARSER_LIMITS, grammar_processes
 from latentkv.text.lark import as_lark
 from latentkv.text.token_bytes import token_bytes
 from latentkv.text.tokenizer import Tokenizer
-
-COMPILE_SECONDS = 1
-"""CPU time that compiling may take."""
-
-WAIT_SECONDS = 10
-"""Time until a compilation is given up, on a machine that is busy otherwise."""
-
-COMPILE_MEMORY = 512 << 20
-"""Bytes of address space that compiling may take, those of an empty process included."""
-
-COMPILE_STACK = 1 << 20
-"""Bytes of stack that compiling may take; threads have 2 MiB or more."""
 
 MAX_CACHED = 64
 MAX_CACHED_BYTES = 256 << 20
 
 _COMPILATIONS_AT_ONCE = 2
-# llguidance's own words for "so much work, and no more": about 20 ms a token, and 15 MB of states a grammar.
-_LIMITS: dict[str, Any] = {
-    "initial_lexer_fuel": 1_000_000,
-    "step_lexer_fuel": 200_000,
-    "step_max_items": 50_000,
-    "max_items_in_row": 2_000,
-    "max_lexer_states": 25_000,
-    "max_grammar_size": 500_000,
-    "verbose_errors": False,
-}
-_TRIAL = Path(__file__).with_name("grammar_trial.py")
 _NAMES = {"json_schema": "JSON schema", "regex": "regular expression", "grammar": "grammar"}
 
 
@@ -105,8 +77,10 @@ class GrammarCompiler:
     def _compile(self, kind: str, source: str) -> Grammar:
         lark, name = as_lark(kind, source), _NAMES[kind]
         # Many tokens take their time, and only a grammar that asks for them by number needs to know how many there are.
-        num_bytes = _try_out(lark, kind, len(self._tokens) if "<[" in lark else 0)
-        matcher = LLMatcher(self._tokenizer, lark, log_level=0, limits=LLParserLimits(**_LIMITS))
+        error, num_bytes = grammar_processes().try_out(lark, name, len(self._tokens) if "<[" in lark else 0)
+        if error:
+            raise RequestError(f"The {name} cannot be used: {_reason(error, kind)}.")
+        matcher = LLMatcher(self._tokenizer, lark, log_level=0, limits=LLParserLimits(**PARSER_LIMITS))
         grammar = Grammar(matcher, self._tokens)
         if not grammar.start().allowed.any():
             reason = _reason(matcher.get_error(), kind) or "change it"
@@ -187,39 +161,6 @@ class _Vocabulary:
 
     def __call__(self, text: bytes) -> list[int]:
         return []  # it would be asked to cut forced text into tokens, and none is forced
-
-
-def _try_out(lark: str, kind: str, vocab_size: int) -> int:
-    """Compile a grammar elsewhere; returns the bytes that it took."""
-    name = _NAMES[kind]
-    task = {
-        "grammar": lark,
-        "vocab_size": vocab_size,
-        "limits": _LIMITS,
-        "seconds": COMPILE_SECONDS,
-        "memory": COMPILE_MEMORY,
-        "stack": COMPILE_STACK,
-    }
-    try:
-        trial = subprocess.run(
-            [sys.executable, "-P", str(_TRIAL)],
-            input=json.dumps(task),
-            capture_output=True,
-            text=True,
-            timeout=WAIT_SECONDS,
-        )
-    except subprocess.TimeoutExpired:
-        raise RequestError(f"The {name} was not compiled within {WAIT_SECONDS} s: simplify it, or try again.") from None
-    except OSError as error:
-        raise RequestError(f"The {name} cannot be compiled now ({error}): try again.") from error
-    if trial.returncode in (-signal.SIGXCPU, -signal.SIGKILL):
-        raise RequestError(f"The {name} takes more than {COMPILE_SECONDS} s to compile: simplify it.")
-    if trial.returncode:
-        raise RequestError(f"The {name} is too large or nests too deeply to compile: simplify it.")
-    result: dict[str, Any] = json.loads(trial.stdout)
-    if result["error"]:
-        raise RequestError(f"The {name} cannot be used: {_reason(result['error'], kind)}.")
-    return result["bytes"]
 
 
 def _reason(error: str, kind: str) -> str:
