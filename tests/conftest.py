@@ -35,6 +35,12 @@ hypothesis.settings.load_profile("latentkv")
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_xdist_auto_num_workers() -> int:
+    """One process more than cores: while one waits for a browser or for a program that it started, the others work."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return cores + 1
+
+
 SHARED = {"live": "server", "reference": "server", "client": "server", "browser": "browser"}
 """Fixtures that take long to make, and the group of tests that share one."""
 

@@ -45,6 +45,7 @@ def test_healing_brings_the_model_nearer_and_transformers_still_agrees(models: t
         assert float((theirs(TOKENS).logits - ours).abs().max()) < 2e-5 * float(ours.abs().max())
 
 
+@OF_ONE
 def test_layers_can_be_matched_first_which_moves_attention_alone_and_nearer(
     models: tuple[Path, Path],
 ) -> None:
@@ -81,6 +82,7 @@ def test_an_interrupted_healing_goes_on_and_ends_with_the_same_weights(
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
+@OF_ONE
 def test_only_attention_moves_when_only_attention_is_trained(models: tuple[Path, Path]) -> None:
     source, folder = models
     before = load_model(folder, dtype=torch.float32).state_dict()
@@ -111,7 +113,7 @@ def test_without_eval_every_held_out_text_is_measured_before_and_after(models: t
 
 
 @OF_ONE
-@pytest.mark.parametrize("killed_at", [10, 30])
+@pytest.mark.parametrize("killed_at", [10, pytest.param(30, marks=pytest.mark.slow)])
 def test_the_evaluations_of_an_interrupted_healing_have_no_gap_and_none_twice(
     models: tuple[Path, Path], killed_at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

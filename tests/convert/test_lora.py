@@ -94,7 +94,9 @@ def test_healing_by_low_rank_updates_brings_the_model_nearer_and_moves_attention
     assert read_record(folder)["healings"][0]["lora_rank"] == 4
 
 
-@pytest.mark.parametrize(("models", "killed_at"), [("llama", 12), ("qwen2", 30)], indirect=["models"])
+@pytest.mark.parametrize(
+    ("models", "killed_at"), [pytest.param("llama", 12, marks=pytest.mark.slow), ("qwen2", 30)], indirect=["models"]
+)
 def test_an_interrupted_healing_by_low_rank_updates_ends_with_the_same_weights(
     models: tuple[Path, Path], killed_at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,7 +6,6 @@ import json
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -17,13 +16,16 @@ from pathlib import Path
 import pytest
 
 from latentkv.llm_options import EMBEDDED_MODEL
-from server_process import COMMAND, ServerProcess, server_process
+from server_process import COMMAND, ForkedProcess, ServerProcess, server_process
 
 SMALL = ("--kv-cache-bytes", "16MiB")
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, timeout=60)
+def run(*arguments: str) -> tuple[int, str]:
+    """(exit code, stderr) of `latentkv serve`."""
+    process = ForkedProcess(["serve", "--port", "0", *arguments])
+    said = process.stderr.read()
+    return process.wait(60), said
 
 
 def ask_in_background(server: ServerProcess, *bodies: dict) -> list[threading.Thread]:
@@ -46,7 +48,7 @@ def wait_until_running(server: ServerProcess, count: int) -> None:
 
 
 def test_a_signal_under_load_lets_requests_end_and_exits_0() -> None:
-    with server_process(*SMALL, "--drain-seconds", "120") as server:
+    with server_process(*SMALL, "--drain-seconds", "120", command=COMMAND) as server:
         (thread,) = ask_in_background(server, body := {"prompt": "x", "max_tokens": 300, "ignore_eos": True})
         wait_until_running(server, 1)
         server.process.send_signal(signal.SIGTERM)
@@ -99,10 +101,10 @@ def test_after_kill_9_a_new_server_takes_the_same_port() -> None:
 
 def test_a_second_server_on_a_port_is_told_at_once_before_any_model_is_read() -> None:
     with server_process(*SMALL) as first:
-        second = run(*SMALL, "--port", str(first.port), "no/such-model")
-        assert second.returncode == 2
-        assert f"Port {first.port}" in second.stderr and "--port" in second.stderr
-        assert len(second.stderr.splitlines()) == 1
+        code, said = run(*SMALL, "--port", str(first.port), "no/such-model")
+        assert code == 2
+        assert f"Port {first.port}" in said and "--port" in said
+        assert len(said.splitlines()) == 1
         assert first.ask("GET", "/health")[0] == 200
 
 
@@ -110,16 +112,16 @@ def test_line_13_a_truncated_model_is_one_sentence_and_exit_code_2(tmp_path: Pat
     shutil.copytree(EMBEDDED_MODEL, tmp_path / "model")
     weights = tmp_path / "model" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
-    found = run(str(tmp_path / "model"))
-    assert found.returncode == 2
-    assert found.stderr.startswith("error: ") and len(found.stderr.splitlines()) == 1
-    assert "model.safetensors" in found.stderr
+    code, said = run(str(tmp_path / "model"))
+    assert code == 2
+    assert said.startswith("error: ") and len(said.splitlines()) == 1
+    assert "model.safetensors" in said
 
 
 def test_line_17_only_this_machine_is_let_in_unless_there_is_a_key_or_it_is_said() -> None:
-    found = run("--host", "0.0.0.0", "no/such-model")
-    assert found.returncode == 2
-    assert "--api-key-file" in found.stderr and "--allow-anyone" in found.stderr
+    code, said = run("--host", "0.0.0.0", "no/such-model")
+    assert code == 2
+    assert "--api-key-file" in said and "--allow-anyone" in said
 
 
 BROKEN = """
@@ -133,8 +135,7 @@ main()
 
 
 def test_line_05_a_dead_engine_ends_the_process_with_exit_code_1() -> None:
-    command = [sys.executable, "-c", BROKEN, "serve", "--port", "0", *SMALL]
-    with server_process(command=command) as server:
+    with server_process(*SMALL, command=[sys.executable, "-c", BROKEN, "serve", "--port", "0"]) as server:
         statuses = []
         for _ in range(4):
             try:

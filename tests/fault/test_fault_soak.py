@@ -143,7 +143,7 @@ def watch_health(server: ServerProcess, end: float, tally: Tally) -> None:
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("seconds", [8, pytest.param(600, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("seconds", [4, pytest.param(600, marks=pytest.mark.slow)])
 def test_lines_06_07_and_08_32_clients_get_right_answers_and_leave_no_trace(
     answers: list[list[int]], seconds: int
 ) -> None:

@@ -137,7 +137,9 @@ def test_a_folder_that_vanishes_while_it_serves_takes_nothing_with_it(
     assert not folder.exists()
 
 
-@pytest.mark.parametrize("seconds", [0.0, 0.05, 0.2])
+@pytest.mark.parametrize(
+    "seconds", [pytest.param(0.0, marks=pytest.mark.slow), 0.05, pytest.param(0.2, marks=pytest.mark.slow)]
+)
 def test_a_process_that_is_killed_while_it_writes_leaves_a_folder_that_can_be_used(
     model: Path, expected: list[int], tmp_path: Path, seconds: float
 ):

@@ -194,7 +194,7 @@ def test_a_sequence_does_not_change_by_a_bit_with_the_rest_of_the_batch(
         assert torch.equal(alone[1], lse[own])
 
 
-@pytest.mark.parametrize("tokens", [67, 90, 131])  # the rows' ends lie on both sides of a block's, or on one
+@pytest.mark.parametrize("tokens", [67, 131])  # the rows' ends lie on both sides of a block's, or on one
 def test_a_row_does_not_change_by_a_bit_with_the_rows_of_its_sequence_beside_it(run: Run, tokens: int) -> None:
     case = mla_case([7], [tokens], heads=5)
     options = {"latent_dim": 64, "scale": 0.3, "out_dtype": torch.float32}
@@ -251,8 +251,10 @@ def test_mla_decode_reads_the_new_tokens_causally(run: Run) -> None:
     assert_meets_bar((out.flatten(0, 1), lse.transpose(1, 2).flatten(0, 1)), expected)
 
 
-@pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (4, 4), (9, 3), (40, 2)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dtype"),
+    [(1, 1, torch.float32), (4, 4, torch.bfloat16), (9, 3, torch.bfloat16), (40, 2, torch.float32)],
+)
 def test_mha_gqa_and_mqa_meet_the_bar(run: Run, heads: int, kv_heads: int, dtype: torch.dtype) -> None:
     case = gqa_case([1, 5, 2, 1], [17, 5, 50, 0], heads=heads, kv_heads=kv_heads, dtype=dtype)
     assert_meets_bar(run(gqa_attend, *case.args, scale=2.0), reference.gqa_attend(*case.args, scale=2.0))
