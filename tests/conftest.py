@@ -47,11 +47,15 @@ SHARED = {"live": "server", "reference": "server", "client": "server", "browser"
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where tests run side by side, those of a file stay together, and those that share a server or a browser do."""
+    """Where tests run side by side, those of a file stay together, and those that share a server or a browser do.
+
+    The browser's, which wait the longest, come first: at the end, nothing would be left to do meanwhile.
+    """
     for item in items:
         if item.get_closest_marker("xdist_group") is None:
             used = [SHARED[name] for name in getattr(item, "fixturenames", ()) if name in SHARED]
             item.add_marker(pytest.mark.xdist_group(used[0] if used else item.path.name))
+    items.sort(key=lambda item: "browser" not in getattr(item, "fixturenames", ()))
 
 
 @pytest.fixture(scope="module")

@@ -74,7 +74,7 @@ def test_linear_prints_a_line_for_each_case_and_writes_its_numbers(tmp_path: Pat
 
 def test_speculation_prints_a_line_for_each_way_of_drafting_and_writes_its_numbers(tmp_path: Path):
     json_file = tmp_path / "s.json"
-    command = ["speculation", "--new-tokens", "12", "--repeats", "1", "--speculate", "2", "--temperatures", "0.8"]
+    command = ["speculation", "--new-tokens", "6", "--repeats", "1", "--speculate", "2", "--temperatures", "0.8"]
     result = CliRunner().invoke(bench_app, [*command, "--json", str(json_file)])
     assert result.exit_code == 0, result.output
     rows = json.loads(json_file.read_text())["rows"]

@@ -20,17 +20,19 @@ from latentkv.errors import OpError, RequestError
 from latentkv.ops.native.core import has_triton, use_isa
 from latentkv.ops.triton.blocks import NVIDIA, AttendBlocks, AttendShape, attend_shared_bytes
 from latentkv.ops.triton.tuned import read_tuned, shape_key
+from triton_interpreter import patch_language_once
 
 CPU = torch.device("cpu")
 SMALL = GpuCase(heads=2, batch=2, context=20)
 
 
 @pytest.fixture
-def interpreted() -> Iterator[None]:
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     if not has_triton():
         pytest.skip("triton is not installed: pip install 'latentkv[gpu]'")
     if torch.cuda.is_available():
         pytest.skip("with a GPU here, Triton does not interpret")
+    patch_language_once(monkeypatch)
     with use_isa("triton"):
         yield
 

@@ -12,6 +12,7 @@ from latentkv.engine.runner import Runner
 from latentkv.models.transfer import to_device, to_host
 from latentkv.ops.native.core import Isa, has_triton, use_isa
 from latentkv.ops.triton.launch import Launch
+from triton_interpreter import patch_language_once
 
 COMMON = {"rms_norm_kernel", "rope_kernel", "attend_kernel", "merge_chunks_kernel"}
 KERNELS = {"mla": COMMON | {"write_kernel", "prefill_kernel", "gate_up_kernel", "down_kernel"}, "gqa": COMMON}
@@ -35,6 +36,7 @@ def hidden_states(kind: str, isa: Isa) -> torch.Tensor:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU here, Triton does not interpret")
 @pytest.mark.parametrize("kind", ["mla", "gqa"])
 def test_a_model_reads_and_decodes_the_same_on_tritons_kernels(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    patch_language_once(monkeypatch)
     launched: set[str] = set()
     launch = Launch.run
 

@@ -42,7 +42,7 @@ def run(
     *,
     temperature: float = 0,
     pages: int = 8,
-    tokens: int = 50,
+    tokens: int = 36,
     kv_format: KVFormat | None = None,
 ) -> tuple[list[list[int]], Engine]:
     """Tokens of all prompts in a cache so small that they wait for each other and give their pages back."""
@@ -87,7 +87,7 @@ def test_answers_are_the_same_in_bf16_where_steps_of_several_tokens_give_the_sam
 
 def test_drafts_are_those_of_the_unpaged_module_where_some_are_accepted() -> None:
     _, engine = run("fp32", CheckedMTPDrafter, 2, temperature=0.8)
-    assert engine.counters.accepted_tokens > 20
+    assert engine.counters.accepted_tokens > 15
     assert engine.counters.preemptions > 0
 
 

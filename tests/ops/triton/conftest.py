@@ -13,6 +13,7 @@ from torch import Tensor
 
 from latentkv.ops.native.core import has_triton, use_isa
 from latentkv.ops.triton.launch import Launch
+from triton_interpreter import patch_language_once
 
 Run = Callable[..., Any]
 
@@ -32,7 +33,7 @@ def run(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Run:
     """Calls an op on the device, through Triton's kernels and nothing else, and brings back what it returns."""
     if device.type == "cpu":
         _sum_rows_alike(monkeypatch)
-        _patch_the_language_once(monkeypatch)
+        patch_language_once(monkeypatch)
     launched: list[str] = []
     launch = Launch.run
 
@@ -68,26 +69,6 @@ def _sum_rows_alike(monkeypatch: pytest.MonkeyPatch) -> None:
         return np.matmul(a, b, dtype=np.float64).astype(dtype)
 
     monkeypatch.setattr(interpreter, "np", SimpleNamespace(**{**vars(np), "matmul": matmul}))
-
-
-def _patch_the_language_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Has the interpreter patch Triton's language for a kernel, but not for each call of a function from a kernel.
-
-    That is a third of its time, and changes nothing but for the first such call, whose module may name more of the
-    language than the kernel's does.
-    """
-    from triton.runtime import interpreter
-
-    known: set[frozenset[int]] = set()
-
-    def call(self: Any, *args: Any, **options: Any) -> Any:
-        named = frozenset(map(id, self.fn.__globals__.values())) & {id(interpreter.tl), id(interpreter.tl.core)}
-        if named not in known:
-            known.add(named)
-            interpreter._patch_lang(self.fn)
-        return self.rewrite()(*args, **options)
-
-    monkeypatch.setattr(interpreter.InterpretedFunction, "__call__", call)
 
 
 def _to(value: Any, device: torch.device) -> Any:
