@@ -44,7 +44,7 @@ void bind_linear(nb::module_& m) {
          Address words) {
         pack_compact({(const bf16*)weights, outs, ins}, window, room, block_outs, (std::uint32_t*)words);
       },
-      nb::call_guard<nb::gil_scoped_release>(), "bf16 weights [outs, ins] in 12 bits, see ops/compact.py.");
+      nb::call_guard<nb::gil_scoped_release>(), "bf16 weights [outs, ins] in 12 bits, see weights/compact.py.");
   m.def("linear", recordable(&linear), nb::call_guard<nb::gil_scoped_release>(), "y = x W^T + bias + residual, W packed.");
 }
 

@@ -1,4 +1,4 @@
-// bfloat16 weights in 12 bits each, without loss: see `ops/compact.py` for the layout.
+// bfloat16 weights in 12 bits each, without loss: see `weights/compact.py` for the layout.
 //
 // The exponents of a trained matrix lie close together: of a window of 16, 3 bits say which pair of exponents, and a
 // weight's lower byte has the last bit. Weights with other exponents are exceptions: the window's first power of two

@@ -1,4 +1,4 @@
-// Element types as they cross from Python; `ops/native/core.py` gives the same numbers.
+// Element types as they cross from Python; `kernels.py` gives the same numbers.
 #pragma once
 
 #include <cstdint>

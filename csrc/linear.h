@@ -1,5 +1,5 @@
 // y = x W^T + bias + residual with packed weights, for every instruction set. The layout of packed weights is described
-// in `ops/packed.py`; kernels of other ops that multiply by them use `linear_inner.h`.
+// in `weights/layout.py`; kernels of other ops that multiply by them use `linear_inner.h`.
 #pragma once
 
 #include <cstdint>

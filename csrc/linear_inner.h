@@ -15,7 +15,7 @@ constexpr int BLOCK_OUTS = 32;  // outputs whose weights lie together
 
 LATENTKV_INLINE std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
-// The sizes of a packed weight, see `ops/packed.py`. A word holds 32 bits of one output's weights.
+// The sizes of a packed weight, see `weights/layout.py`. A word holds 32 bits of one output's weights.
 struct Layout {
   std::int64_t blocks;       // of outputs in a matrix
   std::int64_t groups;       // of weights along the inner axis

@@ -18,9 +18,9 @@ from latentkv import LLM, SamplingParams, llm_options
 from latentkv.engine.drafts import NGramDrafter
 from latentkv.engine.mtp import MTPDrafter
 from latentkv.errors import CacheError, CheckpointError, ConfigError, RequestError, TokenizerError
+from latentkv.kernels import has_int8_products, use_isa
 from latentkv.llm import Completion, Piece
 from latentkv.models.decoder import Decoder
-from latentkv.ops.native.core import has_int8_products, use_isa
 from latentkv.text.bpe_trainer import train_bpe
 
 VOCAB, CONTEXT = 320, 192

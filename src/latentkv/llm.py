@@ -51,10 +51,10 @@ from latentkv.models.loading import load_model
 from latentkv.models.mla import MultiHeadLatentAttention
 from latentkv.models.packing import choose_packing
 from latentkv.models.stored_config import open_checkpoint, stored_dtype
-from latentkv.ops import WeightFormat
 from latentkv.progress import progress_bar
 from latentkv.text import Tokenizer
 from latentkv.text.chat import text_length
+from latentkv.weights import WeightFormat
 
 if TYPE_CHECKING:
     from latentkv.text.grammar import GrammarCompiler

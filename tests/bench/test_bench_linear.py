@@ -2,13 +2,13 @@ from dataclasses import replace
 
 import pytest
 
+from latentkv import kernels
 from latentkv.bench import linear as module
 from latentkv.bench.ceilings import CeilingProbe
 from latentkv.bench.linear import TORCH, LinearReport, as_packed_format, measure_linear
 from latentkv.bench.op_report import linear_table
 from latentkv.errors import OpError, RequestError
-from latentkv.ops.native import core
-from latentkv.ops.packed import PackedFormat
+from latentkv.weights.layout import PackedFormat
 
 PROBE = CeilingProbe(gemm_size=16, buffer_mib=1)
 
@@ -24,7 +24,7 @@ def report() -> LinearReport:
 
 
 def test_every_number_of_rows_has_each_format_and_torch(report: LinearReport):
-    compact = [] if core.extension is None else ["linear, compact"]
+    compact = [] if kernels.extension is None else ["linear, compact"]
     names = [TORCH, "linear, bf16", *compact, "linear, int8", "torch, int8", "linear, int4", "torch, int4"]
     assert [(row.rows, row.contender) for row in report.rows] == [(m, n) for m in (1, 20) for n in names]
     assert linear_table(report).row_count == 2 * len(names)
@@ -32,7 +32,7 @@ def test_every_number_of_rows_has_each_format_and_torch(report: LinearReport):
 
 def test_rates_count_the_stored_bytes_and_the_arithmetic(report: LinearReport):
     stored = {row.contender: row.weight_bytes for row in report.rows}
-    assert stored.pop("linear, compact", None) == (None if core.extension is None else 49152 + 4 * 64)
+    assert stored.pop("linear, compact", None) == (None if kernels.extension is None else 49152 + 4 * 64)
     # 32,768 weights; int8 has a bf16 scale a row, int4 one for 128 weights; compact a line a block of 32 rows.
     int8, int4 = 32768 + 2 * 128, 16384 + 2 * 2 * 128
     assert stored == {
@@ -51,7 +51,7 @@ def test_rates_count_the_stored_bytes_and_the_arithmetic(report: LinearReport):
 
 
 def test_compact_is_left_out_where_nothing_can_be_packed_so(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("latentkv.ops.compact.extension", None)
+    monkeypatch.setattr("latentkv.weights.compact.extension", None)
     assert list(module._entries(128, 256, ["bf16", "compact"])) == [TORCH, "linear, bf16"]
 
 

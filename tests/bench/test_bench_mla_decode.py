@@ -8,7 +8,7 @@ from latentkv.bench.ceilings import CeilingProbe
 from latentkv.bench.mla_decode import INT8_PRODUCTS, TORCH, DecodeInputs, DecodeReport, measure_mla_decode
 from latentkv.bench.op_report import mla_decode_table
 from latentkv.errors import OpError, RequestError
-from latentkv.ops.native.core import has_int8_products
+from latentkv.kernels import has_int8_products
 
 PROBE = CeilingProbe(gemm_size=16, buffer_mib=1)
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from latentkv import kernels
 from latentkv.bench import model as module
 from latentkv.bench.ceilings import CeilingProbe
 from latentkv.bench.model import LATENTKV, MHA, TRANSFORMERS, Case, ModelReport, compare_logits, measure_model
@@ -14,14 +15,13 @@ from latentkv.bench.model_variants import mha_config, mha_twin
 from latentkv.bench.step_work import decode_flops, prefill_flops, weight_bytes_read, weight_format
 from latentkv.cache import LatentCache
 from latentkv.errors import RequestError
+from latentkv.kernels import current_isa
 from latentkv.llm import LLM
 from latentkv.models.config import GQAConfig
 from latentkv.models.config_reader import read_config
 from latentkv.models.decoder import Decoder
 from latentkv.models.loading import save_pretrained
 from latentkv.models.packing import Packing, pack_module
-from latentkv.ops.native import core
-from latentkv.ops.native.core import current_isa
 
 PROBE = CeilingProbe(gemm_size=16, buffer_mib=1)
 CONFIG = {
@@ -223,7 +223,7 @@ def test_packed_weights_count_once_and_as_they_are_stored():
 
 def test_weights_are_called_what_most_of_them_are_stored_as():
     config = replace(read_config(CONFIG), hidden_size=128, vocab_size=64)
-    compact = "bfloat16" if core.extension is None else "compact bfloat16"
+    compact = "bfloat16" if kernels.extension is None else "compact bfloat16"
     ways = {"bfloat16": Packing(), compact: Packing(compact=True), "int4": Packing("int4", compact=True)}
     for name, packing in ways.items():
         decoder = Decoder(config).bfloat16()

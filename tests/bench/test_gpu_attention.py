@@ -17,7 +17,7 @@ from latentkv.bench.gpu_tune import all_candidates, tune_attention
 from latentkv.bench.timing import Timing
 from latentkv.cli.app import app
 from latentkv.errors import OpError, RequestError
-from latentkv.ops.native.core import has_triton, use_isa
+from latentkv.kernels import has_triton, use_isa
 from latentkv.ops.triton.blocks import NVIDIA, AttendBlocks, AttendShape, attend_shared_bytes
 from latentkv.ops.triton.tuned import read_tuned, shape_key
 from triton_interpreter import patch_language_once

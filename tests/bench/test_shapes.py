@@ -4,8 +4,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from latentkv.bench.contenders import MHA_MATMUL, latentkv_entry, mha_entries
 from latentkv.bench.decode_case import DecodeCase
 from latentkv.bench.shapes import SHAPES, AttentionShape
+from latentkv.kernels import use_isa
 from latentkv.models.config import MLAConfig
-from latentkv.ops.native.core import use_isa
 
 # H=2, L=4, Dn=3, R=2, Dv=2 on a residual stream of 5.
 SMALL = AttentionShape(5, 2, MLAConfig(4, 3, 2, 2))

@@ -7,11 +7,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from latentkv.checkpoint.dtypes import STORED
 from latentkv.cli.checkpoint_facts import read_facts
 from latentkv.errors import CheckpointError, ConfigError
 from latentkv.models.loading import load_model
 from latentkv.plan import load_config
+from latentkv.weights.files.dtypes import STORED
 
 NORM = "model.norm.weight"
 

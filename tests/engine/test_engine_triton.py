@@ -9,8 +9,8 @@ from engine_models import cache_for, tiny_decoder
 
 from latentkv import LLM, SamplingParams
 from latentkv.engine.runner import Runner
+from latentkv.kernels import Isa, has_triton, use_isa
 from latentkv.models.transfer import to_device, to_host
-from latentkv.ops.native.core import Isa, has_triton, use_isa
 from latentkv.ops.triton.launch import Launch
 from triton_interpreter import patch_language_once
 

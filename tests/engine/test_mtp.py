@@ -11,10 +11,10 @@ from latentkv.cache import LatentCache
 from latentkv.engine import Engine, Request, SamplingParams, mtp
 from latentkv.engine import replay as replay_module
 from latentkv.engine.mtp import MTPDrafter
+from latentkv.kernels import available_isas
 from latentkv.models.config_reader import read_config
 from latentkv.models.decoder import Decoder
 from latentkv.models.packing import Packing, pack_module
-from latentkv.ops.native.core import available_isas
 
 PROMPT = [(7 * i + i * i) % VOCAB for i in range(29)]
 

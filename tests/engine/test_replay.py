@@ -12,11 +12,11 @@ from latentkv.cache import LatentCache
 from latentkv.engine import replay as module
 from latentkv.engine.runner import Runner
 from latentkv.engine.sequence import Sequence
+from latentkv.kernels import available_isas, use_isa
 from latentkv.models.config_reader import read_config
 from latentkv.models.decoder import Decoder
 from latentkv.models.packing import Packing, pack_module
 from latentkv.ops import KVFormat
-from latentkv.ops.native.core import available_isas, use_isa
 
 pytestmark = pytest.mark.skipif(len(available_isas()) == 1, reason="the native kernels were not built")
 

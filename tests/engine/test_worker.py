@@ -11,8 +11,8 @@ import torch
 
 from latentkv.engine.worker import Worker
 from latentkv.errors import EngineStoppedError
+from latentkv.kernels import current_isa, extension, use_isa
 from latentkv.ops import rms_norm
-from latentkv.ops.native.core import current_isa, extension, use_isa
 from latentkv.ops.native.team import live_teams, release_team
 
 

@@ -16,12 +16,12 @@ import psutil
 import pytest
 
 import latentkv
-from latentkv.checkpoint.compressed import PackedSchemes
-from latentkv.checkpoint.patterns import MAX_PATTERN, MAX_PATTERNS, match_patterns
-from latentkv.checkpoint.schemes import WeightScheme
 from latentkv.errors import CheckpointError, TokenizerError
 from latentkv.text import encoding_process, load_tokenizer
 from latentkv.text.tokenizer import Tokenizer
+from latentkv.weights.files.compressed_config import PackedSchemes
+from latentkv.weights.files.patterns import MAX_PATTERN, MAX_PATTERNS, match_patterns
+from latentkv.weights.policy import WeightScheme
 from worker_processes import worker_processes
 
 EMBEDDED = Path(latentkv.__file__).parent / "assets" / "default" / "tokenizer.json"

@@ -5,12 +5,12 @@ from typing import Any
 import pytest
 import torch
 
+from latentkv.kernels import available_isas, use_isa
 from latentkv.models import fingerprint
 from latentkv.models.config_reader import read_config
 from latentkv.models.decoder import Decoder
 from latentkv.models.fingerprint import model_fingerprint
 from latentkv.models.packing import Packing
-from latentkv.ops.native.core import available_isas, use_isa
 
 CONFIG: dict[str, Any] = {
     "model_type": "deepseek_v3",

@@ -12,20 +12,20 @@ from families_for_tests import CASES, VOCAB, Case, save_checkpoint
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from latentkv import kernels
 from latentkv.cache import LatentCache
 from latentkv.checkpoint.names import published_name
-from latentkv.checkpoint.schemes import choose_scheme
 from latentkv.errors import ConfigError
 from latentkv.models.batch import Batch
 from latentkv.models.decoder import Decoder
 from latentkv.models.loading import load_model
 from latentkv.models.mla import Form
 from latentkv.models.packing import Packing, choose_packing
-from latentkv.ops import PackedWeight, quantize_weight
 from latentkv.ops.backends import compact_is_fast
-from latentkv.ops.native import core
+from latentkv.weights import PackedWeight, quantize_weight
+from latentkv.weights.policy import choose_scheme
 
-pytestmark = pytest.mark.skipif(core.extension is None, reason="the native kernels are not built")
+pytestmark = pytest.mark.skipif(kernels.extension is None, reason="the native kernels are not built")
 
 PAGE = 16
 IDS = torch.randint(3, VOCAB, (45,), generator=torch.Generator().manual_seed(1)).tolist()
@@ -122,7 +122,7 @@ def test_only_bfloat16_is_packed_unasked() -> None:
     assert choose_packing(None, torch.float32, cpu) is None
     assert choose_packing(None, torch.float16, cpu) is None
     assert choose_packing("int4", torch.float32, cpu) == Packing("int4", compact=compact_is_fast())
-    with core.use_isa("torch"):
+    with kernels.use_isa("torch"):
         assert choose_packing(None, torch.bfloat16, cpu) is None
 
 
@@ -134,7 +134,7 @@ def test_quantised_weights_are_refused_where_nothing_can_compute_with_them() -> 
         choose_packing("int8", torch.float16, cpu)
     with pytest.raises(ConfigError, match="run on a CPU only, not on cuda"):
         choose_packing("int8", torch.bfloat16, torch.device("cuda"))
-    with core.use_isa("torch"), pytest.raises(ConfigError, match="unset LATENTKV_ISA"):
+    with kernels.use_isa("torch"), pytest.raises(ConfigError, match="unset LATENTKV_ISA"):
         choose_packing("int8", torch.bfloat16, cpu)
 
 

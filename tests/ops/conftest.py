@@ -6,7 +6,7 @@ from collections.abc import Generator
 
 import pytest
 
-from latentkv.ops.native.core import Isa, available_isas, use_isa
+from latentkv.kernels import Isa, available_isas, use_isa
 
 
 @pytest.fixture(params=available_isas(), scope="module")

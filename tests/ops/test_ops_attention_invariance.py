@@ -13,8 +13,8 @@ import torch
 from ops_cases import gqa_case, mla_case, tenth
 from torch import Tensor
 
+from latentkv.kernels import current_isa
 from latentkv.ops import KVFormat, gqa_attend, mla_attend, mla_prefill
-from latentkv.ops.native.core import current_isa
 
 Attend = Callable[[], tuple[Tensor, Tensor]]
 

@@ -7,14 +7,14 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from latentkv import kernels
 from latentkv.errors import OpError
 from latentkv.ops import apply_rope, reference, rms_norm, silu_mul
-from latentkv.ops.native import core
 
 
-@pytest.fixture(params=core.available_isas(), autouse=True)
+@pytest.fixture(params=kernels.available_isas(), autouse=True)
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    with core.use_isa(request.param):
+    with kernels.use_isa(request.param):
         yield request.param
 
 
@@ -82,7 +82,7 @@ def test_rope_makes_scores_depend_on_distance_only(interleaved: bool) -> None:
 def test_rms_norm_of_a_slice_is_within_one_rounding_of_torchs(dtype: torch.dtype, dim: int) -> None:
     x = torch.randn(5, dim + 9).to(dtype)[:, 4 : 4 + dim]
     for weight in (torch.randn(dim).to(dtype), torch.randn(dim)):
-        with core.use_isa("torch"):
+        with kernels.use_isa("torch"):
             expected = rms_norm(x, weight, 1e-5)
         # The normed number may fall to the other side of one rounding, and its product with the weight with it.
         torch.testing.assert_close(rms_norm(x, weight, 1e-5), expected, atol=0, rtol=2 * torch.finfo(dtype).eps)
@@ -102,7 +102,7 @@ def test_rope_of_a_slice_into_a_slice_equals_torchs_bit_for_bit(
     dtype: torch.dtype, interleaved: bool, half: int
 ) -> None:
     x, (cos, sin) = torch.randn(300, 2, 5 + 2 * half).to(dtype)[..., 5:], angles(300, half)
-    with core.use_isa("torch"):
+    with kernels.use_isa("torch"):
         expected = apply_rope(x, cos[:, None], sin[:, None], interleaved=interleaved)
     wider = torch.zeros(300, 2, 7 + 2 * half, dtype=dtype)
     out = apply_rope(x, cos[:, None], sin[:, None], interleaved=interleaved, out=wider[..., 7:])
@@ -112,7 +112,7 @@ def test_rope_of_a_slice_into_a_slice_equals_torchs_bit_for_bit(
     apply_rope(x, cos[:, None], sin[:, None], interleaved=interleaved, out=x)
     assert torch.equal(x, expected)
     key = apply_rope(wider[:, 0, 7:], cos, sin, interleaved=interleaved)
-    with core.use_isa("torch"):
+    with kernels.use_isa("torch"):
         assert torch.equal(key, apply_rope(wider[:, 0, 7:], cos, sin, interleaved=interleaved))
 
 

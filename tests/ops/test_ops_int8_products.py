@@ -9,8 +9,8 @@ import torch
 from ops_cases import Paged, mla_case, token_slots
 
 from latentkv.errors import OpError
+from latentkv.kernels import available_isas, use_isa
 from latentkv.ops import mla_attend, mla_decode, reference
-from latentkv.ops.native.core import available_isas, use_isa
 
 needs_vnni = pytest.mark.skipif("avx512bf16" not in available_isas(), reason="this CPU has no AVX-512 VNNI kernels")
 OPTIONS: dict[str, Any] = {"kv_format": "int8", "int8_products": True}

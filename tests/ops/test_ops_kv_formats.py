@@ -10,6 +10,7 @@ from ops_cases import assert_meets_bar, mla_case, token_slots
 from torch import Tensor
 
 from latentkv.errors import OpError
+from latentkv.kernels import available_isas, use_isa
 from latentkv.ops import (
     KVFormat,
     decode_latents,
@@ -21,7 +22,6 @@ from latentkv.ops import (
     write_latents,
 )
 from latentkv.ops.kv_formats import KV_FORMATS
-from latentkv.ops.native.core import available_isas, use_isa
 
 TINY_FLOAT16 = 2.0**-24
 

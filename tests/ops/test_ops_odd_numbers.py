@@ -18,9 +18,9 @@ from latentkv.ops import (
     mla_prefill,
     moe_experts,
     norm_rope_write,
-    pack_weight,
     write_latents,
 )
+from latentkv.weights import pack_weight
 
 pytestmark = pytest.mark.usefixtures("isa")
 

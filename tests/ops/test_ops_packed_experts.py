@@ -8,19 +8,19 @@ import pytest
 import torch
 from torch import Tensor
 
+from latentkv import kernels
 from latentkv.errors import OpError
 from latentkv.ops import gated_mlp, headwise_linear, moe_experts, reference
-from latentkv.ops.native import core
-from latentkv.ops.packed import PackedWeight, pack_weight
-from latentkv.ops.weight_formats import quantize_weight
+from latentkv.weights.layout import PackedWeight, pack_weight
+from latentkv.weights.weight import quantize_weight
 
 FORMATS = [("bf16", None), ("compact", None), ("int8", None), ("int8", 32), ("int4", 32)]
 every_format = pytest.mark.parametrize(("fmt", "group"), FORMATS)
 
 
-@pytest.fixture(params=core.available_isas(), autouse=True)
+@pytest.fixture(params=kernels.available_isas(), autouse=True)
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    with core.use_isa(request.param):
+    with kernels.use_isa(request.param):
         yield request.param
 
 
@@ -35,7 +35,7 @@ def weights(*shape: int, fmt: str = "bf16", group: int | None = None, seed: int 
         weight.view(-1)[3::997] = 0  # an exception
     if fmt in ("bf16", "compact"):
         packed = pack_weight(weight, compact=fmt == "compact")
-        assert weight[0].numel() < 4096 or core.extension is None or packed.format == fmt
+        assert weight[0].numel() < 4096 or kernels.extension is None or packed.format == fmt
         return packed, weight.double()
     quantised = quantize_weight(weight, "int8" if fmt == "int8" else "int4", group)
     return pack_weight(quantised), quantised.dequantize().double()
@@ -113,7 +113,7 @@ def test_each_of_several_compact_matrices_is_read_with_its_own_window() -> None:
         weight = torch.where(weight.abs() < 2**-12, 2**-12, weight)
         weight = (weight * torch.tensor([1, 2**-4, 2**-8, 2**4])[:, None, None]).bfloat16()
         packed = pack_weight(weight, compact=True)
-        assert core.extension is None or (packed.format, packed.group) == ("compact", 0)
+        assert kernels.extension is None or (packed.format, packed.group) == ("compact", 0)
         return packed, pack_weight(weight)
 
     gate_up, down, heads = stacked(4, 128, 96, seed=1), stacked(4, 96, 64, seed=2), stacked(4, 70, 96, seed=3)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from ops_cases import UNUSED_PAGE, token_slots
 
+from latentkv import kernels
 from latentkv.errors import OpError
 from latentkv.ops import (
     KVFormat,
@@ -21,12 +22,11 @@ from latentkv.ops import (
     write_latents,
 )
 from latentkv.ops.kv_formats import FLOAT_DTYPES, KV_FORMATS, storage_dtype
-from latentkv.ops.native import core
 
 
-@pytest.fixture(params=core.available_isas(), autouse=True)
+@pytest.fixture(params=kernels.available_isas(), autouse=True)
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    with core.use_isa(request.param):
+    with kernels.use_isa(request.param):
         yield request.param
 
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from latentkv.errors import OpError
-from latentkv.ops import linear, pack_weight, rms_norm, write_latents
+from latentkv.ops import linear, rms_norm, write_latents
 from latentkv.ops.native.recording import NotRecordableError, Recording, kernel_seconds
+from latentkv.weights import pack_weight
 
 
 @pytest.fixture(autouse=True)

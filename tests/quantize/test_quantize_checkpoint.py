@@ -18,11 +18,11 @@ from safetensors.torch import save_file
 
 from latentkv import LLM
 from latentkv.checkpoint import CheckpointReader
-from latentkv.checkpoint.schemes import choose_scheme
 from latentkv.errors import CheckpointError, ConfigError, OpError
 from latentkv.ops.backends import why_not_native
-from latentkv.ops.weight_formats import quantize_weight
 from latentkv.quantize import REPORT_FILE, QuantizationReport, quantize_checkpoint
+from latentkv.weights.policy import choose_scheme
+from latentkv.weights.weight import quantize_weight
 
 KEPT = ("embed_tokens", "norm", "q_a_proj", "kv_a_proj_with_mqa", "kv_b_proj", "mlp.gate.", "eh_proj")
 FORMATS = [("int8", None), ("int8", 32), ("int4", None), ("int4", 32)]

@@ -17,8 +17,8 @@ from latentkv.bench.environment import Environment, describe_environment
 from latentkv.bench.timing import Contender, time_interleaved, torch_threads
 from latentkv.bench.torch_linear import torch_products
 from latentkv.errors import OpError, RequestError
-from latentkv.ops import QuantizedWeight
-from latentkv.ops.packed import PackedFormat, PackedWeight, pack_weight
+from latentkv.weights import QuantizedWeight, quantize_weight
+from latentkv.weights.layout import PackedFormat, PackedWeight, pack_weight
 
 TORCH = "torch, bf16"
 ROWS = (1, 2, 4, 8, 16, 48, 64, 256, 512, 2048)
@@ -215,7 +215,7 @@ def _entries(
                 continue
             entries[f"linear, {name}"] = _packed_entry(packed, plain[0, :_CHECKED_OUTPUTS].double())
             continue
-        one = ops.quantize_weight(plain[0], name, group)
+        one = quantize_weight(plain[0], name, group)
         exact = one.dequantize()[:_CHECKED_OUTPUTS].double()
         copies = -(-ROTATED_BYTES // one.nbytes)
         entries[f"linear, {name}"] = _packed_entry(pack_weight(_stacked(one, copies)), exact)

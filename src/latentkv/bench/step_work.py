@@ -12,8 +12,8 @@ from latentkv.models.config import MLAConfig, ModelConfig
 from latentkv.models.decoder import Decoder
 from latentkv.models.mla import MultiHeadLatentAttention
 from latentkv.models.moe import Experts
-from latentkv.ops import PackedWeight
 from latentkv.plan.parameters import tensor_groups
+from latentkv.weights import PackedWeight
 
 
 def weight_bytes_read(decoder: Decoder) -> int:

@@ -13,15 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latentkv.checkpoint.compressed import build_config
 from latentkv.checkpoint.names import export_names
-from latentkv.checkpoint.quantized import PACKED, SCALE, SHAPE, packed_layout
-from latentkv.checkpoint.schemes import WeightScheme, choose_scheme
 from latentkv.checkpoint.writer import write_checkpoint
 from latentkv.errors import RequestError
 from latentkv.models.config_reader import read_config
 from latentkv.models.decoder import Decoder
-from latentkv.ops import WeightFormat
+from latentkv.weights import WeightFormat
+from latentkv.weights.files.compressed_config import build_config
+from latentkv.weights.files.compressed_tensors import PACKED, SCALE, SHAPE, packed_layout
+from latentkv.weights.policy import WeightScheme, choose_scheme
 
 _SHARD_BYTES = 10**9
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from latentkv.ops import QuantizedWeight
+from latentkv.weights import QuantizedWeight
 
 Product = Callable[[Tensor], Tensor]
 

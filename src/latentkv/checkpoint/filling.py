@@ -11,7 +11,7 @@ from latentkv.checkpoint.layouts import foreign_names
 from latentkv.checkpoint.names import layer_of, mtp_index, published_parts, text_model_names
 from latentkv.checkpoint.reader import CheckpointReader
 from latentkv.errors import CheckpointError
-from latentkv.ops.weight_formats import QuantizedWeight
+from latentkv.weights.weight import QuantizedWeight
 
 _NAMED_AT_MOST = 3
 # Published MTP layers repeat the embedding and the output head, which they share with the model.

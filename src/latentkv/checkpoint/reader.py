@@ -9,17 +9,17 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from latentkv.checkpoint.compressed import METHOD, PackedSchemes
-from latentkv.checkpoint.dtypes import STORED, StoredDtype, short_name
-from latentkv.checkpoint.fp8 import SCALE_SUFFIXES, Float8Scheme, read_float8_scheme
 from latentkv.checkpoint.layouts import ORIGINAL, foreign_quantization
 from latentkv.checkpoint.locate import CONFIG_FILE, INDEX_FILE, locate_tensors, open_file, read_object
-from latentkv.checkpoint.quantized import PACKED, REFUSED_PARTS, SCALE, SHAPE, unpack
-from latentkv.checkpoint.schemes import WeightScheme
 from latentkv.checkpoint.wrapper import config_levels, outermost
 from latentkv.errors import CheckpointError
 from latentkv.libraries import errors_as
-from latentkv.ops.weight_formats import QuantizedWeight
+from latentkv.weights.files.compressed_config import METHOD, PackedSchemes
+from latentkv.weights.files.compressed_tensors import PACKED, REFUSED_PARTS, SCALE, SHAPE, unpack
+from latentkv.weights.files.deepseek_fp8 import SCALE_SUFFIXES, Float8Scheme, read_float8_scheme
+from latentkv.weights.files.dtypes import STORED, StoredDtype, short_name
+from latentkv.weights.policy import WeightScheme
+from latentkv.weights.weight import QuantizedWeight
 
 # A file's pages stay in this process's memory as long as it is mapped: it is opened anew after this many bytes.
 _MAX_MAPPED_BYTES = 256 * 2**20
@@ -29,9 +29,8 @@ class CheckpointReader:
     """The tensors of a checkpoint folder: `model.safetensors`, or shards with `model.safetensors.index.json`.
 
     Float8 weights with a `<name>_scale_inv` beside them (DeepSeek-V3, arXiv 2412.19437, section 3.3) are dequantised as
-    they are read, and so are int8 and int4 weights of the compressed-tensors format (`checkpoint.quantized`), unless
-    they are asked for as they are; what belongs to a weight is not listed as a tensor of its own. Memory in use is
-    about that of one tensor.
+    they are read, and so are int8 and int4 weights of the compressed-tensors format, unless they are asked for as they
+    are; what belongs to a weight is not listed as a tensor of its own. Memory in use is about that of one tensor.
 
     Args:
         folder: the checkpoint; its `config.json`, where present, says how weights are quantised.

@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from latentkv.checkpoint.dtypes import NAMES
 from latentkv.errors import CheckpointError
 from latentkv.files import write_whole
+from latentkv.weights.files.dtypes import NAMES
 
 _ALIGNMENT = 8
 

@@ -12,7 +12,7 @@ from latentkv.cli.options import MODEL_FORMS, Int8ProductsOption
 from latentkv.cli.terminal import console
 
 if TYPE_CHECKING:
-    from latentkv.ops import WeightFormat
+    from latentkv.weights import WeightFormat
 
 
 def model(
@@ -112,7 +112,7 @@ def make_model(
     Example: latentkv bench make-model v2-lite-4 models/v2-lite-4
     """
     from latentkv.bench.synthetic import synthetic_config, write_synthetic
-    from latentkv.ops.weight_formats import require_format
+    from latentkv.weights.weight import require_format
 
     if weights is not None:
         require_format(weights, None)

@@ -146,8 +146,8 @@ def _kernels() -> str:
     """Which of LatentKV's own kernels compute on this CPU, or why none do."""
     import torch
 
+    from latentkv.kernels import available_isas, current_isa
     from latentkv.ops.backends import why_not_native
-    from latentkv.ops.native.core import available_isas, current_isa
 
     reason = why_not_native(torch.device("cpu"))
     if reason is not None:

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from latentkv.llm import Perplexity
-    from latentkv.ops.weight_formats import WeightFormat
     from latentkv.quantize import QuantizationReport
+    from latentkv.weights.weight import WeightFormat
 
 
 def quantize(
@@ -48,8 +48,8 @@ def quantize(
     """
 
     from latentkv.checkpoint import resolve_model
-    from latentkv.ops.weight_formats import require_format
     from latentkv.quantize import quantize_checkpoint
+    from latentkv.weights.weight import require_format
 
     use_threads(threads)
     require_format(weights, group)

@@ -11,6 +11,7 @@ from torch import Tensor
 from latentkv import ops
 from latentkv.ops import reference
 from latentkv.ops.backends import describe_backends, why_not_native
+from latentkv.weights import PackedFormat, pack_weight, quantize_weight
 
 Case = Callable[[torch.device, torch.dtype, torch.Generator], tuple[Tensor, Tensor]]
 TOLERANCE: Mapping[torch.dtype, float] = {torch.float32: 1e-5, torch.bfloat16: 2.01 / 128}
@@ -101,14 +102,14 @@ def _linear(device: torch.device, dtype: torch.dtype, generator: torch.Generator
     return ops.linear(x.to(device), weight.to(device)), x.double() @ weight.double().T
 
 
-def _packed_linear(fmt: ops.PackedFormat) -> Case:
+def _packed_linear(fmt: PackedFormat) -> Case:
     """Against the numbers that the packed codes and scales stand for."""
 
     def case(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         x, weight = _random((5, 96), dtype, generator), _random((40, 96), torch.bfloat16, generator)
-        stored = weight if fmt == "bf16" or fmt == "compact" else ops.quantize_weight(weight, fmt, 32)
+        stored = weight if fmt == "bf16" or fmt == "compact" else quantize_weight(weight, fmt, 32)
         exact = stored.double() if isinstance(stored, Tensor) else stored.dequantize(torch.float64)
-        return ops.linear(x, ops.pack_weight(stored, compact=fmt == "compact")), x.double() @ exact.T
+        return ops.linear(x, pack_weight(stored, compact=fmt == "compact")), x.double() @ exact.T
 
     return case
 
@@ -118,13 +119,13 @@ def _packed_moe_experts(device: torch.device, dtype: torch.dtype, generator: tor
     ids = torch.stack([torch.randperm(4, generator=generator)[:2] for _ in range(6)])
     gate_up = _random((4, 48, 32), torch.bfloat16, generator) / 6
     down = _random((4, 32, 24), torch.bfloat16, generator) / 5
-    got = ops.moe_experts(x, ids, weights, ops.pack_weight(gate_up), ops.pack_weight(down))
+    got = ops.moe_experts(x, ids, weights, pack_weight(gate_up), pack_weight(down))
     return got, reference.moe_experts(x, ids, weights, gate_up, down)
 
 
 def _headwise_linear(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     x, weight = _random((5, _HEADS, 32), dtype, generator), _random((_HEADS, 48, 32), torch.bfloat16, generator)
-    return ops.headwise_linear(x, ops.pack_weight(weight)), torch.einsum("thd,hod->tho", x.double(), weight.double())
+    return ops.headwise_linear(x, pack_weight(weight)), torch.einsum("thd,hod->tho", x.double(), weight.double())
 
 
 def _rms_norm(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> tuple[Tensor, Tensor]:

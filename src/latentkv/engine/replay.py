@@ -9,10 +9,10 @@ from typing import Protocol
 from torch import Tensor
 
 from latentkv.cache import LatentCache
+from latentkv.kernels import current_isa
 from latentkv.models.batch import Batch
 from latentkv.models.mla import Form
 from latentkv.models.rope import Rotary
-from latentkv.ops.native.core import current_isa
 from latentkv.ops.native.recording import NotRecordableError, Recording
 
 MOST_ROWS = 8

@@ -18,7 +18,7 @@ from latentkv.models.mla import Form, MultiHeadLatentAttention
 from latentkv.models.moe import Experts, MoE, Router
 from latentkv.models.packing import Packer
 from latentkv.models.rope import Rotary, rotary
-from latentkv.ops import PackedWeight
+from latentkv.weights import PackedWeight
 
 
 class DecoderLayer(nn.Module):

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 
+from latentkv import kernels
 from latentkv.models.decoder import Decoder
 from latentkv.models.packing import Packing
 from latentkv.models.rope import attention_factor, inverse_frequencies
-from latentkv.ops.native import core
 
 _PACKAGE = Path(__file__).parent.parent
 
@@ -36,7 +36,7 @@ def model_fingerprint(decoder: Decoder, weights: bytes, *, packing: Packing | No
         repr((decoder.dtype, next(decoder.parameters()).device.type, packing, int8_products)).encode(),
         inverse_frequencies(config.rope, max_context=decoder.max_context).numpy().tobytes(),
         repr(attention_factor(config.rope)).encode(),
-        repr((torch.__version__, core.current_isa())).encode(),
+        repr((torch.__version__, kernels.current_isa())).encode(),
         _program(),
     )
     return sha256(b"".join(sha256(part).digest() for part in parts)).digest()
@@ -45,6 +45,6 @@ def model_fingerprint(decoder: Decoder, weights: bytes, *, packing: Packing | No
 def _program() -> bytes:
     """SHA-256 of the code that computes: `models`, `ops` and the kernels."""
     files = sorted((_PACKAGE / "models").rglob("*.py")) + sorted((_PACKAGE / "ops").rglob("*.py"))
-    if core.extension is not None:
-        files.append(Path(core.extension.__file__))
+    if kernels.extension is not None:
+        files.append(Path(kernels.extension.__file__))
     return sha256(b"".join(sha256(file.read_bytes()).digest() for file in files)).digest()

@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from latentkv import ops
 from latentkv.models.packing import Packer
-from latentkv.ops import PackedWeight
+from latentkv.weights import PackedWeight
 
 
 class RMSNorm(nn.Module):

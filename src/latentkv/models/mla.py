@@ -16,7 +16,7 @@ from latentkv.models.config import MLAConfig, RopeConfig
 from latentkv.models.layers import Linear, RMSNorm
 from latentkv.models.packing import Packer
 from latentkv.models.rope import Rotary, rotary
-from latentkv.ops import PackedWeight
+from latentkv.weights import PackedWeight
 
 Form = Literal["absorbed", "expanded"]
 

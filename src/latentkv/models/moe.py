@@ -10,7 +10,7 @@ from latentkv import ops
 from latentkv.models.config import MoEConfig
 from latentkv.models.layers import MLP, RMSNorm
 from latentkv.models.packing import Packer
-from latentkv.ops import PackedWeight
+from latentkv.weights import PackedWeight
 
 
 class Router(nn.Module):

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from latentkv.checkpoint.names import published_name
-from latentkv.checkpoint.schemes import choose_scheme
 from latentkv.errors import ConfigError
-from latentkv.ops import PackedWeight, QuantizedWeight, pack_weight, quantize_weight
 from latentkv.ops.backends import compact_is_fast, why_not_native
-from latentkv.ops.weight_formats import WEIGHT_FORMATS, WeightFormat
+from latentkv.weights import PackedWeight, QuantizedWeight, pack_weight, quantize_weight
+from latentkv.weights.policy import choose_scheme
+from latentkv.weights.weight import WEIGHT_FORMATS, WeightFormat
 
 Weight = Tensor | QuantizedWeight
 
@@ -27,7 +27,7 @@ class Packing:
         format: of the large matrices; the router, norms, embeddings and latent projections stay in high precision
             whatever it is, and int4 leaves the output head at int8.
         group: weights that share a scale; None: the format's default.
-        compact: keep what stays bfloat16 in 12 bits, without loss (`ops/compact.py`).
+        compact: keep what stays bfloat16 in 12 bits, without loss (`weights/compact.py`).
     """
 
     format: Literal["bf16"] | WeightFormat = "bf16"

@@ -15,19 +15,13 @@ from latentkv.ops.kv_formats import (
     storage_dtype,
 )
 from latentkv.ops.moe import gated_mlp, moe_experts
-from latentkv.ops.packed import PackedFormat, PackedWeight, pack_weight
 from latentkv.ops.pages import norm_rope_write, read_latents, write_latents
 from latentkv.ops.prefill import mla_prefill
 from latentkv.ops.routing import select_experts
 from latentkv.ops.states import merge_states
-from latentkv.ops.weight_formats import QuantizedWeight, WeightFormat, quantize_weight
 
 __all__ = [
     "KVFormat",
-    "PackedFormat",
-    "PackedWeight",
-    "QuantizedWeight",
-    "WeightFormat",
     "apply_rope",
     "causal_attention",
     "decode_latents",
@@ -46,8 +40,6 @@ __all__ = [
     "moe_experts",
     "norm_rope_write",
     "output_logits",
-    "pack_weight",
-    "quantize_weight",
     "read_latents",
     "rms_norm",
     "select_experts",

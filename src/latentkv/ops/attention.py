@@ -11,9 +11,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from latentkv.checks import require, require_floats, require_integers, require_shape
 from latentkv.errors import OpError
 from latentkv.ops.backends import why_no_int8_products
-from latentkv.ops.checks import require, require_floats, require_integers, require_shape
 from latentkv.ops.kv_formats import KVFormat
 from latentkv.ops.native import attention as native
 from latentkv.ops.online_softmax import CHUNK_TOKENS, attend, compute_dtype

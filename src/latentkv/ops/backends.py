@@ -6,7 +6,7 @@ from typing import Literal
 
 import torch
 
-from latentkv.ops.native import core
+from latentkv import kernels
 from latentkv.ops.triton import eligible as triton
 from latentkv.ops.triton.eligible import why_not_triton
 
@@ -28,10 +28,10 @@ def why_not_native(device: torch.device) -> str | None:
     """Why the native kernels do not compute on `device`, to follow "the native kernels"; None where they do."""
     if device.type != "cpu":
         return f"run on a CPU only, not on {device}"
-    if core.extension is None:
-        return f"were not built ({core.why_no_extension()}): install a C++ compiler, then LatentKV anew"
-    if core.native_isa() is None:
-        return f"are switched off: unset {core.ENVIRONMENT_VARIABLE}"
+    if kernels.extension is None:
+        return f"were not built ({kernels.why_no_extension()}): install a C++ compiler, then LatentKV anew"
+    if kernels.native_isa() is None:
+        return f"are switched off: unset {kernels.ENVIRONMENT_VARIABLE}"
     return None
 
 
@@ -39,23 +39,23 @@ def why_no_int8_products(device: torch.device) -> str | None:
     """Why attention over int8 pages cannot be computed in int8 products there, as a clause; None where it can."""
     if (reason := why_not_native(device)) is not None:
         return f"the native kernels {reason}"
-    if not core.has_int8_products():
-        return f"the kernels for {core.current_isa()} have none, avx512bf16's do (AVX-512 VNNI)"
+    if not kernels.has_int8_products():
+        return f"the kernels for {kernels.current_isa()} have none, avx512bf16's do (AVX-512 VNNI)"
     return None
 
 
 def compact_is_fast() -> bool:
     """Whether compact weights are worth it here: measured on avx512bf16 only, where they were."""
-    return core.current_isa() == "avx512bf16"
+    return kernels.current_isa() == "avx512bf16"
 
 
 def describe_backends(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
     """One line an op: what computes it on this device (`why_not_native`, `why_not_triton`: why that is torch)."""
     if why_not_triton(device) is None and dtype in triton.DTYPES:
         return _triton_backends(device, dtype)
-    if why_not_native(device) is not None or dtype not in core.DTYPE_CODES:
+    if why_not_native(device) is not None or dtype not in kernels.DTYPE_CODES:
         return _torch_backends(device, dtype)
-    isa = core.current_isa()
+    isa = kernels.current_isa()
     native = f"native, {isa}"
     attention = f"{native}, {'bf16' if isa == 'avx512bf16' and dtype == torch.bfloat16 else 'float32'} products"
     return {

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from latentkv.checks import FLOATS, require, require_floats, require_same_dtype, require_shape
 from latentkv.errors import OpError
-from latentkv.ops.checks import FLOATS, require, require_floats, require_same_dtype, require_shape
+from latentkv.kernels import DTYPE_CODES, native_isa
 from latentkv.ops.native import linear as native
-from latentkv.ops.native.core import DTYPE_CODES, native_isa
-from latentkv.ops.packed import PackedWeight, unpack_weight
+from latentkv.weights.layout import PackedWeight, unpack_weight
 
 _NATIVE_X = (torch.bfloat16, torch.float32)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from latentkv.checks import require_floats
 from latentkv.errors import OpError
-from latentkv.ops.checks import require_floats
 from latentkv.ops.native import elementwise as native
 from latentkv.ops.triton import calls as triton
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from latentkv.checks import require_floats
 from latentkv.errors import OpError
 from latentkv.ops.basic import linear
-from latentkv.ops.checks import require_floats
 from latentkv.ops.native import headwise as native
-from latentkv.ops.packed import PackedWeight
+from latentkv.weights.layout import PackedWeight
 
 
 def headwise_linear(x: Tensor, weight: PackedWeight, *, out: Tensor | None = None) -> Tensor:

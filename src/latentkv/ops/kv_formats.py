@@ -21,8 +21,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from latentkv.checks import require, require_floats, require_shape
 from latentkv.errors import OpError
-from latentkv.ops.checks import require, require_floats, require_shape
 
 KVFormat = Literal["fp32", "bf16", "fp16", "int8", "fp8"]
 KV_FORMATS: tuple[KVFormat, ...] = get_args(KVFormat)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from latentkv.checks import require_floats, require_integers, require_same_dtype, require_shape
 from latentkv.errors import OpError
 from latentkv.ops.basic import linear
-from latentkv.ops.checks import require_floats, require_integers, require_same_dtype, require_shape
 from latentkv.ops.elementwise import silu_mul
 from latentkv.ops.native import moe as native
-from latentkv.ops.packed import PackedWeight
 from latentkv.ops.triton import calls as triton
+from latentkv.weights.layout import PackedWeight
 
 
 def moe_experts(

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from latentkv.checks import require, require_floats, require_integers, require_shape
 from latentkv.errors import OpError
-from latentkv.ops.checks import require, require_floats, require_integers, require_shape
 from latentkv.ops.elementwise import apply_rope, rms_norm
 from latentkv.ops.kv_formats import (
     FLOAT_DTYPES,

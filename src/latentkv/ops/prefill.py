@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from latentkv.checks import require, require_floats, require_integers, require_shape
 from latentkv.ops.backends import prefill_backend
-from latentkv.ops.checks import require, require_floats, require_integers, require_shape
 from latentkv.ops.native import attention as native
 from latentkv.ops.online_softmax import attend, compute_dtype
 from latentkv.ops.states import merge_states

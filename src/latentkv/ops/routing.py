@@ -7,8 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from latentkv.checks import require_floats, require_shape
 from latentkv.errors import OpError
-from latentkv.ops.checks import require_floats, require_shape
 from latentkv.ops.native import routing as native
 
 Scoring = Literal["softmax", "sigmoid"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from latentkv.ops.checks import require, require_floats, require_shape
+from latentkv.checks import require, require_floats, require_shape
 from latentkv.ops.triton import calls as triton
 
 

@@ -12,16 +12,16 @@ from typing import Any, Literal, cast
 
 import torch
 
-from latentkv.checkpoint.compressed import METHOD, PackedSchemes
-from latentkv.checkpoint.fp8 import read_float8_scheme
-from latentkv.checkpoint.quantized import packed_layout
-from latentkv.checkpoint.schemes import choose_scheme
 from latentkv.checkpoint.shard import entry_bytes
 from latentkv.checkpoint.wrapper import outermost
 from latentkv.errors import ConfigError
 from latentkv.models.config import GQAConfig, MLAConfig, ModelConfig, MoEConfig
 from latentkv.models.stored_config import stored_dtype
-from latentkv.ops.weight_formats import WEIGHT_FORMATS, WeightFormat
+from latentkv.weights.files.compressed_config import METHOD, PackedSchemes
+from latentkv.weights.files.compressed_tensors import packed_layout
+from latentkv.weights.files.deepseek_fp8 import read_float8_scheme
+from latentkv.weights.policy import choose_scheme
+from latentkv.weights.weight import WEIGHT_FORMATS, WeightFormat
 
 Kind = Literal[
     "embedding", "attention", "dense mlp", "shared experts", "routed experts", "router", "norm", "lm head", "mtp"

@@ -16,15 +16,15 @@ from torch import Tensor
 from latentkv.checkpoint.companions import copy_companions
 from latentkv.checkpoint.locate import CONFIG_FILE, INDEX_FILE
 from latentkv.checkpoint.names import published_parts
-from latentkv.checkpoint.quantized import pack
 from latentkv.checkpoint.shard import write_shard
 from latentkv.errors import CheckpointError, OpError
 from latentkv.files import sync, write_json
 from latentkv.json_files import read_any_json, read_json
-from latentkv.ops.weight_formats import WeightFormat, quantize_weight, require_format
 from latentkv.quantize.layout import CopyLayout, Part, plan_copy
 from latentkv.quantize.report import QuantizationReport, ReportRow, squared_error
 from latentkv.saved_values import as_saved, saved_in
+from latentkv.weights.files.compressed_tensors import pack
+from latentkv.weights.weight import WeightFormat, quantize_weight, require_format
 
 REPORT_FILE = "quantization_report.json"
 MAX_SHARD_BYTES = 2 * 10**9
@@ -46,7 +46,7 @@ def quantize_checkpoint(
 ) -> QuantizationReport:
     """Write a quantised copy of a checkpoint that other engines load too (compressed-tensors, "pack-quantized").
 
-    `checkpoint.schemes` says what is quantised. Memory holds a few tensors at a time. Each file gets its name when it
+    `weights.policy` says what is quantised. Memory holds a few tensors at a time. Each file gets its name when it
     is whole and on disk, config.json last; the same call after an interruption goes on with the first missing file.
 
     Args:

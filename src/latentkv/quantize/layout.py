@@ -11,18 +11,18 @@ from typing import Any
 
 import torch
 
-from latentkv.checkpoint.compressed import build_config
 from latentkv.checkpoint.locate import CONFIG_FILE, SINGLE_FILE
 from latentkv.checkpoint.names import layer_of, published_parts, tensor_kind, text_model_names
-from latentkv.checkpoint.quantized import packed_layout
 from latentkv.checkpoint.reader import CheckpointReader
-from latentkv.checkpoint.schemes import WeightScheme, choose_scheme
 from latentkv.checkpoint.shard import Entry, entry_bytes
 from latentkv.checkpoint.wrapper import without
 from latentkv.errors import CheckpointError
 from latentkv.models.config_reader import read_model_json
 from latentkv.models.stored_config import open_checkpoint
-from latentkv.ops.weight_formats import WeightFormat
+from latentkv.weights.files.compressed_config import build_config
+from latentkv.weights.files.compressed_tensors import packed_layout
+from latentkv.weights.policy import WeightScheme, choose_scheme
+from latentkv.weights.weight import WeightFormat
 
 
 @dataclass(frozen=True)

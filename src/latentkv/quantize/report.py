@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latentkv.ops.weight_formats import QuantizedWeight
 from latentkv.saved_values import as_saved
+from latentkv.weights.weight import QuantizedWeight
 
 _NUMBERS_AT_A_TIME = 2**22
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from latentkv.ops.native.core import has_triton, use_isa
+from latentkv.kernels import has_triton, use_isa
 from latentkv.ops.triton.launch import Launch
 from triton_interpreter import patch_language_once
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from ops_cases import mla_case
 
+from latentkv import kernels
 from latentkv.errors import ConfigError
+from latentkv.kernels import use_isa
 from latentkv.ops import describe_backends, mla_attend
-from latentkv.ops.native import core
-from latentkv.ops.native.core import use_isa
 from latentkv.ops.triton import eligible
 from latentkv.ops.triton.eligible import takes, why_not_triton
 from latentkv.ops.triton.launch import Launch
@@ -39,7 +39,7 @@ def test_a_cpu_is_left_to_other_kernels_unless_triton_is_named(monkeypatch: pyte
 
 
 def test_on_a_cpu_it_has_to_be_interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(core, "has_triton", lambda: True)
+    monkeypatch.setattr(kernels, "has_triton", lambda: True)
     with use_isa("triton"):
         monkeypatch.setenv("TRITON_INTERPRET", "1")
         assert why_not_triton(CPU) is None
@@ -48,7 +48,7 @@ def test_on_a_cpu_it_has_to_be_interpreted(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_triton_cannot_be_named_where_it_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(core, "has_triton", lambda: False)
+    monkeypatch.setattr(kernels, "has_triton", lambda: False)
     with pytest.raises(ConfigError, match="isa='triton' does not run here; choose one of torch"), use_isa("triton"):
         pass
 
@@ -81,7 +81,7 @@ def test_every_op_says_what_computes_it_on_a_gpu() -> None:
 
 @pytest.mark.usefixtures("ampere")
 def test_torch_computes_gradients_and_float64(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(core, "has_triton", lambda: True)
+    monkeypatch.setattr(kernels, "has_triton", lambda: True)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     x = torch.zeros(2)
     with use_isa("triton"):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from latentkv.ops.native.core import has_triton
+from latentkv.kernels import has_triton
 
 KERNELS = {
     "plan_kernel",

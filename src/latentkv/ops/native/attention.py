@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from latentkv.checks import as_int32
 from latentkv.errors import OpError
-from latentkv.ops.checks import as_int32
+from latentkv.kernels import DTYPE_CODES, extension
 from latentkv.ops.kv_formats import KV_FORMATS, KVFormat, latent_payload_bytes
 from latentkv.ops.native import eligible
-from latentkv.ops.native.core import DTYPE_CODES, extension
 
 
 def isa_for(q: Tensor, pages: Tensor, *others: Tensor) -> Any | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from latentkv.ops.native.core import DTYPE_CODES, extension
+from latentkv.kernels import DTYPE_CODES, extension
 from latentkv.ops.native.eligible import isa_for
 
 MAX_ROW = 16384

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from latentkv.ops.native.core import DTYPE_CODES, native_isa
+from latentkv.kernels import DTYPE_CODES, native_isa
 
 
 def isa_for(*tensors: Tensor) -> Any | None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from latentkv.ops.native.core import DTYPE_CODES, extension
+from latentkv.kernels import DTYPE_CODES, extension
 from latentkv.ops.native.eligible import isa_for
 from latentkv.ops.native.linear import FORMAT_CODES
 from latentkv.ops.native.moe import X_DTYPES
-from latentkv.ops.packed import PackedWeight
+from latentkv.weights.layout import PackedWeight
 
 
 def headwise_linear(x: Tensor, weight: PackedWeight, out: Tensor | None) -> Tensor | None:

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latentkv.ops.native.core import DTYPE_CODES, extension
-from latentkv.ops.packed import PackedWeight
+from latentkv.kernels import DTYPE_CODES, extension
+from latentkv.weights.layout import PackedWeight
 
 FORMAT_CODES = {"bf16": 0, "int8": 1, "int4": 2, "compact": 3}
 """Weight formats as `csrc/linear.h` numbers them."""

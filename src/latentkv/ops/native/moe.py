@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from latentkv.errors import OpError
-from latentkv.ops.native.core import DTYPE_CODES, extension
+from latentkv.kernels import DTYPE_CODES, extension
 from latentkv.ops.native.eligible import isa_for
 from latentkv.ops.native.linear import FORMAT_CODES
-from latentkv.ops.packed import PackedWeight
+from latentkv.weights.layout import PackedWeight
 
 X_DTYPES = (torch.bfloat16, torch.float32)
 """What the kernels multiply packed weights by."""

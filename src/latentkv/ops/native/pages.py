@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from latentkv.errors import OpError
+from latentkv.kernels import DTYPE_CODES, extension
 from latentkv.ops.kv_formats import KV_FORMATS, KVFormat, latent_payload_bytes, storage_dtype
-from latentkv.ops.native.core import DTYPE_CODES, extension
 from latentkv.ops.native.elementwise import MAX_ROW
 from latentkv.ops.native.eligible import isa_for
 

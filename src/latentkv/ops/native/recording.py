@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from latentkv.errors import OpError
-from latentkv.ops.native.core import extension
+from latentkv.kernels import extension
 
 _BRINGS_NUMBERS = {"aten::lift_fresh"}  # torch.tensor's, whose memory nothing fills again
 _ALLOCATES = {"aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty", "aten::new_empty_strided"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from latentkv.ops.native.core import extension
+from latentkv.kernels import extension
 from latentkv.ops.native.eligible import isa_for
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from latentkv.ops.native.core import extension
+from latentkv.kernels import extension
 
 
 def live_teams() -> int:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latentkv.ops.checks import as_int32
+from latentkv.checks import as_int32
 from latentkv.ops.kv_formats import KVFormat
 from latentkv.ops.triton import attention_kernels as kernels
 from latentkv.ops.triton.blocks import AttendBlocks, AttendShape, block_size

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from latentkv.ops.native.core import ENVIRONMENT_VARIABLE, has_triton, named_isa
+from latentkv.kernels import ENVIRONMENT_VARIABLE, has_triton, named_isa
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OLDEST_CAPABILITY = (8, 0)

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from latentkv.ops.weight_formats import GROUP_SIZES, WeightFormat
+from latentkv.weights.weight import GROUP_SIZES, WeightFormat
 
 # Linear layers that are read whole for every token, and whose errors average out. Everything else stays as it is:
 # embeddings, norms, routers and their biases, and the projections to and from the latents (kv_a_proj_with_mqa,

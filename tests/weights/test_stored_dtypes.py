@@ -8,8 +8,8 @@ import torch
 from safetensors import safe_open
 
 from latentkv.checkpoint import CheckpointReader
-from latentkv.checkpoint.dtypes import NAMES, STORED
 from latentkv.errors import CheckpointError
+from latentkv.weights.files.dtypes import NAMES, STORED
 
 
 def file_of(folder, dtype, shape=(4, 4), nbytes=None):

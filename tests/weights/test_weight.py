@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from latentkv.errors import OpError
 from latentkv.ops import reference
-from latentkv.ops.weight_formats import GROUP_SIZES, QuantizedWeight, quantize_weight
+from latentkv.weights.weight import GROUP_SIZES, QuantizedWeight, quantize_weight
 
 FORMATS = [("int8", None), *(("int8", g) for g in GROUP_SIZES), *(("int4", g) for g in (None, *GROUP_SIZES))]
 

@@ -10,7 +10,7 @@ weights of an output take three 32-bit words. Each half of word i (the low half 
 lower byte in bits 0-7, the code in bits 8-11. Bits 12-15 of the three words' halves hold weight 6 or 7: the code; the
 lower byte's bits 0-3; its bits 4-7.
 
-The words lie in blocks as `ops/packed.py` says. Each block ends with whole cache
+The words lie in blocks as `weights/layout.py` says. Each block ends with whole cache
 lines of 32-bit words: the window's first exponent; the number of exceptions; and for each of them, a weight whose
 exponent is outside the window, its column, and its output in the block (low half) with its bits (high half). Among the
 words the window's first power of two stands for it, from which kernels know what to take away again.
@@ -21,7 +21,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from latentkv.ops.native.core import extension
+from latentkv.kernels import extension
 
 WORDS, WEIGHTS = 3, 8
 """Words that hold so many weights of one output."""

@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import save_file
 
 from latentkv.checkpoint import CheckpointReader
-from latentkv.checkpoint.compressed import PackedSchemes, build_config
-from latentkv.checkpoint.quantized import pack, packed_layout, unpack
-from latentkv.checkpoint.schemes import WeightScheme, choose_scheme
 from latentkv.errors import CheckpointError
-from latentkv.ops.weight_formats import QuantizedWeight, quantize_weight
+from latentkv.weights.files.compressed_config import PackedSchemes, build_config
+from latentkv.weights.files.compressed_tensors import pack, packed_layout, unpack
+from latentkv.weights.policy import WeightScheme, choose_scheme
+from latentkv.weights.weight import QuantizedWeight, quantize_weight
 
 SCHEMES = [WeightScheme("int8", None), WeightScheme("int8", 64), WeightScheme("int4", 32), WeightScheme("int4", 128)]
 NAME = "model.layers.0.mlp.up_proj"

@@ -7,7 +7,7 @@ consecutive weights of one output:
 - bf16: 2 weights, the first in the low half.
 - int8: 4 codes, the first in the low byte.
 - int4: 8 codes, each plus 8; from bit 4 i, the low half holds code 2 i and the high half code 2 i + 1.
-- compact: a third of 8 bfloat16 weights, see `ops/compact.py`.
+- compact: a third of 8 bfloat16 weights, see `weights/compact.py`.
 
 Quantised weights have their block's 32 scales (bf16) before the words of each group. The inner axis is padded to
 whole groups and words. Padding is zeros. Among compact weights it stands for other numbers: along D activations are
@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from latentkv.ops import compact as compact_layout
-from latentkv.ops.checks import require
-from latentkv.ops.weight_formats import QuantizedWeight, require_quantized
+from latentkv.checks import require
+from latentkv.weights import compact as compact_layout
+from latentkv.weights.weight import QuantizedWeight, require_quantized
 
 PackedFormat = Literal["bf16", "compact", "int8", "int4"]
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from latentkv import kernels
 from latentkv.errors import OpError
 from latentkv.ops import linear
-from latentkv.ops.native import core
-from latentkv.ops.packed import pack_weight, unpack_weight
-from latentkv.ops.weight_formats import QuantizedWeight, quantize_weight
+from latentkv.weights.layout import pack_weight, unpack_weight
+from latentkv.weights.weight import QuantizedWeight, quantize_weight
 
 SHAPES = [(1, 1), (1, 8), (32, 64), (33, 30), (3, 17, 127), (2, 64, 256), (1000, 130)]
 
@@ -39,7 +39,7 @@ def test_every_code_comes_back(bits: int, low: int, high: int) -> None:
     assert torch.equal(unpack_weight(pack_weight(quantised)), codes / 2)
 
 
-needs_extension = pytest.mark.skipif(core.extension is None, reason="only the extension packs compact weights")
+needs_extension = pytest.mark.skipif(kernels.extension is None, reason="only the extension packs compact weights")
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -155,10 +155,10 @@ def test_a_weight_or_scale_that_is_not_finite_shows_in_every_product_with_it(kin
     else:
         weight[5, 200] = bad
     packed = pack_weight(packed, compact=kind == "compact")
-    assert packed.format == kind or core.extension is None
-    for isa in core.available_isas():
+    assert packed.format == kind or kernels.extension is None
+    for isa in kernels.available_isas():
         for dtype in (torch.bfloat16, torch.float32):
-            with core.use_isa(isa):
+            with kernels.use_isa(isa):
                 out = linear(torch.ones(3, 512).to(dtype), packed)
             assert not out[:, 5].isfinite().any()
             assert out[:, [4, 6]].isfinite().all()

@@ -6,10 +6,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
-from latentkv.checkpoint.patterns import match_patterns
-from latentkv.checkpoint.schemes import WeightScheme
 from latentkv.errors import CheckpointError
-from latentkv.ops.weight_formats import GROUP_SIZES, WeightFormat
+from latentkv.weights.files.patterns import match_patterns
+from latentkv.weights.policy import WeightScheme
+from latentkv.weights.weight import GROUP_SIZES, WeightFormat
 
 METHOD = "compressed-tensors"
 _FORMAT = "pack-quantized"

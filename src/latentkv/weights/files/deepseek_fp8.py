@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latentkv.checkpoint.dtypes import StoredDtype
 from latentkv.errors import CheckpointError
+from latentkv.weights.files.dtypes import StoredDtype
 
 SCALE_SUFFIXES = ("_scale_inv", "_activation_scale", ".activation_scale")
 """What scales are called beside their weight. Activation scales serve float8 arithmetic and are not needed here."""

@@ -11,9 +11,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from latentkv.checkpoint.schemes import WeightScheme
 from latentkv.errors import CheckpointError
-from latentkv.ops.weight_formats import QuantizedWeight
+from latentkv.weights.policy import WeightScheme
+from latentkv.weights.weight import QuantizedWeight
 
 PACKED, SCALE, SHAPE = "_packed", "_scale", "_shape"
 """What is added to a weight's name for each of its parts."""
