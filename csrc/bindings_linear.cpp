@@ -15,7 +15,7 @@ using Address = std::uintptr_t;
 static void linear(Isa isa, Address weight, int format, std::int64_t outs, std::int64_t ins, std::int64_t group,
                    Address x, int x_dtype, std::int64_t rows, std::int64_t x_stride, Address y, int y_dtype,
                    Address bias, int bias_dtype, Address residual, int residual_dtype, std::int64_t residual_stride) {
-  const PackedWeight w = {(const std::uint8_t*)weight, (WeightFormat)format, 1, outs, ins, group};
+  const PackedWeight w = packed_weight(weight, format, 1, outs, ins, group);
   const LinearInput in = {(const void*)x, (DType)x_dtype, rows, x_stride, nullptr};
   LinearOutput out = {};
   out.y = (void*)y;

@@ -18,11 +18,6 @@ using Address = std::uintptr_t;
 // Temporaries of the rows computed at a time; weights are read once for so many.
 constexpr std::int64_t BYTES_AT_A_TIME = 128 << 20;
 
-PackedWeight packed(Address data, int format, std::int64_t count, std::int64_t outs, std::int64_t ins,
-                    std::int64_t group) {
-  return {reinterpret_cast<const std::uint8_t*>(data), static_cast<WeightFormat>(format), count, outs, ins, group};
-}
-
 LinearOutput output(Address y, std::int64_t stride, int dtype, Address residual, int residual_dtype) {
   LinearOutput out{};
   out.y = reinterpret_cast<void*>(y);
@@ -81,8 +76,8 @@ void bind_moe(nb::module_& m) {
          std::int64_t x_stride, int dtype, std::int64_t tokens, Address ids, Address weights, std::int64_t chosen,
          Address out, Address residual, int residual_dtype) -> std::int64_t {
         GatedProducts all{};
-        all.gate_up = packed(gate_up, gate_up_format, experts, 2 * inner, dim, gate_up_group);
-        all.down = packed(down, down_format, experts, dim, inner, down_group);
+        all.gate_up = packed_weight(gate_up, gate_up_format, experts, 2 * inner, dim, gate_up_group);
+        all.down = packed_weight(down, down_format, experts, dim, inner, down_group);
         all.x = {reinterpret_cast<const void*>(x), static_cast<DType>(dtype), tokens, x_stride, nullptr};
         all.chosen = chosen;
         all.out = output(out, dim, dtype, residual, residual_dtype);
@@ -109,8 +104,8 @@ void bind_moe(nb::module_& m) {
          std::int64_t down_group, std::int64_t outs, std::int64_t dim, std::int64_t inner, Address x,
          std::int64_t x_stride, int dtype, std::int64_t tokens, Address out, Address residual, int residual_dtype) {
         GatedProducts all{};
-        all.gate_up = packed(gate_up, gate_up_format, 1, 2 * inner, dim, gate_up_group);
-        all.down = packed(down, down_format, 1, outs, inner, down_group);
+        all.gate_up = packed_weight(gate_up, gate_up_format, 1, 2 * inner, dim, gate_up_group);
+        all.down = packed_weight(down, down_format, 1, outs, inner, down_group);
         all.x = {reinterpret_cast<const void*>(x), static_cast<DType>(dtype), tokens, x_stride, nullptr};
         all.chosen = 1;
         all.out = output(out, outs, dtype, residual, residual_dtype);
@@ -129,7 +124,7 @@ void bind_moe(nb::module_& m) {
       recordable(+[](Isa isa, Address weight, int format, std::int64_t heads, std::int64_t outs, std::int64_t ins,
          std::int64_t group, Address x, std::ptrdiff_t x_token, std::ptrdiff_t x_head, int x_dtype, Address out,
          std::ptrdiff_t out_token, std::ptrdiff_t out_head, int out_dtype, int tokens) {
-        headwise(isa).linear(packed(weight, format, heads, outs, ins, group),
+        headwise(isa).linear(packed_weight(weight, format, heads, outs, ins, group),
                              {reinterpret_cast<void*>(x), x_token, x_head, static_cast<DType>(x_dtype)},
                              {reinterpret_cast<void*>(out), out_token, out_head, static_cast<DType>(out_dtype)}, tokens);
       }),

@@ -25,6 +25,12 @@ LATENTKV_INLINE RowBlock row_block(std::int64_t rows, std::int64_t blocks, std::
 
 LATENTKV_INLINE std::int64_t units_of(const Layout& layout) { return layout.padded_ins / UNIT; }
 
+LATENTKV_INLINE bool has_minima(WeightFormat format) { return format >= WeightFormat::uint2; }
+// Of a row's activations, which lie behind the units of all rows.
+LATENTKV_INLINE std::int64_t sums_of(const PackedWeight& w, const Layout& layout) {
+  return has_minima(w.format) ? layout.groups : 0;
+}
+
 // Units [first, end) of a row, `lanes` units apart; zeros where weights are padded.
 #if defined(__AVX512BF16__)
 void pack_units(const bf16* x, std::int64_t ins, std::int64_t first, std::int64_t end, Unit* out, int lanes) {
@@ -68,6 +74,21 @@ void pack_rows(const LinearInput& in, RowBlock rows, std::int64_t ins, std::int6
     }
 }
 
+// The sums of the activations x [groups][units][lanes] of each group: [groups][lanes].
+void sum_groups(const Unit* x, std::int64_t groups, std::int64_t units, int lanes, float* sums) {
+  for (std::int64_t g = 0; g < groups; g++, sums += lanes) {
+    for (int lane = 0; lane < lanes; lane++) sums[lane] = 0;
+    for (std::int64_t i = 0; i < units; i++, x += lanes)
+      for (int lane = 0; lane < lanes; lane++) {
+#if defined(__AVX512BF16__)
+        sums[lane] += bf16_to_float((bf16)x[lane]) + bf16_to_float((bf16)(x[lane] >> 16));
+#else
+        sums[lane] += x[lane];
+#endif
+      }
+  }
+}
+
 // One block's sums [planes * rows][32] to rows of results.
 void write_rows(const float* sums, int planes, RowBlock rows, std::int64_t out, std::int64_t outs,
                 const LinearOutput& to) {
@@ -98,6 +119,10 @@ const Product& product_with(WeightFormat format, std::int64_t groups) {
     case WeightFormat::int8: return groups > 1 ? product<GroupedInt8Words> : product<Int8Words>;
     case WeightFormat::int4: return product<Int4Words>;
     case WeightFormat::compact: return product<CompactWords>;
+    case WeightFormat::uint2: return product<UnsignedWords<2>>;
+    case WeightFormat::uint4: return product<UnsignedWords<4>>;
+    case WeightFormat::uint5: return product<UnsignedWords<5>>;
+    case WeightFormat::uint6: return product<UnsignedWords<6>>;
     default: return product<Bf16Words>;
   }
 }
@@ -124,10 +149,11 @@ void add_exceptions(const CompactEnd& end, const Unit* x, int lanes, float* sums
 }
 
 // A block of outputs, whose next one is fetched meanwhile: an equal part of it during each of so many passes.
-Panel panel_of(const Layout& layout, const Word* block, std::int64_t fetches) {
+Panel panel_of(const PackedWeight& w, const Layout& layout, const Word* block, std::int64_t fetches) {
   Panel panel = {};
   panel.words = block + layout.scale_words;
-  if (layout.scale_words) panel.scales = (const bf16*)block;
+  if (layout.scale_words) panel.scales = (const std::uint16_t*)block;
+  panel.scales_dtype = w.scales;
   panel.groups = layout.groups;
   panel.group_words = layout.group_words;
   panel.words_stride = layout.group_stride();
@@ -161,17 +187,38 @@ std::int64_t fetching_turns(std::int64_t turns) {
 
 }  // namespace
 
+namespace {
+
+// Words that are read together, and how many weights of an output they hold.
+struct Pack {
+  std::int64_t words, ins;
+};
+Pack pack_of(WeightFormat format) {
+  switch (format) {
+    case WeightFormat::bf16: return {1, 2};
+    case WeightFormat::int8: return {1, 4};
+    case WeightFormat::int4: return {1, 8};
+    case WeightFormat::compact: return {COMPACT_WORDS, COMPACT_WEIGHTS};
+    case WeightFormat::uint2: return {1, 16};
+    case WeightFormat::uint4: return {1, 8};
+    case WeightFormat::uint5: return {5, 32};
+    case WeightFormat::uint6: return {3, 16};
+  }
+  return {};
+}
+
+}  // namespace
+
 Layout layout_of(const PackedWeight& w) {
-  const bool compact = w.format == WeightFormat::compact;
-  const std::int64_t word_ins = w.format == WeightFormat::bf16 ? 2 : w.format == WeightFormat::int8 ? 4 : 8;
-  const bool scaled = w.format == WeightFormat::int8 || w.format == WeightFormat::int4;
+  const bool compact = w.format == WeightFormat::compact, scaled = !compact && w.format != WeightFormat::bf16;
+  const Pack pack = pack_of(w.format);
   Layout layout;
   layout.blocks = ceil_div(w.outs, BLOCK_OUTS);
   layout.groups = scaled ? ceil_div(w.ins, w.group) : 1;
-  layout.group_words = ceil_div(scaled ? w.group : w.ins, word_ins);
-  layout.scale_words = scaled ? BLOCK_OUTS / 2 : 0;
-  layout.padded_ins = layout.groups * layout.group_words * word_ins;
-  if (compact) layout.group_words *= COMPACT_WORDS;  // to as many weights as one word of int4 has
+  const std::int64_t packs = ceil_div(scaled ? w.group : w.ins, pack.ins);
+  layout.group_words = packs * pack.words;
+  layout.scale_words = scaled ? (has_minima(w.format) ? BLOCK_OUTS : BLOCK_OUTS / 2) : 0;
+  layout.padded_ins = layout.groups * packs * pack.ins;
   layout.end_words = compact ? CompactEnd::num_words(w.group) : 0;
   return layout;
 }
@@ -179,19 +226,24 @@ Layout layout_of(const PackedWeight& w) {
 std::int64_t row_blocks(DType x, std::int64_t rows) { return ceil_div(rows * planes(x), MAX_ROWS); }
 
 std::int64_t packed_input_bytes(const PackedWeight& w, DType x, std::int64_t rows) {
-  return rows * planes(x) * units_of(layout_of(w)) * (std::int64_t)sizeof(Unit);
+  const Layout layout = layout_of(w);
+  return rows * planes(x) * (units_of(layout) + sums_of(w, layout)) * (std::int64_t)sizeof(Unit);
 }
 
 void pack_input(const PackedWeight& w, const LinearInput& in, std::int64_t first_block, std::int64_t end_block,
                 void* packed) {
-  const std::int64_t blocks = row_blocks(in.dtype, in.rows), units = units_of(layout_of(w));
+  const Layout layout = layout_of(w);
+  const std::int64_t blocks = row_blocks(in.dtype, in.rows), units = units_of(layout), sums = sums_of(w, layout);
+  const int per_row = planes(in.dtype);
   for (std::int64_t b = first_block; b < end_block; b++) {
     const RowBlock rows = row_block(in.rows, blocks, b);
-    Unit* out = (Unit*)packed + rows.first * planes(in.dtype) * units;
+    Unit* out = (Unit*)packed + rows.first * per_row * units;
     if (in.dtype == DType::f32)
       pack_rows<float>(in, rows, w.ins, units, out);
     else
       pack_rows<bf16>(in, rows, w.ins, units, out);
+    float* to = (float*)packed + in.rows * per_row * units + rows.first * per_row * sums;
+    if (sums) sum_groups(out, sums, units / sums, (int)rows.count * per_row, to);
   }
 }
 
@@ -218,12 +270,13 @@ void multiply_rows(const PackedWeight& w, std::int64_t e, const void* packed, DT
     multiply_rows(w, e, packed, x, rows, middle, end_rows, first_block, end_block, out);
     return;
   }
+  const float* const group_sums = (const float*)packed + rows * row_units;  // read where the format has minima
   const std::int64_t fetches = fetching_turns(turns);
   const bool decodes = turns >= WORTH_DECODING && w.format != WeightFormat::bf16;
   const Tile* tiles = decodes ? product.tiles_of_units : product.tiles;
   for (std::int64_t o = first_block; o < end_block; o++) {
     const Word* block = (const Word*)w.data + (e * layout.blocks + o) * block_words;
-    Panel panel = panel_of(layout, block, fetches);
+    Panel panel = panel_of(w, layout, block, fetches);
     const char* const words = (const char*)panel.words;
     const CompactEnd* end = nullptr;
     if (w.format == WeightFormat::compact) {
@@ -240,6 +293,7 @@ void multiply_rows(const PackedWeight& w, std::int64_t e, const void* packed, DT
       alignas(64) float sums[MAX_ROWS * BLOCK_OUTS];
       const Unit* units = (const Unit*)packed + block_rows.first * row_units;
       const int lanes = (int)block_rows.count * per_row;
+      panel.sums = group_sums + block_rows.first * per_row * layout.groups;
       tiles[lanes - 1](panel, units, sums);
       if (end) add_exceptions(*end, units, lanes, sums);
       write_rows(sums, per_row, block_rows, o * BLOCK_OUTS, w.outs, out);

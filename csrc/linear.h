@@ -9,15 +9,25 @@
 
 namespace latentkv {
 
-enum class WeightFormat : int { bf16 = 0, int8 = 1, int4 = 2, compact = 3 };
+enum class WeightFormat : int { bf16 = 0, int8 = 1, int4 = 2, compact = 3, uint2 = 4, uint4 = 5, uint5 = 6, uint6 = 7 };
 
-// `count` stacked matrices [outs, ins]. `group` weights along `ins` share a scale (int8, int4); or it is the number of
-// exceptions that each block of outputs has room for (compact).
+// `count` stacked matrices [outs, ins]. `group` weights along `ins` share a scale of type `scales` (int8, int4), and what
+// is added to all of them, of the same type (uint2 to uint6); or it is the number of exceptions that each block of
+// outputs has room for (compact).
 struct PackedWeight {
   const std::uint8_t* data;
   WeightFormat format;
   std::int64_t count, outs, ins, group;
+  DType scales;  // bf16 or f16
 };
+
+// A packed weight as Python numbers its format: the scales' type in the higher bits.
+inline PackedWeight packed_weight(std::uintptr_t data, int format, std::int64_t count, std::int64_t outs,
+                                  std::int64_t ins, std::int64_t group) {
+  constexpr int FORMATS = 16;
+  const DType scales = format / FORMATS ? DType::f16 : DType::bf16;
+  return {reinterpret_cast<const std::uint8_t*>(data), (WeightFormat)(format % FORMATS), count, outs, ins, group, scales};
+}
 
 // Rows of activations, `stride` elements apart. Row i is row index[i] of x where an index is given.
 struct LinearInput {

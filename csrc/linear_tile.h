@@ -33,7 +33,9 @@ LATENTKV_INLINE vf multiply_add(vf sum, vu weights, Unit x) { return multiply_ad
 // one scale for each output (null: all are 1).
 struct Panel {
   const Word* words;
-  const bf16* scales;
+  const std::uint16_t* scales;
+  DType scales_dtype;
+  const float* sums;  // of the activations of each group [groups][rows], where something is added to all weights
   int window;  // of compact weights
   std::int64_t groups, group_words;
   std::int64_t words_stride, scales_stride;  // from group to group
@@ -45,6 +47,8 @@ struct Panel {
 // weights or codes.
 struct PlainWords {
   static constexpr int words = 1;
+  static constexpr bool fetches_pages = false;  // see multiply_tile
+  static constexpr bool has_minima = false;     // beside the scales: what is added to all weights of a group
   explicit PlainWords(const Panel&) {}
 };
 struct Bf16Words : PlainWords {
@@ -60,7 +64,7 @@ struct Bf16Words : PlainWords {
 };
 // See compact.h. Half of a word is a pair's first weight, the other half its second.
 struct CompactWords {
-  static constexpr bool short_groups = false;
+  static constexpr bool short_groups = false, fetches_pages = true, has_minima = false;
   static constexpr float scale = 1;
   static constexpr int words = COMPACT_WORDS, units = COMPACT_WEIGHTS / UNIT;
 #if defined(__AVX512BF16__)
@@ -150,6 +154,48 @@ struct Int4Words : PlainWords {
   LATENTKV_INLINE vu unit(const vu (&w)[1], int i) { return unit(w[0], i); }
 };
 
+// Integers from 0 as bf16 numbers.
+struct Integers {
+  bf16 numbers[64];
+  constexpr explicit Integers(int period) : numbers() {
+    for (int i = 0; i < 64; i++) {
+      int value = i % period, exponent = 0;
+      while (value >> (exponent + 1)) exponent++;
+      numbers[i] = value ? (bf16)((127 + exponent) << 7 | (value << 7 >> exponent & 0x7f)) : (bf16)0;
+    }
+  }
+};
+// Unsigned codes. The units of a pack of words are pairs of codes, the first in the low half: their lowest bits lie in
+// the first words, as those of int4 do, and the others in the last, from the lowest bit on.
+template <int BITS>
+struct UnsignedWords : PlainWords {
+  using PlainWords::PlainWords;
+  static constexpr bool short_groups = true, has_minima = true;
+  static constexpr float scale = 1;
+  static constexpr int words = BITS == 5 ? 5 : BITS == 6 ? 3 : 1;
+  static constexpr int units = 32 * words / BITS / UNIT;
+
+  // What is above BITS in a half is not a part of the code.
+  LATENTKV_INLINE vu pair(const vu (&w)[words], int i) {
+    if constexpr (BITS == 2) return w[0] >> (2 * i);
+    if constexpr (BITS == 4) return w[0] >> (4 * i);
+    const vu low = w[i / 4] >> (i % 4 * 4) & 0x000f000f;
+    if constexpr (BITS == 5) return low | (w[4] >> i & 0x00010001) << 4;
+    return low | (w[2] >> (2 * i) & 0x00030003) << 4;
+  }
+  LATENTKV_INLINE vu unit(const vu (&w)[words], int i) {
+#if defined(__AVX512BF16__)
+    alignas(64) static constexpr Integers table(1 << BITS);  // looked up by 5 or 6 bits
+    const __m512i codes = (__m512i)pair(w, i), first = _mm512_load_si512(table.numbers);
+    if constexpr (BITS < 6) return (vu)_mm512_permutexvar_epi16(codes, first);
+    return (vu)_mm512_permutex2var_epi16(first, codes, _mm512_load_si512(table.numbers + 32));
+#else
+    constexpr Word CODE = (1 << BITS) - 1;
+    return (vu)__builtin_convertvector((vi)(pair(w, i / 2) >> (i % 2 * 16) & CODE), vf);
+#endif
+  }
+};
+
 // sums [R][32] = x [groups * group_words * units][R] times the panel.
 template <class Decoder, int R>
 void multiply_tile(const Panel& panel, const Unit* x, float* sums) {
@@ -160,7 +206,7 @@ void multiply_tile(const Panel& panel, const Unit* x, float* sums) {
   constexpr int WORDS = Decoder::words;  // that are decoded together
   // Few rows of compact weights are decoded as fast as a core fetches on by itself, up to the end of a page: only the
   // next one's beginning is fetched.
-  constexpr bool PAGES_ONLY = WORDS > 1 && R <= 2;
+  constexpr bool PAGES_ONLY = Decoder::fetches_pages && R <= 2;
   constexpr std::uintptr_t PAGE = 4096;
   const Decoder decoder(panel);
   const std::int64_t steps = panel.group_words / WORDS, group_units = steps * Decoder::units * R;
@@ -206,7 +252,16 @@ void multiply_tile(const Panel& panel, const Unit* x, float* sums) {
 #pragma GCC unroll 2
         for (int v = 0; v < V; v++) {
           const std::int64_t at = (g + j) * panel.scales_stride + first + v * W;
-          const vf scale = Decoder::scale * (panel.scales ? load_bf16(panel.scales + at) : splat(1));
+          const vf scale = Decoder::scale * (panel.scales ? load_any(panel.scales, panel.scales_dtype, at) : splat(1));
+          if constexpr (Decoder::has_minima) {
+            const vf minimum = load_any(panel.scales, panel.scales_dtype, at + BLOCK_OUTS);
+#pragma GCC unroll 16
+            for (int r = 0; r < R; r++) {
+              const vf sum = splat(panel.sums[(g + j) * R + r]);
+              total[r][v] = multiply_add(acc[j][r][v], scale, multiply_add(sum, minimum, total[r][v]));
+            }
+            continue;
+          }
 #pragma GCC unroll 16
           for (int r = 0; r < R; r++) total[r][v] = multiply_add(acc[j][r][v], scale, total[r][v]);
         }
@@ -234,7 +289,7 @@ struct Units : PlainWords {
 template <class Decoder>
 struct UnitsLike : Units {
   using Units::Units;
-  static constexpr bool short_groups = Decoder::short_groups;
+  static constexpr bool short_groups = Decoder::short_groups, has_minima = Decoder::has_minima;
   static constexpr float scale = Decoder::scale;
 };
 template <class Decoder>

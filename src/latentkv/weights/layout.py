@@ -8,17 +8,22 @@ consecutive weights of one output:
 - int8: 4 codes, the first in the low byte.
 - int4: 8 codes, each plus 8; from bit 4 i, the low half holds code 2 i and the high half code 2 i + 1.
 - compact: a third of 8 bfloat16 weights, see `weights/compact.py`.
+- uint4: 8 codes, as int4.
+- uint2: 16 codes; from bit 2 i, the low half holds code 2 i and the high half code 2 i + 1.
+- uint5: 5 words hold 32 codes: their lowest 4 bits as four of uint4, then one with the highest bits: bit i of the low
+  half is code 2 i's and bit i of the high half code 2 i + 1's.
+- uint6: 3 words hold 16 codes: their lowest 4 bits as two of uint4, then one with the others as one of uint2.
 
-Quantised weights have their block's 32 scales (bf16) before the words of each group. The inner axis is padded to
-whole groups and words. Padding is zeros. Among compact weights it stands for other numbers: along D activations are
-zero there, and outputs beyond O are not written.
+Quantised weights have their block's 32 scales before the words of each group, those of uint* then 32 minima. The inner
+axis is padded to whole groups and words. Padding is zeros. Among compact weights it stands for other numbers: along D
+activations are zero there, and outputs beyond O are not written.
 """
 
 from __future__ import annotations
 
 import math
 import mmap
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -27,15 +32,25 @@ from torch.nn import functional
 
 from latentkv.checks import require
 from latentkv.weights import compact as compact_layout
+from latentkv.weights import unsigned
 from latentkv.weights.weight import QuantizedWeight, require_quantized
 
-PackedFormat = Literal["bf16", "compact", "int8", "int4"]
+PackedFormat = Literal["bf16", "compact", "int8", "int4", "uint2", "uint4", "uint5", "uint6"]
 
 BLOCK_OUTS = 32
 """Outputs whose weights lie together."""
 
-_WORD_WEIGHTS: dict[PackedFormat, int] = {"bf16": 2, "int8": 4, "int4": 8}  # compact is laid out by `compact.py`
-_QUANTISED = ("int8", "int4")
+# Words that are read together, and the weights in them; compact is laid out by `compact.py`.
+_PACKS: dict[PackedFormat, tuple[int, int]] = {
+    "bf16": (1, 2),
+    "int8": (1, 4),
+    "int4": (1, 8),
+    "uint2": (1, 16),
+    "uint4": (1, 8),
+    "uint5": (5, 32),
+    "uint6": (3, 16),
+}
+_UNSIGNED: dict[int, PackedFormat] = {2: "uint2", 4: "uint4", 5: "uint5", 6: "uint6"}
 _HUGE_PAGE = 2 << 20
 _CHUNK = 1 << 19
 
@@ -50,7 +65,8 @@ class PackedWeight:
         count: stacked matrices (experts or heads).
         out_features: O.
         in_features: D.
-        group: weights along D that share a scale (int8, int4), or exceptions that each block has room for (compact).
+        group: weights along D that share a scale, or exceptions that each block has room for (compact).
+        scales: dtype of scales and minima.
     """
 
     data: Tensor
@@ -59,6 +75,7 @@ class PackedWeight:
     out_features: int
     in_features: int
     group: int
+    scales: torch.dtype = torch.bfloat16
 
     @property
     def nbytes(self) -> int:
@@ -69,7 +86,7 @@ class PackedWeight:
         """One of the stacked matrices, sharing memory."""
         size = self.nbytes // self.count
         part = self.data[index * size : (index + 1) * size]
-        return PackedWeight(part, self.format, 1, self.out_features, self.in_features, self.group)
+        return replace(self, data=part, count=1)
 
 
 def pack_weight(weight: Tensor | QuantizedWeight, *, compact: bool = False) -> PackedWeight:
@@ -81,7 +98,7 @@ def pack_weight(weight: Tensor | QuantizedWeight, *, compact: bool = False) -> P
 
     Raises:
         OpError: it has another shape or dtype, its codes and scales do not fit together, or its groups are not
-            multiples of 8 weights.
+            multiples of the weights that are packed together.
     """
     values = weight.codes if isinstance(weight, QuantizedWeight) else weight
     require(
@@ -91,18 +108,22 @@ def pack_weight(weight: Tensor | QuantizedWeight, *, compact: bool = False) -> P
     if isinstance(weight, QuantizedWeight):
         require_quantized(weight)
         format_: PackedFormat = "int8" if weight.bits == 8 else "int4"
+        if weight.minima is not None:
+            format_ = _UNSIGNED[weight.bits]
         group = min(weight.group, stacked.shape[2])
+        whole = max(8, _PACKS[format_][1])
         require(
-            group % 8 == 0 or group == stacked.shape[2],
-            f"pack_weight takes groups of a multiple of 8 weights, not {group}",
+            group % whole == 0 or group == stacked.shape[2],
+            f"pack_weight takes groups of a multiple of {whole} weights, not {group}",
         )
-        scales = weight.scales.reshape(*stacked.shape[:2], -1)
+        scales = _beside_words(weight).reshape(*stacked.shape[:2], -1, 1 if weight.minima is None else 2)
+        scales_dtype = weight.scales.dtype
     else:
         require(
             weight.dtype in (torch.bfloat16, torch.float32),
             f"pack_weight takes bfloat16 or float32 weights, not {weight.dtype}",
         )
-        format_, group, scales = "bf16", 0, None
+        format_, group, scales, scales_dtype = "bf16", 0, None, torch.bfloat16
         if compact and weight.is_cpu and (packed := _pack_compact(stacked.bfloat16().contiguous())) is not None:
             return packed
     count, out_features, in_features = stacked.shape
@@ -111,7 +132,7 @@ def pack_weight(weight: Tensor | QuantizedWeight, *, compact: bool = False) -> P
     words = data.view(torch.int32).view(layout)
     for matrix in range(count):
         _pack_matrix(stacked[matrix], None if scales is None else scales[matrix], format_, group, words[matrix])
-    return PackedWeight(data, format_, count, out_features, in_features, group)
+    return PackedWeight(data, format_, count, out_features, in_features, group, scales_dtype)
 
 
 def unpack_weight(packed: PackedWeight) -> Tensor:
@@ -124,9 +145,11 @@ def unpack_weight(packed: PackedWeight) -> Tensor:
     scale_words = _scale_words(packed.format)
     words = stored[..., scale_words:].reshape(count, blocks, groups, -1, BLOCK_OUTS).permute(0, 1, 4, 2, 3)
     weight = _weights_of(words.clone(memory_format=torch.contiguous_format), packed.format).float()
-    if scale_words:
-        scales = stored[..., :scale_words].contiguous().view(torch.bfloat16)  # [E, blocks, groups, 32]
-        weight *= scales.transpose(2, 3)[..., None]
+    if scale_words:  # [E, blocks, groups, 32 or twice as many]
+        shared = stored[..., :scale_words].contiguous().view(packed.scales).float().transpose(2, 3)[..., None]
+        weight *= shared[:, :, :BLOCK_OUTS]
+        if shared.shape[2] > BLOCK_OUTS:
+            weight += shared[:, :, BLOCK_OUTS:]
     group = packed.group or packed.in_features
     weight = weight[..., :group].reshape(count, blocks * BLOCK_OUTS, -1)
     weight = weight[:, : packed.out_features, : packed.in_features]
@@ -161,14 +184,22 @@ def _unpack_compact(packed: PackedWeight) -> Tensor:
     return weight[0] if packed.count == 1 else weight
 
 
+def _beside_words(weight: QuantizedWeight) -> Tensor:
+    """[..., O, groups, 1 or 2] scales, and minima where there are some."""
+    return torch.stack([weight.scales] if weight.minima is None else [weight.scales, weight.minima], dim=-1)
+
+
 def _scale_words(format_: PackedFormat) -> int:
-    return BLOCK_OUTS // 2 if format_ in _QUANTISED else 0
+    if format_ in ("bf16", "compact"):
+        return 0
+    return BLOCK_OUTS if format_.startswith("uint") else BLOCK_OUTS // 2
 
 
 def _layout(format_: PackedFormat, count: int, out_features: int, in_features: int, group: int) -> tuple[int, ...]:
     """Matrices, blocks, groups, and 32-bit words of a group in a block."""
     group = group or in_features
-    group_words = -(-group // _WORD_WEIGHTS[format_])
+    words, weights = _PACKS[format_]
+    group_words = -(-group // weights) * words
     blocks, groups = -(-out_features // BLOCK_OUTS), -(-in_features // group)
     return count, blocks, groups, _scale_words(format_) + group_words * BLOCK_OUTS
 
@@ -183,7 +214,7 @@ def _allocate(size: int) -> Tensor:
 
 
 def _pack_matrix(values: Tensor, scales: Tensor | None, format_: PackedFormat, group: int, target: Tensor) -> None:
-    """Pack values [O, D] and scales [O, groups] into target [blocks, groups, words]."""
+    """Pack values [O, D] and scales [O, groups, 1 or 2] into target [blocks, groups, words]."""
     groups, scale_words = target.shape[1], _scale_words(format_)
     group = group or values.shape[1]
     # A few blocks at a time: the temporaries stay in the processor's cache.
@@ -195,18 +226,22 @@ def _pack_matrix(values: Tensor, scales: Tensor | None, format_: PackedFormat, g
         words = _words_of(rows.view(-1, groups, group), format_, stored.shape[2])
         stored.copy_(words.view(len(blocks), BLOCK_OUTS, groups, -1).permute(0, 2, 3, 1))
     if scales is not None:
-        scales = functional.pad(scales, (0, 0, 0, len(target) * BLOCK_OUTS - len(scales)))
-        stored = target[..., :scale_words].view(torch.bfloat16)
-        stored.copy_(scales.view(len(target), BLOCK_OUTS, groups).transpose(1, 2))
+        kinds = scales.shape[2]
+        scales = functional.pad(scales, (0, 0, 0, 0, 0, len(target) * BLOCK_OUTS - len(scales)))
+        stored = target[..., :scale_words].view(scales.dtype).unflatten(2, (kinds, BLOCK_OUTS))
+        stored.copy_(scales.view(len(target), BLOCK_OUTS, groups, kinds).permute(0, 2, 3, 1))
 
 
 def _words_of(weights: Tensor, format_: PackedFormat, count: int) -> Tensor:
     """[..., group] weights or codes to [..., count] int32, padded with zeros."""
-    weights = functional.pad(weights, (0, count * _WORD_WEIGHTS[format_] - weights.shape[-1]))
+    words, packed_together = _PACKS[format_]
+    weights = functional.pad(weights, (0, count // words * packed_together - weights.shape[-1]))
     if format_ == "bf16":
         return weights.bfloat16().view(torch.int32)
     if format_ == "int8":
         return weights.contiguous().view(torch.int32)
+    if format_.startswith("uint"):
+        return unsigned.words_of(weights, format_)
     eight = (weights + 8).view(torch.uint8).unflatten(-1, (-1, 8))
     low_half = eight[..., 0::4] | eight[..., 2::4] << 4
     high_half = eight[..., 1::4] | eight[..., 3::4] << 4
@@ -219,5 +254,7 @@ def _weights_of(words: Tensor, format_: PackedFormat) -> Tensor:
         return words.view(torch.bfloat16)
     if format_ == "int8":
         return words.view(torch.int8)
+    if format_.startswith("uint"):
+        return unsigned.codes_of(words, format_)
     shifts = torch.tensor([16 * (k % 2) + 4 * (k // 2) for k in range(8)], dtype=torch.int32)
     return (((words[..., None] >> shifts) & 15) - 8).flatten(-2)

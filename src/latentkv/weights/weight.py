@@ -1,4 +1,7 @@
-"""Weights as integers with a scale for every group of inputs: what they stand for, and how they are chosen."""
+"""Weights as integers with a scale for every group of inputs: what they stand for, and how they are chosen.
+
+Files of others may have a minimum for every group, too, and codes of other widths. Such weights are kept, not made.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,8 @@ GROUP_SIZES = (32, 64, 128)
 _BITS: dict[WeightFormat, int] = {"int8": 8, "int4": 4}
 _DEFAULT_GROUP: dict[WeightFormat, int | None] = {"int8": None, "int4": 128}
 _CODES = {4: (-8, 7), 8: (-127, 127)}
+UNSIGNED_BITS = (2, 4, 5, 6)
+"""Widths of codes beside minima."""
 
 # Scales that are tried after plain rounding's max|w| / 127 or max|w| / 7. int8: a few steps of bfloat16 less; more
 # clipping never pays. int4: parts of max|w| / 8, of the sign that takes the largest weight to the code -8; then to both
@@ -30,33 +35,40 @@ _CHUNK = 2**19  # weights at a time: the temporaries stay in the processor's cac
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """A matrix, or stacked ones, as integers times scales: weight[o, d] = codes[o, d] * scales[o, d // group].
+    """A matrix, or stacked ones, as integers: weight[o, d] = codes[o, d] * scales[o, g] + minima[o, g], g = d // group.
 
     Attributes:
-        codes: [..., O, D] int8; -8..7 for 4 bits, -128..127 for 8 (-128 only in files that others wrote).
-        scales: [..., O, ceil(D / group)] bfloat16; any sign.
-        bits: 4 or 8.
+        codes: [..., O, D] int8. Without minima -8..7 for 4 bits, -128..127 for 8 (-128 only in files that others
+            wrote); with minima from 0 on.
+        scales: [..., O, ceil(D / group)] bfloat16 or float16; any sign.
+        bits: 4 or 8; with minima 2, 4, 5 or 6.
         group: inputs that share a scale (the last group may be short); D where a whole row does.
+        minima: what is added to all weights of a group, of the scales' shape and dtype; None: nothing.
     """
 
     codes: Tensor
     scales: Tensor
     bits: int
     group: int
+    minima: Tensor | None = None
 
     @property
     def nbytes(self) -> int:
-        """Bytes when packed: codes at their width, scales as bfloat16."""
-        return (self.codes.numel() * self.bits + 7) // 8 + self.scales.nbytes
+        """Bytes when packed: codes at their width, scales and minima as they are."""
+        shared = self.scales.nbytes * (1 if self.minima is None else 2)
+        return (self.codes.numel() * self.bits + 7) // 8 + shared
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight that codes and scales stand for, [..., O, D]: exact in float32, rounded once in another dtype."""
         weight = torch.empty(self.codes.shape, dtype=dtype, device=self.codes.device)
         rows, targets = self.codes.flatten(0, -2), weight.flatten(0, -2)
         scales = self.scales.flatten(0, -2).float()
+        minima = None if self.minima is None else self.minima.flatten(0, -2).float()
         for block in _row_blocks(*rows.shape):
-            spread = scales[block].repeat_interleave(self.group, dim=1)[:, : rows.shape[1]]
-            targets[block] = spread.mul_(rows[block])
+            spread = scales[block].repeat_interleave(self.group, dim=1)[:, : rows.shape[1]].mul_(rows[block])
+            if minima is not None:
+                spread += minima[block].repeat_interleave(self.group, dim=1)[:, : rows.shape[1]]
+            targets[block] = spread
         return weight
 
 
@@ -93,23 +105,34 @@ def quantize_weight(weight: Tensor, fmt: WeightFormat, group: int | None = None)
 
 def require_quantized(weight: QuantizedWeight) -> None:
     """Raise `OpError` unless codes and scales fit together and are of the types that `QuantizedWeight` names."""
-    codes, scales = weight.codes, weight.scales
+    codes, scales, minima = weight.codes, weight.scales, weight.minima
     require(
-        codes.dtype == torch.int8 and scales.dtype == torch.bfloat16,
-        f"a quantised weight has int8 codes and bfloat16 scales, not {codes.dtype} and {scales.dtype}",
+        codes.dtype == torch.int8 and scales.dtype in (torch.bfloat16, torch.float16),
+        f"a quantised weight has int8 codes and scales in bfloat16 or float16, not {codes.dtype} and {scales.dtype}",
     )
     require(
-        weight.bits in _CODES and weight.group >= 1, f"{weight.bits} bits in groups of {weight.group} are no weight"
+        weight.bits in (_CODES if minima is None else UNSIGNED_BITS) and weight.group >= 1,
+        f"{weight.bits} bits in groups of {weight.group} are no weight",
     )
+    if minima is not None:
+        require(
+            minima.shape == scales.shape and minima.dtype == scales.dtype,
+            f"minima are like scales, {list(scales.shape)} of {scales.dtype}, not {list(minima.shape)} of "
+            f"{minima.dtype}",
+        )
     groups = -(-codes.shape[-1] // weight.group)
     require(
         tuple(scales.shape) == (*codes.shape[:-1], groups),
         f"codes {list(codes.shape)} in groups of {weight.group} take scales {[*codes.shape[:-1], groups]}, "
         f"not {list(scales.shape)}",
     )
-    if weight.bits == 4 and codes.numel():
+    if codes.numel() and (weight.bits == 4 or minima is not None):
+        lowest, highest = _CODES[4] if minima is None else (0, 2**weight.bits - 1)
         least, most = map(int, codes.aminmax())
-        require(_CODES[4][0] <= least and most <= _CODES[4][1], f"4-bit codes are -8 to 7, not {least} to {most}")
+        require(
+            lowest <= least and most <= highest,
+            f"{weight.bits}-bit codes are {lowest} to {highest}, not {least} to {most}",
+        )
 
 
 def require_format(fmt: str, group: int | None) -> None:

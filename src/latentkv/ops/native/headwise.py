@@ -7,7 +7,7 @@ from torch import Tensor
 
 from latentkv.kernels import DTYPE_CODES, extension
 from latentkv.ops.native.eligible import isa_for
-from latentkv.ops.native.linear import FORMAT_CODES
+from latentkv.ops.native.linear import format_code
 from latentkv.ops.native.moe import X_DTYPES
 from latentkv.weights.layout import PackedWeight
 
@@ -26,7 +26,7 @@ def headwise_linear(x: Tensor, weight: PackedWeight, out: Tensor | None) -> Tens
     extension.headwise_linear(
         isa,
         weight.data.data_ptr(),
-        FORMAT_CODES[weight.format],
+        format_code(weight),
         heads,
         weight.out_features,
         weight.in_features,

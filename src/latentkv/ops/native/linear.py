@@ -10,8 +10,13 @@ from torch import Tensor
 from latentkv.kernels import DTYPE_CODES, extension
 from latentkv.weights.layout import PackedWeight
 
-FORMAT_CODES = {"bf16": 0, "int8": 1, "int4": 2, "compact": 3}
-"""Weight formats as `csrc/linear.h` numbers them."""
+_FORMATS = ("bf16", "int8", "int4", "compact", "uint2", "uint4", "uint5", "uint6")
+_FLOAT16_SCALES = 16
+
+
+def format_code(weight: PackedWeight) -> int:
+    """How a weight is packed, as `csrc/linear.h` numbers it."""
+    return _FORMATS.index(weight.format) + (_FLOAT16_SCALES if weight.scales == torch.float16 else 0)
 
 
 def linear(
@@ -26,7 +31,7 @@ def linear(
     extension.linear(
         isa,
         weight.data.data_ptr(),
-        FORMAT_CODES[weight.format],
+        format_code(weight),
         out_features,
         weight.in_features,
         weight.group,

@@ -8,7 +8,7 @@ from torch import Tensor
 from latentkv.errors import OpError
 from latentkv.kernels import DTYPE_CODES, extension
 from latentkv.ops.native.eligible import isa_for
-from latentkv.ops.native.linear import FORMAT_CODES
+from latentkv.ops.native.linear import format_code
 from latentkv.weights.layout import PackedWeight
 
 X_DTYPES = (torch.bfloat16, torch.float32)
@@ -92,7 +92,7 @@ def raise_unknown_expert(expert: int, num_experts: int) -> None:
 
 
 def _memory(weight: PackedWeight) -> tuple[int, int, int]:
-    return weight.data.data_ptr(), FORMAT_CODES[weight.format], weight.group
+    return weight.data.data_ptr(), format_code(weight), weight.group
 
 
 def _residual(residual: Tensor | None) -> tuple[int, int]:
