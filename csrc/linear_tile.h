@@ -49,6 +49,7 @@ struct PlainWords {
   static constexpr int words = 1;
   static constexpr bool fetches_pages = false;  // see multiply_tile
   static constexpr bool has_minima = false;     // beside the scales: what is added to all weights of a group
+  static constexpr float middle = 0;            // what units lack of codes where there are minima
   explicit PlainWords(const Panel&) {}
 };
 struct Bf16Words : PlainWords {
@@ -154,24 +155,26 @@ struct Int4Words : PlainWords {
   LATENTKV_INLINE vu unit(const vu (&w)[1], int i) { return unit(w[0], i); }
 };
 
-// Integers from 0 as bf16 numbers.
+// The integers from -count / 2 to count / 2 - 1 as bf16 numbers, over and over.
 struct Integers {
   bf16 numbers[64];
-  constexpr explicit Integers(int period) : numbers() {
+  constexpr explicit Integers(int count) : numbers() {
     for (int i = 0; i < 64; i++) {
-      int value = i % period, exponent = 0;
-      while (value >> (exponent + 1)) exponent++;
-      numbers[i] = value ? (bf16)((127 + exponent) << 7 | (value << 7 >> exponent & 0x7f)) : (bf16)0;
+      const int value = i % count - count / 2, size = value < 0 ? -value : value;
+      int exponent = 0;
+      while (size >> (exponent + 1)) exponent++;
+      if (size) numbers[i] = (bf16)((value < 0) << 15 | (127 + exponent) << 7 | (size << 7 >> exponent & 0x7f));
     }
   }
 };
 // Unsigned codes. The units of a pack of words are pairs of codes, the first in the low half: their lowest bits lie in
-// the first words, as those of int4 do, and the others in the last, from the lowest bit on.
+// the first words, as those of int4 do, and the others in the last, from the lowest bit on. A unit is a code less the
+// middle one: what is added to all weights is then small, and so is what sums lose where the two nearly cancel.
 template <int BITS>
 struct UnsignedWords : PlainWords {
   using PlainWords::PlainWords;
   static constexpr bool short_groups = true, has_minima = true;
-  static constexpr float scale = 1;
+  static constexpr float scale = 1, middle = 1 << (BITS - 1);
   static constexpr int words = BITS == 5 ? 5 : BITS == 6 ? 3 : 1;
   static constexpr int units = 32 * words / BITS / UNIT;
 
@@ -191,7 +194,7 @@ struct UnsignedWords : PlainWords {
     return (vu)_mm512_permutex2var_epi16(first, codes, _mm512_load_si512(table.numbers + 32));
 #else
     constexpr Word CODE = (1 << BITS) - 1;
-    return (vu)__builtin_convertvector((vi)(pair(w, i / 2) >> (i % 2 * 16) & CODE), vf);
+    return (vu)(__builtin_convertvector((vi)(pair(w, i / 2) >> (i % 2 * 16) & CODE), vf) - middle);
 #endif
   }
 };
@@ -254,7 +257,7 @@ void multiply_tile(const Panel& panel, const Unit* x, float* sums) {
           const std::int64_t at = (g + j) * panel.scales_stride + first + v * W;
           const vf scale = Decoder::scale * (panel.scales ? load_any(panel.scales, panel.scales_dtype, at) : splat(1));
           if constexpr (Decoder::has_minima) {
-            const vf minimum = load_any(panel.scales, panel.scales_dtype, at + BLOCK_OUTS);
+            const vf minimum = load_any(panel.scales, panel.scales_dtype, at + BLOCK_OUTS) + Decoder::middle * scale;
 #pragma GCC unroll 16
             for (int r = 0; r < R; r++) {
               const vf sum = splat(panel.sums[(g + j) * R + r]);
@@ -290,7 +293,7 @@ template <class Decoder>
 struct UnitsLike : Units {
   using Units::Units;
   static constexpr bool short_groups = Decoder::short_groups, has_minima = Decoder::has_minima;
-  static constexpr float scale = Decoder::scale;
+  static constexpr float scale = Decoder::scale, middle = Decoder::middle;
 };
 template <class Decoder>
 using UnitsOf = std::conditional_t<Decoder::short_groups || Decoder::scale != 1, UnitsLike<Decoder>, Units>;

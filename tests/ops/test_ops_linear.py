@@ -12,9 +12,13 @@ from latentkv import kernels
 from latentkv.errors import OpError
 from latentkv.ops import linear, output_logits, reference
 from latentkv.weights.layout import PackedWeight, pack_weight
-from latentkv.weights.weight import QuantizedWeight, quantize_weight
+from latentkv.weights.weight import QuantizedWeight
+from quantised_weights import quantised
 
-FORMATS = [("bf16", None), ("compact", None), ("int8", None), ("int8", 32), ("int4", 32), ("int4", 64), ("int4", 128)]
+FORMATS = [
+    *[("bf16", None), ("compact", None), ("int8", None), ("int8", 32), ("int4", 32), ("int4", 64), ("int4", 128)],
+    *[("int8 f16", 32), ("int4 f16", 32), ("uint2", 16), ("uint4", 32), ("uint5", 32), ("uint6", 16)],
+]
 SHAPES = [(1, 1), (17, 30), (33, 127), (64, 130), (96, 256), (40, 1)]
 ROWS = [0, 1, 2, 3, 5, 8, 9, 14, 15, 16, 17, 64, 300]
 TOLERANCE = {torch.bfloat16: 2e-6, torch.float32: 2**-17}
@@ -38,8 +42,8 @@ def weights(*shape: int, fmt: str, group: int | None, seed: int = 0) -> tuple[Pa
         packed = pack_weight(weight, compact=fmt == "compact")
         assert weight.numel() < 4096 or kernels.extension is None or packed.format == fmt
         return packed, weight.double()
-    quantised = quantize_weight(weight, "int8" if fmt == "int8" else "int4", group)
-    return pack_weight(quantised), quantised.dequantize().double()
+    integers = quantised(weight, fmt, group)
+    return pack_weight(integers), integers.dequantize().double()
 
 
 def assert_close(out: Tensor, x: Tensor, weight: Tensor, added: tuple[Tensor, ...] = ()) -> None:

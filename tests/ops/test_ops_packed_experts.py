@@ -12,9 +12,12 @@ from latentkv import kernels
 from latentkv.errors import OpError
 from latentkv.ops import gated_mlp, headwise_linear, moe_experts, reference
 from latentkv.weights.layout import PackedWeight, pack_weight
-from latentkv.weights.weight import quantize_weight
+from quantised_weights import quantised
 
-FORMATS = [("bf16", None), ("compact", None), ("int8", None), ("int8", 32), ("int4", 32)]
+FORMATS = [
+    *[("bf16", None), ("compact", None), ("int8", None), ("int8", 32), ("int4", 32)],
+    *[("int8 f16", 32), ("uint4", 32), ("uint5", 32), ("uint6", 16)],
+]
 every_format = pytest.mark.parametrize(("fmt", "group"), FORMATS)
 
 
@@ -37,8 +40,8 @@ def weights(*shape: int, fmt: str = "bf16", group: int | None = None, seed: int 
         packed = pack_weight(weight, compact=fmt == "compact")
         assert weight[0].numel() < 4096 or kernels.extension is None or packed.format == fmt
         return packed, weight.double()
-    quantised = quantize_weight(weight, "int8" if fmt == "int8" else "int4", group)
-    return pack_weight(quantised), quantised.dequantize().double()
+    integers = quantised(weight, fmt, group)
+    return pack_weight(integers), integers.dequantize().double()
 
 
 def choices(tokens: int, chosen: int, count: int) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ from latentkv.errors import OpError
 from latentkv.ops import linear
 from latentkv.weights.layout import pack_weight, unpack_weight
 from latentkv.weights.weight import QuantizedWeight, quantize_weight
+from quantised_weights import quantised
 
 SHAPES = [(1, 1), (1, 8), (32, 64), (33, 30), (3, 17, 127), (2, 64, 256), (1000, 130)]
 
@@ -30,6 +31,42 @@ def test_codes_and_scales_come_back(shape: tuple[int, ...], fmt: str, group: int
     packed = pack_weight(quantised)
     assert torch.equal(unpack_weight(packed), quantised.dequantize())
     assert (packed.format, packed.out_features, packed.in_features) == (fmt, *shape[-2:])
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (5, 96)])
+@pytest.mark.parametrize(("fmt", "group"), [("uint2", 16), ("uint4", 32), ("uint5", 32), ("uint6", 16), ("uint4", 64)])
+def test_codes_scales_and_minima_come_back(shape: tuple[int, ...], fmt: str, group: int) -> None:
+    weight = quantised(torch.randn(shape, generator=torch.Generator().manual_seed(0)), fmt, group)
+    packed = pack_weight(weight)
+    assert torch.equal(unpack_weight(packed), weight.dequantize())
+    assert (packed.format, packed.scales, packed.out_features) == (fmt, torch.float16, shape[-2])
+    if len(shape) == 3:
+        assert torch.equal(unpack_weight(packed.matrix(1)), weight.dequantize()[1])
+
+
+@pytest.mark.parametrize(("bits", "group", "a_weight"), [(2, 16, 4), (4, 32, 5), (5, 32, 6), (6, 16, 8)])
+def test_weights_with_minima_take_their_bits_and_those_of_two_numbers_a_group(
+    bits: int, group: int, a_weight: int
+) -> None:
+    shared = torch.ones(64, 512 // group, dtype=torch.float16)
+    weight = QuantizedWeight(torch.zeros(64, 512, dtype=torch.int8), shared, bits, group, shared)
+    assert pack_weight(weight).nbytes == weight.nbytes == 64 * 512 * a_weight // 8
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"bits": 3}, "3 bits in groups of 32 are no weight"),
+        ({"minima": torch.ones(4, 2)}, "minima are like scales"),
+        ({"codes": torch.full((4, 64), 16, dtype=torch.int8)}, "4-bit codes are 0 to 15, not 16 to 16"),
+        ({"group": 24}, "24"),
+    ],
+)
+def test_codes_and_minima_that_do_not_fit_are_refused(changes: dict, message: str) -> None:
+    shared = torch.ones(4, 2, dtype=torch.float16)
+    fields = {"codes": torch.zeros(4, 64, dtype=torch.int8), "scales": shared, "bits": 4, "group": 32}
+    with pytest.raises(OpError, match=message):
+        pack_weight(QuantizedWeight(**{**fields, "minima": shared, **changes}))
 
 
 @pytest.mark.parametrize(("bits", "low", "high"), [(8, -128, 127), (4, -8, 7)])
@@ -129,8 +166,8 @@ def test_what_cannot_be_packed_is_refused() -> None:
 @pytest.mark.parametrize(
     ("codes", "scales", "bits", "message"),
     [
-        (torch.zeros(3, 64).to(torch.int8), torch.ones(3, 2), 8, "int8 codes and bfloat16 scales, not .*float32"),
-        (torch.zeros(3, 64), torch.ones(3, 2).bfloat16(), 8, "int8 codes and bfloat16 scales, not torch.float32"),
+        (torch.zeros(3, 64).to(torch.int8), torch.ones(3, 2), 8, "int8 codes and scales in bfloat16 or float16, not .*float32"),
+        (torch.zeros(3, 64), torch.ones(3, 2).bfloat16(), 8, "int8 codes and scales in bfloat16 or float16, not torch.float32"),
         (torch.zeros(3, 64).to(torch.int8), torch.ones(2, 3).bfloat16(), 8, r"take scales \[3, 2\], not \[2, 3\]"),
         (torch.full((3, 64), 8).to(torch.int8), torch.ones(3, 2).bfloat16(), 4, "4-bit codes are -8 to 7, not 8 to 8"),
         (torch.zeros(3, 64).to(torch.int8), torch.ones(3, 2).bfloat16(), 5, "5 bits in groups of 32"),
