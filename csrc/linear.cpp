@@ -25,7 +25,9 @@ LATENTKV_INLINE RowBlock row_block(std::int64_t rows, std::int64_t blocks, std::
 
 LATENTKV_INLINE std::int64_t units_of(const Layout& layout) { return layout.padded_ins / UNIT; }
 
-LATENTKV_INLINE bool has_minima(WeightFormat format) { return format >= WeightFormat::uint2; }
+LATENTKV_INLINE bool has_minima(WeightFormat format) {
+  return format == WeightFormat::uint2 || format == WeightFormat::uint4 || format == WeightFormat::uint5;
+}
 // Of a row's activations, which lie behind the units of all rows.
 LATENTKV_INLINE std::int64_t sums_of(const PackedWeight& w, const Layout& layout) {
   return has_minima(w.format) ? layout.groups : 0;
@@ -119,10 +121,11 @@ const Product& product_with(WeightFormat format, std::int64_t groups) {
     case WeightFormat::int8: return groups > 1 ? product<GroupedInt8Words> : product<Int8Words>;
     case WeightFormat::int4: return product<Int4Words>;
     case WeightFormat::compact: return product<CompactWords>;
-    case WeightFormat::uint2: return product<UnsignedWords<2>>;
-    case WeightFormat::uint4: return product<UnsignedWords<4>>;
-    case WeightFormat::uint5: return product<UnsignedWords<5>>;
-    case WeightFormat::uint6: return product<UnsignedWords<6>>;
+    case WeightFormat::uint2: return product<CodeWords<2, true>>;
+    case WeightFormat::uint4: return product<CodeWords<4, true>>;
+    case WeightFormat::uint5: return product<CodeWords<5, true>>;
+    case WeightFormat::int5: return product<CodeWords<5, false>>;
+    case WeightFormat::int6: return product<CodeWords<6, false>>;
     default: return product<Bf16Words>;
   }
 }
@@ -152,12 +155,12 @@ void add_exceptions(const CompactEnd& end, const Unit* x, int lanes, float* sums
 Panel panel_of(const PackedWeight& w, const Layout& layout, const Word* block, std::int64_t fetches) {
   Panel panel = {};
   panel.words = block + layout.scale_words;
-  if (layout.scale_words) panel.scales = (const std::uint16_t*)block;
+  if (layout.scale_words) panel.scales = block;
   panel.scales_dtype = w.scales;
   panel.groups = layout.groups;
   panel.group_words = layout.group_words;
   panel.words_stride = layout.group_stride();
-  panel.scales_stride = 2 * layout.group_stride();
+  panel.scales_stride = (w.scales == DType::f32 ? 1 : 2) * layout.group_stride();
   panel.ahead_step = BLOCK_OUTS * sizeof(Word) / fetches;
   panel.ahead_stride = panel.words_stride * sizeof(Word) / fetches;
   return panel;
@@ -202,7 +205,8 @@ Pack pack_of(WeightFormat format) {
     case WeightFormat::uint2: return {1, 16};
     case WeightFormat::uint4: return {1, 8};
     case WeightFormat::uint5: return {5, 32};
-    case WeightFormat::uint6: return {3, 16};
+    case WeightFormat::int5: return {5, 32};
+    case WeightFormat::int6: return {3, 16};
   }
   return {};
 }
@@ -217,7 +221,7 @@ Layout layout_of(const PackedWeight& w) {
   layout.groups = scaled ? ceil_div(w.ins, w.group) : 1;
   const std::int64_t packs = ceil_div(scaled ? w.group : w.ins, pack.ins);
   layout.group_words = packs * pack.words;
-  layout.scale_words = scaled ? (has_minima(w.format) ? BLOCK_OUTS : BLOCK_OUTS / 2) : 0;
+  layout.scale_words = scaled ? BLOCK_OUTS * (w.scales == DType::f32 ? 2 : 1) * (has_minima(w.format) ? 2 : 1) / 2 : 0;
   layout.padded_ins = layout.groups * packs * pack.ins;
   layout.end_words = compact ? CompactEnd::num_words(w.group) : 0;
   return layout;

@@ -9,23 +9,34 @@
 
 namespace latentkv {
 
-enum class WeightFormat : int { bf16 = 0, int8 = 1, int4 = 2, compact = 3, uint2 = 4, uint4 = 5, uint5 = 6, uint6 = 7 };
+enum class WeightFormat : int {
+  bf16 = 0,
+  int8 = 1,
+  int4 = 2,
+  compact = 3,
+  uint2 = 4,
+  uint4 = 5,
+  uint5 = 6,
+  int5 = 7,
+  int6 = 8
+};
 
-// `count` stacked matrices [outs, ins]. `group` weights along `ins` share a scale of type `scales` (int8, int4), and what
-// is added to all of them, of the same type (uint2 to uint6); or it is the number of exceptions that each block of
-// outputs has room for (compact).
+// `count` stacked matrices [outs, ins]. `group` weights along `ins` share a scale of type `scales` (int*, uint*), and
+// what is added to all of them, of the same type (uint*); or it is the number of exceptions that each block of outputs
+// has room for (compact).
 struct PackedWeight {
   const std::uint8_t* data;
   WeightFormat format;
   std::int64_t count, outs, ins, group;
-  DType scales;  // bf16 or f16
+  DType scales;
 };
 
-// A packed weight as Python numbers its format: the scales' type in the higher bits.
+// A packed weight as Python numbers its format: the scales' type in the higher bits, bf16 being 0.
 inline PackedWeight packed_weight(std::uintptr_t data, int format, std::int64_t count, std::int64_t outs,
                                   std::int64_t ins, std::int64_t group) {
   constexpr int FORMATS = 16;
-  const DType scales = format / FORMATS ? DType::f16 : DType::bf16;
+  constexpr DType SCALES[] = {DType::bf16, DType::f16, DType::f32};
+  const DType scales = SCALES[format / FORMATS];
   return {reinterpret_cast<const std::uint8_t*>(data), (WeightFormat)(format % FORMATS), count, outs, ins, group, scales};
 }
 

@@ -33,7 +33,7 @@ LATENTKV_INLINE vf multiply_add(vf sum, vu weights, Unit x) { return multiply_ad
 // one scale for each output (null: all are 1).
 struct Panel {
   const Word* words;
-  const std::uint16_t* scales;
+  const void* scales;
   DType scales_dtype;
   const float* sums;  // of the activations of each group [groups][rows], where something is added to all weights
   int window;  // of compact weights
@@ -167,13 +167,13 @@ struct Integers {
     }
   }
 };
-// Unsigned codes. The units of a pack of words are pairs of codes, the first in the low half: their lowest bits lie in
-// the first words, as those of int4 do, and the others in the last, from the lowest bit on. A unit is a code less the
-// middle one: what is added to all weights is then small, and so is what sums lose where the two nearly cancel.
-template <int BITS>
-struct UnsignedWords : PlainWords {
+// Codes of other widths. The units of a pack of words are pairs of codes, the first in the low half: their lowest bits
+// lie in the first words, as those of int4 do, and the others in the last, from the lowest bit on. A unit is a code less
+// the middle one: what is added to all weights is then small, and so is what sums lose where the two nearly cancel.
+template <int BITS, bool MINIMA>
+struct CodeWords : PlainWords {
   using PlainWords::PlainWords;
-  static constexpr bool short_groups = true, has_minima = true;
+  static constexpr bool short_groups = true, has_minima = MINIMA;
   static constexpr float scale = 1, middle = 1 << (BITS - 1);
   static constexpr int words = BITS == 5 ? 5 : BITS == 6 ? 3 : 1;
   static constexpr int units = 32 * words / BITS / UNIT;

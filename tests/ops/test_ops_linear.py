@@ -17,7 +17,8 @@ from quantised_weights import quantised
 
 FORMATS = [
     *[("bf16", None), ("compact", None), ("int8", None), ("int8", 32), ("int4", 32), ("int4", 64), ("int4", 128)],
-    *[("int8 f16", 32), ("int4 f16", 32), ("uint2", 16), ("uint4", 32), ("uint5", 32), ("uint6", 16)],
+    *[("int8 f16", 32), ("int4 f16", 32), ("uint2 f16", 16), ("uint4 f16", 32), ("uint4 f32", 32)],
+    *[("uint5 f16", 32), ("int5 f16", 32), ("int6 f16", 16), ("int8 f32", 64)],
 ]
 SHAPES = [(1, 1), (17, 30), (33, 127), (64, 130), (96, 256), (40, 1)]
 ROWS = [0, 1, 2, 3, 5, 8, 9, 14, 15, 16, 17, 64, 300]

@@ -6,17 +6,17 @@ consecutive weights of one output:
 
 - bf16: 2 weights, the first in the low half.
 - int8: 4 codes, the first in the low byte.
-- int4: 8 codes, each plus 8; from bit 4 i, the low half holds code 2 i and the high half code 2 i + 1.
-- compact: a third of 8 bfloat16 weights, see `weights/compact.py`.
-- uint4: 8 codes, as int4.
+- uint4: 8 codes; from bit 4 i, the low half holds code 2 i and the high half code 2 i + 1.
 - uint2: 16 codes; from bit 2 i, the low half holds code 2 i and the high half code 2 i + 1.
 - uint5: 5 words hold 32 codes: their lowest 4 bits as four of uint4, then one with the highest bits: bit i of the low
   half is code 2 i's and bit i of the high half code 2 i + 1's.
-- uint6: 3 words hold 16 codes: their lowest 4 bits as two of uint4, then one with the others as one of uint2.
+- int4, int5: the same with 8 or 16 added to each code.
+- int6: 3 words hold 16 codes, each plus 32: their lowest 4 bits as two of uint4, then one with the others as uint2.
+- compact: a third of 8 bfloat16 weights, see `weights/compact.py`.
 
 Quantised weights have their block's 32 scales before the words of each group, those of uint* then 32 minima. The inner
-axis is padded to whole groups and words. Padding is zeros. Among compact weights it stands for other numbers: along D
-activations are zero there, and outputs beyond O are not written.
+axis is padded to whole groups and words. Padding is zeros. Among compact weights and those of int4, int5 and int6 it
+stands for other numbers: along D activations are zero there, and outputs beyond O are not written.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from latentkv.checks import require
+from latentkv.weights import code_words
 from latentkv.weights import compact as compact_layout
-from latentkv.weights import unsigned
 from latentkv.weights.weight import QuantizedWeight, require_quantized
 
-PackedFormat = Literal["bf16", "compact", "int8", "int4", "uint2", "uint4", "uint5", "uint6"]
+PackedFormat = Literal["bf16", "compact", "int8", "int4", "uint2", "uint4", "uint5", "int5", "int6"]
 
 BLOCK_OUTS = 32
 """Outputs whose weights lie together."""
@@ -48,9 +48,11 @@ _PACKS: dict[PackedFormat, tuple[int, int]] = {
     "uint2": (1, 16),
     "uint4": (1, 8),
     "uint5": (5, 32),
-    "uint6": (3, 16),
+    "int5": (5, 32),
+    "int6": (3, 16),
 }
-_UNSIGNED: dict[int, PackedFormat] = {2: "uint2", 4: "uint4", 5: "uint5", 6: "uint6"}
+_SIGNED: dict[int, PackedFormat] = {4: "int4", 5: "int5", 6: "int6", 8: "int8"}
+_UNSIGNED: dict[int, PackedFormat] = {2: "uint2", 4: "uint4", 5: "uint5"}
 _HUGE_PAGE = 2 << 20
 _CHUNK = 1 << 19
 
@@ -107,9 +109,7 @@ def pack_weight(weight: Tensor | QuantizedWeight, *, compact: bool = False) -> P
     stacked = values if values.ndim == 3 else values[None]
     if isinstance(weight, QuantizedWeight):
         require_quantized(weight)
-        format_: PackedFormat = "int8" if weight.bits == 8 else "int4"
-        if weight.minima is not None:
-            format_ = _UNSIGNED[weight.bits]
+        format_: PackedFormat = (_SIGNED if weight.minima is None else _UNSIGNED)[weight.bits]
         group = min(weight.group, stacked.shape[2])
         whole = max(8, _PACKS[format_][1])
         require(
@@ -127,7 +127,7 @@ def pack_weight(weight: Tensor | QuantizedWeight, *, compact: bool = False) -> P
         if compact and weight.is_cpu and (packed := _pack_compact(stacked.bfloat16().contiguous())) is not None:
             return packed
     count, out_features, in_features = stacked.shape
-    layout = _layout(format_, count, out_features, in_features, group)
+    layout = _layout(format_, count, out_features, in_features, group, scales_dtype)
     data = _allocate(4 * math.prod(layout))
     words = data.view(torch.int32).view(layout)
     for matrix in range(count):
@@ -139,10 +139,10 @@ def unpack_weight(packed: PackedWeight) -> Tensor:
     """What was packed, [O, D] or [E, O, D] float32: exact."""
     if packed.format == "compact":
         return _unpack_compact(packed)
-    layout = _layout(packed.format, packed.count, packed.out_features, packed.in_features, packed.group)
+    layout = _layout(packed.format, packed.count, packed.out_features, packed.in_features, packed.group, packed.scales)
     stored = packed.data.view(torch.int32).view(layout)
     count, blocks, groups, _ = layout
-    scale_words = _scale_words(packed.format)
+    scale_words = _scale_words(packed.format, packed.scales)
     words = stored[..., scale_words:].reshape(count, blocks, groups, -1, BLOCK_OUTS).permute(0, 1, 4, 2, 3)
     weight = _weights_of(words.clone(memory_format=torch.contiguous_format), packed.format).float()
     if scale_words:  # [E, blocks, groups, 32 or twice as many]
@@ -189,19 +189,26 @@ def _beside_words(weight: QuantizedWeight) -> Tensor:
     return torch.stack([weight.scales] if weight.minima is None else [weight.scales, weight.minima], dim=-1)
 
 
-def _scale_words(format_: PackedFormat) -> int:
+def _scale_words(format_: PackedFormat, scales: torch.dtype) -> int:
     if format_ in ("bf16", "compact"):
         return 0
-    return BLOCK_OUTS if format_.startswith("uint") else BLOCK_OUTS // 2
+    return BLOCK_OUTS * scales.itemsize * (2 if format_.startswith("uint") else 1) // 4
 
 
-def _layout(format_: PackedFormat, count: int, out_features: int, in_features: int, group: int) -> tuple[int, ...]:
+def _layout(
+    format_: PackedFormat,
+    count: int,
+    out_features: int,
+    in_features: int,
+    group: int,
+    scales: torch.dtype = torch.bfloat16,
+) -> tuple[int, ...]:
     """Matrices, blocks, groups, and 32-bit words of a group in a block."""
     group = group or in_features
     words, weights = _PACKS[format_]
     group_words = -(-group // weights) * words
     blocks, groups = -(-out_features // BLOCK_OUTS), -(-in_features // group)
-    return count, blocks, groups, _scale_words(format_) + group_words * BLOCK_OUTS
+    return count, blocks, groups, _scale_words(format_, scales) + group_words * BLOCK_OUTS
 
 
 def _allocate(size: int) -> Tensor:
@@ -215,7 +222,8 @@ def _allocate(size: int) -> Tensor:
 
 def _pack_matrix(values: Tensor, scales: Tensor | None, format_: PackedFormat, group: int, target: Tensor) -> None:
     """Pack values [O, D] and scales [O, groups, 1 or 2] into target [blocks, groups, words]."""
-    groups, scale_words = target.shape[1], _scale_words(format_)
+    groups = target.shape[1]
+    scale_words = 0 if scales is None else _scale_words(format_, scales.dtype)
     group = group or values.shape[1]
     # A few blocks at a time: the temporaries stay in the processor's cache.
     blocks_at_a_time = max(1, _CHUNK // (BLOCK_OUTS * values.shape[1]))
@@ -240,12 +248,8 @@ def _words_of(weights: Tensor, format_: PackedFormat, count: int) -> Tensor:
         return weights.bfloat16().view(torch.int32)
     if format_ == "int8":
         return weights.contiguous().view(torch.int32)
-    if format_.startswith("uint"):
-        return unsigned.words_of(weights, format_)
-    eight = (weights + 8).view(torch.uint8).unflatten(-1, (-1, 8))
-    low_half = eight[..., 0::4] | eight[..., 2::4] << 4
-    high_half = eight[..., 1::4] | eight[..., 3::4] << 4
-    return torch.cat([low_half, high_half], dim=-1).view(torch.int32)[..., 0]
+    bits, middle = _bits_and_middle(format_)
+    return code_words.words_of(weights + middle, bits)
 
 
 def _weights_of(words: Tensor, format_: PackedFormat) -> Tensor:
@@ -254,7 +258,11 @@ def _weights_of(words: Tensor, format_: PackedFormat) -> Tensor:
         return words.view(torch.bfloat16)
     if format_ == "int8":
         return words.view(torch.int8)
-    if format_.startswith("uint"):
-        return unsigned.codes_of(words, format_)
-    shifts = torch.tensor([16 * (k % 2) + 4 * (k // 2) for k in range(8)], dtype=torch.int32)
-    return (((words[..., None] >> shifts) & 15) - 8).flatten(-2)
+    bits, middle = _bits_and_middle(format_)
+    return code_words.codes_of(words, bits) - middle
+
+
+def _bits_and_middle(format_: PackedFormat) -> tuple[int, int]:
+    """Of a code, and what is added to one to make it unsigned."""
+    bits = int(format_[-1])
+    return bits, 0 if format_.startswith("uint") else 1 << bits - 1

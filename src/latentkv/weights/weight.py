@@ -20,8 +20,10 @@ GROUP_SIZES = (32, 64, 128)
 _BITS: dict[WeightFormat, int] = {"int8": 8, "int4": 4}
 _DEFAULT_GROUP: dict[WeightFormat, int | None] = {"int8": None, "int4": 128}
 _CODES = {4: (-8, 7), 8: (-127, 127)}
-UNSIGNED_BITS = (2, 4, 5, 6)
-"""Widths of codes beside minima."""
+SIGNED_BITS, UNSIGNED_BITS = (4, 5, 6, 8), (2, 4, 5)
+"""Widths of codes, and of those beside minima."""
+
+_SCALES = (torch.bfloat16, torch.float16, torch.float32)
 
 # Scales that are tried after plain rounding's max|w| / 127 or max|w| / 7. int8: a few steps of bfloat16 less; more
 # clipping never pays. int4: parts of max|w| / 8, of the sign that takes the largest weight to the code -8; then to both
@@ -38,10 +40,10 @@ class QuantizedWeight:
     """A matrix, or stacked ones, as integers: weight[o, d] = codes[o, d] * scales[o, g] + minima[o, g], g = d // group.
 
     Attributes:
-        codes: [..., O, D] int8. Without minima -8..7 for 4 bits, -128..127 for 8 (-128 only in files that others
-            wrote); with minima from 0 on.
-        scales: [..., O, ceil(D / group)] bfloat16 or float16; any sign.
-        bits: 4 or 8; with minima 2, 4, 5 or 6.
+        codes: [..., O, D] int8. Without minima -8..7 for 4 bits and so on, -128..127 for 8 (-128 only in files that
+            others wrote); with minima from 0 on.
+        scales: [..., O, ceil(D / group)] bfloat16, float16 or float32; any sign.
+        bits: 4, 5, 6 or 8; with minima 2, 4 or 5.
         group: inputs that share a scale (the last group may be short); D where a whole row does.
         minima: what is added to all weights of a group, of the scales' shape and dtype; None: nothing.
     """
@@ -107,11 +109,12 @@ def require_quantized(weight: QuantizedWeight) -> None:
     """Raise `OpError` unless codes and scales fit together and are of the types that `QuantizedWeight` names."""
     codes, scales, minima = weight.codes, weight.scales, weight.minima
     require(
-        codes.dtype == torch.int8 and scales.dtype in (torch.bfloat16, torch.float16),
-        f"a quantised weight has int8 codes and scales in bfloat16 or float16, not {codes.dtype} and {scales.dtype}",
+        codes.dtype == torch.int8 and scales.dtype in _SCALES,
+        f"a quantised weight has int8 codes and bfloat16, float16 or float32 scales, not {codes.dtype} and "
+        f"{scales.dtype}",
     )
     require(
-        weight.bits in (_CODES if minima is None else UNSIGNED_BITS) and weight.group >= 1,
+        weight.bits in (SIGNED_BITS if minima is None else UNSIGNED_BITS) and weight.group >= 1,
         f"{weight.bits} bits in groups of {weight.group} are no weight",
     )
     if minima is not None:
@@ -126,8 +129,9 @@ def require_quantized(weight: QuantizedWeight) -> None:
         f"codes {list(codes.shape)} in groups of {weight.group} take scales {[*codes.shape[:-1], groups]}, "
         f"not {list(scales.shape)}",
     )
-    if codes.numel() and (weight.bits == 4 or minima is not None):
-        lowest, highest = _CODES[4] if minima is None else (0, 2**weight.bits - 1)
+    if codes.numel() and weight.bits < 8:
+        lowest = 0 if minima is not None else -(2 ** (weight.bits - 1))
+        highest = lowest + 2**weight.bits - 1
         least, most = map(int, codes.aminmax())
         require(
             lowest <= least and most <= highest,
