@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
-from typing import get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -17,9 +17,12 @@ from latentkv.bench.environment import Environment, describe_environment
 from latentkv.bench.timing import Contender, time_interleaved, torch_threads
 from latentkv.bench.torch_linear import torch_products
 from latentkv.errors import OpError, RequestError
-from latentkv.weights import QuantizedWeight, quantize_weight
-from latentkv.weights.layout import PackedFormat, PackedWeight, pack_weight
+from latentkv.weights import QuantizedWeight, WeightFormat, quantize_weight
+from latentkv.weights.layout import PackedWeight, pack_weight
+from latentkv.weights.weight import WEIGHT_FORMATS
 
+BenchedFormat = Literal["bf16", "compact"] | WeightFormat
+FORMATS: tuple[BenchedFormat, ...] = ("bf16", "compact", *WEIGHT_FORMATS)
 TORCH = "torch, bf16"
 ROWS = (1, 2, 4, 8, 16, 48, 64, 256, 512, 2048)
 ROTATED_BYTES = 256 << 20
@@ -94,16 +97,16 @@ class LinearEntry:
     exact: Tensor
 
 
-def as_packed_format(name: str) -> PackedFormat:
+def as_packed_format(name: str) -> BenchedFormat:
     """The packed format of that name.
 
     Raises:
         RequestError: there is none.
     """
-    for known in get_args(PackedFormat):
+    for known in FORMATS:
         if known == name:
             return known
-    raise RequestError(f"{name!r} is no format of packed weights; choose from {', '.join(get_args(PackedFormat))}.")
+    raise RequestError(f"{name!r} is no format of packed weights; choose from {', '.join(FORMATS)}.")
 
 
 def measure_linear(
@@ -111,7 +114,7 @@ def measure_linear(
     out_features: int = 8192,
     in_features: int = 2048,
     rows: Sequence[int] = ROWS,
-    formats: Sequence[PackedFormat] = get_args(PackedFormat),
+    formats: Sequence[BenchedFormat] = FORMATS,
     group: int | None = None,
     repeats: int = 15,
     threads: int | None = None,
@@ -195,7 +198,7 @@ def _step(entry: LinearEntry, x: Tensor, products: int) -> Callable[[], None]:
 
 
 def _entries(
-    out_features: int, in_features: int, formats: Sequence[PackedFormat], group: int | None = None
+    out_features: int, in_features: int, formats: Sequence[BenchedFormat], group: int | None = None
 ) -> dict[str, LinearEntry]:
     count = -(-ROTATED_BYTES // (2 * out_features * in_features))
     plain = torch.empty(count, out_features, in_features, dtype=torch.bfloat16)

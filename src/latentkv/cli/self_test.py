@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch import Tensor
 from latentkv import ops
 from latentkv.ops import reference
 from latentkv.ops.backends import describe_backends, why_not_native
-from latentkv.weights import PackedFormat, pack_weight, quantize_weight
+from latentkv.weights import WeightFormat, pack_weight, quantize_weight
 
 Case = Callable[[torch.device, torch.dtype, torch.Generator], tuple[Tensor, Tensor]]
 TOLERANCE: Mapping[torch.dtype, float] = {torch.float32: 1e-5, torch.bfloat16: 2.01 / 128}
@@ -102,7 +103,7 @@ def _linear(device: torch.device, dtype: torch.dtype, generator: torch.Generator
     return ops.linear(x.to(device), weight.to(device)), x.double() @ weight.double().T
 
 
-def _packed_linear(fmt: PackedFormat) -> Case:
+def _packed_linear(fmt: Literal["bf16", "compact"] | WeightFormat) -> Case:
     """Against the numbers that the packed codes and scales stand for."""
 
     def case(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> tuple[Tensor, Tensor]:
