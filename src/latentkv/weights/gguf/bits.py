@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def planes(data: Tensor, run: int, bits: int) -> Tensor:
-    """Numbers of a few bits: all the lowest of `run` bytes, then those above them, and so on; then the next `run` bytes.
+    """Numbers of a few bits: the lowest of `run` bytes, then those above them, and so on; then the next `run` bytes.
 
     Args:
         data: uint8 [B, k * run].
