@@ -1,10 +1,15 @@
-"""GGUF files written by hand, each of whose numbers can be replaced."""
+"""GGUF files written by hand, each of whose numbers can be replaced, and what is said of those that cannot be."""
 
 from __future__ import annotations
 
 import struct
 from pathlib import Path
 from typing import Any
+
+import pytest
+
+from latentkv.errors import CheckpointError
+from latentkv.weights.gguf.container import open_gguf
 
 U8, U16, I32, U32, F32, BOOL, STRING, ARRAY, U64 = 0, 2, 5, 4, 6, 7, 8, 9, 10
 _FORMATS = {U8: "<B", U16: "<H", I32: "<i", U32: "<I", F32: "<f", BOOL: "<?", U64: "<Q"}
@@ -57,7 +62,7 @@ class Written:
 
     def put(self, field: str, value: Any) -> Written:
         at, form = self.at[field]
-        struct.pack_into(form, self.data, at, value)
+        struct.pack_into(form.replace("?", "B"), self.data, at, value)
         return self
 
     def write(self, path: Path) -> Path:
@@ -99,3 +104,14 @@ def write_parts(folder: Path) -> list[Path]:
         )
         for number in range(3)
     ]
+
+
+def refusal(path: Path) -> str:
+    """The sentence that a file ends in, which names it."""
+    with pytest.raises(CheckpointError) as refused:
+        open_gguf(path)
+    sentence = str(refused.value)
+    assert "\n" not in sentence
+    assert str(path) in sentence or path.name in sentence
+    assert ": " in sentence.replace(str(path), "")  # what is wrong, and what to do
+    return sentence

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import gguf
@@ -122,6 +123,19 @@ def test_rows_longer_and_more_than_a_chunk_are_whole(name: str) -> None:
     kind = BY_NAME[name]
     assert_same_bits(random_rows(kind, 3, 66_048 // kind.weights), kind)
     assert_same_bits(random_rows(kind, 1, 140_032 // kind.weights), kind)
+
+
+def test_temporaries_are_small_however_long_the_rows() -> None:
+    sizes: list[int] = []
+    kind = BY_NAME["Q8_0"]
+
+    def counted(blocks: Tensor) -> Tensor:
+        sizes.append(len(blocks) * kind.weights)
+        return torch.zeros(len(blocks), kind.weights)
+
+    dequantize(random_rows(kind, 3, 10_000), replace(kind, decode=counted))
+    assert sum(sizes) == 3 * 10_000 * kind.weights
+    assert max(sizes) <= 1 << 17
 
 
 @every_type

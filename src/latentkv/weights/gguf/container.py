@@ -120,9 +120,9 @@ def _require_part(header: Header, number: int, count: int) -> None:
     """Raise `CheckpointError` unless a file says that it is this part (from 0), of as many."""
     said = header.whole_number("split.no", 0), header.whole_number("split.count", 0)
     if said != (number, count):
+        is_what = "whole" if said[1] in (0, 1) else f"part {said[0] + 1} of {said[1]}"
         raise CheckpointError(
-            f"{header.path} says of itself that it is part {said[0] + 1} of {said[1]}, not {number + 1} of {count}: "
-            "download it again"
+            f"{header.path} says of itself that it is {is_what}, not part {number + 1} of {count}: download it again"
         )
 
 
