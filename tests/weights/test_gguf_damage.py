@@ -208,6 +208,7 @@ def run_cases(folder: Path, cases: int) -> None:
     whole, parts = Written(), [path.read_bytes() for path in paths]
     single = folder / "m.gguf"
     refused, failed = 0, {}
+    tracemalloc.start()
     for case in range(cases):
         random = Random(zlib.crc32(f"gguf-{case}".encode()))
         target = random.choice((single, single, single, *paths))
@@ -215,7 +216,8 @@ def run_cases(folder: Path, cases: int) -> None:
         keys = part_keys(number, 3, 3) if number is not None else ()
         base = whole if number is None else Written((*(KEYS if not number else ()), *keys), (TENSORS[number],))
         target.write_bytes(damaged(random, base))
-        tracemalloc.start()
+        tracemalloc.reset_peak()
+        before = tracemalloc.get_traced_memory()[0]
         try:
             look_at_all(open_gguf(target))
         except CheckpointError as error:
@@ -224,12 +226,12 @@ def run_cases(folder: Path, cases: int) -> None:
                 failed[case] = f"no sentence: {error!r}"
         except BaseException as error:
             failed[case] = repr(error)[:200]
-        peak = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
+        peak = tracemalloc.get_traced_memory()[1] - before
         if peak > 1 << 20:
             failed[case] = f"{peak:,} bytes"
         if number is not None:
             target.write_bytes(parts[number])
+    tracemalloc.stop()
     assert not failed, "\n".join(f"{case}: {how}" for case, how in failed.items())
     assert cases // 2 < refused < cases
 
