@@ -1,0 +1,62 @@
+"""GGUF's types with one scale a block: 32 weights, or 256 of three levels.
+
+Each function takes blocks [B, bytes] of uint8 and returns float32 [B, weights]. Products and sums come in the order in
+which ggml writes them, so that zeros keep their signs.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from latentkv.weights.gguf.bits import half, planes
+
+
+def decode_q4_0(blocks: Tensor) -> Tensor:
+    """Weights are d (q - 8)."""
+    return planes(blocks[:, 2:], 16, 4).float().sub_(8).mul_(half(blocks, 0))
+
+
+def decode_q4_1(blocks: Tensor) -> Tensor:
+    """Weights are d q + m."""
+    return planes(blocks[:, 4:], 16, 4).float().mul_(half(blocks, 0)).add_(half(blocks, 2))
+
+
+def decode_q5_0(blocks: Tensor) -> Tensor:
+    """Weights are d (q - 16)."""
+    return _five_bits(blocks[:, 2:]).sub_(16).mul_(half(blocks, 0))
+
+
+def decode_q5_1(blocks: Tensor) -> Tensor:
+    """Weights are d q + m."""
+    return _five_bits(blocks[:, 4:]).mul_(half(blocks, 0)).add_(half(blocks, 2))
+
+
+def decode_q8_0(blocks: Tensor) -> Tensor:
+    """Weights are d q, q from -128 to 127."""
+    return blocks[:, 2:].view(torch.int8).float().mul_(half(blocks, 0))
+
+
+def decode_tq1_0(blocks: Tensor) -> Tensor:
+    """Weights are d (q - 1), q from 0 to 2: the leading digit, base 3, of what a byte's fraction becomes by 3^n.
+
+    48 bytes have five digits each (32, then 16 side by side), 4 bytes have four.
+    """
+    parts = (_powers(blocks[:, :32], 5), _powers(blocks[:, 32:48], 5), _powers(blocks[:, 48:52], 4))
+    digits = (torch.cat(parts, 1).short() * 3) >> 8
+    return digits.float().sub_(1).mul_(half(blocks, 52))
+
+
+def decode_tq2_0(blocks: Tensor) -> Tensor:
+    """Weights are d (q - 1), q from 0 to 3."""
+    return planes(blocks[:, :64], 32, 2).float().sub_(1).mul_(half(blocks, 64))
+
+
+def _five_bits(data: Tensor) -> Tensor:
+    """Numbers of 5 bits as float32 [B, 32]: 4 bytes of their top bits, 16 bytes of the others."""
+    return (planes(data[:, 4:], 16, 4) | (planes(data[:, :4], 1, 1) << 4)).float()
+
+
+def _powers(data: Tensor, digits: int) -> Tensor:
+    """Bytes times 1, 3, 9 and so on, as bytes that wrap around, `digits` rows of them."""
+    return (data[:, None] * 3 ** torch.arange(digits, dtype=torch.uint8)[:, None]).flatten(1)
