@@ -1,7 +1,7 @@
 """GGUF's types with one scale a block: 32 weights, or 256 of three levels.
 
-Each function takes blocks [B, bytes] of uint8 and returns float32 [B, weights]. Products and sums come in the order in
-which ggml writes them, so that zeros keep their signs.
+Each function takes blocks [B, bytes] of uint8; what it returns are their integers, or float32 [B, weights]. Products
+and sums come in the order in which ggml writes them, so that zeros keep their signs.
 """
 
 from __future__ import annotations
@@ -10,31 +10,32 @@ import torch
 from torch import Tensor
 
 from latentkv.weights.gguf.bits import half, planes
+from latentkv.weights.gguf.integers import Integers
 
 
-def decode_q4_0(blocks: Tensor) -> Tensor:
+def q4_0(blocks: Tensor) -> Integers:
     """Weights are d (q - 8)."""
-    return planes(blocks[:, 2:], 16, 4).float().sub_(8).mul_(half(blocks, 0))
+    return Integers(_signed(planes(blocks[:, 2:], 16, 4), 8), half(blocks, 0), 4)
 
 
-def decode_q4_1(blocks: Tensor) -> Tensor:
+def q4_1(blocks: Tensor) -> Integers:
     """Weights are d q + m."""
-    return planes(blocks[:, 4:], 16, 4).float().mul_(half(blocks, 0)).add_(half(blocks, 2))
+    return Integers(planes(blocks[:, 4:], 16, 4).view(torch.int8), half(blocks, 0), 4, half(blocks, 2))
 
 
-def decode_q5_0(blocks: Tensor) -> Tensor:
+def q5_0(blocks: Tensor) -> Integers:
     """Weights are d (q - 16)."""
-    return _five_bits(blocks[:, 2:]).sub_(16).mul_(half(blocks, 0))
+    return Integers(_signed(_five_bits(blocks[:, 2:]), 16), half(blocks, 0), 5)
 
 
-def decode_q5_1(blocks: Tensor) -> Tensor:
+def q5_1(blocks: Tensor) -> Integers:
     """Weights are d q + m."""
-    return _five_bits(blocks[:, 4:]).mul_(half(blocks, 0)).add_(half(blocks, 2))
+    return Integers(_five_bits(blocks[:, 4:]).view(torch.int8), half(blocks, 0), 5, half(blocks, 2))
 
 
-def decode_q8_0(blocks: Tensor) -> Tensor:
+def q8_0(blocks: Tensor) -> Integers:
     """Weights are d q, q from -128 to 127."""
-    return blocks[:, 2:].view(torch.int8).float().mul_(half(blocks, 0))
+    return Integers(blocks[:, 2:].view(torch.int8), half(blocks, 0), 8)
 
 
 def decode_tq1_0(blocks: Tensor) -> Tensor:
@@ -53,8 +54,12 @@ def decode_tq2_0(blocks: Tensor) -> Tensor:
 
 
 def _five_bits(data: Tensor) -> Tensor:
-    """Numbers of 5 bits as float32 [B, 32]: 4 bytes of their top bits, 16 bytes of the others."""
-    return (planes(data[:, 4:], 16, 4) | (planes(data[:, :4], 1, 1) << 4)).float()
+    """Numbers of 5 bits, uint8 [B, 32]: 4 bytes of their top bits, 16 bytes of the others."""
+    return planes(data[:, 4:], 16, 4) | (planes(data[:, :4], 1, 1) << 4)
+
+
+def _signed(codes: Tensor, middle: int) -> Tensor:
+    return codes.view(torch.int8) - middle
 
 
 def _powers(data: Tensor, digits: int) -> Tensor:
