@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from latentkv.checkpoint.layouts import foreign_names
 from latentkv.checkpoint.names import layer_of, mtp_index, published_parts, text_model_names
-from latentkv.checkpoint.reader import CheckpointReader
+from latentkv.checkpoint.tensors import Tensors
 from latentkv.errors import CheckpointError
 from latentkv.weights.weight import QuantizedWeight
 
@@ -27,7 +29,7 @@ class Match:
 
     def __init__(
         self,
-        reader: CheckpointReader,
+        reader: Tensors,
         parts: Mapping[str, tuple[str, ...]],
         sources: Mapping[str, str],
         num_layers: int,
@@ -70,24 +72,32 @@ class Match:
         for name, tensor in state.items():
             sources = [self._sources.get(part) for part in self._parts[name]]
             if sources[0] is not None and (first := self._reader.quantized(sources[0])) is not None:
-                codes = torch.empty(tensor.shape, dtype=torch.int8)
-                scales = torch.empty(*tensor.shape[:-1], first.scales.shape[-1], dtype=first.scales.dtype)
-                found[name] = self._join(name, QuantizedWeight(codes, scales, first.bits, first.group))
+                shared = (*tensor.shape[:-1], first.scales.shape[-1])
+                whole = replace(
+                    first,
+                    codes=torch.empty(tensor.shape, dtype=torch.int8),
+                    scales=first.scales.new_empty(shared),
+                    minima=None if first.minima is None else first.scales.new_empty(shared),
+                )
+                found[name] = self._join(name, whole)
         return found
 
     def _join(self, name: str, whole: QuantizedWeight) -> QuantizedWeight:
         """Fill `whole` from the parts that the checkpoint has of the decoder's tensor `name`."""
-        for (part, codes), (_, scales) in zip(
-            self._views(name, whole.codes), self._views(name, whole.scales), strict=True
-        ):
+        views = [
+            dict(self._views(name, tensor))
+            for tensor in (whole.codes, whole.scales, whole.minima)
+            if tensor is not None
+        ]
+        for part in self._parts[name]:
             stored = self._reader.quantized(self._sources[part])
-            if stored is None or (stored.bits, stored.group) != (whole.bits, whole.group):
+            if stored is None or not stored.is_like(whole):
                 raise CheckpointError(
                     f"{self._reader.folder}: {self._sources[part]} is not quantised like the other experts of its "
                     "layer: quantise all experts of a layer alike"
                 )
-            codes.copy_(stored.codes)
-            scales.copy_(stored.scales)
+            for view, numbers in zip(views, (stored.codes, stored.scales, stored.minima), strict=False):
+                view[part].copy_(cast(Tensor, numbers))
         return whole
 
     def _views(self, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
@@ -97,7 +107,7 @@ class Match:
 
 def match_parameters(
     state: Mapping[str, Tensor],
-    reader: CheckpointReader,
+    reader: Tensors,
     *,
     num_layers: int,
     num_mtp_layers: int = 0,
@@ -168,7 +178,7 @@ def _redundant_names(found: Iterable[str], targets: Mapping[str, Tensor], mtp_la
     return redundant
 
 
-def _refuse_missing(missing: list[str], targets: Mapping[str, Tensor], reader: CheckpointReader) -> None:
+def _refuse_missing(missing: list[str], targets: Mapping[str, Tensor], reader: Tensors) -> None:
     if missing:
         shapes = _listed(f"{name} {list(targets[name].shape)}" for name in missing)
         if missing in (["lm_head.weight"], ["model.embed_tokens.weight"]):
@@ -181,7 +191,7 @@ def _refuse_missing(missing: list[str], targets: Mapping[str, Tensor], reader: C
         )
 
 
-def _refuse_unexpected(unexpected: list[str], reader: CheckpointReader) -> None:
+def _refuse_unexpected(unexpected: list[str], reader: Tensors) -> None:
     if unexpected:
         shapes = _listed(f"{name} {list(reader.shape(name))}" for name in unexpected)
         raise CheckpointError(
@@ -190,7 +200,7 @@ def _refuse_unexpected(unexpected: list[str], reader: CheckpointReader) -> None:
         )
 
 
-def _refuse_misshapen(sources: Mapping[str, str], targets: Mapping[str, Tensor], reader: CheckpointReader) -> None:
+def _refuse_misshapen(sources: Mapping[str, str], targets: Mapping[str, Tensor], reader: Tensors) -> None:
     wrong: list[str] = []
     for name, source in sources.items():
         if reader.shape(source) != tuple(targets[name].shape):
@@ -201,7 +211,7 @@ def _refuse_misshapen(sources: Mapping[str, str], targets: Mapping[str, Tensor],
         raise CheckpointError(f"{reader.folder} does not fit its config.json: {_listed(wrong)}")
 
 
-def _refuse_untied_head(found: Mapping[str, str], targets: Mapping[str, Tensor], reader: CheckpointReader) -> None:
+def _refuse_untied_head(found: Mapping[str, str], targets: Mapping[str, Tensor], reader: Tensors) -> None:
     """A head that is tied to the embedding may be stored too, but only as a copy of it."""
     head, embedding = found.get("lm_head.weight"), found.get("model.embed_tokens.weight")
     if head is None or embedding is None or "lm_head.weight" in targets:

@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from latentkv.checkpoint.reader import CheckpointReader
+from latentkv.checkpoint.tensors import open_tensors
 from latentkv.errors import CheckpointError
 from latentkv.files import write_json
 from latentkv.json_files import INDEX_BYTES, read_json
@@ -28,7 +28,7 @@ def weights_digest(folder: Path, memo: Path) -> bytes:
     """
     known = _read_memo(memo)
     digests: dict[str, list[Any]] = {}
-    for path in CheckpointReader(folder).files:
+    for path in open_tensors(folder).files:
         name, state = str(path.resolve()), _state(path)
         entry = known.get(name)
         if entry is None or entry[:-1] != state:

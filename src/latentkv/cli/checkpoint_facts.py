@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from latentkv.checkpoint import CheckpointReader
 from latentkv.checkpoint.names import layer_of, tensor_kind, text_model_names
+from latentkv.checkpoint.tensors import Tensors
 from latentkv.errors import CheckpointError
 from latentkv.models.config import MLAConfig, ModelConfig
 from latentkv.models.loading import match_weights
@@ -135,7 +135,7 @@ def read_facts(folder: Path) -> CheckpointFacts:
     )
 
 
-def _problem(config: ModelConfig, reader: CheckpointReader) -> str | None:
+def _problem(config: ModelConfig, reader: Tensors) -> str | None:
     """Why weights would not load."""
     try:
         match_weights(config, reader)
@@ -144,7 +144,7 @@ def _problem(config: ModelConfig, reader: CheckpointReader) -> str | None:
     return None
 
 
-def _tensor_facts(reader: CheckpointReader, config: ModelConfig) -> Iterable[TensorFact]:
+def _tensor_facts(reader: Tensors, config: ModelConfig) -> Iterable[TensorFact]:
     names = text_model_names(reader.names, nested=reader.nests_text_model, tied=config.tie_word_embeddings)
     published = {name: known_as for known_as, name in names.items()}
     for name in reader.names:

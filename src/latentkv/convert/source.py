@@ -10,7 +10,7 @@ from torch import Tensor
 
 from latentkv.checkpoint.filling import match_parameters
 from latentkv.checkpoint.names import layer_of, text_model_names
-from latentkv.checkpoint.reader import CheckpointReader
+from latentkv.checkpoint.tensors import Tensors
 from latentkv.convert.attention import GQAWeights, HeadShape
 from latentkv.errors import ConfigError
 from latentkv.models.config import GQAConfig, ModelConfig
@@ -34,7 +34,7 @@ class SourceModel:
 
     config: ModelConfig
     attention: GQAConfig
-    reader: CheckpointReader
+    reader: Tensors
     stored_as: dict[str, str]
 
     @property

@@ -10,14 +10,14 @@ from torch import nn
 
 from latentkv.checkpoint.filling import Match, match_parameters
 from latentkv.checkpoint.names import export_names
-from latentkv.checkpoint.reader import CheckpointReader
+from latentkv.checkpoint.tensors import Tensors
 from latentkv.checkpoint.wrapper import text_config
 from latentkv.checkpoint.writer import write_checkpoint
 from latentkv.errors import CheckpointError, ConfigError
 from latentkv.models.config import ModelConfig
 from latentkv.models.decoder import Decoder
 from latentkv.models.families import FAMILIES
-from latentkv.models.packing import Packer, Packing, pack_module
+from latentkv.models.packing import Packer, Packing, pack_module, takes_packed
 from latentkv.models.stored_config import DTYPE_NAMES, open_checkpoint, stored_dtype
 
 
@@ -65,7 +65,7 @@ def load_model(
     return decoder.eval()
 
 
-def match_weights(config: ModelConfig, reader: CheckpointReader) -> None:
+def match_weights(config: ModelConfig, reader: Tensors) -> None:
     """Find every weight of a model in its checkpoint, from the headers alone.
 
     Raises:
@@ -76,7 +76,7 @@ def match_weights(config: ModelConfig, reader: CheckpointReader) -> None:
         _match(Decoder(config), reader)
 
 
-def _require_tensors(config: ModelConfig, reader: CheckpointReader) -> None:
+def _require_tensors(config: ModelConfig, reader: Tensors) -> None:
     """Refuse a config that counts more than its files hold, before anything of that size is made."""
     if config.num_layers > len(reader.names):
         raise CheckpointError(
@@ -85,7 +85,7 @@ def _require_tensors(config: ModelConfig, reader: CheckpointReader) -> None:
         )
 
 
-def _match(decoder: Decoder, reader: CheckpointReader) -> Match:
+def _match(decoder: Decoder, reader: Tensors) -> Match:
     config = decoder.config
     return match_parameters(
         decoder.state_dict(),
@@ -98,7 +98,9 @@ def _match(decoder: Decoder, reader: CheckpointReader) -> Match:
 
 def _load_part(name: str, part: nn.Module, match: Match, device: torch.device, packing: Packing | None) -> None:
     state = {f"{name}.{leaf}": tensor for leaf, tensor in part.state_dict().items()}
-    quantized = {} if packing is None else match.quantized(state)
+    packed = takes_packed(part)
+    taken = {f"{name}.{leaf}": state[f"{name}.{leaf}"] for leaf in part.state_dict() if packed(leaf)}
+    quantized = {} if packing is None else match.quantized(taken)
     part.to_empty(device=device)
     match.fill({f"{name}.{leaf}": t for leaf, t in part.state_dict().items() if f"{name}.{leaf}" not in quantized})
     if packing is not None:

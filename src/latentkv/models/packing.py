@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Literal, Protocol, cast, runtime_checkable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -141,6 +141,12 @@ def pack_module(
     _pack(module, packing, f"{prefix}." if prefix else "", quantized or {})
 
 
+def takes_packed(module: nn.Module) -> Callable[[str], bool]:
+    """Which of the parameters in a module are packed with it, by their names; the others must hold numbers."""
+    packed = tuple(f"{name}." if name else "" for name, child in module.named_modules() if isinstance(child, Packable))
+    return lambda name: name.startswith(packed)
+
+
 def _pack(module: nn.Module, packing: Packing, prefix: str, quantized: Mapping[str, QuantizedWeight]) -> None:
     if isinstance(module, Packable):
         module.pack(Packer(packing, module, prefix, quantized))
@@ -149,15 +155,19 @@ def _pack(module: nn.Module, packing: Packing, prefix: str, quantized: Mapping[s
 
 
 def join_rows(weights: list[Weight]) -> Weight:
-    """Matrices [..., O, D] of one width stacked by their rows."""
+    """Matrices [..., O, D] of one width stacked by their rows; dequantised where they are of several kinds."""
+    first = weights[0]
     if len(weights) == 1:
-        return weights[0]
-    if isinstance(weights[0], QuantizedWeight):
-        parts = cast("list[QuantizedWeight]", weights)
-        return QuantizedWeight(
-            torch.cat([part.codes for part in parts], dim=-2),
-            torch.cat([part.scales for part in parts], dim=-2),
-            parts[0].bits,
-            parts[0].group,
-        )
-    return torch.cat(cast("list[Tensor]", weights), dim=-2)
+        return first
+    if isinstance(first, QuantizedWeight):
+        alike = [weight for weight in weights if isinstance(weight, QuantizedWeight) and weight.is_like(first)]
+        if len(alike) == len(weights):
+            minima = [weight.minima for weight in alike if weight.minima is not None]
+            return replace(
+                first,
+                codes=torch.cat([weight.codes for weight in alike], dim=-2),
+                scales=torch.cat([weight.scales for weight in alike], dim=-2),
+                minima=torch.cat(minima, dim=-2) if minima else None,
+            )
+    plain = [weight.dequantize() if isinstance(weight, QuantizedWeight) else weight for weight in weights]
+    return torch.cat([weight.to(plain[0].dtype) for weight in plain], dim=-2)

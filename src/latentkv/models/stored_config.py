@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from latentkv.checkpoint.names import text_model_names
-from latentkv.checkpoint.reader import CheckpointReader
+from latentkv.checkpoint.tensors import Tensors, open_tensors
 from latentkv.checkpoint.wrapper import config_levels
 from latentkv.errors import ConfigError
 from latentkv.models.config import ModelConfig
@@ -30,7 +30,7 @@ _OTHER_NAMES = {"float": "float32", "half": "float16", "fp32": "float32", "fp16"
 _AS_STORED = (None, "", "auto")
 
 
-def open_checkpoint(folder: Path) -> tuple[ModelConfig, CheckpointReader]:
+def open_checkpoint(folder: Path) -> tuple[ModelConfig, Tensors]:
     """Read a checkpoint's config and the headers of its files.
 
     Where config.json does not say whether the output head is the embedding, it is if the files hold one of the two, and
@@ -43,11 +43,11 @@ def open_checkpoint(folder: Path) -> tuple[ModelConfig, CheckpointReader]:
         ConfigError: the config cannot be read or is not supported.
         CheckpointError: the files are damaged, or of a kind that is not read.
     """
-    config, reader = read_config(folder), CheckpointReader(folder)
+    config, reader = read_config(folder), open_tensors(folder)
     return settle_by_files(config, reader), reader
 
 
-def settle_by_files(config: ModelConfig, reader: CheckpointReader) -> ModelConfig:
+def settle_by_files(config: ModelConfig, reader: Tensors) -> ModelConfig:
     """A config with what it leaves open taken from a checkpoint's files."""
     settled: dict[str, Any] = {}
     if stated_tying(config.source) is None:
@@ -83,7 +83,7 @@ def _named_dtype(source: Mapping[str, Any]) -> Any:
     return next((name for name in named if name not in _AS_STORED), None)
 
 
-def _is_tied(reader: CheckpointReader, otherwise: bool) -> bool:
+def _is_tied(reader: Tensors, otherwise: bool) -> bool:
     found = text_model_names(reader.names, nested=reader.nests_text_model)
     head, embedding = found.get("lm_head.weight"), found.get("model.embed_tokens.weight")
     if head is None or embedding is None:
@@ -93,7 +93,7 @@ def _is_tied(reader: CheckpointReader, otherwise: bool) -> bool:
     return otherwise and torch.equal(reader.read(head), reader.read(embedding))
 
 
-def _commonest_dtype(reader: CheckpointReader) -> torch.dtype | None:
+def _commonest_dtype(reader: Tensors) -> torch.dtype | None:
     """Of the text model's weights by their number, as one that models run in: float64 is read as float32, what is
     quantised as bfloat16."""
     elements: Counter[torch.dtype] = Counter()

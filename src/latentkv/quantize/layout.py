@@ -13,8 +13,8 @@ import torch
 
 from latentkv.checkpoint.locate import CONFIG_FILE, SINGLE_FILE
 from latentkv.checkpoint.names import layer_of, published_parts, tensor_kind, text_model_names
-from latentkv.checkpoint.reader import CheckpointReader
 from latentkv.checkpoint.shard import Entry, entry_bytes
+from latentkv.checkpoint.tensors import Tensors
 from latentkv.checkpoint.wrapper import without
 from latentkv.errors import CheckpointError
 from latentkv.models.config_reader import read_model_json
@@ -72,7 +72,7 @@ class CopyLayout:
         fingerprint: tells this source with these options from every other.
     """
 
-    reader: CheckpointReader
+    reader: Tensors
     num_layers: int
     shards: dict[str, list[Part]]
     config: dict[str, Any]
@@ -104,7 +104,7 @@ def plan_copy(folder: Path, fmt: WeightFormat, group: int | None, max_shard_byte
     )
 
 
-def _refuse_quantized(reader: CheckpointReader) -> None:
+def _refuse_quantized(reader: Tensors) -> None:
     for name in reader.names:
         scheme = reader.scheme(name)
         if scheme is not None:
@@ -114,7 +114,7 @@ def _refuse_quantized(reader: CheckpointReader) -> None:
 
 
 def _parts(
-    reader: CheckpointReader, num_layers: int, fmt: WeightFormat, group: int | None, *, keeps_head: bool
+    reader: Tensors, num_layers: int, fmt: WeightFormat, group: int | None, *, keeps_head: bool
 ) -> Iterator[Part]:
     names = text_model_names(reader.names, nested=reader.nests_text_model)
     published = {name: known_as for known_as, name in names.items()}
@@ -160,7 +160,7 @@ def _named_shards(shards: list[list[Part]]) -> dict[str, list[Part]]:
     return {f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards)}
 
 
-def _fingerprint(reader: CheckpointReader, config: dict[str, Any], max_shard_bytes: int) -> str:
+def _fingerprint(reader: Tensors, config: dict[str, Any], max_shard_bytes: int) -> str:
     files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in reader.files]
     described = json.dumps([files, config, max_shard_bytes], sort_keys=True)
     return hashlib.sha256(described.encode()).hexdigest()

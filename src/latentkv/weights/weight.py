@@ -60,6 +60,12 @@ class QuantizedWeight:
         shared = self.scales.nbytes * (1 if self.minima is None else 2)
         return (self.codes.numel() * self.bits + 7) // 8 + shared
 
+    def is_like(self, other: QuantizedWeight) -> bool:
+        """Whether rows of both can be rows of one weight."""
+        return (self.bits, self.group, self.scales.dtype) == (other.bits, other.group, other.scales.dtype) and (
+            self.minima is None
+        ) == (other.minima is None)
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight that codes and scales stand for, [..., O, D]: exact in float32, rounded once in another dtype."""
         weight = torch.empty(self.codes.shape, dtype=dtype, device=self.codes.device)
