@@ -124,6 +124,10 @@ class CheckpointReader:
         self._require(name)
         return self._packed.get(name)
 
+    def is_quantized(self, name: str) -> bool:
+        """Whether a weight is packed as integers."""
+        return self.scheme(name) is not None
+
     def nbytes(self, name: str) -> int:
         """Bytes that a tensor takes in its files, scales that belong to it included."""
         self._require(name)

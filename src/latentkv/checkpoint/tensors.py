@@ -55,6 +55,10 @@ class Tensors(Protocol):
         """Why `read` cannot give a tensor's weights; None where it can."""
         ...
 
+    def is_quantized(self, name: str) -> bool:
+        """Whether `quantized` gives a weight."""
+        ...
+
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """Read one tensor, cast to `dtype`; None: as it is stored, float32 where it is quantised."""
         ...

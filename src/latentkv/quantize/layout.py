@@ -106,10 +106,10 @@ def plan_copy(folder: Path, fmt: WeightFormat, group: int | None, max_shard_byte
 
 def _refuse_quantized(reader: Tensors) -> None:
     for name in reader.names:
-        scheme = reader.scheme(name)
-        if scheme is not None:
+        if reader.is_quantized(name):
             raise CheckpointError(
-                f"{reader.folder} is quantised already ({name} is {scheme.format}): quantise the original weights"
+                f"{reader.folder} is quantised already ({name} is {reader.shown_dtype(name)}): quantise the original "
+                "weights"
             )
 
 
