@@ -236,7 +236,7 @@ void multiply_tile(const Panel& panel, const Unit* x, float* sums) {
 #pragma GCC unroll 2
             for (int v = 0; v < V; v++) w[j][v][k] = load_as<vu>(words + j * panel.words_stride + v * W);
           }
-#pragma GCC unroll 8
+#pragma GCC unroll 32
         for (int u = 0; u < Decoder::units; u++, units += R)
 #pragma GCC unroll 2
           for (int j = 0; j < G; j++) {
@@ -310,7 +310,7 @@ void decode_panel(const Panel& panel, Word* units) {
         vu w[WORDS];
 #pragma GCC unroll 4
         for (int k = 0; k < WORDS; k++) w[k] = load_as<vu>(words + k * BLOCK_OUTS + first);
-#pragma GCC unroll 8
+#pragma GCC unroll 32
         for (int u = 0; u < Decoder::units; u++) {
           const vu unit = decoder.unit(w, u);
           std::memcpy(units + u * BLOCK_OUTS + first, &unit, sizeof unit);
