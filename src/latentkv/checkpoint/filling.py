@@ -62,11 +62,13 @@ class Match:
     def quantized(self, state: Mapping[str, Tensor]) -> dict[str, QuantizedWeight]:
         """Those of some of the decoder's tensors that the checkpoint holds quantised, as they are stored.
 
+        Where the parts of one are quantised in different ways, it is none of them.
+
         Args:
             state: tensors by their names in the decoder; only their shapes matter.
 
         Raises:
-            CheckpointError: a tensor cannot be read, or the parts of one are quantised in different ways.
+            CheckpointError: a tensor cannot be read.
         """
         found: dict[str, QuantizedWeight] = {}
         for name, tensor in state.items():
@@ -79,11 +81,12 @@ class Match:
                     scales=first.scales.new_empty(shared),
                     minima=None if first.minima is None else first.scales.new_empty(shared),
                 )
-                found[name] = self._join(name, whole)
+                if self._join(name, whole):
+                    found[name] = whole
         return found
 
-    def _join(self, name: str, whole: QuantizedWeight) -> QuantizedWeight:
-        """Fill `whole` from the parts that the checkpoint has of the decoder's tensor `name`."""
+    def _join(self, name: str, whole: QuantizedWeight) -> bool:
+        """Fill `whole` from the parts that the checkpoint has of the decoder's tensor `name`; False: they differ."""
         views = [
             dict(self._views(name, tensor))
             for tensor in (whole.codes, whole.scales, whole.minima)
@@ -92,13 +95,10 @@ class Match:
         for part in self._parts[name]:
             stored = self._reader.quantized(self._sources[part])
             if stored is None or not stored.is_like(whole):
-                raise CheckpointError(
-                    f"{self._reader.folder}: {self._sources[part]} is not quantised like the other experts of its "
-                    "layer: quantise all experts of a layer alike"
-                )
+                return False
             for view, numbers in zip(views, (stored.codes, stored.scales, stored.minima), strict=False):
                 view[part].copy_(cast(Tensor, numbers))
-        return whole
+        return True
 
     def _views(self, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
         """The checkpoint's names for a tensor of the decoder, each with its view of `tensor`."""

@@ -177,7 +177,7 @@ def _other_format(folder: Path, entries: list[Path]) -> str | None:
     if safetensors:
         return _loose_safetensors(folder, safetensors)
     if name := first(".gguf"):
-        return f"{folder} has no safetensors, only {name} in llama.cpp's GGUF format: {ORIGINAL}"
+        return f"{folder} has no safetensors, but a model in GGUF: name the file itself, {folder / name}"
     if name := first(".bin", ".pt", ".pth", ".ckpt", ".pkl", ".distcp"):
         return (
             f"{folder} has only pickled weights ({name}), which are never loaded: convert to safetensors "

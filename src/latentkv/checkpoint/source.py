@@ -1,7 +1,9 @@
-"""Where a model lies: a local folder, its config.json, or a Hugging Face repository that is fetched once.
+"""Where a model lies: a local folder, its config.json, a GGUF file, or a Hugging Face repository that is fetched once.
 
-Every command and `LLM` take a model in these forms, through the two functions here: `resolve_model` where weights are
-needed, `resolve_config` where the shape is enough.
+Every command and `LLM` take a model in these forms, through the functions here: `resolve_model` where weights are
+needed, `resolve_folder` where they must be safetensors, `resolve_config` where the shape is enough. What they give is
+read by `checkpoint.tensors.open_tensors`, `models.config_reader.read_config` and `text.load_tokenizer`, and nobody else
+asks of what kind it is.
 """
 
 from __future__ import annotations
@@ -10,7 +12,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from latentkv.checkpoint.layouts import ORIGINAL, why_missing
+from latentkv.checkpoint.gguf.tensors import is_gguf
+from latentkv.checkpoint.layouts import why_missing
 from latentkv.checkpoint.locate import CONFIG_FILE
 from latentkv.errors import ConfigError
 
@@ -23,10 +26,10 @@ _SECONDS_TO_ANSWER = 10
 
 
 def resolve_model(model: str | Path) -> Path:
-    """The folder of a model with its weights.
+    """The folder of a model with its weights, or its GGUF file.
 
     Args:
-        model: a local folder or the config.json in it; or a repository of the Hugging Face hub, `org/name` or
+        model: a local folder or the config.json in it; a GGUF file, or any part of a split one; or a repository of the Hugging Face hub, `org/name` or
             `org/name@revision` (a branch, a tag or a commit), which is downloaded with a progress bar (weights as
             safetensors, config, tokenizer and chat template; nothing that runs) and kept in the hub's own cache.
 
@@ -36,7 +39,22 @@ def resolve_model(model: str | Path) -> Path:
     local = _local(model)
     if local is None:
         return _fetch(str(model), _WANTED)
-    return local if local.is_dir() else local.parent
+    return local if local.is_dir() or is_gguf(local) else local.parent
+
+
+def resolve_folder(model: str | Path) -> Path:
+    """The folder of a model whose safetensors are read or copied; takes and raises as `resolve_model`.
+
+    Raises:
+        ConfigError: it is a GGUF file.
+    """
+    path = resolve_model(model)
+    if is_gguf(path):
+        raise ConfigError(
+            f"{path} is a GGUF file, which can be run and looked at; here a model's folder with safetensors is needed: "
+            "use its original release"
+        )
+    return path
 
 
 def resolve_config(model: str | Path) -> Path:
@@ -56,11 +74,11 @@ def resolve_config(model: str | Path) -> Path:
 
 
 def resolve_tokenizer(model: str | Path) -> Path:
-    """The folder of a model's tokenizer; of a repository nothing else is fetched. Raises as `resolve_model`."""
+    """Where a model's tokenizer lies; of a repository nothing else is fetched. Raises as `resolve_model`."""
     local = _local(model)
     if local is None:
         return _fetch(str(model), _TOKENIZER)
-    return local if local.is_dir() else local.parent
+    return local if local.is_dir() or is_gguf(local) else local.parent
 
 
 def local_folder(model: Path) -> Path:
@@ -72,12 +90,16 @@ def local_folder(model: Path) -> Path:
     local = _local(model)
     if local is None:
         raise ConfigError(f"no folder {model}: name the local folder of the model")
+    if is_gguf(local):
+        raise ConfigError(f"{local} is a GGUF file, which is not changed where it lies: name the folder of a model")
     return local if local.is_dir() else local.parent
 
 
 def model_name(model: str | Path) -> str:
     """What to call a model: its folder's name, or its repository."""
     path = Path(model).expanduser()
+    if is_gguf(path):
+        return path.stem
     if path.is_file():
         path = path.parent
     return path.resolve().name if path.is_dir() else str(model)
@@ -99,10 +121,10 @@ def _local(model: str | Path, *, any_config: bool = False) -> Path | None:
     if exists:
         if path.name == CONFIG_FILE or (any_config and path.suffix == ".json"):
             return path
-        if path.suffix == ".gguf":
-            raise ConfigError(f"{path} is in llama.cpp's GGUF format, which is not read: {ORIGINAL}")
+        if is_gguf(path):
+            return path
         raise ConfigError(
-            f"{path} is a file: name the folder that holds config.json and the weights, or its config.json"
+            f"{path} is a file: name the folder that holds config.json and the weights, its config.json, or a .gguf file"
         )
     if is_link:
         raise ConfigError(why_missing(path) or f"{path} cannot be read")

@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from latentkv.checkpoint.gguf.tensors import GGUFTensors, is_gguf
 from latentkv.checkpoint.reader import CheckpointReader
 from latentkv.weights.weight import QuantizedWeight
 
@@ -74,4 +75,4 @@ def open_tensors(path: Path) -> Tensors:
     Raises:
         CheckpointError: they are missing, damaged, or of a kind that is not read.
     """
-    return CheckpointReader(path)
+    return GGUFTensors(path) if is_gguf(path) else CheckpointReader(path)

@@ -61,8 +61,7 @@ def convert(
 
     Example: latentkv convert path/to/llama llama-mla --kv-budget 1/4 --calibrate book.txt
     """
-    from latentkv.checkpoint import resolve_model
-    from latentkv.checkpoint.source import model_name
+    from latentkv.checkpoint.source import model_name, resolve_folder
     from latentkv.convert import (
         ConvertOptions,
         Export,
@@ -82,7 +81,7 @@ def convert(
     budget = None if kv_budget is None else _share(kv_budget)
     options = ConvertOptions(rank, rope_dim, budget, cast("Method", method), fold, cast("Export", export))
     require_text_options(sequences, length, calibrate, text)
-    folder = resolve_model(source)
+    folder = resolve_folder(source)
     require_convertible(folder, options)
     require_target(target, folder)
     require_length(folder, length)

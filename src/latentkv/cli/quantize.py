@@ -47,14 +47,14 @@ def quantize(
     Example: latentkv quantize deepseek-ai/DeepSeek-V2-Lite v2-lite-int4 --weights int4
     """
 
-    from latentkv.checkpoint import resolve_model
+    from latentkv.checkpoint.source import resolve_folder
     from latentkv.quantize import quantize_checkpoint
     from latentkv.weights.weight import require_format
 
     use_threads(threads)
     require_format(weights, group)
     passage = None if text is None else _passage(text, text_bytes)
-    folder = resolve_model(source)
+    folder = resolve_folder(source)
     before = None if passage is None else _perplexity(folder, passage)
     with _progress(f"{folder.name} to {weights}") as on_progress:
         report = quantize_checkpoint(folder, target, cast("WeightFormat", weights), group, on_progress=on_progress)

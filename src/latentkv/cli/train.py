@@ -73,7 +73,7 @@ def train(
 
     Example: latentkv train config.json --data books --out my-model --time-limit 60 --optimizer muon
     """
-    from latentkv.checkpoint.source import resolve_config, resolve_model, resolve_tokenizer
+    from latentkv.checkpoint.source import resolve_config, resolve_folder, resolve_tokenizer
     from latentkv.train import TrainingPlan, TrainOptions, train_model
 
     use_threads(threads)
@@ -102,7 +102,7 @@ def train(
         data=data,
         out=out,
         config=None if config is None else resolve_config(config),
-        init=None if init is None else resolve_model(init),
+        init=None if init is None else resolve_folder(init),
         tokenizer=None if tokenizer is None else resolve_tokenizer(tokenizer),
         exclude=tuple(exclude or ()),
         eval_files=tuple(eval_file or ()),

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from latentkv.checkpoint.gguf.tensors import GGUFTensors, is_gguf
 from latentkv.checkpoint.layouts import ORIGINAL, describe_folder, foreign_quantization, why_missing
 from latentkv.checkpoint.locate import CONFIG_FILE, holds_weights
 from latentkv.checkpoint.wrapper import config_levels, outermost
@@ -58,8 +59,8 @@ def read_config(source: Path | str | Mapping[str, Any]) -> ModelConfig:
     """Read a model's configuration.
 
     Args:
-        source: a checkpoint folder, a config file, or the parsed JSON. Of a folder, generation_config.json is read
-            too: its end-of-sequence ids join those of config.json.
+        source: a checkpoint folder, a config file, a GGUF file, or the parsed JSON. Of a folder, generation_config.json
+            is read too: its end-of-sequence ids join those of config.json.
 
     Raises:
         ConfigError: the file is missing or malformed, the architecture is unknown, or a field is not supported.
@@ -67,7 +68,9 @@ def read_config(source: Path | str | Mapping[str, Any]) -> ModelConfig:
     generation: Mapping[str, Any] = {}
     if isinstance(source, Mapping):
         raw = source
-    elif (path := Path(source)).is_dir():
+    elif is_gguf(path := Path(source)):
+        raw = GGUFTensors(path).config
+    elif path.is_dir():
         raw = read_model_json(path / CONFIG_FILE)
         if (path / "generation_config.json").exists():
             generation = read_model_json(path / "generation_config.json")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from importlib.resources import files
 
+from latentkv.checkpoint.gguf.tensors import is_gguf
 from latentkv.checkpoint.locate import holds_weights
 from latentkv.checkpoint.source import resolve_config
 from latentkv.errors import ConfigError
@@ -37,4 +38,5 @@ def load_config(model: str) -> ModelConfig:
         source = resolve_config(model)
     except ConfigError as error:
         raise ConfigError(f"{error}; or a built-in shape: {', '.join(BUILT_IN)}.") from error
-    return open_checkpoint(source)[0] if source.is_dir() and holds_weights(source) else read_config(source)
+    with_weights = is_gguf(source) or (source.is_dir() and holds_weights(source))
+    return open_checkpoint(source)[0] if with_weights else read_config(source)

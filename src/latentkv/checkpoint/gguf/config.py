@@ -118,8 +118,8 @@ def _layers(meta: Metadata, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int,
 
 def _latent_attention(meta: Metadata) -> dict[str, Any]:
     heads, rope_dim = meta.whole("attention.head_count"), meta.whole("rope.dimension_count")
-    # Files with k_b and v_b describe the cache as one head of latent and rotary key, and the heads by keys of their own;
-    # older ones and the first with k_b and v_b describe the heads alone.
+    # Files with k_b and v_b describe the cache as one head of latent and rotary key, and the heads by keys of their
+    # own; older ones and the first with k_b and v_b describe the heads alone.
     split = meta.has("attention.key_length_mla")
     key = meta.whole("attention.key_length_mla" if split else "attention.key_length")
     # MiniCPM3's files do not say: as many as of the hidden size fall to a head.

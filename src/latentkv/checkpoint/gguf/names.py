@@ -36,8 +36,8 @@ def sources_of(config: Mapping[str, Any], shapes: Shapes) -> dict[str, Recipe]:
     left = [name for name in shapes if name not in used and not _is_spare(name, used)]
     if left:
         raise CheckpointError(
-            f"The GGUF file holds {_listed([f'{name} {list(shapes[name])}' for name in left])}, which its metadata have "
-            "no place for: the file is damaged, or made by a converter that is not known here."
+            f"The GGUF file holds {_listed([f'{name} {list(shapes[name])}' for name in left])}, which its metadata "
+            "have no place for: the file is damaged, or made by a converter that is not known here."
         )
     return found
 

@@ -50,8 +50,8 @@ def _scaling(
     kind = meta.text("rope.scaling.type", "linear")
     if kind not in _KINDS:
         raise CheckpointError(
-            f"The GGUF file's metadata: {meta.architecture}.rope.scaling.type={kind!r:.40} is not supported; supported: "
-            f"{', '.join(_KINDS)}."
+            f"The GGUF file's metadata: {meta.architecture}.rope.scaling.type={kind!r:.40} is not supported; "
+            f"supported: {', '.join(_KINDS)}."
         )
     factor = meta.number("rope.scaling.factor", meta.number("rope.scale_linear", 1.0)) or 1.0
     if _LONG in shapes or _SHORT in shapes or kind == "longrope":

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from latentkv.weights.weight import QuantizedWeight
 
-# Of scales in float16: what is smaller has fewer bits there, what is larger none.
-_SMALLEST, _LARGEST = 2.0**-14, 65504.0
+# The largest of a matrix' scales in float16: a smaller one has no bits to spare, a larger one is infinite.
+_SMALLEST, _LARGEST = 2.0**-13, 65504.0
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,8 @@ class Integers:
     def as_weight(self, rows: int) -> QuantizedWeight:
         """The same as a matrix of so many rows.
 
-        A scale that the file has in two parts is one number here: rounded to float16 (by 2^-12 of it at most) where
-        that has all bits of every scale, else float32.
+        A scale that the file has in two parts is one number here: rounded to float16, by 2^-12 of it or of the largest
+        one at most; where it could not be, all are float32.
         """
         shared = [self.scales] if self.minima is None else [self.scales, self.minima]
         dtype = torch.float16 if all(map(_fits_float16, shared)) else torch.float32
@@ -51,5 +51,5 @@ class Integers:
 
 
 def _fits_float16(numbers: Tensor) -> bool:
-    sizes = numbers.abs()
-    return bool(((sizes == 0) | ((sizes >= _SMALLEST) & (sizes <= _LARGEST))).all())
+    largest = float(numbers.abs().amax())
+    return largest == 0 or _SMALLEST <= largest <= _LARGEST
