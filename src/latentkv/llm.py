@@ -99,7 +99,7 @@ class LLM:
     It is loaded and run in a thread of its own, and requests of several threads share its steps.
 
     Args:
-        model: a folder or a Hugging Face repo id; None is the model embedded in this package.
+        model: a folder, a GGUF file or a Hugging Face repo id; None is the model embedded in this package.
         device: where it runs ("cpu", "cuda", "cuda:1").
         dtype: of the weights: "fp32", "bf16", "fp16" or a torch dtype; None is the checkpoint's.
         weights: "int8" or "int4" quantises the large matrices as they are read, as `latentkv quantize` does once for

@@ -56,7 +56,7 @@ FOLDERS = {
     "empty": (nothing, "empty folder"),
     "GGUF": (
         touch("model-Q4_K_M.gguf"),
-        r"model-Q4_K_M\.gguf in llama\.cpp's GGUF.*original release.*latentkv quantize",
+        r"has no safetensors, but a model in GGUF: name the file itself, .*model-Q4_K_M\.gguf",
     ),
     "LoRA": (adapter, "LoRA adapter of org/base.*merge it"),
     "pickled": (touch("pytorch_model.bin"), r"pytorch_model\.bin.*convert to safetensors"),

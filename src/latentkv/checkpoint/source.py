@@ -29,9 +29,10 @@ def resolve_model(model: str | Path) -> Path:
     """The folder of a model with its weights, or its GGUF file.
 
     Args:
-        model: a local folder or the config.json in it; a GGUF file, or any part of a split one; or a repository of the Hugging Face hub, `org/name` or
-            `org/name@revision` (a branch, a tag or a commit), which is downloaded with a progress bar (weights as
-            safetensors, config, tokenizer and chat template; nothing that runs) and kept in the hub's own cache.
+        model: a local folder or the config.json in it; a GGUF file, or any part of a split one; or a repository of the
+            Hugging Face hub, `org/name` or `org/name@revision` (a branch, a tag or a commit), which is downloaded with
+            a progress bar (weights as safetensors, config, tokenizer and chat template; nothing that runs) and kept in
+            the hub's own cache.
 
     Raises:
         ConfigError: neither a folder nor a repository that could be fetched.
@@ -124,7 +125,7 @@ def _local(model: str | Path, *, any_config: bool = False) -> Path | None:
         if is_gguf(path):
             return path
         raise ConfigError(
-            f"{path} is a file: name the folder that holds config.json and the weights, its config.json, or a .gguf file"
+            f"{path} is a file: name the folder that holds config.json and the weights, its config.json, or a .gguf"
         )
     if is_link:
         raise ConfigError(why_missing(path) or f"{path} cannot be read")

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from latentkv import LLM
     from latentkv.cache import PageStore
 
-MODEL_FORMS = "a folder, its config.json, or a repo id, also as org/name@revision"
+MODEL_FORMS = "a folder, its config.json, a .gguf file, or a repo id, also as org/name@revision"
 """What every command takes for a model (`checkpoint.source` reads it)."""
 
 ModelOption = Annotated[
