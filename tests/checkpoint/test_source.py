@@ -5,8 +5,9 @@ import pytest
 from huggingface_hub import constants
 
 from latentkv.checkpoint import resolve_model
-from latentkv.checkpoint.source import local_folder, model_name, resolve_config, resolve_tokenizer
-from latentkv.errors import ConfigError
+from latentkv.checkpoint.source import local_folder, model_name, resolve_config, resolve_folder, resolve_tokenizer
+from latentkv.checkpoint.tensors import open_tensors
+from latentkv.errors import CheckpointError, ConfigError
 
 
 def test_a_local_folder_is_itself_and_asks_nobody(tmp_path, monkeypatch):
@@ -121,10 +122,21 @@ def test_a_config_file_stands_for_its_folder(tmp_path):
         resolve_model(tmp_path / "gone" / "config.json")
 
 
+def test_a_gguf_file_is_a_model_but_no_folder_to_copy_or_change(tmp_path):
+    file = tmp_path / "x.gguf"
+    file.touch()
+    for resolve in (resolve_model, resolve_config, resolve_tokenizer):
+        assert resolve(file) == file
+    assert model_name(file) == "x"
+    with pytest.raises(ConfigError, match="GGUF file, which can be run and looked at; .* folder with safetensors"):
+        resolve_folder(file)
+    with pytest.raises(ConfigError, match="not changed where it lies"):
+        local_folder(file)
+    with pytest.raises(CheckpointError, match=r"x\.gguf"):
+        open_tensors(file)
+
+
 def test_files_and_links_that_are_no_model_are_named(tmp_path):
-    (tmp_path / "x.gguf").touch()
-    with pytest.raises(ConfigError, match="GGUF"):
-        resolve_model(tmp_path / "x.gguf")
     (tmp_path / "link").symlink_to(tmp_path / "gone")
     with pytest.raises(ConfigError, match=r"link is a link to .*gone, which is not there"):
         resolve_model(tmp_path / "link")
