@@ -128,7 +128,7 @@ def test_a_gguf_file_is_a_model_but_no_folder_to_copy_or_change(tmp_path):
     for resolve in (resolve_model, resolve_config, resolve_tokenizer):
         assert resolve(file) == file
     assert model_name(file) == "x"
-    with pytest.raises(ConfigError, match="GGUF file, which can be run and looked at; .* folder with safetensors"):
+    with pytest.raises(ConfigError, match=r"GGUF file, which can be run and looked at; .* folder with safetensors"):
         resolve_folder(file)
     with pytest.raises(ConfigError, match="not changed where it lies"):
         local_folder(file)
