@@ -51,6 +51,36 @@ _MARKS = "[!\"#$%&'()*+,\\-./:;<=>?@\\[\\\\\\]^_`{|}~]"
 _DEEPSEEK_V3 = rf"{_MARKS}[A-Za-z]+|[^\r\n\p{{L}}\p{{P}}\p{{S}}]?[\p{{L}}\p{{M}}]+"
 
 
+LLAMA3 = rf"{_CONTRACTION}|{_WORD}|\p{{N}}{{1,3}}|{_SIGNS}[\r\n]*|{_LINES}|{_SPACES}"
+"""Llama 3's, GLM 4's and cl100k's."""
+
+O200K = rf"{_CASED}|\p{{N}}{{1,3}}|{_SIGNS}[\r\n/]*|{_LINES}|{_SPACES}"
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+DIGIT = r"\p{N}"
+YOUTU = (
+    "[\uac00-\ud7a3\u3131-\u318e]+|[\uff01\u2026\u201c\u201d\u2018\u2019\u2014\uff1a\uff1b\uff0c\u3001-\u303f\ufe30-\ufe4f]+"
+    "|[\u3105-\u312f]+|[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+",
+    rf"{_CASED}|\p{{N}}|{_SIGNS}[\r\n/]*|{_LINES}|{_SPACES}",
+)
+"""One after the other, as those that follow."""
+
+DEEPSEEK_V3 = (
+    r"\p{N}{1,3}",
+    "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+",
+    rf"{_DEEPSEEK_V3}| ?[\p{{P}}\p{{S}}]+[\r\n]*|{_LINES}|{_SPACES}",
+)
+_DEEPSEEK_V2_WORDS = (
+    r"[\r\n]",
+    rf"\s?[{_LETTERS}]+",
+    "\\s?[!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3000-\u3002]+",
+)
+_DEEPSEEK_V2_END = r"\s+$"
+_DEEPSEEK_V2_REST = ("[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+", r"\p{N}+")
+DEEPSEEK_V2 = (*_DEEPSEEK_V2_WORDS, _DEEPSEEK_V2_END, *_DEEPSEEK_V2_REST)
+DEFAULT = (r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", "[0-9][0-9][0-9]")
+"""llama.cpp's, for files that ask for no other; Falcon's with all of Unicode's punctuation."""
+
+
 def _possessive(digits: str) -> str:
     word, signs = r"[^\r\n\p{L}\p{N}]?+\p{L}+", r" ?[^\s\p{L}\p{N}]++[\r\n]*"
     return rf"'(?i:[sdmt]|ll|ve|re)|{word}|{digits}|{signs}|\s*[\r\n]|{_SPACES}"
@@ -63,37 +93,30 @@ KNOWN_PATTERNS = frozenset(
         TEKKEN,
         KIMI,
         # Llama 3, GLM 4, cl100k; StableLM, DBRX; Grok, Jais 2
-        rf"{_CONTRACTION}|{_WORD}|\p{{N}}{{1,3}}|{_SIGNS}[\r\n]*|{_LINES}|{_SPACES}",
+        LLAMA3,
         rf"{_CONTRACTION}|{_WORD}|\p{{N}}+|{_SIGNS}[\r\n]*|{_LINES}|{_SPACES}",
         rf"{_CONTRACTION}|{_WORD}|\p{{N}}{{1}}| ?[^\s\p{{L}}\p{{N}}\r\n]+|{_LINES}|{_SPACES}",
         rf"{_CONTRACTION}|{_MARKED_WORD}|\p{{N}}| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*|{_LINES}|{_SPACES}",
         _possessive(r"\p{N}{1,3}"),
         _possessive(r"\p{N}"),
         # o200k; MiniMax; Youtu
-        rf"{_CASED}|\p{{N}}{{1,3}}|{_SIGNS}[\r\n/]*|{_LINES}|{_SPACES}",
-        rf"{_CASED}|\p{{N}}|{_SIGNS}[\r\n/]*|{_LINES}|{_SPACES}",
-        "[\uac00-\ud7a3\u3131-\u318e]+|[\uff01\u2026\u201c\u201d\u2018\u2019\u2014\uff1a\uff1b\uff0c\u3001-\u303f\ufe30-\ufe4f]+"
-        "|[\u3105-\u312f]+|[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+",
+        O200K,
+        *YOUTU,
         # DeepSeek: V3 and Hunyuan; V2; Coder
-        r"\p{N}{1,3}",
-        "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+",
-        rf"{_DEEPSEEK_V3}| ?[\p{{P}}\p{{S}}]+[\r\n]*|{_LINES}|{_SPACES}",
+        *DEEPSEEK_V3,
         rf"{_DEEPSEEK_V3}| ?[\p{{P}}\p{{S}}]+|[\r\n]|{_SPACES}",
-        r"[\r\n]",
-        rf"\s?[{_LETTERS}]+",
-        "\\s?[!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3000-\u3002]+",
-        "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+",
+        *_DEEPSEEK_V2_WORDS,
+        *_DEEPSEEK_V2_REST,
         r"\s?\p{L}+",
         r"\s?\p{P}+",
         # GPT-2, Falcon, Bloom, CLIP, digits of others
-        r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
-        "[0-9][0-9][0-9]",
+        GPT2,
+        *DEFAULT,
         " ?[^(\\s|[.,!?\u2026\u3002\uff0c\u3001\u0964\u06d4\u060c])]+",
         r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+",
         r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+",
-        r"\p{N}",
+        DIGIT,
         r"\d",
-        r"\p{N}+",
         r"(?:\r?\n)+(?!\r?\n)",
         ".",
         " ",
@@ -107,7 +130,7 @@ KNOWN_PATTERNS = frozenset(
 )
 """Each takes time in proportion to the text."""
 
-SLOW_PATTERNS = frozenset({r"\s+$"})
+SLOW_PATTERNS = frozenset({_DEEPSEEK_V2_END})
 """Known too (DeepSeek-V2), and harmless to short texts: the time grows with the square of a run of spaces."""
 
 
