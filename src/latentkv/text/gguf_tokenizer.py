@@ -71,7 +71,9 @@ def _pieces(meta: Metadata) -> list[Piece]:
         if kind not in iter(PieceType):
             raise TokenizerError(f"The GGUF file's metadata: {_TYPES} of token {token_id} is {kind}, which is no type.")
         if not math.isfinite(score):
-            raise TokenizerError(f"The GGUF file's metadata: {_SCORES} of token {token_id} is {score}, which is no score.")
+            raise TokenizerError(
+                f"The GGUF file's metadata: {_SCORES} of token {token_id} is {score}, which is no score."
+            )
         text = text or f"[EMPTY_{token_id}]"
         if seen.setdefault(text, token_id) != token_id:
             raise TokenizerError(
@@ -108,7 +110,10 @@ def _settings(
     marks = {ids["bos"], *ends} if "bos" in ids else set(ends)
     special = {i for i, piece in enumerate(pieces) if i in marks or piece.type in _SPECIAL}
     named = {_NAMES[name]: pieces[i].text for name, i in ids.items() if i in special}
-    add_bos, add_eos = meta.flag("tokenizer.ggml.add_bos_token", adds_bos), meta.flag("tokenizer.ggml.add_eos_token", False)
+    add_bos, add_eos = (
+        meta.flag("tokenizer.ggml.add_bos_token", adds_bos),
+        meta.flag("tokenizer.ggml.add_eos_token", False),
+    )
     for asked, name in ((add_bos, "bos"), (add_eos, "eos")):
         if asked and name not in ids and meta.has(f"tokenizer.ggml.add_{name}_token"):
             raise TokenizerError(

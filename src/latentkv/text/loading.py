@@ -1,11 +1,13 @@
-"""Which tokenizer a folder holds: the first of the files that say it all, and a true word about the others."""
+"""Which tokenizer a model has: the first of the files that say it all, and a true word about the others."""
 
 from pathlib import Path
 from typing import Any
 
+from latentkv.checkpoint.gguf.tensors import GGUFTensors, is_gguf
 from latentkv.errors import TokenizerError
 from latentkv.json_files import read_json
 from latentkv.text.backends import HuggingFaceBackend
+from latentkv.text.gguf_tokenizer import gguf_tokenizer
 from latentkv.text.settings import TokenizerSettings, read_settings
 from latentkv.text.tokenizer import Tokenizer
 from latentkv.text.tokenizer_json import read_tokenizer_json
@@ -19,7 +21,9 @@ _UNREADABLE = {
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether a folder holds tokenizer files of a kind that `load_tokenizer` knows or can explain."""
+    """Whether a folder or a GGUF file holds a tokenizer of a kind that `load_tokenizer` knows or can explain."""
+    if is_gguf(folder):
+        return GGUFTensors(folder).metadata.get("tokenizer.ggml.model", "no_vocab") != "no_vocab"
     names = ("tokenizer.json", "vocab.json", "merges.txt", *_UNREADABLE)
     # A dead link is no file, and yet somebody meant it to be there.
     there = any((folder / name).exists() or (folder / name).is_symlink() for name in names)
@@ -27,15 +31,17 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """Reads a folder's tokenizer.
+    """Reads the tokenizer of a folder or of a GGUF file.
 
-    The first of `tokenizer.json`, `tiktoken.model` or one `*.tiktoken`, `tokenizer.model` (SentencePiece), and
+    Of a folder, the first of `tokenizer.json`, `tiktoken.model` or one `*.tiktoken`, `tokenizer.model` (SentencePiece), and
     `vocab.json` with `merges.txt`.
 
     Raises:
         TokenizerError: there is none, it is damaged, or it is of a kind that must be converted first.
     """
     folder = Path(folder)
+    if is_gguf(folder):
+        return gguf_tokenizer(GGUFTensors(folder).metadata)
     settings = read_settings(folder)
     if _is_meant(folder / "tokenizer.json"):
         fixed_for = _config(folder) if settings.fix_mistral_regex else None
