@@ -204,6 +204,6 @@ def _require_short(pieces: Sequence[Piece]) -> None:
     longest = max(pieces, key=lambda piece: len(piece.text))
     if len(longest.text) > MAX_PIECE:
         raise TokenizerError(
-            f"The GGUF file's metadata: {_TOKENS} has a token of {len(longest.text)} characters, and none may have more "
-            f"than {MAX_PIECE}."
+            f"The GGUF file's metadata: {_TOKENS} has a token of {len(longest.text)} characters, and none may have "
+            f"more than {MAX_PIECE}."
         )

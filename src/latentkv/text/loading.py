@@ -33,8 +33,8 @@ def has_tokenizer(folder: Path) -> bool:
 def load_tokenizer(folder: Path) -> Tokenizer:
     """Reads the tokenizer of a folder or of a GGUF file.
 
-    Of a folder, the first of `tokenizer.json`, `tiktoken.model` or one `*.tiktoken`, `tokenizer.model` (SentencePiece), and
-    `vocab.json` with `merges.txt`.
+    Of a folder, the first of `tokenizer.json`, `tiktoken.model` or one `*.tiktoken`, `tokenizer.model` (SentencePiece),
+    and `vocab.json` with `merges.txt`.
 
     Raises:
         TokenizerError: there is none, it is damaged, or it is of a kind that must be converted first.
