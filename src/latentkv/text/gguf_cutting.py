@@ -48,7 +48,7 @@ class Cutting:
         return pre_tokenizers.Sequence([*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
-_GPT2, _GLM, _O200K = Cutting((GPT2,)), Cutting((LLAMA3,)), Cutting((O200K,))
+_GPT2, _O200K = Cutting((GPT2,)), Cutting((O200K,))
 _LLAMA3 = Cutting((LLAMA3,), whole_pieces=True, add_bos=True)
 _CUTTINGS = {
     "default": Cutting(DEFAULT),
@@ -58,8 +58,8 @@ _CUTTINGS = {
     "llama-bpe": _LLAMA3,
     "llama3": _LLAMA3,
     "llama-v3": _LLAMA3,
-    "glm4": _GLM,
-    "chatglm-bpe": _GLM,
+    "glm4": Cutting((LLAMA3,), whole_pieces=True),
+    "chatglm-bpe": Cutting((LLAMA3,)),
     "qwen2": Cutting((QWEN2,), nfc=True),
     "deepseek-r1-qwen": Cutting((QWEN2,)),
     "deepseek-llm": Cutting(DEEPSEEK_V2),
