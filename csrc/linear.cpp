@@ -188,10 +188,6 @@ std::int64_t fetching_turns(std::int64_t turns) {
   return fetches;
 }
 
-}  // namespace
-
-namespace {
-
 // Words that are read together, and how many weights of an output they hold.
 struct Pack {
   std::int64_t words, ins;

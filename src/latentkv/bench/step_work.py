@@ -36,13 +36,13 @@ def weight_bytes_read(decoder: Decoder) -> int:
 
 
 def weight_format(decoder: Decoder) -> str:
-    """What most weights of a decoder are stored as: "int4", "int8", "compact bfloat16", or a dtype."""
-    names = {"bf16": "bfloat16", "compact": "compact bfloat16", "int8": "int8", "int4": "int4"}
+    """What most weights of a decoder are stored as: "int4", "uint5", "compact bfloat16", or a dtype."""
+    names = {"bf16": "bfloat16", "compact": "compact bfloat16"}
     counts: Counter[str] = Counter()
     for module in decoder.modules():
         for weight in _own_weights(module):
             if isinstance(weight, PackedWeight):
-                counts[names[weight.format]] += weight.count * weight.out_features * weight.in_features
+                counts[names.get(weight.format, weight.format)] += weight.count * weight.out_features * weight.in_features
             else:
                 counts[str(weight.dtype).removeprefix("torch.")] += weight.numel()
     return counts.most_common(1)[0][0]
