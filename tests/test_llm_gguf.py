@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from gguf import GGMLQuantizationType as Type
+from gguf import GGUFReader
 from typer.testing import CliRunner
 
 from gguf_models import write_deepseek2
@@ -53,7 +55,12 @@ def test_every_command_that_looks_at_or_runs_a_model_takes_the_file(file: Path, 
     assert generated.exit_code == 0, generated.stderr
     looked_at = latentkv("inspect", file)
     assert looked_at.exit_code == 0 and "BF16" in looked_at.stdout and "deepseek_v3" in looked_at.stdout
-    assert latentkv("plan", file, "--context", "1k").exit_code == 0
+    planned = latentkv("plan", file, "--context", "1k", "--json")
+    assert planned.exit_code == 0, planned.stderr
+    plan = json.loads(planned.stdout)
+    assert plan["weights_dtype"] == "BF16, F32"
+    assert plan["weights_bytes"] == sum(tensor.n_bytes for tensor in GGUFReader(file).tensors)
+    assert latentkv("plan", file, "--weights-dtype", "int8").exit_code == 0
     for command in (
         ["quantize", file, file.parent / "out", "--weights", "int8"],
         ["convert", file, file.parent / "out", "--rank", 16, "--rope-dim", 8],

@@ -47,7 +47,7 @@ def plan(
 
     Example: latentkv plan deepseek-v3 --context 128k --batch 8 --kv-dtype fp8
     """
-    from latentkv.plan import BUILT_IN, Memory, load_config, machine_memory, make_plan
+    from latentkv.plan import BUILT_IN, Memory, load_config, machine_memory, make_plan, stored_weights
     from latentkv.plan.sizes import parse_bytes, parse_tokens
 
     size = None if memory is None else parse_bytes(memory)
@@ -57,14 +57,15 @@ def plan(
     plans = [
         make_plan(
             name,
-            load_config(name),
+            config,
             memory=room,
             context=tokens,
             batch=batch,
             kv_dtype=kv_dtype,
             weights_dtype=weights_dtype,
+            stored=stored_weights(name, config),
         )
-        for name in names
+        for name, config in ((name, load_config(name)) for name in names)
     ]
     if plot is not None:
         if model is not None:

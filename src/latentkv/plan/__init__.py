@@ -3,13 +3,14 @@
 from latentkv.plan.machine import Memory, machine_memory
 from latentkv.plan.parameters import count_active_parameters, count_mtp_parameters, count_parameters, weight_bytes
 from latentkv.plan.predict import CacheRow, Plan, as_kv_format, make_plan, mha_bytes
-from latentkv.plan.source import BUILT_IN, load_config
+from latentkv.plan.source import BUILT_IN, StoredWeights, load_config, stored_weights
 
 __all__ = [
     "BUILT_IN",
     "CacheRow",
     "Memory",
     "Plan",
+    "StoredWeights",
     "as_kv_format",
     "count_active_parameters",
     "count_mtp_parameters",
@@ -18,5 +19,6 @@ __all__ = [
     "machine_memory",
     "make_plan",
     "mha_bytes",
+    "stored_weights",
     "weight_bytes",
 ]

@@ -17,6 +17,7 @@ from latentkv.plan.parameters import (
     count_parameters,
     weight_bytes,
 )
+from latentkv.plan.source import StoredWeights
 
 KV_FORMATS: tuple[KVFormat, ...] = get_args(KVFormat)
 
@@ -77,6 +78,7 @@ def make_plan(
     batch: int = 1,
     kv_dtype: str = "bf16",
     weights_dtype: str | None = None,
+    stored: StoredWeights | None = None,
 ) -> Plan:
     """Predict what `config` needs.
 
@@ -88,6 +90,7 @@ def make_plan(
         batch: sequences at a time.
         kv_dtype: format of this model's cache (the attentions that it is compared with are counted in bf16).
         weights_dtype: fp32, bf16, fp16, fp8, int8 or int4; None for what the checkpoint stores.
+        stored: what that is, where files say more than the config.
 
     Raises:
         RequestError: if the batch or the cache format is none that can be.
@@ -98,8 +101,11 @@ def make_plan(
         raise RequestError(f"A batch of {batch} sequences cannot be planned; ask for 1 or more.")
     kv_format = as_kv_format(kv_dtype)
     context = context or config.max_positions
-    dtype = weights_dtype or checkpoint_dtype(config)
-    weights = weight_bytes(config, dtype)
+    if weights_dtype is None and stored is not None:
+        dtype, weights = stored.types, stored.nbytes
+    else:
+        dtype = weights_dtype or checkpoint_dtype(config)
+        weights = weight_bytes(config, dtype)
     qk_dim, v_dim = _head_dims(config)
     mla = config.attention if isinstance(config.attention, MLAConfig) else None
 

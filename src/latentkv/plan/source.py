@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from dataclasses import dataclass
 from importlib.resources import files
 
 from latentkv.checkpoint.gguf.tensors import is_gguf
 from latentkv.checkpoint.locate import holds_weights
+from latentkv.checkpoint.names import layer_of
 from latentkv.checkpoint.source import resolve_config
+from latentkv.checkpoint.tensors import open_tensors
 from latentkv.errors import ConfigError
 from latentkv.models.config import ModelConfig
 from latentkv.models.config_reader import read_config
@@ -40,3 +44,37 @@ def load_config(model: str) -> ModelConfig:
         raise ConfigError(f"{error}; or a built-in shape: {', '.join(BUILT_IN)}.") from error
     with_weights = is_gguf(source) or (source.is_dir() and holds_weights(source))
     return open_checkpoint(source)[0] if with_weights else read_config(source)
+
+
+@dataclass(frozen=True)
+class StoredWeights:
+    """The weights in a GGUF file.
+
+    Attributes:
+        types: of its tensors, those with the most bytes first, as "Q4_K, Q6_K, F32".
+        nbytes: of the main model, without layers of multi-token prediction.
+    """
+
+    types: str
+    nbytes: int
+
+
+def stored_weights(model: str, config: ModelConfig) -> StoredWeights | None:
+    """What a GGUF file holds; None for every other form of a model, of which its config says all.
+
+    Args:
+        model: as `load_config` takes it.
+        config: what that gave.
+
+    Raises:
+        ConfigError: there is no such model.
+        CheckpointError: the file is damaged.
+    """
+    if model.lower() in BUILT_IN or not is_gguf(path := resolve_config(model)):
+        return None
+    tensors, sizes = open_tensors(path), Counter[str]()
+    for name in tensors.names:
+        layer = layer_of(name)
+        if layer is None or layer < config.num_layers:
+            sizes[tensors.shown_dtype(name)] += tensors.nbytes(name)
+    return StoredWeights(", ".join(kind for kind, _ in sizes.most_common()), sizes.total())
