@@ -305,6 +305,8 @@ def test_damaged_vocabularies_are_one_sentence():
         gguf_tokenizer(with_tokens(("<x>", 9)))
     with pytest.raises(TokenizerError, match="has a token of 5000 characters"):
         gguf_tokenizer(with_tokens(("x" * 5000, 1), pre="kimi-k2"))
+    with pytest.raises(TokenizerError, match="no tokenizer of this kind has more than 8,388,608"):
+        gguf_tokenizer(with_tokens(*((f"{i:0512}", 1) for i in range(17_000)), pre="kimi-k2"))
     for changed, says in (
         ({"scores": None}, r"lack tokenizer\.ggml\.scores"),
         ({"scores": [float("nan")] * len(trained())}, "of token 0 is nan"),

@@ -27,6 +27,9 @@ _TEMPLATE = "tokenizer.chat_template"
 _NAMES = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
 _SPECIAL = (PieceType.UNKNOWN, PieceType.CONTROL)
 _ADDED = (*_SPECIAL, PieceType.USER_DEFINED)
+_MOST_CHARACTERS = 1 << 23
+"""Of all tokens together where each is cut everywhere to find its merges; the largest known have 2 million."""
+
 _BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 
 
@@ -201,6 +204,12 @@ def _sentencepiece_model(meta: Metadata, pieces: list[Piece]) -> SentencePieceMo
 
 
 def _require_short(pieces: Sequence[Piece]) -> None:
+    """Refuse tokens of which the merges would take without end to find."""
+    if (total := sum(len(piece.text) for piece in pieces)) > _MOST_CHARACTERS:
+        raise TokenizerError(
+            f"The GGUF file's metadata: {_TOKENS} has {total:,} characters, and no tokenizer of this kind has more "
+            f"than {_MOST_CHARACTERS:,}."
+        )
     longest = max(pieces, key=lambda piece: len(piece.text))
     if len(longest.text) > MAX_PIECE:
         raise TokenizerError(
