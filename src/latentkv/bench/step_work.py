@@ -42,7 +42,9 @@ def weight_format(decoder: Decoder) -> str:
     for module in decoder.modules():
         for weight in _own_weights(module):
             if isinstance(weight, PackedWeight):
-                counts[names.get(weight.format, weight.format)] += weight.count * weight.out_features * weight.in_features
+                counts[names.get(weight.format, weight.format)] += (
+                    weight.count * weight.out_features * weight.in_features
+                )
             else:
                 counts[str(weight.dtype).removeprefix("torch.")] += weight.numel()
     return counts.most_common(1)[0][0]
