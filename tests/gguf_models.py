@@ -69,7 +69,7 @@ def _add_metadata(writer: gguf.GGUFWriter, config: dict[str, Any]) -> None:
     writer.add_head_count_kv(1)
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_vocab_size(config["vocab_size"])
-    writer.add_q_lora_rank(config["q_lora_rank"])
+    writer.add_q_lora_rank(config["q_lora_rank"] or 0)
     writer.add_kv_lora_rank(latent)
     writer.add_key_length(latent + rope)
     writer.add_value_length(latent)
@@ -77,11 +77,11 @@ def _add_metadata(writer: gguf.GGUFWriter, config: dict[str, Any]) -> None:
     writer.add_value_length_mla(config["v_head_dim"])
     writer.add_rope_dimension_count(rope)
     writer.add_rope_freq_base(float(config["rope_theta"]))
-    scaling = config["rope_scaling"]
-    writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
-    writer.add_rope_scaling_factor(scaling["factor"])
-    writer.add_rope_scaling_orig_ctx_len(scaling["original_max_position_embeddings"])
-    writer.add_rope_scaling_yarn_log_mul(0.1 * scaling["mscale_all_dim"])
+    if scaling := config["rope_scaling"]:
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(scaling["factor"])
+        writer.add_rope_scaling_orig_ctx_len(scaling["original_max_position_embeddings"])
+        writer.add_rope_scaling_yarn_log_mul(0.1 * scaling["mscale_all_dim"])
     writer.add_leading_dense_block_count(config["first_k_dense_replace"])
     writer.add_expert_count(config["n_routed_experts"])
     writer.add_expert_used_count(config["num_experts_per_tok"])
@@ -93,6 +93,9 @@ def _add_metadata(writer: gguf.GGUFWriter, config: dict[str, Any]) -> None:
 
 
 def _add_tokenizer(writer: gguf.GGUFWriter, folder: Path, config: dict[str, Any]) -> None:
+    if not (folder / "tokenizer.json").exists():
+        writer.add_tokenizer_model("no_vocab")
+        return
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
     words = {number: word for word, number in tokenizer["model"]["vocab"].items()}
     special = {token["id"]: token["content"] for token in tokenizer["added_tokens"]}

@@ -28,7 +28,10 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "text"))
 
 from damage import damaged_bytes, damaged_json, wrong_value
 from folders_for_text_tests import BUILDERS, kimi
+from gguf import GGMLQuantizationType as Type
+from gguf import GGUFReader
 
+from gguf_models import write_deepseek2
 from latentkv import LLM, SamplingParams
 from latentkv.convert.options import ConvertOptions
 from latentkv.convert.report import ConversionReport
@@ -81,6 +84,14 @@ class Files:
         shutil.copytree(self.models["gqa"], root / "wide")
         write_model(root / "wide", GQA | {"hidden_size": 64, "intermediate_size": 64})
         quantize_checkpoint(root / "wide", root / "packed", "int8")
+        published = MLA | {"rope_theta": 1e4, "rms_norm_eps": 1e-6, "norm_topk_prob": True, "rope_scaling": None}
+        source = write_model(root / "published", published | {"routed_scaling_factor": 1.0, "q_lora_rank": None})
+        (root / "gguf").mkdir()
+        self.gguf = write_deepseek2(
+            source, root / "gguf" / "small.gguf", lambda _, shape: Type.BF16 if shape[-1] % 32 else Type.Q8_0
+        )
+        self.gguf_header = min(int(tensor.data_offset) for tensor in GGUFReader(self.gguf).tensors)
+        assert tokens_of(self.gguf)
         self.tokens = {name: tokens_of(folder) for name, folder in self.models.items()}
         self.tokenizers = [build(root / build.__name__) for build in (*BUILDERS, kimi)]
         self.encoded = {folder: load_tokenizer(folder).encode(TEXT, add_bos=False) for folder in self.tokenizers}
@@ -118,6 +129,32 @@ def fuzz_safetensors(random: Random, files: Files) -> None:
         path.write_bytes(data[: random.randrange(len(data))])
     # A header that is accepted describes the same weights, unless two of one shape were exchanged: one change cannot.
     assert tokens_of(folder) == files.tokens[name]
+
+
+def fuzz_gguf(random: Random, files: Files) -> None:
+    folder = files.fresh(files.gguf.parent)
+    path = folder / files.gguf.name
+    data, act = bytearray(path.read_bytes()), random.random()
+    header = files.gguf_header
+    if act < 0.35:
+        for _ in range(random.choice((1, 1, 2, 8))):
+            data[random.randrange(header)] = random.randrange(256)
+    elif act < 0.7:
+        at = random.randrange(header - 8)
+        size = random.choice((4, 8))
+        data[at : at + size] = random.choice((0, 1, 2**31, 2**62, 2**64 - 1)).to_bytes(8, "little")[:size]
+    elif act < 0.8:
+        del data[random.randrange(len(data)) :]
+    elif act < 0.9:
+        at = random.randrange(header)
+        del data[at : at + random.randrange(1, 40)]
+    else:
+        for _ in range(8):
+            data[random.randrange(header, len(data))] = random.choice((0x7C, 0xFF, random.randrange(256)))
+    path.write_bytes(data)
+    # Numbers in a header and weights have no checksum: whatever is read must run.
+    found = tokens_of(path)
+    assert len(found) == 4 and all(token >= 0 for token in found)
 
 
 def fuzz_config(random: Random, files: Files) -> None:
@@ -315,11 +352,12 @@ def fuzz_training_state(random: Random, files: Files) -> None:
 
 TARGETS: dict[str, tuple[Callable[[Random, Files], None], int]] = {
     "safetensors": (fuzz_safetensors, 70),
-    "config": (fuzz_config, 130),
+    "gguf": (fuzz_gguf, 50),
+    "config": (fuzz_config, 100),
     "generation_config": (fuzz_generation_config, 15),
     "quantization_config": (fuzz_quantization_config, 40),
     "packed_tensors": (fuzz_packed_tensors, 25),
-    "tokenizer": (fuzz_tokenizer, 100),
+    "tokenizer": (fuzz_tokenizer, 80),
     "added_tokens": (fuzz_added_tokens, 30),
     "ranks": (fuzz_ranks, 20),
     "settings": (fuzz_settings, 15),
