@@ -116,9 +116,7 @@ def test_a_config_that_is_only_named_says_so(tmp_path, make):
 
 
 METHODS = {
-    "GPTQ": {"quant_method": "gptq", "bits": 4},
     "GPTQ by its keys": {"bits": 4, "group_size": 128, "desc_act": False, "sym": True},
-    "AWQ": {"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemm"},
     "AWQ by its keys": {"w_bit": 4, "q_group_size": 128, "zero_point": True},
     "bitsandbytes": {"quant_method": "bitsandbytes", "load_in_4bit": True},
     "bitsandbytes by its keys": {"load_in_8bit": True, "llm_int8_threshold": 6.0},

@@ -185,7 +185,7 @@ def test_mqa_and_mha_follow_from_the_key_value_heads() -> None:
         ({"norm_topk_prob": True}, "norm_topk_prob"),
         ({"index_topk": 2048}, "index_topk"),
         ({"sliding_window": 128}, "sliding_window"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "GPTQ"),
+        ({"quantization_config": {"quant_method": "exl2"}}, "EXL2"),
         ({"rope_scaling": {"type": "proportional", "factor": 2.0}}, "proportional"),
         ({"rope_scaling": {"type": "linear"}}, "factor"),
         ({"rope_scaling": {"type": "longrope", "factor": 2.0}}, "short_factor"),
@@ -217,8 +217,8 @@ def test_a_value_of_the_wrong_kind_is_one_sentence(change: dict[str, object]) ->
 
 
 def test_the_quantisation_of_a_wrapper_is_seen() -> None:
-    with pytest.raises(ConfigError, match="by AWQ"):
-        read_config({"text_config": V2_LITE, "quantization_config": {"quant_method": "awq"}})
+    with pytest.raises(ConfigError, match="by HQQ"):
+        read_config({"text_config": V2_LITE, "quantization_config": {"quant_method": "hqq"}})
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", ""])

@@ -129,7 +129,7 @@ def test_nan_in_a_quantised_weight_is_named(tmp_path, where):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"quant_method": "awq"}, "quantised by AWQ"),
+        ({"quant_method": "hqq"}, "quantised by HQQ"),
         ({"quant_method": "fp8", "weight_block_size": [128]}, "weight_block_size"),
         ({"quant_method": "fp8", "weight_block_size": [0, 128]}, "weight_block_size"),
         ({"quant_method": "fp8", "weight_block_size": "big"}, "weight_block_size"),

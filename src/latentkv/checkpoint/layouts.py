@@ -73,7 +73,7 @@ _OTHER_NAMES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
 def foreign_quantization(quantization: Mapping[str, Any]) -> str | None:
     """The method that a config's `quantization_config` describes, by its name; None for those that are read."""
     named = quantization.get("quant_method") or quantization.get("quant_algo")
-    if named in ("fp8", "compressed-tensors"):
+    if named in ("fp8", "compressed-tensors", "gptq", "awq"):
         return None
     algorithm = _algorithm(quantization)
     if isinstance(named, str):
@@ -103,6 +103,11 @@ def foreign_names(folder: Path, names: Iterable[str]) -> str | None:
     for pattern, layout in _SIGNS:
         if name := next((name for name in names if pattern.search(name)), None):
             method = _noted_method(folder) or layout
+            if method.startswith(("GPTQ", "AWQ")):
+                return (
+                    f"{folder} holds weights quantised by {method} ({name}), but its config.json has no "
+                    "quantization_config with quant_method gptq or awq, which says how: use a release that has it"
+                )
             return f"{folder} holds weights quantised by {method} ({name}), which is not supported: {ORIGINAL}"
     for pattern, layout in _OTHER_NAMES:
         if name := next((name for name in names if pattern.search(name)), None):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,22 +14,30 @@ from latentkv.checkpoint.locate import CONFIG_FILE, INDEX_FILE, locate_tensors, 
 from latentkv.checkpoint.wrapper import config_levels, outermost
 from latentkv.errors import CheckpointError
 from latentkv.libraries import errors_as
-from latentkv.weights.files.compressed_config import METHOD, PackedSchemes
-from latentkv.weights.files.compressed_tensors import PACKED, REFUSED_PARTS, SCALE, SHAPE, unpack
+from latentkv.weights.files import awq, compressed_config, gptq
+from latentkv.weights.files.compressed_tensors import CompressedWeight, find_compressed
 from latentkv.weights.files.deepseek_fp8 import SCALE_SUFFIXES, Float8Scheme, read_float8_scheme
 from latentkv.weights.files.dtypes import STORED, StoredDtype, short_name
+from latentkv.weights.files.stored_integers import StoredIntegers
 from latentkv.weights.policy import WeightScheme
 from latentkv.weights.weight import QuantizedWeight
 
 # A file's pages stay in this process's memory as long as it is mapped: it is opened anew after this many bytes.
 _MAX_MAPPED_BYTES = 256 * 2**20
 
+# By the method that a config names: what finds the weights that are stored as integers.
+_FINDERS: Mapping[Any, Callable[[Collection[str], Mapping[str, Any]], Mapping[str, StoredIntegers]]] = {
+    compressed_config.METHOD: find_compressed,
+    gptq.METHOD: gptq.find_gptq,
+    awq.METHOD: awq.find_awq,
+}
+
 
 class CheckpointReader:
     """The tensors of a checkpoint folder: `model.safetensors`, or shards with `model.safetensors.index.json`.
 
     Float8 weights with a `<name>_scale_inv` beside them (DeepSeek-V3, arXiv 2412.19437, section 3.3) are dequantised as
-    they are read, and so are int8 and int4 weights of the compressed-tensors format, unless they are asked for as they
+    they are read, and so are the integers of compressed-tensors, GPTQ and AWQ, unless they are asked for as they
     are; what belongs to a weight is not listed as a tensor of its own. Memory in use is about that of one tensor.
 
     Args:
@@ -53,11 +61,14 @@ class CheckpointReader:
         self.nests_text_model = len(config_levels(whole)) > 1
         config = outermost(whole, "quantization_config")
         _refuse_foreign(config)
-        is_packed = bool(config) and config.get("quant_method") == METHOD
-        self._packed = _packed_weights(self._headers, config) if config and is_packed else {}
-        self._float8 = Float8Scheme() if is_packed else read_float8_scheme(config)
+        find = _FINDERS.get(config.get("quant_method")) if config else None
+        self._packed: Mapping[str, StoredIntegers] = find(self._headers, config) if find and config else {}
+        self._parts = {part for weight in self._packed.values() for part in weight.parts}
+        if stored_twice := sorted(set(self._packed) & set(self._headers)):
+            raise CheckpointError(f"{stored_twice[0]} is stored twice, packed and unpacked: remove one of the two")
+        self._float8 = Float8Scheme() if find else read_float8_scheme(config)
         self._file_of = {name: shard for name, shard in self._shard_of.items() if not self._belongs_to_weight(name)}
-        self._file_of |= {name: self._shard_of[name + PACKED] for name in self._packed}
+        self._file_of |= {name: self._shard_of[weight.parts[0]] for name, weight in self._packed.items()}
         self._open_shard = ""
         self._handle: Any = None
         self._mapped_bytes = 0
@@ -79,7 +90,8 @@ class CheckpointReader:
         """Shape of a tensor, from its file's header (of a packed weight: from the tensor that says it)."""
         self._require(name)
         if name in self._packed and name not in self._headers:
-            self._headers[name] = (tuple(self._load(name + SHAPE).tolist()), "BF16")
+            shape = self._packed[name].shape(lambda part: self._headers[part][0], self._load)
+            self._headers[name] = (shape, "BF16")
         return self._headers[name][0]
 
     def dtype(self, name: str) -> torch.dtype:
@@ -94,8 +106,8 @@ class CheckpointReader:
 
     def shown_dtype(self, name: str) -> str:
         """How a tensor is stored, for people; every dtype that a file may name has one."""
-        scheme = self.scheme(name)
-        return scheme.format if scheme else self._stored(name).shown
+        self._require(name)
+        return self._packed[name].shown if name in self._packed else self._stored(name).shown
 
     def why_unreadable(self, name: str) -> str | None:
         """Why `read` cannot give a tensor's weights, from the headers alone; None where it can.
@@ -120,18 +132,20 @@ class CheckpointReader:
         return self._float8.why_no_scale(scale, self._stored(scale))
 
     def scheme(self, name: str) -> WeightScheme | None:
-        """How a weight is packed as integers; None for every other tensor."""
+        """How a weight of the compressed-tensors format is packed; None for every other tensor."""
         self._require(name)
-        return self._packed.get(name)
+        weight = self._packed.get(name)
+        return weight.scheme if isinstance(weight, CompressedWeight) else None
 
     def is_quantized(self, name: str) -> bool:
         """Whether a weight is packed as integers."""
-        return self.scheme(name) is not None
+        self._require(name)
+        return name in self._packed
 
     def nbytes(self, name: str) -> int:
         """Bytes that a tensor takes in its files, scales that belong to it included."""
         self._require(name)
-        parts = [name + part for part in (PACKED, SCALE, SHAPE)] if name in self._packed else [name]
+        parts = list(self._packed[name].parts) if name in self._packed else [name]
         parts += [scale for scale in (f"{name}_scale_inv",) if scale in self._headers]
         return sum(self._stored(part).nbytes(self._headers[part][0]) for part in parts)
 
@@ -168,10 +182,8 @@ class CheckpointReader:
         Raises:
             CheckpointError: no such tensor, its file cannot be read, or its parts do not fit together.
         """
-        scheme = self.scheme(name)
-        if scheme is None:
-            return None
-        return unpack(name, {part: self._load(name + part) for part in (PACKED, SCALE, SHAPE)}, scheme)
+        self._require(name)
+        return self._packed[name].unpack(self._load) if name in self._packed else None
 
     def _load(self, name: str) -> Tensor:
         shard = self._shard_of[name]
@@ -209,7 +221,7 @@ class CheckpointReader:
 
     def _belongs_to_weight(self, name: str) -> bool:
         """Whether a stored tensor is a scale or another part of a quantised weight."""
-        if any(name.endswith(part) and name.removesuffix(part) in self._packed for part in (PACKED, SCALE, SHAPE)):
+        if name in self._parts:
             return True
         for suffix in SCALE_SUFFIXES:
             base = name.removesuffix(suffix)
@@ -225,27 +237,6 @@ class CheckpointReader:
 def _refuse_foreign(quantization: Mapping[str, Any] | None) -> None:
     if quantization and (method := foreign_quantization(quantization)):
         raise CheckpointError(f"the checkpoint's weights are quantised by {method}, which is not supported: {ORIGINAL}")
-
-
-def _packed_weights(names: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, WeightScheme]:
-    """Every weight that is stored as packed integers, and how."""
-    modules = (name.removesuffix(PACKED).removesuffix(".weight") for name in names if name.endswith(PACKED))
-    schemes = PackedSchemes(config, modules)
-    found: dict[str, WeightScheme] = {}
-    for name in names:
-        weight = name.removesuffix(PACKED)
-        if weight == name:
-            continue
-        for part in (SCALE, SHAPE):
-            if weight + part not in names:
-                raise CheckpointError(f"packed weight {name} has no {weight}{part} beside it: download it again")
-        for part in REFUSED_PARTS:
-            if weight + part in names:
-                raise CheckpointError(f"{weight}{part} says that {weight} is quantised in a way that is not supported")
-        if weight in names:
-            raise CheckpointError(f"{weight} is stored twice, packed and unpacked: remove one of the two")
-        found[weight] = schemes.of(weight.removesuffix(".weight"))
-    return found
 
 
 def _is_finite(tensor: Tensor) -> bool:

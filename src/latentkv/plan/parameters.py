@@ -17,6 +17,7 @@ from latentkv.checkpoint.wrapper import outermost
 from latentkv.errors import ConfigError
 from latentkv.models.config import GQAConfig, MLAConfig, ModelConfig, MoEConfig
 from latentkv.models.stored_config import stored_dtype
+from latentkv.weights.files import awq, gptq
 from latentkv.weights.files.compressed_config import METHOD, PackedSchemes
 from latentkv.weights.files.compressed_tensors import packed_layout
 from latentkv.weights.files.deepseek_fp8 import read_float8_scheme
@@ -92,6 +93,9 @@ def checkpoint_dtype(config: ModelConfig) -> str:
     """How the checkpoint's config says that most weights are stored: fp8, int8 or int4, else its torch dtype."""
     if schemes := _packed_schemes(config, ()):
         return schemes.asked.format
+    quantization = _quantization(config)
+    if quantization.get("quant_method") in (gptq.METHOD, awq.METHOD):
+        return "int8" if quantization.get("bits") == 8 else "int4"
     return "fp8" if _fp8_block(config) else _TORCH_NAMES[stored_dtype(config)]
 
 
@@ -147,7 +151,7 @@ def _quantization(config: ModelConfig) -> Mapping[str, Any]:
 def _fp8_block(config: ModelConfig) -> tuple[int, int] | None:
     """Rows and columns that share a scale; None if weights are not fp8."""
     quantization = _quantization(config)
-    if not quantization or quantization.get("quant_method") == METHOD:
+    if not quantization or quantization.get("quant_method") in (METHOD, gptq.METHOD, awq.METHOD):
         return None
     return read_float8_scheme(quantization).block_size or (128, 128)
 

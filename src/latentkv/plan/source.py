@@ -12,10 +12,12 @@ from latentkv.checkpoint.locate import holds_weights
 from latentkv.checkpoint.names import layer_of
 from latentkv.checkpoint.source import resolve_config
 from latentkv.checkpoint.tensors import open_tensors
+from latentkv.checkpoint.wrapper import outermost
 from latentkv.errors import ConfigError
 from latentkv.models.config import ModelConfig
 from latentkv.models.config_reader import read_config
 from latentkv.models.stored_config import open_checkpoint
+from latentkv.weights.files import awq, gptq
 
 _PUBLISHED = files("latentkv.plan") / "published"
 
@@ -48,10 +50,10 @@ def load_config(model: str) -> ModelConfig:
 
 @dataclass(frozen=True)
 class StoredWeights:
-    """The weights in a GGUF file.
+    """The weights in a model's files.
 
     Attributes:
-        types: of its tensors, those with the most bytes first, as "Q4_K, Q6_K, F32".
+        types: of the tensors, those with the most bytes first, as "Q4_K, Q6_K, F32".
         nbytes: of the main model, without layers of multi-token prediction.
     """
 
@@ -60,7 +62,7 @@ class StoredWeights:
 
 
 def stored_weights(model: str, config: ModelConfig) -> StoredWeights | None:
-    """What a GGUF file holds; None for every other form of a model, of which its config says all.
+    """What a GGUF file, or a GPTQ's or AWQ's copy, holds; None for all others, of which their config says it.
 
     Args:
         model: as `load_config` takes it.
@@ -70,7 +72,12 @@ def stored_weights(model: str, config: ModelConfig) -> StoredWeights | None:
         ConfigError: there is no such model.
         CheckpointError: the file is damaged.
     """
-    if model.lower() in BUILT_IN or not is_gguf(path := resolve_config(model)):
+    if model.lower() in BUILT_IN:
+        return None
+    path = resolve_config(model)
+    method = (outermost(config.source, "quantization_config") or {}).get("quant_method")
+    is_copy = method in (gptq.METHOD, awq.METHOD) and path.is_dir() and holds_weights(path)
+    if not is_gguf(path) and not is_copy:
         return None
     tensors, sizes = open_tensors(path), Counter[str]()
     for name in tensors.names:

@@ -24,7 +24,6 @@ _OFF: Mapping[str, tuple[Any, ...]] = {
 }
 _WEIGHTS_OFF: Mapping[str, tuple[Any, ...]] = {
     "type": (None, "int"),
-    "symmetric": (None, True),
     "dynamic": (None, False),
     "actorder": (None, False, "weight", "static"),
     "block_structure": (None,),

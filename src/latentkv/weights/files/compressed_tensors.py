@@ -1,28 +1,90 @@
 """Quantised weights as the compressed-tensors format "pack-quantized" stores them, and back.
 
 `NAME.weight` becomes `NAME.weight_packed` (codes made unsigned, 8 of 4 bits or 4 of 8 to an int32, the first lowest),
-`NAME.weight_scale` [O, groups] and `NAME.weight_shape` [2].
+`NAME.weight_scale` [O, groups] and `NAME.weight_shape` [2]; where the zero is not 0, `NAME.weight_zero_point` [O / 8,
+groups], made unsigned and packed in the same way along the outputs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from latentkv.errors import CheckpointError
+from latentkv.weights.files.compressed_config import PackedSchemes
+from latentkv.weights.files.stored_integers import Read, ShapeOf, affine
 from latentkv.weights.policy import WeightScheme
 from latentkv.weights.weight import QuantizedWeight
 
 PACKED, SCALE, SHAPE = "_packed", "_scale", "_shape"
 """What is added to a weight's name for each of its parts."""
 
-REFUSED_PARTS = ("_zero_point", "_g_idx", "_global_scale")
-"""Parts of weights that are quantised in ways that `QuantizedWeight` cannot hold."""
+_ZEROS = "_zero_point"
+_REFUSED_PARTS = ("_g_idx", "_global_scale")  # of weights that are quantised in ways that `QuantizedWeight` cannot hold
 
 _CHANNEL_GROUP_INT4 = 128
 _BYTES_A_WORD = 4
+
+
+@dataclass(frozen=True)
+class CompressedWeight:
+    """See `StoredIntegers`.
+
+    Attributes:
+        name: of the weight.
+        scheme: what the checkpoint's config says of it.
+        has_zeros: there are zero points.
+    """
+
+    name: str
+    scheme: WeightScheme
+    has_zeros: bool
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """See `StoredIntegers`."""
+        return tuple(self.name + part for part in (PACKED, SCALE, SHAPE, *([_ZEROS] if self.has_zeros else [])))
+
+    @property
+    def shown(self) -> str:
+        """See `StoredIntegers`."""
+        return self.scheme.format
+
+    def shape(self, shape_of: ShapeOf, read: Read) -> tuple[int, ...]:
+        """See `StoredIntegers`."""
+        return tuple(int(n) for n in read(self.name + SHAPE).flatten().tolist())
+
+    def unpack(self, read: Read) -> QuantizedWeight:
+        """See `StoredIntegers`."""
+        parts = {part.removeprefix(self.name): read(part) for part in self.parts}
+        return (_unpack_with_zeros if self.has_zeros else unpack)(self.name, parts, self.scheme)
+
+
+def find_compressed(names: Collection[str], config: Mapping[str, Any]) -> dict[str, CompressedWeight]:
+    """Every weight that is stored as packed integers, by its name.
+
+    Raises:
+        CheckpointError: the config is not supported, or a weight lacks a part or has one too many.
+    """
+    modules = (name.removesuffix(PACKED).removesuffix(".weight") for name in names if name.endswith(PACKED))
+    schemes = PackedSchemes(config, modules)
+    found: dict[str, CompressedWeight] = {}
+    for name in names:
+        weight = name.removesuffix(PACKED)
+        if weight == name:
+            continue
+        for part in (SCALE, SHAPE):
+            if weight + part not in names:
+                raise CheckpointError(f"packed weight {name} has no {weight}{part} beside it: download it again")
+        for part in _REFUSED_PARTS:
+            if weight + part in names:
+                raise CheckpointError(f"{weight}{part} says that {weight} is quantised in a way that is not supported")
+        found[weight] = CompressedWeight(weight, schemes.of(weight.removesuffix(".weight")), weight + _ZEROS in names)
+    return found
 
 
 def packed_layout(shape: tuple[int, int], scheme: WeightScheme) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
@@ -61,7 +123,7 @@ def unpack(name: str, parts: Mapping[str, Tensor], scheme: WeightScheme) -> Quan
         scheme: what the checkpoint's config says of it.
 
     Raises:
-        CheckpointError: the parts do not fit together, or scales are not finite or not exact in bfloat16.
+        CheckpointError: the parts do not fit together, or scales are not finite.
     """
     shape = tuple(int(n) for n in parts[SHAPE].flatten().tolist())
     if len(shape) != 2 or min(shape) < 1:
@@ -84,6 +146,24 @@ def unpack(name: str, parts: Mapping[str, Tensor], scheme: WeightScheme) -> Quan
     return QuantizedWeight(codes, scales, scheme.bits, scheme.group or shape[1])
 
 
+def _unpack_with_zeros(name: str, parts: Mapping[str, Tensor], scheme: WeightScheme) -> QuantizedWeight:
+    """A weight with zero points, scale * (code - zero); both are made unsigned alike."""
+    plain = unpack(
+        name, {part: parts[part] for part in (PACKED, SHAPE)} | {SCALE: torch.ones_like(parts[SCALE])}, scheme
+    )
+    outputs, groups = parts[SCALE].shape
+    zeros, per_word = parts[_ZEROS], 32 // scheme.bits
+    if tuple(zeros.shape) != (-(-outputs // per_word), groups) or zeros.dtype != torch.int32:
+        raise CheckpointError(
+            f"{name}{_ZEROS} is {zeros.dtype} {list(zeros.shape)} and should be int32 "
+            f"{[-(-outputs // per_word), groups]}: the checkpoint is damaged, or of a version that is not known"
+        )
+    middle = 1 << scheme.bits - 1
+    unsigned = _unpack_codes(zeros.T.contiguous(), scheme.bits)[:, :outputs].T.short() + middle
+    group = scheme.group or plain.codes.shape[1]
+    return affine(name, plain.codes.short() + middle, unsigned, parts[SCALE], scheme.bits, group)
+
+
 def _unpack_codes(packed: Tensor, bits: int) -> Tensor:
     unsigned = packed.contiguous().view(torch.uint8)
     if bits == 8:
@@ -94,12 +174,11 @@ def _unpack_codes(packed: Tensor, bits: int) -> Tensor:
 
 
 def _exact_scales(name: str, scales: Tensor) -> Tensor:
+    """Scales in the narrowest type of those that kernels take in which they are the same."""
     if not scales.is_floating_point() or not bool(torch.isfinite(scales).all()):
         raise CheckpointError(f"{name} holds NaN or infinite values, or no floating point: the checkpoint is damaged")
-    exact = scales.to(torch.bfloat16)
-    if not torch.equal(exact.to(scales.dtype), scales):
-        raise CheckpointError(
-            f"{name} holds {str(scales.dtype).removeprefix('torch.')} scales that bfloat16 cannot, which is not "
-            "supported: quantise the original weights with `latentkv quantize`"
-        )
-    return exact
+    for dtype in (torch.bfloat16, torch.float16):
+        exact = scales.to(dtype)
+        if torch.equal(exact.to(scales.dtype), scales):
+            return exact
+    return scales.float()

@@ -1,0 +1,80 @@
+"""`StoredIntegers`: how files hold one weight as integers, whatever tool wrote them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from latentkv.errors import CheckpointError
+from latentkv.weights.weight import QuantizedWeight
+
+Read = Callable[[str], Tensor]
+"""Gives a stored tensor by its name."""
+
+ShapeOf = Callable[[str], tuple[int, ...]]
+"""Gives a stored tensor's shape by its name, from its file's header."""
+
+
+class StoredIntegers(Protocol):
+    """One weight [O, D] in several stored tensors."""
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Names of the tensors; it lies where the first one does."""
+        ...
+
+    @property
+    def shown(self) -> str:
+        """How it is stored, for people."""
+        ...
+
+    def shape(self, shape_of: ShapeOf, read: Read) -> tuple[int, ...]:
+        """Of the weight.
+
+        Raises:
+            CheckpointError: the parts' shapes do not fit together.
+        """
+        ...
+
+    def unpack(self, read: Read) -> QuantizedWeight:
+        """The weight that the parts stand for, exactly.
+
+        Raises:
+            CheckpointError: they do not fit together, or hold what no weight has.
+        """
+        ...
+
+
+def affine(name: str, codes: Tensor, zeros: Tensor, scales: Tensor, bits: int, group: int) -> QuantizedWeight:
+    """The weight scale * (code - zero), exactly.
+
+    Where all zeros are the middle code, as symmetric tools write them, nothing is added to the scaled codes. Else what
+    is added is a product of a float16 and a small integer, which float32 has all bits of.
+
+    Args:
+        name: of the weight, for errors.
+        codes: [O, D] from 0 on.
+        zeros: [O, groups] integers.
+        scales: [O, groups] of any float dtype.
+        bits: of a code: 4, or 8 with all zeros in the middle.
+        group: inputs that share a scale.
+
+    Raises:
+        CheckpointError: scales are NaN, infinite or no floats, or codes of 8 bits have another zero.
+    """
+    if not scales.is_floating_point() or not bool(torch.isfinite(scales).all()):
+        raise CheckpointError(f"the scales of {name} hold NaN or infinite values, or no floating point: download again")
+    middle = 1 << bits - 1
+    if bool((zeros == middle).all()):
+        kept = scales if scales.dtype in (torch.float16, torch.bfloat16) else scales.float()
+        return QuantizedWeight((codes - middle).to(torch.int8), kept.contiguous(), bits, group)
+    if bits == 8:
+        raise CheckpointError(
+            f"{name} is quantised to 8 bits with zero points, which is not supported: quantise the original weights "
+            "with `latentkv quantize`"
+        )
+    exact = scales.float()
+    return QuantizedWeight(codes.to(torch.int8), exact.contiguous(), bits, group, -(exact * zeros))
