@@ -134,6 +134,9 @@ def test_a_gguf_file_is_a_model_but_no_folder_to_copy_or_change(tmp_path):
         local_folder(file)
     with pytest.raises(CheckpointError, match=r"x\.gguf"):
         open_tensors(file)
+    for missing in ("y.gguf", tmp_path / "y-00001-of-00002.gguf"):
+        with pytest.raises(ConfigError, match=r"no file .*y.*\.gguf: name an existing \.gguf file"):
+            resolve_model(missing)
 
 
 def test_files_and_links_that_are_no_model_are_named(tmp_path):

@@ -133,6 +133,8 @@ def _local(model: str | Path, *, any_config: bool = False) -> Path | None:
         if path.parent.is_dir():
             return path.parent  # which says what it holds instead
         raise ConfigError(f"no folder {path.parent}, of which {model} is to be the config: name an existing folder")
+    if is_gguf(path):
+        raise ConfigError(f"no file {model}: name an existing .gguf file, of a split model any of its parts")
     if not _REPO.fullmatch(str(model)):
         raise ConfigError(
             f"no folder {model}: name an existing folder, or a Hugging Face repository as org/name or org/name@revision"
