@@ -20,6 +20,8 @@ from latentkv.models.families import FAMILIES
 from latentkv.models.packing import Packer, Packing, pack_module, takes_packed
 from latentkv.models.stored_config import DTYPE_NAMES, open_checkpoint, stored_dtype
 
+_EMBEDDING = "model.embed_tokens.weight"
+
 
 def load_model(
     folder: Path | str,
@@ -61,7 +63,8 @@ def load_model(
     for name, part in decoder.parts():
         _load_part(name, part, match, torch.device(device), packing)
     if packing is not None:
-        decoder.pack(Packer(packing, decoder, ""))
+        embedding = {_EMBEDDING: decoder.get_parameter(_EMBEDDING)} if config.tie_word_embeddings else {}
+        decoder.pack(Packer(packing, decoder, "", match.quantized(embedding)))
     return decoder.eval()
 
 

@@ -69,8 +69,9 @@ class Packer:
         return self.pack(joined)
 
     def copy(self, name: str, *, as_name: str) -> PackedWeight:
-        """The weight `name`, packed in the format of `as_name`; the module keeps it."""
-        return self.pack(self._in_format(self.module.get_parameter(name).detach(), as_name))
+        """The weight `name`, packed as the checkpoint has it or in the format of `as_name`; the module keeps it."""
+        quantized = self.quantized.get(self.prefix + name)
+        return self.pack(quantized or self._in_format(self.module.get_parameter(name).detach(), as_name))
 
     def pack(self, weight: Weight) -> PackedWeight:
         """A weight, packed as it is."""
