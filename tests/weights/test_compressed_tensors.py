@@ -125,6 +125,12 @@ def test_what_the_compressed_tensors_library_writes_with_zero_points_is_read(tmp
     assert torch.equal(found.dequantize().half().sign(), expected.sign())
 
 
+def test_zero_points_that_a_config_promises_and_files_lack_are_missed(tmp_path):
+    folder = edited(one_saved(tmp_path), weights_change(symmetric=False))
+    with pytest.raises(CheckpointError, match=r"says that .*weight has zero points, and .* has no .*_zero_point"):
+        CheckpointReader(folder)
+
+
 def test_zero_points_that_do_not_fit_are_named(tmp_path):
     parts = {f"{NAME}.weight{part}": t for part, t in pack(quantize_weight(a_weight(), "int4")).items()}
     save_file(parts | {f"{NAME}.weight_zero_point": torch.zeros(1)}, tmp_path / "model.safetensors")

@@ -107,6 +107,10 @@ def test_an_order_of_inputs_that_is_their_own_is_none_and_another_is_refused(tmp
     drawing = drawn(8, 64, 32)
     parts = gptq_parts(*drawing, 32)
     assert reader_of(tmp_path, parts, GPTQ | {"desc_act": True}).quantized("m.weight") is not None
+    without = {name: tensor for name, tensor in parts.items() if name != "g_idx"}
+    assert reader_of(tmp_path, without, GPTQ).quantized("m.weight") is not None
+    with pytest.raises(CheckpointError, match=r"desc_act says that m has an order .* no m\.g_idx"):
+        reader_of(tmp_path, without, GPTQ | {"desc_act": True})
     parts["g_idx"] = parts["g_idx"].flip(0).contiguous()
     with pytest.raises(CheckpointError, match=r"m was quantised in another order .* \(desc_act\)"):
         reader_of(tmp_path, parts, GPTQ).quantized("m.weight")

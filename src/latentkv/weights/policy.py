@@ -28,10 +28,12 @@ class WeightScheme:
     Attributes:
         format: "int8" or "int4".
         group: inputs that share a scale; None: a whole row does.
+        symmetric: code 0 stands for 0; else files have zero points.
     """
 
     format: WeightFormat
     group: int | None
+    symmetric: bool = True
 
     @property
     def bits(self) -> int:

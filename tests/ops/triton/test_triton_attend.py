@@ -194,7 +194,9 @@ def test_a_sequence_does_not_change_by_a_bit_with_the_rest_of_the_batch(
         assert torch.equal(alone[1], lse[own])
 
 
-@pytest.mark.parametrize("tokens", [67, 131])  # the rows' ends lie on both sides of a block's, or on one
+@pytest.mark.parametrize(
+    "tokens", [67, pytest.param(90, marks=pytest.mark.slow), 131]
+)  # the rows' ends lie on both sides of a block's, or on one
 def test_a_row_does_not_change_by_a_bit_with_the_rows_of_its_sequence_beside_it(run: Run, tokens: int) -> None:
     case = mla_case([7], [tokens], heads=5)
     options = {"latent_dim": 64, "scale": 0.3, "out_dtype": torch.float32}
@@ -253,7 +255,13 @@ def test_mla_decode_reads_the_new_tokens_causally(run: Run) -> None:
 
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "dtype"),
-    [(1, 1, torch.float32), (4, 4, torch.bfloat16), (9, 3, torch.bfloat16), (40, 2, torch.float32)],
+    [
+        *[(1, 1, torch.float32), (4, 4, torch.bfloat16), (9, 3, torch.bfloat16), (40, 2, torch.float32)],
+        pytest.param(1, 1, torch.bfloat16, marks=pytest.mark.slow),
+        pytest.param(4, 4, torch.float32, marks=pytest.mark.slow),
+        pytest.param(9, 3, torch.float32, marks=pytest.mark.slow),
+        pytest.param(40, 2, torch.bfloat16, marks=pytest.mark.slow),
+    ],
 )
 def test_mha_gqa_and_mqa_meet_the_bar(run: Run, heads: int, kv_heads: int, dtype: torch.dtype) -> None:
     case = gqa_case([1, 5, 2, 1], [17, 5, 50, 0], heads=heads, kv_heads=kv_heads, dtype=dtype)

@@ -15,8 +15,15 @@ import torch
 from torch import Tensor
 
 from latentkv.errors import CheckpointError
-from latentkv.weights.files.gptq import require_parts
-from latentkv.weights.files.stored_integers import Read, ShapeOf, affine
+from latentkv.weights.files.stored_integers import (
+    Read,
+    ShapeOf,
+    affine,
+    read_group,
+    require_parts,
+    require_shapes,
+    require_words,
+)
 from latentkv.weights.weight import QuantizedWeight
 
 METHOD = "awq"
@@ -53,24 +60,16 @@ class AWQWeight:
             raise CheckpointError(f"{self.parts[0]} has the shape {list(codes)}: only matrices are supported")
         inputs, outputs = codes[0], codes[1] * 8
         groups = -(-inputs // (self.group or inputs))
-        for part, found, expected in (
-            (self.parts[1], zeros, (groups, codes[1])),
-            (self.parts[2], scales, (groups, outputs)),
-        ):
-            if found != expected:
-                raise CheckpointError(
-                    f"{part} has the shape {list(found)} and should have {list(expected)}: the checkpoint is damaged, "
-                    "or its config.json belongs to another"
-                )
+        _, qzeros, scale_part = self.parts
+        require_shapes({qzeros: zeros, scale_part: scales}, {qzeros: (groups, codes[1]), scale_part: (groups, outputs)})
         return outputs, inputs
 
     def unpack(self, read: Read) -> QuantizedWeight:
         """See `StoredIntegers`."""
         qweight, qzeros, scales = (read(part) for part in self.parts)
-        _, inputs = self.shape(lambda part: tuple(read(part).shape), read)
-        for part, tensor in zip(self.parts[:2], (qweight, qzeros), strict=True):
-            if tensor.dtype != torch.int32:
-                raise CheckpointError(f"{part} is stored as {tensor.dtype}: it must be int32")
+        found = dict(zip(self.parts, (qweight, qzeros, scales), strict=True))
+        _, inputs = self.shape(lambda part: tuple(found[part].shape), read)
+        require_words(dict(list(found.items())[:2]))
         name = f"{self.module}.weight"
         return affine(name, _codes(qweight).T.contiguous(), _codes(qzeros).T, scales.T, 4, self.group or inputs)
 
@@ -81,22 +80,18 @@ def find_awq(names: Collection[str], config: Mapping[str, Any]) -> dict[str, AWQ
     Raises:
         CheckpointError: the config is not supported, or a weight lacks a part.
     """
-    bits, group, version = config.get("bits", 4), config.get("group_size", 128), config.get("version", "gemm")
+    bits, version, group = config.get("bits", 4), config.get("version", "gemm"), read_group(config)
     if bits != 4 or type(bits) is not int:
         raise CheckpointError(f"quantization_config.bits is {bits!r:.40}: of AWQ's only 4 is supported")
     if not isinstance(version, str) or version.lower() != "gemm":
         raise CheckpointError(
             f"quantization_config.version is {version!r:.40}: of AWQ's layouts only gemm is supported"
         )
-    if type(group) is not int or not (group == -1 or (group > 0 and group % 8 == 0)):
-        raise CheckpointError(
-            f"quantization_config.group_size is {group!r:.40}: it must be a multiple of 8, or -1 for whole rows"
-        )
     found: dict[str, AWQWeight] = {}
     for name in names:
         module = name.removesuffix(".qweight")
         if module != name:
-            found[f"{module}.weight"] = weight = AWQWeight(module, None if group == -1 else group)
+            found[f"{module}.weight"] = weight = AWQWeight(module, group)
             require_parts(weight.parts, names)
     return found
 

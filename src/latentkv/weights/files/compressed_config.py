@@ -24,6 +24,7 @@ _OFF: Mapping[str, tuple[Any, ...]] = {
 }
 _WEIGHTS_OFF: Mapping[str, tuple[Any, ...]] = {
     "type": (None, "int"),
+    "symmetric": (None, False, True),
     "dynamic": (None, False),
     "actorder": (None, False, "weight", "static"),
     "block_structure": (None,),
@@ -147,16 +148,17 @@ def _read_group(where: str, group: Any, common_format: Any) -> WeightScheme:
         raise CheckpointError(f"{where} says nothing about weights, which is not supported")
     _refuse_others(f"{where}.weights", weights, _WEIGHTS_OFF)
     bits, strategy, size = weights.get("num_bits"), weights.get("strategy"), weights.get("group_size")
+    symmetric = weights.get("symmetric") is not False
     if type(bits) is not int or bits not in (4, 8):
         raise CheckpointError(f"{where} has weights of {bits} bits: only 4 and 8 are supported")
     if strategy == "channel" or (strategy is None and size == -1):
-        return WeightScheme(_FORMATS[bits], None)
+        return WeightScheme(_FORMATS[bits], None, symmetric)
     if strategy not in ("group", None) or type(size) is not int or size not in GROUP_SIZES:
         shared = f"groups of {size}" if strategy in ("group", None) else f"strategy {strategy!r}"
         raise CheckpointError(
             f"{where} shares scales by {shared}: only groups of 32, 64 or 128, or channels, are supported"
         )
-    return WeightScheme(_FORMATS[bits], size)
+    return WeightScheme(_FORMATS[bits], size, symmetric)
 
 
 def _refuse_others(where: str, found: Mapping[str, Any], allowed: Mapping[str, tuple[Any, ...]]) -> None:

@@ -83,7 +83,13 @@ def find_compressed(names: Collection[str], config: Mapping[str, Any]) -> dict[s
         for part in _REFUSED_PARTS:
             if weight + part in names:
                 raise CheckpointError(f"{weight}{part} says that {weight} is quantised in a way that is not supported")
-        found[weight] = CompressedWeight(weight, schemes.of(weight.removesuffix(".weight")), weight + _ZEROS in names)
+        scheme, has_zeros = schemes.of(weight.removesuffix(".weight")), weight + _ZEROS in names
+        if not scheme.symmetric and not has_zeros:
+            raise CheckpointError(
+                f"quantization_config says that {weight} has zero points, and the checkpoint has no {weight}{_ZEROS}: "
+                "download it again"
+            )
+        found[weight] = CompressedWeight(weight, scheme, has_zeros)
     return found
 
 

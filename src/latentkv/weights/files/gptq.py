@@ -15,7 +15,15 @@ import torch
 from torch import Tensor
 
 from latentkv.errors import CheckpointError
-from latentkv.weights.files.stored_integers import Read, ShapeOf, affine
+from latentkv.weights.files.stored_integers import (
+    Read,
+    ShapeOf,
+    affine,
+    read_group,
+    require_parts,
+    require_shapes,
+    require_words,
+)
 from latentkv.weights.weight import QuantizedWeight
 
 METHOD = "gptq"
@@ -52,18 +60,14 @@ class GPTQScheme:
         for key, values in _OFF.items():
             if config.get(key) not in values:
                 raise CheckpointError(f"quantization_config.{key} is {config[key]!r:.60}, which is not supported")
-        bits, group, form = config.get("bits"), config.get("group_size", 128), config.get("checkpoint_format")
+        bits, form = config.get("bits"), config.get("checkpoint_format")
         if type(bits) is not int or bits not in (4, 8):
             raise CheckpointError(f"quantization_config.bits is {bits!r:.40}: of GPTQ's only 4 and 8 are supported")
-        if type(group) is not int or not (group == -1 or (group > 0 and group % 8 == 0)):
-            raise CheckpointError(
-                f"quantization_config.group_size is {group!r:.40}: it must be a multiple of 8, or -1 for whole rows"
-            )
         if not isinstance(form, str | None) or form not in _VERSIONS:
             raise CheckpointError(
                 f"quantization_config.checkpoint_format is {form!r:.40}, which is not supported: gptq and gptq_v2 are"
             )
-        return cls(bits, None if group == -1 else group, _VERSIONS[form])
+        return cls(bits, read_group(config), _VERSIONS[form])
 
 
 @dataclass(frozen=True)
@@ -99,24 +103,19 @@ class GPTQWeight:
             raise CheckpointError(f"{self.parts[0]} has the shape {list(codes)}: only matrices are supported")
         inputs, outputs = codes[0] * per_word, codes[1]
         groups = -(-inputs // (self.scheme.group or inputs))
-        for part, found, expected in (
-            (self.parts[1], zeros, (groups, -(-outputs // per_word))),
-            (self.parts[2], scales, (groups, outputs)),
-        ):
-            if found != expected:
-                raise CheckpointError(
-                    f"{part} has the shape {list(found)} and should have {list(expected)}: the checkpoint is damaged, "
-                    "or its config.json belongs to another"
-                )
+        _, qzeros, scale_part, *_ = self.parts
+        require_shapes(
+            {qzeros: zeros, scale_part: scales},
+            {qzeros: (groups, -(-outputs // per_word)), scale_part: (groups, outputs)},
+        )
         return outputs, inputs
 
     def unpack(self, read: Read) -> QuantizedWeight:
         """See `StoredIntegers`."""
         qweight, qzeros, scales = (read(part) for part in self.parts[:3])
-        outputs, inputs = self.shape(lambda part: tuple(read(part).shape), read)
-        for part, tensor in zip(self.parts[:2], (qweight, qzeros), strict=True):
-            if tensor.dtype != torch.int32:
-                raise CheckpointError(f"{part} is stored as {tensor.dtype}: it must be int32")
+        found = dict(zip(self.parts, (qweight, qzeros, scales), strict=False))
+        outputs, inputs = self.shape(lambda part: tuple(found[part].shape), read)
+        require_words(dict(list(found.items())[:2]))
         group = self.scheme.group or inputs
         if self.has_order:
             self._require_trivial(read(self.parts[3]), inputs, group)
@@ -145,16 +144,12 @@ def find_gptq(names: Collection[str], config: Mapping[str, Any]) -> dict[str, GP
         if module != name:
             found[f"{module}.weight"] = weight = GPTQWeight(module, scheme, f"{module}.g_idx" in names)
             require_parts(weight.parts, names)
+            if config.get("desc_act") and not weight.has_order:
+                raise CheckpointError(
+                    f"quantization_config.desc_act says that {module} has an order of its inputs, and the checkpoint "
+                    f"has no {module}.g_idx: download it again"
+                )
     return found
-
-
-def require_parts(parts: Collection[str], names: Collection[str]) -> None:
-    """Raise `CheckpointError` unless all parts of a weight are there."""
-    for part in parts:
-        if part not in names:
-            raise CheckpointError(
-                f"the checkpoint has no {part}, which belongs to a quantised weight: download it again"
-            )
 
 
 def _fields(words: Tensor, bits: int) -> Tensor:

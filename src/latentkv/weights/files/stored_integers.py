@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -78,3 +78,43 @@ def affine(name: str, codes: Tensor, zeros: Tensor, scales: Tensor, bits: int, g
         )
     exact = scales.float()
     return QuantizedWeight(codes.to(torch.int8), exact.contiguous(), bits, group, -(exact * zeros))
+
+
+def require_parts(parts: Collection[str], names: Collection[str]) -> None:
+    """Raise `CheckpointError` unless all parts of a weight are there."""
+    for part in parts:
+        if part not in names:
+            raise CheckpointError(
+                f"the checkpoint has no {part}, which belongs to a quantised weight: download it again"
+            )
+
+
+def require_shapes(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise `CheckpointError` unless the parts of a weight have the shapes that its first one asks for."""
+    for part, shape in expected.items():
+        if found[part] != shape:
+            raise CheckpointError(
+                f"{part} has the shape {list(found[part])} and should have {list(shape)}: the checkpoint is damaged, "
+                "or its config.json belongs to another"
+            )
+
+
+def require_words(parts: Mapping[str, Tensor]) -> None:
+    """Raise `CheckpointError` unless parts with several numbers in a word are int32."""
+    for part, tensor in parts.items():
+        if tensor.dtype != torch.int32:
+            raise CheckpointError(f"{part} is stored as {tensor.dtype}: it must be int32")
+
+
+def read_group(config: Mapping[str, Any]) -> int | None:
+    """The inputs that share a scale, from a config's `group_size`; None: all.
+
+    Raises:
+        CheckpointError: it is no size that is supported.
+    """
+    group = config.get("group_size", 128)
+    if type(group) is not int or not (group == -1 or (group > 0 and group % 8 == 0)):
+        raise CheckpointError(
+            f"quantization_config.group_size is {group!r:.40}: it must be a multiple of 8, or -1 for whole rows"
+        )
+    return None if group == -1 else group
