@@ -126,6 +126,9 @@ const Product& product_with(WeightFormat format, std::int64_t groups) {
     case WeightFormat::uint5: return product<CodeWords<5, true>>;
     case WeightFormat::int5: return product<CodeWords<5, false>>;
     case WeightFormat::int6: return product<CodeWords<6, false>>;
+    case WeightFormat::fp4: return product<TableWords<Fp4Numbers>>;
+    case WeightFormat::nl4: return product<TableWords<Nl4Numbers>>;
+    case WeightFormat::fp8: return groups > 1 ? product<Fp8Words<true>> : product<Fp8Words<false>>;
     default: return product<Bf16Words>;
   }
 }
@@ -203,6 +206,9 @@ Pack pack_of(WeightFormat format) {
     case WeightFormat::uint5: return {5, 32};
     case WeightFormat::int5: return {5, 32};
     case WeightFormat::int6: return {3, 16};
+    case WeightFormat::fp4: return {1, 8};
+    case WeightFormat::nl4: return {1, 8};
+    case WeightFormat::fp8: return {1, 4};
   }
   return {};
 }

@@ -18,12 +18,15 @@ enum class WeightFormat : int {
   uint4 = 5,
   uint5 = 6,
   int5 = 7,
-  int6 = 8
+  int6 = 8,
+  fp4 = 9,
+  nl4 = 10,
+  fp8 = 11
 };
 
-// `count` stacked matrices [outs, ins]. `group` weights along `ins` share a scale of type `scales` (int*, uint*), and
-// what is added to all of them, of the same type (uint*); or it is the number of exceptions that each block of outputs
-// has room for (compact).
+// `count` stacked matrices [outs, ins]. `group` weights along `ins` share a scale of type `scales`, and what is added to
+// all of them, of the same type (uint*); or it is the number of exceptions that each block of outputs has room for
+// (compact). bf16 has neither.
 struct PackedWeight {
   const std::uint8_t* data;
   WeightFormat format;

@@ -199,6 +199,83 @@ struct CodeWords : PlainWords {
   }
 };
 
+// Codes of 4 bits, laid out as int4's, that stand for the numbers of a table; bf16 holds them exactly.
+struct Fp4Numbers {
+  static constexpr float numbers[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};  // twice E2M1's
+};
+struct Nl4Numbers {
+  static constexpr float numbers[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
+};
+constexpr bf16 exact_bf16(float x) { return (bf16)(__builtin_bit_cast(std::uint32_t, x) >> 16); }
+template <class Table>
+struct TableWords : PlainWords {
+  using PlainWords::PlainWords;
+  static constexpr bool short_groups = true;
+  static constexpr float scale = 1;
+  static constexpr int units = 8 / UNIT;
+
+  LATENTKV_INLINE vu unit(const vu (&w)[1], int i) {
+#if defined(__AVX512BF16__)
+    struct Twice {
+      bf16 values[32];
+      constexpr Twice() : values() {
+        for (int k = 0; k < 32; k++) values[k] = exact_bf16(Table::numbers[k % 16]);
+      }
+    };
+    alignas(64) static constexpr Twice table;  // looked up by 5 bits, of which the fifth is not the code's
+    return (vu)_mm512_permutexvar_epi16((__m512i)(w[0] >> (4 * i)), _mm512_load_si512(table.values));
+#else
+    const vu codes = w[0] >> (i % 2 * 16 + i / 2 * 4);
+#if defined(__AVX512F__)
+    return (vu)_mm512_permutexvar_ps((__m512i)codes, _mm512_loadu_ps(Table::numbers));
+#elif defined(__AVX2__)
+    const __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(Table::numbers), (__m256i)codes);  // by 3 bits
+    const __m256 high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(Table::numbers + 8), (__m256i)codes);
+    return (vu)_mm256_blendv_ps(low, high, (__m256)(codes << 28));
+#else
+    vf values;
+    for (int k = 0; k < W; k++) values[k] = Table::numbers[codes[k] & 15];
+    return (vu)values;
+#endif
+#endif
+  }
+};
+
+// E4M3: a sign, 4 bits of exponent (less 7) and 3 of mantissa; bf16 holds all numbers exactly. Codes are no NaN.
+template <bool SHORT_GROUPS>
+struct Fp8Words : PlainWords {
+  using PlainWords::PlainWords;
+  static constexpr bool short_groups = SHORT_GROUPS;
+  static constexpr float scale = 1;
+  static constexpr int units = 4 / UNIT;
+
+  LATENTKV_INLINE vu unit(const vu (&w)[1], int i) {
+#if defined(__AVX512BF16__)
+    struct Subnormals {
+      bf16 values[32];  // looked up by 5 bits, of which two are of an exponent that is 0
+      constexpr Subnormals() : values() {
+        for (int k = 0; k < 8; k++) values[k] = exact_bf16((float)k / 512);
+      }
+    };
+    alignas(64) static constexpr Subnormals table;
+    constexpr int A_OR_B_AND_C = 0xf8;
+    // Bytes 2 i and 2 i + 1 to the tops of the halves, then their exponent and mantissa to where bf16 has its own.
+    const vu order = (vu)_mm512_set4_epi32(0x0d800c80, 0x09800880, 0x05800480, 0x01800080) + (unsigned)i * 0x02000200;
+    const __m512i tops = _mm512_shuffle_epi8((__m512i)w[0], (__m512i)order), moved = _mm512_srai_epi16(tops, 4);
+    const __mmask32 subnormal = _mm512_testn_epi16_mask(moved, _mm512_set1_epi16(0x0780));
+    const __m512i normal = _mm512_and_si512(moved, _mm512_set1_epi16(0x07f0));
+    const __m512i biased = _mm512_add_epi16(normal, _mm512_set1_epi16((127 - 7) << 7));
+    const __m512i size = _mm512_mask_permutexvar_epi16(biased, subnormal, _mm512_srli_epi16(moved, 4),
+                                                       _mm512_load_si512(table.values));
+    return (vu)_mm512_ternarylogic_epi32(size, tops, _mm512_set1_epi16((short)0x8000), A_OR_B_AND_C);
+#else
+    // To where float32 has its own, which is then 2^120 times as small: also if it is subnormal.
+    const vi top = (vi)(w[0] << (24 - 8 * i));
+    return (vu)((vf)((vu)(top >> 4) & 0x87f00000) * 0x1p120f);
+#endif
+  }
+};
+
 // sums [R][32] = x [groups * group_words * units][R] times the panel.
 template <class Decoder, int R>
 void multiply_tile(const Panel& panel, const Unit* x, float* sums) {

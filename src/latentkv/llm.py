@@ -54,7 +54,6 @@ from latentkv.models.stored_config import open_checkpoint, stored_dtype
 from latentkv.progress import progress_bar
 from latentkv.text import Tokenizer
 from latentkv.text.chat import text_length
-from latentkv.weights import WeightFormat
 
 if TYPE_CHECKING:
     from latentkv.text.grammar import GrammarCompiler
@@ -143,7 +142,7 @@ class LLM:
         *,
         device: str | torch.device = "cpu",
         dtype: DType | str | torch.dtype | None = None,
-        weights: WeightFormat | str | None = None,
+        weights: str | None = None,
         kv_dtype: KVFormat | Literal["auto"] = "auto",
         int8_products: bool = False,
         max_context: int | None = None,
@@ -187,7 +186,7 @@ class LLM:
         model: str | Path | None,
         device: torch.device,
         weights_dtype: torch.dtype | None,
-        weights: WeightFormat | str | None,
+        weights: str | None,
         kv_dtype: KVFormat | Literal["auto"],
         *,
         int8_products: bool,

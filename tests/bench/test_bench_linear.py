@@ -5,7 +5,7 @@ import pytest
 from latentkv import kernels
 from latentkv.bench import linear as module
 from latentkv.bench.ceilings import CeilingProbe
-from latentkv.bench.linear import TORCH, BenchedFormat, LinearReport, as_packed_format, measure_linear
+from latentkv.bench.linear import TORCH, LinearReport, as_packed_format, measure_linear
 from latentkv.bench.op_report import linear_table
 from latentkv.errors import OpError, RequestError
 
@@ -66,7 +66,7 @@ def test_scales_can_be_shared_by_fewer_weights():
     ("shape", "fmt", "group"), [((64, 256), "int8", 32), ((96, 256), "int4", 32), ((64, 72), "int4", 64)]
 )
 def test_torch_is_left_out_where_it_has_no_product_of_the_same_weights(
-    shape: tuple[int, int], fmt: BenchedFormat, group: int
+    shape: tuple[int, int], fmt: str, group: int
 ):
     assert f"torch, {fmt}" not in module._entries(*shape, [fmt], group=group)
 

@@ -22,6 +22,7 @@ from latentkv.models.config_reader import read_config
 from latentkv.models.decoder import Decoder
 from latentkv.models.loading import save_pretrained
 from latentkv.models.packing import Packing, pack_module
+from latentkv.weights.formats import INT4, INT8
 
 PROBE = CeilingProbe(gemm_size=16, buffer_mib=1)
 CONFIG = {
@@ -217,14 +218,14 @@ def test_step_work_counted_by_hand():
 def test_packed_weights_count_once_and_as_they_are_stored():
     config = replace(read_config(CONFIG), hidden_size=128, vocab_size=64)
     plain, packed = Decoder(config).bfloat16(), Decoder(config).bfloat16()
-    pack_module(packed, Packing("int8"))
+    pack_module(packed, Packing(INT8))
     assert 0.5 < weight_bytes_read(packed) / weight_bytes_read(plain) < 0.85
 
 
 def test_weights_are_called_what_most_of_them_are_stored_as():
     config = replace(read_config(CONFIG), hidden_size=128, vocab_size=64)
     compact = "bfloat16" if kernels.extension is None else "compact bfloat16"
-    ways = {"bfloat16": Packing(), compact: Packing(compact=True), "int4": Packing("int4", compact=True)}
+    ways = {"bfloat16": Packing(), compact: Packing(compact=True), "int4": Packing(INT4, compact=True)}
     for name, packing in ways.items():
         decoder = Decoder(config).bfloat16()
         assert weight_format(decoder) == "bfloat16"

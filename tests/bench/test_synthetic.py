@@ -10,6 +10,7 @@ from latentkv.llm import LLM
 from latentkv.models.config_reader import read_config
 from latentkv.models.decoder import Decoder
 from latentkv.plan.parameters import count_parameters
+from latentkv.weights.formats import ROUNDED_TO
 
 TINY = {
     "hidden_size": 32,
@@ -71,7 +72,7 @@ def test_weights_depend_on_the_seed_alone(tmp_path: Path):
 @pytest.mark.parametrize("weights", ["int8", "int4"])
 def test_quantised_weights_are_drawn_as_they_are_stored(tmp_path: Path, weights: str):
     config = {**synthetic_config("v2-lite"), **TINY, "hidden_size": 128, "moe_intermediate_size": 64}
-    for name, asked in (("plain", None), ("quantised", weights)):
+    for name, asked in (("plain", None), ("quantised", ROUNDED_TO[weights])):
         write_synthetic(config, tmp_path / name, weights=asked)
     plain, quantised = (LLM(tmp_path / name, kv_cache_bytes=10**6) for name in ("plain", "quantised"))
     assert quantised.logits([1, 2, 3]).isfinite().all()

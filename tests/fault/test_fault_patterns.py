@@ -21,6 +21,7 @@ from latentkv.text import encoding_process, load_tokenizer
 from latentkv.text.tokenizer import Tokenizer
 from latentkv.weights.files.compressed_config import PackedSchemes
 from latentkv.weights.files.patterns import MAX_PATTERN, MAX_PATTERNS, match_patterns
+from latentkv.weights.formats import INT4
 from latentkv.weights.policy import WeightScheme
 from worker_processes import worker_processes
 
@@ -131,7 +132,7 @@ def test_line_22_a_target_that_does_not_end_is_ended(key: str) -> None:
     if key == "ignore":
         assert [schemes.ignores(name) for name in (SLOW_NAME, "lm_head", "y")] == [True, True, False]
     else:
-        assert schemes.of(SLOW_NAME) == schemes.of("lm_head") == WeightScheme("int4", 32)
+        assert schemes.of(SLOW_NAME) == schemes.of("lm_head") == WeightScheme(INT4, 32)
         with pytest.raises(CheckpointError, match="y is stored packed, but no target"):
             schemes.of("y")
 

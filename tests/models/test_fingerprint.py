@@ -11,6 +11,7 @@ from latentkv.models.config_reader import read_config
 from latentkv.models.decoder import Decoder
 from latentkv.models.fingerprint import model_fingerprint
 from latentkv.models.packing import Packing
+from latentkv.weights.formats import INT4, INT8
 
 CONFIG: dict[str, Any] = {
     "model_type": "deepseek_v3",
@@ -71,9 +72,9 @@ def test_the_same_model_has_the_same_fingerprint():
         {"dtype": torch.bfloat16},
         {"packing": Packing()},
         {"packing": Packing(compact=True)},
-        {"packing": Packing("int8")},
-        {"packing": Packing("int8", 64)},
-        {"packing": Packing("int4")},
+        {"packing": Packing(INT8)},
+        {"packing": Packing(INT8, 64)},
+        {"packing": Packing(INT4)},
         {"int8_products": True},
         {"changes": {"rope_theta": 500.0}},
         {"changes": {"rms_norm_eps": 1e-5}},

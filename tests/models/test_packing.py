@@ -23,6 +23,7 @@ from latentkv.models.mla import Form
 from latentkv.models.packing import Packing, choose_packing
 from latentkv.ops.backends import compact_is_fast
 from latentkv.weights import PackedWeight, quantize_weight
+from latentkv.weights.formats import INT4, INT8, ROUNDED_TO
 from latentkv.weights.policy import choose_scheme
 
 pytestmark = pytest.mark.skipif(kernels.extension is None, reason="the native kernels are not built")
@@ -84,15 +85,15 @@ def test_quantised_weights_give_the_logits_of_their_dequantised_values(name: str
         for key, parameter in rounded.named_parameters():
             if key == "model.embed_tokens.weight" or parameter.ndim < 2:
                 continue
-            scheme = choose_scheme(published_name(key, rounded.config.num_layers), parameter.shape, fmt)
+            scheme = choose_scheme(published_name(key, rounded.config.num_layers), parameter.shape, ROUNDED_TO[fmt])
             if scheme is not None:
                 parameter.copy_(quantize_weight(parameter, scheme.format, scheme.group).dequantize())
-    assert_close(logits(load_model(folder, packing=Packing(fmt))), logits(rounded), 1e-3)
+    assert_close(logits(load_model(folder, packing=Packing(ROUNDED_TO[fmt]))), logits(rounded), 1e-3)
 
 
 def test_a_tied_output_head_is_a_packed_copy_of_the_embedding() -> None:
     case = next(case for case in CASES if load_model(checkpoint(case.name)).config.tie_word_embeddings)
-    decoder = load_model(checkpoint(case.name), packing=Packing("int8"))
+    decoder = load_model(checkpoint(case.name), packing=Packing(INT8))
     assert isinstance(decoder.output_weight, PackedWeight)
     assert decoder.output_weight.format == "int8"
     assert decoder.model.embed_tokens.weight.dtype == torch.float32
@@ -118,10 +119,10 @@ def test_a_packed_layer_runs_whole_sequences_in_both_forms(form: Form) -> None:
 
 def test_only_bfloat16_is_packed_unasked() -> None:
     cpu = torch.device("cpu")
-    assert choose_packing(None, torch.bfloat16, cpu) == Packing("bf16", compact=compact_is_fast())
+    assert choose_packing(None, torch.bfloat16, cpu) == Packing(compact=compact_is_fast())
     assert choose_packing(None, torch.float32, cpu) is None
     assert choose_packing(None, torch.float16, cpu) is None
-    assert choose_packing("int4", torch.float32, cpu) == Packing("int4", compact=compact_is_fast())
+    assert choose_packing("int4", torch.float32, cpu) == Packing(INT4, compact=compact_is_fast())
     with kernels.use_isa("torch"):
         assert choose_packing(None, torch.bfloat16, cpu) is None
 

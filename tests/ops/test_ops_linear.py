@@ -11,6 +11,7 @@ from torch import Tensor
 from latentkv import kernels
 from latentkv.errors import OpError
 from latentkv.ops import linear, output_logits, reference
+from latentkv.weights.formats import INT8
 from latentkv.weights.layout import PackedWeight, pack_weight
 from latentkv.weights.weight import QuantizedWeight
 from quantised_weights import quantised
@@ -19,6 +20,7 @@ FORMATS = [
     *[("bf16", None), ("compact", None), ("int8", None), ("int8", 32), ("int4", 32), ("int4", 64), ("int4", 128)],
     *[("int8 f16", 32), ("int4 f16", 32), ("uint2 f16", 16), ("uint4 f16", 32), ("uint4 f32", 32)],
     *[("uint5 f16", 32), ("int5 f16", 32), ("int6 f16", 16), ("int8 f32", 64)],
+    *[("fp4", 32), ("nl4 f16", 32), ("fp8 f32", 128), ("fp8", None)],
 ]
 SHAPES = [(1, 1), (17, 30), (33, 127), (64, 130), (96, 256), (40, 1)]
 ROWS = [0, 1, 2, 3, 5, 8, 9, 14, 15, 16, 17, 64, 300]
@@ -203,7 +205,7 @@ def test_gradients_flow_to_x_through_a_packed_weight() -> None:
 
 def test_codes_of_minus_128_are_exact() -> None:
     codes = torch.tensor([[-128, 127, -127, 0]], dtype=torch.int8)
-    packed = pack_weight(QuantizedWeight(codes, torch.ones(1, 1, dtype=torch.bfloat16), 8, 4))
+    packed = pack_weight(QuantizedWeight(codes, torch.ones(1, 1, dtype=torch.bfloat16), INT8, 4))
     for isa in kernels.available_isas():
         with kernels.use_isa(isa):
             assert linear(torch.eye(4, dtype=torch.bfloat16), packed).flatten().tolist() == codes.flatten().tolist()

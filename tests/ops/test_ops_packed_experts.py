@@ -16,7 +16,7 @@ from quantised_weights import quantised
 
 FORMATS = [
     *[("bf16", None), ("compact", None), ("int8", None), ("int8", 32), ("int4", 32)],
-    *[("int8 f16", 32), ("uint4 f16", 32), ("uint5 f32", 32), ("int6 f16", 16)],
+    *[("int8 f16", 32), ("uint4 f16", 32), ("uint5 f32", 32), ("int6 f16", 16), ("fp4", 16), ("fp8 f32", 128)],
 ]
 every_format = pytest.mark.parametrize(("fmt", "group"), FORMATS)
 

@@ -21,6 +21,7 @@ from latentkv.checkpoint import CheckpointReader
 from latentkv.errors import CheckpointError, ConfigError, OpError
 from latentkv.ops.backends import why_not_native
 from latentkv.quantize import REPORT_FILE, QuantizationReport, quantize_checkpoint
+from latentkv.weights.formats import INT4, ROUNDED_TO
 from latentkv.weights.policy import choose_scheme
 from latentkv.weights.weight import quantize_weight
 
@@ -40,7 +41,7 @@ def test_every_weight_is_quantised_as_the_rule_says_or_kept_bit_for_bit(source, 
     before, after = CheckpointReader(source), CheckpointReader(tmp_path / "out")
     assert set(after.names) == set(before.names)
     for name in before.names:
-        original, scheme = before.read(name), choose_scheme(name, before.shape(name), fmt, group)
+        original, scheme = before.read(name), choose_scheme(name, before.shape(name), ROUNDED_TO[fmt], group)
         assert (scheme is None) == any(part in name for part in KEPT), name
         assert after.scheme(name) == scheme
         assert after.shape(name) == before.shape(name)
@@ -127,7 +128,7 @@ def test_a_text_model_in_a_vision_wrapper_keeps_its_names_and_the_vision_tensors
     (source / "config.json").write_text(json.dumps({"model_type": "kimi_vl", "text_config": config}))
     quantize_checkpoint(source, tmp_path / "out", "int4")
     reader = CheckpointReader(tmp_path / "out")
-    assert reader.scheme("language_model.model.layers.0.self_attn.o_proj.weight").format == "int4"
+    assert reader.scheme("language_model.model.layers.0.self_attn.o_proj.weight").format == INT4
     assert torch.equal(reader.read("vision_tower.layers.0.self_attn.q_proj.weight"), torch.ones(64, 64))
     ignored = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["ignore"]
     assert "vision_tower.layers.0.self_attn.q_proj" in ignored
@@ -355,7 +356,7 @@ def test_multi_token_prediction_layers_are_quantised_but_for_their_input(tmp_pat
     source = save_random(tmp_path / "source", num_nextn_predict_layers=1)
     quantize_checkpoint(source, tmp_path / "out", "int4")
     reader = CheckpointReader(tmp_path / "out")
-    assert reader.scheme("model.layers.2.mlp.experts.0.up_proj.weight").format == "int4"
+    assert reader.scheme("model.layers.2.mlp.experts.0.up_proj.weight").format == INT4
     assert reader.scheme("model.layers.2.eh_proj.weight") is None
     assert LLM(tmp_path / "out").config.num_mtp_layers == 1
 

@@ -14,10 +14,11 @@ from latentkv.checkpoint import CheckpointReader
 from latentkv.errors import CheckpointError
 from latentkv.weights.files.compressed_config import PackedSchemes, build_config
 from latentkv.weights.files.compressed_tensors import pack, packed_layout, unpack
+from latentkv.weights.formats import INT4, INT8, UINT4
 from latentkv.weights.policy import WeightScheme, choose_scheme
 from latentkv.weights.weight import QuantizedWeight, quantize_weight
 
-SCHEMES = [WeightScheme("int8", None), WeightScheme("int8", 64), WeightScheme("int4", 32), WeightScheme("int4", 128)]
+SCHEMES = [WeightScheme(INT8, None), WeightScheme(INT8, 64), WeightScheme(INT4, 32), WeightScheme(INT4, 128)]
 NAME = "model.layers.0.mlp.up_proj"
 
 
@@ -54,14 +55,14 @@ def test_what_is_packed_comes_back_and_has_the_announced_layout(scheme, columns)
     assert {part: (t.dtype, tuple(t.shape)) for part, t in parts.items()} == packed_layout((5, columns), scheme)
     back = unpack("w", parts, scheme)
     assert torch.equal(back.codes, weight.codes) and torch.equal(back.scales, weight.scales)
-    assert (back.bits, back.group) == (weight.bits, weight.group)
+    assert (back.format, back.group) == (weight.format, weight.group)
 
 
 def test_every_code_of_either_width_survives():
     for bits, scheme in ((4, SCHEMES[2]), (8, SCHEMES[0])):
         codes = torch.arange(-(2 ** (bits - 1)), 2 ** (bits - 1), dtype=torch.int8).repeat(3, 2)
         groups = -(-codes.shape[1] // (scheme.group or codes.shape[1]))
-        weight = QuantizedWeight(codes, torch.ones(3, groups).bfloat16(), bits, scheme.group or codes.shape[1])
+        weight = QuantizedWeight(codes, torch.ones(3, groups).bfloat16(), scheme.format, scheme.group or codes.shape[1])
         assert torch.equal(unpack("w", pack(weight), scheme).codes, codes)
 
 
@@ -89,7 +90,7 @@ def test_what_the_compressed_tensors_library_writes_is_read(tmp_path, scheme):
     theirs = compressors.BaseCompressor.get_value_from_registry(config.format)
     weight = a_weight().bfloat16()
     groups = weight.unflatten(1, (-1, scheme.group or 256))
-    scale = (groups.abs().amax(-1) / (7.5 if scheme.bits == 4 else 127.5)).bfloat16()
+    scale = (groups.abs().amax(-1) / (7.5 if scheme.format.bits == 4 else 127.5)).bfloat16()
     parts = theirs.compress({"weight": weight, "weight_scale": scale}, config.config_groups["group_0"])
     save_file({f"{NAME}.{part}": tensor for part, tensor in parts.items()}, tmp_path / "model.safetensors")
     dumped = {"quantization_config": config.model_dump(mode="json") | {"version": "0.20.0", "sparsity_config": {}}}
@@ -98,7 +99,7 @@ def test_what_the_compressed_tensors_library_writes_is_read(tmp_path, scheme):
     assert torch.equal(CheckpointReader(tmp_path).read(f"{NAME}.weight", dtype=torch.bfloat16), expected)
 
 
-@pytest.mark.parametrize("scheme", [WeightScheme("int4", 32), WeightScheme("int4", 128)])
+@pytest.mark.parametrize("scheme", [WeightScheme(INT4, 32), WeightScheme(INT4, 128)])
 def test_what_the_compressed_tensors_library_writes_with_zero_points_is_read(tmp_path, scheme):
     compressors = pytest.importorskip("compressed_tensors.compressors", reason="compressed-tensors is not installed")
     from compressed_tensors.quantization import QuantizationConfig
@@ -119,7 +120,7 @@ def test_what_the_compressed_tensors_library_writes_with_zero_points_is_read(tmp
     reader = CheckpointReader(tmp_path)
     assert reader.names == (f"{NAME}.weight",)
     found = reader.quantized(f"{NAME}.weight")
-    assert found is not None and (found.bits, found.group) == (4, scheme.group) and found.minima is not None
+    assert found is not None and (found.format, found.group) == (UINT4, scheme.group) and found.minima is not None
     expected = theirs.decompress(parts, config.config_groups["group_0"])["weight"]
     torch.testing.assert_close(found.dequantize().half(), expected, atol=2e-3, rtol=2e-3)
     assert torch.equal(found.dequantize().half().sign(), expected.sign())
@@ -134,7 +135,7 @@ def test_zero_points_that_a_config_promises_and_files_lack_are_missed(tmp_path):
 def test_zero_points_that_do_not_fit_are_named(tmp_path):
     parts = {f"{NAME}.weight{part}": t for part, t in pack(quantize_weight(a_weight(), "int4")).items()}
     save_file(parts | {f"{NAME}.weight_zero_point": torch.zeros(1)}, tmp_path / "model.safetensors")
-    built = build_config({NAME: WeightScheme("int4", 128)}, [])
+    built = build_config({NAME: WeightScheme(INT4, 128)}, [])
     (tmp_path / "config.json").write_text(json.dumps({"quantization_config": built}))
     with pytest.raises(CheckpointError, match=r"weight_zero_point is torch.float32 \[1\] and should be int32 \[3, 2\]"):
         CheckpointReader(tmp_path).read(f"{NAME}.weight")
@@ -153,7 +154,7 @@ def test_scales_that_bfloat16_has_not_all_bits_of_are_kept_in_a_wider_type(tmp_p
 
 
 def test_the_reader_lists_a_packed_weight_once_and_gives_it_either_way(tmp_path):
-    scheme = WeightScheme("int4", 128)
+    scheme = WeightScheme(INT4, 128)
     weight = quantize_weight(a_weight(), "int4")
     reader = CheckpointReader(saved(tmp_path, {NAME: weight}, {NAME: scheme}, **{"model.norm.weight": torch.ones(4)}))
     assert reader.names == (f"{NAME}.weight", "model.norm.weight")
@@ -174,8 +175,8 @@ def test_the_reader_lists_a_packed_weight_once_and_gives_it_either_way(tmp_path)
 
 def test_int4_scales_of_whole_rows_are_repeated_for_groups(tmp_path):
     codes = torch.randint(-8, 8, (3, 200), generator=torch.Generator().manual_seed(0), dtype=torch.int8)
-    channel = QuantizedWeight(codes, torch.tensor([[0.5], [-2.0], [3.0]]).bfloat16(), 4, 200)
-    reader = CheckpointReader(saved(tmp_path, {NAME: channel}, {NAME: WeightScheme("int4", None)}))
+    channel = QuantizedWeight(codes, torch.tensor([[0.5], [-2.0], [3.0]]).bfloat16(), INT4, 200)
+    reader = CheckpointReader(saved(tmp_path, {NAME: channel}, {NAME: WeightScheme(INT4, None)}))
     read = reader.quantized(f"{NAME}.weight")
     assert read.group == 128 and read.scales.shape == (3, 2)
     assert torch.equal(read.dequantize(), channel.dequantize())
@@ -325,21 +326,21 @@ LOW = [
 
 def test_routers_norms_embeddings_and_latent_projections_stay_and_the_rest_is_quantised():
     for name in HIGH:
-        assert choose_scheme(name, (256, 256), "int4") is None, name
+        assert choose_scheme(name, (256, 256), INT4) is None, name
     for name in LOW:
-        assert choose_scheme(name, (256, 256), "int4") == WeightScheme("int4", 128), name
-        assert choose_scheme(name, (256, 256), "int4", 32) == WeightScheme("int4", 32), name
-        assert choose_scheme(name, (256, 256), "int8") == WeightScheme("int8", None), name
+        assert choose_scheme(name, (256, 256), INT4) == WeightScheme(INT4, 128), name
+        assert choose_scheme(name, (256, 256), INT4, 32) == WeightScheme(INT4, 32), name
+        assert choose_scheme(name, (256, 256), INT8) == WeightScheme(INT8, None), name
 
 
 def test_the_output_head_never_gets_less_than_int8():
     for name in ("lm_head.weight", "model.layers.61.shared_head.head.weight"):
-        assert choose_scheme(name, (512, 256), "int4", 32) == WeightScheme("int8", None)
-        assert choose_scheme(name, (512, 256), "int8", 64) == WeightScheme("int8", 64)
+        assert choose_scheme(name, (512, 256), INT4, 32) == WeightScheme(INT8, None)
+        assert choose_scheme(name, (512, 256), INT8, 64) == WeightScheme(INT8, 64)
 
 
 def test_a_width_that_the_group_does_not_divide_gets_a_smaller_one_or_int8_rows():
     name = "model.layers.0.mlp.down_proj.weight"
-    assert choose_scheme(name, (256, 10944), "int4") == WeightScheme("int4", 64)
-    assert choose_scheme(name, (256, 96), "int8", 128) == WeightScheme("int8", 32)
-    assert choose_scheme(name, (256, 100), "int4") == WeightScheme("int8", None)
+    assert choose_scheme(name, (256, 10944), INT4) == WeightScheme(INT4, 64)
+    assert choose_scheme(name, (256, 96), INT8, 128) == WeightScheme(INT8, 32)
+    assert choose_scheme(name, (256, 100), INT4) == WeightScheme(INT8, None)

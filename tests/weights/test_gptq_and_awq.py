@@ -20,6 +20,7 @@ from latentkv.models.packing import Packing
 from latentkv.plan import stored_weights, weight_bytes
 from latentkv.plan.parameters import checkpoint_dtype
 from latentkv.weights import pack_weight
+from latentkv.weights.formats import INT4, INT8, UINT4
 from latentkv.weights.layout import unpack_weight
 from stored_models import GQA, write_model
 
@@ -85,7 +86,7 @@ def test_a_weight_is_scale_times_code_less_zero_exactly_and_stays_four_bits(
     assert reader.names == ("m.weight",) and reader.shape("m.weight") == (24, 96)
     assert reader.shown_dtype("m.weight") == ("AWQ int4" if form == "awq" else "GPTQ int4")
     weight = reader.quantized("m.weight")
-    assert weight is not None and weight.bits == 4 and (weight.minima is None) == symmetric
+    assert weight is not None and weight.format == (INT4 if symmetric else UINT4)
     expected = exact(*drawing, 32)
     if symmetric:
         assert torch.equal(weight.dequantize(torch.float64), expected)
@@ -99,7 +100,7 @@ def test_gptq_of_8_bits_and_one_scale_a_row_is_read(tmp_path: Path) -> None:
     drawing = drawn(8, 64, 64, bits=8, symmetric=True)
     reader = reader_of(tmp_path, gptq_parts(*drawing, 64, bits=8), GPTQ | {"bits": 8, "group_size": -1})
     weight = reader.quantized("m.weight")
-    assert weight is not None and (weight.bits, weight.group) == (8, 64)
+    assert weight is not None and (weight.format, weight.group) == (INT8, 64)
     assert torch.equal(weight.dequantize(torch.float64), exact(*drawing, 64))
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from latentkv import kernels
 from latentkv.errors import OpError
 from latentkv.ops import linear
+from latentkv.weights.formats import CODE_FORMATS, FP8, INT4, INT8, UINT4, CodeFormat, of_integers
 from latentkv.weights.layout import pack_weight, unpack_weight
 from latentkv.weights.weight import QuantizedWeight, quantize_weight
 from quantised_weights import quantised
@@ -27,7 +28,7 @@ def test_bfloat16_comes_back(shape: tuple[int, ...], dtype: torch.dtype) -> None
 @pytest.mark.parametrize(("fmt", "group"), [("int8", None), ("int8", 64), ("int4", 32), ("int4", 128)])
 def test_codes_and_scales_come_back(shape: tuple[int, ...], fmt: str, group: int | None) -> None:
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    quantised = quantize_weight(weight, "int8" if fmt == "int8" else "int4", group)
+    quantised = quantize_weight(weight, fmt, group)
     packed = pack_weight(quantised)
     assert torch.equal(unpack_weight(packed), quantised.dequantize())
     assert (packed.format, packed.out_features, packed.in_features) == (fmt, *shape[-2:])
@@ -38,10 +39,11 @@ def test_codes_and_scales_come_back(shape: tuple[int, ...], fmt: str, group: int
     ("fmt", "group"),
     [
         *[("uint2", 16), ("uint4", 32), ("uint5", 32), ("uint4", 64), ("int5", 32), ("int6", 16)],
-        *[("uint4 f32", 32), ("int6 f32", 16), ("int8 f32", 32)],
+        *[("uint4 f32", 32), ("int6 f32", 16), ("int8 f32", 32), ("fp4", 32), ("fp4", 16), ("nl4 f16", 32)],
+        *[("fp8", 128), ("fp8 f32", None)],
     ],
 )
-def test_codes_scales_and_minima_come_back(shape: tuple[int, ...], fmt: str, group: int) -> None:
+def test_codes_scales_and_minima_come_back(shape: tuple[int, ...], fmt: str, group: int | None) -> None:
     weight = quantised(torch.randn(shape, generator=torch.Generator().manual_seed(0)), fmt, group)
     packed = pack_weight(weight)
     assert torch.equal(unpack_weight(packed), weight.dequantize())
@@ -55,31 +57,53 @@ def test_weights_with_minima_take_their_bits_and_those_of_two_numbers_a_group(
     bits: int, group: int, a_weight: int
 ) -> None:
     shared = torch.ones(64, 512 // group, dtype=torch.float16)
-    weight = QuantizedWeight(torch.zeros(64, 512, dtype=torch.int8), shared, bits, group, shared)
+    form = of_integers(bits, minima=True)
+    weight = QuantizedWeight(torch.zeros(64, 512, dtype=torch.int8), shared, form, group, shared)
     assert pack_weight(weight).nbytes == weight.nbytes == 64 * 512 * a_weight // 8
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"bits": 3}, "3 bits in groups of 32 are no weight"),
+        ({"format": INT4}, "int4 weights have no minima"),
+        ({"minima": None}, "uint4 weights have minima"),
+        ({"group": 0}, "in groups of 0"),
         ({"minima": torch.ones(4, 2)}, "minima are like scales"),
-        ({"codes": torch.full((4, 64), 16, dtype=torch.int8)}, "4-bit codes are 0 to 15, not 16 to 16"),
+        ({"codes": torch.full((4, 64), 16, dtype=torch.int8)}, "uint4 codes are 0 to 15, not 16 to 16"),
         ({"group": 24}, "24"),
     ],
 )
 def test_codes_and_minima_that_do_not_fit_are_refused(changes: dict, message: str) -> None:
     shared = torch.ones(4, 2, dtype=torch.float16)
-    fields = {"codes": torch.zeros(4, 64, dtype=torch.int8), "scales": shared, "bits": 4, "group": 32}
+    fields = {"codes": torch.zeros(4, 64, dtype=torch.int8), "scales": shared, "format": UINT4, "group": 32}
     with pytest.raises(OpError, match=message):
         pack_weight(QuantizedWeight(**{**fields, "minima": shared, **changes}))
 
 
-@pytest.mark.parametrize(("bits", "low", "high"), [(8, -128, 127), (4, -8, 7)])
-def test_every_code_comes_back(bits: int, low: int, high: int) -> None:
-    codes = torch.arange(low, high + 1, dtype=torch.int8).repeat(3, 1)
-    quantised = QuantizedWeight(codes, torch.full((3, 1), 0.5, dtype=torch.bfloat16), bits, codes.shape[1])
-    assert torch.equal(unpack_weight(pack_weight(quantised)), codes / 2)
+@pytest.mark.parametrize("form", CODE_FORMATS.values(), ids=CODE_FORMATS)
+def test_every_code_comes_back_as_what_it_stands_for(form: CodeFormat) -> None:
+    codes = torch.arange(form.lowest, form.highest + 1).to(torch.int8).repeat(3, 1)
+    halves = torch.full((3, 1), 0.5, dtype=torch.bfloat16)
+    quantised = QuantizedWeight(codes, halves, form, codes.shape[1], 3 * halves if form.has_minima else None)
+    expected = torch.tensor(form.levels or range(form.lowest, form.highest + 1)) / 2 + 1.5 * form.has_minima
+    assert torch.equal(unpack_weight(pack_weight(quantised)).nan_to_num(), expected.repeat(3, 1).nan_to_num())
+
+
+@pytest.mark.parametrize("form", CODE_FORMATS.values(), ids=CODE_FORMATS)
+def test_every_code_of_every_format_is_in_products_what_it_stands_for(form: CodeFormat) -> None:
+    """An output for each place that a code can have in a pack, and an input for each output."""
+    count, dtype = 2**form.bits, torch.float32
+    codes = torch.arange(form.lowest, form.highest + 1).to(torch.int8)
+    codes = torch.stack([codes.roll(turn) for turn in range(32)])
+    if form is FP8:
+        codes[form.values(codes).isnan()] = 0
+    shared = torch.linspace(0.5, 2, 32)[:, None]
+    weight = QuantizedWeight(codes, shared, form, count, shared / 3 if form.has_minima else None)
+    x = torch.eye(count, dtype=dtype)
+    for isa in kernels.available_isas():
+        with kernels.use_isa(isa):
+            found = linear(x, pack_weight(weight))
+        torch.testing.assert_close(found.T, weight.dequantize(), rtol=1e-6, atol=1e-6 * form.highest)
 
 
 needs_extension = pytest.mark.skipif(kernels.extension is None, reason="only the extension packs compact weights")
@@ -166,35 +190,39 @@ def test_what_cannot_be_packed_is_refused() -> None:
         pack_weight(torch.zeros(3, 4, dtype=torch.float16))
     codes = torch.zeros(3, 40, dtype=torch.int8)
     with pytest.raises(OpError, match="multiple of 8"):
-        pack_weight(QuantizedWeight(codes, torch.ones(3, 4, dtype=torch.bfloat16), 4, 12))
+        pack_weight(QuantizedWeight(codes, torch.ones(3, 4, dtype=torch.bfloat16), INT4, 12))
 
 
 @pytest.mark.parametrize(
-    ("codes", "scales", "bits", "message"),
+    ("codes", "scales", "form", "message"),
     [
-        (torch.zeros(3, 64).to(torch.int8), torch.ones(3, 2).double(), 8, "int8 codes and .* scales, not .*float64"),
-        (torch.zeros(3, 64), torch.ones(3, 2).bfloat16(), 8, "int8 codes and .* scales, not torch.float32"),
-        (torch.zeros(3, 64).to(torch.int8), torch.ones(2, 3).bfloat16(), 8, r"take scales \[3, 2\], not \[2, 3\]"),
-        (torch.full((3, 64), 8).to(torch.int8), torch.ones(3, 2).bfloat16(), 4, "4-bit codes are -8 to 7, not 8 to 8"),
-        (torch.zeros(3, 64).to(torch.int8), torch.ones(3, 2).bfloat16(), 7, "7 bits in groups of 32"),
+        (torch.zeros(3, 64).to(torch.int8), torch.ones(3, 2).double(), INT8, "int8 codes and .* scales, not .*float64"),
+        (torch.zeros(3, 64), torch.ones(3, 2).bfloat16(), INT8, "int8 codes and .* scales, not torch.float32"),
+        (torch.zeros(3, 64).to(torch.int8), torch.ones(2, 3).bfloat16(), INT8, r"take scales \[3, 2\], not \[2, 3\]"),
+        (
+            torch.full((3, 64), 8).to(torch.int8),
+            torch.ones(3, 2).bfloat16(),
+            INT4,
+            "int4 codes are -8 to 7, not 8 ",
+        ),
     ],
 )
 def test_codes_and_scales_that_do_not_belong_together_are_refused(
-    codes: Tensor, scales: Tensor, bits: int, message: str
+    codes: Tensor, scales: Tensor, form: CodeFormat, message: str
 ) -> None:
     with pytest.raises(OpError, match=message):
-        pack_weight(QuantizedWeight(codes, scales, bits, 32))
+        pack_weight(QuantizedWeight(codes, scales, form, 32))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
-@pytest.mark.parametrize("kind", ["bf16", "compact", "int8", "int4"])
+@pytest.mark.parametrize("kind", ["bf16", "compact", "int8", "int4", "fp8", "nl4"])
 def test_a_weight_or_scale_that_is_not_finite_shows_in_every_product_with_it(kind: str, bad: float) -> None:
     weight = torch.full((32, 512), 0.5).bfloat16()
     packed = weight
-    if kind in ("int8", "int4"):
+    if kind in CODE_FORMATS:
         codes, scales = torch.full((32, 512), 3).to(torch.int8), torch.ones(32, 4).bfloat16()
         scales[5, 1] = bad
-        packed = QuantizedWeight(codes, scales, int(kind[3:]), 128)
+        packed = QuantizedWeight(codes, scales, CODE_FORMATS[kind], 128)
     else:
         weight[5, 200] = bad
     packed = pack_weight(packed, compact=kind == "compact")

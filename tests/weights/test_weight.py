@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from latentkv.errors import OpError
 from latentkv.ops import reference
+from latentkv.weights.formats import INT8
 from latentkv.weights.weight import GROUP_SIZES, QuantizedWeight, quantize_weight
 
 FORMATS = [("int8", None), *(("int8", g) for g in GROUP_SIZES), *(("int4", g) for g in (None, *GROUP_SIZES))]
@@ -41,7 +42,7 @@ def group_errors(error: torch.Tensor, group: int) -> torch.Tensor:
 def test_codes_and_scales_have_their_shape_and_range(fmt, group, shape):
     quantized = quantize_weight(some_weight(*shape), fmt, group)
     assert quantized.group == (group or (shape[-1] if fmt == "int8" else 128))
-    assert quantized.bits == int(fmt[3:])
+    assert quantized.format.name == fmt
     assert quantized.codes.dtype == torch.int8 and quantized.codes.shape == shape
     assert quantized.scales.dtype == torch.bfloat16
     assert quantized.scales.shape == (*shape[:-1], -(-shape[-1] // quantized.group))
@@ -61,7 +62,7 @@ def test_no_group_is_further_off_than_by_plain_rounding(rows, columns, choice, s
     weight = some_weight(rows, columns, seed=seed, dtype=dtype)
     quantized = quantize_weight(weight, *choice)
     errors = group_errors(quantized.dequantize(torch.float64) - weight, quantized.group)
-    plain = group_errors(plainly_rounded(weight, quantized.bits, quantized.group) - weight, quantized.group)
+    plain = group_errors(plainly_rounded(weight, quantized.format.bits, quantized.group) - weight, quantized.group)
     assert (errors <= plain * (1 + 1e-5)).all()
 
 
@@ -70,7 +71,7 @@ def test_the_search_pays():
     for fmt, group, part in (("int4", 128, 0.69), ("int4", 32, 0.72), ("int8", None, 0.985)):
         quantized = quantize_weight(weight, fmt, group)
         errors = (quantized.dequantize() - weight).square().sum()
-        plain = (plainly_rounded(weight, quantized.bits, quantized.group) - weight).square().sum()
+        plain = (plainly_rounded(weight, quantized.format.bits, quantized.group) - weight).square().sum()
         assert errors < part * plain
 
 
@@ -145,5 +146,5 @@ def test_bytes_are_those_of_packed_codes_and_scales():
 
 def test_foreign_codes_use_the_whole_byte():
     codes = torch.tensor([[-128, 127]], dtype=torch.int8)
-    weight = QuantizedWeight(codes, torch.tensor([[0.5]], dtype=torch.bfloat16), 8, 2)
+    weight = QuantizedWeight(codes, torch.tensor([[0.5]], dtype=torch.bfloat16), INT8, 2)
     assert weight.dequantize().tolist() == [[-64.0, 63.5]]

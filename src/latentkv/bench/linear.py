@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import cycle, islice
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -17,12 +16,13 @@ from latentkv.bench.environment import Environment, describe_environment
 from latentkv.bench.timing import Contender, time_interleaved, torch_threads
 from latentkv.bench.torch_linear import torch_products
 from latentkv.errors import OpError, RequestError
-from latentkv.weights import QuantizedWeight, WeightFormat, quantize_weight
+from latentkv.weights import QuantizedWeight, quantize_weight
+from latentkv.weights.formats import BF16, CODE_FORMATS, COMPACT, ROUNDED_TO
 from latentkv.weights.layout import PackedWeight, pack_weight
-from latentkv.weights.weight import WEIGHT_FORMATS
+from latentkv.weights.rounding import round_plainly
 
-BenchedFormat = Literal["bf16", "compact"] | WeightFormat
-FORMATS: tuple[BenchedFormat, ...] = ("bf16", "compact", *WEIGHT_FORMATS)
+FORMATS = (BF16, COMPACT, *CODE_FORMATS)
+USUAL_FORMATS = (BF16, COMPACT, *ROUNDED_TO)
 TORCH = "torch, bf16"
 ROWS = (1, 2, 4, 8, 16, 48, 64, 256, 512, 2048)
 ROTATED_BYTES = 256 << 20
@@ -32,6 +32,7 @@ TOLERANCE = 0.02
 """Largest error, over the largest output, that bf16 activations and sums explain."""
 
 _CHECKED_OUTPUTS = 64
+_GROUP_OF_FILES = 32
 
 
 @dataclass(frozen=True)
@@ -97,16 +98,15 @@ class LinearEntry:
     exact: Tensor
 
 
-def as_packed_format(name: str) -> BenchedFormat:
+def as_packed_format(name: str) -> str:
     """The packed format of that name.
 
     Raises:
         RequestError: there is none.
     """
-    for known in FORMATS:
-        if known == name:
-            return known
-    raise RequestError(f"{name!r} is no format of packed weights; choose from {', '.join(FORMATS)}.")
+    if name not in FORMATS:
+        raise RequestError(f"{name!r} is no format of packed weights; choose from {', '.join(FORMATS)}.")
+    return name
 
 
 def measure_linear(
@@ -114,7 +114,7 @@ def measure_linear(
     out_features: int = 8192,
     in_features: int = 2048,
     rows: Sequence[int] = ROWS,
-    formats: Sequence[BenchedFormat] = FORMATS,
+    formats: Sequence[str] = USUAL_FORMATS,
     group: int | None = None,
     repeats: int = 15,
     threads: int | None = None,
@@ -127,8 +127,8 @@ def measure_linear(
         out_features: O.
         in_features: D.
         rows: numbers of rows M.
-        formats: how weights are packed: bf16, compact, int8, int4.
-        group: weights that share a scale; None: a row's in int8, 128 in int4.
+        formats: how weights are packed, of `FORMATS`.
+        group: weights that share a scale; None: the format's own default, or 32.
         repeats: timed rounds.
         threads: torch threads (None: torch's own number).
         probe: of the ceilings, which are measured in turn with the contenders; None: of the usual size.
@@ -198,7 +198,7 @@ def _step(entry: LinearEntry, x: Tensor, products: int) -> Callable[[], None]:
 
 
 def _entries(
-    out_features: int, in_features: int, formats: Sequence[BenchedFormat], group: int | None = None
+    out_features: int, in_features: int, formats: Sequence[str], group: int | None = None
 ) -> dict[str, LinearEntry]:
     count = -(-ROTATED_BYTES // (2 * out_features * in_features))
     plain = torch.empty(count, out_features, in_features, dtype=torch.bfloat16)
@@ -212,13 +212,13 @@ def _entries(
         )
     }
     for name in formats:
-        if name in ("bf16", "compact"):
-            packed = pack_weight(plain, compact=name == "compact")
+        if name not in CODE_FORMATS:
+            packed = pack_weight(plain, compact=name == COMPACT)
             if packed.format != name:  # without the extension, or where it would save nothing
                 continue
             entries[f"linear, {name}"] = _packed_entry(packed, plain[0, :_CHECKED_OUTPUTS].double())
             continue
-        one = quantize_weight(plain[0], name, group)
+        one = _quantized(plain[0], name, group)
         exact = one.dequantize()[:_CHECKED_OUTPUTS].double()
         copies = -(-ROTATED_BYTES // one.nbytes)
         entries[f"linear, {name}"] = _packed_entry(pack_weight(_stacked(one, copies)), exact)
@@ -238,12 +238,17 @@ def _packed_entry(packed: PackedWeight, exact: Tensor) -> LinearEntry:
 
 
 def _stacked(weight: QuantizedWeight, copies: int) -> QuantizedWeight:
-    return QuantizedWeight(
-        weight.codes.expand(copies, *weight.codes.shape),
-        weight.scales.expand(copies, *weight.scales.shape),
-        weight.bits,
-        weight.group,
-    )
+    def repeated(part: Tensor) -> Tensor:
+        return part.expand(copies, *part.shape)
+
+    minima = None if weight.minima is None else repeated(weight.minima)
+    return replace(weight, codes=repeated(weight.codes), scales=repeated(weight.scales), minima=minima)
+
+
+def _quantized(weight: Tensor, name: str, group: int | None) -> QuantizedWeight:
+    if name in ROUNDED_TO:
+        return quantize_weight(weight, name, group)
+    return round_plainly(weight, CODE_FORMATS[name], group or _GROUP_OF_FILES)
 
 
 def _checked_error(name: str, entry: LinearEntry, x: Tensor) -> float:

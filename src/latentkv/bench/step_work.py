@@ -14,6 +14,7 @@ from latentkv.models.mla import MultiHeadLatentAttention
 from latentkv.models.moe import Experts
 from latentkv.plan.parameters import tensor_groups
 from latentkv.weights import PackedWeight
+from latentkv.weights.formats import BF16, COMPACT
 
 
 def weight_bytes_read(decoder: Decoder) -> int:
@@ -37,7 +38,7 @@ def weight_bytes_read(decoder: Decoder) -> int:
 
 def weight_format(decoder: Decoder) -> str:
     """What most weights of a decoder are stored as: "int4", "uint5", "compact bfloat16", or a dtype."""
-    names = {"bf16": "bfloat16", "compact": "compact bfloat16"}
+    names = {BF16: "bfloat16", COMPACT: "compact bfloat16"}
     counts: Counter[str] = Counter()
     for module in decoder.modules():
         for weight in _own_weights(module):

@@ -18,7 +18,7 @@ from latentkv.checkpoint.writer import write_checkpoint
 from latentkv.errors import RequestError
 from latentkv.models.config_reader import read_config
 from latentkv.models.decoder import Decoder
-from latentkv.weights import WeightFormat
+from latentkv.weights import CodeFormat
 from latentkv.weights.files.compressed_config import build_config
 from latentkv.weights.files.compressed_tensors import PACKED, SCALE, SHAPE, packed_layout
 from latentkv.weights.policy import WeightScheme, choose_scheme
@@ -52,7 +52,7 @@ def synthetic_config(shape: str) -> dict[str, Any]:
 
 
 def write_synthetic(
-    config: Mapping[str, Any], folder: Path, *, seed: int = 0, weights: WeightFormat | None = None
+    config: Mapping[str, Any], folder: Path, *, seed: int = 0, weights: CodeFormat | None = None
 ) -> int:
     """Write a checkpoint of random weights; memory holds about one shard (1 GB) of it.
 
@@ -111,7 +111,7 @@ def _random(
     else:
         layout = packed_layout((shape[0], shape[1]), scheme)
         # Every code is as likely as every other: their deviation is 2^bits / sqrt(12).
-        scale = std * math.sqrt(12) / 2**scheme.bits
+        scale = std * math.sqrt(12) / 2**scheme.format.bits
         dtype, packed_shape = layout[PACKED]
         yield name + PACKED, torch.empty(packed_shape, dtype=dtype).random_(-(2**31), 2**31 - 1, generator=generator)
         yield name + SCALE, torch.full(layout[SCALE][1], scale, dtype=layout[SCALE][0])

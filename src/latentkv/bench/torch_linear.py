@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from latentkv.weights import QuantizedWeight
+from latentkv.weights.formats import INT4, INT8
 
 Product = Callable[[Tensor], Tensor]
 
@@ -21,10 +22,10 @@ def torch_products(weight: QuantizedWeight, copies: int) -> list[Product] | None
         None where torch has none: 8 bits whose scales are shared by less than a row, or sizes that it does not pack.
     """
     outs, ins = weight.codes.shape
-    if weight.bits == 8 and weight.group == ins:
+    if weight.format == INT8 and weight.group == ins:
         scale = weight.scales[:, 0].contiguous()
         return [_int8_product(weight.codes.clone(), scale) for _ in range(copies)]
-    if weight.bits == 4 and outs % _LANES == 0 and ins % weight.group == 0:
+    if weight.format == INT4 and outs % _LANES == 0 and ins % weight.group == 0:
         unsigned = weight.codes.int() + 8
         scales = torch.stack([weight.scales.mT, torch.zeros_like(weight.scales.mT)], dim=-1)  # and what a code 8 means
         pack = torch.ops.aten._convert_weight_to_int4pack_for_cpu

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import Annotated
 
 import typer
 
 from latentkv.cli.bench_options import JsonFile, Repeats, Threads, numbers, require_folder, save
 from latentkv.cli.options import MODEL_FORMS, Int8ProductsOption
 from latentkv.cli.terminal import console
-
-if TYPE_CHECKING:
-    from latentkv.weights import WeightFormat
 
 
 def model(
@@ -114,10 +111,7 @@ def make_model(
     from latentkv.bench.synthetic import synthetic_config, write_synthetic
     from latentkv.weights.weight import require_format
 
-    if weights is not None:
-        require_format(weights, None)
+    form = None if weights is None else require_format(weights, None)
     with console(stderr=True).status(f"writing {folder}"):
-        parameters = write_synthetic(
-            synthetic_config(shape), folder, seed=seed, weights=cast("WeightFormat | None", weights)
-        )
+        parameters = write_synthetic(synthetic_config(shape), folder, seed=seed, weights=form)
     console().print(f"{parameters:,} parameters in {folder}")

@@ -6,7 +6,7 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
     from latentkv.llm import Perplexity
     from latentkv.quantize import QuantizationReport
-    from latentkv.weights.weight import WeightFormat
 
 
 def quantize(
@@ -57,7 +56,7 @@ def quantize(
     folder = resolve_folder(source)
     before = None if passage is None else _perplexity(folder, passage)
     with _progress(f"{folder.name} to {weights}") as on_progress:
-        report = quantize_checkpoint(folder, target, cast("WeightFormat", weights), group, on_progress=on_progress)
+        report = quantize_checkpoint(folder, target, weights, group, on_progress=on_progress)
     measured = None
     if passage is not None and before is not None:
         measured = {"text": str(text), "before": asdict(before), "after": asdict(_perplexity(target, passage))}

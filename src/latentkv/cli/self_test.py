@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -12,7 +11,9 @@ from torch import Tensor
 from latentkv import ops
 from latentkv.ops import reference
 from latentkv.ops.backends import describe_backends, why_not_native
-from latentkv.weights import WeightFormat, pack_weight, quantize_weight
+from latentkv.weights import pack_weight
+from latentkv.weights.formats import BF16, CODE_FORMATS, COMPACT
+from latentkv.weights.rounding import round_plainly
 
 Case = Callable[[torch.device, torch.dtype, torch.Generator], tuple[Tensor, Tensor]]
 TOLERANCE: Mapping[torch.dtype, float] = {torch.float32: 1e-5, torch.bfloat16: 2.01 / 128}
@@ -103,14 +104,14 @@ def _linear(device: torch.device, dtype: torch.dtype, generator: torch.Generator
     return ops.linear(x.to(device), weight.to(device)), x.double() @ weight.double().T
 
 
-def _packed_linear(fmt: Literal["bf16", "compact"] | WeightFormat) -> Case:
+def _packed_linear(fmt: str) -> Case:
     """Against the numbers that the packed codes and scales stand for."""
 
     def case(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         x, weight = _random((5, 96), dtype, generator), _random((40, 96), torch.bfloat16, generator)
-        stored = weight if fmt == "bf16" or fmt == "compact" else quantize_weight(weight, fmt, 32)
+        stored = round_plainly(weight, CODE_FORMATS[fmt], 32) if fmt in CODE_FORMATS else weight
         exact = stored.double() if isinstance(stored, Tensor) else stored.dequantize(torch.float64)
-        return ops.linear(x, pack_weight(stored, compact=fmt == "compact")), x.double() @ exact.T
+        return ops.linear(x, pack_weight(stored, compact=fmt == COMPACT)), x.double() @ exact.T
 
     return case
 
@@ -157,10 +158,7 @@ def _stored_latents(kv_format: ops.KVFormat) -> Case:
 
 
 _PACKED_CASES: Mapping[str, Case] = {
-    "linear, packed bf16": _packed_linear("bf16"),
-    "linear, packed compact": _packed_linear("compact"),
-    "linear, packed int8": _packed_linear("int8"),
-    "linear, packed int4": _packed_linear("int4"),
+    **{f"linear, packed {fmt}": _packed_linear(fmt) for fmt in (BF16, COMPACT, *CODE_FORMATS)},
     "moe_experts, packed": _packed_moe_experts,
     "headwise_linear": _headwise_linear,
 }

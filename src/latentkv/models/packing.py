@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +13,8 @@ from latentkv.checkpoint.names import published_name
 from latentkv.errors import ConfigError
 from latentkv.ops.backends import compact_is_fast, why_not_native
 from latentkv.weights import PackedWeight, QuantizedWeight, pack_weight, quantize_weight
+from latentkv.weights.formats import ROUNDED_TO, CodeFormat
 from latentkv.weights.policy import choose_scheme
-from latentkv.weights.weight import WEIGHT_FORMATS, WeightFormat
 
 Weight = Tensor | QuantizedWeight
 
@@ -24,13 +24,12 @@ class Packing:
     """How weights are to be stored.
 
     Attributes:
-        format: of the large matrices; the router, norms, embeddings and latent projections stay in high precision
-            whatever it is, and int4 leaves the output head at int8.
+        format: what the large matrices are rounded to, as `weights/policy.py` tells; None: they stay as they are.
         group: weights that share a scale; None: the format's default.
         compact: keep what stays bfloat16 in 12 bits, without loss (`weights/compact.py`).
     """
 
-    format: Literal["bf16"] | WeightFormat = "bf16"
+    format: CodeFormat | None = None
     group: int | None = None
     compact: bool = False
 
@@ -89,7 +88,7 @@ class Packer:
         return self._in_format(self.module.get_parameter(name).detach(), full)
 
     def _in_format(self, weight: Tensor, name: str) -> Weight:
-        if self.packing.format == "bf16":
+        if self.packing.format is None:
             return weight
         # The number of the layer does not matter, so those of the model need not be counted.
         published = published_name(name, num_layers=0)
@@ -104,15 +103,15 @@ def choose_packing(weights: str | None, dtype: torch.dtype, device: torch.device
     and float32; a float32 model is packed only if its weights are to be quantised.
 
     Args:
-        weights: "int8", "int4" or None (as the checkpoint stores them).
+        weights: name of a format to round to, or None (as the checkpoint stores them).
         dtype: of the hidden states.
         device: where the model runs.
 
     Raises:
         ConfigError: quantised weights are asked for, but cannot be had here.
     """
-    if weights is not None and weights not in WEIGHT_FORMATS:
-        raise ConfigError(f"weights={weights!r} is not supported: choose {' or '.join(WEIGHT_FORMATS)}.")
+    if weights is not None and weights not in ROUNDED_TO:
+        raise ConfigError(f"weights={weights!r} is not supported: choose {' or '.join(ROUNDED_TO)}.")
     native = why_not_native(device) is None
     if weights is None:
         return Packing(compact=compact_is_fast()) if native and dtype == torch.bfloat16 else None
@@ -120,7 +119,7 @@ def choose_packing(weights: str | None, dtype: torch.dtype, device: torch.device
         raise ConfigError(f"weights={weights!r} needs the native kernels, which {why_not_native(device)}.")
     if dtype not in (torch.bfloat16, torch.float32):
         raise ConfigError(f"weights={weights!r} runs with dtype bf16 or fp32, not {str(dtype).removeprefix('torch.')}.")
-    return Packing(weights, compact=compact_is_fast())
+    return Packing(ROUNDED_TO[weights], compact=compact_is_fast())
 
 
 def pack_module(

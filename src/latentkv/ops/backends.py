@@ -9,6 +9,7 @@ import torch
 from latentkv import kernels
 from latentkv.ops.triton import eligible as triton
 from latentkv.ops.triton.eligible import why_not_triton
+from latentkv.weights.formats import KERNEL_NUMBERS
 
 FLASH_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -65,10 +66,7 @@ def describe_backends(device: torch.device, dtype: torch.dtype) -> dict[str, str
         "mla_attend, int8 products": why_no_int8_products(device) or f"{native}, where they are asked for",
         "linear": "torch: the weight is not packed",
         "moe_experts": "torch, one matrix product per expert in use: the weights are not packed",
-        "linear, packed bf16": native,
-        "linear, packed compact": native,
-        "linear, packed int8": native,
-        "linear, packed int4": native,
+        **{f"linear, packed {fmt}": native for fmt in KERNEL_NUMBERS},
         "moe_experts, packed": native,
         "headwise_linear": native,
         "rms_norm": native,

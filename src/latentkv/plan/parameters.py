@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 
@@ -21,14 +21,14 @@ from latentkv.weights.files import awq, gptq
 from latentkv.weights.files.compressed_config import METHOD, PackedSchemes
 from latentkv.weights.files.compressed_tensors import packed_layout
 from latentkv.weights.files.deepseek_fp8 import read_float8_scheme
+from latentkv.weights.formats import INT4, INT8, ROUNDED_TO, CodeFormat
 from latentkv.weights.policy import choose_scheme
-from latentkv.weights.weight import WEIGHT_FORMATS, WeightFormat
 
 Kind = Literal[
     "embedding", "attention", "dense mlp", "shared experts", "routed experts", "router", "norm", "lm head", "mtp"
 ]
 _FLOAT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
-WEIGHT_DTYPES = (*_FLOAT_BYTES, "fp8", *WEIGHT_FORMATS)
+WEIGHT_DTYPES = (*_FLOAT_BYTES, "fp8", *ROUNDED_TO)
 _TORCH_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
@@ -92,10 +92,10 @@ def count_mtp_parameters(config: ModelConfig) -> int:
 def checkpoint_dtype(config: ModelConfig) -> str:
     """How the checkpoint's config says that most weights are stored: fp8, int8 or int4, else its torch dtype."""
     if schemes := _packed_schemes(config, ()):
-        return schemes.asked.format
+        return schemes.asked.format.name
     quantization = _quantization(config)
     if quantization.get("quant_method") in (gptq.METHOD, awq.METHOD):
-        return "int8" if quantization.get("bits") == 8 else "int4"
+        return (INT8 if quantization.get("bits") == 8 else INT4).name
     return "fp8" if _fp8_block(config) else _TORCH_NAMES[stored_dtype(config)]
 
 
@@ -114,7 +114,7 @@ def weight_bytes(config: ModelConfig, dtype: str) -> int:
     if dtype not in WEIGHT_DTYPES:
         raise ConfigError(f"{dtype!r} is not a dtype for weights; choose from {', '.join(WEIGHT_DTYPES)}.")
     groups = list(tensor_groups(config))
-    stored = _packed_schemes(config, groups) if dtype in ("int4", "int8") else None
+    stored = _packed_schemes(config, groups) if dtype in ROUNDED_TO else None
     return sum(group.count * _tensor_bytes(group, dtype, config, stored) for group in groups)
 
 
@@ -123,7 +123,7 @@ def _tensor_bytes(group: TensorGroup, dtype: str, config: ModelConfig, stored: P
         return 4 * group.numel
     if dtype in _FLOAT_BYTES:
         return _FLOAT_BYTES[dtype] * group.numel
-    return _fp8_bytes(group, config) if dtype == "fp8" else _packed_bytes(group, cast(WeightFormat, dtype), stored)
+    return _fp8_bytes(group, config) if dtype == "fp8" else _packed_bytes(group, ROUNDED_TO[dtype], stored)
 
 
 def _fp8_bytes(group: TensorGroup, config: ModelConfig) -> int:
@@ -134,7 +134,7 @@ def _fp8_bytes(group: TensorGroup, config: ModelConfig) -> int:
     return group.numel + 4 * math.ceil(rows / block[0]) * math.ceil(columns / block[1])
 
 
-def _packed_bytes(group: TensorGroup, fmt: WeightFormat, stored: PackedSchemes | None) -> int:
+def _packed_bytes(group: TensorGroup, fmt: CodeFormat, stored: PackedSchemes | None) -> int:
     if stored is not None and stored.asked.format != fmt:
         stored = None  # the checkpoint is of another format than the one that is asked about
     scheme = choose_scheme(group.published, group.shape, fmt, stored.asked.group if stored else None)

@@ -24,7 +24,7 @@ from latentkv.quantize.layout import CopyLayout, Part, plan_copy
 from latentkv.quantize.report import QuantizationReport, ReportRow, squared_error
 from latentkv.saved_values import as_saved, saved_in
 from latentkv.weights.files.compressed_tensors import pack
-from latentkv.weights.weight import WeightFormat, quantize_weight, require_format
+from latentkv.weights.weight import quantize_weight, require_format
 
 REPORT_FILE = "quantization_report.json"
 MAX_SHARD_BYTES = 2 * 10**9
@@ -38,7 +38,7 @@ _AGAIN = "remove it, and the same command makes it again"
 def quantize_checkpoint(
     source: Path,
     target: Path,
-    fmt: WeightFormat,
+    fmt: str,
     group: int | None = None,
     *,
     max_shard_bytes: int = MAX_SHARD_BYTES,
@@ -52,8 +52,8 @@ def quantize_checkpoint(
     Args:
         source: folder of a supported model, unquantised or DeepSeek's float8.
         target: folder, made if need be; empty, or of an interrupted or finished run of the same conversion.
-        fmt: "int8" or "int4" (the output head is int8 either way).
-        group: inputs that share a scale: 32, 64 or 128; None: whole rows for int8, 128 for int4.
+        fmt: name of one of `weights.formats.ROUNDED_TO` (the output head is int8 either way).
+        group: inputs that share a scale: 32, 64 or 128; None: the format's own default.
         max_shard_bytes: a file holds no more, unless a single tensor does.
         on_progress: called with the bytes of the source that are done, and all of them.
 
@@ -66,8 +66,7 @@ def quantize_checkpoint(
             the target holds something else, or cannot be written.
         OpError: unknown format or group.
     """
-    require_format(fmt, group)
-    layout = plan_copy(source, fmt, group, max_shard_bytes)
+    layout = plan_copy(source, require_format(fmt, group), group, max_shard_bytes)
     try:
         report = _finished_report(target, layout)
         if report is None:
@@ -168,7 +167,7 @@ def _convert_part(part: Part, tensor: Tensor, bytes_before: int) -> tuple[Report
             raise CheckpointError(f"{part.name} cannot be quantised: {problem}") from problem
         stored = {part.name + suffix: piece for suffix, piece in pack(quantized).items()}
         error, norm = squared_error(tensor, quantized)
-        form = f"{part.scheme.format}, " + (f"groups of {part.scheme.group}" if part.scheme.group else "rows")
+        form = f"{part.scheme.format.name}, " + (f"groups of {part.scheme.group}" if part.scheme.group else "rows")
     row = ReportRow(part.layer, part.kind, form, 1, tensor.numel(), bytes_before, part.nbytes, error, norm)
     return row, stored
 

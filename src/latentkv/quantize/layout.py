@@ -19,10 +19,10 @@ from latentkv.checkpoint.wrapper import without
 from latentkv.errors import CheckpointError
 from latentkv.models.config_reader import read_model_json
 from latentkv.models.stored_config import open_checkpoint
+from latentkv.weights import CodeFormat
 from latentkv.weights.files.compressed_config import build_config
 from latentkv.weights.files.compressed_tensors import packed_layout
 from latentkv.weights.policy import WeightScheme, choose_scheme
-from latentkv.weights.weight import WeightFormat
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class CopyLayout:
     fingerprint: str
 
 
-def plan_copy(folder: Path, fmt: WeightFormat, group: int | None, max_shard_bytes: int) -> CopyLayout:
+def plan_copy(folder: Path, fmt: CodeFormat, group: int | None, max_shard_bytes: int) -> CopyLayout:
     """Settle what a quantised copy holds.
 
     Raises:
@@ -113,9 +113,7 @@ def _refuse_quantized(reader: Tensors) -> None:
             )
 
 
-def _parts(
-    reader: Tensors, num_layers: int, fmt: WeightFormat, group: int | None, *, keeps_head: bool
-) -> Iterator[Part]:
+def _parts(reader: Tensors, num_layers: int, fmt: CodeFormat, group: int | None, *, keeps_head: bool) -> Iterator[Part]:
     names = text_model_names(reader.names, nested=reader.nests_text_model)
     published = {name: known_as for known_as, name in names.items()}
     for source in reader.names:

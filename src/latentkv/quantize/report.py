@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -107,7 +107,7 @@ def squared_error(weight: Tensor, quantized: QuantizedWeight) -> tuple[float, fl
     step = max(1, _NUMBERS_AT_A_TIME // weight.shape[1])
     for start in range(0, weight.shape[0], step):
         rows = slice(start, start + step)
-        part = QuantizedWeight(quantized.codes[rows], quantized.scales[rows], quantized.bits, quantized.group)
+        part = replace(quantized, codes=quantized.codes[rows], scales=quantized.scales[rows])
         exact = weight[rows].float()
         norm += torch.linalg.vector_norm(exact).item() ** 2
         error += torch.linalg.vector_norm(part.dequantize().sub_(exact)).item() ** 2

@@ -5,8 +5,8 @@ In a block, 32-bit words follow each other: word 0 of its 32 outputs, word 1 of 
 consecutive weights of one output:
 
 - bf16: 2 weights, the first in the low half.
-- int8: 4 codes, the first in the low byte.
-- uint4: 8 codes; from bit 4 i, the low half holds code 2 i and the high half code 2 i + 1.
+- int8, fp8: 4 codes, the first in the low byte.
+- uint4, fp4, nl4: 8 codes; from bit 4 i, the low half holds code 2 i and the high half code 2 i + 1.
 - uint2: 16 codes; from bit 2 i, the low half holds code 2 i and the high half code 2 i + 1.
 - uint5: 5 words hold 32 codes: their lowest 4 bits as four of uint4, then one with the highest bits: bit i of the low
   half is code 2 i's and bit i of the high half code 2 i + 1's.
@@ -15,8 +15,8 @@ consecutive weights of one output:
 - compact: a third of 8 bfloat16 weights, see `weights/compact.py`.
 
 Quantised weights have their block's 32 scales before the words of each group, those of uint* then 32 minima. The inner
-axis is padded to whole groups and words. Padding is zeros. Among compact weights and those of int4, int5 and int6 it
-stands for other numbers: along D activations are zero there, and outputs beyond O are not written.
+axis is padded to whole groups and words. Padding is zeros. Among compact weights, nl4 and those of int4, int5 and int6
+it stands for other numbers: along D activations are zero there, and outputs beyond O are not written.
 """
 
 from __future__ import annotations
@@ -24,35 +24,19 @@ from __future__ import annotations
 import math
 import mmap
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from latentkv.checks import require
-from latentkv.weights import code_words
 from latentkv.weights import compact as compact_layout
+from latentkv.weights.formats import BF16, CODE_FORMATS, COMPACT
 from latentkv.weights.weight import QuantizedWeight, require_quantized
-
-PackedFormat = Literal["bf16", "compact", "int8", "int4", "uint2", "uint4", "uint5", "int5", "int6"]
 
 BLOCK_OUTS = 32
 """Outputs whose weights lie together."""
 
-# Words that are read together, and the weights in them; compact is laid out by `compact.py`.
-_PACKS: dict[PackedFormat, tuple[int, int]] = {
-    "bf16": (1, 2),
-    "int8": (1, 4),
-    "int4": (1, 8),
-    "uint2": (1, 16),
-    "uint4": (1, 8),
-    "uint5": (5, 32),
-    "int5": (5, 32),
-    "int6": (3, 16),
-}
-_SIGNED: dict[int, PackedFormat] = {4: "int4", 5: "int5", 6: "int6", 8: "int8"}
-_UNSIGNED: dict[int, PackedFormat] = {2: "uint2", 4: "uint4", 5: "uint5"}
 _HUGE_PAGE = 2 << 20
 _CHUNK = 1 << 19
 
@@ -63,7 +47,7 @@ class PackedWeight:
 
     Attributes:
         data: 1-D uint8, 64-byte aligned, in this module's layout.
-        format: what a weight is stored as; compact weights are bfloat16, too.
+        format: name of what a weight is stored as (`weights/formats`); compact weights are bfloat16, too.
         count: stacked matrices (experts or heads).
         out_features: O.
         in_features: D.
@@ -72,7 +56,7 @@ class PackedWeight:
     """
 
     data: Tensor
-    format: PackedFormat
+    format: str
     count: int
     out_features: int
     in_features: int
@@ -109,9 +93,9 @@ def pack_weight(weight: Tensor | QuantizedWeight, *, compact: bool = False) -> P
     stacked = values if values.ndim == 3 else values[None]
     if isinstance(weight, QuantizedWeight):
         require_quantized(weight)
-        format_: PackedFormat = (_SIGNED if weight.minima is None else _UNSIGNED)[weight.bits]
+        format_ = weight.format.name
         group = min(weight.group, stacked.shape[2])
-        whole = max(8, _PACKS[format_][1])
+        whole = max(8, weight.format.pack[1])
         require(
             group % whole == 0 or group == stacked.shape[2],
             f"pack_weight takes groups of a multiple of {whole} weights, not {group}",
@@ -123,7 +107,7 @@ def pack_weight(weight: Tensor | QuantizedWeight, *, compact: bool = False) -> P
             weight.dtype in (torch.bfloat16, torch.float32),
             f"pack_weight takes bfloat16 or float32 weights, not {weight.dtype}",
         )
-        format_, group, scales, scales_dtype = "bf16", 0, None, torch.bfloat16
+        format_, group, scales, scales_dtype = BF16, 0, None, torch.bfloat16
         if compact and weight.is_cpu and (packed := _pack_compact(stacked.bfloat16().contiguous())) is not None:
             return packed
     count, out_features, in_features = stacked.shape
@@ -137,14 +121,14 @@ def pack_weight(weight: Tensor | QuantizedWeight, *, compact: bool = False) -> P
 
 def unpack_weight(packed: PackedWeight) -> Tensor:
     """What was packed, [O, D] or [E, O, D] float32: exact."""
-    if packed.format == "compact":
+    if packed.format == COMPACT:
         return _unpack_compact(packed)
     layout = _layout(packed.format, packed.count, packed.out_features, packed.in_features, packed.group, packed.scales)
     stored = packed.data.view(torch.int32).view(layout)
     count, blocks, groups, _ = layout
     scale_words = _scale_words(packed.format, packed.scales)
     words = stored[..., scale_words:].reshape(count, blocks, groups, -1, BLOCK_OUTS).permute(0, 1, 4, 2, 3)
-    weight = _weights_of(words.clone(memory_format=torch.contiguous_format), packed.format).float()
+    weight = _weights_of(words.clone(memory_format=torch.contiguous_format), packed.format)
     if scale_words:  # [E, blocks, groups, 32 or twice as many]
         shared = stored[..., :scale_words].contiguous().view(packed.scales).float().transpose(2, 3)[..., None]
         weight *= shared[:, :, :BLOCK_OUTS]
@@ -168,13 +152,13 @@ def _pack_compact(weight: Tensor) -> PackedWeight | None:
         exceptions
     )
     size = 4 * count * blocks * block_words
-    if size >= 4 * math.prod(_layout("bf16", count, out_features, in_features, 0)):
+    if size >= 4 * math.prod(_layout(BF16, count, out_features, in_features, 0)):
         return None
     data = _allocate(size)
     words = data.view(torch.int32).view(count, -1)
     for matrix, first, target in zip(weight, firsts, words, strict=True):
         compact_layout.pack_matrix(matrix, first, exceptions, BLOCK_OUTS, target)
-    return PackedWeight(data, "compact", count, out_features, in_features, exceptions)
+    return PackedWeight(data, COMPACT, count, out_features, in_features, exceptions)
 
 
 def _unpack_compact(packed: PackedWeight) -> Tensor:
@@ -189,14 +173,14 @@ def _beside_words(weight: QuantizedWeight) -> Tensor:
     return torch.stack([weight.scales] if weight.minima is None else [weight.scales, weight.minima], dim=-1)
 
 
-def _scale_words(format_: PackedFormat, scales: torch.dtype) -> int:
-    if format_ in ("bf16", "compact"):
+def _scale_words(format_: str, scales: torch.dtype) -> int:
+    if format_ not in CODE_FORMATS:
         return 0
-    return BLOCK_OUTS * scales.itemsize * (2 if format_.startswith("uint") else 1) // 4
+    return BLOCK_OUTS * scales.itemsize * (2 if CODE_FORMATS[format_].has_minima else 1) // 4
 
 
 def _layout(
-    format_: PackedFormat,
+    format_: str,
     count: int,
     out_features: int,
     in_features: int,
@@ -205,7 +189,7 @@ def _layout(
 ) -> tuple[int, ...]:
     """Matrices, blocks, groups, and 32-bit words of a group in a block."""
     group = group or in_features
-    words, weights = _PACKS[format_]
+    words, weights = CODE_FORMATS[format_].pack if format_ in CODE_FORMATS else (1, 2)
     group_words = -(-group // weights) * words
     blocks, groups = -(-out_features // BLOCK_OUTS), -(-in_features // group)
     return count, blocks, groups, _scale_words(format_, scales) + group_words * BLOCK_OUTS
@@ -220,7 +204,7 @@ def _allocate(size: int) -> Tensor:
     return torch.frombuffer(memory, dtype=torch.uint8)
 
 
-def _pack_matrix(values: Tensor, scales: Tensor | None, format_: PackedFormat, group: int, target: Tensor) -> None:
+def _pack_matrix(values: Tensor, scales: Tensor | None, format_: str, group: int, target: Tensor) -> None:
     """Pack values [O, D] and scales [O, groups, 1 or 2] into target [blocks, groups, words]."""
     groups = target.shape[1]
     scale_words = 0 if scales is None else _scale_words(format_, scales.dtype)
@@ -240,29 +224,15 @@ def _pack_matrix(values: Tensor, scales: Tensor | None, format_: PackedFormat, g
         stored.copy_(scales.view(len(target), BLOCK_OUTS, groups, kinds).permute(0, 2, 3, 1))
 
 
-def _words_of(weights: Tensor, format_: PackedFormat, count: int) -> Tensor:
+def _words_of(weights: Tensor, format_: str, count: int) -> Tensor:
     """[..., group] weights or codes to [..., count] int32, padded with zeros."""
-    words, packed_together = _PACKS[format_]
+    form = CODE_FORMATS.get(format_)
+    words, packed_together = form.pack if form else (1, 2)
     weights = functional.pad(weights, (0, count // words * packed_together - weights.shape[-1]))
-    if format_ == "bf16":
-        return weights.bfloat16().view(torch.int32)
-    if format_ == "int8":
-        return weights.contiguous().view(torch.int32)
-    bits, middle = _bits_and_middle(format_)
-    return code_words.words_of(weights + middle, bits)
+    return form.words_of(weights) if form else weights.bfloat16().view(torch.int32)
 
 
-def _weights_of(words: Tensor, format_: PackedFormat) -> Tensor:
-    """The inverse of `_words_of`: [..., words] to [..., weights]."""
-    if format_ == "bf16":
-        return words.view(torch.bfloat16)
-    if format_ == "int8":
-        return words.view(torch.int8)
-    bits, middle = _bits_and_middle(format_)
-    return code_words.codes_of(words, bits) - middle
-
-
-def _bits_and_middle(format_: PackedFormat) -> tuple[int, int]:
-    """Of a code, and what is added to one to make it unsigned."""
-    bits = int(format_[-1])
-    return bits, 0 if format_.startswith("uint") else 1 << bits - 1
+def _weights_of(words: Tensor, format_: str) -> Tensor:
+    """[..., words] to [..., weights] float32, before they are scaled."""
+    form = CODE_FORMATS.get(format_)
+    return form.values(form.codes_of(words)) if form else words.view(torch.bfloat16).float()

@@ -6,7 +6,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from latentkv.weights.weight import GROUP_SIZES, WeightFormat
+from latentkv.weights.formats import INT8, CodeFormat
+from latentkv.weights.weight import GROUP_SIZES
 
 # Linear layers that are read whole for every token, and whose errors average out. Everything else stays as it is:
 # embeddings, norms, routers and their biases, and the projections to and from the latents (kv_a_proj_with_mqa,
@@ -26,23 +27,18 @@ class WeightScheme:
     """How one weight is quantised.
 
     Attributes:
-        format: "int8" or "int4".
+        format: of its codes.
         group: inputs that share a scale; None: a whole row does.
         symmetric: code 0 stands for 0; else files have zero points.
     """
 
-    format: WeightFormat
+    format: CodeFormat
     group: int | None
     symmetric: bool = True
 
-    @property
-    def bits(self) -> int:
-        """Of a code."""
-        return 8 if self.format == "int8" else 4
-
 
 def choose_scheme(
-    published: str, shape: Sequence[int], fmt: WeightFormat, group: int | None = None
+    published: str, shape: Sequence[int], fmt: CodeFormat, group: int | None = None
 ) -> WeightScheme | None:
     """How a weight is to be quantised, or None where it stays in high precision.
 
@@ -50,16 +46,15 @@ def choose_scheme(
         published: its name in a checkpoint (see `checkpoint.names`), experts one by one or fused.
         shape: [..., O, D].
         fmt: what is asked for the model's weights. The output head gets int8 either way.
-        group: asked group; None: whole rows for int8, 128 for int4. Where D is no multiple of it, the largest smaller
-            group that divides D is taken, else int8 by whole rows: other engines take no partial groups.
+        group: asked group; None: the format's own default. Where D is no multiple of it, the largest smaller group that
+            divides D is taken, else int8 by whole rows: other engines take no partial groups.
     """
     if _HEAD.fullmatch(published):
-        return WeightScheme("int8", group if fmt == "int8" and group and shape[-1] % group == 0 else None)
+        return WeightScheme(INT8, group if fmt == INT8 and group and shape[-1] % group == 0 else None)
     if not _QUANTISED.fullmatch(published):
         return None
-    if fmt == "int8" and group is None:
-        return WeightScheme("int8", None)
+    group = group or fmt.default_group
     for size in sorted(GROUP_SIZES, reverse=True):
-        if size <= (group or 128) and shape[-1] % size == 0:
+        if group and size <= group and shape[-1] % size == 0:
             return WeightScheme(fmt, size)
-    return WeightScheme("int8", None)
+    return WeightScheme(INT8, None)

@@ -6,22 +6,14 @@ Files of others may have a minimum for every group, too, and codes of other widt
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from latentkv.checks import require
+from latentkv.weights.formats import INT8, ROUNDED_TO, CodeFormat
 
-WeightFormat = Literal["int8", "int4"]
-WEIGHT_FORMATS: tuple[WeightFormat, ...] = get_args(WeightFormat)
 GROUP_SIZES = (32, 64, 128)
-
-_BITS: dict[WeightFormat, int] = {"int8": 8, "int4": 4}
-_DEFAULT_GROUP: dict[WeightFormat, int | None] = {"int8": None, "int4": 128}
-_CODES = {4: (-8, 7), 8: (-127, 127)}
-SIGNED_BITS, UNSIGNED_BITS = (4, 5, 6, 8), (2, 4, 5)
-"""Widths of codes, and of those beside minima."""
 
 _SCALES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -37,20 +29,21 @@ _CHUNK = 2**19  # weights at a time: the temporaries stay in the processor's cac
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """A matrix, or stacked ones, as integers: weight[o, d] = codes[o, d] * scales[o, g] + minima[o, g], g = d // group.
+    """A matrix, or stacked ones, as codes with scales: weight[o, d] = v(codes[o, d]) * scales[o, g] + minima[o, g].
+
+    v is what a code stands for in this format, of most of them its own number; g = d // group.
 
     Attributes:
-        codes: [..., O, D] int8. Without minima -8..7 for 4 bits and so on, -128..127 for 8 (-128 only in files that
-            others wrote); with minima from 0 on.
+        codes: [..., O, D] int8, of those that the format has.
         scales: [..., O, ceil(D / group)] bfloat16, float16 or float32; any sign.
-        bits: 4, 5, 6 or 8; with minima 2, 4 or 5.
+        format: of the codes.
         group: inputs that share a scale (the last group may be short); D where a whole row does.
-        minima: what is added to all weights of a group, of the scales' shape and dtype; None: nothing.
+        minima: what is added to all weights of a group, of the scales' shape and dtype, where the format has such.
     """
 
     codes: Tensor
     scales: Tensor
-    bits: int
+    format: CodeFormat
     group: int
     minima: Tensor | None = None
 
@@ -58,13 +51,11 @@ class QuantizedWeight:
     def nbytes(self) -> int:
         """Bytes when packed: codes at their width, scales and minima as they are."""
         shared = self.scales.nbytes * (1 if self.minima is None else 2)
-        return (self.codes.numel() * self.bits + 7) // 8 + shared
+        return (self.codes.numel() * self.format.bits + 7) // 8 + shared
 
     def is_like(self, other: QuantizedWeight) -> bool:
         """Whether rows of both can be rows of one weight."""
-        return (self.bits, self.group, self.scales.dtype) == (other.bits, other.group, other.scales.dtype) and (
-            self.minima is None
-        ) == (other.minima is None)
+        return (self.format, self.group, self.scales.dtype) == (other.format, other.group, other.scales.dtype)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight that codes and scales stand for, [..., O, D]: exact in float32, rounded once in another dtype."""
@@ -73,14 +64,15 @@ class QuantizedWeight:
         scales = self.scales.flatten(0, -2).float()
         minima = None if self.minima is None else self.minima.flatten(0, -2).float()
         for block in _row_blocks(*rows.shape):
-            spread = scales[block].repeat_interleave(self.group, dim=1)[:, : rows.shape[1]].mul_(rows[block])
+            spread = scales[block].repeat_interleave(self.group, dim=1)[:, : rows.shape[1]]
+            spread.mul_(self.format.values(rows[block]))
             if minima is not None:
                 spread += minima[block].repeat_interleave(self.group, dim=1)[:, : rows.shape[1]]
             targets[block] = spread
         return weight
 
 
-def quantize_weight(weight: Tensor, fmt: WeightFormat, group: int | None = None) -> QuantizedWeight:
+def quantize_weight(weight: Tensor, fmt: CodeFormat | str, group: int | None = None) -> QuantizedWeight:
     """Round a weight to integers, every group with the scale that leaves the least squared error of those tried.
 
     Symmetric; a scale is rounded to bfloat16 before its codes are chosen. Plain rounding (max|w| / 127 or max|w| / 7)
@@ -88,27 +80,27 @@ def quantize_weight(weight: Tensor, fmt: WeightFormat, group: int | None = None)
 
     Args:
         weight: [..., O, D], any float dtype, finite.
-        fmt: "int8" (codes -127..127) or "int4" (-8..7).
-        group: inputs that share a scale: 32, 64 or 128; None is a whole row for int8, 128 for int4.
+        fmt: one of `formats.ROUNDED_TO`, or its name.
+        group: inputs that share a scale: 32, 64 or 128; None is the format's own default.
 
     Raises:
         OpError: unknown format or group; the weight is no floating-point matrix, or holds NaN or infinity.
     """
-    require_format(fmt, group)
+    form = fmt if isinstance(fmt, CodeFormat) else require_format(fmt, group)
     require(
         weight.ndim >= 2 and weight.is_floating_point() and weight.numel() > 0,
         f"quantize_weight takes a floating-point weight [..., O, D], not {list(weight.shape)} of {weight.dtype}",
     )
-    bits, group = _BITS[fmt], group or _DEFAULT_GROUP[fmt] or weight.shape[-1]
+    group = group or form.default_group or weight.shape[-1]
     rows = weight.detach().reshape(-1, weight.shape[-1])
     codes = torch.empty(rows.shape, dtype=torch.int8, device=weight.device)
     scales = torch.empty(len(rows), -(-rows.shape[1] // group), dtype=torch.bfloat16, device=weight.device)
     for block in _row_blocks(*rows.shape):
         grouped = torch.nn.functional.pad(rows[block].float(), (0, -rows.shape[1] % group)).unflatten(1, (-1, group))
-        scales[block] = _best_scales(grouped, bits)
-        codes[block] = _round_to_codes(grouped, scales[block], bits).flatten(1)[:, : rows.shape[1]]
+        scales[block] = _best_scales(grouped, form)
+        codes[block] = _round_to_codes(grouped, scales[block], form).flatten(1)[:, : rows.shape[1]]
     require(bool(torch.isfinite(scales).all()), "quantize_weight was given a weight with NaN or infinite values")
-    return QuantizedWeight(codes.view(weight.shape), scales.view(*weight.shape[:-1], -1), bits, group)
+    return QuantizedWeight(codes.view(weight.shape), scales.view(*weight.shape[:-1], -1), form, group)
 
 
 def require_quantized(weight: QuantizedWeight) -> None:
@@ -119,9 +111,10 @@ def require_quantized(weight: QuantizedWeight) -> None:
         f"a quantised weight has int8 codes and bfloat16, float16 or float32 scales, not {codes.dtype} and "
         f"{scales.dtype}",
     )
+    require(weight.group >= 1, f"weights cannot share a scale in groups of {weight.group}")
     require(
-        weight.bits in (SIGNED_BITS if minima is None else UNSIGNED_BITS) and weight.group >= 1,
-        f"{weight.bits} bits in groups of {weight.group} are no weight",
+        weight.format.has_minima == (minima is not None),
+        f"{weight.format.name} weights have {'' if weight.format.has_minima else 'no '}minima",
     )
     if minima is not None:
         require(
@@ -135,62 +128,66 @@ def require_quantized(weight: QuantizedWeight) -> None:
         f"codes {list(codes.shape)} in groups of {weight.group} take scales {[*codes.shape[:-1], groups]}, "
         f"not {list(scales.shape)}",
     )
-    if codes.numel() and weight.bits < 8:
-        lowest = 0 if minima is not None else -(2 ** (weight.bits - 1))
-        highest = lowest + 2**weight.bits - 1
+    if codes.numel() and weight.format.bits < 8:
+        lowest, highest = weight.format.lowest, weight.format.highest
         least, most = map(int, codes.aminmax())
         require(
             lowest <= least and most <= highest,
-            f"{weight.bits}-bit codes are {lowest} to {highest}, not {least} to {most}",
+            f"{weight.format.name} codes are {lowest} to {highest}, not {least} to {most}",
         )
 
 
-def require_format(fmt: str, group: int | None) -> None:
-    """Raise `OpError` unless weights come in this format and group."""
-    require(fmt in WEIGHT_FORMATS, f"unknown weight format {fmt!r}; choose one of {', '.join(WEIGHT_FORMATS)}")
+def require_format(fmt: str, group: int | None) -> CodeFormat:
+    """The format of that name that weights can be rounded to.
+
+    Raises:
+        OpError: there is none, or no such group.
+    """
+    require(fmt in ROUNDED_TO, f"unknown weight format {fmt!r}; choose one of {', '.join(ROUNDED_TO)}")
     require(
         group is None or group in GROUP_SIZES, f"weights cannot share scales in groups of {group}; take 32, 64 or 128"
     )
+    return ROUNDED_TO[fmt]
 
 
-def _best_scales(weight: Tensor, bits: int) -> Tensor:
+def _best_scales(weight: Tensor, form: CodeFormat) -> Tensor:
     """[rows, groups] bfloat16 for `weight` [rows, groups, g] float32; NaN or infinite where the weight is."""
     top, bottom = _largest(weight), _largest(-weight)
     widest = torch.maximum(top, bottom)
-    plain = (widest / _CODES[bits][1]).bfloat16()
-    best = plain, _error(weight, plain, bits)
-    if bits == 8:
+    plain = (widest / form.highest).bfloat16()
+    best = plain, _error(weight, plain, form)
+    if form is INT8:
         for shrink in _SHRINK_INT8:
-            best = _better(weight, bits, best, plain * shrink)
+            best = _better(weight, form, best, plain * shrink)
         return best[0]
-    toward = torch.where(top >= bottom, -widest, widest) / 8
+    toward = torch.where(top >= bottom, -widest, widest) / -form.lowest
     for shrink in _SHRINK_INT4:
-        best = _better(weight, bits, best, toward * shrink)
+        best = _better(weight, form, best, toward * shrink)
     for step in _STEPS_INT4:
         for scale in (best[0] + toward * step, best[0] - toward * step):
-            best = _better(weight, bits, best, scale)
+            best = _better(weight, form, best, scale)
     return best[0]
 
 
-def _better(weight: Tensor, bits: int, best: tuple[Tensor, Tensor], scale: Tensor) -> tuple[Tensor, Tensor]:
+def _better(weight: Tensor, form: CodeFormat, best: tuple[Tensor, Tensor], scale: Tensor) -> tuple[Tensor, Tensor]:
     """Scales and errors of `best`, replaced for the groups that `scale`, rounded to bfloat16, serves better."""
     scale = scale.bfloat16()
-    error = _error(weight, scale, bits)
+    error = _error(weight, scale, form)
     better = error < best[1]
     return torch.where(better, scale, best[0]), torch.where(better, error, best[1])
 
 
-def _error(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
+def _error(weight: Tensor, scale: Tensor, form: CodeFormat) -> Tensor:
     """[rows, groups] square root of each group's summed squared error."""
-    codes = _round_to_codes(weight, scale, bits)
+    codes = _round_to_codes(weight, scale, form)
     return torch.linalg.vector_norm(torch.addcmul(weight, codes, scale.float()[..., None], value=-1, out=codes), dim=-1)
 
 
-def _round_to_codes(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
+def _round_to_codes(weight: Tensor, scale: Tensor, form: CodeFormat) -> Tensor:
     """[rows, groups, g] float32 integers."""
     inverse = scale.float().reciprocal()
     inverse.masked_fill_(inverse.isinf(), 0.0)  # a group of zeros, or of numbers too small to have a scale
-    return (weight * inverse[..., None]).round_().clamp_(*_CODES[bits])
+    return (weight * inverse[..., None]).round_().clamp_(max(form.lowest, -127), form.highest)
 
 
 def _largest(weight: Tensor) -> Tensor:

@@ -97,7 +97,7 @@ class GGUFTensors:
     def is_quantized(self, name: str) -> bool:
         """Whether `quantized` gives a weight."""
         recipe = self._recipe(name)
-        return isinstance(recipe, Rows) and len(recipe.shape) > 1 and self._kind(name).integers is not None
+        return isinstance(recipe, Rows) and len(recipe.shape) > 1 and self._kind(name).coded is not None
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """Read one tensor, cast to `dtype`; None: as it is stored, float32 where it is quantised.
@@ -131,11 +131,11 @@ class GGUFTensors:
             CheckpointError: there is no such tensor, or its scales are NaN or infinite.
         """
         recipe, kind = self._recipe(name), self._kind(name)
-        if not isinstance(recipe, Rows) or len(recipe.shape) == 1 or kind.integers is None:
+        if not isinstance(recipe, Rows) or len(recipe.shape) == 1 or kind.coded is None:
             return None
         raw = self._file.read(recipe.source).view(*self._file.tensors[recipe.source].shape[:-1], -1)
         rows = recipe.take(raw).flatten(0, -2)
-        weight = kind.integers(rows.reshape(-1, kind.nbytes)).as_weight(len(rows))
+        weight = kind.coded(rows.reshape(-1, kind.nbytes)).as_weight(len(rows))
         shared = [weight.scales] if weight.minima is None else [weight.scales, weight.minima]
         if not all(bool(torch.isfinite(numbers).all()) for numbers in shared):
             raise CheckpointError(f"tensor {name} of {self.folder} has NaN or infinite scales: download it again")

@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 
 from latentkv.kernels import DTYPE_CODES, extension
+from latentkv.weights.formats import KERNEL_NUMBERS
 from latentkv.weights.layout import PackedWeight
 
-_FORMATS = ("bf16", "int8", "int4", "compact", "uint2", "uint4", "uint5", "int5", "int6")
 _SCALES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def format_code(weight: PackedWeight) -> int:
     """How a weight is packed, as `csrc/linear.h` numbers it."""
-    return _FORMATS.index(weight.format) + 16 * _SCALES.index(weight.scales)
+    return KERNEL_NUMBERS[weight.format] + 16 * _SCALES.index(weight.scales)
 
 
 def linear(

@@ -8,13 +8,14 @@ from typing import Any, cast
 
 from latentkv.errors import CheckpointError
 from latentkv.weights.files.patterns import match_patterns
+from latentkv.weights.formats import ROUNDED_TO
 from latentkv.weights.policy import WeightScheme
-from latentkv.weights.weight import GROUP_SIZES, WeightFormat
+from latentkv.weights.weight import GROUP_SIZES
 
 METHOD = "compressed-tensors"
 _FORMAT = "pack-quantized"
 _EVERY_LINEAR, _EXPRESSION = "Linear", "re:"
-_FORMATS: dict[int, WeightFormat] = {4: "int4", 8: "int8"}
+_FORMATS = {form.bits: form for form in ROUNDED_TO.values()}
 # Keys whose presence changes what stored numbers mean, with the values that leave them alone.
 _OFF: Mapping[str, tuple[Any, ...]] = {
     "kv_cache_scheme": (None,),
@@ -61,7 +62,7 @@ def build_config(schemes: Mapping[str, WeightScheme], kept: Iterable[str]) -> di
 
 def _weights_entry(scheme: WeightScheme) -> dict[str, Any]:
     return {
-        "num_bits": scheme.bits,
+        "num_bits": scheme.format.bits,
         "type": "int",
         "symmetric": True,
         "strategy": "group" if scheme.group else "channel",
@@ -103,8 +104,8 @@ class PackedSchemes:
     @property
     def asked(self) -> WeightScheme:
         """What was asked for the whole model: the narrowest format in its largest group. The others are exceptions."""
-        bits = min(scheme.bits for scheme in self._by_target.values())
-        return max((s for s in self._by_target.values() if s.bits == bits), key=lambda scheme: scheme.group or 0)
+        bits = min(scheme.format.bits for scheme in self._by_target.values())
+        return max((s for s in self._by_target.values() if s.format.bits == bits), key=lambda scheme: scheme.group or 0)
 
     def ignores(self, module: str) -> bool:
         """Whether the config says that a module stays unquantised."""

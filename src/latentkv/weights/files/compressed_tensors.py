@@ -52,7 +52,7 @@ class CompressedWeight:
     @property
     def shown(self) -> str:
         """See `StoredIntegers`."""
-        return self.scheme.format
+        return self.scheme.format.name
 
     def shape(self, shape_of: ShapeOf, read: Read) -> tuple[int, ...]:
         """See `StoredIntegers`."""
@@ -96,7 +96,7 @@ def find_compressed(names: Collection[str], config: Mapping[str, Any]) -> dict[s
 def packed_layout(shape: tuple[int, int], scheme: WeightScheme) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """Dtype and shape of each part of a packed weight [O, D]."""
     rows, columns = shape
-    words = -(-columns * scheme.bits // 32)
+    words = -(-columns * scheme.format.bits // 32)
     groups = -(-columns // scheme.group) if scheme.group else 1
     return {
         PACKED: (torch.int32, (rows, words)),
@@ -107,8 +107,9 @@ def packed_layout(shape: tuple[int, int], scheme: WeightScheme) -> dict[str, tup
 
 def pack(weight: QuantizedWeight) -> dict[str, Tensor]:
     """The parts of a quantised weight [O, D], as `packed_layout` says."""
-    unsigned = weight.codes.view(torch.uint8) ^ 0x80 if weight.bits == 8 else (weight.codes.view(torch.uint8) & 15) ^ 8
-    per_byte = 8 // weight.bits
+    bits, codes = weight.format.bits, weight.codes.view(torch.uint8)
+    unsigned = codes ^ 0x80 if bits == 8 else (codes & 15) ^ 8
+    per_byte = 8 // bits
     padded = torch.nn.functional.pad(unsigned, (0, -unsigned.shape[1] % (_BYTES_A_WORD * per_byte)))
     if per_byte == 2:  # two neighbours, seen as one little-endian number
         pairs = padded.view(torch.int16)
@@ -145,11 +146,11 @@ def unpack(name: str, parts: Mapping[str, Tensor], scheme: WeightScheme) -> Quan
     if parts[PACKED].dtype != torch.int32:
         raise CheckpointError(f"{name}{PACKED} is stored as {parts[PACKED].dtype}: it must be int32")
     scales = _exact_scales(f"{name}{SCALE}", parts[SCALE])
-    codes = _unpack_codes(parts[PACKED], scheme.bits)[:, : shape[1]].contiguous()
-    if scheme.group is None and scheme.bits == 4:
+    codes = _unpack_codes(parts[PACKED], scheme.format.bits)[:, : shape[1]].contiguous()
+    if scheme.group is None and scheme.format.bits == 4:
         scales = scales.expand(-1, -(-shape[1] // _CHANNEL_GROUP_INT4)).contiguous()
-        return QuantizedWeight(codes, scales, 4, _CHANNEL_GROUP_INT4)
-    return QuantizedWeight(codes, scales, scheme.bits, scheme.group or shape[1])
+        return QuantizedWeight(codes, scales, scheme.format, _CHANNEL_GROUP_INT4)
+    return QuantizedWeight(codes, scales, scheme.format, scheme.group or shape[1])
 
 
 def _unpack_with_zeros(name: str, parts: Mapping[str, Tensor], scheme: WeightScheme) -> QuantizedWeight:
@@ -158,16 +159,16 @@ def _unpack_with_zeros(name: str, parts: Mapping[str, Tensor], scheme: WeightSch
         name, {part: parts[part] for part in (PACKED, SHAPE)} | {SCALE: torch.ones_like(parts[SCALE])}, scheme
     )
     outputs, groups = parts[SCALE].shape
-    zeros, per_word = parts[_ZEROS], 32 // scheme.bits
+    zeros, per_word = parts[_ZEROS], 32 // scheme.format.bits
     if tuple(zeros.shape) != (-(-outputs // per_word), groups) or zeros.dtype != torch.int32:
         raise CheckpointError(
             f"{name}{_ZEROS} is {zeros.dtype} {list(zeros.shape)} and should be int32 "
             f"{[-(-outputs // per_word), groups]}: the checkpoint is damaged, or of a version that is not known"
         )
-    middle = 1 << scheme.bits - 1
-    unsigned = _unpack_codes(zeros.T.contiguous(), scheme.bits)[:, :outputs].T.short() + middle
+    middle = 1 << scheme.format.bits - 1
+    unsigned = _unpack_codes(zeros.T.contiguous(), scheme.format.bits)[:, :outputs].T.short() + middle
     group = scheme.group or plain.codes.shape[1]
-    return affine(name, plain.codes.short() + middle, unsigned, parts[SCALE], scheme.bits, group)
+    return affine(name, plain.codes.short() + middle, unsigned, parts[SCALE], scheme.format.bits, group)
 
 
 def _unpack_codes(packed: Tensor, bits: int) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from latentkv.errors import CheckpointError
+from latentkv.weights.formats import of_integers
 from latentkv.weights.weight import QuantizedWeight
 
 Read = Callable[[str], Tensor]
@@ -70,14 +71,17 @@ def affine(name: str, codes: Tensor, zeros: Tensor, scales: Tensor, bits: int, g
     middle = 1 << bits - 1
     if bool((zeros == middle).all()):
         kept = scales if scales.dtype in (torch.float16, torch.bfloat16) else scales.float()
-        return QuantizedWeight((codes - middle).to(torch.int8), kept.contiguous(), bits, group)
+        return QuantizedWeight(
+            (codes - middle).to(torch.int8), kept.contiguous(), of_integers(bits, minima=False), group
+        )
     if bits == 8:
         raise CheckpointError(
             f"{name} is quantised to 8 bits with zero points, which is not supported: quantise the original weights "
             "with `latentkv quantize`"
         )
     exact = scales.float()
-    return QuantizedWeight(codes.to(torch.int8), exact.contiguous(), bits, group, -(exact * zeros))
+    form = of_integers(bits, minima=True)
+    return QuantizedWeight(codes.to(torch.int8), exact.contiguous(), form, group, -(exact * zeros))
 
 
 def require_parts(parts: Collection[str], names: Collection[str]) -> None:

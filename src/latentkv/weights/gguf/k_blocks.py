@@ -1,6 +1,6 @@
 """GGUF's K types: 256 weights in groups of 16 or 32, whose scales (and minima) are small numbers times a block's own.
 
-Each function takes blocks [B, bytes] of uint8 and returns their integers.
+Each function takes blocks [B, bytes] of uint8 and returns their codes and scales.
 """
 
 from __future__ import annotations
@@ -8,41 +8,42 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from latentkv.weights.formats import INT4, INT6, UINT2, UINT4, UINT5, CodeFormat
 from latentkv.weights.gguf.bits import half, planes
-from latentkv.weights.gguf.integers import Integers
+from latentkv.weights.gguf.coded_blocks import CodedBlocks
 
 
-def q2_k(blocks: Tensor) -> Integers:
+def q2_k(blocks: Tensor) -> CodedBlocks:
     """Weights are d s q - dmin m, 4 bits each for s and m of 16 weights."""
     scales = blocks[:, :16]
-    return _affine(2, planes(blocks[:, 16:80], 32, 2), scales & 15, scales >> 4, half(blocks, 80), half(blocks, 82))
+    return _affine(UINT2, planes(blocks[:, 16:80], 32, 2), scales & 15, scales >> 4, half(blocks, 80), half(blocks, 82))
 
 
-def q3_k(blocks: Tensor) -> Integers:
+def q3_k(blocks: Tensor) -> CodedBlocks:
     """Weights are d (s - 32) (q - 4), q of 3 bits, s of 6 bits for 16 weights."""
     high = planes(blocks[:, :32], 32, 1)
     scales = planes(blocks[:, 96:104], 8, 4) | (planes(blocks[:, 104:108], 4, 2) << 4)
     codes = planes(blocks[:, 32:96], 32, 2) | (high << 2)
-    return _symmetric(3, codes, scales.float().sub_(32), half(blocks, 108))
+    return _symmetric(INT4, codes, 4, scales.float().sub_(32), half(blocks, 108))
 
 
-def q4_k(blocks: Tensor) -> Integers:
+def q4_k(blocks: Tensor) -> CodedBlocks:
     """Weights are d s q - dmin m, 6 bits each for s and m of 32 weights."""
     scales, minima = _six_bits(blocks[:, 4:16])
-    return _affine(4, planes(blocks[:, 16:], 32, 4), scales, minima, half(blocks, 0), half(blocks, 2))
+    return _affine(UINT4, planes(blocks[:, 16:], 32, 4), scales, minima, half(blocks, 0), half(blocks, 2))
 
 
-def q5_k(blocks: Tensor) -> Integers:
+def q5_k(blocks: Tensor) -> CodedBlocks:
     """Weights as those of Q4_K, with a fifth bit: the groups' in turn, from the lowest bit of 32 bytes up."""
     scales, minima = _six_bits(blocks[:, 4:16])
     codes = planes(blocks[:, 48:], 32, 4) | (planes(blocks[:, 16:48], 32, 1) << 4)
-    return _affine(5, codes, scales, minima, half(blocks, 0), half(blocks, 2))
+    return _affine(UINT5, codes, scales, minima, half(blocks, 0), half(blocks, 2))
 
 
-def q6_k(blocks: Tensor) -> Integers:
+def q6_k(blocks: Tensor) -> CodedBlocks:
     """Weights are d s (q - 32), s of 8 bits for 16 weights."""
     codes = planes(blocks[:, :128], 64, 4) | (planes(blocks[:, 128:192], 32, 2) << 4)
-    return _symmetric(6, codes, blocks[:, 192:208].view(torch.int8).float(), half(blocks, 208))
+    return _symmetric(INT6, codes, 32, blocks[:, 192:208].view(torch.int8).float(), half(blocks, 208))
 
 
 def _six_bits(data: Tensor) -> tuple[Tensor, Tensor]:
@@ -57,9 +58,9 @@ def _six_bits(data: Tensor) -> tuple[Tensor, Tensor]:
     return scales, minima
 
 
-def _affine(bits: int, codes: Tensor, scales: Tensor, minima: Tensor, d: Tensor, dmin: Tensor) -> Integers:
-    return Integers(codes.view(torch.int8), d * scales.float(), bits, -(dmin * minima.float()))
+def _affine(form: CodeFormat, codes: Tensor, scales: Tensor, minima: Tensor, d: Tensor, dmin: Tensor) -> CodedBlocks:
+    return CodedBlocks(codes.view(torch.int8), d * scales.float(), form, -(dmin * minima.float()))
 
 
-def _symmetric(bits: int, codes: Tensor, scales: Tensor, d: Tensor) -> Integers:
-    return Integers(codes.view(torch.int8) - (1 << bits - 1), d * scales, bits)
+def _symmetric(form: CodeFormat, codes: Tensor, middle: int, scales: Tensor, d: Tensor) -> CodedBlocks:
+    return CodedBlocks(codes.view(torch.int8) - middle, d * scales, form)

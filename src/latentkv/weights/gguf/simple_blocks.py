@@ -1,7 +1,7 @@
 """GGUF's types with one scale a block: 32 weights, or 256 of three levels.
 
-Each function takes blocks [B, bytes] of uint8; what it returns are their integers, or float32 [B, weights]. Products
-and sums come in the order in which ggml writes them, so that zeros keep their signs.
+Each function takes blocks [B, bytes] of uint8; what it returns are their codes and scales, or float32 [B, weights].
+Products and sums come in the order in which ggml writes them, so that zeros keep their signs.
 """
 
 from __future__ import annotations
@@ -9,33 +9,34 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from latentkv.weights.formats import INT4, INT5, INT8, UINT4, UINT5
 from latentkv.weights.gguf.bits import half, planes
-from latentkv.weights.gguf.integers import Integers
+from latentkv.weights.gguf.coded_blocks import CodedBlocks
 
 
-def q4_0(blocks: Tensor) -> Integers:
+def q4_0(blocks: Tensor) -> CodedBlocks:
     """Weights are d (q - 8)."""
-    return Integers(_signed(planes(blocks[:, 2:], 16, 4), 8), half(blocks, 0), 4)
+    return CodedBlocks(_signed(planes(blocks[:, 2:], 16, 4), 8), half(blocks, 0), INT4)
 
 
-def q4_1(blocks: Tensor) -> Integers:
+def q4_1(blocks: Tensor) -> CodedBlocks:
     """Weights are d q + m."""
-    return Integers(planes(blocks[:, 4:], 16, 4).view(torch.int8), half(blocks, 0), 4, half(blocks, 2))
+    return CodedBlocks(planes(blocks[:, 4:], 16, 4).view(torch.int8), half(blocks, 0), UINT4, half(blocks, 2))
 
 
-def q5_0(blocks: Tensor) -> Integers:
+def q5_0(blocks: Tensor) -> CodedBlocks:
     """Weights are d (q - 16)."""
-    return Integers(_signed(_five_bits(blocks[:, 2:]), 16), half(blocks, 0), 5)
+    return CodedBlocks(_signed(_five_bits(blocks[:, 2:]), 16), half(blocks, 0), INT5)
 
 
-def q5_1(blocks: Tensor) -> Integers:
+def q5_1(blocks: Tensor) -> CodedBlocks:
     """Weights are d q + m."""
-    return Integers(_five_bits(blocks[:, 4:]).view(torch.int8), half(blocks, 0), 5, half(blocks, 2))
+    return CodedBlocks(_five_bits(blocks[:, 4:]).view(torch.int8), half(blocks, 0), UINT5, half(blocks, 2))
 
 
-def q8_0(blocks: Tensor) -> Integers:
+def q8_0(blocks: Tensor) -> CodedBlocks:
     """Weights are d q, q from -128 to 127."""
-    return Integers(blocks[:, 2:].view(torch.int8), half(blocks, 0), 8)
+    return CodedBlocks(blocks[:, 2:].view(torch.int8), half(blocks, 0), INT8)
 
 
 def decode_tq1_0(blocks: Tensor) -> Tensor:

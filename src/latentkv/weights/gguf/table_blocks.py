@@ -1,6 +1,6 @@
 """GGUF's types whose codes of 4 bits stand for the 16 integers of a table.
 
-Each function takes blocks [B, bytes] of uint8 and returns their integers, in 8 bits: those of the table.
+Each function takes blocks [B, bytes] of uint8 and returns their codes and scales.
 """
 
 from __future__ import annotations
@@ -10,44 +10,35 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from latentkv.weights.formats import FP4, NL4
 from latentkv.weights.gguf.bits import half, lookup, planes, words
-from latentkv.weights.gguf.integers import Integers
-
-IQ4_LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
-"""What a code of IQ4_NL and IQ4_XS stands for."""
-
-FP4_LEVELS = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
-"""Twice what a code of MXFP4 and NVFP4 stands for (E2M1, without its negative zero); their scales are halved."""
+from latentkv.weights.gguf.coded_blocks import CodedBlocks
 
 
-def iq4_nl(blocks: Tensor) -> Integers:
+def iq4_nl(blocks: Tensor) -> CodedBlocks:
     """Weights are d T[q]."""
-    return Integers(_levels(IQ4_LEVELS, planes(blocks[:, 2:], 16, 4)), half(blocks, 0), 8)
+    return CodedBlocks(planes(blocks[:, 2:], 16, 4).view(torch.int8), half(blocks, 0), NL4)
 
 
-def iq4_xs(blocks: Tensor) -> Integers:
+def iq4_xs(blocks: Tensor) -> CodedBlocks:
     """Weights are d (s - 32) T[q], s of 6 bits for 32 weights."""
     high = (words(blocks[:, 2:4], 2) >> torch.arange(0, 16, 2)) & 3
     scales = planes(blocks[:, 4:8], 1, 4) | (high << 4)
-    codes = _levels(IQ4_LEVELS, planes(blocks[:, 8:], 16, 4))
-    return Integers(codes, half(blocks, 0) * scales.float().sub_(32), 8)
+    codes = planes(blocks[:, 8:], 16, 4).view(torch.int8)
+    return CodedBlocks(codes, half(blocks, 0) * scales.float().sub_(32), NL4)
 
 
-def mxfp4(blocks: Tensor) -> Integers:
+def mxfp4(blocks: Tensor) -> CodedBlocks:
     """Weights are T[q] 2^(e - 128), for every e from 0 to 255."""
     exponents = blocks[:, :1].int()
     # Below 2 the scale is no normal float32: its bits are written as they are.
     scales = torch.where(exponents < 2, 0x00200000 << exponents, (exponents - 1) << 23).view(torch.float32)
-    return Integers(_levels(FP4_LEVELS, planes(blocks[:, 1:], 16, 4)), scales, 8)
+    return CodedBlocks(planes(blocks[:, 1:], 16, 4).view(torch.int8), scales, FP4)
 
 
-def nvfp4(blocks: Tensor) -> Integers:
+def nvfp4(blocks: Tensor) -> CodedBlocks:
     """Weights are T[q] s / 2, s of 8 bits (E4M3 without a sign) for 16 weights."""
-    return Integers(_levels(FP4_LEVELS, planes(blocks[:, 4:], 8, 4)), lookup(_half_e4m3(), blocks[:, :4]), 8)
-
-
-def _levels(levels: tuple[int, ...], codes: Tensor) -> Tensor:
-    return lookup(torch.tensor(levels, dtype=torch.int8), codes)
+    return CodedBlocks(planes(blocks[:, 4:], 8, 4).view(torch.int8), lookup(_half_e4m3(), blocks[:, :4]), FP4)
 
 
 @cache

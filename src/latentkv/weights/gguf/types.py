@@ -13,7 +13,7 @@ from torch import Tensor
 
 from latentkv.errors import CheckpointError, OpError
 from latentkv.weights.gguf import grid_blocks, k_blocks, simple_blocks, table_blocks
-from latentkv.weights.gguf.integers import Integers
+from latentkv.weights.gguf.coded_blocks import CodedBlocks
 
 _CHUNK_WEIGHTS = 1 << 17
 
@@ -28,7 +28,7 @@ class TensorType:
         weights: of a block; a row has whole blocks.
         nbytes: of a block.
         decode: blocks [B, nbytes] of uint8 to float32 [B, weights]; None where the numbers are no weights.
-        integers: the same blocks to integers and scales; None where they are something else.
+        coded: the same blocks to codes and scales; None where they are something else.
     """
 
     id: int
@@ -36,7 +36,7 @@ class TensorType:
     weights: int
     nbytes: int
     decode: Callable[[Tensor], Tensor] | None = None
-    integers: Callable[[Tensor], Integers] | None = None
+    coded: Callable[[Tensor], CodedBlocks] | None = None
 
     @property
     def bits_per_weight(self) -> float:
@@ -44,9 +44,9 @@ class TensorType:
         return self.nbytes * 8 / self.weights
 
 
-def _integers(
-    read: Callable[[Tensor], Integers],
-) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Integers]]:
+def _coded(
+    read: Callable[[Tensor], CodedBlocks],
+) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], CodedBlocks]]:
     return lambda blocks: read(blocks).dequantize(), read
 
 
@@ -59,24 +59,24 @@ TYPES: Mapping[int, TensorType] = {
     for kind in (
         TensorType(0, "F32", 1, 4, _as(torch.float32)),
         TensorType(1, "F16", 1, 2, _as(torch.float16)),
-        TensorType(2, "Q4_0", 32, 18, *_integers(simple_blocks.q4_0)),
-        TensorType(3, "Q4_1", 32, 20, *_integers(simple_blocks.q4_1)),
-        TensorType(6, "Q5_0", 32, 22, *_integers(simple_blocks.q5_0)),
-        TensorType(7, "Q5_1", 32, 24, *_integers(simple_blocks.q5_1)),
-        TensorType(8, "Q8_0", 32, 34, *_integers(simple_blocks.q8_0)),
-        TensorType(10, "Q2_K", 256, 84, *_integers(k_blocks.q2_k)),
-        TensorType(11, "Q3_K", 256, 110, *_integers(k_blocks.q3_k)),
-        TensorType(12, "Q4_K", 256, 144, *_integers(k_blocks.q4_k)),
-        TensorType(13, "Q5_K", 256, 176, *_integers(k_blocks.q5_k)),
-        TensorType(14, "Q6_K", 256, 210, *_integers(k_blocks.q6_k)),
+        TensorType(2, "Q4_0", 32, 18, *_coded(simple_blocks.q4_0)),
+        TensorType(3, "Q4_1", 32, 20, *_coded(simple_blocks.q4_1)),
+        TensorType(6, "Q5_0", 32, 22, *_coded(simple_blocks.q5_0)),
+        TensorType(7, "Q5_1", 32, 24, *_coded(simple_blocks.q5_1)),
+        TensorType(8, "Q8_0", 32, 34, *_coded(simple_blocks.q8_0)),
+        TensorType(10, "Q2_K", 256, 84, *_coded(k_blocks.q2_k)),
+        TensorType(11, "Q3_K", 256, 110, *_coded(k_blocks.q3_k)),
+        TensorType(12, "Q4_K", 256, 144, *_coded(k_blocks.q4_k)),
+        TensorType(13, "Q5_K", 256, 176, *_coded(k_blocks.q5_k)),
+        TensorType(14, "Q6_K", 256, 210, *_coded(k_blocks.q6_k)),
         TensorType(16, "IQ2_XXS", 256, 66, grid_blocks.decode_iq2_xxs),
         TensorType(17, "IQ2_XS", 256, 74, grid_blocks.decode_iq2_xs),
         TensorType(18, "IQ3_XXS", 256, 98, grid_blocks.decode_iq3_xxs),
         TensorType(19, "IQ1_S", 256, 50, grid_blocks.decode_iq1_s),
-        TensorType(20, "IQ4_NL", 32, 18, *_integers(table_blocks.iq4_nl)),
+        TensorType(20, "IQ4_NL", 32, 18, *_coded(table_blocks.iq4_nl)),
         TensorType(21, "IQ3_S", 256, 110, grid_blocks.decode_iq3_s),
         TensorType(22, "IQ2_S", 256, 82, grid_blocks.decode_iq2_s),
-        TensorType(23, "IQ4_XS", 256, 136, *_integers(table_blocks.iq4_xs)),
+        TensorType(23, "IQ4_XS", 256, 136, *_coded(table_blocks.iq4_xs)),
         TensorType(24, "I8", 1, 1),
         TensorType(25, "I16", 1, 2),
         TensorType(26, "I32", 1, 4),
@@ -86,8 +86,8 @@ TYPES: Mapping[int, TensorType] = {
         TensorType(30, "BF16", 1, 2, _as(torch.bfloat16)),
         TensorType(34, "TQ1_0", 256, 54, simple_blocks.decode_tq1_0),
         TensorType(35, "TQ2_0", 256, 66, simple_blocks.decode_tq2_0),
-        TensorType(39, "MXFP4", 32, 17, *_integers(table_blocks.mxfp4)),
-        TensorType(40, "NVFP4", 64, 36, *_integers(table_blocks.nvfp4)),
+        TensorType(39, "MXFP4", 32, 17, *_coded(table_blocks.mxfp4)),
+        TensorType(40, "NVFP4", 64, 36, *_coded(table_blocks.nvfp4)),
     )
 }
 """Every type that is read, by its number in files."""

@@ -11,6 +11,14 @@ _NIBBLE, _TWO_BITS, _BIT = 0x000F000F, 0x00030003, 0x00010001  # of the code in 
 _PACKS = {2: (8, 1), 4: (4, 1), 5: (16, 5), 6: (8, 3)}
 
 
+def pack_of(bits: int) -> tuple[int, int]:
+    """Words that are read together, and the codes of 2, 4, 5, 6 or 8 bits in them."""
+    if bits == 8:
+        return 1, 4
+    pairs, words = _PACKS[bits]
+    return words, 2 * pairs
+
+
 def words_of(codes: Tensor, bits: int) -> Tensor:
     """[..., n] codes from 0 on, n whole packs, to [..., words] int32."""
     count, _ = _PACKS[bits]

@@ -1,4 +1,4 @@
-"""GGUF's integers in the memory that kernels read: what they are, and what products with them give."""
+"""GGUF's codes in the memory that kernels read: what they are, and what products with them give."""
 
 from __future__ import annotations
 
@@ -11,15 +11,22 @@ from latentkv.ops import linear
 from latentkv.weights.gguf.types import TYPES, TensorType
 from latentkv.weights.layout import pack_weight, unpack_weight
 
-INTEGERS = [kind for kind in TYPES.values() if kind.integers]
+CODED = [kind for kind in TYPES.values() if kind.coded]
 ONE_SCALE = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "MXFP4", "NVFP4")  # as the file has it, not in two parts
 BITS = {
     **dict.fromkeys(("Q4_0", "Q4_K"), ("int4", "uint4")),
     **{"Q4_1": ("uint4",), "Q5_0": ("int5",), "Q5_1": ("uint5",), "Q5_K": ("uint5",), "Q6_K": ("int6",)},
-    **{"Q2_K": ("uint2",), "Q3_K": ("int4",)},
+    **{
+        "Q2_K": ("uint2",),
+        "Q3_K": ("int4",),
+        "IQ4_NL": ("nl4",),
+        "IQ4_XS": ("nl4",),
+        "MXFP4": ("fp4",),
+        "NVFP4": ("fp4",),
+    },
 }
 
-every_integer_type = pytest.mark.parametrize("kind", INTEGERS, ids=lambda kind: kind.name)
+every_coded_type = pytest.mark.parametrize("kind", CODED, ids=lambda kind: kind.name)
 
 
 def typical(kind: TensorType, rows: int, blocks: int) -> torch.Tensor:
@@ -42,18 +49,18 @@ def typical(kind: TensorType, rows: int, blocks: int) -> torch.Tensor:
     return raw.flatten(1)
 
 
-def test_every_type_that_has_a_scale_for_each_group_is_kept_as_integers() -> None:
-    assert [kind.name for kind in INTEGERS] == [
+def test_every_type_that_has_a_scale_for_each_group_is_kept_as_codes() -> None:
+    assert [kind.name for kind in CODED] == [
         *("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"),
         *("IQ4_NL", "IQ4_XS", "MXFP4", "NVFP4"),
     ]
 
 
-@every_integer_type
+@every_coded_type
 def test_the_weight_in_memory_is_the_files_but_for_the_rounding_of_two_part_scales(kind: TensorType) -> None:
     raw = typical(kind, 5, 3)
-    assert kind.integers is not None
-    blocks = kind.integers(raw.view(-1, kind.nbytes))
+    assert kind.coded is not None
+    blocks = kind.coded(raw.view(-1, kind.nbytes))
     weight, exact = blocks.as_weight(5), oracle(raw, kind)
     packed = pack_weight(weight)
     assert packed.format in BITS.get(kind.name, ("int8",))
@@ -62,28 +69,30 @@ def test_the_weight_in_memory_is_the_files_but_for_the_rounding_of_two_part_scal
         assert torch.equal(weight.dequantize(), exact)
         return
     assert weight.scales.dtype == torch.float16
-    sizes = blocks.codes.view(5, -1).abs() * weight.scales.float().abs().repeat_interleave(weight.group, 1)
+    sizes = blocks.format.values(blocks.codes).view(5, -1).abs() * weight.scales.float().abs().repeat_interleave(
+        weight.group, 1
+    )
     if weight.minima is not None:
         sizes += weight.minima.float().abs().repeat_interleave(weight.group, 1)
     assert ((weight.dequantize() - exact).abs() <= 2**-11 * sizes).all()
 
 
-@every_integer_type
+@every_coded_type
 def test_scales_that_float16_has_not_all_bits_of_stay_float32(kind: TensorType) -> None:
     raw = random_rows(kind, 4, 2)
-    assert kind.integers is not None
-    weight = kind.integers(raw.view(-1, kind.nbytes)).as_weight(4)
+    assert kind.coded is not None
+    weight = kind.coded(raw.view(-1, kind.nbytes)).as_weight(4)
     exact = oracle(raw, kind)
     if weight.scales.dtype == torch.float32:
         assert torch.equal(weight.dequantize(), exact)
         assert torch.equal(unpack_weight(pack_weight(weight)), exact)
 
 
-@every_integer_type
+@every_coded_type
 def test_products_are_those_with_the_files_weights(kind: TensorType) -> None:
     raw = typical(kind, 40, 2)
-    assert kind.integers is not None
-    packed = pack_weight(kind.integers(raw.view(-1, kind.nbytes)).as_weight(40))
+    assert kind.coded is not None
+    packed = pack_weight(kind.coded(raw.view(-1, kind.nbytes)).as_weight(40))
     exact = oracle(raw, kind).double()
     x = torch.randn(3, exact.shape[1]).bfloat16()
     for isa in kernels.available_isas():
