@@ -65,9 +65,7 @@ def test_scales_can_be_shared_by_fewer_weights():
 @pytest.mark.parametrize(
     ("shape", "fmt", "group"), [((64, 256), "int8", 32), ((96, 256), "int4", 32), ((64, 72), "int4", 64)]
 )
-def test_torch_is_left_out_where_it_has_no_product_of_the_same_weights(
-    shape: tuple[int, int], fmt: str, group: int
-):
+def test_torch_is_left_out_where_it_has_no_product_of_the_same_weights(shape: tuple[int, int], fmt: str, group: int):
     assert f"torch, {fmt}" not in module._entries(*shape, [fmt], group=group)
 
 

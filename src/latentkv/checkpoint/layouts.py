@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from latentkv.errors import CheckpointError
+from latentkv.weights.files import modelopt
 
 ORIGINAL = "use its original release (bf16, or fp8 with weight_scale_inv); `latentkv quantize` makes int8 or int4 of it"
 """What to do about weights in a layout that is not read."""
@@ -75,7 +76,9 @@ def foreign_quantization(quantization: Mapping[str, Any]) -> str | None:
     named = quantization.get("quant_method") or quantization.get("quant_algo")
     if named in ("fp8", "compressed-tensors", "gptq", "awq"):
         return None
-    algorithm = _algorithm(quantization)
+    algorithm = modelopt.algorithm_of(quantization)
+    if algorithm in modelopt.ALGORITHMS:
+        return None
     if isinstance(named, str):
         shown = _METHODS.get(named.lower(), repr(named))
         return f"{shown} ({algorithm})" if algorithm and algorithm != named else shown
@@ -226,14 +229,6 @@ def _noted_method(folder: Path) -> str | None:
             algorithm = re.search(r'"quant_algo"\s*:\s*"(\w{1,40})"', _text(folder / name))
             return f"{method} ({algorithm[1]})" if algorithm else method
     return None
-
-
-def _algorithm(quantization: Mapping[str, Any]) -> str | None:
-    inner = quantization.get("quantization")
-    found = quantization.get("quant_algo") or (
-        cast("Mapping[str, Any]", inner).get("quant_algo") if isinstance(inner, Mapping) else None
-    )
-    return found if isinstance(found, str) else None
 
 
 def _text(path: Path) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,25 +11,27 @@ from torch import Tensor
 
 from latentkv.checkpoint.layouts import ORIGINAL, foreign_quantization
 from latentkv.checkpoint.locate import CONFIG_FILE, INDEX_FILE, locate_tensors, open_file, read_object
-from latentkv.checkpoint.wrapper import config_levels, outermost
+from latentkv.checkpoint.quantization import activations_of, quantization_method, quantization_of
+from latentkv.checkpoint.wrapper import config_levels
 from latentkv.errors import CheckpointError
 from latentkv.libraries import errors_as
-from latentkv.weights.files import awq, compressed_config, gptq
+from latentkv.weights.files import awq, compressed_config, gptq, modelopt
 from latentkv.weights.files.compressed_tensors import CompressedWeight, find_compressed
-from latentkv.weights.files.deepseek_fp8 import SCALE_SUFFIXES, Float8Scheme, read_float8_scheme
+from latentkv.weights.files.deepseek_fp8 import SCALE_SUFFIXES, Float8Scheme, find_float8, read_float8_scheme
 from latentkv.weights.files.dtypes import STORED, StoredDtype, short_name
-from latentkv.weights.files.stored_integers import StoredIntegers
+from latentkv.weights.files.stored_weight import Headers, StoredWeight
 from latentkv.weights.policy import WeightScheme
 from latentkv.weights.weight import QuantizedWeight
 
 # A file's pages stay in this process's memory as long as it is mapped: it is opened anew after this many bytes.
 _MAX_MAPPED_BYTES = 256 * 2**20
 
-# By the method that a config names: what finds the weights that are stored as integers.
-_FINDERS: Mapping[Any, Callable[[Collection[str], Mapping[str, Any]], Mapping[str, StoredIntegers]]] = {
+# By the method that a config names: what finds the weights that are stored quantised.
+_FINDERS: Mapping[str, Callable[[Headers, Mapping[str, Any]], Mapping[str, StoredWeight]]] = {
     compressed_config.METHOD: find_compressed,
     gptq.METHOD: gptq.find_gptq,
     awq.METHOD: awq.find_awq,
+    modelopt.METHOD: modelopt.find_modelopt,
 }
 
 
@@ -37,7 +39,7 @@ class CheckpointReader:
     """The tensors of a checkpoint folder: `model.safetensors`, or shards with `model.safetensors.index.json`.
 
     Float8 weights with a `<name>_scale_inv` beside them (DeepSeek-V3, arXiv 2412.19437, section 3.3) are dequantised as
-    they are read, and so are the integers of compressed-tensors, GPTQ and AWQ, unless they are asked for as they
+    they are read, and so are those of compressed-tensors, ModelOpt, GPTQ and AWQ, unless they are asked for as they
     are; what belongs to a weight is not listed as a tensor of its own. Memory in use is about that of one tensor.
 
     Args:
@@ -59,16 +61,20 @@ class CheckpointReader:
             self._read_header(shard)
         whole = read_object(self.folder / CONFIG_FILE) if (self.folder / CONFIG_FILE).is_file() else {}
         self.nests_text_model = len(config_levels(whole)) > 1
-        config = outermost(whole, "quantization_config")
+        self._quantization = config = quantization_of(self.folder, whole)
         _refuse_foreign(config)
-        find = _FINDERS.get(config.get("quant_method")) if config else None
-        self._packed: Mapping[str, StoredIntegers] = find(self._headers, config) if find and config else {}
-        self._parts = {part for weight in self._packed.values() for part in weight.parts}
-        if stored_twice := sorted(set(self._packed) & set(self._headers)):
-            raise CheckpointError(f"{stored_twice[0]} is stored twice, packed and unpacked: remove one of the two")
+        find = _FINDERS.get(quantization_method(config) or "")
         self._float8 = Float8Scheme() if find else read_float8_scheme(config)
+        self._packed: Mapping[str, StoredWeight] = (
+            find(self._headers, config) if find and config else find_float8(self._headers, self._float8)
+        )
+        self._parts = {part for weight in self._packed.values() for part in weight.parts}
+        twice = (name for name, weight in self._packed.items() if name in self._headers and name not in weight.parts)
+        if stored_twice := sorted(twice):
+            raise CheckpointError(f"{stored_twice[0]} is stored twice, packed and unpacked: remove one of the two")
         self._file_of = {name: shard for name, shard in self._shard_of.items() if not self._belongs_to_weight(name)}
         self._file_of |= {name: self._shard_of[weight.parts[0]] for name, weight in self._packed.items()}
+        self._shapes: dict[str, tuple[int, ...]] = {}  # of packed weights
         self._open_shard = ""
         self._handle: Any = None
         self._mapped_bytes = 0
@@ -83,21 +89,28 @@ class CheckpointReader:
         """The files that hold them."""
         return tuple(self.folder / shard for shard in sorted(set(self._shard_of.values())))
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What of the files is not honoured, a sentence each."""
+        asked = activations_of(self._quantization)
+        if asked is None:
+            return ()
+        return (f"its config quantises activations, too ({asked}): here they are computed as they are",)
+
     def __contains__(self, name: str) -> bool:
         return name in self._file_of
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, from its file's header (of a packed weight: from the tensor that says it)."""
         self._require(name)
-        if name in self._packed and name not in self._headers:
-            shape = self._packed[name].shape(lambda part: self._headers[part][0], self._load)
-            self._headers[name] = (shape, "BF16")
-        return self._headers[name][0]
+        if name in self._packed and name not in self._shapes:
+            self._shapes[name] = self._packed[name].shape(lambda part: self._headers[part][0], self._load)
+        return self._shapes[name] if name in self._packed else self._headers[name][0]
 
     def dtype(self, name: str) -> torch.dtype:
-        """Dtype that a tensor is stored in; of a packed weight bfloat16, that of its scales."""
+        """Dtype that a tensor is stored in; of quantised weights but float8 bfloat16, in which models run."""
         self._require(name)
-        if name in self._packed:
+        if name in self._packed and (name not in self._headers or not self._stored(name).is_float8):
             return torch.bfloat16
         stored = self._stored(name)
         if stored.torch is None:
@@ -138,15 +151,15 @@ class CheckpointReader:
         return weight.scheme if isinstance(weight, CompressedWeight) else None
 
     def is_quantized(self, name: str) -> bool:
-        """Whether a weight is packed as integers."""
+        """Whether a tool made a weight of a published one."""
         self._require(name)
-        return name in self._packed
+        return name in self._packed and self._packed[name].rounded
 
     def nbytes(self, name: str) -> int:
         """Bytes that a tensor takes in its files, scales that belong to it included."""
         self._require(name)
-        parts = list(self._packed[name].parts) if name in self._packed else [name]
-        parts += [scale for scale in (f"{name}_scale_inv",) if scale in self._headers]
+        unkept = (name, *(scale for scale in (f"{name}_scale_inv",) if scale in self._headers))
+        parts = self._packed[name].parts if name in self._packed else unkept
         return sum(self._stored(part).nbytes(self._headers[part][0]) for part in parts)
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
@@ -177,7 +190,7 @@ class CheckpointReader:
         return tensor
 
     def quantized(self, name: str) -> QuantizedWeight | None:
-        """A weight's integers and scales as they are stored; None where it is stored in another way.
+        """A weight's codes and scales as they are stored; None where it is stored in another way.
 
         Raises:
             CheckpointError: no such tensor, its file cannot be read, or its parts do not fit together.

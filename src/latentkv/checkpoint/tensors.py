@@ -34,6 +34,11 @@ class Tensors(Protocol):
         """The files that hold them."""
         ...
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What of the files is not honoured, or not kept as it is; a sentence each."""
+        ...
+
     def __contains__(self, name: str) -> bool: ...
 
     def shape(self, name: str) -> tuple[int, ...]:

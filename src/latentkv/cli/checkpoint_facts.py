@@ -58,12 +58,14 @@ class CheckpointFacts:
         dtype: that the model runs in where no other is asked for.
         parameters_stored: of the main model; they should be `parameters`, which its config implies.
         problem: why it will not load, in the words of what would refuse it; None where the headers say nothing against.
+        notes: what of the files is not honoured, or not kept as it is.
     """
 
     folder: str
     model_type: str
     dtype: str
     problem: str | None
+    notes: tuple[str, ...]
     attention: dict[str, Any]
     num_layers: int
     num_heads: int
@@ -108,6 +110,7 @@ def read_facts(folder: Path) -> CheckpointFacts:
         model_type=config.model_type,
         dtype=DTYPE_NAMES[stored_dtype(config)],
         problem=_problem(config, reader),
+        notes=reader.notes,
         attention={"kind": kind, **asdict(attention)},
         num_layers=config.num_layers,
         num_heads=config.num_heads,

@@ -61,6 +61,8 @@ def _print_facts(facts: CheckpointFacts) -> None:
         out.print(f"            [yellow]the files hold {facts.parameters_stored:,}[/yellow]")
     if facts.problem is not None:
         out.print(f"            [yellow]this checkpoint will not load: {escape(facts.problem)}[/yellow]")
+    for note in facts.notes:
+        out.print(f"            [yellow]{escape(note)}[/yellow]")
     out.print(f"MTP         {_mtp(facts)}")
     out.print(f"Tokenizer   {_tokenizer(facts)}")
     own, mha = facts.cache_bytes_per_token, facts.mha_cache_bytes_per_token

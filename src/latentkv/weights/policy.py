@@ -30,11 +30,13 @@ class WeightScheme:
         format: of its codes.
         group: inputs that share a scale; None: a whole row does.
         symmetric: code 0 stands for 0; else files have zero points.
+        rows: outputs that share it, too; None: all do.
     """
 
     format: CodeFormat
     group: int | None
     symmetric: bool = True
+    rows: int | None = 1
 
 
 def choose_scheme(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -65,6 +66,15 @@ class GGUFTensors:
     def files(self) -> tuple[Path, ...]:
         """The file, or all of its parts."""
         return self._file.files
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Which types are not kept as they are."""
+        kinds = Counter(kind.name for name in self.names if not (kind := self._kind(name)).is_kept)
+        if not kinds:
+            return ()
+        listed = ", ".join(f"{name} ({count} tensors)" for name, count in kinds.items())
+        return (f"{listed}: expanded to bfloat16 as they are read",)
 
     def __contains__(self, name: str) -> bool:
         return name in self._recipes

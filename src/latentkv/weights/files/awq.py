@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from latentkv.errors import CheckpointError
-from latentkv.weights.files.stored_integers import (
+from latentkv.weights.files.stored_weight import (
     Read,
     ShapeOf,
     affine,
@@ -33,7 +33,7 @@ _PLACES = [_ORDER.index(output) for output in range(8)]  # where each output's c
 
 @dataclass(frozen=True)
 class AWQWeight:
-    """See `StoredIntegers`.
+    """See `StoredWeight`.
 
     Attributes:
         module: whose weight it is.
@@ -44,17 +44,22 @@ class AWQWeight:
     group: int | None
 
     @property
+    def rounded(self) -> bool:
+        """See `StoredWeight`."""
+        return True
+
+    @property
     def parts(self) -> tuple[str, ...]:
-        """See `StoredIntegers`."""
+        """See `StoredWeight`."""
         return tuple(f"{self.module}.{name}" for name in ("qweight", "qzeros", "scales"))
 
     @property
     def shown(self) -> str:
-        """See `StoredIntegers`."""
+        """See `StoredWeight`."""
         return "AWQ int4"
 
     def shape(self, shape_of: ShapeOf, read: Read) -> tuple[int, ...]:
-        """See `StoredIntegers`."""
+        """See `StoredWeight`."""
         codes, zeros, scales = (shape_of(part) for part in self.parts)
         if len(codes) != 2 or 0 in codes:
             raise CheckpointError(f"{self.parts[0]} has the shape {list(codes)}: only matrices are supported")
@@ -65,7 +70,7 @@ class AWQWeight:
         return outputs, inputs
 
     def unpack(self, read: Read) -> QuantizedWeight:
-        """See `StoredIntegers`."""
+        """See `StoredWeight`."""
         qweight, qzeros, scales = (read(part) for part in self.parts)
         found = dict(zip(self.parts, (qweight, qzeros, scales), strict=True))
         _, inputs = self.shape(lambda part: tuple(found[part].shape), read)

@@ -1,5 +1,5 @@
-"""`quantization_config` of the compressed-tensors format, "pack-quantized": written, read, and refused where it says
-more than `WeightScheme` can (https://github.com/vllm-project/compressed-tensors)."""
+"""`quantization_config` of compressed-tensors: written ("pack-quantized"), read, and refused where it says more than
+`WeightScheme` can (https://github.com/vllm-project/compressed-tensors)."""
 
 from __future__ import annotations
 
@@ -7,28 +7,35 @@ from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
 from latentkv.errors import CheckpointError
+from latentkv.weights.files.four_bit_floats import MXFP4_GROUP, NVFP4_GROUP
 from latentkv.weights.files.patterns import match_patterns
-from latentkv.weights.formats import ROUNDED_TO
+from latentkv.weights.formats import FP4, FP8, INT4, INT8, CodeFormat
 from latentkv.weights.policy import WeightScheme
 from latentkv.weights.weight import GROUP_SIZES
 
 METHOD = "compressed-tensors"
 _FORMAT = "pack-quantized"
 _EVERY_LINEAR, _EXPRESSION = "Linear", "re:"
-_FORMATS = {form.bits: form for form in ROUNDED_TO.values()}
+# What each layout may hold: the kind of numbers, their bits, and how scales are shared.
+_LAYOUTS: Mapping[str, tuple[Mapping[tuple[str, int], CodeFormat], tuple[str, ...]]] = {
+    _FORMAT: ({("int", 4): INT4, ("int", 8): INT8}, ("group", "channel")),
+    "int-quantized": ({("int", 8): INT8}, ("tensor", "channel", "group")),
+    "float-quantized": ({("float", 8): FP8}, ("tensor", "channel", "group", "block")),
+    "naive-quantized": ({("int", 8): INT8, ("float", 8): FP8}, ("tensor", "channel", "group", "block")),
+    "mxfp8-quantized": ({("float", 8): FP8}, ("group",)),
+    "nvfp4-pack-quantized": ({("float", 4): FP4}, ("tensor_group",)),
+    "mxfp4-pack-quantized": ({("float", 4): FP4}, ("group",)),
+}
 # Keys whose presence changes what stored numbers mean, with the values that leave them alone.
 _OFF: Mapping[str, tuple[Any, ...]] = {
-    "kv_cache_scheme": (None,),
     "sparsity_config": (None, {}),
     "transform_config": (None, {}),
     "quantization_status": (None, "compressed"),
 }
 _WEIGHTS_OFF: Mapping[str, tuple[Any, ...]] = {
-    "type": (None, "int"),
     "symmetric": (None, False, True),
     "dynamic": (None, False),
     "actorder": (None, False, "weight", "static"),
-    "block_structure": (None,),
 }
 
 
@@ -84,12 +91,14 @@ class PackedSchemes:
 
     def __init__(self, config: Mapping[str, Any], modules: Iterable[str]) -> None:
         self._by_target: dict[str, WeightScheme] = {}
+        self._activations: str | None = None
         _refuse_others("quantization_config", config, _OFF)
         groups = config.get("config_groups")
         if not isinstance(groups, Mapping) or not groups:
             raise CheckpointError("quantization_config has no config_groups: download config.json again")
         for name, group in groups.items():
             scheme = _read_group(f"quantization_config.config_groups.{name}", group, config.get("format"))
+            self._activations = self._activations or _described_activations(group)
             for target in _texts(f"quantization_config.config_groups.{name}.targets", group.get("targets")):
                 self._by_target.setdefault(target, scheme)
         if not self._by_target:
@@ -100,6 +109,11 @@ class PackedSchemes:
         expressions = [pattern.removeprefix(_EXPRESSION) for pattern in patterns]
         fits = match_patterns(expressions, names, "quantization_config")
         self._fits = {pattern: fits[pattern.removeprefix(_EXPRESSION)] for pattern in patterns}
+
+    @property
+    def activations(self) -> str | None:
+        """How the config has activations quantised, for people; None: not at all."""
+        return self._activations
 
     @property
     def asked(self) -> WeightScheme:
@@ -123,6 +137,13 @@ class PackedSchemes:
         raise CheckpointError(f"{module} is stored packed, but no target of quantization_config fits it")
 
 
+def _described_activations(group: Mapping[str, Any]) -> str | None:
+    inputs = group.get("input_activations") or group.get("output_activations")
+    if not isinstance(inputs, Mapping):
+        return None
+    return f"{inputs.get('type', 'int')} of {inputs.get('num_bits')} bits"
+
+
 def _texts(where: str, value: Any) -> list[str]:
     listed = cast("list[Any]", [] if value is None else value)
     if not isinstance(value, list | None) or not all(isinstance(text, str) for text in listed):
@@ -135,31 +156,63 @@ def _is_pattern(target: str) -> bool:
     return target.startswith(_EXPRESSION)
 
 
-def _read_group(where: str, group: Any, common_format: Any) -> WeightScheme:
+def _read_group(where: str, group: Any, common_layout: Any) -> WeightScheme:
     if not isinstance(group, Mapping):
         raise CheckpointError(f"{where} is {group!r}: only a scheme that is written out is supported")
-    for activations in ("input_activations", "output_activations"):
-        if group.get(activations) is not None:
-            raise CheckpointError(f"{where} quantises {activations.replace('_', ' ')}: only weights may be")
-    stored = group.get("format") or common_format
-    if stored != _FORMAT:
-        raise CheckpointError(f"{where} is stored as {stored!r}: only {_FORMAT!r} is supported")
+    layout = group.get("format") or common_layout
+    if not isinstance(layout, str) or layout not in _LAYOUTS:
+        raise CheckpointError(f"{where} is stored as {layout!r}: supported are {', '.join(_LAYOUTS)}")
     weights = group.get("weights")
     if not isinstance(weights, Mapping):
         raise CheckpointError(f"{where} says nothing about weights, which is not supported")
     _refuse_others(f"{where}.weights", weights, _WEIGHTS_OFF)
-    bits, strategy, size = weights.get("num_bits"), weights.get("strategy"), weights.get("group_size")
-    symmetric = weights.get("symmetric") is not False
-    if type(bits) is not int or bits not in (4, 8):
-        raise CheckpointError(f"{where} has weights of {bits} bits: only 4 and 8 are supported")
-    if strategy == "channel" or (strategy is None and size == -1):
-        return WeightScheme(_FORMATS[bits], None, symmetric)
-    if strategy not in ("group", None) or type(size) is not int or size not in GROUP_SIZES:
-        shared = f"groups of {size}" if strategy in ("group", None) else f"strategy {strategy!r}"
+    formats, strategies = _LAYOUTS[layout]
+    kind, bits = weights.get("type") or "int", weights.get("num_bits")
+    form = formats.get((kind, bits)) if isinstance(kind, str) and type(bits) is int else None
+    if form is None:
+        known = " and ".join(f"{bits} ({kind})" for kind, bits in formats)
         raise CheckpointError(
-            f"{where} shares scales by {shared}: only groups of 32, 64 or 128, or channels, are supported"
+            f"{where} has weights of {bits} bits ({kind!r:.20}): of {layout} only {known} are supported"
         )
-    return WeightScheme(_FORMATS[bits], size, symmetric)
+    strategy, size = weights.get("strategy"), weights.get("group_size")
+    strategy = strategy or ("channel" if size == -1 else "group")
+    if strategy not in strategies:
+        known = " or ".join(strategies)
+        raise CheckpointError(
+            f"{where} shares scales by strategy {strategy!r:.40}: supported are {', '.join(strategies)}"
+        )
+    rows, columns = _shared(where, strategy, weights, _GROUPS.get(layout, GROUP_SIZES))
+    return WeightScheme(form, columns, weights.get("symmetric") is not False, rows)
+
+
+# Inputs that share a scale, in layouts that have no choice of them.
+_GROUPS: Mapping[str, tuple[int, ...]] = {
+    "mxfp8-quantized": (32,),
+    "nvfp4-pack-quantized": (NVFP4_GROUP,),
+    "mxfp4-pack-quantized": (MXFP4_GROUP,),
+}
+
+
+def _shared(
+    where: str, strategy: str, weights: Mapping[str, Any], groups: tuple[int, ...]
+) -> tuple[int | None, int | None]:
+    """Outputs and inputs that share a scale; None: all."""
+    if strategy == "tensor":
+        return None, None
+    if strategy == "channel":
+        return 1, None
+    if strategy == "block":
+        block = weights.get("block_structure")
+        if not (isinstance(block, list) and len(block) == 2 and all(type(n) is int and n > 0 for n in block)):
+            raise CheckpointError(f"{where}.weights.block_structure is {block!r:.40}: it must be two positive numbers")
+        return block[0], block[1]
+    size = weights.get("group_size")
+    if type(size) is not int or size not in groups:
+        known = " or ".join(map(str, groups))
+        raise CheckpointError(
+            f"{where} shares scales by groups of {size!r:.40}: only {known} are supported, or channels"
+        )
+    return 1, size
 
 
 def _refuse_others(where: str, found: Mapping[str, Any], allowed: Mapping[str, tuple[Any, ...]]) -> None:

@@ -1,13 +1,13 @@
-"""Quantised weights as the compressed-tensors format "pack-quantized" stores them, and back.
+"""Quantised weights as compressed-tensors stores them, and of its format "pack-quantized", which we write, back.
 
-`NAME.weight` becomes `NAME.weight_packed` (codes made unsigned, 8 of 4 bits or 4 of 8 to an int32, the first lowest),
-`NAME.weight_scale` [O, groups] and `NAME.weight_shape` [2]; where the zero is not 0, `NAME.weight_zero_point` [O / 8,
-groups], made unsigned and packed in the same way along the outputs.
+There `NAME.weight` becomes `NAME.weight_packed` (codes made unsigned, 8 of 4 bits or 4 of 8 to an int32, the first
+lowest), `NAME.weight_scale` [O, groups] and `NAME.weight_shape` [2]; where the zero is not 0, `NAME.weight_zero_point`
+[O / 8, groups], made unsigned and packed in the same way along the outputs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,18 @@ from torch import Tensor
 
 from latentkv.errors import CheckpointError
 from latentkv.weights.files.compressed_config import PackedSchemes
-from latentkv.weights.files.stored_integers import Read, ShapeOf, affine
+from latentkv.weights.files.four_bit_floats import NVFP4_GROUP, FourBitFloats
+from latentkv.weights.files.scaled_codes import Blocks, ScaledCodes
+from latentkv.weights.files.stored_weight import (
+    Headers,
+    Read,
+    ShapeOf,
+    StoredWeight,
+    activation_parts,
+    affine,
+    require_parts,
+)
+from latentkv.weights.formats import FP4
 from latentkv.weights.policy import WeightScheme
 from latentkv.weights.weight import QuantizedWeight
 
@@ -24,7 +35,11 @@ PACKED, SCALE, SHAPE = "_packed", "_scale", "_shape"
 """What is added to a weight's name for each of its parts."""
 
 _ZEROS = "_zero_point"
-_REFUSED_PARTS = ("_g_idx", "_global_scale")  # of weights that are quantised in ways that `QuantizedWeight` cannot hold
+_WHOLE = "_global_scale"
+_REFUSED_PARTS = ("_g_idx",)  # of weights that are quantised in ways that `QuantizedWeight` cannot hold
+
+_CODED = {"I8": "int8", "F8_E4M3": "float8_e4m3fn"}
+"""Dtypes of weights that are stored under their own name, and what to call them."""
 
 _CHANNEL_GROUP_INT4 = 128
 _BYTES_A_WORD = 4
@@ -32,7 +47,7 @@ _BYTES_A_WORD = 4
 
 @dataclass(frozen=True)
 class CompressedWeight:
-    """See `StoredIntegers`.
+    """See `StoredWeight`.
 
     Attributes:
         name: of the weight.
@@ -46,51 +61,74 @@ class CompressedWeight:
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """See `StoredIntegers`."""
+        """See `StoredWeight`."""
         return tuple(self.name + part for part in (PACKED, SCALE, SHAPE, *([_ZEROS] if self.has_zeros else [])))
 
     @property
     def shown(self) -> str:
-        """See `StoredIntegers`."""
+        """See `StoredWeight`."""
         return self.scheme.format.name
 
+    @property
+    def rounded(self) -> bool:
+        """See `StoredWeight`."""
+        return True
+
     def shape(self, shape_of: ShapeOf, read: Read) -> tuple[int, ...]:
-        """See `StoredIntegers`."""
+        """See `StoredWeight`."""
         return tuple(int(n) for n in read(self.name + SHAPE).flatten().tolist())
 
     def unpack(self, read: Read) -> QuantizedWeight:
-        """See `StoredIntegers`."""
+        """See `StoredWeight`."""
         parts = {part.removeprefix(self.name): read(part) for part in self.parts}
         return (_unpack_with_zeros if self.has_zeros else unpack)(self.name, parts, self.scheme)
 
 
-def find_compressed(names: Collection[str], config: Mapping[str, Any]) -> dict[str, CompressedWeight]:
-    """Every weight that is stored as packed integers, by its name.
+def find_compressed(headers: Headers, config: Mapping[str, Any]) -> dict[str, StoredWeight]:
+    """Every weight that is stored quantised, by its name.
 
     Raises:
         CheckpointError: the config is not supported, or a weight lacks a part or has one too many.
     """
-    modules = (name.removesuffix(PACKED).removesuffix(".weight") for name in names if name.endswith(PACKED))
-    schemes = PackedSchemes(config, modules)
-    found: dict[str, CompressedWeight] = {}
-    for name in names:
-        weight = name.removesuffix(PACKED)
-        if weight == name:
-            continue
-        for part in (SCALE, SHAPE):
-            if weight + part not in names:
-                raise CheckpointError(f"packed weight {name} has no {weight}{part} beside it: download it again")
+    packed = [name.removesuffix(PACKED) for name in headers if name.endswith(PACKED)]
+    coded = [name for name in headers if name.endswith(".weight") and headers[name][1] in _CODED]
+    schemes = PackedSchemes(config, (name.removesuffix(".weight") for name in (*packed, *coded)))
+    found: dict[str, StoredWeight] = {}
+    for name in (*packed, *coded):
+        module = name.removesuffix(".weight")
+        scheme = schemes.of(module)
+        others = activation_parts(headers, module)
         for part in _REFUSED_PARTS:
-            if weight + part in names:
-                raise CheckpointError(f"{weight}{part} says that {weight} is quantised in a way that is not supported")
-        scheme, has_zeros = schemes.of(weight.removesuffix(".weight")), weight + _ZEROS in names
-        if not scheme.symmetric and not has_zeros:
-            raise CheckpointError(
-                f"quantization_config says that {weight} has zero points, and the checkpoint has no {weight}{_ZEROS}: "
-                "download it again"
-            )
-        found[weight] = CompressedWeight(weight, scheme, has_zeros)
+            if name + part in headers:
+                raise CheckpointError(f"{name}{part} says that {name} is quantised in a way that is not supported")
+        if name in coded:
+            require_parts([name + SCALE], headers)
+            zeros = name + _ZEROS if name + _ZEROS in headers else None
+            blocks = Blocks(scheme.rows, scheme.group)
+            found[name] = ScaledCodes(name, name + SCALE, blocks, _CODED[headers[name][1]], zeros, others)
+        elif scheme.format is FP4:
+            whole = name + _WHOLE if scheme.group == NVFP4_GROUP else None
+            stored = FourBitFloats(name + PACKED, name + SCALE, whole, divides=True, others=others)
+            require_parts(stored.parts, headers)
+            found[name] = stored
+        else:
+            found[name] = _packed_integers(headers, name, scheme)
     return found
+
+
+def _packed_integers(headers: Headers, weight: str, scheme: WeightScheme) -> CompressedWeight:
+    for part in (SCALE, SHAPE):
+        if weight + part not in headers:
+            raise CheckpointError(f"packed weight {weight}{PACKED} has no {weight}{part} beside it: download it again")
+    if weight + _WHOLE in headers:
+        raise CheckpointError(f"{weight}{_WHOLE} says that {weight} is quantised in a way that is not supported")
+    has_zeros = weight + _ZEROS in headers
+    if not scheme.symmetric and not has_zeros:
+        raise CheckpointError(
+            f"quantization_config says that {weight} has zero points, and the checkpoint has no {weight}{_ZEROS}: "
+            "download it again"
+        )
+    return CompressedWeight(weight, scheme, has_zeros)
 
 
 def packed_layout(shape: tuple[int, int], scheme: WeightScheme) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:

@@ -10,10 +10,14 @@ import torch
 from torch import Tensor
 
 from latentkv.errors import CheckpointError
-from latentkv.weights.files.dtypes import StoredDtype
+from latentkv.weights.files.dtypes import STORED, StoredDtype
+from latentkv.weights.files.scaled_codes import Blocks, ScaledCodes
+from latentkv.weights.files.stored_weight import Headers
 
 SCALE_SUFFIXES = ("_scale_inv", "_activation_scale", ".activation_scale")
 """What scales are called beside their weight. Activation scales serve float8 arithmetic and are not needed here."""
+
+_SCALE, _KEPT = "_scale_inv", "F8_E4M3"
 
 BlockSize = tuple[int, int] | None
 """Rows and columns that share a scale; None: the whole matrix shares one."""
@@ -83,6 +87,24 @@ class Float8Scheme:
             columns_scale = scale[..., index : index + 1, :].repeat_interleave(block_columns, dim=-1)[..., :columns]
             target[..., block, :] = source[..., block, :].to(torch.float32) * columns_scale
         return result
+
+
+def find_float8(headers: Headers, scheme: Float8Scheme) -> dict[str, ScaledCodes]:
+    """The weights among a checkpoint's float8 tensors that can be kept in 8 bits, by name.
+
+    Others are those without scales that fit, of another kind of float8, or whose blocks are too narrow for kernels.
+    """
+    found: dict[str, ScaledCodes] = {}
+    for name, (shape, dtype) in headers.items():
+        scale = headers.get(f"{name}{_SCALE}")
+        if dtype != _KEPT or scale is None or len(shape) < 2 or 0 in shape:
+            continue
+        rows, columns = scheme.block_size or (None, None)
+        whole = columns is None or columns % 8 == 0 or columns >= shape[-1]
+        if whole and scheme.fits(shape, scale[0]) and scheme.why_no_scale(f"{name}{_SCALE}", STORED[scale[1]]) is None:
+            blocks = Blocks(rows, columns)
+            found[name] = ScaledCodes(name, f"{name}{_SCALE}", blocks, STORED[dtype].shown)
+    return found
 
 
 def read_float8_scheme(quantization: Mapping[str, Any] | None) -> Float8Scheme:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from latentkv.errors import CheckpointError
-from latentkv.weights.files.stored_integers import (
+from latentkv.weights.files.stored_weight import (
     Read,
     ShapeOf,
     affine,
@@ -72,7 +72,7 @@ class GPTQScheme:
 
 @dataclass(frozen=True)
 class GPTQWeight:
-    """See `StoredIntegers`.
+    """See `StoredWeight`.
 
     Attributes:
         module: whose weight it is.
@@ -85,18 +85,23 @@ class GPTQWeight:
     has_order: bool
 
     @property
+    def rounded(self) -> bool:
+        """See `StoredWeight`."""
+        return True
+
+    @property
     def parts(self) -> tuple[str, ...]:
-        """See `StoredIntegers`."""
+        """See `StoredWeight`."""
         names = ["qweight", "qzeros", "scales", *(["g_idx"] if self.has_order else [])]
         return tuple(f"{self.module}.{name}" for name in names)
 
     @property
     def shown(self) -> str:
-        """See `StoredIntegers`."""
+        """See `StoredWeight`."""
         return f"GPTQ int{self.scheme.bits}"
 
     def shape(self, shape_of: ShapeOf, read: Read) -> tuple[int, ...]:
-        """See `StoredIntegers`."""
+        """See `StoredWeight`."""
         codes, zeros, scales = (shape_of(part) for part in self.parts[:3])
         per_word = 32 // self.scheme.bits
         if len(codes) != 2 or 0 in codes:
@@ -111,7 +116,7 @@ class GPTQWeight:
         return outputs, inputs
 
     def unpack(self, read: Read) -> QuantizedWeight:
-        """See `StoredIntegers`."""
+        """See `StoredWeight`."""
         qweight, qzeros, scales = (read(part) for part in self.parts[:3])
         found = dict(zip(self.parts, (qweight, qzeros, scales), strict=False))
         outputs, inputs = self.shape(lambda part: tuple(found[part].shape), read)

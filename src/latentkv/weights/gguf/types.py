@@ -39,6 +39,11 @@ class TensorType:
     coded: Callable[[Tensor], CodedBlocks] | None = None
 
     @property
+    def is_kept(self) -> bool:
+        """Whether memory holds the numbers at about the width that the file gives them."""
+        return self.coded is not None or self.weights == 1
+
+    @property
     def bits_per_weight(self) -> float:
         """Bits of a weight, its share of the block's scales included."""
         return self.nbytes * 8 / self.weights

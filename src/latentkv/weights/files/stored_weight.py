@@ -1,4 +1,4 @@
-"""`StoredIntegers`: how files hold one weight as integers, whatever tool wrote them."""
+"""`StoredWeight`: how files hold one quantised weight, whatever tool wrote them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,14 @@ ShapeOf = Callable[[str], tuple[int, ...]]
 """Gives a stored tensor's shape by its name, from its file's header."""
 
 
-class StoredIntegers(Protocol):
+Headers = Mapping[str, tuple[tuple[int, ...], str]]
+"""Shape and dtype of every stored tensor, the dtype as safetensors calls it."""
+
+# What low-precision arithmetic needs beside a module's weight; here activations are computed as they are.
+_OF_ACTIVATIONS = ("input_scale", "input_zero_point", "input_global_scale", "output_scale", "output_zero_point")
+
+
+class StoredWeight(Protocol):
     """One weight [O, D] in several stored tensors."""
 
     @property
@@ -30,6 +37,11 @@ class StoredIntegers(Protocol):
     @property
     def shown(self) -> str:
         """How it is stored, for people."""
+        ...
+
+    @property
+    def rounded(self) -> bool:
+        """Whether a tool made it of a published weight."""
         ...
 
     def shape(self, shape_of: ShapeOf, read: Read) -> tuple[int, ...]:
@@ -82,6 +94,11 @@ def affine(name: str, codes: Tensor, zeros: Tensor, scales: Tensor, bits: int, g
     exact = scales.float()
     form = of_integers(bits, minima=True)
     return QuantizedWeight(codes.to(torch.int8), exact.contiguous(), form, group, -(exact * zeros))
+
+
+def activation_parts(headers: Collection[str], module: str) -> tuple[str, ...]:
+    """Names of a module's tensors that serve arithmetic with quantised activations."""
+    return tuple(name for part in _OF_ACTIVATIONS if (name := f"{module}.{part}") in headers)
 
 
 def require_parts(parts: Collection[str], names: Collection[str]) -> None:
