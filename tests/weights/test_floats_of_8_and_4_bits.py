@@ -4,6 +4,7 @@ kept at their width."""
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,17 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from latentkv.bench.step_work import weight_format
 from latentkv.checkpoint import CheckpointReader
 from latentkv.errors import CheckpointError
+from latentkv.models.config_reader import read_config
+from latentkv.models.loading import load_model
+from latentkv.models.packing import Packing
+from latentkv.plan import stored_weights
+from latentkv.plan.parameters import checkpoint_dtype, weight_bytes
 from latentkv.weights.formats import FP4, FP8, INT8, CodeFormat
 from latentkv.weights.layout import pack_weight, unpack_weight
+from stored_models import MLA, write_model
 
 NAME = "model.layers.0.mlp.up_proj"
 _WRITTEN = {"quant_method": "compressed-tensors", "quantization_status": "compressed"}
@@ -262,6 +270,69 @@ def test_modelopt_weights_whose_inputs_are_scaled_too_are_refused(tmp_path: Path
     }
     with pytest.raises(CheckpointError, match="pre_quant_scale says that the inputs"):
         saved(tmp_path, tensors, {"quant_method": "modelopt", "quant_algo": "NVFP4"})
+
+
+def as_float8(weight: Tensor) -> dict[str, Tensor]:
+    scales = torch.full((-(-weight.shape[0] // 32), -(-weight.shape[1] // 32)), float(weight.abs().max()) / 448)
+    return {"": (weight / scales[0, 0]).to(torch.float8_e4m3fn), "_scale_inv": scales}
+
+
+def as_nvfp4(weight: Tensor) -> dict[str, Tensor]:
+    codes = (weight[..., None] / 0.25 - E2M1).abs().argmin(-1).to(torch.uint8)
+    scales = torch.ones(len(weight), -(-weight.shape[1] // 16)).to(torch.float8_e4m3fn)
+    return {"": codes[:, 0::2] | codes[:, 1::2] << 4, "_scale": scales, "_scale_2": torch.tensor(0.25)}
+
+
+def as_int8(weight: Tensor) -> dict[str, Tensor]:
+    scales = weight.abs().amax(-1, keepdim=True) / 127
+    return {"": (weight / scales).round().to(torch.int8), "_scale": scales}
+
+
+W8A8 = {
+    **_WRITTEN,
+    "format": "int-quantized",
+    "config_groups": {
+        "group_0": {
+            "targets": ["Linear"],
+            "weights": {"num_bits": 8, "type": "int", "strategy": "channel", "symmetric": True, "dynamic": False},
+            "input_activations": {"num_bits": 8, "type": "int", "strategy": "token", "dynamic": True},
+        }
+    },
+}
+WHOLE: dict[str, tuple[Callable[[Tensor], dict[str, Tensor]], dict[str, Any], str]] = {
+    "DeepSeek's float8": (as_float8, {"quant_method": "fp8", "weight_block_size": [32, 32]}, "fp8"),
+    "ModelOpt's NVFP4": (as_nvfp4, {"quant_method": "modelopt", "quant_algo": "NVFP4"}, "fp4"),
+    "W8A8": (as_int8, W8A8, "int8"),
+}
+
+
+@pytest.mark.parametrize("kind", WHOLE)
+def test_a_model_keeps_its_width_and_gives_the_logits_of_its_weights(tmp_path: Path, kind: str) -> None:
+    stored_as, quantization, form = WHOLE[kind]
+    shape = {"hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 32, "num_nextn_predict_layers": 0}
+    source, tensors = write_model(tmp_path / "source", MLA | shape), {}
+    before = CheckpointReader(source)
+    for name in before.names:
+        weight = before.read(name)
+        linear = "_proj.weight" in name or "_proj_with_mqa.weight" in name
+        tensors |= {name + part: it for part, it in stored_as(weight).items()} if linear else {name: weight}
+    (tmp_path / "copy").mkdir()
+    config = json.loads((source / "config.json").read_text()) | {"quantization_config": quantization}
+    (tmp_path / "copy" / "config.json").write_text(json.dumps(config))
+    save_file(tensors, tmp_path / "copy" / "model.safetensors")
+    read = read_config(tmp_path / "copy")
+    assert checkpoint_dtype(read) == form and weight_bytes(read, form) > 0
+    counted = stored_weights(str(tmp_path / "copy"), read)
+    assert counted is None or counted.nbytes == sum(tensor.nbytes for tensor in tensors.values())
+    tokens = torch.randint(3, 60, (1, 20))
+    with torch.inference_mode():
+        plain, packed = (
+            load_model(tmp_path / "copy", dtype=torch.float32, packing=packing) for packing in (None, Packing())
+        )
+        expected, found = (model.logits(model.forward_train(tokens)[0]) for model in (plain, packed))
+    # The parts of kv_b_proj are multiplied apart, as bfloat16: of a product with float8 weights, 2^-9 is lost.
+    assert (found - expected).abs().max() < 5e-3 * expected.abs().max()
+    assert weight_format(packed) == form
 
 
 def test_an_expert_of_kimi_k2_thinkings_shape_in_its_own_int4_is_read_bit_for_bit(tmp_path: Path) -> None:

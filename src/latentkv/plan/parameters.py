@@ -12,23 +12,26 @@ from typing import Any, Literal
 
 import torch
 
+from latentkv.checkpoint.quantization import quantization_method
 from latentkv.checkpoint.shard import entry_bytes
 from latentkv.checkpoint.wrapper import outermost
 from latentkv.errors import ConfigError
 from latentkv.models.config import GQAConfig, MLAConfig, ModelConfig, MoEConfig
 from latentkv.models.stored_config import stored_dtype
-from latentkv.weights.files import awq, gptq
+from latentkv.weights.files import awq, gptq, modelopt
 from latentkv.weights.files.compressed_config import METHOD, PackedSchemes
 from latentkv.weights.files.compressed_tensors import packed_layout
 from latentkv.weights.files.deepseek_fp8 import read_float8_scheme
-from latentkv.weights.formats import INT4, INT8, ROUNDED_TO, CodeFormat
+from latentkv.weights.files.four_bit_floats import NVFP4_GROUP
+from latentkv.weights.formats import FP4, FP8, INT4, INT8, ROUNDED_TO, CodeFormat
 from latentkv.weights.policy import choose_scheme
 
 Kind = Literal[
     "embedding", "attention", "dense mlp", "shared experts", "routed experts", "router", "norm", "lm head", "mtp"
 ]
 _FLOAT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
-WEIGHT_DTYPES = (*_FLOAT_BYTES, "fp8", *ROUNDED_TO)
+WEIGHT_DTYPES = (*_FLOAT_BYTES, FP8.name, FP4.name, *ROUNDED_TO)
+_ALL = 2**62  # outputs or inputs: more than there are
 _TORCH_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
@@ -94,9 +97,12 @@ def checkpoint_dtype(config: ModelConfig) -> str:
     if schemes := _packed_schemes(config, ()):
         return schemes.asked.format.name
     quantization = _quantization(config)
-    if quantization.get("quant_method") in (gptq.METHOD, awq.METHOD):
+    method = quantization_method(quantization)
+    if method in (gptq.METHOD, awq.METHOD):
         return (INT8 if quantization.get("bits") == 8 else INT4).name
-    return "fp8" if _fp8_block(config) else _TORCH_NAMES[stored_dtype(config)]
+    if method == modelopt.METHOD and "FP4" in (modelopt.algorithm_of(quantization) or ""):
+        return FP4.name
+    return FP8.name if _fp8_block(config) else _TORCH_NAMES[stored_dtype(config)]
 
 
 def weight_bytes(config: ModelConfig, dtype: str) -> int:
@@ -106,6 +112,7 @@ def weight_bytes(config: ModelConfig, dtype: str) -> int:
         config: the model.
         dtype: fp32, bf16 or fp16; fp8: linear layers as e4m3 with one float32 scale a block (128 x 128 unless the
             checkpoint says otherwise) and everything else bf16, as DeepSeek-V3 is published (arXiv 2412.19437, 3.3);
+            fp4: linear layers as E2M1 with a scale of one byte for 16 weights (32 where the checkpoint says so);
             int8 or int4: what `latentkv quantize` stores, in groups of the checkpoint's size if it is of this format.
 
     Raises:
@@ -123,7 +130,11 @@ def _tensor_bytes(group: TensorGroup, dtype: str, config: ModelConfig, stored: P
         return 4 * group.numel
     if dtype in _FLOAT_BYTES:
         return _FLOAT_BYTES[dtype] * group.numel
-    return _fp8_bytes(group, config) if dtype == "fp8" else _packed_bytes(group, ROUNDED_TO[dtype], stored)
+    if dtype == FP8.name:
+        return _fp8_bytes(group, config)
+    if dtype == FP4.name:
+        return _fp4_bytes(group, config)
+    return _packed_bytes(group, ROUNDED_TO[dtype], stored)
 
 
 def _fp8_bytes(group: TensorGroup, config: ModelConfig) -> int:
@@ -132,6 +143,15 @@ def _fp8_bytes(group: TensorGroup, config: ModelConfig) -> int:
     rows, columns = group.shape
     block = _fp8_block(config) or (128, 128)
     return group.numel + 4 * math.ceil(rows / block[0]) * math.ceil(columns / block[1])
+
+
+def _fp4_bytes(group: TensorGroup, config: ModelConfig) -> int:
+    schemes = _packed_schemes(config, [group])
+    if not group.linear or (schemes and schemes.ignores(_module(group))):
+        return 2 * group.numel
+    shared = (schemes.asked.group if schemes else None) or NVFP4_GROUP
+    rows, columns = group.shape
+    return group.numel // 2 + rows * math.ceil(columns / shared)
 
 
 def _packed_bytes(group: TensorGroup, fmt: CodeFormat, stored: PackedSchemes | None) -> int:
@@ -151,8 +171,14 @@ def _quantization(config: ModelConfig) -> Mapping[str, Any]:
 def _fp8_block(config: ModelConfig) -> tuple[int, int] | None:
     """Rows and columns that share a scale; None if weights are not fp8."""
     quantization = _quantization(config)
-    if not quantization or quantization.get("quant_method") in (METHOD, gptq.METHOD, awq.METHOD):
+    method = quantization_method(quantization)
+    if schemes := _packed_schemes(config, ()):
+        asked = schemes.asked
+        return (asked.rows or _ALL, asked.group or _ALL) if asked.format is FP8 else None
+    if not quantization or method in (gptq.METHOD, awq.METHOD):
         return None
+    if method == modelopt.METHOD:
+        return 1, _ALL
     return read_float8_scheme(quantization).block_size or (128, 128)
 
 

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.resources import files
+from typing import Any
 
 from latentkv.checkpoint.gguf.tensors import is_gguf
 from latentkv.checkpoint.locate import holds_weights
 from latentkv.checkpoint.names import layer_of
+from latentkv.checkpoint.quantization import quantization_method, quantization_of
 from latentkv.checkpoint.source import resolve_config
 from latentkv.checkpoint.tensors import open_tensors
-from latentkv.checkpoint.wrapper import outermost
 from latentkv.errors import ConfigError
 from latentkv.models.config import ModelConfig
 from latentkv.models.config_reader import read_config
 from latentkv.models.stored_config import open_checkpoint
-from latentkv.weights.files import awq, gptq
+from latentkv.weights.files import awq, compressed_config, gptq, modelopt
+from latentkv.weights.formats import ROUNDED_TO
 
 _PUBLISHED = files("latentkv.plan") / "published"
 
@@ -62,7 +65,7 @@ class StoredWeights:
 
 
 def stored_weights(model: str, config: ModelConfig) -> StoredWeights | None:
-    """What a GGUF file, or a GPTQ's or AWQ's copy, holds; None for all others, of which their config says it.
+    """What a GGUF file, or a copy quantised by another tool, holds; None for all others, of which their config says it.
 
     Args:
         model: as `load_config` takes it.
@@ -75,8 +78,7 @@ def stored_weights(model: str, config: ModelConfig) -> StoredWeights | None:
     if model.lower() in BUILT_IN:
         return None
     path = resolve_config(model)
-    method = (outermost(config.source, "quantization_config") or {}).get("quant_method")
-    is_copy = method in (gptq.METHOD, awq.METHOD) and path.is_dir() and holds_weights(path)
+    is_copy = path.is_dir() and holds_weights(path) and _is_foreign(quantization_of(path, config.source))
     if not is_gguf(path) and not is_copy:
         return None
     tensors, sizes = open_tensors(path), Counter[str]()
@@ -85,3 +87,11 @@ def stored_weights(model: str, config: ModelConfig) -> StoredWeights | None:
         if layer is None or layer < config.num_layers:
             sizes[tensors.shown_dtype(name)] += tensors.nbytes(name)
     return StoredWeights(", ".join(kind for kind, _ in sizes.most_common()), sizes.total())
+
+
+def _is_foreign(quantization: Mapping[str, Any] | None) -> bool:
+    """Whether weights are quantised otherwise than `latentkv quantize` or DeepSeek does it."""
+    method = quantization_method(quantization)
+    if method == compressed_config.METHOD and quantization is not None:
+        return compressed_config.PackedSchemes(quantization, ()).asked.format not in ROUNDED_TO.values()
+    return method in (gptq.METHOD, awq.METHOD, modelopt.METHOD)
