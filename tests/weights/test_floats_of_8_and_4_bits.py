@@ -255,6 +255,14 @@ def test_parts_that_do_not_fit_together_are_named(tmp_path: Path, fault: str) ->
         reader.read(f"{NAME}.weight")
 
 
+def test_scales_of_a_cache_are_no_tensors_of_the_model(tmp_path: Path) -> None:
+    parts, _ = modelopt_parts("FP8")
+    tensors = {f"{NAME}.{part}": tensor for part, tensor in parts.items()}
+    tensors |= {f"model.layers.0.self_attn.{it}_proj.{it}_scale": torch.tensor(1.5) for it in "kv"}
+    reader = saved(tmp_path, tensors, {"quant_method": "modelopt", "quant_algo": "FP8", "kv_cache_quant_algo": "FP8"})
+    assert reader.names == (f"{NAME}.weight",)
+
+
 def test_zero_points_that_are_zero_change_nothing(tmp_path: Path) -> None:
     parts, expected, config = by_library(*LAYOUTS["int8 by channels"][:2])
     parts["weight_zero_point"] = torch.zeros(40, 1, dtype=torch.int8)

@@ -26,6 +26,9 @@ from latentkv.weights.weight import QuantizedWeight
 # A file's pages stay in this process's memory as long as it is mapped: it is opened anew after this many bytes.
 _MAX_MAPPED_BYTES = 256 * 2**20
 
+# Of a KV cache in low precision; this one has scales of its own.
+_CACHE_SCALES = (".k_scale", ".v_scale")
+
 # By the method that a config names: what finds the weights that are stored quantised.
 _FINDERS: Mapping[str, Callable[[Headers, Mapping[str, Any]], Mapping[str, StoredWeight]]] = {
     compressed_config.METHOD: find_compressed,
@@ -234,7 +237,7 @@ class CheckpointReader:
 
     def _belongs_to_weight(self, name: str) -> bool:
         """Whether a stored tensor is a scale or another part of a quantised weight."""
-        if name in self._parts:
+        if name in self._parts or (self._quantization and name.endswith(_CACHE_SCALES)):
             return True
         for suffix in SCALE_SUFFIXES:
             base = name.removesuffix(suffix)
