@@ -80,10 +80,12 @@ class Files:
             "mla": write_model(root / "mla", MLA),
             "gqa": write_model(root / "gqa", GQA),
             "packed": root / "packed",
+            "floats": root / "floats",
         }
         shutil.copytree(self.models["gqa"], root / "wide")
         write_model(root / "wide", GQA | {"hidden_size": 64, "intermediate_size": 64})
         quantize_checkpoint(root / "wide", root / "packed", "int8")
+        _as_float8(root / "wide", root / "floats")
         published = MLA | {"rope_theta": 1e4, "rms_norm_eps": 1e-6, "norm_topk_prob": True, "rope_scaling": None}
         source = write_model(root / "published", published | {"routed_scaling_factor": 1.0, "q_lora_rank": None})
         (root / "gguf").mkdir()
@@ -102,6 +104,26 @@ class Files:
         copy = self.root / f"case-{self._number}"
         shutil.copytree(folder, copy)
         return copy
+
+
+def _as_float8(source: Path, target: Path) -> None:
+    """A copy as compressed-tensors stores float8 by channels."""
+    shutil.copytree(source, target)
+    path, tensors = next(target.glob("*.safetensors")), {}
+    for name, weight in load_file(path).items():
+        scale = weight.abs().amax(-1, keepdim=True) / 448
+        coded = {name: (weight / scale).to(torch.float8_e4m3fn), f"{name}_scale": scale}
+        tensors |= coded if "_proj.weight" in name else {name: weight}
+    save_file(tensors, path)
+    weights = {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True}
+    quantization = {
+        "quant_method": "compressed-tensors",
+        "format": "float-quantized",
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+        "ignore": ["lm_head"],
+    }
+    config = json.loads((target / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
 
 
 def tokens_of(folder: Path, **options: Any) -> list[int]:
@@ -186,17 +208,18 @@ def fuzz_generation_config(random: Random, files: Files) -> None:
 
 
 def fuzz_quantization_config(random: Random, files: Files) -> None:
-    folder = files.fresh(files.models["packed"])
+    kind = random.choice(("packed", "floats"))
+    folder = files.fresh(files.models[kind])
     path = folder / "config.json"
     config = json.loads(path.read_text())
     changed = damaged_json(random, config["quantization_config"])
     path.write_bytes(json.dumps(config | {"quantization_config": 0}).encode()[:-2] + changed + b"}")
-    found = tokens_of(folder)
-    assert found == files.tokens["packed"]
+    assert tokens_of(folder) == files.tokens[kind]
 
 
 def fuzz_packed_tensors(random: Random, files: Files) -> None:
-    folder = files.fresh(files.models["packed"])
+    kind = random.choice(("packed", "floats"))
+    folder = files.fresh(files.models[kind])
     path = next(folder.glob("*.safetensors"))
     tensors = load_file(path)
     name = random.choice([name for name in tensors if name.endswith(("_packed", "_scale", "_shape"))])
@@ -212,7 +235,7 @@ def fuzz_packed_tensors(random: Random, files: Files) -> None:
     else:
         tensors[random.choice((name + "x", name.replace("_packed", "_zero_point")))] = tensors.pop(name)
     save_file(tensors, path)
-    assert tokens_of(folder) == files.tokens["packed"]
+    assert tokens_of(folder) == files.tokens[kind]
 
 
 def fuzz_tokenizer(random: Random, files: Files) -> None:
