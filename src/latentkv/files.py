@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import errno
 import json
+import mmap
 import os
 import stat
+import sys
 from collections.abc import Callable
 from pathlib import Path
+
+_NORESERVE = 0x4000
+"""Linux's MAP_NORESERVE, which Python's mmap names from 3.13 on."""
 
 
 def read_bytes(path: Path, error: type[Exception], most_bytes: int) -> bytes:
@@ -83,3 +88,16 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def map_copy_on_write(descriptor: int) -> mmap.mmap:
+    """A whole file, which is not empty. Torch takes only memory that may be written to; what is written stays in this
+    process.
+
+    Raises:
+        OSError: it cannot be mapped.
+    """
+    if sys.platform != "linux":
+        return mmap.mmap(descriptor, 0, access=mmap.ACCESS_COPY)
+    # Nothing is written, so no memory need be promised: the file may be larger than all there is.
+    return mmap.mmap(descriptor, 0, mmap.MAP_PRIVATE | _NORESERVE, mmap.PROT_READ | mmap.PROT_WRITE)

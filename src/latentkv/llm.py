@@ -24,7 +24,7 @@ from latentkv.completion import Completion, Piece, TextOutput, best_of, join_pie
 from latentkv.engine import Constraint, Engine, Request, SamplingParams, Structure
 from latentkv.engine.adaptive import AdaptiveDrafter
 from latentkv.engine.drafts import Drafter, NGramDrafter
-from latentkv.engine.memory import default_cache_bytes, free_memory
+from latentkv.engine.memory import beside_weights, default_cache_bytes, free_memory
 from latentkv.engine.mtp import MTPDrafter
 from latentkv.engine.request import validate_token_ids
 from latentkv.engine.scheduler import MAX_RUNNING
@@ -42,11 +42,13 @@ from latentkv.llm_options import (
     end_ids,
     kv_format,
     named_end_ids,
+    open_packed_folder,
     require_int8_products,
     tokenizer_of,
 )
 from latentkv.models.config import ModelConfig
 from latentkv.models.fingerprint import model_fingerprint
+from latentkv.models.kept import load_kept
 from latentkv.models.loading import load_model
 from latentkv.models.mla import MultiHeadLatentAttention
 from latentkv.models.packing import choose_packing
@@ -117,6 +119,9 @@ class LLM:
         cache_dir: a folder where the state of prompts is kept beyond memory and beyond this process, as
             docs/offload.md tells; None keeps it in memory alone. It holds what was prompted: keep it private.
         cache_dir_bytes: that the files in it may take.
+        packed_dir: a folder where packed weights are kept for the next start, which then maps them, as docs/start.md
+            tells; "auto" is `~/.cache/latentkv/packed` or what LATENTKV_PACKED_DIR names; None keeps none.
+        packed_dir_bytes: that the files in it may take; None is half of what is free on its disk and theirs already.
 
     Attributes:
         folder: where the model was read from.
@@ -128,12 +133,13 @@ class LLM:
         engine: what requests go through; `thread` alone may use it while there are any.
         thread: where the model was loaded and is run.
         store: what `cache_dir` holds, if there is one.
+        packed_file: what the weights are mapped from, if they are.
 
     Raises:
         ConfigError: there is no such model, or it cannot be run as asked.
         CheckpointError: its weights are missing or damaged.
         TokenizerError: its tokenizer cannot be read or does not match it.
-        CacheError: the cache does not fit, or `cache_dir` cannot be used.
+        CacheError: the cache does not fit, or `cache_dir` or `packed_dir` cannot be used.
     """
 
     def __init__(
@@ -153,6 +159,8 @@ class LLM:
         step_seconds: float | None = None,
         cache_dir: str | Path | None = None,
         cache_dir_bytes: int = CACHE_DIR_BYTES,
+        packed_dir: str | Path | None = "auto",
+        packed_dir_bytes: int | None = None,
     ) -> None:
         worker = Worker()
         weakref.finalize(self, worker.stop)
@@ -173,6 +181,8 @@ class LLM:
                     step_seconds=step_seconds,
                     cache_dir=cache_dir,
                     cache_dir_bytes=cache_dir_bytes,
+                    packed_dir=packed_dir,
+                    packed_dir_bytes=packed_dir_bytes,
                 )
             )
         except BaseException:
@@ -198,10 +208,12 @@ class LLM:
         step_seconds: float | None,
         cache_dir: str | Path | None,
         cache_dir_bytes: int,
+        packed_dir: str | Path | None,
+        packed_dir_bytes: int | None,
     ) -> None:
         folder = None if cache_dir is None else StoreFolder(Path(cache_dir).expanduser())
         self.folder = embedded_model() if model is None else resolve_model(model)
-        config, _ = open_checkpoint(self.folder)
+        config, reader = open_checkpoint(self.folder)
         if int8_products:
             require_int8_products(config, kv_dtype, device)
         if int8_products and speculate:
@@ -209,8 +221,17 @@ class LLM:
         self.max_context = context_of(max_context, config)
         self.tokenizer = tokenizer_of(self.folder, config)
         packing = choose_packing(weights, weights_dtype or stored_dtype(config), device)
-        self.decoder = load_model(
-            self.folder, dtype=weights_dtype, device=device, max_context=self.max_context, packing=packing
+        kept = None
+        packed_folder = open_packed_folder(packed_dir, packed_dir_bytes)
+        if packing is not None and packed_folder is not None:
+            kept = load_kept(config, reader, packed_folder, packing, dtype=weights_dtype, max_context=self.max_context)
+        self.packed_file = kept and kept[1]
+        self.decoder = (
+            kept[0]
+            if kept
+            else load_model(
+                self.folder, dtype=weights_dtype, device=device, max_context=self.max_context, packing=packing
+            )
         )
         self.config: ModelConfig = self.decoder.config
         if int8_products:
@@ -219,8 +240,11 @@ class LLM:
                     module.int8_products = True
         by_mtp = drafts_by_mtp(draft, self.decoder) and speculate > 0
         planes = self.config.planes(kv_format(kv_dtype, self.decoder.dtype), num_mtp_layers=int(by_mtp))
+        free = free_memory(device)
+        if self.packed_file:
+            free = beside_weights(free, self.packed_file.nbytes, self.folder)
         if kv_cache_bytes is None:
-            kv_cache_bytes = default_cache_bytes(planes, self.max_context, free_memory(device))
+            kv_cache_bytes = default_cache_bytes(planes, self.max_context, free)
         self.cache = LatentCache.sized(planes, kv_cache_bytes, device=device)
         drafters: list[Drafter] = [] if draft == "mtp" else [NGramDrafter()]
         if by_mtp:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, cast, get_args
@@ -9,11 +11,17 @@ from typing import Literal, cast, get_args
 import torch
 
 from latentkv.cache import KVFormat
-from latentkv.errors import ConfigError
+from latentkv.errors import CacheError, ConfigError
 from latentkv.models.config import MLAConfig, ModelConfig
 from latentkv.models.decoder import Decoder
 from latentkv.ops.backends import why_no_int8_products
 from latentkv.text import Tokenizer, has_tokenizer, load_tokenizer, require_match
+from latentkv.weights.packed_folder import PackedFolder
+
+logger = logging.getLogger("latentkv")
+
+PACKED_DIR_VARIABLE = "LATENTKV_PACKED_DIR"
+"""Names the folder of packed weights; set to nothing, there is none."""
 
 Draft = Literal["auto", "ngram", "mtp"]
 
@@ -59,6 +67,44 @@ def end_ids(config: ModelConfig, tokenizer: Tokenizer | None) -> frozenset[int]:
 def named_end_ids(config: ModelConfig, tokenizer: Tokenizer | None) -> frozenset[int]:
     """The tokens that the files of a model and its tokenizer say to end a text."""
     return frozenset(config.eos_token_ids) | (frozenset() if tokenizer is None else tokenizer.eos_ids)
+
+
+def default_packed_dir() -> Path | None:
+    """Where packed weights are kept unless somebody says where; None: nowhere."""
+    named = os.environ.get(PACKED_DIR_VARIABLE)
+    if named is not None:
+        return Path(named).expanduser() if named else None
+    cache = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    try:
+        return (cache if cache.is_absolute() else Path.home() / ".cache") / "latentkv" / "packed"
+    except RuntimeError:  # a user without a home
+        return None
+
+
+def open_packed_folder(asked: str | Path | None, max_bytes: int | None) -> PackedFolder | None:
+    """The folder where packed weights are kept; None: none is asked for, or the default one cannot be used.
+
+    Raises:
+        CacheError: the folder that was asked for cannot be used.
+        ConfigError: `max_bytes` is no number of bytes.
+    """
+    if max_bytes is not None and (type(max_bytes) is not int or max_bytes < 1):
+        raise ConfigError(f"packed_dir_bytes={max_bytes!r} is no number of bytes: give 1 or more, or packed_dir=None.")
+    path = default_packed_dir() if asked == "auto" else None if asked is None else Path(asked).expanduser()
+    if path is None:
+        return None
+    try:
+        return PackedFolder(path, max_bytes)
+    except (OSError, CacheError) as error:
+        reason = (
+            error
+            if isinstance(error, CacheError)
+            else (f"packed_dir={str(path)!r} cannot be used ({error.strerror}): name a folder that can be written.")
+        )
+        if asked != "auto":
+            raise CacheError(str(reason)) from error
+        logger.warning("No packed weights are kept for the next start: %s", reason)
+        return None
 
 
 def context_of(asked: int | None, config: ModelConfig) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +10,8 @@ from pathlib import Path
 import torch
 
 from latentkv.cache import PAGE_SIZE, Plane
+
+logger = logging.getLogger("latentkv.engine")
 
 _MEMINFO = Path("/proc/meminfo")
 _CGROUP = Path("/sys/fs/cgroup")
@@ -22,6 +25,26 @@ def free_memory(device: torch.device | str = "cpu") -> int:
     free = _available()
     limit, used = _read_int(_CGROUP / "memory.max"), _read_int(_CGROUP / "memory.current")
     return free if limit is None or used is None else max(0, min(free, limit - used + _file_cache()))
+
+
+def beside_weights(free: int, weights: int, model: Path) -> int:
+    """What is left of `free` bytes once mapped weights are in memory, an eighth at least; a warning where they do not
+    fit, since then parts of them are read from their file again and again.
+
+    Args:
+        free: what `free_memory` gives before they are; files in memory count as free there.
+        weights: their bytes.
+        model: whose they are.
+    """
+    if weights > free:
+        logger.warning(
+            "The weights of %s take %.1f GiB, %.1f GiB more than the memory that is free: the rest is read from its "
+            "file again at every step, at the disk's speed. Free memory, or quantise the weights (--weights int4).",
+            model,
+            weights / 2**30,
+            (weights - free) / 2**30,
+        )
+    return max(free - weights, free // 8)
 
 
 def default_cache_bytes(planes: Sequence[Plane], max_context: int, free: int) -> int:

@@ -14,6 +14,7 @@ from latentkv.models.packing import Packing
 from latentkv.models.rope import attention_factor, inverse_frequencies
 
 _PACKAGE = Path(__file__).parent.parent
+_COMPUTES = ("checkpoint", "models", "ops", "weights")
 
 
 def model_fingerprint(decoder: Decoder, weights: bytes, *, packing: Packing | None, int8_products: bool) -> bytes:
@@ -37,14 +38,14 @@ def model_fingerprint(decoder: Decoder, weights: bytes, *, packing: Packing | No
         inverse_frequencies(config.rope, max_context=decoder.max_context).numpy().tobytes(),
         repr(attention_factor(config.rope)).encode(),
         repr((torch.__version__, kernels.current_isa())).encode(),
-        _program(),
+        program_digest(),
     )
     return sha256(b"".join(sha256(part).digest() for part in parts)).digest()
 
 
-def _program() -> bytes:
-    """SHA-256 of the code that computes: `models`, `ops` and the kernels."""
-    files = sorted((_PACKAGE / "models").rglob("*.py")) + sorted((_PACKAGE / "ops").rglob("*.py"))
+def program_digest() -> bytes:
+    """SHA-256 of the code that makes a model's weights and computes with them: Python's, and the kernels."""
+    files = [file for part in _COMPUTES for file in sorted((_PACKAGE / part).rglob("*.py"))]
     if kernels.extension is not None:
         files.append(Path(kernels.extension.__file__))
     return sha256(b"".join(sha256(file.read_bytes()).digest() for file in files)).digest()

@@ -17,7 +17,7 @@ from latentkv.errors import CheckpointError, ConfigError
 from latentkv.models.config import ModelConfig
 from latentkv.models.decoder import Decoder
 from latentkv.models.families import FAMILIES
-from latentkv.models.packing import Packer, Packing, pack_module, takes_packed
+from latentkv.models.packing import Packer, PackerOf, Packing, pack_module, takes_packed
 from latentkv.models.stored_config import DTYPE_NAMES, open_checkpoint, stored_dtype
 
 _EMBEDDING = "model.embed_tokens.weight"
@@ -51,21 +51,77 @@ def load_model(
         ConfigError: the config cannot be read or is not supported.
         CheckpointError: weights are missing, unexpected, damaged or misshapen.
     """
-    folder = Path(folder)
-    config, reader = open_checkpoint(folder)
+    config, reader = open_checkpoint(Path(folder))
+    decoder, match = match_decoder(config, reader, dtype=dtype, max_context=max_context)
+    for name, part in decoder.parts():
+        load_part(name, part, match, torch.device(device), packing)
+    if packing is not None:
+        pack_tied_head(decoder, match, packing)
+    return decoder.eval()
+
+
+def match_decoder(
+    config: ModelConfig, reader: Tensors, *, dtype: torch.dtype | None, max_context: int | None
+) -> tuple[Decoder, Match]:
+    """The decoder of a checkpoint without storage, of what its files hold, and where each of its tensors lies there.
+
+    Raises:
+        CheckpointError: as `load_model`, but for damage that only the weights themselves show.
+    """
     _require_tensors(config, reader)
+    decoder = empty_decoder(config, dtype=dtype, max_context=max_context)
+    match = _match(decoder, reader)
+    decoder.drop_mtp_modules(keep=match.mtp_modules)
+    return decoder, match
+
+
+def empty_decoder(config: ModelConfig, *, dtype: torch.dtype | None, max_context: int | None) -> Decoder:
+    """A decoder without storage, of the dtypes that it is loaded in."""
     with torch.device("meta"):
         decoder = Decoder(config, max_context=max_context)
     decoder = decoder.to(dtype or stored_dtype(config))
     decoder.keep_routing_bias_exact()
-    match = _match(decoder, reader)
-    decoder.drop_mtp_modules(keep=match.mtp_modules)
-    for name, part in decoder.parts():
-        _load_part(name, part, match, torch.device(device), packing)
+    return decoder
+
+
+def load_part(
+    name: str,
+    part: nn.Module,
+    match: Match,
+    device: torch.device,
+    packing: Packing | None,
+    packer_of: PackerOf = Packer,
+) -> None:
+    """Fill one of a decoder's parts, and pack it.
+
+    Args:
+        name: the part's, in the decoder.
+        part: without storage.
+        match: where its tensors lie.
+        device: where they go.
+        packing: how to pack them; None: not at all.
+        packer_of: what packs each of its modules.
+
+    Raises:
+        CheckpointError: a tensor cannot be read.
+    """
+    state = {f"{name}.{leaf}": tensor for leaf, tensor in part.state_dict().items()}
+    packed = takes_packed(part)
+    taken = {f"{name}.{leaf}": state[f"{name}.{leaf}"] for leaf in part.state_dict() if packed(leaf)}
+    quantized = {} if packing is None else match.quantized(taken)
+    # Not by `to_empty`, for which torch's compiler would be loaded.
+    storage = {leaf: torch.empty(t.shape, dtype=t.dtype, device=device) for leaf, t in part.state_dict().items()}
+    part.load_state_dict(storage, assign=True)
+    match.fill({f"{name}.{leaf}": t for leaf, t in part.state_dict().items() if f"{name}.{leaf}" not in quantized})
     if packing is not None:
-        embedding = {_EMBEDDING: decoder.get_parameter(_EMBEDDING)} if config.tie_word_embeddings else {}
-        decoder.pack(Packer(packing, decoder, "", match.quantized(embedding)))
-    return decoder.eval()
+        pack_module(part, packing, prefix=name, quantized=quantized, packer_of=packer_of)
+
+
+def pack_tied_head(decoder: Decoder, match: Match, packing: Packing, packer_of: PackerOf = Packer) -> None:
+    """Pack what belongs to no part of a decoder: an output head that is tied to the embedding, which is filled."""
+    tied = decoder.config.tie_word_embeddings
+    embedding = {_EMBEDDING: decoder.get_parameter(_EMBEDDING)} if tied else {}
+    decoder.pack(packer_of(packing, decoder, "", match.quantized(embedding)))
 
 
 def match_weights(config: ModelConfig, reader: Tensors) -> None:
@@ -97,17 +153,6 @@ def _match(decoder: Decoder, reader: Tensors) -> Match:
         num_mtp_layers=config.num_mtp_layers,
         zero_if_absent=("e_score_correction_bias",) if FAMILIES[config.model_type].correction_bias_optional else (),
     )
-
-
-def _load_part(name: str, part: nn.Module, match: Match, device: torch.device, packing: Packing | None) -> None:
-    state = {f"{name}.{leaf}": tensor for leaf, tensor in part.state_dict().items()}
-    packed = takes_packed(part)
-    taken = {f"{name}.{leaf}": state[f"{name}.{leaf}"] for leaf in part.state_dict() if packed(leaf)}
-    quantized = {} if packing is None else match.quantized(taken)
-    part.to_empty(device=device)
-    match.fill({f"{name}.{leaf}": t for leaf, t in part.state_dict().items() if f"{name}.{leaf}" not in quantized})
-    if packing is not None:
-        pack_module(part, packing, prefix=name, quantized=quantized)
 
 
 def save_pretrained(decoder: Decoder, folder: Path | str, *, dtype: torch.dtype | None = None) -> None:

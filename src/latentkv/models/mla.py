@@ -186,8 +186,8 @@ class MultiHeadLatentAttention(nn.Module):
     def pack(self, packer: Packer) -> None:
         """See `Packable`: W_UK and W_UV a head, beside kv_b_proj, which expands."""
         w_uk, w_uv = self._split_up_projection(packer.plain("kv_b_proj.weight"))
-        self.absorb_key = packer.pack(w_uk.transpose(1, 2).contiguous())
-        self.absorb_value = packer.pack(w_uv.contiguous())
+        self.absorb_key = packer.pack("absorb_key", w_uk.transpose(1, 2))
+        self.absorb_value = packer.pack("absorb_value", w_uv)
 
     def _queries(self, x: Tensor, positions: Rotary) -> tuple[Tensor, Tensor]:
         """q_nope [..., H, Dn] and rotated q_rope [..., H, R]."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol, runtime_checkable
 
@@ -61,20 +61,37 @@ class Packer:
 
     def __call__(self, *names: str) -> PackedWeight:
         """The weights `names` of this module or its children, their rows joined in this order; they are dropped."""
-        joined = join_rows([self._stored(name) for name in names])
+        shapes = [self.module.get_parameter(name).shape for name in names]
+        rows = sum(shape[-2] for shape in shapes)
+        packed = self.made(
+            "+".join(names),
+            (*shapes[0][:-2], rows, shapes[0][-1]),
+            lambda: join_rows([self._stored(name) for name in names]),
+        )
         for name in names:
             parent, _, leaf = name.rpartition(".")
             self.module.get_submodule(parent).register_parameter(leaf, None)
-        return self.pack(joined)
+        return packed
 
     def copy(self, name: str, *, as_name: str) -> PackedWeight:
         """The weight `name`, packed as the checkpoint has it or in the format of `as_name`; the module keeps it."""
+        weight = self.module.get_parameter(name).detach()
         quantized = self.quantized.get(self.prefix + name)
-        return self.pack(quantized or self._in_format(self.module.get_parameter(name).detach(), as_name))
+        return self.made(as_name, weight.shape, lambda: quantized or self._in_format(weight, as_name))
 
-    def pack(self, weight: Weight) -> PackedWeight:
-        """A weight, packed as it is."""
-        return pack_weight(weight, compact=self.packing.compact)
+    def pack(self, name: str, weight: Tensor) -> PackedWeight:
+        """A weight that a module made of others, packed as it is; `name` is its own in the module."""
+        return self.made(name, weight.shape, weight.contiguous)
+
+    def made(self, name: str, shape: Sequence[int], weight: Callable[[], Weight]) -> PackedWeight:
+        """What `weight` gives, packed; all of a module's packed weights come from here.
+
+        Args:
+            name: of the packed weight in the module, one that no other has.
+            shape: [O, D] or [E, O, D].
+            weight: called here at most, once.
+        """
+        return pack_weight(weight(), compact=self.packing.compact)
 
     def plain(self, name: str) -> Tensor:
         """The weight `name` as a tensor; the module keeps it."""
@@ -94,6 +111,10 @@ class Packer:
         published = published_name(name, num_layers=0)
         scheme = choose_scheme(published, weight.shape, self.packing.format, self.packing.group)
         return weight if scheme is None else quantize_weight(weight, scheme.format, scheme.group)
+
+
+PackerOf = Callable[[Packing, nn.Module, str, Mapping[str, QuantizedWeight]], Packer]
+"""What gives the packer of a module: `Packer` itself, or another that is made as it is."""
 
 
 def choose_packing(weights: str | None, dtype: torch.dtype, device: torch.device) -> Packing | None:
@@ -128,6 +149,7 @@ def pack_module(
     *,
     prefix: str = "",
     quantized: Mapping[str, QuantizedWeight] | None = None,
+    packer_of: PackerOf = Packer,
 ) -> None:
     """Pack a module and all that is in it.
 
@@ -137,8 +159,9 @@ def pack_module(
         prefix: the module's name in the decoder.
         quantized: weights that the checkpoint holds quantised, by their names in the decoder; the module's own
             parameters of these names hold nothing.
+        packer_of: what packs each module in it.
     """
-    _pack(module, packing, f"{prefix}." if prefix else "", quantized or {})
+    _pack(module, packing, f"{prefix}." if prefix else "", quantized or {}, packer_of)
 
 
 def takes_packed(module: nn.Module) -> Callable[[str], bool]:
@@ -147,11 +170,13 @@ def takes_packed(module: nn.Module) -> Callable[[str], bool]:
     return lambda name: name.startswith(packed)
 
 
-def _pack(module: nn.Module, packing: Packing, prefix: str, quantized: Mapping[str, QuantizedWeight]) -> None:
+def _pack(
+    module: nn.Module, packing: Packing, prefix: str, quantized: Mapping[str, QuantizedWeight], packer_of: PackerOf
+) -> None:
     if isinstance(module, Packable):
-        module.pack(Packer(packing, module, prefix, quantized))
+        module.pack(packer_of(packing, module, prefix, quantized))
     for name, child in list(module.named_children()):  # those that the parent has left
-        _pack(child, packing, f"{prefix}{name}.", quantized)
+        _pack(child, packing, f"{prefix}{name}.", quantized, packer_of)
 
 
 def join_rows(weights: list[Weight]) -> Weight:

@@ -119,6 +119,25 @@ def pack_weight(weight: Tensor | QuantizedWeight, *, compact: bool = False) -> P
     return PackedWeight(data, format_, count, out_features, in_features, group, scales_dtype)
 
 
+def require_whole(packed: PackedWeight) -> None:
+    """Raise `OpError` unless `data` has the bytes that the other fields promise: kernels read as far as those say."""
+    numbers = (packed.count, packed.out_features, packed.in_features)
+    require(
+        packed.format in (BF16, COMPACT, *CODE_FORMATS)
+        and all(0 < number < 2**31 for number in numbers)
+        and 0 <= packed.group < 2**31,
+        f"{numbers[0]} of [{numbers[1]}, {numbers[2]}] in {packed.format!r}, groups of {packed.group}, are no weight",
+    )
+    if packed.format == COMPACT:
+        words = packed.count * _compact_words(packed.out_features, packed.in_features, packed.group)
+    else:
+        words = math.prod(_layout(packed.format, *numbers, packed.group, packed.scales))
+    require(
+        packed.data.dtype == torch.uint8 and packed.data.ndim == 1 and packed.nbytes == 4 * words,
+        f"{packed.nbytes:,} bytes are no weight that takes {4 * words:,}",
+    )
+
+
 def unpack_weight(packed: PackedWeight) -> Tensor:
     """What was packed, [O, D] or [E, O, D] float32: exact."""
     if packed.format == COMPACT:
@@ -147,11 +166,7 @@ def _pack_compact(weight: Tensor) -> PackedWeight | None:
         return None
     firsts, exceptions = windows
     count, out_features, in_features = weight.shape
-    blocks = -(-out_features // BLOCK_OUTS)
-    block_words = compact_layout.eights(in_features) * compact_layout.WORDS * BLOCK_OUTS + compact_layout.end_words(
-        exceptions
-    )
-    size = 4 * count * blocks * block_words
+    size = 4 * count * _compact_words(out_features, in_features, exceptions)
     if size >= 4 * math.prod(_layout(BF16, count, out_features, in_features, 0)):
         return None
     data = _allocate(size)
@@ -159,6 +174,12 @@ def _pack_compact(weight: Tensor) -> PackedWeight | None:
     for matrix, first, target in zip(weight, firsts, words, strict=True):
         compact_layout.pack_matrix(matrix, first, exceptions, BLOCK_OUTS, target)
     return PackedWeight(data, COMPACT, count, out_features, in_features, exceptions)
+
+
+def _compact_words(out_features: int, in_features: int, exceptions: int) -> int:
+    """32-bit words of a compact matrix."""
+    words = compact_layout.eights(in_features) * compact_layout.WORDS * BLOCK_OUTS
+    return -(-out_features // BLOCK_OUTS) * (words + compact_layout.end_words(exceptions))
 
 
 def _unpack_compact(packed: PackedWeight) -> Tensor:

@@ -6,7 +6,6 @@ import mmap
 import os
 import re
 import stat
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,14 +13,13 @@ import torch
 from torch import Tensor
 
 from latentkv.errors import CheckpointError
+from latentkv.files import map_copy_on_write
 from latentkv.weights.gguf.header import Header, TensorInfo, Value, read_header
 
 _PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf", re.DOTALL)
 _LFS_POINTER = b"version https://git-lfs"
 _SHORTEST = 24
 """Bytes of a file without keys and tensors."""
-_NORESERVE = 0x4000
-"""Linux's MAP_NORESERVE, which Python's mmap names from 3.13 on."""
 
 
 class GGUFFile:
@@ -151,7 +149,7 @@ def _map(path: Path) -> mmap.mmap:
                 )
             if len(start) < _SHORTEST:
                 raise CheckpointError(f"{path} has only {found.st_size} bytes, too few for GGUF: download it again")
-            return _map_copy_on_write(descriptor)
+            return map_copy_on_write(descriptor)
         finally:
             os.close(descriptor)
     except FileNotFoundError:
@@ -163,11 +161,3 @@ def _map(path: Path) -> mmap.mmap:
         raise CheckpointError(f"there is no file {path}: name an existing one") from None
     except (OSError, ValueError) as reason:  # a name with a null character is a ValueError
         raise CheckpointError(f"{path} cannot be read ({getattr(reason, 'strerror', None) or reason})") from None
-
-
-def _map_copy_on_write(descriptor: int) -> mmap.mmap:
-    """The whole file. Torch takes only memory that may be written to; what is written stays in this process."""
-    if sys.platform != "linux":
-        return mmap.mmap(descriptor, 0, access=mmap.ACCESS_COPY)
-    # Nothing is written, so no memory need be promised: the file may be larger than all there is.
-    return mmap.mmap(descriptor, 0, mmap.MAP_PRIVATE | _NORESERVE, mmap.PROT_READ | mmap.PROT_WRITE)

@@ -1,0 +1,195 @@
+"""A decoder whose packed weights lie in a file that was written at its first start, and are mapped at each start.
+
+The first start writes the file part by part, so that memory never holds more than one part, and then maps it as every
+other start does: there is one way into a model. `weights/packed_file.py` is the file, `weights/packed_folder.py` where
+it lies; here is what goes into it, and when it may be believed.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from hashlib import sha256
+
+import torch
+
+from latentkv import kernels
+from latentkv.checkpoint.locate import CONFIG_FILE, INDEX_FILE
+from latentkv.checkpoint.names import mtp_index
+from latentkv.checkpoint.tensors import Tensors, open_tensors
+from latentkv.models.config import ModelConfig
+from latentkv.models.decoder import Decoder
+from latentkv.models.fingerprint import program_digest
+from latentkv.models.loading import empty_decoder, load_part, match_decoder, pack_tied_head
+from latentkv.models.packing import Packer, Packing, Weight, pack_module
+from latentkv.models.stored_config import stored_dtype
+from latentkv.weights import PackedWeight
+from latentkv.weights.packed_file import DamagedPackedFileError, PackedFile, PackedFileWriter
+from latentkv.weights.packed_folder import NoRoomError, PackedFolder
+
+logger = logging.getLogger("latentkv.models")
+
+_CLOCK_TICK = 0.05
+"""Seconds within which a file system may give two changes of a file the same time."""
+
+# Of a weight, in the formats that the large matrices are packed in.
+_BITS = {"bf16": 16, "int8": 8, "int4": 4}
+_COMPACT_BITS = 12
+
+
+def load_kept(
+    config: ModelConfig,
+    reader: Tensors,
+    folder: PackedFolder,
+    packing: Packing,
+    *,
+    dtype: torch.dtype | None,
+    max_context: int | None,
+) -> tuple[Decoder, PackedFile] | None:
+    """A packed decoder on the CPU, as `load_model` gives it, mapped from its file in `folder`; see there.
+
+    Returns:
+        The decoder in eval mode and its file; None where the file cannot be kept, which a warning says.
+
+    Raises:
+        CheckpointError: weights are missing, unexpected, damaged or misshapen.
+    """
+    dtype = dtype or stored_dtype(config)
+    try:
+        identity = _identity(reader)
+        key = kept_key(config, identity, packing, dtype)
+        for _ in range(2):  # a file that is damaged is written anew
+            if (file := folder.find(key)) is None:
+                _require_room(reader, packing, folder)
+                # Opened anew: what was open before may be a file that had the name before.
+                _write(config, open_tensors(reader.folder), identity, folder, key, packing, dtype)
+                file = folder.find(key)
+            try:
+                if file is not None:
+                    return _mapped(config, file, packing, dtype=dtype, max_context=max_context), file
+            except DamagedPackedFileError as error:
+                folder.refuse(key, error)
+    except (OSError, NoRoomError) as error:
+        reason = getattr(error, "strerror", None) or error
+        logger.warning("The packed weights of %s are not kept for the next start: %s.", reader.folder, reason)
+    return None
+
+
+def kept_key(config: ModelConfig, identity: str, packing: Packing, dtype: torch.dtype) -> bytes:
+    """SHA-256 of all that packed weights depend on.
+
+    Args:
+        config: the model's.
+        identity: of the files that the weights are read from.
+        packing: how they are packed.
+        dtype: of what is not packed.
+    """
+    parts = (
+        identity.encode(),
+        repr(config).encode(),
+        json.dumps(dict(config.source), sort_keys=True).encode(),
+        repr((packing, dtype, torch.__version__, kernels.current_isa())).encode(),
+        program_digest(),
+    )
+    return sha256(b"".join(sha256(part).digest() for part in parts)).digest()
+
+
+def _identity(reader: Tensors) -> str:
+    """What changes when a model's files do, without reading them.
+
+    Their sizes, inodes and times of change, which no program can set; a file changed so lately that a second change
+    could bear the same time is waited for.
+
+    Raises:
+        OSError: a file cannot be looked at.
+    """
+    beside = [path for name in (CONFIG_FILE, INDEX_FILE) if (path := reader.folder / name).exists()]
+    states: list[tuple[object, ...]] = []
+    for path in [*reader.files, *beside]:
+        path = path.resolve()
+        found = path.stat()
+        if _is_fresh(found):
+            time.sleep(_CLOCK_TICK)
+            if _is_fresh(found := path.stat()):
+                raise BlockingIOError(errno.EBUSY, "it is being written", str(path))
+        states.append((str(path), found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns))
+    return repr(states)
+
+
+def _is_fresh(found: os.stat_result) -> bool:
+    return 0 <= time.time() - found.st_ctime < _CLOCK_TICK
+
+
+def _require_room(reader: Tensors, packing: Packing, folder: PackedFolder) -> None:
+    """Raise `NoRoomError` where a model will not fit, before all of it is packed in vain."""
+    weights = sum(math.prod(reader.shape(name)) for name in reader.names)
+    bits = _COMPACT_BITS if packing.format == "bf16" and packing.compact else _BITS[packing.format]
+    least = min(sum(reader.nbytes(name) for name in reader.names), weights * bits // 8)
+    if least > (most := folder.most_bytes()):
+        raise NoRoomError(f"they take about {least:,} bytes, and {folder.path} may hold {most:,}")
+
+
+def _write(
+    config: ModelConfig,
+    reader: Tensors,
+    identity: str,
+    folder: PackedFolder,
+    key: bytes,
+    packing: Packing,
+    dtype: torch.dtype,
+) -> None:
+    decoder, match = match_decoder(config, reader, dtype=dtype, max_context=None)
+    with folder.writing(key) as writer:
+        packer_of = partial(_WritingPacker, writer=writer)
+        for name, part in decoder.parts():
+            load_part(name, part, match, torch.device("cpu"), packing, packer_of)
+            state = part.state_dict()
+            for leaf, tensor in state.items():
+                writer.add(f"{name}.{leaf}", tensor)
+            if part is not decoder.model.embed_tokens:  # from which a tied head is packed
+                part.load_state_dict(
+                    {leaf: torch.empty_like(t, device="meta") for leaf, t in state.items()}, assign=True
+                )
+        pack_tied_head(decoder, match, packing, packer_of)
+        if _identity(reader) != identity:
+            raise BlockingIOError(errno.EBUSY, "its files changed while they were read", str(reader.folder))
+
+
+def _mapped(
+    config: ModelConfig, file: PackedFile, packing: Packing, *, dtype: torch.dtype, max_context: int | None
+) -> Decoder:
+    decoder = empty_decoder(config, dtype=dtype, max_context=max_context)
+    decoder.drop_mtp_modules(keep={k for name in file.names if (k := mtp_index(name)) is not None})
+    pack_module(decoder, packing, packer_of=partial(_MappedPacker, file=file))
+    state = {name: file.tensor(name, meta.shape, meta.dtype) for name, meta in decoder.state_dict().items()}
+    decoder.load_state_dict(state, assign=True)
+    return decoder.eval()
+
+
+@dataclass(frozen=True)
+class _WritingPacker(Packer):
+    """Writes what is packed to a file, and lets go of it."""
+
+    writer: PackedFileWriter = field(kw_only=True)
+
+    def made(self, name: str, shape: Sequence[int], weight: Callable[[], Weight]) -> PackedWeight:
+        packed = super().made(name, shape, weight)
+        self.writer.add(self.prefix + name, packed)
+        return replace(packed, data=packed.data.new_empty(0))
+
+
+@dataclass(frozen=True)
+class _MappedPacker(Packer):
+    """Takes what was packed from a file; the weights of its module have no storage."""
+
+    file: PackedFile = field(kw_only=True)
+
+    def made(self, name: str, shape: Sequence[int], weight: Callable[[], Weight]) -> PackedWeight:
+        return self.file.packed(self.prefix + name, shape)
