@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from gguf_models import write_deepseek2
 from latentkv import LLM, SamplingParams
-from latentkv.cli.app import app
+from latentkv.cli.app import make_app
 from latentkv.errors import TokenizerError
 from latentkv.llm_options import EMBEDDED_MODEL
 
@@ -72,7 +72,7 @@ def test_every_command_that_looks_at_or_runs_a_model_takes_the_file(file: Path, 
 
 @pytest.fixture
 def latentkv() -> Callable[..., Any]:
-    return lambda *words: CliRunner().invoke(app, [str(word) for word in words])
+    return lambda *words: CliRunner().invoke(make_app(), [str(word) for word in words])
 
 
 def test_a_file_without_words_serves_token_ids(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
-from latentkv.cli.app import app
+from latentkv.cli.app import make_app
 from latentkv.models.config_reader import read_config
 from latentkv.models.decoder import Decoder
 from latentkv.models.loading import save_pretrained
@@ -71,7 +71,7 @@ def copied_model(model_folder: Path, tmp_path: Path) -> Path:
 def latentkv() -> Callable[..., Result]:
     """Run the command line in this process: latentkv("plan", "deepseek-v3")."""
     runner = CliRunner()
-    return lambda *args, **options: runner.invoke(app, [str(arg) for arg in args], **options)
+    return lambda *args, **options: runner.invoke(make_app(), [str(arg) for arg in args], **options)
 
 
 @pytest.fixture

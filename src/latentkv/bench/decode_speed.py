@@ -56,7 +56,7 @@ def measure_decode(
         repeats: timed rounds.
     """
     longest = min(depth + new_tokens, *(read_config(folder).max_positions for folder in folders.values()))
-    llms = {name: LLM(folder, dtype=dtype, max_context=longest) for name, folder in folders.items()}
+    llms = {name: LLM(folder, dtype=dtype, max_context=longest, packed_dir=None) for name, folder in folders.items()}
     with torch.inference_mode(), ExitStack() as stack:
         contenders: dict[str, Contender] = {}
         for name, llm in llms.items():

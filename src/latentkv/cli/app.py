@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterable
+from importlib import import_module
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-from latentkv.cli.bench import bench_app
-from latentkv.cli.chat import chat
-from latentkv.cli.compare import compare
-from latentkv.cli.convert import convert
-from latentkv.cli.doctor import doctor
-from latentkv.cli.generate import generate
-from latentkv.cli.heal import heal
-from latentkv.cli.inspect import inspect
-from latentkv.cli.plan import plan
-from latentkv.cli.quantize import quantize
-from latentkv.cli.serve import serve
-from latentkv.cli.train import train
 from latentkv.errors import LatentKVError
 
 USAGE_ERROR, INTERRUPTED = 2, 130
+
+COMMANDS = (
+    *("generate", "chat", "serve", "plan", "inspect", "quantize", "convert", "heal", "train", "compare", "doctor"),
+    "bench",
+)
+"""In the order of --help; each is a function in the module of its name, and "bench" a group of commands."""
 
 
 class Commands(TyperGroup):
@@ -54,15 +51,6 @@ class Commands(TyperGroup):
             raise typer.Exit(INTERRUPTED) from None
 
 
-app = typer.Typer(
-    cls=Commands,
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-
-
 def _print_version(wanted: bool) -> None:
     if wanted:
         # Imported here because it is slow to import and only this needs it.
@@ -75,7 +63,25 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
+def make_app(names: Iterable[str] = COMMANDS) -> typer.Typer:
+    """The command line with some of its commands; those that are left out take no time."""
+    app = typer.Typer(
+        cls=Commands,
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.callback()(latentkv)
+    for name in names:
+        module = import_module(f"latentkv.cli.{name}")
+        if name == "bench":
+            app.add_typer(module.bench_app, name=name)
+        else:
+            app.command()(getattr(module, name))
+    return app
+
+
 def latentkv(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
     show_version: Annotated[
@@ -88,11 +94,8 @@ def latentkv(
     """
 
 
-for command in (generate, chat, serve, plan, inspect, quantize, convert, heal, train, compare, doctor):
-    app.command()(command)
-app.add_typer(bench_app, name="bench")
-
-
 def main() -> None:
     """Run the command line."""
-    app()
+    # The first word is the command: the options before it take none.
+    word = next((argument for argument in sys.argv[1:] if not argument.startswith("-")), None)
+    make_app([word] if word in COMMANDS else COMMANDS)()

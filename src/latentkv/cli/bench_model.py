@@ -8,7 +8,14 @@ from typing import Annotated
 import typer
 
 from latentkv.cli.bench_options import JsonFile, Repeats, Threads, numbers, require_folder, save
-from latentkv.cli.options import MODEL_FORMS, Int8ProductsOption
+from latentkv.cli.options import (
+    MODEL_FORMS,
+    Int8ProductsOption,
+    NoPackedDirOption,
+    PackedDirBytesOption,
+    PackedDirOption,
+    packed_options,
+)
 from latentkv.cli.terminal import console
 
 
@@ -42,6 +49,9 @@ def model(
     limit: Annotated[
         float, typer.Option(help="Seconds: a contender whose rounds of a case take longer is timed once.")
     ] = 20.0,
+    packed_dir: PackedDirOption = None,
+    no_packed_dir: NoPackedDirOption = False,
+    packed_dir_bytes: PackedDirBytesOption = None,
     json_file: JsonFile = None,
     plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw decode speed against depth.")] = None,
 ) -> None:
@@ -69,6 +79,7 @@ def model(
                 kv_dtype="auto" if kv_dtype == "auto" else as_kv_format(kv_dtype),
                 int8_products=int8_products,
                 max_context=max(*prompt_lens, *depth_lens) + new_tokens,
+                **packed_options(packed_dir, no_packed_dir, packed_dir_bytes),
             ),
             name=model_name(model) if model else "the embedded model",
             prompts=prompt_lens,

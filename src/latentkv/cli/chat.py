@@ -20,6 +20,9 @@ from latentkv.cli.options import (
     MinPOption,
     ModelChoice,
     ModelOption,
+    NoPackedDirOption,
+    PackedDirBytesOption,
+    PackedDirOption,
     PenaltyOption,
     SeedOption,
     TemperatureOption,
@@ -66,6 +69,9 @@ def chat(
     device: DeviceOption = "cpu",
     max_context: MaxContextOption = None,
     kv_cache_bytes: CacheBytesOption = None,
+    packed_dir: PackedDirOption = None,
+    no_packed_dir: NoPackedDirOption = False,
+    packed_dir_bytes: PackedDirBytesOption = None,
 ) -> None:
     """Talk with a model. Lines can also be piped in, one message each.
 
@@ -83,7 +89,12 @@ def chat(
         repetition_penalty=repetition_penalty,
         seed=seed,
     )
-    llm = ModelChoice(model, device, dtype, weights, kv_dtype, int8_products, max_context, kv_cache_bytes).load()
+    llm = ModelChoice(
+        *(model, device, dtype, weights, kv_dtype, int8_products, max_context, kv_cache_bytes),
+        packed_dir=packed_dir,
+        no_packed_dir=no_packed_dir,
+        packed_dir_bytes=packed_dir_bytes,
+    ).load()
     conversation = Conversation(llm, params, system)
     notes = console(stderr=True)
     notes.print(f"{llm.folder.name}; {cache_summary(llm)}", style="dim")

@@ -22,6 +22,9 @@ from latentkv.cli.options import (
     MinPOption,
     ModelChoice,
     ModelOption,
+    NoPackedDirOption,
+    PackedDirBytesOption,
+    PackedDirOption,
     PenaltyOption,
     SeedOption,
     TemperatureOption,
@@ -32,7 +35,7 @@ from latentkv.cli.options import (
     store_summary,
 )
 from latentkv.cli.structure_options import ChoiceOption, GrammarOption, RegexOption, SchemaOption, read_structure
-from latentkv.cli.terminal import console, print_json
+from latentkv.cli.terminal import console, note, print_json
 from latentkv.errors import RequestError
 
 if TYPE_CHECKING:
@@ -71,6 +74,9 @@ def generate(
     kv_cache_bytes: CacheBytesOption = None,
     cache_dir: CacheDirOption = None,
     cache_dir_bytes: CacheDirBytesOption = None,
+    packed_dir: PackedDirOption = None,
+    no_packed_dir: NoPackedDirOption = False,
+    packed_dir_bytes: PackedDirBytesOption = None,
     stream: Annotated[bool, typer.Option("--stream/--no-stream", help="Print text as it comes, or at the end.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead.")] = False,
 ) -> None:
@@ -100,9 +106,12 @@ def generate(
         *(model, device, dtype, weights, kv_dtype, int8_products, max_context, kv_cache_bytes),
         cache_dir=cache_dir,
         cache_dir_bytes=cache_dir_bytes,
+        packed_dir=packed_dir,
+        no_packed_dir=no_packed_dir,
+        packed_dir_bytes=packed_dir_bytes,
     ).load()
     if llm.store:
-        console(stderr=True).print(store_summary(llm.store), style="dim")
+        note(store_summary(llm.store))
     run = _Run(llm, text if ids is None else ids, params)
     if as_json:
         run.finish()
@@ -119,7 +128,7 @@ def generate(
     print(flush=True)
     if run.logprobs:
         _print_logprobs(llm, run.logprobs)
-    console(stderr=True).print(run.summary(), style="dim")
+    note(run.summary())
 
 
 class _Run:

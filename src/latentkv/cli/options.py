@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from latentkv.cli.terminal import console
-from latentkv.errors import RequestError
+from latentkv.cli.terminal import status
+from latentkv.errors import ConfigError, RequestError
 from latentkv.ranges import require_range
 
 if TYPE_CHECKING:
@@ -57,6 +57,20 @@ CacheDirOption = Annotated[
 CacheDirBytesOption = Annotated[
     str | None, typer.Option(help="That these files may take, like 50GiB.", show_default="10GiB")
 ]
+PackedDirOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="Keep packed weights in this folder and map them at the next start.",
+        show_default="~/.cache/latentkv/packed",
+    ),
+]
+NoPackedDirOption = Annotated[
+    bool, typer.Option("--no-packed-dir", help="Pack the weights anew and keep nothing for the next start.")
+]
+PackedDirBytesOption = Annotated[
+    str | None,
+    typer.Option(help="That packed weights may take there, like 50GiB.", show_default="half of what the disk has free"),
+]
 TemperatureOption = Annotated[float, typer.Option(help="0 always takes the likeliest token.")]
 TopPOption = Annotated[float, typer.Option(help="Keep the likeliest tokens up to this probability, in (0, 1].")]
 TopKOption = Annotated[int, typer.Option(help="Keep this many likeliest tokens; 0 keeps all.")]
@@ -80,10 +94,13 @@ class ModelChoice:
     kv_cache_bytes: str | None
     cache_dir: Path | None = None
     cache_dir_bytes: str | None = None
+    packed_dir: Path | None = None
+    no_packed_dir: bool = False
+    packed_dir_bytes: str | None = None
 
     def load(self, **engine: Any) -> LLM:
         """Load it, saying so on a terminal while it lasts; `engine` are further arguments of `LLM`."""
-        with console(stderr=True).status(f"Loading {self.model or 'the small model in this package'}"):
+        with status(f"Loading {self.model or 'the small model in this package'}"):
             from latentkv import LLM
             from latentkv.llm import CACHE_DIR_BYTES
             from latentkv.plan import as_kv_format
@@ -100,8 +117,25 @@ class ModelChoice:
                 kv_cache_bytes=None if self.kv_cache_bytes is None else parse_bytes(self.kv_cache_bytes),
                 cache_dir=self.cache_dir,
                 cache_dir_bytes=CACHE_DIR_BYTES if self.cache_dir_bytes is None else parse_bytes(self.cache_dir_bytes),
+                **packed_options(self.packed_dir, self.no_packed_dir, self.packed_dir_bytes),
                 **engine,
             )
+
+
+def packed_options(folder: Path | None, without: bool, most: str | None) -> dict[str, Any]:
+    """What `LLM` takes for --packed-dir, --no-packed-dir and --packed-dir-bytes.
+
+    Raises:
+        ConfigError: they exclude each other.
+    """
+    from latentkv.plan.sizes import parse_bytes
+
+    if without and (folder is not None or most is not None):
+        raise ConfigError("--no-packed-dir excludes --packed-dir and --packed-dir-bytes: choose.")
+    return {
+        "packed_dir": None if without else "auto" if folder is None else folder,
+        "packed_dir_bytes": None if most is None else parse_bytes(most),
+    }
 
 
 def cache_summary(llm: LLM) -> str:

@@ -81,7 +81,7 @@ def _perplexity(folder: Path, passage: str) -> Perplexity:
     from latentkv import LLM
 
     with console(stderr=True).status(f"Perplexity of {folder.name}"):
-        return LLM(folder).perplexity(passage)
+        return LLM(folder, packed_dir=None).perplexity(passage)
 
 
 @contextmanager

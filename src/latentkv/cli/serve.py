@@ -19,6 +19,9 @@ from latentkv.cli.options import (
     KVDtypeOption,
     MaxContextOption,
     ModelChoice,
+    NoPackedDirOption,
+    PackedDirBytesOption,
+    PackedDirOption,
     WeightsOption,
     cache_summary,
     store_summary,
@@ -59,6 +62,9 @@ def serve(
     kv_cache_bytes: CacheBytesOption = None,
     cache_dir: CacheDirOption = None,
     cache_dir_bytes: CacheDirBytesOption = None,
+    packed_dir: PackedDirOption = None,
+    no_packed_dir: NoPackedDirOption = False,
+    packed_dir_bytes: PackedDirBytesOption = None,
     tool_format: Annotated[
         str | None, typer.Option(help="How the model writes tool calls.", show_default="as its template tells")
     ] = None,
@@ -105,6 +111,9 @@ def serve(
         *(model, device, dtype, weights, kv_dtype, int8_products, max_context, kv_cache_bytes),
         cache_dir=cache_dir,
         cache_dir_bytes=cache_dir_bytes,
+        packed_dir=packed_dir,
+        no_packed_dir=no_packed_dir,
+        packed_dir_bytes=packed_dir_bytes,
     )
     llm = choice.load(max_running=max_running, speculate=speculate, draft=draft, step_seconds=STEP_SECONDS)
     shown = name or (model_name(model) if model else "latentkv")

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+from collections.abc import Generator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -16,6 +19,22 @@ def console(*, stderr: bool = False) -> Console:
 
     stream = sys.stderr if stderr else sys.stdout
     return Console(stderr=stderr, highlight=False, width=None if stream.isatty() else 1000)
+
+
+@contextmanager
+def status(text: str) -> Generator[None]:
+    """Say on a terminal what is being waited for; elsewhere nothing, and rich is not imported, which takes a while."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    with console(stderr=True).status(text):
+        yield
+
+
+def note(text: str) -> None:
+    """Write a line to stderr that stands back on a terminal; rich is not imported for it."""
+    dim = sys.stderr.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
+    print(f"\x1b[2m{text}\x1b[0m" if dim else text, file=sys.stderr)
 
 
 def print_json(value: Any) -> None:

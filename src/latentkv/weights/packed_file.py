@@ -6,10 +6,10 @@
 | 8, 8 | where the table begins, and its bytes; little endian |
 | 32, 32 | the key that the file was written under; SHA-256 of all before it and of the table |
 | from 4096 on | tensors, each from a multiple of 4096 on, zeros between them |
-| at the end | the table, JSON: of each entry its name, its tensors (offset, shape, dtype, checksum) and its other fields |
+| at the end | the table, JSON: by name each entry's tensors (offset, shape, dtype, checksum) and other fields |
 
 Nothing in a file is believed: the table must have its digest, every tensor must lie inside the file, and an entry is
-given only to a reader who names the shape and dtype that it expects. The key says of what the file is (`models/kept.py`).
+given only to a reader who names the shape and dtype that it expects. What the key stands for: `models/kept.py`.
 """
 
 from __future__ import annotations
