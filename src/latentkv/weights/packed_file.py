@@ -96,7 +96,7 @@ class PackedFileWriter:
             "dtype": _name(content.dtype),
             "sum": _checksum(data),
         }
-        self._write(memoryview(data.numpy()))
+        self._write(cast(memoryview, data.numpy().data))
         self._write(bytes(-len(data) % _PAGE))
         return told
 

@@ -9,7 +9,7 @@ import secrets
 import shlex
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from io import FileIO
@@ -103,7 +103,7 @@ class PackedFolder:
             self._path(key).unlink()
 
     @contextmanager
-    def writing(self, key: bytes) -> Iterator[PackedFileWriter]:
+    def writing(self, key: bytes) -> Generator[PackedFileWriter]:
         """Write the file under a key; it is there once the block ends, whole, and not at all if the block raises.
 
         Files not used for longest go as it grows.
