@@ -8,6 +8,9 @@ import os
 # the processes that run tests side by side leave each other a core. OpenMP reads it once, when torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# Nothing goes into the folder of packed weights in the user's home; tests of it name their own.
+os.environ["LATENTKV_PACKED_DIR"] = ""
+
 import signal
 from collections.abc import Iterator
 from pathlib import Path

@@ -21,7 +21,7 @@ import math
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from io import BufferedWriter, FileIO
-from typing import Any, cast
+from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
@@ -96,7 +96,7 @@ class PackedFileWriter:
             "dtype": _name(content.dtype),
             "sum": _checksum(data),
         }
-        self._write(cast(memoryview, data.numpy().data))
+        self._write(data.numpy().data)
         self._write(bytes(-len(data) % _PAGE))
         return told
 
@@ -159,11 +159,14 @@ class PackedFile:
             DamagedPackedFileError: there is none.
         """
         told = self._entry(name)
-        expected = {field.name for field in dataclasses.fields(PackedWeight)}
-        if set(told) != expected:
-            raise DamagedPackedFileError(f"{name} has the fields {sorted(told)}, not {sorted(expected)}")
+        kinds = get_type_hints(PackedWeight)
+        if set(told) != set(kinds):
+            raise DamagedPackedFileError(f"{name} has the fields {sorted(told)}, not {sorted(kinds)}")
+        fields = {field: self._content(content) for field, content in told.items()}
+        if wrong := [field for field, content in fields.items() if not _is_a(content, kinds[field])]:
+            raise DamagedPackedFileError(f"{name} has a {wrong[0]} that is none")
         try:
-            weight = PackedWeight(**{field: self._content(content) for field, content in told.items()})
+            weight = PackedWeight(**fields)
             require_whole(weight)
         except OpError as error:
             raise DamagedPackedFileError(f"{name}: {error}") from None
@@ -243,6 +246,13 @@ def _checksum(data: Tensor) -> int:
     tail = torch.nn.functional.pad(data[whole:], (0, -len(data) % 8)).view(torch.int64).sum()
     odd = torch.arange(1, 2 * len(pages) + 3, 2)
     return int((torch.cat([pages, tail[None]]) * odd).sum())
+
+
+def _is_a(value: Any, kind: Any) -> bool:
+    """Whether a value is of the type that a field is annotated with; a number is none of true and false."""
+    if get_origin(kind) is Literal:
+        return type(value) is str and value in get_args(kind)
+    return type(value) is kind or any(_is_a(value, each) for each in get_args(kind))
 
 
 def _is_tensor(told: Any) -> bool:
