@@ -13,6 +13,7 @@ from latentkv.cli.bench_options import Contexts, JsonFile, KVDtype, Repeats, Thr
 from latentkv.cli.bench_serve import serve
 from latentkv.cli.bench_server_cost import server_cost
 from latentkv.cli.bench_speculation import speculation
+from latentkv.cli.bench_start import start
 from latentkv.cli.terminal import console
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ bench_app.command("make-model")(make_model)
 bench_app.command()(serve)
 bench_app.command("server-cost")(server_cost)
 bench_app.command()(speculation)
+bench_app.command()(start)
 bench_app.command()(tune)
 
 

@@ -61,6 +61,16 @@ class Machine:
     gpu_kernels: tuple[str, ...]
     memory: tuple[Memory, ...]
     disk_free: int
+    packed: PackedSummary | None
+
+
+@dataclass(frozen=True)
+class PackedSummary:
+    """The folder of packed weights: how many files it holds, and their bytes."""
+
+    folder: str
+    files: int
+    bytes: int
 
 
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON, sizes in bytes.")] = False) -> None:
@@ -116,6 +126,7 @@ def _look_around(teams: int | None) -> Machine:
         gpu_kernels=tuple(_gpu_kernels(index) for index in range(torch.cuda.device_count())),
         memory=machine_memory(),
         disk_free=shutil.disk_usage(Path.cwd()).free,
+        packed=_packed(),
     )
 
 
@@ -166,6 +177,17 @@ def _gpu_kernels(index: int) -> str:
     return "Triton" if reason is None else f"none, torch computes everything: Triton's kernels {reason}"
 
 
+def _packed() -> PackedSummary | None:
+    """What the default folder of packed weights holds; None where there is none, or it cannot be used."""
+    from latentkv.llm_options import open_packed_folder
+
+    folder = open_packed_folder("auto", None)
+    if folder is None:
+        return None
+    files = folder.files()
+    return PackedSummary(str(folder.path), len(files), sum(file.size for file in files))
+
+
 def _isa_flags() -> tuple[str, ...]:
     """The vector extensions of the CPU that matter here, as Linux names them; none where it does not tell."""
     if not _CPUINFO.exists():
@@ -188,6 +210,9 @@ def _print_machine(machine: Machine) -> None:
     if len(machine.memory) == 1:
         out.print("GPU      none found")
     out.print(f"Disk     {format_bytes(machine.disk_free)} free here")
+    if machine.packed is not None:
+        kept = machine.packed
+        out.print(f"Packed   {kept.files} models' weights in {kept.folder}, {format_bytes(kept.bytes)}")
     out.print(
         f"torch    {machine.torch} on Python {machine.python}, {machine.threads} threads, uses {machine.torch_isa}"
     )

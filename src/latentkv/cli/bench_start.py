@@ -1,0 +1,52 @@
+"""`latentkv bench start`: from the command to the first token."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from latentkv.cli.bench_options import JsonFile, Repeats, require_folder, save
+from latentkv.cli.options import MODEL_FORMS
+from latentkv.cli.terminal import console
+
+
+def start(
+    model: Annotated[
+        str | None, typer.Argument(help=f"The model: {MODEL_FORMS}.", show_default="the embedded model")
+    ] = None,
+    repeats: Repeats = 5,
+    json_file: JsonFile = None,
+) -> None:
+    """Measure how long `latentkv generate` takes to the first token, packing weights anew and mapping them.
+
+    Beside it stands `import torch`, which no start can do without; processor time is of the whole process.
+
+    Example: latentkv bench start --repeats 9
+    """
+    from rich.table import Table
+
+    from latentkv.bench.report import describe
+    from latentkv.bench.start import measure_start
+    from latentkv.checkpoint.source import model_name
+
+    require_folder(json_file)
+    name = model_name(model) if model else "the embedded model"
+    with console(stderr=True).status("starting") as status:
+        report = measure_start(model, name=name, repeats=repeats, progress=status.update)
+    torch = report.starts[0]
+    table = Table(title=f"Starts of {report.model}, medians of {report.repeats}", title_justify="left")
+    for column in ("", "first output after", "of import torch", "processor time", "of import torch"):
+        table.add_column(column, justify="right" if column else "left")
+    for each in report.starts:
+        table.add_row(
+            each.name,
+            f"{each.seconds:.2f} s",
+            f"{each.seconds / torch.seconds:.2f}x",
+            f"{each.cpu_seconds:.2f} s",
+            f"{each.cpu_seconds / torch.cpu_seconds:.2f}x",
+        )
+    screen = console()
+    screen.print(table)
+    screen.print(describe(report.environment), style="dim")
+    save(report, json_file)

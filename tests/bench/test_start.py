@@ -1,0 +1,12 @@
+import pytest
+
+from latentkv.bench.start import measure_start
+
+
+@pytest.mark.slow
+def test_starts_are_measured_beside_import_torch() -> None:
+    rounds: list[str] = []
+    report = measure_start(None, name="the embedded model", repeats=1, progress=rounds.append)
+    assert [start.name for start in report.starts] == ["import torch", "packed anew", "mapped"]
+    assert all(start.seconds > 0 and start.cpu_seconds > 0 for start in report.starts)
+    assert rounds == ["round 1 of 1"]
