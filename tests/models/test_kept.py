@@ -28,6 +28,7 @@ from latentkv.models.kept import load_kept
 from latentkv.models.loading import load_model
 from latentkv.models.packing import Packing
 from latentkv.models.stored_config import open_checkpoint
+from latentkv.weights.formats import INT4, INT8
 from latentkv.weights.packed_file import PackedFile
 from latentkv.weights.packed_folder import PackedFolder
 
@@ -70,9 +71,7 @@ def test_mapped_weights_are_those_that_are_packed_anew(case: Case, folder: Packe
     assert [file.path.stat().st_ino for file in folder.files()] == written
 
 
-@pytest.mark.parametrize(
-    "packing", [Packing(compact=True), Packing("int8"), Packing("int4"), Packing("int4", 32)], ids=str
-)
+@pytest.mark.parametrize("packing", [Packing(compact=True), Packing(INT8), Packing(INT4), Packing(INT4, 32)], ids=str)
 @pytest.mark.parametrize("name", ["v3", "llama-gqa"])
 def test_so_are_they_in_every_format(name: str, packing: Packing, folder: PackedFolder) -> None:
     model = checkpoint(name)
@@ -129,9 +128,9 @@ def test_a_change_of_the_config_is_noticed(model: Path, folder: PackedFolder) ->
     "changes",
     [
         {"packing": Packing(compact=True)},
-        {"packing": Packing("int8")},
-        {"packing": Packing("int4")},
-        {"packing": Packing("int4", 64)},
+        {"packing": Packing(INT8)},
+        {"packing": Packing(INT4)},
+        {"packing": Packing(INT4, 64)},
         {"dtype": torch.float32},
         {"identity": "other files"},
         {"isa": "portable"},

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from latentkv.weights import PackedWeight, pack_weight, quantize_weight
+from latentkv.weights.formats import INT4, INT8
 from latentkv.weights.layout import unpack_weight
 from latentkv.weights.packed_file import DamagedPackedFileError, PackedFile, PackedFileWriter
 
@@ -27,8 +28,8 @@ def matrix(*shape: int) -> torch.Tensor:
 PACKED = {
     "bf16": pack_weight(matrix(40, 24)),
     "compact": pack_weight(matrix(64, 512).bfloat16(), compact=True),
-    "int8": pack_weight(quantize_weight(matrix(3, 40, 64), "int8")),
-    "int4": pack_weight(quantize_weight(matrix(33, 256), "int4")),
+    "int8": pack_weight(quantize_weight(matrix(3, 40, 64), INT8)),
+    "int4": pack_weight(quantize_weight(matrix(33, 256), INT4)),
 }
 PLAIN = {
     "norm": matrix(7).bfloat16(),

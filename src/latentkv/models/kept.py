@@ -39,9 +39,8 @@ logger = logging.getLogger("latentkv.models")
 _CLOCK_TICK = 0.05
 """Seconds within which a file system may give two changes of a file the same time."""
 
-# Of a weight, in the formats that the large matrices are packed in.
-_BITS = {"bf16": 16, "int8": 8, "int4": 4}
-_COMPACT_BITS = 12
+_BITS, _COMPACT_BITS = 16, 12
+"""Of a weight that is not quantised."""
 
 
 def load_kept(
@@ -130,7 +129,8 @@ def _is_fresh(found: os.stat_result) -> bool:
 def _require_room(reader: Tensors, packing: Packing, folder: PackedFolder) -> None:
     """Raise `NoRoomError` where a model will not fit, before all of it is packed in vain."""
     weights = sum(math.prod(reader.shape(name)) for name in reader.names)
-    bits = _COMPACT_BITS if packing.format == "bf16" and packing.compact else _BITS[packing.format]
+    plain = _COMPACT_BITS if packing.compact else _BITS
+    bits = plain if packing.format is None else packing.format.bits
     least = min(sum(reader.nbytes(name) for name in reader.names), weights * bits // 8)
     if least > (most := folder.most_bytes()):
         raise NoRoomError(f"they take about {least:,} bytes, and {folder.path} may hold {most:,}")
