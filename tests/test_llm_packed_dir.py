@@ -8,7 +8,10 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
+from subprocess import PIPE
+from typing import IO, cast
 
 import pytest
 
@@ -112,36 +115,28 @@ def test_weights_larger_than_the_memory_leave_an_eighth_and_say_so(caplog: pytes
     assert "The weights of m take 11.0 GiB, 3.0 GiB more than the memory that is free" in caplog.text
 
 
-# Prints how much anonymous memory a start adds, and what a second process that maps the same file shares of its pages.
+# Prints how much anonymous memory a process has once it has loaded a model, and what it shares of the file's pages.
 MEASURE = """
-import json, re, subprocess, sys
+import json, re, sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from latentkv import LLM
-def memory(key, file="/proc/self/status"):
-    return int(re.search(rf"^{key}:\\s+(\\d+) kB", Path(file).read_text(), re.M)[1]) << 10
-LLM(packed_dir=None, kv_cache_bytes=1 << 20, max_context=64)  # what every start takes, once
-before = memory("RssAnon")
-llm = LLM(sys.argv[1], dtype="bf16", packed_dir=sys.argv[2], kv_cache_bytes=1 << 20, max_context=64)
-added = memory("RssAnon") - before
+def sizes(text, *keys):
+    return {key: int(re.search(rf"^{key}:\\s+(\\d+) kB", text, re.M)[1]) << 10 for key in keys}
+llm = LLM(sys.argv[1], dtype="bf16", packed_dir=sys.argv[2] or None, kv_cache_bytes=1 << 20, max_context=64)
+found = sizes(Path("/proc/self/status").read_text(), "RssAnon")
 llm.logits(list(range(5, 25)))
-assert "sympy" not in sys.modules and "torch._dynamo" not in sys.modules
-def mapped():
+print(json.dumps(found), flush=True)
+sys.stdin.readline()
+if llm.packed_file:
+    found["bytes"] = llm.packed_file.nbytes
     rows = Path("/proc/self/smaps").read_text().split("\\n")
     at = next(i for i, row in enumerate(rows) if row.endswith(".packed"))
-    part = "\\n".join(rows[at : at + 25])
-    return {key: int(re.search(rf"^{key}:\\s+(\\d+) kB", part, re.M)[1]) << 10 for key in ("Rss", "Pss", "Anonymous")}
-found = {"added": added, "bytes": llm.packed_file.nbytes}
-if len(sys.argv) > 3:
-    print(json.dumps(found | mapped()), flush=True)
-    sys.stdin.read()
-else:
-    again, pipe = [sys.executable, *sys.orig_argv[1:], "other"], subprocess.PIPE
-    other = subprocess.Popen(again, stdin=pipe, stdout=pipe, text=True)
-    found["other"] = json.loads(other.stdout.readline())
-    print(json.dumps(found | mapped()))
-    other.communicate("")
+    found |= sizes("\\n".join(rows[at : at + 25]), "Rss", "Pss", "Anonymous")
+found["compiler"] = "torch._dynamo" in sys.modules or "sympy" in sys.modules
+print(json.dumps(found), flush=True)
+sys.stdin.readline()
 """
 
 
@@ -150,18 +145,27 @@ def test_a_start_holds_no_weights_of_its_own_and_two_processes_share_their_pages
     """Also the first start, which packs them: they go to the file layer by layer."""
     shape = MLA | {"hidden_size": 256, "intermediate_size": 4096, "num_hidden_layers": 12}
     model = write_model(tmp_path / "model", shape | {"first_k_dense_replace": 12, "vocab_size": 256})
-    done = subprocess.run(
-        [sys.executable, "-c", MEASURE, str(model), str(tmp_path / "packed")],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-    )
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    assert found["bytes"] > 50 << 20
-    assert found["added"] < found["bytes"] / 3
-    assert found["other"]["added"] < found["bytes"] / 20
-    for process in (found, found["other"]):
-        assert process["Rss"] > found["bytes"] / 2
-        assert process["Pss"] < 0.6 * process["Rss"]
-        assert process["Anonymous"] == 0
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    with ExitStack() as stack:
+        processes: list[subprocess.Popen[str]] = []
+        for folder in ("", str(tmp_path / "packed"), str(tmp_path / "packed")):
+            command = [sys.executable, "-c", MEASURE, str(model), folder]
+            process = subprocess.Popen(command, stdin=PIPE, stdout=PIPE, text=True, env=environment)
+            processes.append(stack.enter_context(process))
+            stack.callback(process.kill)
+            answer(process)  # it has loaded the model, and run it
+        anew, first, second = (json.loads(answer(process, "measure")) for process in processes)
+    assert first["bytes"] > 50 << 20
+    for found in (first, second):
+        assert anew["RssAnon"] - found["RssAnon"] > 0.6 * found["bytes"]
+        assert found["Rss"] > found["bytes"] / 2
+        assert found["Pss"] < 0.6 * found["Rss"]
+        assert found["Anonymous"] == 0
+        assert not found["compiler"]
+
+
+def answer(process: subprocess.Popen[str], word: str = "") -> str:
+    if word:
+        cast("IO[str]", process.stdin).write(word + "\n")
+        cast("IO[str]", process.stdin).flush()
+    return cast("IO[str]", process.stdout).readline()

@@ -167,3 +167,18 @@ def test_a_folder_for_prompts_that_cannot_be_used_is_one_line(latentkv, model_fo
     result = latentkv("generate", PROMPT, "-m", model_folder, "--cache-dir", tmp_path / "file")
     assert result.exit_code == 2
     assert "cannot be used" in result.stderr and result.stderr.count("\n") == 1
+
+
+def test_packed_weights_are_kept_where_the_options_say(latentkv, model_folder, tmp_path):
+    args = ["generate", PROMPT, "-m", model_folder, "-n", 6, "--temperature", 0, "--dtype", "bf16"]
+    expected = latentkv(*args, "--no-packed-dir").stdout
+    for _ in range(2):
+        assert latentkv(*args, "--packed-dir", tmp_path / "packed", "--packed-dir-bytes", "1GiB").stdout == expected
+    assert len(list((tmp_path / "packed").iterdir())) == 1
+
+
+def test_options_of_packed_weights_that_exclude_each_other_are_refused(latentkv, model_folder, tmp_path):
+    for other in (["--packed-dir", tmp_path], ["--packed-dir-bytes", "1GiB"]):
+        result = latentkv("generate", PROMPT, "-m", model_folder, "--no-packed-dir", *other)
+        assert result.exit_code == 2
+        assert "--no-packed-dir excludes" in result.stderr
