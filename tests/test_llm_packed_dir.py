@@ -115,7 +115,7 @@ def test_weights_larger_than_the_memory_leave_an_eighth_and_say_so(caplog: pytes
     assert "The weights of m take 11.0 GiB, 3.0 GiB more than the memory that is free" in caplog.text
 
 
-# Prints how much memory that is no file's a process has once it has loaded a model, and what it shares of the file's pages.
+# Prints how much memory that is no file's a process has once it has loaded a model, and what it shares of the file.
 MEASURE = """
 import json, re, sys
 from pathlib import Path
