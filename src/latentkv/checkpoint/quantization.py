@@ -10,7 +10,8 @@ from latentkv.checkpoint.locate import read_object
 from latentkv.checkpoint.wrapper import outermost
 from latentkv.weights.files import compressed_config, modelopt
 
-_MODELOPT_FILE = "hf_quant_config.json"
+MODELOPT_FILE = "hf_quant_config.json"
+"""Where ModelOpt says how it quantised, if config.json does not."""
 
 
 def quantization_of(folder: Path, config: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -20,8 +21,8 @@ def quantization_of(folder: Path, config: Mapping[str, Any]) -> Mapping[str, Any
         CheckpointError: ModelOpt's file cannot be read.
     """
     said = outermost(config, "quantization_config")
-    if said is None and (folder / _MODELOPT_FILE).is_file():
-        return read_object(folder / _MODELOPT_FILE)
+    if said is None and (folder / MODELOPT_FILE).is_file():
+        return read_object(folder / MODELOPT_FILE)
     return said
 
 
