@@ -212,7 +212,8 @@ def _print_machine(machine: Machine) -> None:
     out.print(f"Disk     {format_bytes(machine.disk_free)} free here")
     if machine.packed is not None:
         kept = machine.packed
-        out.print(f"Packed   {kept.files} models' weights in {kept.folder}, {format_bytes(kept.bytes)}")
+        models = f"{kept.files} model{'s' if kept.files != 1 else ''}"
+        out.print(f"Packed   weights of {models} in {kept.folder}, {format_bytes(kept.bytes)}")
     out.print(
         f"torch    {machine.torch} on Python {machine.python}, {machine.threads} threads, uses {machine.torch_isa}"
     )

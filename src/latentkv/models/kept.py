@@ -40,6 +40,9 @@ logger = logging.getLogger("latentkv.models")
 _CLOCK_TICK = 0.05
 """Seconds within which a file system may give two changes of a file the same time."""
 
+_WORTH_SAYING = 1 << 30
+"""Bytes of a file from which on it is said that it takes room on the disk."""
+
 _BITS, _COMPACT_BITS = 16, 12
 """Of a weight that is not quantised."""
 
@@ -71,6 +74,12 @@ def load_kept(
                 # Opened anew: what was open before may be a file that had the name before.
                 _write(config, open_tensors(reader.folder), identity, folder, key, packing, dtype)
                 file = folder.find(key)
+                if file is not None and file.nbytes >= _WORTH_SAYING:
+                    logger.warning(
+                        "%.1f GiB of packed weights are kept in %s for the next start (--no-packed-dir: none).",
+                        file.nbytes / 2**30,
+                        folder.path,
+                    )
             try:
                 if file is not None:
                     return _mapped(config, file, packing, dtype=dtype, max_context=max_context), file
