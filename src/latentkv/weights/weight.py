@@ -80,7 +80,9 @@ class QuantizedWeight:
         return weight
 
 
-def quantize_weight(weight: Tensor, fmt: WeightFormat, group: int | None = None) -> QuantizedWeight:
+def quantize_weight(
+    weight: Tensor, fmt: WeightFormat, group: int | None = None, importance: Tensor | None = None
+) -> QuantizedWeight:
     """Round a weight to integers, every group with the scale that leaves the least squared error of those tried.
 
     Symmetric; a scale is rounded to bfloat16 before its codes are chosen. Plain rounding (max|w| / 127 or max|w| / 7)
@@ -90,11 +92,15 @@ def quantize_weight(weight: Tensor, fmt: WeightFormat, group: int | None = None)
         weight: [..., O, D], any float dtype, finite.
         fmt: "int8" (codes -127..127) or "int4" (-8..7).
         group: inputs that share a scale: 32, 64 or 128; None is a whole row for int8, 128 for int4.
+        importance: what each column's squared error counts, at least 0: [D], or [E, D] for a weight [E, O, D]; None:
+            all the same.
 
     Raises:
-        OpError: unknown format or group; the weight is no floating-point matrix, or holds NaN or infinity.
+        OpError: unknown format or group; the weight is no floating-point matrix, or holds NaN or infinity; the
+            importance does not fit it.
     """
     require_format(fmt, group)
+    _require_importance(weight, importance)
     require(
         weight.ndim >= 2 and weight.is_floating_point() and weight.numel() > 0,
         f"quantize_weight takes a floating-point weight [..., O, D], not {list(weight.shape)} of {weight.dtype}",
@@ -103,12 +109,33 @@ def quantize_weight(weight: Tensor, fmt: WeightFormat, group: int | None = None)
     rows = weight.detach().reshape(-1, weight.shape[-1])
     codes = torch.empty(rows.shape, dtype=torch.int8, device=weight.device)
     scales = torch.empty(len(rows), -(-rows.shape[1] // group), dtype=torch.bfloat16, device=weight.device)
+    factors = None if importance is None else importance.float().sqrt().view(-1, 1, rows.shape[1])
     for block in _row_blocks(*rows.shape):
-        grouped = torch.nn.functional.pad(rows[block].float(), (0, -rows.shape[1] % group)).unflatten(1, (-1, group))
-        scales[block] = _best_scales(grouped, bits)
+        grouped = _grouped(rows[block], group)
+        counted = None if factors is None else _grouped(_rows_of(factors, len(rows), block), group)
+        scales[block] = _best_scales(grouped, bits, counted)
         codes[block] = _round_to_codes(grouped, scales[block], bits).flatten(1)[:, : rows.shape[1]]
     require(bool(torch.isfinite(scales).all()), "quantize_weight was given a weight with NaN or infinite values")
     return QuantizedWeight(codes.view(weight.shape), scales.view(*weight.shape[:-1], -1), bits, group)
+
+
+def _require_importance(weight: Tensor, importance: Tensor | None) -> None:
+    allowed = [weight.shape[-1:]] + ([weight.shape[::2]] if weight.ndim == 3 else [])
+    require(
+        importance is None or importance.shape in allowed,
+        f"the importance of columns of {list(weight.shape)} is {' or '.join(str(list(shape)) for shape in allowed)}",
+    )
+
+
+def _grouped(rows: Tensor, group: int) -> Tensor:
+    """[rows, D] -> float32 [rows, groups, group], the last padded with zeros."""
+    return torch.nn.functional.pad(rows.float(), (0, -rows.shape[1] % group)).unflatten(1, (-1, group))
+
+
+def _rows_of(factors: Tensor, num_rows: int, block: slice) -> Tensor:
+    """The factors [1 or E, 1, D] of some rows of a weight of so many, [rows, D]."""
+    places = torch.arange(block.start, min(block.stop, num_rows)) // (num_rows // len(factors))
+    return factors[places, 0]
 
 
 def require_quantized(weight: QuantizedWeight) -> None:
@@ -153,37 +180,43 @@ def require_format(fmt: str, group: int | None) -> None:
     )
 
 
-def _best_scales(weight: Tensor, bits: int) -> Tensor:
-    """[rows, groups] bfloat16 for `weight` [rows, groups, g] float32; NaN or infinite where the weight is."""
+def _best_scales(weight: Tensor, bits: int, counted: Tensor | None) -> Tensor:
+    """[rows, groups] bfloat16 for `weight` [rows, groups, g] float32; NaN or infinite where the weight is.
+
+    `counted` [rows, groups, g] is what each error is multiplied by before it is squared.
+    """
     top, bottom = _largest(weight), _largest(-weight)
     widest = torch.maximum(top, bottom)
     plain = (widest / _CODES[bits][1]).bfloat16()
-    best = plain, _error(weight, plain, bits)
+    best = plain, _error(weight, plain, bits, counted)
     if bits == 8:
         for shrink in _SHRINK_INT8:
-            best = _better(weight, bits, best, plain * shrink)
+            best = _better(weight, bits, best, plain * shrink, counted)
         return best[0]
     toward = torch.where(top >= bottom, -widest, widest) / 8
     for shrink in _SHRINK_INT4:
-        best = _better(weight, bits, best, toward * shrink)
+        best = _better(weight, bits, best, toward * shrink, counted)
     for step in _STEPS_INT4:
         for scale in (best[0] + toward * step, best[0] - toward * step):
-            best = _better(weight, bits, best, scale)
+            best = _better(weight, bits, best, scale, counted)
     return best[0]
 
 
-def _better(weight: Tensor, bits: int, best: tuple[Tensor, Tensor], scale: Tensor) -> tuple[Tensor, Tensor]:
+def _better(
+    weight: Tensor, bits: int, best: tuple[Tensor, Tensor], scale: Tensor, counted: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """Scales and errors of `best`, replaced for the groups that `scale`, rounded to bfloat16, serves better."""
     scale = scale.bfloat16()
-    error = _error(weight, scale, bits)
+    error = _error(weight, scale, bits, counted)
     better = error < best[1]
     return torch.where(better, scale, best[0]), torch.where(better, error, best[1])
 
 
-def _error(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
+def _error(weight: Tensor, scale: Tensor, bits: int, counted: Tensor | None) -> Tensor:
     """[rows, groups] square root of each group's summed squared error."""
     codes = _round_to_codes(weight, scale, bits)
-    return torch.linalg.vector_norm(torch.addcmul(weight, codes, scale.float()[..., None], value=-1, out=codes), dim=-1)
+    errors = torch.addcmul(weight, codes, scale.float()[..., None], value=-1, out=codes)
+    return torch.linalg.vector_norm(errors if counted is None else errors.mul_(counted), dim=-1)
 
 
 def _round_to_codes(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
