@@ -21,6 +21,12 @@ def planes(data: Tensor, run: int, bits: int) -> Tensor:
     return ((data.reshape(len(data), -1, 1, run) >> shifts) & ((1 << bits) - 1)).flatten(1)
 
 
+def packed_planes(numbers: Tensor, run: int, bits: int) -> Tensor:
+    """The mirror of `planes`: uint8 [B, k * 8 / bits * run] of numbers to uint8 [B, k * run]."""
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8)[:, None]
+    return (numbers.reshape(len(numbers), -1, len(shifts), run) << shifts).sum(2, dtype=torch.uint8).flatten(1)
+
+
 def half(blocks: Tensor, at: int) -> Tensor:
     """The float16 at byte `at` of each block, as float32 [B, 1]."""
     return blocks[:, at : at + 2].contiguous().view(torch.float16).float()
