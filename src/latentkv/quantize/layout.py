@@ -87,7 +87,7 @@ def plan_copy(folder: Path, fmt: CodeFormat, group: int | None, max_shard_bytes:
         CheckpointError: the source's files are damaged, or quantised already.
     """
     config, reader = open_checkpoint(folder)
-    _refuse_quantized(reader)
+    refuse_quantized(reader)
     parts = list(_parts(reader, config.num_layers, fmt, group, keeps_head=config.tie_word_embeddings))
     schemes = {_module(part): part.scheme for part in parts if part.scheme is not None}
     if not schemes:
@@ -104,7 +104,8 @@ def plan_copy(folder: Path, fmt: CodeFormat, group: int | None, max_shard_bytes:
     )
 
 
-def _refuse_quantized(reader: Tensors) -> None:
+def refuse_quantized(reader: Tensors) -> None:
+    """Raise `CheckpointError` if a checkpoint holds quantised weights already."""
     for name in reader.names:
         if reader.is_quantized(name):
             raise CheckpointError(

@@ -4,7 +4,9 @@ The names are llama.cpp's. The patterns are those of the models' own tokenizers,
 for an engine with fewer features.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any, cast
 
 from tokenizers import Regex, pre_tokenizers
 
@@ -84,3 +86,61 @@ def cutting_of(name: str) -> Cutting:
             f"{', '.join(_CUTTINGS)}."
         )
     return _CUTTINGS[name]
+
+
+def name_of_cutting(
+    pre_tokenizer: Any, normalizer: Any, *, whole_pieces: bool, merges_digits: bool
+) -> str | None:
+    """The name of the way in which a `tokenizer.json` cuts texts; None where it has none.
+
+    Args:
+        pre_tokenizer, normalizer: as the file has them.
+        whole_pieces: as of `Cutting`; the file's `ignore_merges`.
+        merges_digits: whether a token holds two digits beside one another; where none does, runs of them and single
+            ones are cut to the same tokens.
+    """
+    patterns = tuple(_patterns(pre_tokenizer))
+    nfc = [kind for kind in _kinds(normalizer) if kind != "Sequence"]
+    if not patterns or None in patterns or nfc not in ([], ["NFC"]):
+        return None
+
+    def written(parts: tuple[str | None, ...]) -> tuple[str, ...]:
+        texts = (str(part).replace("\r", r"\r").replace("\n", r"\n") for part in parts)
+        return tuple(DIGIT if text == r"\p{N}+" and not merges_digits else text for text in texts)
+
+    for name, cutting in _CUTTINGS.items():
+        if (cutting.whole_pieces, cutting.nfc) != (whole_pieces, bool(nfc)) or cutting.ranked:
+            continue
+        if written(cutting.patterns) == written(patterns):
+            return name
+    return None
+
+
+def _patterns(step: Any) -> Iterator[str | None]:
+    """The patterns that a pre-tokenizer cuts by, in turn; None for what is something else."""
+    described = cast("dict[str, Any]", step) if isinstance(step, dict) else {}
+    match described.get("type"):
+        case "Sequence":
+            for each in cast("list[Any]", described.get("pretokenizers", [])):
+                yield from _patterns(each)
+        case "Split":
+            found = cast("dict[str, Any]", described.get("pattern") or {})
+            is_plain = described.get("behavior") == "Isolated" and not described.get("invert")
+            yield found.get("Regex") if is_plain else None
+        case "Digits":
+            yield DIGIT if described.get("individual_digits") else None
+        case "ByteLevel":
+            if described.get("add_prefix_space"):
+                yield None
+            elif described.get("use_regex", True):
+                yield GPT2
+        case _:
+            yield None
+
+
+def _kinds(step: Any) -> Iterator[str]:
+    if isinstance(step, dict):
+        described = cast("dict[str, Any]", step)
+        yield str(described.get("type"))
+        for each in cast("list[Any]", described.get("normalizers", [])):
+            yield from _kinds(each)

@@ -22,6 +22,7 @@ class Tokenizer:
         bos_id: begin of sequence, None where the checkpoint has none.
         eos_ids: ids that end a text, from the tokenizer and from `generation_config.json`.
         special_ids: ids that stand for no text (begin, end, padding, turn markers).
+        added_ids: ids of tokens that are found in a text whole, before it is cut into others.
     """
 
     def __init__(self, backend: Backend, settings: TokenizerSettings) -> None:
@@ -29,6 +30,7 @@ class Tokenizer:
         self._settings = settings
         self.vocab_size = backend.vocab_size
         self.special_ids = backend.special_ids
+        self.added_ids = backend.added_ids
         self.bos_id = self.named_id("bos_token")
         eos_id = self.named_id("eos_token")
         self.eos_ids = settings.eos_ids if eos_id is None else settings.eos_ids | {eos_id}

@@ -1,0 +1,236 @@
+"""A checkpoint's folder -> one GGUF file, tensor by tensor; it is there whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from latentkv.checkpoint.gguf.names import sources_of
+from latentkv.checkpoint.source import model_name
+from latentkv.checkpoint.tensors import Tensors
+from latentkv.errors import CheckpointError, OpError
+from latentkv.files import sync, write_whole
+from latentkv.models.loading import match_weights
+from latentkv.models.stored_config import open_checkpoint
+from latentkv.quantize.gguf.metadata import FREQUENCY_DIVISORS, config_metadata, require_said
+from latentkv.quantize.gguf.mix import choose_type, file_type, require_gguf_type
+from latentkv.quantize.gguf.tensors import Importance, Planned, plan_tensors
+from latentkv.quantize.gguf.vocabulary import vocabulary_metadata
+from latentkv.quantize.layout import refuse_quantized
+from latentkv.quantize.report import QuantizationReport, ReportRow
+from latentkv.targets import require_folder
+from latentkv.weights.gguf.encoding import encode
+from latentkv.weights.gguf.types import TensorType, dequantize
+
+ALIGNMENT = 32
+"""Each tensor begins at a multiple of so many bytes, which is what a file that does not say has."""
+
+_QUANTIZATION_VERSION = 2
+_WEIGHTS_AT_A_TIME = 1 << 22
+_PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class GGUFCopy:
+    """What became of a checkpoint in a GGUF file.
+
+    Attributes:
+        report: errors and bytes; the formats are the types of GGUF.
+        notes: what people should know of the file, a sentence each.
+    """
+
+    report: QuantizationReport
+    notes: tuple[str, ...]
+
+
+def quantize_to_gguf(
+    source: Path,
+    target: Path,
+    asked: str,
+    *,
+    pre: str | None = None,
+    importance: Importance | None = None,
+    on_progress: Callable[[int, int], object] = lambda done, total: None,
+) -> GGUFCopy:
+    """Write a checkpoint as a GGUF file of a type, with its config and its tokenizer.
+
+    Memory holds a few tensors at a time, of experts one. The file gets its name when it is whole and on disk.
+
+    Args:
+        source: folder of a supported model, unquantised or DeepSeek's float8.
+        target: of the file, which must not exist; its folder is made if need be.
+        asked: one of `mix.GGUF_TYPES`; which tensors get it, `mix.choose_type` says.
+        pre: see `vocabulary_metadata`.
+        importance: what the squared error of each column counts where scales are looked for, by published names;
+            weights that it lacks count theirs alike.
+        on_progress: called with the parameters that are written, and all of them.
+
+    Raises:
+        ConfigError: the model is not supported.
+        CheckpointError: the source is damaged or quantised already; GGUF cannot say what it computes; the target
+            exists, or cannot be written.
+        TokenizerError: GGUF cannot say what its tokenizer does.
+        OpError: unknown type.
+    """
+    require_gguf_type(asked)
+    require_new_file(target)
+    config, reader = open_checkpoint(source)
+    refuse_quantized(reader)
+    match_weights(config, reader)
+    metadata = config_metadata(config)
+    tensors = plan_tensors(config, reader, metadata.architecture)
+    if metadata.divisors is not None:
+        shape = tuple(metadata.divisors.shape)
+        divisors = Planned(FREQUENCY_DIVISORS, shape, (), torch.float32, 0, None, "rotary embedding")
+        tensors.insert(0, divisors)
+    shapes = {tensor.name: tensor.shape for tensor in tensors}
+    require_said(config, metadata, shapes)
+    vocabulary = vocabulary_metadata(source, config, pre)
+    plan = [
+        tensor.typed(choose_type(tensor.name, tensor.shape, asked, tensor.dtype, config.num_layers))
+        for tensor in tensors
+    ]
+    values: dict[str, Any] = {
+        "general.type": "model",
+        "general.name": model_name(source),
+        "general.file_type": file_type(asked),
+        "general.quantization_version": _QUANTIZATION_VERSION,
+        **metadata.values,
+        **vocabulary.values,
+    }
+    file = _File(reader, plan, importance or {}, metadata.divisors, on_progress)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _require_room(target, plan)
+        write_whole(target, lambda temporary: file.write(temporary, values))
+        if os.name == "posix":
+            sync(target.parent)
+    except OSError as error:
+        raise CheckpointError(f"{target} cannot be written ({error.strerror or error}); nothing is left of it") from error
+    return GGUFCopy(QuantizationReport.of(file.rows), metadata.notes + vocabulary.notes)
+
+
+def require_new_file(target: Path) -> None:
+    """Raise `CheckpointError` unless a file can be made there: nothing is replaced."""
+    if os.path.lexists(target):
+        raise CheckpointError(f"{target} exists: name a new file, or remove it first")
+    require_folder(target.parent, CheckpointError)
+
+
+def _require_room(target: Path, plan: Sequence[Planned]) -> None:
+    needed, free = sum(tensor.nbytes + ALIGNMENT for tensor in plan), shutil.disk_usage(target.parent).free
+    if needed > free:
+        raise CheckpointError(
+            f"{target} needs {needed / 1e9:.1f} GB and its disk has {free / 1e9:.1f} GB free: make room"
+        )
+
+
+class _File:
+    """One file in the making; `rows` is what the report says of it."""
+
+    def __init__(
+        self,
+        reader: Tensors,
+        plan: Sequence[Planned],
+        importance: Importance,
+        divisors: Tensor | None,
+        on_progress: Callable[[int, int], object],
+    ) -> None:
+        self.rows: list[ReportRow] = []
+        self._reader, self._plan, self._importance, self._divisors = reader, plan, importance, divisors
+        self._on_progress = on_progress
+
+    def write(self, path: Path, values: Mapping[str, Any]) -> None:
+        self.rows.clear()
+        _write_header(path, values, self._plan)
+        total, done = sum(tensor.parameters for tensor in self._plan), 0
+        with path.open("ab") as file:
+            for tensor in self._plan:
+                file.write(bytes(-file.tell() % ALIGNMENT))
+                error = norm = 0.0
+                for raw, squares in self._encoded(tensor):
+                    file.write(raw.numpy().data)
+                    error, norm = error + squares[0], norm + squares[1]
+                done += tensor.parameters
+                self._on_progress(done, total)
+                self.rows.append(_row(tensor, error, norm))
+            file.write(bytes(-file.tell() % ALIGNMENT))
+
+    def _encoded(self, tensor: Planned) -> Iterator[tuple[Tensor, tuple[float, float]]]:
+        """A tensor's bytes, some rows at a time, and the sums of their squared errors and weights."""
+        kind = _kind(tensor)
+        for published, matrix in self._matrices(tensor):
+            rows = matrix.reshape(-1, matrix.shape[-1])
+            step = max(1, _WEIGHTS_AT_A_TIME // rows.shape[1])
+            for start in range(0, len(rows), step):
+                exact = rows[start : start + step]
+                try:
+                    raw = encode(exact, kind, self._importance.get(published))
+                except OpError as problem:
+                    raise CheckpointError(f"{published or tensor.name} cannot be written: {problem}") from problem
+                yield raw, (0.0, 0.0) if _PLAIN.get(kind.name) == exact.dtype else _squares(exact, raw, kind)
+
+    def _matrices(self, tensor: Planned) -> Iterator[tuple[str, Tensor]]:
+        if not tensor.sources and self._divisors is not None:
+            yield "", self._divisors
+        for source in tensor.sources:
+            yield from source.matrices(self._reader)
+
+
+def _kind(tensor: Planned) -> TensorType:
+    if tensor.chosen is None:
+        raise RuntimeError(f"{tensor.name} has no type yet")
+    return tensor.chosen.type
+
+
+def _squares(exact: Tensor, raw: Tensor, kind: TensorType) -> tuple[float, float]:
+    weights = exact.float()
+    norm = torch.linalg.vector_norm(weights).item() ** 2
+    return torch.linalg.vector_norm(dequantize(raw, kind).sub_(weights)).item() ** 2, norm
+
+
+def _row(tensor: Planned, error: float, norm: float) -> ReportRow:
+    form, meant = _kind(tensor).name, tensor.chosen.instead_of if tensor.chosen is not None else None
+    if meant is not None:
+        form += f" (not {meant}, at a width of {tensor.shape[-1]})"
+    if not error:  # nothing was rounded
+        norm = 0.0
+    return ReportRow(
+        tensor.layer, tensor.kind, form, 1, tensor.parameters, tensor.bytes_before, tensor.nbytes, error, norm
+    )
+
+
+def _write_header(path: Path, values: Mapping[str, Any], plan: Sequence[Planned]) -> None:
+    """Everything before the tensors' bytes, as the gguf package writes it."""
+    # Imported here: it is slow to import, and only this needs it.
+    import numpy as np
+    from gguf import GGMLQuantizationType, GGUFWriter
+
+    writer = GGUFWriter(path, values["general.architecture"])
+    for key, value in values.items():
+        match value:
+            case bool():
+                writer.add_bool(key, value)
+            case int():
+                writer.add_uint32(key, value)
+            case float():
+                writer.add_float32(key, value)
+            case str():
+                if key != "general.architecture":  # which it has added itself
+                    writer.add_string(key, value)
+            case _:
+                writer.add_array(key, value)
+    for tensor in plan:
+        kind = GGMLQuantizationType(_kind(tensor).id)
+        writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.nbytes, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.close()
