@@ -1,4 +1,4 @@
-"""`latentkv quantize`: a copy of a checkpoint with int8 or int4 weights."""
+"""`latentkv quantize`: a copy of a checkpoint with fewer bits, a folder or a GGUF file."""
 
 from __future__ import annotations
 
@@ -18,16 +18,36 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from latentkv.llm import Perplexity
-    from latentkv.quantize import QuantizationReport
+    from latentkv.quantize import Importance, QuantizationReport
 
 
 def quantize(
     source: Annotated[str, typer.Argument(help=f"The model: {MODEL_FORMS}.", show_default=False)],
-    target: Annotated[Path, typer.Argument(help="A new folder for the copy.", show_default=False)],
-    weights: Annotated[str, typer.Option(help="int8, or int4 (its output head is int8).", show_default=False)],
+    target: Annotated[Path, typer.Argument(help="A new folder for the copy, or a new .gguf file.", show_default=False)],
+    weights: Annotated[
+        str | None, typer.Option(help="Of a folder: int8, or int4 (its output head is int8).", show_default=False)
+    ] = None,
+    kind: Annotated[
+        str | None,
+        typer.Option("--type", help="Of a .gguf file: q8_0, q6_k, q4_k, q4_0, mxfp4, or unquantised bf16, f16, f32."),
+    ] = None,
     group: Annotated[
         int | None,
-        typer.Option(help="Weights that share a scale: 32, 64 or 128.", show_default="int4: 128; int8: a whole row"),
+        typer.Option(
+            help="Weights that share a scale, of a folder: 32, 64 or 128.", show_default="int4: 128; int8: a whole row"
+        ),
+    ] = None,
+    calibrate: Annotated[
+        Path | None,
+        typer.Option(help="Weigh errors by what the model does with this text.", exists=True, dir_okay=False),
+    ] = None,
+    calibrate_bytes: Annotated[int, typer.Option(help="How much of that text to read.")] = 60_000,
+    pre: Annotated[
+        str | None,
+        typer.Option(
+            help="Of a .gguf file: a known way to cut texts in place of the tokenizer's own, or none for no tokenizer.",
+            show_default=False,
+        ),
     ] = None,
     text: Annotated[
         Path | None,
@@ -37,43 +57,115 @@ def quantize(
     threads: ThreadsOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
-    """Make a copy of a checkpoint with int8 or int4 weights, in the compressed-tensors format.
+    """Make a copy of a checkpoint with fewer bits: a folder (compressed-tensors, int8 or int4), or a GGUF file.
 
-    Each group's scale is searched for the least squared error. Routers, norms, embeddings and the latent projections
-    (kv_a_proj_with_mqa, kv_b_proj, q_a_proj, eh_proj) stay as they are; the output head is int8, also with int4. An
-    interrupted run goes on when the same command is given again.
+    Each group's scale is searched for the least squared error. In a folder, routers, norms, embeddings and the latent
+    projections (kv_a_proj_with_mqa, kv_b_proj, q_a_proj, eh_proj) stay as they are; the output head is int8, also with
+    int4. An interrupted run goes on when the same command is given again. A GGUF file is written whole or not at all,
+    for llama.cpp and LatentKV alike; of mixes such as q4_k, embedding, head and latent projections get more bits.
 
     Example: latentkv quantize deepseek-ai/DeepSeek-V2-Lite v2-lite-int4 --weights int4
+
+    Example: latentkv quantize deepseek-ai/DeepSeek-V2-Lite v2-lite-q4_k.gguf --type q4_k --calibrate book.txt
     """
 
     from latentkv.checkpoint.source import resolve_folder
-    from latentkv.quantize import quantize_checkpoint
-    from latentkv.weights.weight import require_format
+    from latentkv.quantize import column_importance
 
     use_threads(threads)
-    require_format(weights, group)
-    passage = None if text is None else _passage(text, text_bytes)
+    _require_options(target, weights, kind, group, pre, text)
+    passage = None if text is None else _passage(text, text_bytes, "--text-bytes")
+    calibration = None if calibrate is None else _passage(calibrate, calibrate_bytes, "--calibrate-bytes")
     folder = resolve_folder(source)
+    write = _gguf_writer(folder, target, kind, pre) if kind else _folder_writer(folder, target, weights or "", group)
+    importance = None
+    if calibration is not None:
+        with console(stderr=True).status(f"{folder.name} reads {calibrate}"):
+            importance = column_importance(folder, calibration)
     before = None if passage is None else _perplexity(folder, passage)
-    with _progress(f"{folder.name} to {weights}") as on_progress:
-        report = quantize_checkpoint(folder, target, weights, group, on_progress=on_progress)
+    with _progress(f"{folder.name} to {kind or weights}") as on_progress:
+        report, notes = write(importance, on_progress)
     measured = None
     if passage is not None and before is not None:
         measured = {"text": str(text), "before": asdict(before), "after": asdict(_perplexity(target, passage))}
-        _add_to_report(target, measured)
+        if not kind:
+            _add_to_report(target, measured)
     if as_json:
-        print_json(report.as_json() | {"perplexity": measured})
+        print_json(report.as_json() | {"perplexity": measured, "notes": list(notes)})
     else:
-        _print_report(report, target, measured)
+        _print_report(report, target, measured, notes)
 
 
-def _passage(path: Path, num_bytes: int) -> str:
+def _require_options(
+    target: Path, weights: str | None, kind: str | None, group: int | None, pre: str | None, text: Path | None
+) -> None:
+    """Refuse options of the other kind of target, and what cannot be had, before anything is read."""
+    from latentkv.quantize.gguf import GGUF_TYPES, NO_TOKENIZER, require_gguf_type, require_new_file
+    from latentkv.weights.weight import require_format
+
+    if target.suffix != ".gguf":
+        for option, given in (("--type", kind), ("--pre", pre)):
+            if given is not None:
+                raise RequestError(
+                    f"{option} is for a target that ends in .gguf: for the folder {target} say --weights int8 or "
+                    "--weights int4."
+                )
+        if weights is None:
+            raise RequestError(
+                "Missing option '--weights': say --weights int8 or --weights int4 for a folder, or name a target that "
+                "ends in .gguf and say --type."
+            )
+        require_format(weights, group)
+        return
+    for option, given in (("--weights", weights), ("--group", group)):
+        if given is not None:
+            raise RequestError(f"{option} is for a folder: for the GGUF file {target} say --type, such as --type q4_k.")
+    if kind is None:
+        raise RequestError(f"Missing option '--type': say what {target} is to hold, one of {', '.join(GGUF_TYPES)}.")
+    if text is not None and pre == NO_TOKENIZER:
+        raise RequestError(
+            f"--text needs the tokenizer that --pre {NO_TOKENIZER} leaves out: leave out one of the two."
+        )
+    require_gguf_type(kind)
+    require_new_file(target)
+
+
+_Writer = Callable[["Importance | None", Callable[[int, int], None]], "tuple[QuantizationReport, tuple[str, ...]]"]
+
+
+def _folder_writer(folder: Path, target: Path, weights: str, group: int | None) -> _Writer:
+    from latentkv.quantize import quantize_checkpoint
+
+    def write(
+        importance: Importance | None, on_progress: Callable[[int, int], None]
+    ) -> tuple[QuantizationReport, tuple[str, ...]]:
+        report = quantize_checkpoint(folder, target, weights, group, importance=importance, on_progress=on_progress)
+        return report, ()
+
+    return write
+
+
+def _gguf_writer(folder: Path, target: Path, kind: str, pre: str | None) -> _Writer:
+    from latentkv.quantize.gguf import plan_gguf, write_gguf
+
+    plan = plan_gguf(folder, kind, pre)
+
+    def write(
+        importance: Importance | None, on_progress: Callable[[int, int], None]
+    ) -> tuple[QuantizationReport, tuple[str, ...]]:
+        return write_gguf(plan, target, importance=importance, on_progress=on_progress), plan.notes
+
+    return write
+
+
+def _passage(path: Path, num_bytes: int, option: str) -> str:
     if num_bytes < 1:
-        raise RequestError(f"--text-bytes must be 1 or more, not {num_bytes}.")
+        raise RequestError(f"{option} must be 1 or more, not {num_bytes}.")
     with path.open("rb") as file:
         passage = file.read(num_bytes).decode("utf-8", errors="ignore")
     if not passage:
-        raise RequestError(f"{path} holds no text to score: name a file of UTF-8 text.")
+        purpose = "score" if option == "--text-bytes" else "calibrate on"
+        raise RequestError(f"{path} holds no text to {purpose}: name a file of UTF-8 text.")
     return passage
 
 
@@ -105,7 +197,9 @@ def _add_to_report(target: Path, measured: dict[str, Any]) -> None:
     write_json(path, read_json(path, CheckpointError) | {"perplexity": measured})
 
 
-def _print_report(report: QuantizationReport, target: Path, measured: dict[str, Any] | None) -> None:
+def _print_report(
+    report: QuantizationReport, target: Path, measured: dict[str, Any] | None, notes: tuple[str, ...]
+) -> None:
     from latentkv.plan.sizes import format_bytes
     from latentkv.quantize import REPORT_FILE
 
@@ -118,9 +212,12 @@ def _print_report(report: QuantizationReport, target: Path, measured: dict[str, 
             f"perplexity  {before['perplexity']:.4g} before, {after['perplexity']:.4g} after "
             f"({after['bits_per_byte'] - before['bits_per_byte']:+.4f} bits a byte; {before['tokens']:,} tokens)"
         )
+    for note in notes:
+        out.print(f"note: {note}")
+    figures = "--json prints them" if target.suffix == ".gguf" else target / REPORT_FILE
     out.print(
         f"{target}: {format_bytes(total.bytes_after)}, was {format_bytes(total.bytes_before)}; "
-        f"{total.bits_per_weight:.2f} bits a weight. All figures: {target / REPORT_FILE}"
+        f"{total.bits_per_weight:.2f} bits a weight. All figures: {figures}"
     )
 
 

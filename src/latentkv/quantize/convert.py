@@ -20,6 +20,7 @@ from latentkv.checkpoint.shard import write_shard
 from latentkv.errors import CheckpointError, OpError
 from latentkv.files import sync, write_json
 from latentkv.json_files import read_any_json, read_json
+from latentkv.quantize.importance import Importance
 from latentkv.quantize.layout import CopyLayout, Part, plan_copy
 from latentkv.quantize.report import QuantizationReport, ReportRow, squared_error
 from latentkv.saved_values import as_saved, saved_in
@@ -41,6 +42,7 @@ def quantize_checkpoint(
     fmt: str,
     group: int | None = None,
     *,
+    importance: Importance | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     on_progress: Callable[[int, int], object] = lambda done, total: None,
 ) -> QuantizationReport:
@@ -54,6 +56,8 @@ def quantize_checkpoint(
         target: folder, made if need be; empty, or of an interrupted or finished run of the same conversion.
         fmt: name of one of `weights.formats.ROUNDED_TO` (the output head is int8 either way).
         group: inputs that share a scale: 32, 64 or 128; None: the format's own default.
+        importance: what the squared error of each column counts where scales are looked for, by published names
+            (`importance.column_importance`); weights that it lacks count theirs alike.
         max_shard_bytes: a file holds no more, unless a single tensor does.
         on_progress: called with the bytes of the source that are done, and all of them.
 
@@ -66,7 +70,7 @@ def quantize_checkpoint(
             the target holds something else, or cannot be written.
         OpError: unknown format or group.
     """
-    layout = plan_copy(source, require_format(fmt, group), group, max_shard_bytes)
+    layout = plan_copy(source, require_format(fmt, group), group, max_shard_bytes, importance)
     try:
         report = _finished_report(target, layout)
         if report is None:
@@ -149,20 +153,23 @@ def _converted(
         tensors = dict(published_parts(source, stored, layout.num_layers))
         for part in pieces:
             tensor = tensors.get(part.name, stored)
-            row, converted = _convert_part(part, tensor, round(before * tensor.numel()))
+            row, converted = _convert_part(part, tensor, round(before * tensor.numel()), layout.importance)
             yield from converted.items()
             rows.append(row)
             done += row.bytes_before
             on_done(done)
 
 
-def _convert_part(part: Part, tensor: Tensor, bytes_before: int) -> tuple[ReportRow, dict[str, Tensor]]:
+def _convert_part(
+    part: Part, tensor: Tensor, bytes_before: int, importance: Importance
+) -> tuple[ReportRow, dict[str, Tensor]]:
     error = norm = 0.0
     if part.scheme is None:
         stored, form = {part.name: tensor.to(part.dtype)}, str(part.dtype).removeprefix("torch.")
     else:
         try:
-            quantized = quantize_weight(tensor, part.scheme.format, part.scheme.group)
+            counted = importance.get(part.published)
+            quantized = quantize_weight(tensor, part.scheme.format, part.scheme.group, counted)
         except OpError as problem:
             raise CheckpointError(f"{part.name} cannot be quantised: {problem}") from problem
         stored = {part.name + suffix: piece for suffix, piece in pack(quantized).items()}

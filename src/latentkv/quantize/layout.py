@@ -19,6 +19,7 @@ from latentkv.checkpoint.wrapper import without
 from latentkv.errors import CheckpointError
 from latentkv.models.config_reader import read_model_json
 from latentkv.models.stored_config import open_checkpoint
+from latentkv.quantize.importance import Importance
 from latentkv.weights import CodeFormat
 from latentkv.weights.files.compressed_config import build_config
 from latentkv.weights.files.compressed_tensors import packed_layout
@@ -31,6 +32,7 @@ class Part:
 
     Attributes:
         name: in the copy.
+        published: the name that it is known by; "": none.
         source: the tensor that it is made from; several experts may come from one.
         dtype, shape: of the tensor, where it stays as it is.
         scheme: how it is quantised; None: it stays.
@@ -39,6 +41,7 @@ class Part:
     """
 
     name: str
+    published: str
     source: str
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -70,6 +73,7 @@ class CopyLayout:
         shards: the parts of each file, by its name.
         config: content of config.json.
         fingerprint: tells this source with these options from every other.
+        importance: what each column's error counts, by published names.
     """
 
     reader: Tensors
@@ -77,9 +81,12 @@ class CopyLayout:
     shards: dict[str, list[Part]]
     config: dict[str, Any]
     fingerprint: str
+    importance: Importance
 
 
-def plan_copy(folder: Path, fmt: CodeFormat, group: int | None, max_shard_bytes: int) -> CopyLayout:
+def plan_copy(
+    folder: Path, fmt: CodeFormat, group: int | None, max_shard_bytes: int, importance: Importance | None = None
+) -> CopyLayout:
     """Settle what a quantised copy holds.
 
     Raises:
@@ -100,7 +107,8 @@ def plan_copy(folder: Path, fmt: CodeFormat, group: int | None, max_shard_bytes:
         num_layers=config.num_layers,
         shards=_named_shards(list(_shards(parts, max_shard_bytes))),
         config=raw,
-        fingerprint=_fingerprint(reader, raw, max_shard_bytes),
+        fingerprint=_fingerprint(reader, raw, max_shard_bytes, importance or {}),
+        importance=importance or {},
     )
 
 
@@ -129,7 +137,17 @@ def _parts(reader: Tensors, num_layers: int, fmt: CodeFormat, group: int | None,
         pieces = published_parts(source, stored, num_layers) if scheme else [(source, stored)]
         layer, kind = layer_of(known_as or ""), tensor_kind(known_as or "")
         for name, piece in pieces:
-            yield Part(name, source, dtype, tuple(piece.shape), scheme, layer, kind)
+            yield Part(
+                name, _published_part(name, source, known_as), source, dtype, tuple(piece.shape), scheme, layer, kind
+            )
+
+
+def _published_part(name: str, source: str, known_as: str | None) -> str:
+    """What a part of a source is known by: its own name, but for what stands before the text model's."""
+    if known_as is None:
+        return ""
+    before = source.removesuffix(known_as.removeprefix("model."))
+    return known_as if name == source else "model." + name.removeprefix(before)
 
 
 def _module(part: Part) -> str:
@@ -159,7 +177,10 @@ def _named_shards(shards: list[list[Part]]) -> dict[str, list[Part]]:
     return {f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards)}
 
 
-def _fingerprint(reader: Tensors, config: dict[str, Any], max_shard_bytes: int) -> str:
+def _fingerprint(reader: Tensors, config: dict[str, Any], max_shard_bytes: int, importance: Importance) -> str:
     files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in reader.files]
     described = json.dumps([files, config, max_shard_bytes], sort_keys=True)
-    return hashlib.sha256(described.encode()).hexdigest()
+    digest = hashlib.sha256(described.encode())
+    for name, columns in sorted(importance.items()):
+        digest.update(name.encode() + columns.numpy().tobytes())
+    return digest.hexdigest()

@@ -88,13 +88,12 @@ def cutting_of(name: str) -> Cutting:
     return _CUTTINGS[name]
 
 
-def name_of_cutting(
-    pre_tokenizer: Any, normalizer: Any, *, whole_pieces: bool, merges_digits: bool
-) -> str | None:
+def name_of_cutting(pre_tokenizer: Any, normalizer: Any, *, whole_pieces: bool, merges_digits: bool) -> str | None:
     """The name of the way in which a `tokenizer.json` cuts texts; None where it has none.
 
     Args:
-        pre_tokenizer, normalizer: as the file has them.
+        pre_tokenizer: as the file has it.
+        normalizer: likewise.
         whole_pieces: as of `Cutting`; the file's `ignore_merges`.
         merges_digits: whether a token holds two digits beside one another; where none does, runs of them and single
             ones are cut to the same tokens.

@@ -72,7 +72,9 @@ class QuantizedWeight:
         return weight
 
 
-def quantize_weight(weight: Tensor, fmt: CodeFormat | str, group: int | None = None) -> QuantizedWeight:
+def quantize_weight(
+    weight: Tensor, fmt: CodeFormat | str, group: int | None = None, importance: Tensor | None = None
+) -> QuantizedWeight:
     """Round a weight to integers, every group with the scale that leaves the least squared error of those tried.
 
     Symmetric; a scale is rounded to bfloat16 before its codes are chosen. Plain rounding (max|w| / 127 or max|w| / 7)
@@ -82,11 +84,15 @@ def quantize_weight(weight: Tensor, fmt: CodeFormat | str, group: int | None = N
         weight: [..., O, D], any float dtype, finite.
         fmt: one of `formats.ROUNDED_TO`, or its name.
         group: inputs that share a scale: 32, 64 or 128; None is the format's own default.
+        importance: what each column's squared error counts, at least 0: [D], or [E, D] for a weight [E, O, D]; None:
+            all the same.
 
     Raises:
-        OpError: unknown format or group; the weight is no floating-point matrix, or holds NaN or infinity.
+        OpError: unknown format or group; the weight is no floating-point matrix, or holds NaN or infinity; the
+            importance does not fit it.
     """
     form = fmt if isinstance(fmt, CodeFormat) else require_format(fmt, group)
+    _require_importance(weight, importance)
     require(
         weight.ndim >= 2 and weight.is_floating_point() and weight.numel() > 0,
         f"quantize_weight takes a floating-point weight [..., O, D], not {list(weight.shape)} of {weight.dtype}",
@@ -95,12 +101,33 @@ def quantize_weight(weight: Tensor, fmt: CodeFormat | str, group: int | None = N
     rows = weight.detach().reshape(-1, weight.shape[-1])
     codes = torch.empty(rows.shape, dtype=torch.int8, device=weight.device)
     scales = torch.empty(len(rows), -(-rows.shape[1] // group), dtype=torch.bfloat16, device=weight.device)
+    factors = None if importance is None else importance.float().sqrt().view(-1, 1, rows.shape[1])
     for block in _row_blocks(*rows.shape):
-        grouped = torch.nn.functional.pad(rows[block].float(), (0, -rows.shape[1] % group)).unflatten(1, (-1, group))
-        scales[block] = _best_scales(grouped, form)
+        grouped = _grouped(rows[block], group)
+        counted = None if factors is None else _grouped(_rows_of(factors, len(rows), block), group)
+        scales[block] = _best_scales(grouped, form, counted)
         codes[block] = _round_to_codes(grouped, scales[block], form).flatten(1)[:, : rows.shape[1]]
     require(bool(torch.isfinite(scales).all()), "quantize_weight was given a weight with NaN or infinite values")
     return QuantizedWeight(codes.view(weight.shape), scales.view(*weight.shape[:-1], -1), form, group)
+
+
+def _require_importance(weight: Tensor, importance: Tensor | None) -> None:
+    allowed = [weight.shape[-1:]] + ([weight.shape[::2]] if weight.ndim == 3 else [])
+    require(
+        importance is None or importance.shape in allowed,
+        f"the importance of columns of {list(weight.shape)} is {' or '.join(str(list(shape)) for shape in allowed)}",
+    )
+
+
+def _grouped(rows: Tensor, group: int) -> Tensor:
+    """[rows, D] -> float32 [rows, groups, group], the last padded with zeros."""
+    return torch.nn.functional.pad(rows.float(), (0, -rows.shape[1] % group)).unflatten(1, (-1, group))
+
+
+def _rows_of(factors: Tensor, num_rows: int, block: slice) -> Tensor:
+    """The factors [1 or E, 1, D] of some rows of a weight of so many, [rows, D]."""
+    places = torch.arange(block.start, min(block.stop, num_rows)) // (num_rows // len(factors))
+    return factors[places, 0]
 
 
 def require_quantized(weight: QuantizedWeight) -> None:
@@ -150,37 +177,43 @@ def require_format(fmt: str, group: int | None) -> CodeFormat:
     return ROUNDED_TO[fmt]
 
 
-def _best_scales(weight: Tensor, form: CodeFormat) -> Tensor:
-    """[rows, groups] bfloat16 for `weight` [rows, groups, g] float32; NaN or infinite where the weight is."""
+def _best_scales(weight: Tensor, form: CodeFormat, counted: Tensor | None) -> Tensor:
+    """[rows, groups] bfloat16 for `weight` [rows, groups, g] float32; NaN or infinite where the weight is.
+
+    `counted` [rows, groups, g] is what each error is multiplied by before it is squared.
+    """
     top, bottom = _largest(weight), _largest(-weight)
     widest = torch.maximum(top, bottom)
     plain = (widest / form.highest).bfloat16()
-    best = plain, _error(weight, plain, form)
+    best = plain, _error(weight, plain, form, counted)
     if form is INT8:
         for shrink in _SHRINK_INT8:
-            best = _better(weight, form, best, plain * shrink)
+            best = _better(weight, form, best, plain * shrink, counted)
         return best[0]
     toward = torch.where(top >= bottom, -widest, widest) / -form.lowest
     for shrink in _SHRINK_INT4:
-        best = _better(weight, form, best, toward * shrink)
+        best = _better(weight, form, best, toward * shrink, counted)
     for step in _STEPS_INT4:
         for scale in (best[0] + toward * step, best[0] - toward * step):
-            best = _better(weight, form, best, scale)
+            best = _better(weight, form, best, scale, counted)
     return best[0]
 
 
-def _better(weight: Tensor, form: CodeFormat, best: tuple[Tensor, Tensor], scale: Tensor) -> tuple[Tensor, Tensor]:
+def _better(
+    weight: Tensor, form: CodeFormat, best: tuple[Tensor, Tensor], scale: Tensor, counted: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """Scales and errors of `best`, replaced for the groups that `scale`, rounded to bfloat16, serves better."""
     scale = scale.bfloat16()
-    error = _error(weight, scale, form)
+    error = _error(weight, scale, form, counted)
     better = error < best[1]
     return torch.where(better, scale, best[0]), torch.where(better, error, best[1])
 
 
-def _error(weight: Tensor, scale: Tensor, form: CodeFormat) -> Tensor:
+def _error(weight: Tensor, scale: Tensor, form: CodeFormat, counted: Tensor | None) -> Tensor:
     """[rows, groups] square root of each group's summed squared error."""
     codes = _round_to_codes(weight, scale, form)
-    return torch.linalg.vector_norm(torch.addcmul(weight, codes, scale.float()[..., None], value=-1, out=codes), dim=-1)
+    errors = torch.addcmul(weight, codes, scale.float()[..., None], value=-1, out=codes)
+    return torch.linalg.vector_norm(errors if counted is None else errors.mul_(counted), dim=-1)
 
 
 def _round_to_codes(weight: Tensor, scale: Tensor, form: CodeFormat) -> Tensor:

@@ -43,7 +43,8 @@ def scores_of_merges(merges: Sequence[Any], tokens: Sequence[str], types: Sequen
 
     Args:
         merges: pairs of pieces, the first to be done first.
-        tokens, types: of the vocabulary.
+        tokens: of the vocabulary.
+        types: likewise, numbers of `PieceType`.
     """
     pairs = [tuple(pair.split(" ", 1)) if isinstance(pair, str) else tuple(pair) for pair in merges]
     scores: dict[str, float] = {}

@@ -151,7 +151,9 @@ def _rope(config: ModelConfig) -> dict[str, Any]:
 def _notes(config: ModelConfig) -> list[str]:
     notes: list[str] = []
     if config.num_mtp_layers:
-        notes.append("layers that predict further tokens (MTP) are left out: llama.cpp's deepseek2 has no place for them")
+        notes.append(
+            "layers that predict further tokens (MTP) are left out: llama.cpp's deepseek2 has no place for them"
+        )
     if config.moe is not None and config.moe.group_score == "max":
         notes.append(
             "llama.cpp scores groups of experts by their two best, this model by the best: it may choose other experts"

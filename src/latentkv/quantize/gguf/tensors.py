@@ -14,9 +14,6 @@ from latentkv.checkpoint.tensors import Tensors
 from latentkv.models.config import MLAConfig, ModelConfig
 from latentkv.quantize.gguf.mix import Chosen
 
-Importance = Mapping[str, Tensor]
-"""What the squared error of each column of a weight counts, [D], by the weight's published name."""
-
 _TOP = {
     "model.embed_tokens.weight": "token_embd.weight",
     "model.norm.weight": "output_norm.weight",
@@ -193,7 +190,9 @@ class _Plan:
             stored = self._names[fused]
             count, rows, width = self._reader.shape(stored)
             part = "" if leaf == "down_proj" else leaf
-            return self._planned(target, (count, rows if not part else rows // 2, width), (Source(stored, fused, part),))
+            return self._planned(
+                target, (count, rows if not part else rows // 2, width), (Source(stored, fused, part),)
+            )
         moe = self._config.moe
         count = 0 if moe is None else moe.num_experts
         sources = tuple(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,7 +28,7 @@ _REMEDY = f"name the nearest way with --pre (some texts become other tokens), or
 # Texts in which ways to cut differ: contractions, numbers, spaces and line ends, case, scripts, marks, signs, bytes.
 _PROBES = (
     "I'LL say it's 1234567 (or 3.14)... don't, it’s 'sun'",
-    "  the  man\t\n\n said:\r\n \"No!\"  \n",
+    '  the  man\t\n\n said:\r\n "No!"  \n',
     "HTMLParser camelCase iPhone's //note\n/* $x += y_2; */ ~|`^ <=>",
     "中文字 and かな, 한국어ㄱㅎ ㄅㄆ。“q”… １２ ½ Ⅷ \u3000\u00a0x",
     "naïve e\u0301te\u0301 नमस् Привет!! 🐋👍🏽 [word] #tag @me -the- a.b,c;d",
@@ -117,8 +118,8 @@ def _byte_level(
         return {"tokenizer.ggml.pre": name, "tokenizer.ggml.merges": merges_of_ranks([p for p in pieces if p])}
     if model.get("type") != "BPE" or (tokenizer.decoder or {}).get("type") != "ByteLevel":
         raise TokenizerError(
-            f"{folder}'s tokenizer is neither byte-level BPE with a tokenizer.json or a tiktoken.model, nor SentencePiece "
-            f"BPE, which GGUF files are written of: use --pre {NO_TOKENIZER} to leave it out"
+            f"{folder}'s tokenizer is neither byte-level BPE in a tokenizer.json or tiktoken.model nor SentencePiece BPE, "
+            f"of which GGUF files are written: use --pre {NO_TOKENIZER} to leave it out"
         )
     for key in ("continuing_subword_prefix", "end_of_word_suffix", "dropout"):
         if model.get(key):
@@ -145,7 +146,7 @@ def _byte_level(
 
 
 def _has_digits(token: str) -> bool:
-    return any(one.isnumeric() and other.isnumeric() for one, other in zip(token, token[1:], strict=False))
+    return any(one.isnumeric() and other.isnumeric() for one, other in pairwise(token))
 
 
 def _pieces(
@@ -216,9 +217,7 @@ def _template_key(name: str) -> str:
     return "tokenizer.chat_template" + ("" if name == "default" else f".{name}")
 
 
-def _compared(
-    folder: Path, tokenizer: Tokenizer, values: Mapping[str, Any], *, is_exact: bool
-) -> list[str]:
+def _compared(folder: Path, tokenizer: Tokenizer, values: Mapping[str, Any], *, is_exact: bool) -> list[str]:
     """Read the tokenizer back and see whether it gives the same tokens.
 
     Raises:

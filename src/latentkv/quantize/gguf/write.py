@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latentkv.checkpoint.gguf.names import sources_of
 from latentkv.checkpoint.source import model_name
 from latentkv.checkpoint.tensors import Tensors
 from latentkv.errors import CheckpointError, OpError
@@ -21,8 +20,9 @@ from latentkv.models.loading import match_weights
 from latentkv.models.stored_config import open_checkpoint
 from latentkv.quantize.gguf.metadata import FREQUENCY_DIVISORS, config_metadata, require_said
 from latentkv.quantize.gguf.mix import choose_type, file_type, require_gguf_type
-from latentkv.quantize.gguf.tensors import Importance, Planned, plan_tensors
+from latentkv.quantize.gguf.tensors import Planned, plan_tensors
 from latentkv.quantize.gguf.vocabulary import vocabulary_metadata
+from latentkv.quantize.importance import Importance
 from latentkv.quantize.layout import refuse_quantized
 from latentkv.quantize.report import QuantizationReport, ReportRow
 from latentkv.targets import require_folder
@@ -38,49 +38,44 @@ _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
-class GGUFCopy:
-    """What became of a checkpoint in a GGUF file.
+class GGUFPlan:
+    """A checkpoint's GGUF file before it is written.
 
     Attributes:
-        report: errors and bytes; the formats are the types of GGUF.
+        reader: of the checkpoint.
+        tensors: what the file will hold, in order.
+        values: its metadata.
+        divisors: of the rotary frequencies, where one of the tensors holds them.
         notes: what people should know of the file, a sentence each.
     """
 
-    report: QuantizationReport
+    reader: Tensors
+    tensors: Sequence[Planned]
+    values: Mapping[str, Any]
+    divisors: Tensor | None
     notes: tuple[str, ...]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors in the file."""
+        return sum(-(-tensor.nbytes // ALIGNMENT) * ALIGNMENT for tensor in self.tensors)
 
-def quantize_to_gguf(
-    source: Path,
-    target: Path,
-    asked: str,
-    *,
-    pre: str | None = None,
-    importance: Importance | None = None,
-    on_progress: Callable[[int, int], object] = lambda done, total: None,
-) -> GGUFCopy:
-    """Write a checkpoint as a GGUF file of a type, with its config and its tokenizer.
 
-    Memory holds a few tensors at a time, of experts one. The file gets its name when it is whole and on disk.
+def plan_gguf(source: Path, asked: str, pre: str | None = None) -> GGUFPlan:
+    """Settle what a checkpoint's GGUF file holds; of the weights only headers are read.
 
     Args:
         source: folder of a supported model, unquantised or DeepSeek's float8.
-        target: of the file, which must not exist; its folder is made if need be.
         asked: one of `mix.GGUF_TYPES`; which tensors get it, `mix.choose_type` says.
         pre: see `vocabulary_metadata`.
-        importance: what the squared error of each column counts where scales are looked for, by published names;
-            weights that it lacks count theirs alike.
-        on_progress: called with the parameters that are written, and all of them.
 
     Raises:
         ConfigError: the model is not supported.
-        CheckpointError: the source is damaged or quantised already; GGUF cannot say what it computes; the target
-            exists, or cannot be written.
+        CheckpointError: the source is damaged or quantised already; GGUF cannot say what it computes.
         TokenizerError: GGUF cannot say what its tokenizer does.
         OpError: unknown type.
     """
     require_gguf_type(asked)
-    require_new_file(target)
     config, reader = open_checkpoint(source)
     refuse_quantized(reader)
     match_weights(config, reader)
@@ -88,15 +83,9 @@ def quantize_to_gguf(
     tensors = plan_tensors(config, reader, metadata.architecture)
     if metadata.divisors is not None:
         shape = tuple(metadata.divisors.shape)
-        divisors = Planned(FREQUENCY_DIVISORS, shape, (), torch.float32, 0, None, "rotary embedding")
-        tensors.insert(0, divisors)
-    shapes = {tensor.name: tensor.shape for tensor in tensors}
-    require_said(config, metadata, shapes)
+        tensors.insert(0, Planned(FREQUENCY_DIVISORS, shape, (), torch.float32, 0, None, "rotary embedding"))
+    require_said(config, metadata, {tensor.name: tensor.shape for tensor in tensors})
     vocabulary = vocabulary_metadata(source, config, pre)
-    plan = [
-        tensor.typed(choose_type(tensor.name, tensor.shape, asked, tensor.dtype, config.num_layers))
-        for tensor in tensors
-    ]
     values: dict[str, Any] = {
         "general.type": "model",
         "general.name": model_name(source),
@@ -105,16 +94,56 @@ def quantize_to_gguf(
         **metadata.values,
         **vocabulary.values,
     }
-    file = _File(reader, plan, importance or {}, metadata.divisors, on_progress)
+    typed = [
+        tensor.typed(choose_type(tensor.name, tensor.shape, asked, tensor.dtype, config.num_layers))
+        for tensor in tensors
+    ]
+    return GGUFPlan(reader, typed, values, metadata.divisors, metadata.notes + vocabulary.notes)
+
+
+def write_gguf(
+    plan: GGUFPlan,
+    target: Path,
+    *,
+    importance: Importance | None = None,
+    on_progress: Callable[[int, int], object] = lambda done, total: None,
+) -> QuantizationReport:
+    """Write a GGUF file, which gets its name when it is whole and on disk.
+
+    Memory holds a few tensors at a time, of experts one.
+
+    Args:
+        plan: of the file.
+        target: of the file, which must not exist; its folder is made if need be.
+        importance: what the squared error of each column counts where scales are looked for, by published names;
+            weights that it lacks count theirs alike.
+        on_progress: called with the bytes of the source that are done, and all of them.
+
+    Returns:
+        Errors and bytes; the formats are the types of GGUF.
+
+    Raises:
+        CheckpointError: the source is damaged, or holds NaN or infinity (with the tensor's name); the target exists, or
+            cannot be written.
+    """
+    require_new_file(target)
+    file = _File(plan, importance or {}, on_progress)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        _require_room(target, plan)
-        write_whole(target, lambda temporary: file.write(temporary, values))
+        free = shutil.disk_usage(target.parent).free
+        if plan.nbytes > free:
+            raise CheckpointError(
+                f"{target} needs {plan.nbytes / 1e9:.1f} GB and its disk has {free / 1e9:.1f} GB free: make room"
+            )
+        write_whole(target, file.write)
         if os.name == "posix":
             sync(target.parent)
     except OSError as error:
-        raise CheckpointError(f"{target} cannot be written ({error.strerror or error}); nothing is left of it") from error
-    return GGUFCopy(QuantizationReport.of(file.rows), metadata.notes + vocabulary.notes)
+        raise CheckpointError(
+            f"{target} cannot be written ({error.strerror or error}), and nothing is left of it: make room, or name "
+            "another place"
+        ) from error
+    return QuantizationReport.of(file.rows)
 
 
 def require_new_file(target: Path) -> None:
@@ -124,41 +153,25 @@ def require_new_file(target: Path) -> None:
     require_folder(target.parent, CheckpointError)
 
 
-def _require_room(target: Path, plan: Sequence[Planned]) -> None:
-    needed, free = sum(tensor.nbytes + ALIGNMENT for tensor in plan), shutil.disk_usage(target.parent).free
-    if needed > free:
-        raise CheckpointError(
-            f"{target} needs {needed / 1e9:.1f} GB and its disk has {free / 1e9:.1f} GB free: make room"
-        )
-
-
 class _File:
     """One file in the making; `rows` is what the report says of it."""
 
-    def __init__(
-        self,
-        reader: Tensors,
-        plan: Sequence[Planned],
-        importance: Importance,
-        divisors: Tensor | None,
-        on_progress: Callable[[int, int], object],
-    ) -> None:
+    def __init__(self, plan: GGUFPlan, importance: Importance, on_progress: Callable[[int, int], object]) -> None:
         self.rows: list[ReportRow] = []
-        self._reader, self._plan, self._importance, self._divisors = reader, plan, importance, divisors
-        self._on_progress = on_progress
+        self._plan, self._importance, self._on_progress = plan, importance, on_progress
 
-    def write(self, path: Path, values: Mapping[str, Any]) -> None:
-        self.rows.clear()
-        _write_header(path, values, self._plan)
-        total, done = sum(tensor.parameters for tensor in self._plan), 0
+    def write(self, path: Path) -> None:
+        """Write all of it."""
+        _write_header(path, self._plan)
+        total, done = sum(tensor.bytes_before for tensor in self._plan.tensors), 0
         with path.open("ab") as file:
-            for tensor in self._plan:
+            for tensor in self._plan.tensors:
                 file.write(bytes(-file.tell() % ALIGNMENT))
                 error = norm = 0.0
                 for raw, squares in self._encoded(tensor):
                     file.write(raw.numpy().data)
                     error, norm = error + squares[0], norm + squares[1]
-                done += tensor.parameters
+                done += tensor.bytes_before
                 self._on_progress(done, total)
                 self.rows.append(_row(tensor, error, norm))
             file.write(bytes(-file.tell() % ALIGNMENT))
@@ -178,10 +191,10 @@ class _File:
                 yield raw, (0.0, 0.0) if _PLAIN.get(kind.name) == exact.dtype else _squares(exact, raw, kind)
 
     def _matrices(self, tensor: Planned) -> Iterator[tuple[str, Tensor]]:
-        if not tensor.sources and self._divisors is not None:
-            yield "", self._divisors
+        if not tensor.sources and self._plan.divisors is not None:
+            yield "", self._plan.divisors
         for source in tensor.sources:
-            yield from source.matrices(self._reader)
+            yield from source.matrices(self._plan.reader)
 
 
 def _kind(tensor: Planned) -> TensorType:
@@ -207,14 +220,14 @@ def _row(tensor: Planned, error: float, norm: float) -> ReportRow:
     )
 
 
-def _write_header(path: Path, values: Mapping[str, Any], plan: Sequence[Planned]) -> None:
+def _write_header(path: Path, plan: GGUFPlan) -> None:
     """Everything before the tensors' bytes, as the gguf package writes it."""
     # Imported here: it is slow to import, and only this needs it.
     import numpy as np
     from gguf import GGMLQuantizationType, GGUFWriter
 
-    writer = GGUFWriter(path, values["general.architecture"])
-    for key, value in values.items():
+    writer = GGUFWriter(path, plan.values["general.architecture"])
+    for key, value in plan.values.items():
         match value:
             case bool():
                 writer.add_bool(key, value)
@@ -227,7 +240,7 @@ def _write_header(path: Path, values: Mapping[str, Any], plan: Sequence[Planned]
                     writer.add_string(key, value)
             case _:
                 writer.add_array(key, value)
-    for tensor in plan:
+    for tensor in plan.tensors:
         kind = GGMLQuantizationType(_kind(tensor).id)
         writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.nbytes, raw_dtype=kind)
     writer.write_header_to_file()

@@ -82,7 +82,9 @@ def to_q4_k(weights: Tensor, importance: Tensor | None) -> Tensor:
         block, low = _refitted_q4_k(groups, counted, block, low, steps, offsets)
     codes = _codes(groups, block * steps, low * offsets).byte().flatten(1)
     own = torch.cat((block, low), 2).flatten(1).half().view(torch.uint8)
-    return torch.cat((own, _six_bits(steps.flatten(1).byte(), offsets.flatten(1).byte()), packed_planes(codes, 32, 4)), 1)
+    return torch.cat(
+        (own, _six_bits(steps.flatten(1).byte(), offsets.flatten(1).byte()), packed_planes(codes, 32, 4)), 1
+    )
 
 
 def _free_q4_k(groups: Tensor, counted: Tensor | None) -> tuple[Tensor, Tensor]:

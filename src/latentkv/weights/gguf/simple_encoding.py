@@ -6,6 +6,8 @@ of blocks, uint8 [B, bytes].
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -14,7 +16,7 @@ from latentkv.weights.gguf.rounding import squared, stored_half, symmetric_codes
 
 # MXFP4's magnitudes, and where one ends and the next begins.
 _FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-_FP4_BOUNDS = tuple((low + high) / 2 for low, high in zip(_FP4, _FP4[1:], strict=False))
+_FP4_BOUNDS = tuple((low + high) / 2 for low, high in pairwise(_FP4))
 _FP4_LARGEST = 2
 """Exponent of the largest of them."""
 
@@ -42,27 +44,19 @@ def to_q5_0(weights: Tensor, importance: Tensor | None) -> Tensor:
 
 
 def to_mxfp4(weights: Tensor, importance: Tensor | None) -> Tensor:
-    """An exponent and 16 bytes of codes: that exponent, of the largest weight's and its neighbours, which errs least."""
-    largest = weights.abs().amax(-1, keepdim=True)
+    """An exponent and 16 bytes of codes: the exponent that errs least of the largest weight's and its neighbours."""
+    magnitudes = weights.abs()
+    largest = magnitudes.amax(-1, keepdim=True)
     middle = torch.frexp(largest).exponent - 1 - _FP4_LARGEST + _BIAS
-    magnitudes, levels = weights.abs(), torch.tensor(_FP4)
-    best = error = codes = None
-    for step in (0, 1, -1):
-        exponent = (middle + step).clamp(0, _MOST).masked_fill_(largest == 0, 0)
-        # Twice 2^(e - 128), which float32 has for every e as no subnormal.
-        scale = torch.ldexp(torch.ones_like(largest), exponent - _BIAS)
-        found = torch.bucketize(magnitudes / scale, torch.tensor(_FP4_BOUNDS))
-        wrong = squared(levels[found].mul_(scale).sub_(magnitudes), importance)
-        if best is None or error is None or codes is None:
-            best, error, codes = exponent, wrong, found
-            continue
-        better = wrong < error
-        best, error = torch.where(better, exponent, best), torch.where(better, wrong, error)
-        codes = torch.where(better, found, codes)
-    if best is None or codes is None:
-        raise RuntimeError("nothing was tried")
-    signed = codes | ((weights < 0) & (codes > 0)).to(codes.dtype) << 3
-    return torch.cat((best.byte(), packed_planes(signed.byte(), 16, 4)), 1)
+    exponents = torch.stack([middle, middle + 1, middle - 1]).clamp_(0, _MOST).masked_fill_(largest == 0, 0)
+    levels, bounds = torch.tensor(_FP4), torch.tensor(_FP4_BOUNDS)
+    # Twice 2^(e - 128), which is no subnormal for any e.
+    scales = torch.ldexp(torch.ones(exponents.shape), exponents - _BIAS)
+    codes = torch.bucketize(magnitudes / scales, bounds)
+    best = squared(levels[codes].mul_(scales).sub_(magnitudes), importance).argmin(0, keepdim=True)
+    exponent, code = exponents.gather(0, best)[0], codes.gather(0, best.expand(-1, *weights.shape))[0]
+    signed = code | ((weights < 0) & (code > 0)).to(code.dtype) << 3
+    return torch.cat((exponent.byte(), packed_planes(signed.byte(), 16, 4)), 1)
 
 
 def _rounded(weights: Tensor, importance: Tensor | None, bits: int) -> tuple[Tensor, Tensor]:
