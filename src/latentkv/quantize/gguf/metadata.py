@@ -50,7 +50,8 @@ def config_metadata(config: ModelConfig) -> ConfigMetadata:
     architecture = _architecture(config)
     values: dict[str, Any] = {
         "block_count": config.num_layers,
-        "context_length": config.max_positions,
+        # Readers stretch a linear one's themselves.
+        "context_length": rope.original_max_positions if rope.kind == "linear" else config.max_positions,
         "embedding_length": config.hidden_size,
         "feed_forward_length": config.intermediate_size,
         "vocab_size": config.vocab_size,
@@ -75,7 +76,7 @@ def config_metadata(config: ModelConfig) -> ConfigMetadata:
 def _architecture(config: ModelConfig) -> str:
     attention = config.attention
     if isinstance(attention, MLAConfig):
-        return "deepseek2" if config.rope.query_scaling_beta is None else "mistral4"
+        return "deepseek2"
     if attention.qk_norm:
         return "qwen3"
     return "qwen2" if attention.qkv_bias and not attention.output_bias else "llama"
@@ -128,13 +129,10 @@ def _experts(config: ModelConfig) -> dict[str, Any]:
 
 
 def _rope(config: ModelConfig) -> dict[str, Any]:
-    rope, found = config.rope, {}
-    if rope.query_scaling_beta is not None:
-        found["attention.temperature_scale"] = float(rope.query_scaling_beta)
-        found["attention.temperature_length"] = rope.original_max_positions
+    rope = config.rope
     if rope.kind not in ("linear", "yarn"):
-        return found
-    found |= {"rope.scaling.type": rope.kind, "rope.scaling.factor": float(rope.factor)}
+        return {}
+    found: dict[str, Any] = {"rope.scaling.type": rope.kind, "rope.scaling.factor": float(rope.factor)}
     if rope.kind == "yarn":
         found |= {
             "rope.scaling.original_context_length": rope.original_max_positions,
@@ -189,7 +187,7 @@ def require_said(config: ModelConfig, metadata: ConfigMetadata, shapes: Mapping[
         wrong = f"what would be written cannot be read again: {error}"
     else:
         differences = (
-            f"{name} is {_shown(mine)}, and the file would say {_shown(theirs)}"
+            _difference(name, mine, theirs, config.rope.kind)
             for name, (mine, theirs) in _compared(config, found).items()
             if not _same(mine, theirs)
         )
@@ -222,13 +220,11 @@ def _meaning(config: ModelConfig) -> dict[str, Any]:
     found |= {
         "rope dimensions": rope.dim,
         "rope interleaved": rope.interleaved,
-        "rope frequencies": inverse_frequencies(rope, max_context=config.max_positions).tolist(),
+        "rotary frequencies": inverse_frequencies(rope, max_context=config.max_positions).tolist(),
         "rope attention_factor": attention_factor(rope),
         "rope softmax factor": rope.softmax_factor if isinstance(attention, MLAConfig) else 1.0,
         "rope query_scaling_beta": rope.query_scaling_beta,
     }
-    if rope.query_scaling_beta is not None:
-        found["rope original length"] = rope.original_max_positions
     return found | (_router(config.moe) if config.moe is not None else {})
 
 
@@ -257,6 +253,7 @@ def _what_llama_cpp_takes_otherwise(config: ModelConfig) -> str | None:
     return None
 
 
-def _shown(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 60 else f"{text[:60]}..."
+def _difference(name: str, mine: Any, theirs: Any, rope_kind: str) -> str:
+    if isinstance(mine, list):
+        return f"the {name} of its rope type {rope_kind!r} with these options are none that a file can ask for"
+    return f"{name} is {mine!s:.60}, and the file would say {theirs!s:.60}"

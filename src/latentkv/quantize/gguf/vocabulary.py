@@ -118,8 +118,8 @@ def _byte_level(
         return {"tokenizer.ggml.pre": name, "tokenizer.ggml.merges": merges_of_ranks([p for p in pieces if p])}
     if model.get("type") != "BPE" or (tokenizer.decoder or {}).get("type") != "ByteLevel":
         raise TokenizerError(
-            f"{folder}'s tokenizer is neither byte-level BPE in a tokenizer.json or tiktoken.model nor SentencePiece BPE, "
-            f"of which GGUF files are written: use --pre {NO_TOKENIZER} to leave it out"
+            f"{folder}'s tokenizer is neither byte-level BPE in a tokenizer.json or tiktoken.model nor SentencePiece "
+            f"BPE, of which GGUF files are written: use --pre {NO_TOKENIZER} to leave it out"
         )
     for key in ("continuing_subword_prefix", "end_of_word_suffix", "dropout"):
         if model.get(key):
