@@ -72,6 +72,83 @@ def test_wrong_usage_is_said_and_nothing_is_made(latentkv, model_folder, tmp_pat
     assert not (tmp_path / "out").exists()
 
 
+GGUF = ("--type", "q8_0", "--pre", "qwen2")
+
+
+def test_a_gguf_file_is_written_measured_and_reported(latentkv, model_folder, tmp_path):
+    (tmp_path / "text.txt").write_text(TEXT)
+    asked = ("quantize", model_folder, tmp_path / "new" / "out.gguf", *GGUF, "--text", tmp_path / "text.txt")
+    result = latentkv(*asked)
+    assert result.exit_code == 0, result.stderr
+    for words in (
+        "relative error",
+        "Q8_0",
+        "routed experts",
+        "perplexity",
+        "note: texts are cut as by qwen2",
+        "--json",
+    ):
+        assert words in result.stdout
+    (tmp_path / "new" / "out.gguf").unlink()
+    printed = json.loads(latentkv(*asked, "--json").stdout)
+    assert printed["total"]["bytes_after"] < 0.5 * printed["total"]["bytes_before"] and len(printed["notes"]) == 1
+    measured = printed["perplexity"]
+    assert measured["before"]["perplexity"] == LLM(model_folder).perplexity(TEXT).perplexity
+    assert measured["after"]["perplexity"] == LLM(tmp_path / "new" / "out.gguf").perplexity(TEXT).perplexity
+    generated = latentkv("generate", "-m", tmp_path / "new" / "out.gguf", "The whale", "--max-tokens", 4)
+    assert generated.exit_code == 0, generated.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [("out", ("--weights", "int4")), ("out.gguf", ("--type", "q4_0", "--pre", "qwen2"))]
+)
+def test_a_calibration_text_changes_the_copy(latentkv, model_folder, tmp_path, name, options):
+    (tmp_path / "text.txt").write_text(TEXT)
+    for folder, further in (("plain", ()), ("weighed", ("--calibrate", tmp_path / "text.txt"))):
+        result = latentkv("quantize", model_folder, tmp_path / folder / name, *options, *further)
+        assert result.exit_code == 0, result.stderr
+    plain, weighed = (LLM(tmp_path / folder / name).logits(list(range(3, 40))) for folder in ("plain", "weighed"))
+    assert not plain.equal(weighed)
+
+
+WRONG_GGUF = [
+    ("out.gguf", (), "Missing option '--type': say what"),
+    ("out.gguf", ("--type", "q5_k"), "unknown type 'q5_k' for GGUF; choose one of f32, f16, bf16, q8_0"),
+    ("out.gguf", (*GGUF, "--weights", "int4"), "--weights is for a folder: for the GGUF file"),
+    ("out.gguf", (*GGUF, "--group", 32), "--group is for a folder"),
+    ("out.gguf", ("--type", "q8_0", "--pre", "none", "--text", "{text}"), "--text needs the tokenizer that --pre none"),
+    ("out.gguf", ("--type", "q8_0"), "cuts texts before it merges them in a way that GGUF (llama.cpp) has no name for"),
+    ("out.gguf", ("--type", "q8_0", "--pre", "gpt-9"), "'gpt-9', which is not known here"),
+    ("out.gguf", (*GGUF, "--calibrate", "{empty}"), "no text to calibrate on"),
+    ("out.gguf", (*GGUF, "--calibrate", "{text}", "--calibrate-bytes", 0), "--calibrate-bytes must be 1 or more"),
+    ("text.txt/out.gguf", GGUF, "is a file, not a folder"),
+    ("out", ("--type", "q8_0"), "--type is for a target that ends in .gguf: for the folder"),
+    ("out", ("--weights", "int8", "--pre", "qwen2"), "--pre is for a target that ends in .gguf"),
+]
+
+
+@pytest.mark.parametrize(("name", "options", "words"), WRONG_GGUF, ids=[words for *_, words in WRONG_GGUF])
+def test_what_does_not_fit_the_target_is_said_and_nothing_is_made(
+    latentkv, model_folder, tmp_path, name, options, words
+):
+    (tmp_path / "text.txt").write_text(TEXT)
+    (tmp_path / "empty.txt").write_text("")
+    files = {"{text}": tmp_path / "text.txt", "{empty}": tmp_path / "empty.txt"}
+    result = latentkv("quantize", model_folder, tmp_path / name, *(files.get(option, option) for option in options))
+    assert result.exit_code == 2
+    assert words in " ".join(result.stderr.replace("│", " ").split())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty.txt", "text.txt"]
+
+
+def test_a_gguf_file_is_neither_replaced_nor_a_source(latentkv, model_folder, tmp_path):
+    (tmp_path / "out.gguf").write_text("mine")
+    refused = latentkv("quantize", model_folder, tmp_path / "out.gguf", *GGUF)
+    assert refused.exit_code == 2 and "exists: name a new file" in refused.stderr
+    assert (tmp_path / "out.gguf").read_text() == "mine"
+    refused = latentkv("quantize", tmp_path / "out.gguf", tmp_path / "other.gguf", *GGUF)
+    assert refused.exit_code == 2 and "is a GGUF file" in refused.stderr and not (tmp_path / "other.gguf").exists()
+
+
 def test_bad_sources_are_refused(latentkv, copied_model, tmp_path):
     missing = latentkv("quantize", tmp_path / "nothing here", tmp_path / "out", "--weights", "int4")
     assert missing.exit_code == 2 and "nothing here" in missing.stderr
