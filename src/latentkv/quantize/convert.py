@@ -57,7 +57,7 @@ def quantize_checkpoint(
         fmt: name of one of `weights.formats.ROUNDED_TO` (the output head is int8 either way).
         group: inputs that share a scale: 32, 64 or 128; None: the format's own default.
         importance: what the squared error of each column counts where scales are looked for, by published names
-            (`calibration.column_importance`); weights that it lacks count theirs alike.
+            (`importance.column_importance`); weights that it lacks count theirs alike.
         max_shard_bytes: a file holds no more, unless a single tensor does.
         on_progress: called with the bytes of the source that are done, and all of them.
 
