@@ -229,8 +229,12 @@ def test_nothing_is_left_of_an_interrupted_or_failed_run(
         if done > total // 2:
             raise Stop
 
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
     with pytest.raises(Stop):
         write(source, tmp_path / "new" / "out.gguf", "q8_0", on_progress=stop)
+    assert torch.get_num_threads() == threads + 1
+    torch.set_num_threads(threads)
     assert not list((tmp_path / "new").iterdir())
     Usage = namedtuple("Usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(0, 0, 1000))

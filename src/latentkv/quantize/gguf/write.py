@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +36,7 @@ ALIGNMENT = 32
 """Each tensor begins at a multiple of so many bytes, which is what a file that does not say has."""
 
 _QUANTIZATION_VERSION = 2
-_WEIGHTS_AT_A_TIME = 1 << 22
+_WEIGHTS_AT_A_TIME = 1 << 20
 _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -164,11 +167,11 @@ class _File:
         """Write all of it."""
         _write_header(path, self._plan)
         total, done = sum(tensor.bytes_before for tensor in self._plan.tensors), 0
-        with path.open("ab") as file:
+        with path.open("ab") as file, _workers() as pool:
             for tensor in self._plan.tensors:
                 file.write(bytes(-file.tell() % ALIGNMENT))
                 error = norm = 0.0
-                for raw, squares in self._encoded(tensor):
+                for raw, squares in self._encoded(tensor, pool):
                     file.write(raw.numpy().data)
                     error, norm = error + squares[0], norm + squares[1]
                 done += tensor.bytes_before
@@ -176,25 +179,44 @@ class _File:
                 self.rows.append(_row(tensor, error, norm))
             file.write(bytes(-file.tell() % ALIGNMENT))
 
-    def _encoded(self, tensor: Planned) -> Iterator[tuple[Tensor, tuple[float, float]]]:
+    def _encoded(self, tensor: Planned, pool: Executor) -> Iterator[tuple[Tensor, tuple[float, float]]]:
         """A tensor's bytes, some rows at a time, and the sums of their squared errors and weights."""
         kind = _kind(tensor)
         for published, matrix in self._matrices(tensor):
-            rows = matrix.reshape(-1, matrix.shape[-1])
-            step = max(1, _WEIGHTS_AT_A_TIME // rows.shape[1])
-            for start in range(0, len(rows), step):
-                exact = rows[start : start + step]
-                try:
-                    raw = encode(exact, kind, self._importance.get(published))
-                except OpError as problem:
-                    raise CheckpointError(f"{published or tensor.name} cannot be written: {problem}") from problem
-                yield raw, (0.0, 0.0) if _PLAIN.get(kind.name) == exact.dtype else _squares(exact, raw, kind)
+            rows, importance = matrix.reshape(-1, matrix.shape[-1]), self._importance.get(published)
+            parts = rows.split(max(1, _WEIGHTS_AT_A_TIME // rows.shape[1]))
+            try:
+                yield from pool.map(partial(_encode, kind=kind, importance=importance), parts)
+            except OpError as problem:
+                raise CheckpointError(f"{published or tensor.name} cannot be written: {problem}") from problem
 
     def _matrices(self, tensor: Planned) -> Iterator[tuple[str, Tensor]]:
         if not tensor.sources and self._plan.divisors is not None:
             yield "", self._plan.divisors
         for source in tensor.sources:
             yield from source.matrices(self._plan.reader)
+
+
+@contextmanager
+def _workers() -> Generator[Executor]:
+    """As many threads as torch has, each of which computes alone.
+
+    The search for scales is thousands of small operations: a team of torch's would wait for its slowest member after
+    each, which takes ten times as long and more where another program wants the cores.
+    """
+    count = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(count) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(count)
+
+
+def _encode(exact: Tensor, kind: TensorType, importance: Tensor | None) -> tuple[Tensor, tuple[float, float]]:
+    """Bytes of rows, and the sums of squares of their errors and of their weights."""
+    raw = encode(exact, kind, importance)
+    return raw, (0.0, 0.0) if _PLAIN.get(kind.name) == exact.dtype else _squares(exact, raw, kind)
 
 
 def _kind(tensor: Planned) -> TensorType:
