@@ -17,6 +17,7 @@ from latentkv.models.config_reader import read_config
 from latentkv.models.decoder import Decoder
 from latentkv.models.packing import Packing, pack_module
 from latentkv.ops import KVFormat
+from latentkv.weights.formats import INT8
 
 pytestmark = pytest.mark.skipif(len(available_isas()) == 1, reason="the native kernels were not built")
 
@@ -50,7 +51,7 @@ def decode(decoder: Decoder, kv_format: KVFormat, lens: list[int], steps: int) -
 
 
 @pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("format_", ["bf16", "int8"])
+@pytest.mark.parametrize("format_", [None, INT8], ids=["bf16", "int8"])
 @pytest.mark.parametrize("lens", [[5], [3, 20, 9]])
 def test_recorded_steps_give_the_same_bits(
     model: str, format_: Any, lens: list[int], monkeypatch: pytest.MonkeyPatch
