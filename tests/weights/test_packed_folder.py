@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import subprocess
 import sys
@@ -154,23 +153,30 @@ def test_what_a_killed_process_left_is_removed_and_what_another_writes_is_not(tm
     assert len(list(folder.path.iterdir())) == 2
 
 
-def _race(path: Path, barrier: multiprocessing.synchronize.Barrier) -> None:
-    folder = PackedFolder(path)
-    for _ in range(5):
-        barrier.wait()
-        put(folder, 3, 5000)
-        found = folder.find(key(3))
-        assert found is not None
-        assert bool((found.tensor("w", (5000,), torch.int32) == 3).all())
+RACER = """
+import sys
+from pathlib import Path
+import torch
+from latentkv.weights.packed_folder import PackedFolder
+folder, key = PackedFolder(Path(sys.argv[1])), bytes([3]) * 32
+print("ready", flush=True)
+for _ in sys.stdin:
+    with folder.writing(key) as writer:
+        writer.add("w", torch.full((5000,), 3, dtype=torch.int32))
+    found = folder.find(key)
+    assert found is not None and bool((found.tensor("w", (5000,), torch.int32) == 3).all())
+    print("whole", flush=True)
+"""
 
 
 def test_two_processes_that_write_the_same_both_find_it_whole(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("fork")
-    barrier = context.Barrier(2)
-    racers = [context.Process(target=_race, args=(tmp_path / "p", barrier)) for _ in range(2)]
-    for racer in racers:
-        racer.start()
-    for racer in racers:
-        racer.join()
-    assert [racer.exitcode for racer in racers] == [0, 0]
+    command = [sys.executable, "-c", RACER, str(tmp_path / "p")]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **pipes) as first, subprocess.Popen(command, **pipes) as second:
+        assert [racer.stdout.readline() for racer in (first, second)] == ["ready\n"] * 2
+        for _ in range(5):
+            for racer in (first, second):
+                racer.stdin.write("go\n")
+                racer.stdin.flush()
+            assert [racer.stdout.readline() for racer in (first, second)] == ["whole\n"] * 2
     assert [path.name[:2] for path in (tmp_path / "p").iterdir()] == ["03"]
