@@ -182,6 +182,13 @@ def test_the_report_tells_what_is_in_the_file(source: Path, tmp_path: Path) -> N
     assert "Q5_0 (not Q4_K, at a width of 96)" in {row.format for row in report.rows}
 
 
+@pytest.mark.parametrize("epsilon", [1e-6, 1e-5])
+def test_an_epsilon_of_latents_that_gguf_has_no_key_for_is_said(epsilon: float, tmp_path: Path) -> None:
+    source = save(tmp_path / "source", torch.float32, rms_norm_eps=epsilon)
+    said = any("normalises latents" in note for note in plan_gguf(source, "f32", "none").notes)
+    assert said == (epsilon != 1e-6)
+
+
 def test_the_file_says_what_it_is(source: Path, tmp_path: Path) -> None:
     metadata = GGUFTensors(write(source, tmp_path / "out.gguf", "q6_k")).metadata
     assert metadata["general.architecture"] == "deepseek2" and metadata["general.name"] == "source"

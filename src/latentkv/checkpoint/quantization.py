@@ -8,10 +8,13 @@ from typing import Any
 
 from latentkv.checkpoint.locate import read_object
 from latentkv.checkpoint.wrapper import outermost
-from latentkv.weights.files import compressed_config, modelopt
+from latentkv.weights.files import awq, compressed_config, gptq, modelopt
 
 MODELOPT_FILE = "hf_quant_config.json"
 """Where ModelOpt says how it quantised, if config.json does not."""
+
+
+_OTHERS = ("fp8", compressed_config.METHOD, awq.METHOD, gptq.METHOD)
 
 
 def quantization_of(folder: Path, config: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -49,6 +52,3 @@ def activations_of(quantization: Mapping[str, Any] | None) -> str | None:
     if method == compressed_config.METHOD:
         return compressed_config.PackedSchemes(quantization, ()).activations
     return None
-
-
-_OTHERS = ("fp8", compressed_config.METHOD, "gptq", "awq")

@@ -156,6 +156,12 @@ def _notes(config: ModelConfig) -> list[str]:
         notes.append(
             "llama.cpp scores groups of experts by their two best, this model by the best: it may choose other experts"
         )
+    attention = config.attention
+    if isinstance(attention, MLAConfig) and not math.isclose(attention.latent_norm_eps, config.rms_norm_eps):
+        notes.append(
+            f"llama.cpp normalises latents with the model's epsilon, {config.rms_norm_eps:g}; this model with "
+            f"{attention.latent_norm_eps:g}"
+        )
     return notes
 
 

@@ -26,6 +26,12 @@ _LAYOUTS: Mapping[str, tuple[Mapping[tuple[str, int], CodeFormat], tuple[str, ..
     "nvfp4-pack-quantized": ({("float", 4): FP4}, ("tensor_group",)),
     "mxfp4-pack-quantized": ({("float", 4): FP4}, ("group",)),
 }
+# Inputs that share a scale, in layouts that have no choice of them.
+_GROUPS: Mapping[str, tuple[int, ...]] = {
+    "mxfp8-quantized": (32,),
+    "nvfp4-pack-quantized": (NVFP4_GROUP,),
+    "mxfp4-pack-quantized": (MXFP4_GROUP,),
+}
 # Keys whose presence changes what stored numbers mean, with the values that leave them alone.
 _OFF: Mapping[str, tuple[Any, ...]] = {
     "sparsity_config": (None, {}),
@@ -183,14 +189,6 @@ def _read_group(where: str, group: Any, common_layout: Any) -> WeightScheme:
         )
     rows, columns = _shared(where, strategy, weights, _GROUPS.get(layout, GROUP_SIZES))
     return WeightScheme(form, columns, weights.get("symmetric") is not False, rows)
-
-
-# Inputs that share a scale, in layouts that have no choice of them.
-_GROUPS: Mapping[str, tuple[int, ...]] = {
-    "mxfp8-quantized": (32,),
-    "nvfp4-pack-quantized": (NVFP4_GROUP,),
-    "mxfp4-pack-quantized": (MXFP4_GROUP,),
-}
 
 
 def _shared(
