@@ -13,13 +13,14 @@ import gguf
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Type
-from gguf_checks import GQA, V2, YARN, logits, save
+from gguf_checks import GQA, V2, YARN, copied_tokenizer, logits, save
 from quantize_models import edit_config, stored
 from safetensors.torch import save_file
 
 from latentkv.checkpoint import CheckpointReader
 from latentkv.checkpoint.gguf.tensors import GGUFTensors
 from latentkv.errors import CheckpointError, OpError
+from latentkv.llm_options import EMBEDDED_MODEL
 from latentkv.models.config_reader import read_config
 from latentkv.quantize.gguf import plan_gguf, write_gguf
 from latentkv.quantize.gguf.metadata import config_metadata, require_said
@@ -67,6 +68,27 @@ def test_a_file_of_float32_gives_the_checkpoints_logits(name: str, tmp_path: Pat
     folder = save(tmp_path / "source", torch.float32, **MODELS[name])
     expected, found = logits(folder), logits(write(folder, tmp_path / "out.gguf"))
     assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def contents(file: Path) -> dict[str, Any]:
+    """Metadata and tensors of a file, but for its own name."""
+    reader = gguf.GGUFReader(file)
+    said = {name: field.contents() for name, field in reader.fields.items() if name != "general.name"}
+    tensors = {
+        tensor.name: (Type(tensor.tensor_type).name, tensor.shape.tolist(), tensor.data.tobytes())
+        for tensor in reader.tensors
+    }
+    return said | tensors
+
+
+@pytest.mark.parametrize(("name", "pre"), [("v3-groups", None), ("llama", "gpt-2"), ("qwen2", "none")])
+def test_from_a_file_comes_what_comes_from_its_folder(name: str, pre: str | None, tmp_path: Path) -> None:
+    shape = {"hidden_size": 256, "vocab_size": read_config(EMBEDDED_MODEL).vocab_size}
+    folder = copied_tokenizer(EMBEDDED_MODEL, save(tmp_path / "source", **MODELS[name], **shape))
+    write_gguf(plan_gguf(folder, "bf16", "qwen2"), tmp_path / "whole.gguf")
+    write_gguf(plan_gguf(tmp_path / "whole.gguf", "q4_k", pre), tmp_path / "from_file.gguf")
+    write_gguf(plan_gguf(folder, "q4_k", pre or "qwen2"), tmp_path / "from_folder.gguf")
+    assert contents(tmp_path / "from_file.gguf") == contents(tmp_path / "from_folder.gguf")
 
 
 OTHERS = [

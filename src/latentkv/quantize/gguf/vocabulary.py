@@ -1,4 +1,4 @@
-"""A folder's tokenizer -> the metadata of a GGUF file, which cut texts as it does or are not written."""
+"""A model's tokenizer -> the metadata of a GGUF file, which cut texts as it does or are not written."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
 
+from latentkv.checkpoint.gguf.tensors import GGUFTensors, is_gguf
 from latentkv.errors import LatentKVError, TokenizerError
 from latentkv.json_files import INDEX_BYTES, read_json
 from latentkv.llm_options import end_ids
@@ -49,10 +50,10 @@ class Vocabulary:
 
 
 def vocabulary_metadata(folder: Path, config: ModelConfig, pre: str | None = None) -> Vocabulary:
-    """The metadata of a folder's tokenizer.
+    """The metadata of a model's tokenizer; those of a GGUF file as they are.
 
     Args:
-        folder: of the model.
+        folder: of the model, or its GGUF file.
         config: of the model.
         pre: the name of a way to cut texts, though it is not the tokenizer's own; "none": no tokenizer; None: its own.
 
@@ -61,6 +62,8 @@ def vocabulary_metadata(folder: Path, config: ModelConfig, pre: str | None = Non
     """
     if pre == NO_TOKENIZER or not has_tokenizer(folder):
         return Vocabulary({"tokenizer.ggml.model": "no_vocab"})
+    if is_gguf(folder):
+        return _of_a_file(folder, pre)
     tokenizer, settings = load_tokenizer(folder), read_settings(folder)
     path, model = folder / "tokenizer.json", {}
     if path.exists():
@@ -87,6 +90,16 @@ def vocabulary_metadata(folder: Path, config: ModelConfig, pre: str | None = Non
     values |= {_template_key(name): source for name, source in settings.chat_templates.items()}
     notes += _compared(folder, tokenizer, values, is_exact=pre is None)
     return Vocabulary(values, tuple(notes))
+
+
+def _of_a_file(file: Path, pre: str | None) -> Vocabulary:
+    """What that file says."""
+    said = {key: value for key, value in GGUFTensors(file).metadata.items() if key.startswith("tokenizer.")}
+    if pre is None or "tokenizer.ggml.merges" not in said:
+        return Vocabulary(said)
+    cutting_of(pre)
+    said["tokenizer.ggml.pre"] = pre
+    return Vocabulary(said, tuple(_compared(file, load_tokenizer(file), said, is_exact=False)))
 
 
 def _tokens(tokenizer: Tokenizer, vocab_size: int) -> list[str]:

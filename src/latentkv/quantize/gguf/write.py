@@ -1,4 +1,4 @@
-"""A checkpoint's folder -> one GGUF file, tensor by tensor; it is there whole or not at all."""
+"""A checkpoint -> one GGUF file, tensor by tensor; it is there whole or not at all."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def plan_gguf(source: Path, asked: str, pre: str | None = None) -> GGUFPlan:
     """Settle what a checkpoint's GGUF file holds; of the weights only headers are read.
 
     Args:
-        source: folder of a supported model, unquantised or DeepSeek's float8.
+        source: folder of a supported model, unquantised or DeepSeek's float8; or a GGUF file of plain types.
         asked: one of `mix.GGUF_TYPES`; which tensors get it, `mix.choose_type` says.
         pre: see `vocabulary_metadata`.
 
