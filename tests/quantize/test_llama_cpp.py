@@ -144,11 +144,13 @@ def test_what_llama_cpp_quantised_is_run_as_llama_cpp_runs_it_but_for_its_roundi
     subprocess.run([str(QUANTIZE), whole, file, asked], check=True, capture_output=True, timeout=600)
     book = (DATA / "books" / "dracula.txt").read_text(encoding="utf-8")[40_000:44_000]  # which it has not seen
     ids = load_tokenizer(file).encode(book)[:700]
-    exact = exact_logits(file, ids)
-    ours = LLM(file, dtype="fp32", kv_cache_bytes=16 << 20).logits(ids)
-    assert float((ours - exact).abs().max()) < 1e-4 * float(exact.abs().max())
-    same, far, mean = compare(file, ids, ours)
-    likeliest, before = exact.argmax(-1, keepdim=True), exact.log_softmax(-1)
-    after = rounded_as_llama_cpp_does(file, ids).log_softmax(-1)
-    by_rounding = float((after - before).gather(1, likeliest).abs().mean())
+    exact = exact_logits(file, ids).log_softmax(-1)
+    ours = LLM(file, kv_cache_bytes=16 << 20).logits(ids).log_softmax(-1)  # packed, bf16
+    rounded = rounded_as_llama_cpp_does(file, ids).log_softmax(-1)
+    likeliest = exact.argmax(-1, keepdim=True)
+    by_bf16, by_rounding = (float((rows - exact).gather(1, likeliest).abs().mean()) for rows in (ours, rounded))
+    assert by_bf16 < 1.2 * by_rounding, (by_bf16, by_rounding)
+    same, far, mean = compare(file, ids, exact)
     assert same >= 0.97 and mean < 1.5 * by_rounding, (same, far, mean, by_rounding)
+    same, far, mean = compare(file, ids, ours)
+    assert same >= 0.96 and mean < 2 * by_rounding, (same, far, mean, by_rounding)
