@@ -21,6 +21,8 @@ from latentkv.errors import CacheError, CheckpointError, ConfigError, RequestErr
 from latentkv.kernels import has_int8_products, use_isa
 from latentkv.llm import Completion, Piece
 from latentkv.models.decoder import Decoder
+from latentkv.ops.backends import why_not_native
+from latentkv.quantize import quantize_checkpoint
 from latentkv.text.bpe_trainer import train_bpe
 
 VOCAB, CONTEXT = 320, 192
@@ -253,6 +255,24 @@ def test_pages_return_from_streams_that_are_dropped_closed_or_broken(mla: LLM, m
     speak(mla, monkeypatch, "the")
     with pytest.raises(RuntimeError):  # the script has run out
         mla.generate("x", SamplingParams(max_tokens=50, ignore_eos=True))
+
+
+@pytest.mark.skipif(why_not_native(torch.device("cpu")) is not None, reason="the native kernels do not run here")
+def test_quantised_weights_beside_float16_run_in_bfloat16_and_a_warning_says_so(
+    folders: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    quantize_checkpoint(folders["mla"], tmp_path / "copy", "int4", 32)
+    config = json.loads((tmp_path / "copy" / "config.json").read_text())
+    (tmp_path / "copy" / "config.json").write_text(json.dumps(config | {"dtype": "float16"}))
+    assert LLM(tmp_path / "copy").decoder.dtype == torch.bfloat16
+    assert "names float16" in caplog.text and "--dtype fp16" in caplog.text
+    caplog.clear()
+    assert LLM(tmp_path / "copy", dtype="fp16").decoder.dtype == torch.float16
+    copytree(folders["mla"], tmp_path / "plain")
+    config = json.loads((tmp_path / "plain" / "config.json").read_text())
+    (tmp_path / "plain" / "config.json").write_text(json.dumps(config | {"dtype": "float16"}))
+    assert LLM(tmp_path / "plain").decoder.dtype == torch.float16
+    assert not caplog.text
 
 
 def test_the_cache_is_sized_by_context_or_bytes_and_stored_as_asked(folders: dict[str, Path]):

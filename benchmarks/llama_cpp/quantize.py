@@ -1,6 +1,6 @@
 """Quantise a GGUF file as `llama-quantize` does, by llama-cpp-python.
 
-python quantize.py MODEL.gguf OUT.gguf TYPE      Q8_0, Q4_K_M and so on; MODEL comes from `latentkv quantize --type bf16`
+python quantize.py MODEL.gguf OUT.gguf TYPE   Q8_0, Q4_K_M and so on; MODEL is of `latentkv quantize --type bf16`
 """
 
 from __future__ import annotations

@@ -38,6 +38,7 @@ from latentkv.llm_options import (
     as_dtype,
     context_of,
     drafts_by_mtp,
+    dtype_to_run,
     embedded_model,
     end_ids,
     kv_format,
@@ -52,7 +53,7 @@ from latentkv.models.kept import load_kept
 from latentkv.models.loading import load_model
 from latentkv.models.mla import MultiHeadLatentAttention
 from latentkv.models.packing import choose_packing
-from latentkv.models.stored_config import open_checkpoint, stored_dtype
+from latentkv.models.stored_config import open_checkpoint
 from latentkv.progress import progress_bar
 from latentkv.text import Tokenizer
 from latentkv.text.chat import text_length
@@ -102,7 +103,8 @@ class LLM:
     Args:
         model: a folder, a GGUF file or a Hugging Face repo id; None is the model embedded in this package.
         device: where it runs ("cpu", "cuda", "cuda:1").
-        dtype: of the weights: "fp32", "bf16", "fp16" or a torch dtype; None is the checkpoint's.
+        dtype: of the weights: "fp32", "bf16", "fp16" or a torch dtype; None is the checkpoint's (bf16 for quantised
+            weights beside float16, which their kernels do not take).
         weights: "int8" or "int4" quantises the large matrices as they are read, as `latentkv quantize` does once for
             all in a copy of the files; None keeps what the checkpoint stores.
         kv_dtype: how the cache stores tokens: "fp32", "bf16", "fp16", "int8", "fp8"; "auto" is that of the weights.
@@ -220,7 +222,8 @@ class LLM:
             raise ConfigError("int8_products and speculate exclude each other: a draft is checked in exact products.")
         self.max_context = context_of(max_context, config)
         self.tokenizer = tokenizer_of(self.folder, config)
-        packing = choose_packing(weights, weights_dtype or stored_dtype(config), device)
+        weights_dtype = dtype_to_run(weights_dtype, config, reader, device)
+        packing = choose_packing(weights, weights_dtype, device)
         kept = None
         packed_folder = open_packed_folder(packed_dir, packed_dir_bytes)
         if packing is not None and packed_folder is not None:

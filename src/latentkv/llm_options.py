@@ -11,10 +11,12 @@ from typing import Literal, cast, get_args
 import torch
 
 from latentkv.cache import KVFormat
+from latentkv.checkpoint.tensors import Tensors
 from latentkv.errors import CacheError, ConfigError
 from latentkv.models.config import MLAConfig, ModelConfig
 from latentkv.models.decoder import Decoder
-from latentkv.ops.backends import why_no_int8_products
+from latentkv.models.stored_config import stored_dtype
+from latentkv.ops.backends import why_no_int8_products, why_not_native
 from latentkv.text import Tokenizer, has_tokenizer, load_tokenizer, require_match
 from latentkv.weights.packed_folder import PackedFolder
 
@@ -46,6 +48,25 @@ def embedded_model() -> Path:
     if not (EMBEDDED_MODEL / "config.json").is_file():
         raise ConfigError("This installation carries no embedded model: name a model folder or a Hugging Face repo id.")
     return EMBEDDED_MODEL
+
+
+def dtype_to_run(asked: torch.dtype | None, config: ModelConfig, reader: Tensors, device: torch.device) -> torch.dtype:
+    """What hidden states are computed in: as asked, else as the checkpoint says.
+
+    The native kernels take no float16, which most GPTQ and AWQ copies name: there bfloat16 keeps the weights quantised,
+    where float16 would expand them to four times their size. A warning says so.
+    """
+    if asked is not None:
+        return asked
+    stored = stored_dtype(config)
+    if stored != torch.float16 or why_not_native(device) or not any(map(reader.is_quantized, reader.names)):
+        return stored
+    logger.warning(
+        "%s names float16, for which the kernels of quantised weights are not made: it runs in bfloat16 "
+        "(--dtype fp16 expands the weights instead).",
+        reader.folder,
+    )
+    return torch.bfloat16
 
 
 def tokenizer_of(folder: Path, config: ModelConfig) -> Tokenizer | None:
