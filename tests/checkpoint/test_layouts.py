@@ -183,8 +183,7 @@ def test_tensors_that_do_not_fit_give_their_layout_away(tmp_path, layout):
 @pytest.mark.parametrize(
     ("file", "content", "method"),
     [
-        ("quantize_config.json", '{"bits": 4}', r"GPTQ \("),
-        ("quant_config.json", '{"w_bit": 4}', r"AWQ \("),
+        ("quanto_qmap.json", "{}", r"quanto \("),
         ("hf_quant_config.json", '{"quantization": {"quant_algo": "NVFP4"}}', r"ModelOpt \(NVFP4\)"),
     ],
 )

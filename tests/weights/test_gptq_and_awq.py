@@ -96,6 +96,29 @@ def test_a_weight_is_scale_times_code_less_zero_exactly_and_stays_four_bits(
     assert pack_weight(weight).format == ("int4" if symmetric else "uint4")
 
 
+@pytest.mark.parametrize(
+    ("file", "said"),
+    [
+        ("quantize_config.json", {"bits": 4, "group_size": 64, "damp_percent": 0.01, "desc_act": False, "sym": True}),
+        ("quant_config.json", {"zero_point": True, "q_group_size": 64, "w_bit": 4, "version": "GEMM"}),
+    ],
+)
+def test_older_releases_say_how_they_were_quantised_in_a_file_beside_the_config(
+    tmp_path: Path, file: str, said: dict
+) -> None:
+    drawing = drawn(24, 128, 64)
+    parts = awq_parts(*drawing) if file == "quant_config.json" else gptq_parts(*drawing, 64)
+    save_file({f"m.{name}": tensor for name, tensor in parts.items()}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / file).write_text(json.dumps(said))
+    weight = CheckpointReader(tmp_path).quantized("m.weight")
+    assert weight is not None and weight.group == 64
+    assert (weight.dequantize().double() - exact(*drawing, 64)).abs().max() <= 2**-22 * 16 * 0.021
+    (tmp_path / file).write_text(json.dumps(said | {"bits": 3, "w_bit": 3}))
+    with pytest.raises(CheckpointError, match="bits is 3"):
+        CheckpointReader(tmp_path).quantized("m.weight")
+
+
 def test_gptq_of_8_bits_and_one_scale_a_row_is_read(tmp_path: Path) -> None:
     drawing = drawn(8, 64, 64, bits=8, symmetric=True)
     reader = reader_of(tmp_path, gptq_parts(*drawing, 64, bits=8), GPTQ | {"bits": 8, "group_size": -1})

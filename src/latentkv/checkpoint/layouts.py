@@ -35,8 +35,6 @@ _METHODS: Mapping[str, str] = {
 }
 # Files that tools write beside config.json to say how they quantised, which config.json itself may leave out.
 _METHOD_FILES: Mapping[str, str] = {
-    "quantize_config.json": "GPTQ",
-    "quant_config.json": "AWQ",
     "hf_quant_config.json": "ModelOpt",
     "quanto_qmap.json": "quanto",
     "quantization_map.json": "quanto",
@@ -109,7 +107,8 @@ def foreign_names(folder: Path, names: Iterable[str]) -> str | None:
             if method.startswith(("GPTQ", "AWQ")):
                 return (
                     f"{folder} holds weights quantised by {method} ({name}), but its config.json has no "
-                    "quantization_config with quant_method gptq or awq, which says how: use a release that has it"
+                    "quantization_config with quant_method gptq or awq, and no quantize_config.json or "
+                    "quant_config.json lies beside it, which says how: use a release that has it"
                 )
             return f"{folder} holds weights quantised by {method} ({name}), which is not supported: {ORIGINAL}"
     for pattern, layout in _OTHER_NAMES:

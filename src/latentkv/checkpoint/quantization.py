@@ -1,8 +1,8 @@
-"""How a checkpoint says that its weights are quantised: in config.json, or in ModelOpt's file beside it."""
+"""How a checkpoint says that its weights are quantised: in config.json, or in a file that the tool put beside it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +10,16 @@ from latentkv.checkpoint.locate import read_object
 from latentkv.checkpoint.wrapper import outermost
 from latentkv.weights.files import awq, compressed_config, gptq, modelopt
 
-MODELOPT_FILE = "hf_quant_config.json"
-"""Where ModelOpt says how it quantised, if config.json does not."""
-
+_KEYS_OF_AWQ = {"w_bit": "bits", "q_group_size": "group_size"}
+_FILES: Mapping[str, Callable[[Mapping[str, Any]], Mapping[str, Any]]] = {
+    "hf_quant_config.json": lambda said: said,  # ModelOpt's, which reads the same there
+    "quantize_config.json": lambda said: {"quant_method": gptq.METHOD} | said,
+    "quant_config.json": lambda said: (
+        {"quant_method": awq.METHOD} | {_KEYS_OF_AWQ.get(key, key): value for key, value in said.items()}
+    ),
+}
+QUANTIZATION_FILES = tuple(_FILES)
+"""Where ModelOpt, and older releases of AutoGPTQ and AutoAWQ, say how they quantised, if config.json does not."""
 
 _OTHERS = ("fp8", compressed_config.METHOD, awq.METHOD, gptq.METHOD)
 
@@ -21,12 +28,15 @@ def quantization_of(folder: Path, config: Mapping[str, Any]) -> Mapping[str, Any
     """The `quantization_config` of a folder whose config.json is `config`; None: weights are as they are.
 
     Raises:
-        CheckpointError: ModelOpt's file cannot be read.
+        CheckpointError: the tool's file cannot be read.
     """
     said = outermost(config, "quantization_config")
-    if said is None and (folder / MODELOPT_FILE).is_file():
-        return read_object(folder / MODELOPT_FILE)
-    return said
+    if said is not None:
+        return said
+    for name, as_said in _FILES.items():
+        if (folder / name).is_file():
+            return as_said(read_object(folder / name))
+    return None
 
 
 def quantization_method(quantization: Mapping[str, Any] | None) -> str | None:

@@ -23,7 +23,7 @@ import torch
 from latentkv import kernels
 from latentkv.checkpoint.locate import CONFIG_FILE, INDEX_FILE
 from latentkv.checkpoint.names import mtp_index
-from latentkv.checkpoint.quantization import MODELOPT_FILE
+from latentkv.checkpoint.quantization import QUANTIZATION_FILES
 from latentkv.checkpoint.tensors import Tensors, open_tensors
 from latentkv.models.config import ModelConfig
 from latentkv.models.decoder import Decoder
@@ -119,7 +119,8 @@ def _identity(reader: Tensors) -> str:
     Raises:
         OSError: a file cannot be looked at.
     """
-    beside = [path for name in (CONFIG_FILE, INDEX_FILE, MODELOPT_FILE) if (path := reader.folder / name).exists()]
+    said = (CONFIG_FILE, INDEX_FILE, *QUANTIZATION_FILES)
+    beside = [path for name in said if (path := reader.folder / name).exists()]
     states: list[tuple[object, ...]] = []
     for path in [*reader.files, *beside]:
         path = path.resolve()
