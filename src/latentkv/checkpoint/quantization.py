@@ -13,10 +13,11 @@ from latentkv.weights.files import awq, compressed_config, gptq, modelopt
 _KEYS_OF_AWQ = {"w_bit": "bits", "q_group_size": "group_size"}
 _FILES: Mapping[str, Callable[[Mapping[str, Any]], Mapping[str, Any]]] = {
     "hf_quant_config.json": lambda said: said,  # ModelOpt's, which reads the same there
-    "quantize_config.json": lambda said: {"quant_method": gptq.METHOD} | said,
-    "quant_config.json": lambda said: (
-        {"quant_method": awq.METHOD} | {_KEYS_OF_AWQ.get(key, key): value for key, value in said.items()}
-    ),
+    "quantize_config.json": lambda said: {"quant_method": gptq.METHOD, **said},
+    "quant_config.json": lambda said: {
+        "quant_method": awq.METHOD,
+        **{_KEYS_OF_AWQ.get(key, key): value for key, value in said.items()},
+    },
 }
 QUANTIZATION_FILES = tuple(_FILES)
 """Where ModelOpt, and older releases of AutoGPTQ and AutoAWQ, say how they quantised, if config.json does not."""
