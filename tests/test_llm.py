@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, DeepseekV3Config, LlamaConfig
 
-from latentkv import LLM, SamplingParams, llm_options
+from latentkv import LLM, SamplingParams, llm_loading, llm_options
 from latentkv.engine.drafts import NGramDrafter
 from latentkv.engine.mtp import MTPDrafter
 from latentkv.errors import CacheError, CheckpointError, ConfigError, RequestError, TokenizerError
@@ -558,14 +558,14 @@ def test_without_drafts_the_module_has_no_cache() -> None:
 def test_drafts_that_cannot_be_had_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="draft='eagle' is not supported: choose auto, ngram, mtp"):
         LLM(draft="eagle")
-    load = sys.modules["latentkv.llm"].load_model
+    load = llm_loading.load_model
 
     def without_mtp(*args, **kwargs) -> Decoder:
         decoder = load(*args, **kwargs)
         decoder.drop_mtp_modules(keep=())
         return decoder
 
-    monkeypatch.setattr("latentkv.llm.load_model", without_mtp)
+    monkeypatch.setattr(llm_loading, "load_model", without_mtp)
     with pytest.raises(ConfigError, match="draft='mtp' needs a multi-token-prediction module"):
         LLM(speculate=2, draft="mtp")
     assert LLM(speculate=2, kv_cache_bytes=2**20).cache.bytes_per_token == 6 * 128

@@ -17,43 +17,17 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import torch
 from torch import Tensor
 
-from latentkv.cache import KVFormat, LatentCache, PageStore, StoreFolder
-from latentkv.checkpoint.identity import weights_digest
-from latentkv.checkpoint.source import resolve_model
+from latentkv.cache import KVFormat
 from latentkv.completion import Completion, Piece, TextOutput, best_of, join_pieces, submit_for_text
-from latentkv.engine import Constraint, Engine, Request, SamplingParams, Structure
-from latentkv.engine.adaptive import AdaptiveDrafter
-from latentkv.engine.drafts import Drafter, NGramDrafter
-from latentkv.engine.memory import beside_weights, default_cache_bytes, free_memory
-from latentkv.engine.mtp import MTPDrafter
+from latentkv.engine import Constraint, Request, SamplingParams, Structure
 from latentkv.engine.request import validate_token_ids
 from latentkv.engine.scheduler import MAX_RUNNING
 from latentkv.engine.scoring import sequence_logits, text_nats
 from latentkv.engine.thread import EngineThread
 from latentkv.engine.worker import Worker
-from latentkv.errors import ConfigError, EngineStoppedError, RequestError
-from latentkv.llm_options import (
-    Draft,
-    as_device,
-    as_dtype,
-    context_of,
-    drafts_by_mtp,
-    dtype_to_run,
-    embedded_model,
-    end_ids,
-    kv_format,
-    named_end_ids,
-    open_packed_folder,
-    require_int8_products,
-    tokenizer_of,
-)
-from latentkv.models.config import ModelConfig
-from latentkv.models.fingerprint import model_fingerprint
-from latentkv.models.kept import load_kept
-from latentkv.models.loading import load_model
-from latentkv.models.mla import MultiHeadLatentAttention
-from latentkv.models.packing import choose_packing
-from latentkv.models.stored_config import open_checkpoint
+from latentkv.errors import EngineStoppedError, RequestError
+from latentkv.llm_loading import LoadOptions, load
+from latentkv.llm_options import Draft, as_device, as_dtype, named_end_ids
 from latentkv.progress import progress_bar
 from latentkv.text import Tokenizer
 from latentkv.text.chat import text_length
@@ -164,109 +138,36 @@ class LLM:
         packed_dir: str | Path | None = "auto",
         packed_dir_bytes: int | None = None,
     ) -> None:
+        options = LoadOptions(
+            device=as_device(device),
+            dtype=as_dtype(dtype),
+            weights=weights,
+            kv_dtype=kv_dtype,
+            int8_products=int8_products,
+            max_context=max_context,
+            kv_cache_bytes=kv_cache_bytes,
+            max_running=max_running,
+            speculate=speculate,
+            draft=draft,
+            step_seconds=step_seconds,
+            cache_dir=cache_dir,
+            cache_dir_bytes=cache_dir_bytes,
+            packed_dir=packed_dir,
+            packed_dir_bytes=packed_dir_bytes,
+        )
         worker = Worker()
         weakref.finalize(self, worker.stop)
         try:
-            worker.call(
-                lambda: self._load(
-                    model,
-                    as_device(device),
-                    as_dtype(dtype),
-                    weights,
-                    kv_dtype,
-                    int8_products=int8_products,
-                    max_context=max_context,
-                    kv_cache_bytes=kv_cache_bytes,
-                    max_running=max_running,
-                    speculate=speculate,
-                    draft=draft,
-                    step_seconds=step_seconds,
-                    cache_dir=cache_dir,
-                    cache_dir_bytes=cache_dir_bytes,
-                    packed_dir=packed_dir,
-                    packed_dir_bytes=packed_dir_bytes,
-                )
-            )
+            loaded = worker.call(lambda: load(model, options))
         except BaseException:
             worker.stop()
             raise
+        self.folder, self.config, self.tokenizer = loaded.folder, loaded.config, loaded.tokenizer
+        self.decoder, self.packed_file = loaded.decoder, loaded.packed_file
+        self.cache, self.max_context, self.store = loaded.cache, loaded.max_context, loaded.store
+        self.engine = loaded.engine
         self.thread = EngineThread(self.engine, max_open=None, stall_seconds=None, worker=worker)
         self.thread.start()
-
-    def _load(
-        self,
-        model: str | Path | None,
-        device: torch.device,
-        weights_dtype: torch.dtype | None,
-        weights: str | None,
-        kv_dtype: KVFormat | Literal["auto"],
-        *,
-        int8_products: bool,
-        max_context: int | None,
-        kv_cache_bytes: int | None,
-        max_running: int,
-        speculate: int,
-        draft: Draft,
-        step_seconds: float | None,
-        cache_dir: str | Path | None,
-        cache_dir_bytes: int,
-        packed_dir: str | Path | None,
-        packed_dir_bytes: int | None,
-    ) -> None:
-        folder = None if cache_dir is None else StoreFolder(Path(cache_dir).expanduser())
-        self.folder = embedded_model() if model is None else resolve_model(model)
-        config, reader = open_checkpoint(self.folder)
-        if int8_products:
-            require_int8_products(config, kv_dtype, device)
-        if int8_products and speculate:
-            raise ConfigError("int8_products and speculate exclude each other: a draft is checked in exact products.")
-        self.max_context = context_of(max_context, config)
-        self.tokenizer = tokenizer_of(self.folder, config)
-        weights_dtype = dtype_to_run(weights_dtype, config, reader, device)
-        packing = choose_packing(weights, weights_dtype, device)
-        kept = None
-        packed_folder = open_packed_folder(packed_dir, packed_dir_bytes)
-        if packing is not None and packed_folder is not None:
-            kept = load_kept(config, reader, packed_folder, packing, dtype=weights_dtype, max_context=self.max_context)
-        self.packed_file = kept and kept[1]
-        self.decoder = (
-            kept[0]
-            if kept
-            else load_model(
-                self.folder, dtype=weights_dtype, device=device, max_context=self.max_context, packing=packing
-            )
-        )
-        self.config: ModelConfig = self.decoder.config
-        if int8_products:
-            for module in self.decoder.modules():
-                if isinstance(module, MultiHeadLatentAttention):
-                    module.int8_products = True
-        by_mtp = drafts_by_mtp(draft, self.decoder) and speculate > 0
-        planes = self.config.planes(kv_format(kv_dtype, self.decoder.dtype), num_mtp_layers=int(by_mtp))
-        free = free_memory(device)
-        if self.packed_file:
-            free = beside_weights(free, self.packed_file.nbytes, self.folder)
-        if kv_cache_bytes is None:
-            kv_cache_bytes = default_cache_bytes(planes, self.max_context, free)
-        self.cache = LatentCache.sized(planes, kv_cache_bytes, device=device)
-        drafters: list[Drafter] = [] if draft == "mtp" else [NGramDrafter()]
-        if by_mtp:
-            drafters.append(MTPDrafter(self.decoder, self.cache))
-        self.store: PageStore | None = None
-        if folder:
-            weights_bytes = weights_digest(self.folder, folder.path / "weights.json")
-            fingerprint = model_fingerprint(self.decoder, weights_bytes, packing=packing, int8_products=int8_products)
-            self.store = PageStore(folder, cache_dir_bytes, fingerprint, self.cache)
-        self.engine = Engine(
-            self.decoder,
-            self.cache,
-            end_ids(self.config, self.tokenizer),
-            step_seconds=step_seconds,
-            max_running=max_running,
-            drafter=AdaptiveDrafter(*drafters) if speculate else None,
-            most_drafted=speculate,
-            store=self.store,
-        )
 
     def generate(
         self,
