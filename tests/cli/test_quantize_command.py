@@ -147,15 +147,13 @@ def test_a_gguf_file_is_not_replaced(latentkv, model_folder, tmp_path):
     assert (tmp_path / "out.gguf").read_text() == "mine"
 
 
-def test_a_gguf_file_of_plain_types_is_a_source_of_others_but_of_no_folder(latentkv, model_folder, tmp_path):
+def test_a_gguf_file_of_plain_types_is_a_source_and_a_quantised_one_is_none(latentkv, model_folder, tmp_path):
     whole, small, again = (tmp_path / name for name in ("whole.gguf", "small.gguf", "again.gguf"))
     assert latentkv("quantize", model_folder, whole, "--type", "f32", "--pre", "qwen2").exit_code == 0
     result = latentkv("quantize", whole, small, "--type", "q8_0")
     assert result.exit_code == 0, result.stderr
     refused = latentkv("quantize", small, again, "--type", "q4_0")
     assert refused.exit_code == 2 and "is quantised already" in refused.stderr and not again.exists()
-    refused = latentkv("quantize", whole, tmp_path / "folder", "--weights", "int4")
-    assert refused.exit_code == 2 and "is a GGUF file" in refused.stderr and not (tmp_path / "folder").exists()
 
 
 def test_bad_sources_are_refused(latentkv, copied_model, tmp_path):

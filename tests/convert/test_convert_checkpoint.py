@@ -20,6 +20,7 @@ from latentkv.convert.report import ConversionReport
 from latentkv.errors import CheckpointError, ConfigError
 from latentkv.models.config import MLAConfig
 from latentkv.models.loading import load_model
+from latentkv.quantize.gguf import plan_gguf, write_gguf
 
 pytestmark = pytest.mark.usefixtures("unpainted")
 
@@ -84,6 +85,16 @@ def test_bf16_weights_stay_bf16_and_are_as_near_as_bf16_is(tmp_path: Path) -> No
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     expected, found = logits(source), logits(tmp_path / "out")
     assert float((found - expected).norm() / expected.norm()) < 0.03
+
+
+def test_a_gguf_file_is_converted_as_the_folder_it_was_made_of(tmp_path: Path) -> None:
+    source = write_source("llama", tmp_path / "source")
+    write_gguf(plan_gguf(source, "f32"), tmp_path / "model.gguf")
+    options = ConvertOptions(rank=24, rope_dim=8)
+    for place in (source, tmp_path / "model.gguf"):
+        convert_checkpoint(place, tmp_path / f"of {place.name}", TOKENS, options)
+    found, expected = logits(tmp_path / "of model.gguf"), logits(tmp_path / "of source")
+    assert float((found - expected).abs().max()) <= 1e-5 * float(expected.abs().max())
 
 
 def test_more_cache_costs_less_quality_and_the_report_says_what_was_cached(tmp_path: Path) -> None:

@@ -13,14 +13,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from gguf_checks import copied_tokenizer, save
 from quantize_models import CONFIG, edit_config, random_decoder, save_random, stored
 from safetensors.torch import save_file
 
 from latentkv import LLM
 from latentkv.checkpoint import CheckpointReader
 from latentkv.errors import CheckpointError, ConfigError, OpError
+from latentkv.llm_options import EMBEDDED_MODEL
+from latentkv.models.config_reader import read_config
+from latentkv.models.loading import load_model
 from latentkv.ops.backends import why_not_native
 from latentkv.quantize import REPORT_FILE, QuantizationReport, quantize_checkpoint
+from latentkv.quantize.gguf import plan_gguf, write_gguf
+from latentkv.text import load_tokenizer
 from latentkv.weights.formats import INT4, ROUNDED_TO
 from latentkv.weights.policy import choose_scheme
 from latentkv.weights.weight import quantize_weight
@@ -185,6 +191,24 @@ def test_tokenizer_files_come_along_and_nothing_else(source, tmp_path):
 
 class Stop(Exception):
     pass
+
+
+def test_a_gguf_file_is_quantised_as_the_folder_it_was_made_of(tmp_path):
+    folder = copied_tokenizer(
+        EMBEDDED_MODEL, save(tmp_path / "source", vocab_size=read_config(EMBEDDED_MODEL).vocab_size)
+    )
+    write_gguf(plan_gguf(folder, "bf16", "qwen2"), tmp_path / "model.gguf")
+    quantize_checkpoint(folder, tmp_path / "of_folder", "int4")
+    quantize_checkpoint(tmp_path / "model.gguf", tmp_path / "of_file", "int4")
+    expected, found = stored(tmp_path / "of_folder"), stored(tmp_path / "of_file")
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor.to(found[name].dtype)), name  # routers and norms are float32 in the file
+    text = "It was a dark night; the 12 coachmen said: no"
+    assert load_tokenizer(tmp_path / "of_file").encode(text) == load_tokenizer(tmp_path / "model.gguf").encode(text)
+    ids = torch.randint(500, (1, 12))
+    with torch.inference_mode():
+        one, other = (load_model(tmp_path / name, dtype=torch.float32) for name in ("of_folder", "of_file"))
+        assert torch.equal(one.logits(one.forward_train(ids)), other.logits(other.forward_train(ids)))
 
 
 def stopping_after(count: int):

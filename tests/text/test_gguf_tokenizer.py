@@ -1,15 +1,12 @@
 """Tokenizers from a GGUF file's metadata: held to llama.cpp, to tiktoken and to SentencePiece."""
 
 import importlib.util
-import io
-from functools import cache
 from pathlib import Path
 
 import pytest
-import sentencepiece
 import tiktoken
 from gguf_record import PIECES, SMOLLM
-from gguf_vocabulary import TEXTS, metadata, vocabulary
+from gguf_vocabulary import SENTENCES, TEXTS, metadata, scored, trained, vocabulary
 
 from latentkv.checkpoint.gguf.tensors import GGUFTensors
 from latentkv.errors import TokenizerError
@@ -201,51 +198,6 @@ def test_a_published_file_gives_the_ids_that_llama_cpp_gives():
     prompt = tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}])
     assert prompt.endswith("<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n")
     assert tokenizer.encode(prompt, add_bos=False, allow_special=True)[0] == 1
-
-
-SENTENCES = [
-    "it was a dark night and the fox said hello world the whale swam on 12 34 aaaa aaa aa",
-    "naïve café été привет мир foo   bar  baz  def f():    return 1",
-    "The whale! “quoted” don't x<sep>y 鲸鱼 中文",
-] * 8
-
-
-@cache
-def trained():
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(SENTENCES),
-        model_writer=model,
-        minloglevel=2,
-        hard_vocab_limit=False,
-        model_type="bpe",
-        vocab_size=420,
-        byte_fallback=True,
-        character_coverage=0.98,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        user_defined_symbols="<sep>",
-    )
-    return sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
-
-
-def scored(**others):
-    """As llama.cpp's converter writes a SentencePiece model."""
-    model = trained()
-    ids = range(len(model))
-    kinds = {"<unk>": 2, "<s>": 3, "</s>": 3, "<sep>": 4}
-    texts = [model.id_to_piece(i) for i in ids]
-    named = {
-        "model": "llama",
-        "pre": "default",
-        "tokens": texts,
-        "scores": [model.get_score(i) for i in ids],
-        "token_type": [6 if model.is_byte(i) else kinds.get(texts[i], 1) for i in ids],
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "unknown_token_id": 0,
-    }
-    return {f"tokenizer.ggml.{key}": value for key, value in (named | others).items() if value is not None}
 
 
 def test_pieces_with_scores_are_sentencepieces():

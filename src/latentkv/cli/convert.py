@@ -61,7 +61,7 @@ def convert(
 
     Example: latentkv convert path/to/llama llama-mla --kv-budget 1/4 --calibrate book.txt
     """
-    from latentkv.checkpoint.source import model_name, resolve_folder
+    from latentkv.checkpoint.source import model_name, resolve_model
     from latentkv.convert import (
         ConvertOptions,
         Export,
@@ -81,7 +81,7 @@ def convert(
     budget = None if kv_budget is None else _share(kv_budget)
     options = ConvertOptions(rank, rope_dim, budget, cast("Method", method), fold, cast("Export", export))
     require_text_options(sequences, length, calibrate, text)
-    folder = resolve_folder(source)
+    folder = resolve_model(source)
     require_convertible(folder, options)
     require_target(target, folder)
     require_length(folder, length)

@@ -65,7 +65,7 @@ def heal(
     """
     from dataclasses import asdict
 
-    from latentkv.checkpoint.source import local_folder, resolve_folder
+    from latentkv.checkpoint.source import local_folder, resolve_model
     from latentkv.convert import HealOptions, heal_checkpoint, held_out_sequences, require_healable
 
     use_threads(threads)
@@ -76,7 +76,7 @@ def heal(
     text, count, width = _held_out(target, text, max(sequences // 16, 8), length)
     if text is None and eval_every is not None:
         raise RequestError("--eval-every needs a text to measure on: give --text.")
-    folder = resolve_folder(teacher)
+    folder = resolve_model(teacher)
     require_healable(target, folder, options)
     require_length(folder, max(length, width))
     own = held_out_sequences(sequences) if text is None else 0

@@ -62,22 +62,22 @@ def quantize(
     Each group's scale is searched for the least squared error. In a folder, routers, norms, embeddings and the latent
     projections (kv_a_proj_with_mqa, kv_b_proj, q_a_proj, eh_proj) stay as they are; the output head is int8, also with
     int4. An interrupted run goes on when the same command is given again. A GGUF file is written whole or not at all,
-    for llama.cpp and LatentKV alike, from a folder or an unquantised GGUF file; of mixes such as q4_k, embedding, head
-    and latent projections get more bits.
+    for llama.cpp and LatentKV alike; of mixes such as q4_k, embedding, head and latent projections get more bits.
+    Either is made of a folder, or of a GGUF file of F32, F16 or BF16.
 
     Example: latentkv quantize deepseek-ai/DeepSeek-V2-Lite v2-lite-int4 --weights int4
 
     Example: latentkv quantize deepseek-ai/DeepSeek-V2-Lite v2-lite-q4_k.gguf --type q4_k --calibrate book.txt
     """
 
-    from latentkv.checkpoint.source import resolve_folder, resolve_model
+    from latentkv.checkpoint.source import resolve_model
     from latentkv.quantize import column_importance
 
     use_threads(threads)
     _require_options(target, weights, kind, group, pre, text)
     passage = None if text is None else _passage(text, text_bytes, "--text-bytes")
     calibration = None if calibrate is None else _passage(calibrate, calibrate_bytes, "--calibrate-bytes")
-    folder = resolve_model(source) if kind else resolve_folder(source)
+    folder = resolve_model(source)
     write = _gguf_writer(folder, target, kind, pre) if kind else _folder_writer(folder, target, weights or "", group)
     importance = None
     if calibration is not None:

@@ -62,7 +62,7 @@ def convert_checkpoint(
     Each file gets its name when it is whole, config.json last; the same call after an interruption goes on.
 
     Args:
-        folder: of the source.
+        folder: of the source, or its GGUF file.
         target: a new folder, or one of an interrupted run of the same conversion.
         tokens: [sequences, length] int64 calibration text.
         options: sizes and method.

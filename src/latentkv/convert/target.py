@@ -11,7 +11,6 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from latentkv.checkpoint.companions import copy_companions
 from latentkv.checkpoint.locate import CONFIG_FILE
 from latentkv.checkpoint.reader import INDEX_FILE, CheckpointReader
 from latentkv.checkpoint.shard import write_shard
@@ -23,6 +22,7 @@ from latentkv.files import sync, write_json
 from latentkv.json_files import read_any_json, read_json
 from latentkv.saved_values import saved_in
 from latentkv.targets import require_folder
+from latentkv.text.gguf_files import write_companions
 
 _STATE, _CLAIM = ".converting", "conversion.json"
 _REMEDY = "remove the folder of the converted model and convert again"
@@ -98,7 +98,7 @@ class TargetFolder:
     def finish(self, config: Mapping[str, Any], report: ConversionReport) -> None:
         """Everything but the layers; config.json, without which nobody reads the rest, comes last."""
         self._write_outer()
-        copy_companions(self._source.reader.folder, self.folder)
+        write_companions(self._source.reader.folder, self.folder)
         shards = [self._shard(index) for index in range(self._source.config.num_layers + 1)]
         weight_map: dict[str, str] = {}
         for shard in shards:

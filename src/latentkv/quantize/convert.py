@@ -13,7 +13,6 @@ from typing import Any
 
 from torch import Tensor
 
-from latentkv.checkpoint.companions import copy_companions
 from latentkv.checkpoint.locate import CONFIG_FILE, INDEX_FILE
 from latentkv.checkpoint.names import published_parts
 from latentkv.checkpoint.shard import write_shard
@@ -24,6 +23,7 @@ from latentkv.quantize.importance import Importance
 from latentkv.quantize.layout import CopyLayout, Part, plan_copy
 from latentkv.quantize.report import QuantizationReport, ReportRow, squared_error
 from latentkv.saved_values import as_saved, saved_in
+from latentkv.text.gguf_files import write_companions
 from latentkv.weights.files.compressed_tensors import pack
 from latentkv.weights.weight import quantize_weight, require_format
 
@@ -52,7 +52,7 @@ def quantize_checkpoint(
     is whole and on disk, config.json last; the same call after an interruption goes on with the first missing file.
 
     Args:
-        source: folder of a supported model, unquantised or DeepSeek's float8.
+        source: folder of a supported model, unquantised or DeepSeek's float8; or a GGUF file of plain types.
         target: folder, made if need be; empty, or of an interrupted or finished run of the same conversion.
         fmt: name of one of `weights.formats.ROUNDED_TO` (the output head is int8 either way).
         group: inputs that share a scale: 32, 64 or 128; None: the format's own default.
@@ -181,7 +181,7 @@ def _convert_part(
 
 def _finish(layout: CopyLayout, target: Path, report: dict[str, Any]) -> None:
     """Everything but weights; config.json, without which nobody reads the rest, comes last."""
-    copy_companions(layout.reader.folder, target)
+    write_companions(layout.reader.folder, target)
     if len(layout.shards) > 1:
         weight_map = {
             stored: name for name, parts in layout.shards.items() for part in parts for stored in part.entries

@@ -11,13 +11,12 @@ from typing import Any
 
 import torch
 
-from latentkv.checkpoint.locate import CONFIG_FILE, SINGLE_FILE
+from latentkv.checkpoint.locate import SINGLE_FILE
 from latentkv.checkpoint.names import layer_of, published_parts, tensor_kind, text_model_names
 from latentkv.checkpoint.shard import Entry, entry_bytes
 from latentkv.checkpoint.tensors import Tensors
 from latentkv.checkpoint.wrapper import without
 from latentkv.errors import CheckpointError
-from latentkv.models.config_reader import read_model_json
 from latentkv.models.stored_config import open_checkpoint
 from latentkv.quantize.importance import Importance
 from latentkv.weights import CodeFormat
@@ -100,7 +99,7 @@ def plan_copy(
     if not schemes:
         raise CheckpointError(f"{folder} holds no weight that could be quantised: is it a language model's?")
     kept = [_module(part) for part in parts if part.scheme is None and _is_linear(part)]
-    raw = without(read_model_json(folder / CONFIG_FILE), "quantization_config")
+    raw = without(config.source, "quantization_config")
     raw["quantization_config"] = build_config(schemes, kept)
     return CopyLayout(
         reader=reader,

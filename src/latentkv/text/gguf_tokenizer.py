@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import tokenizers
@@ -33,6 +34,21 @@ _MOST_CHARACTERS = 1 << 23
 _BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 
 
+@dataclass(frozen=True)
+class GGUFVocabulary:
+    """A tokenizer as a file's metadata have it.
+
+    Attributes:
+        settings: special tokens, what is put around texts, chat templates.
+        library: of byte-level BPE, with all tokens and the frame of texts.
+        pieces: of SentencePiece; one of the two is there.
+    """
+
+    settings: TokenizerSettings
+    library: tokenizers.Tokenizer | None
+    pieces: SentencePieceModel | None
+
+
 def gguf_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer:
     """The tokenizer and the chat templates in a GGUF file's metadata.
 
@@ -42,6 +58,17 @@ def gguf_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer:
     Raises:
         TokenizerError: there is none, it is of a kind that is not read, or it is damaged.
     """
+    found = gguf_vocabulary(metadata)
+    if found.pieces is not None:
+        return Tokenizer(SentencePieceBackend(found.pieces, found.settings), found.settings)
+    if found.library is None:
+        raise RuntimeError("a vocabulary is of one kind or the other")
+    foreign = find_foreign_steps({"pre_tokenizer": json.loads(found.library.pre_tokenizer.__getstate__())})
+    return Tokenizer(HuggingFaceBackend(found.library, found.settings, foreign), found.settings)
+
+
+def gguf_vocabulary(metadata: Mapping[str, Any]) -> GGUFVocabulary:
+    """What `gguf_tokenizer` is made of; takes and raises the same."""
     meta = Metadata(metadata, TokenizerError)
     kind = meta.text("tokenizer.ggml.model")
     if kind not in ("gpt2", "llama"):
@@ -52,13 +79,11 @@ def gguf_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer:
     pieces = _pieces(meta)
     settings = _settings(meta, metadata, pieces, adds_bos=cutting is None or cutting.add_bos)
     if cutting is None:
-        return Tokenizer(SentencePieceBackend(_sentencepiece_model(meta, pieces), settings), settings)
+        return GGUFVocabulary(settings, None, _sentencepiece_model(meta, pieces))
     library = _byte_level(meta, pieces, cutting)
     library.add_tokens(list(settings.added_tokens.values()))  # all at once: one by one takes the square of their number
-    foreign = find_foreign_steps({"pre_tokenizer": json.loads(library.pre_tokenizer.__getstate__())})
-    backend = HuggingFaceBackend(library, settings, foreign)
     add_frame(library, settings)
-    return Tokenizer(backend, settings)
+    return GGUFVocabulary(settings, library, None)
 
 
 def _pieces(meta: Metadata) -> list[Piece]:
