@@ -45,12 +45,14 @@ def write_tokenizer_files(metadata: Mapping[str, Any], folder: Path) -> None:
         folder: which exists.
     """
     found = gguf_vocabulary(metadata)
-    if found.library is not None:
-        write_text(folder / "tokenizer.json", found.library.to_str())
-    elif found.pieces is not None:
-        content = sentencepiece_bytes(_without_padding(found.pieces))
+    model = found.model
+    is_pieces = isinstance(model, SentencePieceModel)
+    if is_pieces:
+        content = sentencepiece_bytes(_without_padding(model))
         write_whole(folder / "tokenizer.model", lambda temporary: temporary.write_bytes(content))
-    write_json(folder / "tokenizer_config.json", _config(found.settings, is_pieces=found.pieces is not None))
+    else:
+        write_text(folder / "tokenizer.json", model.to_str())
+    write_json(folder / "tokenizer_config.json", _config(found.settings, is_pieces=is_pieces))
     if found.settings.eos_ids:
         write_json(folder / "generation_config.json", {"eos_token_id": sorted(found.settings.eos_ids)})
 

@@ -40,13 +40,11 @@ class GGUFVocabulary:
 
     Attributes:
         settings: special tokens, what is put around texts, chat templates.
-        library: of byte-level BPE, with all tokens and the frame of texts.
-        pieces: of SentencePiece; one of the two is there.
+        model: of byte-level BPE the library's object, with all tokens and the frame of texts; or of SentencePiece.
     """
 
     settings: TokenizerSettings
-    library: tokenizers.Tokenizer | None
-    pieces: SentencePieceModel | None
+    model: tokenizers.Tokenizer | SentencePieceModel
 
 
 def gguf_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer:
@@ -59,12 +57,10 @@ def gguf_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer:
         TokenizerError: there is none, it is of a kind that is not read, or it is damaged.
     """
     found = gguf_vocabulary(metadata)
-    if found.pieces is not None:
-        return Tokenizer(SentencePieceBackend(found.pieces, found.settings), found.settings)
-    if found.library is None:
-        raise RuntimeError("a vocabulary is of one kind or the other")
-    foreign = find_foreign_steps({"pre_tokenizer": json.loads(found.library.pre_tokenizer.__getstate__())})
-    return Tokenizer(HuggingFaceBackend(found.library, found.settings, foreign), found.settings)
+    if isinstance(found.model, SentencePieceModel):
+        return Tokenizer(SentencePieceBackend(found.model, found.settings), found.settings)
+    foreign = find_foreign_steps({"pre_tokenizer": json.loads(found.model.pre_tokenizer.__getstate__())})
+    return Tokenizer(HuggingFaceBackend(found.model, found.settings, foreign), found.settings)
 
 
 def gguf_vocabulary(metadata: Mapping[str, Any]) -> GGUFVocabulary:
@@ -79,11 +75,11 @@ def gguf_vocabulary(metadata: Mapping[str, Any]) -> GGUFVocabulary:
     pieces = _pieces(meta)
     settings = _settings(meta, metadata, pieces, adds_bos=cutting is None or cutting.add_bos)
     if cutting is None:
-        return GGUFVocabulary(settings, None, _sentencepiece_model(meta, pieces))
+        return GGUFVocabulary(settings, _sentencepiece_model(meta, pieces))
     library = _byte_level(meta, pieces, cutting)
     library.add_tokens(list(settings.added_tokens.values()))  # all at once: one by one takes the square of their number
     add_frame(library, settings)
-    return GGUFVocabulary(settings, library, None)
+    return GGUFVocabulary(settings, library)
 
 
 def _pieces(meta: Metadata) -> list[Piece]:
