@@ -50,7 +50,9 @@ def test_a_quantised_file_runs_packed_and_keeps_its_prefix_in_a_cache_folder(kin
     assert said[0] == said[1] and hits > 0
 
 
-def test_every_command_that_looks_at_or_runs_a_model_takes_the_file(file: Path, latentkv: Callable[..., Any]) -> None:
+def test_every_command_that_takes_a_model_takes_the_file(
+    file: Path, latentkv: Callable[..., Any], tmp_path: Path
+) -> None:
     generated = latentkv("generate", "-m", file, "-n", 3, "--temperature", 0, "It was")
     assert generated.exit_code == 0, generated.stderr
     looked_at = latentkv("inspect", file)
@@ -61,13 +63,13 @@ def test_every_command_that_looks_at_or_runs_a_model_takes_the_file(file: Path, 
     assert plan["weights_dtype"] == "BF16, F32"
     assert plan["weights_bytes"] == sum(tensor.n_bytes for tensor in GGUFReader(file).tensors)
     assert latentkv("plan", file, "--weights-dtype", "int8").exit_code == 0
-    for command in (
-        ["quantize", file, file.parent / "out", "--weights", "int8"],
-        ["convert", file, file.parent / "out", "--rank", 16, "--rope-dim", 8],
-    ):
-        refused = latentkv(*command)
-        assert refused.exit_code == 2 and "is a GGUF file" in refused.stderr
-        assert not (file.parent / "out").exists()
+    copied = latentkv("quantize", file, tmp_path / "int8", "--weights", "int8")
+    assert copied.exit_code == 0, copied.stderr
+    again = latentkv("generate", "-m", tmp_path / "int8", "-n", 3, "--temperature", 0, "It was")
+    assert again.exit_code == 0 and again.stdout == generated.stdout
+    refused = latentkv("convert", file, tmp_path / "mla", "--rank", 16, "--rope-dim", 8)
+    assert refused.exit_code == 2 and "has latent attention already" in refused.stderr
+    assert not (tmp_path / "mla").exists()
 
 
 @pytest.fixture

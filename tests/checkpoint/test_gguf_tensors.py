@@ -109,3 +109,22 @@ def test_infinite_scales_are_told_with_the_tensors_name(tmp_path: Path, quantise
     for read in (tensors.read, tensors.quantized):
         with pytest.raises(CheckpointError, match=f"{name} of .*x.gguf .*infinite"):
             read(name)
+
+
+def test_types_whose_codes_stand_for_runs_are_noted_with_the_memory_that_they_take(tmp_path: Path) -> None:
+    def type_of(name: str, shape: tuple[int, ...]) -> Type:
+        return (
+            Type.TQ2_0
+            if shape[-1] % 256 == 0 and "attn_output" in name
+            else Type.Q8_0
+            if "attn_q" in name
+            else Type.BF16
+        )
+
+    tensors = open_tensors(write_deepseek2(Path(str(EMBEDDED_MODEL)), tmp_path / "ternary.gguf", type_of))
+    (note,) = tensors.notes
+    assert note.startswith("TQ2_0 (") and "tensors) in 4 bits a weight in memory, exactly" in note
+    name = "model.layers.1.self_attn.o_proj.weight"
+    weight = tensors.quantized(name)
+    assert weight is not None and (weight.format.name, weight.group) == ("int4", 128)
+    assert torch.equal(weight.dequantize(), tensors.read(name))

@@ -111,13 +111,13 @@ def test_every_kind_of_router_and_query_is_run_alike(name: str, tmp_path: Path) 
 
 
 def rounded_as_llama_cpp_does(file: Path, ids: list[int]) -> torch.Tensor:
-    """`exact_logits`, but what matrices are given is rounded to 8 bits: beside K types and IQ4_XS in blocks of 256."""
+    """`exact_logits`, but what matrices are given is rounded to 8 bits: beside K and most IQ types in blocks of 256."""
     decoder, stored = load_model(file, dtype=torch.float32), open_tensors(file)
 
     def rounded(numbers: torch.Tensor, kind: str) -> torch.Tensor:
         if kind.startswith("F"):
             return numbers.half().float()
-        block = 256 if "K" in kind or kind == "IQ4_XS" else 32
+        block = 256 if "K" in kind or kind in ("IQ4_XS", "IQ3_S") else 32
         blocks = functional.pad(numbers, (0, -numbers.shape[-1] % block)).unflatten(-1, (-1, block))
         scales = blocks.abs().amax(-1, keepdim=True).clamp(min=1e-30) / 127
         return ((blocks / scales).round() * scales).flatten(-2)[..., : numbers.shape[-1]]
@@ -137,7 +137,7 @@ def rounded_as_llama_cpp_does(file: Path, ids: list[int]) -> torch.Tensor:
 
 
 @pytest.mark.skipif(not QUANTIZE, reason="LATENTKV_LLAMA_QUANTIZE names no llama-quantize")
-@pytest.mark.parametrize("asked", ["Q8_0", "Q4_0", "Q4_K_M", "Q5_K_M", "Q6_K", "IQ4_XS", "Q2_K"])
+@pytest.mark.parametrize("asked", ["Q8_0", "Q4_0", "Q4_K_M", "Q5_K_M", "Q6_K", "IQ4_XS", "IQ3_S", "Q2_K"])
 def test_what_llama_cpp_quantised_is_run_as_llama_cpp_runs_it_but_for_its_rounding(asked: str, tmp_path: Path) -> None:
     whole, file = tmp_path / "whole.gguf", tmp_path / "model.gguf"
     write_gguf(plan_gguf(EMBEDDED_MODEL, "f32", "qwen2"), whole)

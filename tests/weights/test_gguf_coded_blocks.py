@@ -12,7 +12,8 @@ from latentkv.weights.gguf.types import TYPES, TensorType
 from latentkv.weights.layout import pack_weight, unpack_weight
 
 CODED = [kind for kind in TYPES.values() if kind.coded]
-ONE_SCALE = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "MXFP4", "NVFP4")  # as the file has it, not in two parts
+# A scale as the file has it, not in two parts.
+ONE_SCALE = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "MXFP4", "NVFP4", "TQ1_0", "TQ2_0")
 BITS = {
     **dict.fromkeys(("Q4_0", "Q4_K"), ("int4", "uint4")),
     **{"Q4_1": ("uint4",), "Q5_0": ("int5",), "Q5_1": ("uint5",), "Q5_K": ("uint5",), "Q6_K": ("int6",)},
@@ -24,6 +25,9 @@ BITS = {
         "MXFP4": ("fp4",),
         "NVFP4": ("fp4",),
     },
+    **dict.fromkeys(("IQ1_S", "IQ3_S"), ("int5",)),
+    **dict.fromkeys(("IQ1_M", "IQ3_XXS"), ("int6",)),
+    **{"TQ1_0": ("int4",), "TQ2_0": ("int4",)},
 }
 
 every_coded_type = pytest.mark.parametrize("kind", CODED, ids=lambda kind: kind.name)
@@ -40,8 +44,13 @@ def typical(kind: TensorType, rows: int, blocks: int) -> torch.Tensor:
         "Q5_1": (0, 2),
         "Q4_K": (0, 2),
         "Q5_K": (0, 2),
+        "TQ1_0": (52,),
+        "TQ2_0": (64,),
     }
-    if kind.name == "MXFP4":
+    if kind.name == "IQ1_M":  # whose four words have 4 bits each of it
+        scale = (torch.rand(rows, blocks, 1) * 0.01 + 0.001).half().view(torch.int16).int()
+        raw[..., 49:56:2] = (raw[..., 49:56:2] & 15) | ((scale >> torch.arange(0, 16, 4)) & 15).to(torch.uint8) << 4
+    elif kind.name == "MXFP4":
         raw[..., 0] = torch.randint(120, 126, raw.shape[:2])
     elif kind.name != "NVFP4":
         for at in halves.get(kind.name, (0,)):
@@ -49,11 +58,15 @@ def typical(kind: TensorType, rows: int, blocks: int) -> torch.Tensor:
     return raw.flatten(1)
 
 
-def test_every_type_that_has_a_scale_for_each_group_is_kept_as_codes() -> None:
-    assert [kind.name for kind in CODED] == [
-        *("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"),
-        *("IQ4_NL", "IQ4_XS", "MXFP4", "NVFP4"),
-    ]
+def test_every_type_but_plain_numbers_is_kept_as_codes() -> None:
+    assert [kind.name for kind in TYPES.values() if kind.decode and not kind.coded] == ["F32", "F16", "BF16"]
+
+
+def test_codes_of_runs_and_of_three_levels_take_more_memory_than_the_file() -> None:
+    assert {kind.name: kind.code_bits for kind in CODED if kind.is_widened} == {
+        **{"IQ1_S": 5, "IQ1_M": 6, "IQ2_XXS": 8, "IQ2_XS": 8, "IQ2_S": 8, "IQ3_XXS": 6, "IQ3_S": 5},
+        **{"TQ1_0": 4, "TQ2_0": 4},
+    }
 
 
 @every_coded_type

@@ -18,7 +18,7 @@ from latentkv.checkpoint.gguf.recipes import Recipe, Rows
 from latentkv.checkpoint.gguf.rope import FACTOR_TENSORS
 from latentkv.errors import CheckpointError
 from latentkv.weights.gguf.container import open_gguf
-from latentkv.weights.gguf.types import TensorType, dequantize
+from latentkv.weights.gguf.types import TensorType, dequantize, read_codes
 from latentkv.weights.weight import QuantizedWeight
 
 _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -69,12 +69,13 @@ class GGUFTensors:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Which types are not kept as they are."""
-        kinds = Counter(kind.name for name in self.names if not (kind := self._kind(name)).is_kept)
-        if not kinds:
+        """Which types take more memory than the file has for them."""
+        kinds = Counter(self._kind(name) for name in self.names if self.is_quantized(name))
+        wide = [(kind, count) for kind, count in kinds.items() if kind.is_widened]
+        if not wide:
             return ()
-        listed = ", ".join(f"{name} ({count} tensors)" for name, count in kinds.items())
-        return (f"{listed}: expanded to bfloat16 as they are read",)
+        listed = ", ".join(f"{kind.name} ({count} tensors) in {kind.code_bits}" for kind, count in wide)
+        return (f"{listed} bits a weight in memory, exactly: the kernels have no codes of runs",)
 
     def __contains__(self, name: str) -> bool:
         return name in self._recipes
@@ -145,7 +146,7 @@ class GGUFTensors:
             return None
         raw = self._file.read(recipe.source).view(*self._file.tensors[recipe.source].shape[:-1], -1)
         rows = recipe.take(raw).flatten(0, -2)
-        weight = kind.coded(rows.reshape(-1, kind.nbytes)).as_weight(len(rows))
+        weight = read_codes(rows.reshape(-1, kind.nbytes), kind).as_weight(len(rows))
         shared = [weight.scales] if weight.minima is None else [weight.scales, weight.minima]
         if not all(bool(torch.isfinite(numbers).all()) for numbers in shared):
             raise CheckpointError(f"tensor {name} of {self.folder} has NaN or infinite scales: download it again")

@@ -34,9 +34,8 @@ def half(blocks: Tensor, at: int) -> Tensor:
 
 def words(data: Tensor, nbytes: int) -> Tensor:
     """Little-endian words of 2 or 4 bytes, as int32 [B, k]; words of 4 bytes keep their bits, not their values."""
-    if nbytes == 4:
-        return data.contiguous().view(torch.int32)
-    return data.contiguous().view(torch.int16).int() & 0xFFFF
+    own = data.clone(memory_format=torch.contiguous_format)  # a single block's lie where words may not begin
+    return own.view(torch.int32) if nbytes == 4 else own.view(torch.int16).int() & 0xFFFF
 
 
 def lookup(table: Tensor, codes: Tensor) -> Tensor:

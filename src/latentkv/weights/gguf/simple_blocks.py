@@ -1,6 +1,6 @@
 """GGUF's types with one scale a block: 32 weights, or 256 of three levels.
 
-Each function takes blocks [B, bytes] of uint8; what it returns are their codes and scales, or float32 [B, weights].
+Each function takes blocks [B, bytes] of uint8 and returns their codes and scales.
 Products and sums come in the order in which ggml writes them, so that zeros keep their signs.
 """
 
@@ -39,19 +39,24 @@ def q8_0(blocks: Tensor) -> CodedBlocks:
     return CodedBlocks(blocks[:, 2:].view(torch.int8), half(blocks, 0), INT8)
 
 
-def decode_tq1_0(blocks: Tensor) -> Tensor:
+def tq1_0(blocks: Tensor) -> CodedBlocks:
     """Weights are d (q - 1), q from 0 to 2: the leading digit, base 3, of what a byte's fraction becomes by 3^n.
 
     48 bytes have five digits each (32, then 16 side by side), 4 bytes have four.
     """
     parts = (_powers(blocks[:, :32], 5), _powers(blocks[:, 32:48], 5), _powers(blocks[:, 48:52], 4))
     digits = (torch.cat(parts, 1).short() * 3) >> 8
-    return digits.float().sub_(1).mul_(half(blocks, 52))
+    return _ternary(digits.to(torch.uint8), half(blocks, 52))
 
 
-def decode_tq2_0(blocks: Tensor) -> Tensor:
+def tq2_0(blocks: Tensor) -> CodedBlocks:
     """Weights are d (q - 1), q from 0 to 3."""
-    return planes(blocks[:, :64], 32, 2).float().sub_(1).mul_(half(blocks, 64))
+    return _ternary(planes(blocks[:, :64], 32, 2), half(blocks, 64))
+
+
+def _ternary(digits: Tensor, d: Tensor) -> CodedBlocks:
+    """Kernels take groups of 128 at most, or of whole rows; so a scale counts twice."""
+    return CodedBlocks(_signed(digits, 1), d.expand(-1, 2).contiguous(), INT4)
 
 
 def _five_bits(data: Tensor) -> Tensor:

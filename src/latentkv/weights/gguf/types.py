@@ -5,7 +5,7 @@ The float32 values are the definition of each type: ggml's own, bit for bit.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -39,9 +39,14 @@ class TensorType:
     coded: Callable[[Tensor], CodedBlocks] | None = None
 
     @property
-    def is_kept(self) -> bool:
-        """Whether memory holds the numbers at about the width that the file gives them."""
-        return self.coded is not None or self.weights == 1
+    def code_bits(self) -> int | None:
+        """Bits of a code in memory; None where weights are none."""
+        return None if self.coded is None else self.coded(torch.zeros(1, self.nbytes, dtype=torch.uint8)).format.bits
+
+    @property
+    def is_widened(self) -> bool:
+        """Whether memory takes far more than the file: a code of several weights becomes an integer for each."""
+        return (self.code_bits or 0) > 1.25 * self.bits_per_weight
 
     @property
     def bits_per_weight(self) -> float:
@@ -74,23 +79,23 @@ TYPES: Mapping[int, TensorType] = {
         TensorType(12, "Q4_K", 256, 144, *_coded(k_blocks.q4_k)),
         TensorType(13, "Q5_K", 256, 176, *_coded(k_blocks.q5_k)),
         TensorType(14, "Q6_K", 256, 210, *_coded(k_blocks.q6_k)),
-        TensorType(16, "IQ2_XXS", 256, 66, grid_blocks.decode_iq2_xxs),
-        TensorType(17, "IQ2_XS", 256, 74, grid_blocks.decode_iq2_xs),
-        TensorType(18, "IQ3_XXS", 256, 98, grid_blocks.decode_iq3_xxs),
-        TensorType(19, "IQ1_S", 256, 50, grid_blocks.decode_iq1_s),
+        TensorType(16, "IQ2_XXS", 256, 66, *_coded(grid_blocks.iq2_xxs)),
+        TensorType(17, "IQ2_XS", 256, 74, *_coded(grid_blocks.iq2_xs)),
+        TensorType(18, "IQ3_XXS", 256, 98, *_coded(grid_blocks.iq3_xxs)),
+        TensorType(19, "IQ1_S", 256, 50, *_coded(grid_blocks.iq1_s)),
         TensorType(20, "IQ4_NL", 32, 18, *_coded(table_blocks.iq4_nl)),
-        TensorType(21, "IQ3_S", 256, 110, grid_blocks.decode_iq3_s),
-        TensorType(22, "IQ2_S", 256, 82, grid_blocks.decode_iq2_s),
+        TensorType(21, "IQ3_S", 256, 110, *_coded(grid_blocks.iq3_s)),
+        TensorType(22, "IQ2_S", 256, 82, *_coded(grid_blocks.iq2_s)),
         TensorType(23, "IQ4_XS", 256, 136, *_coded(table_blocks.iq4_xs)),
         TensorType(24, "I8", 1, 1),
         TensorType(25, "I16", 1, 2),
         TensorType(26, "I32", 1, 4),
         TensorType(27, "I64", 1, 8),
         TensorType(28, "F64", 1, 8),
-        TensorType(29, "IQ1_M", 256, 56, grid_blocks.decode_iq1_m),
+        TensorType(29, "IQ1_M", 256, 56, *_coded(grid_blocks.iq1_m)),
         TensorType(30, "BF16", 1, 2, _as(torch.bfloat16)),
-        TensorType(34, "TQ1_0", 256, 54, simple_blocks.decode_tq1_0),
-        TensorType(35, "TQ2_0", 256, 66, simple_blocks.decode_tq2_0),
+        TensorType(34, "TQ1_0", 256, 54, *_coded(simple_blocks.tq1_0)),
+        TensorType(35, "TQ2_0", 256, 66, *_coded(simple_blocks.tq2_0)),
         TensorType(39, "MXFP4", 32, 17, *_coded(table_blocks.mxfp4)),
         TensorType(40, "NVFP4", 64, 36, *_coded(table_blocks.nvfp4)),
     )
@@ -152,7 +157,31 @@ def dequantize(raw: Tensor, kind: TensorType) -> Tensor:
         )
     blocks = raw.reshape(-1, kind.nbytes)
     weights = torch.empty(len(blocks), kind.weights)
-    step = _CHUNK_WEIGHTS // kind.weights
-    for start in range(0, len(blocks), step):
-        weights[start : start + step] = kind.decode(blocks[start : start + step])
+    for part in _parts(blocks, kind):
+        weights[part] = kind.decode(blocks[part])
     return weights.view(len(raw), raw.shape[1] // kind.nbytes * kind.weights)
+
+
+def read_codes(blocks: Tensor, kind: TensorType) -> CodedBlocks:
+    """The codes and scales of blocks [B, nbytes] of uint8; temporaries are small, as those of `dequantize`.
+
+    Raises:
+        OpError: the type has no codes.
+    """
+    if kind.coded is None:
+        raise OpError(f"{kind.name} has no codes")
+    like = kind.coded(blocks[:1])
+    codes = torch.empty(len(blocks), like.codes.shape[1], dtype=torch.int8)
+    scales = torch.empty(len(blocks), like.scales.shape[1])
+    minima = None if like.minima is None else torch.empty_like(scales)
+    for part in _parts(blocks, kind):
+        found = kind.coded(blocks[part])
+        codes[part], scales[part] = found.codes, found.scales
+        if minima is not None and found.minima is not None:
+            minima[part] = found.minima
+    return CodedBlocks(codes, scales, like.format, minima)
+
+
+def _parts(blocks: Tensor, kind: TensorType) -> Iterator[slice]:
+    step = _CHUNK_WEIGHTS // kind.weights
+    return (slice(start, start + step) for start in range(0, len(blocks), step))
