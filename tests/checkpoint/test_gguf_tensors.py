@@ -123,7 +123,7 @@ def test_types_whose_codes_stand_for_runs_are_noted_with_the_memory_that_they_ta
 
     tensors = open_tensors(write_deepseek2(Path(str(EMBEDDED_MODEL)), tmp_path / "ternary.gguf", type_of))
     (note,) = tensors.notes
-    assert note.startswith("TQ2_0 (") and "tensors) in 4 bits a weight in memory, exactly" in note
+    assert note.startswith("TQ2_0 (") and "tensors) as 4 bits a weight in memory" in note
     name = "model.layers.1.self_attn.o_proj.weight"
     weight = tensors.quantized(name)
     assert weight is not None and (weight.format.name, weight.group) == ("int4", 128)

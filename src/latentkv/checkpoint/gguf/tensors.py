@@ -74,8 +74,10 @@ class GGUFTensors:
         wide = [(kind, count) for kind, count in kinds.items() if kind.is_widened]
         if not wide:
             return ()
-        listed = ", ".join(f"{kind.name} ({count} tensors) in {kind.code_bits}" for kind, count in wide)
-        return (f"{listed} bits a weight in memory, exactly: the kernels have no codes of runs",)
+        listed = ", ".join(f"{kind.name} ({count} tensors) as {kind.code_bits}" for kind, count in wide)
+        return (
+            f"{listed} bits a weight in memory, where the file has fewer: one code of it stands for several weights",
+        )
 
     def __contains__(self, name: str) -> bool:
         return name in self._recipes
