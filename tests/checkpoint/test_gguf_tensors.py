@@ -126,5 +126,5 @@ def test_types_whose_codes_stand_for_runs_are_noted_with_the_memory_that_they_ta
     assert note.startswith("TQ2_0 (") and "tensors) as 4 bits a weight in memory" in note
     name = "model.layers.1.self_attn.o_proj.weight"
     weight = tensors.quantized(name)
-    assert weight is not None and (weight.format.name, weight.group) == ("int4", 128)
+    assert weight is not None and (weight.format.name, weight.group) == ("int4", 256)
     assert torch.equal(weight.dequantize(), tensors.read(name))

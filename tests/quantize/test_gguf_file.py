@@ -17,6 +17,7 @@ from gguf_checks import GQA, V2, YARN, copied_tokenizer, logits, save
 from quantize_models import edit_config, stored
 from safetensors.torch import save_file
 
+import gguf_models
 from latentkv.checkpoint import CheckpointReader
 from latentkv.checkpoint.gguf.tensors import GGUFTensors
 from latentkv.errors import CheckpointError, OpError
@@ -297,3 +298,17 @@ def test_weights_that_are_no_numbers_or_quantised_already_are_refused(source: Pa
         plan_gguf(tmp_path / "int8", "q4_0")
     with pytest.raises(OpError, match="unknown type 'q5_k' for GGUF; choose one of f32"):
         plan_gguf(source, "q5_k")
+
+
+def test_an_id_that_names_no_token_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    add_tokenizer = gguf_models._add_tokenizer
+
+    def and_no_padding(writer: gguf.GGUFWriter, *rest: Any) -> None:
+        add_tokenizer(writer, *rest)
+        writer.add_int32("tokenizer.ggml.padding_token_id", -1)
+
+    monkeypatch.setattr(gguf_models, "_add_tokenizer", and_no_padding)
+    file = gguf_models.write_deepseek2(EMBEDDED_MODEL, tmp_path / "whole.gguf")
+    write_gguf(plan_gguf(file, "q8_0"), tmp_path / "out.gguf")
+    said = GGUFTensors(tmp_path / "out.gguf").metadata
+    assert "tokenizer.ggml.padding_token_id" not in said and said["tokenizer.ggml.bos_token_id"] >= 0

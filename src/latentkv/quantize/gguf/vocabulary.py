@@ -93,8 +93,12 @@ def vocabulary_metadata(folder: Path, config: ModelConfig, pre: str | None = Non
 
 
 def _of_a_file(file: Path, pre: str | None) -> Vocabulary:
-    """What that file says."""
-    said = {key: value for key, value in GGUFTensors(file).metadata.items() if key.startswith("tokenizer.")}
+    """What that file says; a negative id names no token, and is left out."""
+    said = {
+        key: value
+        for key, value in GGUFTensors(file).metadata.items()
+        if key.startswith("tokenizer.") and not (isinstance(value, int) and value < 0)
+    }
     if pre is None or "tokenizer.ggml.merges" not in said:
         return Vocabulary(said)
     cutting_of(pre)

@@ -1,7 +1,7 @@
 """GGUF's IQ1, IQ2 and IQ3 types: 256 weights as codes of runs of 4 or 8 (`grids.py`), with signs and scales.
 
-Runs stand for few integers, so they become integers of 5, 6 or 8 bits with the file's scales: what is kept in memory
-is exact, and wider than the file. Each function takes blocks [B, bytes] of uint8 and returns those codes and scales.
+Runs stand for few integers, so they become integers of 5, 6 or 8 bits with the file's scales: the same weights, in more
+bits than the file has. Each function takes blocks [B, bytes] of uint8 and returns those codes and scales.
 """
 
 from __future__ import annotations

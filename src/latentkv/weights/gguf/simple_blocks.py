@@ -46,17 +46,12 @@ def tq1_0(blocks: Tensor) -> CodedBlocks:
     """
     parts = (_powers(blocks[:, :32], 5), _powers(blocks[:, 32:48], 5), _powers(blocks[:, 48:52], 4))
     digits = (torch.cat(parts, 1).short() * 3) >> 8
-    return _ternary(digits.to(torch.uint8), half(blocks, 52))
+    return CodedBlocks(_signed(digits.to(torch.uint8), 1), half(blocks, 52), INT4)
 
 
 def tq2_0(blocks: Tensor) -> CodedBlocks:
     """Weights are d (q - 1), q from 0 to 3."""
-    return _ternary(planes(blocks[:, :64], 32, 2), half(blocks, 64))
-
-
-def _ternary(digits: Tensor, d: Tensor) -> CodedBlocks:
-    """Kernels take groups of 128 at most, or of whole rows; so a scale counts twice."""
-    return CodedBlocks(_signed(digits, 1), d.expand(-1, 2).contiguous(), INT4)
+    return CodedBlocks(_signed(planes(blocks[:, :64], 32, 2), 1), half(blocks, 64), INT4)
 
 
 def _five_bits(data: Tensor) -> Tensor:
