@@ -154,7 +154,7 @@ void add_exceptions(const CompactEnd& end, const Unit* x, int lanes, float* sums
   }
 }
 
-// A block of outputs, whose next one is fetched meanwhile: an equal part of it during each of so many passes.
+// A block of outputs; what follows it is fetched meanwhile: an equal part of it during each of so many passes.
 Panel panel_of(const PackedWeight& w, const Layout& layout, const Word* block, std::int64_t fetches) {
   Panel panel = {};
   panel.words = block + layout.scale_words;
@@ -179,6 +179,37 @@ Panel decode(const Product& product, const Panel& panel) {
   decoded.words = units;
   decoded.ahead_step = panel.ahead_step * panel.group_words / decoded.group_words;
   return decoded;
+}
+
+// What is decoded and multiplied at once of each group, or how many groups: where weights take as much room as float32
+// numbers, no more than stays in the first-level cache while all rows pass by.
+struct PartSize {
+  std::int64_t groups, group_words;
+};
+PartSize part_size(const Product& product, const Layout& layout) {
+  constexpr std::int64_t MOST_UNITS = 128;  // of an output
+  if (UNIT == 2) return {layout.groups, layout.group_words};
+  const std::int64_t group_units = layout.group_words / product.words * product.units;
+  if (!product.short_groups) return {1, MOST_UNITS / product.units * product.words};
+  return {group_units < MOST_UNITS ? MOST_UNITS / group_units : 1, layout.group_words};
+}
+
+// The part of a panel from a word of a group on.
+Panel part_of(const Panel& panel, PartSize size, std::int64_t group, std::int64_t word) {
+  const std::int64_t groups = panel.groups - group, words = panel.group_words - word;
+  Panel part = panel;
+  part.words += group * panel.words_stride + word * BLOCK_OUTS;
+  if (panel.scales) part.scales = (const Word*)panel.scales + group * panel.words_stride;
+  part.groups = size.groups < groups ? size.groups : groups;
+  part.group_words = size.group_words < words ? size.group_words : words;
+  part.continues = group + word > 0;
+  part.ends = part.groups == groups && part.group_words == words;
+  return part;
+}
+
+// From a panel's first word to its last.
+std::int64_t words_in(const Panel& panel) {
+  return (panel.groups - 1) * panel.words_stride + panel.group_words * BLOCK_OUTS;
 }
 
 // The passes over a block that fetch the next one, the last of `turns`: what comes earlier, many rows of activations push
@@ -264,11 +295,11 @@ void multiply_rows(const PackedWeight& w, std::int64_t e, const void* packed, DT
   constexpr std::int64_t AT_ONCE = 1 << 22;   // bytes of activations that pass by each block of outputs from the L3, ..
   constexpr std::int64_t FEWEST = 4;          // .. unless so few turns would read all weights once more
   constexpr std::int64_t WORTH_DECODING = 3;  // turns, for which a block is decoded once
-  constexpr std::int64_t WORD_BYTES = sizeof(Word);
   const Layout layout = layout_of(w);
   const Product& product = product_with(w.format, layout.groups);
   const int per_row = planes(x);
   const std::int64_t row_units = per_row * units_of(layout), block_words = layout.block_stride();
+  const std::int64_t group_units = layout.group_words / product.words * product.units;
   const std::int64_t turns = end_rows - first_rows, bytes = turns * MAX_ROWS * units_of(layout) * sizeof(Unit);
   if (turns >= 2 * FEWEST && bytes > AT_ONCE && end_block - first_block > 1) {
     const std::int64_t middle = first_rows + turns / 2;
@@ -280,30 +311,41 @@ void multiply_rows(const PackedWeight& w, std::int64_t e, const void* packed, DT
   const std::int64_t fetches = fetching_turns(turns);
   const bool decodes = turns >= WORTH_DECODING && w.format != WeightFormat::bf16;
   const Tile* tiles = decodes ? product.tiles_of_units : product.tiles;
+  const PartSize size = decodes ? part_size(product, layout) : PartSize{layout.groups, layout.group_words};
+  const bool whole = size.groups >= layout.groups && size.group_words >= layout.group_words;
+  const std::int64_t turn_sums = whole ? 0 : MAX_ROWS * BLOCK_OUTS;  // none need be kept
+  const std::int64_t all_sums = MAX_ROWS * BLOCK_OUTS + (turns - 1) * turn_sums;
+  float* const sums = (float*)thread_scratch(Scratch::sums, all_sums * sizeof(float));
   for (std::int64_t o = first_block; o < end_block; o++) {
     const Word* block = (const Word*)w.data + (e * layout.blocks + o) * block_words;
     Panel panel = panel_of(w, layout, block, fetches);
-    const char* const words = (const char*)panel.words;
     const CompactEnd* end = nullptr;
     if (w.format == WeightFormat::compact) {
       end = (const CompactEnd*)(block + block_words - layout.end_words);
       panel.window = (int)end->window;
     }
-    if (decodes) panel = decode(product, panel);
-    for (std::int64_t turn = 0; turn < turns; turn++) {
-      const RowBlock block_rows = row_block(rows, row_blocks(x, rows), first_rows + turn);
-      // One pass over the weights streams through them; several find them in the cache, while the next block comes.
-      const std::int64_t part = turn > turns - fetches ? turn - (turns - fetches) : 0;
-      const std::int64_t next_part = (block_words + block_words * part / fetches) * WORD_BYTES;
-      panel.ahead = words + (turns == 1 ? bytes_ahead(w.format) : next_part);
-      alignas(64) float sums[MAX_ROWS * BLOCK_OUTS];
-      const Unit* units = (const Unit*)packed + block_rows.first * row_units;
-      const int lanes = (int)block_rows.count * per_row;
-      panel.sums = group_sums + block_rows.first * per_row * layout.groups;
-      tiles[lanes - 1](panel, units, sums);
-      if (end) add_exceptions(*end, units, lanes, sums);
-      write_rows(sums, per_row, block_rows, o * BLOCK_OUTS, w.outs, out);
-    }
+    for (std::int64_t g = 0; g < layout.groups; g += size.groups)
+      for (std::int64_t i = 0; i < layout.group_words; i += size.group_words) {
+        const Panel stored = part_of(panel, size, g, i);
+        const std::int64_t words = words_in(stored);
+        const Word* const next = stored.ends ? panel.words + block_words : stored.words + words;
+        Panel part = decodes ? decode(product, stored) : stored;
+        for (std::int64_t turn = 0; turn < turns; turn++) {
+          const RowBlock block_rows = row_block(rows, row_blocks(x, rows), first_rows + turn);
+          // One pass over the weights streams through them; several find them in the cache, while the next ones come.
+          const std::int64_t fetch = turn > turns - fetches ? turn - (turns - fetches) : 0;
+          part.ahead = turns == 1 ? (const char*)stored.words + bytes_ahead(w.format)
+                                  : (const char*)(next + words * fetch / fetches);
+          const int lanes = (int)block_rows.count * per_row;
+          const Unit* const units = (const Unit*)packed + block_rows.first * row_units;
+          part.sums = group_sums + block_rows.first * per_row * layout.groups + g * lanes;
+          float* const of_rows = sums + turn * turn_sums;
+          tiles[lanes - 1](part, units + (g * group_units + i / product.words * product.units) * lanes, of_rows);
+          if (!part.ends) continue;
+          if (end) add_exceptions(*end, units, lanes, of_rows);
+          write_rows(of_rows, per_row, block_rows, o * BLOCK_OUTS, w.outs, out);
+        }
+      }
   }
 }
 

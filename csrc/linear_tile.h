@@ -39,6 +39,7 @@ struct Panel {
   int window;  // of compact weights
   std::int64_t groups, group_words;
   std::int64_t words_stride, scales_stride;  // from group to group
+  bool continues = false, ends = true;       // a part of a panel: sums hold what the parts before it gave; it is the last
   const char* ahead;                         // what is fetched meanwhile:
   std::int64_t ahead_stride, ahead_step;     // bytes from group to group, and from word to word; two lines each time
 };
@@ -276,12 +277,13 @@ struct Fp8Words : PlainWords {
   }
 };
 
-// sums [R][32] = x [groups * group_words * units][R] times the panel.
+// sums [R][32] = x [groups * group_words * units][R] times the panel; where it continues another, with that one's sums.
 template <class Decoder, int R>
 void multiply_tile(const Panel& panel, const Unit* x, float* sums) {
   // Groups' sums and their totals fill the registers where groups are short: storing totals for each would cost more
-  // than reading activations twice.
-  constexpr int V = Decoder::short_groups && R > MAX_ROWS / 2 ? 1 : 2;
+  // than reading activations twice. Not where a unit is one number: a group is then twice as long, and one vector's sums
+  // would wait for each other.
+  constexpr int V = Decoder::short_groups && UNIT == 2 && R > MAX_ROWS / 2 ? 1 : 2;
   constexpr int TOGETHER = Decoder::short_groups && R <= 2 ? 2 : 1;  // groups, whose sums do not wait for each other
   constexpr int WORDS = Decoder::words;  // that are decoded together
   // Few rows of compact weights are decoded as fast as a core fetches on by itself, up to the end of a page: only the
@@ -291,13 +293,26 @@ void multiply_tile(const Panel& panel, const Unit* x, float* sums) {
   const Decoder decoder(panel);
   const std::int64_t steps = panel.group_words / WORDS, group_units = steps * Decoder::units * R;
   const auto pass = [&](int first, auto fetches) __attribute__((always_inline)) {
+    const auto so_far = [&](int r, int v) __attribute__((always_inline)) {
+      return panel.continues ? load(sums + r * BLOCK_OUTS + first + v * W) : vf{};
+    };
     vf total[R][V] = {};
+    if (Decoder::short_groups)
+#pragma GCC unroll 16
+      for (int r = 0; r < R; r++)
+#pragma GCC unroll 2
+        for (int v = 0; v < V; v++) total[r][v] = so_far(r, v);
     const auto add_groups = [&](std::int64_t g, auto together) __attribute__((always_inline)) {
       constexpr int G = together;
       const Unit* units = x + g * group_units;
       const Word* words = panel.words + g * panel.words_stride + first;
       const char* ahead = panel.ahead + g * panel.ahead_stride;
       vf acc[G][R][V] = {};
+      if (!Decoder::short_groups)  // parts are of the one group
+#pragma GCC unroll 16
+        for (int r = 0; r < R; r++)
+#pragma GCC unroll 2
+          for (int v = 0; v < V; v++) acc[0][r][v] = so_far(r, v);
       if (fetches())  // where scales lie between the groups
         for (int j = 0; j < G; j++) __builtin_prefetch(ahead + j * panel.ahead_stride - 64, 0, 2);
       for (std::int64_t i = 0; i < steps; i++) {
@@ -332,7 +347,10 @@ void multiply_tile(const Panel& panel, const Unit* x, float* sums) {
 #pragma GCC unroll 2
         for (int v = 0; v < V; v++) {
           const std::int64_t at = (g + j) * panel.scales_stride + first + v * W;
-          const vf scale = Decoder::scale * (panel.scales ? load_any(panel.scales, panel.scales_dtype, at) : splat(1));
+          vf scale = splat(1);
+          if (panel.scales) scale = load_any(panel.scales, panel.scales_dtype, at);
+          scale *= Decoder::scale;
+          if (!Decoder::short_groups && !panel.ends) scale = splat(1);
           if constexpr (Decoder::has_minima) {
             const vf minimum = load_any(panel.scales, panel.scales_dtype, at + BLOCK_OUTS) + Decoder::middle * scale;
 #pragma GCC unroll 16
@@ -415,9 +433,10 @@ struct Product {
   const Tile* tiles_of_units;
   void (*decode)(const Panel&, Word*);
   int units, words;  // so many units are in so many words
+  bool short_groups;
 };
 template <class Decoder>
 constexpr Product product = {Tiles<Decoder, MAX_ROWS>::for_rows, Tiles<UnitsOf<Decoder>, MAX_ROWS>::for_rows,
-                             decode_panel<Decoder>, Decoder::units, Decoder::words};
+                             decode_panel<Decoder>, Decoder::units, Decoder::words, Decoder::short_groups};
 
 }  // namespace latentkv::LATENTKV_ISA
