@@ -11,8 +11,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Nothing goes into the folder of packed weights in the user's home; tests of it name their own.
 os.environ["LATENTKV_PACKED_DIR"] = ""
 
+import atexit
+import gc
+import logging
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +32,16 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 torch.set_num_threads(1)
+
+# Without a GPU, torch.manual_seed would keep its caller's stack for every kind of device, at every call, in case one is
+# found later: that takes longer than most tests here, and memory that is never given back.
+if not torch.cuda.is_available():
+    torch.manual_seed = torch.default_generator.manual_seed
+
+# torch keeps what its loggers say from the root's handlers, so pytest would add its own to each of some forty, and take
+# them away again, three times a test.
+for logger in [logging.getLogger(name) for name in logging.root.manager.loggerDict if name.startswith("torch")]:
+    logger.propagate = True
 
 # The same examples every time, however long they take: a run that fails can be run again.
 hypothesis.settings.register_profile("latentkv", derandomize=True, deadline=None, max_examples=60)
@@ -48,6 +61,18 @@ def pytest_xdist_auto_num_workers() -> int | None:
 
 SHARED = {"live": "server", "reference": "server", "client": "server", "browser": "browser"}
 """Fixtures that take long to make, and the group of tests that share one."""
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """What is imported and collected stays until the end: to look through it for garbage takes seconds each time."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+        gc.freeze()
+        atexit.register(gc.unfreeze)  # Triton's library looks at the end whether all is given back
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
