@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from gguf_models import write_deepseek2
 from latentkv import LLM, SamplingParams
-from latentkv.cli.app import make_app
+from latentkv.cli.app import app_for
 from latentkv.errors import TokenizerError
 from latentkv.llm_options import EMBEDDED_MODEL
 
@@ -74,7 +74,7 @@ def test_every_command_that_takes_a_model_takes_the_file(
 
 @pytest.fixture
 def latentkv() -> Callable[..., Any]:
-    return lambda *words: CliRunner().invoke(make_app(), [str(word) for word in words])
+    return lambda *words: CliRunner().invoke(app_for(texts := [str(word) for word in words]), texts)
 
 
 def test_a_file_without_words_serves_token_ids(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

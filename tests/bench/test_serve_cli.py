@@ -13,7 +13,7 @@ import pytest
 from serve_server import FakeServer, running
 from typer.testing import CliRunner, Result
 
-from latentkv.cli.app import make_app
+from latentkv.cli.app import app_for
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def server():
 
 def bench(url: str, *options: object) -> Result:
     lengths = ["--prompt-tokens", 50, "--output-tokens", 4]
-    return CliRunner().invoke(make_app(), ["bench", "serve", url, *map(str, [*lengths, *options])])
+    return CliRunner().invoke(app_for(["bench"]), ["bench", "serve", url, *map(str, [*lengths, *options])])
 
 
 def cells(output: str, first: str) -> list[str]:

@@ -6,12 +6,13 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from typer.testing import CliRunner, Result
 
-from latentkv.cli.app import make_app
+from latentkv.cli.app import app_for
 from latentkv.models.config_reader import read_config
 from latentkv.models.decoder import Decoder
 from latentkv.models.loading import save_pretrained
@@ -67,11 +68,15 @@ def copied_model(model_folder: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(model_folder, tmp_path / "model"))
 
 
+def run_here(*args: object, **options: Any) -> Result:
+    words = [str(arg) for arg in args]
+    return CliRunner().invoke(app_for(words), words, **options)
+
+
 @pytest.fixture
 def latentkv() -> Callable[..., Result]:
     """Run the command line in this process: latentkv("plan", "deepseek-v3")."""
-    runner = CliRunner()
-    return lambda *args, **options: runner.invoke(make_app(), [str(arg) for arg in args], **options)
+    return run_here
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from importlib import import_module
 from typing import Annotated, Any
 
@@ -94,8 +94,13 @@ def latentkv(
     """
 
 
+def app_for(arguments: Sequence[str]) -> typer.Typer:
+    """The command line with the command that these arguments name, or with all where they name none."""
+    # The first word is the command: the options before it take none.
+    word = next((argument for argument in arguments if not argument.startswith("-")), None)
+    return make_app([word] if word in COMMANDS else COMMANDS)
+
+
 def main() -> None:
     """Run the command line."""
-    # The first word is the command: the options before it take none.
-    word = next((argument for argument in sys.argv[1:] if not argument.startswith("-")), None)
-    make_app([word] if word in COMMANDS else COMMANDS)()
+    app_for(sys.argv[1:])()
