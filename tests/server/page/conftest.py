@@ -38,7 +38,7 @@ def server(running_server: PageServer) -> PageServer:
 
 @pytest.fixture
 def page(browser: webdriver.Chrome, server: PageServer) -> Iterator[Page]:
-    """The page in a new tab, not yet loaded. No script may fail in it, and no rule of the policy be broken."""
+    """The page, not yet loaded. No script may fail in it, and no rule of the policy be broken."""
     page = Page(browser, server.url)
     yield page
     assert [line for line in page.console() if line.startswith(FAULTS)] == []

@@ -29,6 +29,9 @@ FLAGS = [
     "--disable-background-networking",
     "--disable-component-update",
     "--disable-sync",
+    # No process is made that no test uses: for pages to come, or for those to come back to.
+    "--process-per-site",
+    "--disable-features=SpareRendererForSitePerProcess,BackForwardCache",
 ]
 
 
@@ -51,7 +54,9 @@ def chromium(profile: Path) -> Iterator[webdriver.Chrome]:
 
 
 class Page:
-    """The page at one address, in a new tab: nothing that an earlier visit kept is there.
+    """The page at one address: nothing that an earlier visit kept is there.
+
+    The tab is the earlier visit's, emptied: a new one costs a process and a window's worth of work.
 
     Args:
         driver: the browser.
@@ -61,12 +66,9 @@ class Page:
     def __init__(self, driver: webdriver.Chrome, url: str) -> None:
         self.driver = driver
         self.url = url
-        old = driver.current_window_handle
-        driver.switch_to.new_window("tab")
-        new = driver.current_window_handle
-        driver.switch_to.window(old)
-        driver.close()
-        driver.switch_to.window(new)
+        if driver.current_url.startswith("http"):
+            driver.execute_script("sessionStorage.clear()")
+        driver.get("about:blank")
         origin = url.rstrip("/")
         driver.execute_cdp_cmd("Storage.clearDataForOrigin", {"origin": origin, "storageTypes": "all"})
         self.console()
@@ -102,7 +104,21 @@ class Page:
         return bool(self._buttons(label))
 
     def _buttons(self, label: str) -> list[WebElement]:
-        return [node for node in self.all("button") if node.text == label and node.is_displayed()]
+        script = (
+            "const [label] = arguments, seen = {visibilityProperty: true, opacityProperty: true};"
+            "return [...document.querySelectorAll('button')].filter("
+            "  (button) => button.checkVisibility(seen) && button.innerText.trim() === label)"
+        )
+        return self.run(script, label)
+
+    @contextmanager
+    def prepared(self, script: str) -> Iterator[None]:
+        """Documents that are loaded meanwhile run this script before their own."""
+        added = self.driver.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": script})
+        try:
+            yield
+        finally:
+            self.driver.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", added)
 
     def one(self, selector: str) -> WebElement:
         """The first element that fits."""
@@ -151,7 +167,7 @@ class Page:
 
     def wait_idle(self) -> None:
         """Waits until no answer is under way."""
-        self.wait(lambda: not self.one("#stop").is_displayed())
+        self.wait(lambda: not self.run("return document.querySelector('#stop').checkVisibility()"))
 
     def console(self) -> list[str]:
         """What the console was told since the last call: errors of scripts and breaches of the policy among it."""

@@ -62,8 +62,8 @@ def test_an_idle_cache_is_compared_by_a_token(server: PageServer, page: Page):
 
 
 def test_numbers_are_asked_for_every_second_and_less_often_where_that_fails(server: PageServer, page: Page):
-    page.driver.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": NOTE_PAUSES})
-    page.open()
+    with page.prepared(NOTE_PAUSES):
+        page.open()
     page.wait(lambda: server.stats_asked >= 3)
     assert set(page.run("return pauses")) == {1000}
     server.stats = None
