@@ -25,6 +25,16 @@ from latentkv.quantize.gguf import plan_gguf, write_gguf
 pytestmark = pytest.mark.usefixtures("unpainted")
 
 TOKENS = some_tokens()
+Conversion = tuple[Path, Path, ConversionReport]
+HALF = ConvertOptions(kv_budget=0.5)
+
+
+@pytest.fixture(scope="module")
+def halved(tmp_path_factory: pytest.TempPathFactory) -> Conversion:
+    """(source, converted, report) at half the cache, for tests that change nothing in them."""
+    folder = tmp_path_factory.mktemp("halved")
+    source = write_source("llama", folder / "source")
+    return source, folder / "out", convert_checkpoint(source, folder / "out", TOKENS, HALF)
 
 
 def logits(folder: Path, tokens: torch.Tensor = TOKENS) -> torch.Tensor:
@@ -97,31 +107,34 @@ def test_a_gguf_file_is_converted_as_the_folder_it_was_made_of(tmp_path: Path) -
     assert float((found - expected).abs().max()) <= 1e-5 * float(expected.abs().max())
 
 
-def test_more_cache_costs_less_quality_and_the_report_says_what_was_cached(tmp_path: Path) -> None:
-    source = write_source("llama", tmp_path / "source")
+def test_more_cache_costs_less_quality_and_the_report_says_what_was_cached(halved: Conversion, tmp_path: Path) -> None:
+    source, half, report_of_half = halved
+    conversions = {0.5: (half, report_of_half)}
+    for budget in (0.25, 0.75):
+        out = tmp_path / str(budget)
+        conversions[budget] = (out, convert_checkpoint(source, out, TOKENS, ConvertOptions(kv_budget=budget)))
     errors = []
-    for budget in (0.25, 0.5, 0.75):
-        report = convert_checkpoint(source, tmp_path / str(budget), TOKENS, ConvertOptions(kv_budget=budget))
+    for budget, (out, report) in sorted(conversions.items()):
         assert report.cached_after == report.rank + report.rope_dim == int(report.cached_before * budget)
         assert report.cached_before == 2 * 4 * 16
-        attention = load_model(tmp_path / str(budget)).config.attention
+        attention = load_model(out).config.attention
         assert isinstance(attention, MLAConfig)
         assert (attention.kv_lora_rank, attention.qk_rope_head_dim) == (report.rank, report.rope_dim)
         errors.append(sum(row.output_error for row in report.layers))
     assert errors[0] > errors[1] > errors[2] > 0
 
 
-def test_the_sizes_with_the_least_measured_error_are_taken(tmp_path: Path) -> None:
-    source = write_source("llama", tmp_path / "source")
-    report = convert_checkpoint(source, tmp_path / "out", TOKENS, ConvertOptions(kv_budget=0.5))
+def test_the_sizes_with_the_least_measured_error_are_taken(halved: Conversion) -> None:
+    _, _, report = halved
     best = min(report.forecasts, key=lambda each: each[2])
     assert len(report.forecasts) > 3 and (report.rank, report.rope_dim) == best[:2]
 
 
 @pytest.mark.parametrize("stop_after", ["survey 2", "convert 1"])
-def test_a_conversion_that_was_killed_goes_on_and_gives_the_same_bytes(stop_after: str, tmp_path: Path) -> None:
-    source, options = write_source("llama", tmp_path / "source"), ConvertOptions(kv_budget=0.5)
-    convert_checkpoint(source, tmp_path / "whole", TOKENS, options)
+def test_a_conversion_that_was_killed_goes_on_and_gives_the_same_bytes(
+    halved: Conversion, stop_after: str, tmp_path: Path
+) -> None:
+    source, whole, _ = halved
     again: list[str] = []
 
     def killed(what: str, done: int, total: int) -> None:
@@ -129,28 +142,27 @@ def test_a_conversion_that_was_killed_goes_on_and_gives_the_same_bytes(stop_afte
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        convert_checkpoint(source, tmp_path / "out", TOKENS, options, on_progress=killed)
+        convert_checkpoint(source, tmp_path / "out", TOKENS, HALF, on_progress=killed)
     assert not (tmp_path / "out" / "config.json").exists()
     convert_checkpoint(
-        source, tmp_path / "out", TOKENS, options, on_progress=lambda what, done, total: again.append(f"{what} {done}")
+        source, tmp_path / "out", TOKENS, HALF, on_progress=lambda what, done, total: again.append(f"{what} {done}")
     )
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(
-        path.name for path in (tmp_path / "whole").iterdir()
-    )
-    for path in (tmp_path / "whole").iterdir():
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(path.name for path in whole.iterdir())
+    for path in whole.iterdir():
         assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes(), path.name
     if stop_after.startswith("convert"):
         assert not any(step.startswith("survey") for step in again)
 
 
-def test_the_same_call_again_does_nothing_and_another_one_is_refused(tmp_path: Path) -> None:
-    source = write_source("llama", tmp_path / "source")
-    report = convert_checkpoint(source, tmp_path / "out", TOKENS, ConvertOptions(kv_budget=0.5))
-    stamps = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
-    assert convert_checkpoint(source, tmp_path / "out", TOKENS, ConvertOptions(kv_budget=0.5)) == report
-    assert stamps == {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+def test_the_same_call_again_does_nothing_and_another_one_is_refused(
+    halved: Conversion,
+) -> None:
+    source, out, report = halved
+    stamps = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
+    assert convert_checkpoint(source, out, TOKENS, ConvertOptions(kv_budget=0.5)) == report
+    assert stamps == {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
     with pytest.raises(CheckpointError, match="exists and is not empty"):
-        convert_checkpoint(source, tmp_path / "out", TOKENS, ConvertOptions(kv_budget=0.25))
+        convert_checkpoint(source, out, TOKENS, ConvertOptions(kv_budget=0.25))
 
 
 @pytest.mark.parametrize(
@@ -178,11 +190,10 @@ def test_sizes_that_cannot_be_are_refused_in_one_sentence_and_nothing_is_written
     assert not (tmp_path / "out" / "config.json").exists()
 
 
-def test_models_that_cannot_be_converted_are_refused_by_name(tmp_path: Path) -> None:
-    source = write_source("llama", tmp_path / "source")
-    convert_checkpoint(source, tmp_path / "mla", TOKENS, ConvertOptions(kv_budget=0.5))
+def test_models_that_cannot_be_converted_are_refused_by_name(halved: Conversion, tmp_path: Path) -> None:
+    source, converted, _ = halved
     with pytest.raises(ConfigError, match="latent attention already"):
-        convert_checkpoint(tmp_path / "mla", tmp_path / "out", TOKENS, ConvertOptions(kv_budget=0.5))
+        convert_checkpoint(converted, tmp_path / "out", TOKENS, ConvertOptions(kv_budget=0.5))
     shutil.copytree(write_source("mistral", tmp_path / "mistral"), tmp_path / "windowed")
     config = json.loads((tmp_path / "windowed" / "config.json").read_text())
     (tmp_path / "windowed" / "config.json").write_text(json.dumps(config | {"sliding_window": 32}))
@@ -212,10 +223,9 @@ def test_a_source_that_lacks_a_tensor_or_has_one_too_many_is_refused_before_anyt
     assert not (tmp_path / "out").exists()
 
 
-def test_the_report_is_in_the_folder_and_finite(tmp_path: Path) -> None:
-    source = write_source("llama", tmp_path / "source")
-    report = convert_checkpoint(source, tmp_path / "out", TOKENS, ConvertOptions(kv_budget=0.5))
-    stored = json.loads((tmp_path / "out" / REPORT_FILE).read_text())
+def test_the_report_is_in_the_folder_and_finite(halved: Conversion) -> None:
+    _, out, report = halved
+    stored = json.loads((out / REPORT_FILE).read_text())
     assert stored["rank"] == report.rank and len(stored["layers"]) == 3
     assert stored["cache"] == {"dtype": "fp32", "before": 3 * 128 * 4, "after": 3 * 64 * 4}
     assert all(math.isfinite(value) for row in stored["layers"] for value in row.values())
