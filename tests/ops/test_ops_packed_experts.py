@@ -67,10 +67,9 @@ def assert_close(out: Tensor, expected: Tensor, size: Tensor) -> None:
 
 def experts_size(x: Tensor, ids: Tensor, scales: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     """Sum of the magnitudes of the terms of each result."""
-    terms = [
-        [down[e].abs() @ intermediate(row, gate_up[e]).abs() for e in own] for row, own in zip(x, ids, strict=True)
-    ]
-    return (torch.stack([torch.stack(own) for own in terms]) * scales.double().unsqueeze(-1)).sum(dim=1)
+    of_all = torch.stack([intermediate(x, rows).abs() @ down[e].abs().T for e, rows in enumerate(gate_up)])
+    terms = of_all[ids, torch.arange(len(x)).unsqueeze(1)]
+    return (terms * scales.double().unsqueeze(-1)).sum(dim=1)
 
 
 def on_threads(count: int, call: Callable[[], Tensor]) -> Tensor:
