@@ -8,6 +8,9 @@ import os
 # the processes that run tests side by side leave each other a core. OpenMP reads it once, when torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# Teams that tests do ask for sleep while they wait: where processes share cores, spinning keeps back whom it awaits.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 # Nothing goes into the folder of packed weights in the user's home; tests of it name their own.
 os.environ["LATENTKV_PACKED_DIR"] = ""
 
