@@ -64,6 +64,12 @@ SMALL = {
     "mistral": {"num_key_value_heads": 1, "head_dim": 16},
     "qwen2": {"num_key_value_heads": 2},
     "qwen3": {"num_key_value_heads": 4, "head_dim": 16, "tie_word_embeddings": True},
+    "mixtral": {"num_key_value_heads": 2, "num_local_experts": 4},
+    "olmoe": {"num_key_value_heads": 2, "num_experts": 4, "num_experts_per_tok": 2},
+    "qwen2_moe": {"num_key_value_heads": 2, "num_experts": 8, "shared_expert_intermediate_size": 28},
+    "qwen3_moe": {"num_key_value_heads": 2, "head_dim": 16, "num_experts": 8, "mlp_only_layers": [1]},
+    "dots1": {**MOE, "num_key_value_heads": 2},
+    "glm4_moe": {**MOE, "num_key_value_heads": 2, "head_dim": 16, "attention_bias": True, "use_qk_norm": True},
 }
 
 

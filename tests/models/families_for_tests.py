@@ -78,6 +78,9 @@ LLAMA3 = {
 }
 GQA = BASE | {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 8}
 
+SHALLOW = {k: v for k, v in GQA.items() if k != "head_dim"} | {"num_hidden_layers": 2}
+ROUTED = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 24}
+
 
 @dataclass(frozen=True)
 class Case:
@@ -224,6 +227,114 @@ CASES = [
             "sliding_window": WINDOW,
             "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
             "rope_parameters": YARN,
+        },
+    ),
+    Case("mixtral", "mixtral", SHALLOW | {"num_local_experts": 5, "num_experts_per_tok": 3, "sliding_window": WINDOW}),
+    Case(
+        "mixtral-mha",
+        "mixtral",
+        SHALLOW
+        | {
+            "num_key_value_heads": 6,
+            "head_dim": 10,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 3,
+            "tie_word_embeddings": True,
+            "rope_parameters": YARN,
+        },
+    ),
+    Case("olmoe", "olmoe", SHALLOW | ROUTED),
+    Case(
+        "olmoe-mha",
+        "olmoe",
+        SHALLOW
+        | ROUTED
+        | {
+            "num_key_value_heads": 6,
+            "attention_bias": True,
+            "norm_topk_prob": True,
+            "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 3.0},
+        },
+    ),
+    Case(
+        "qwen2-moe",
+        "qwen2_moe",
+        SHALLOW | ROUTED | {"shared_expert_intermediate_size": 40},
+        saved={"sliding_window": None},
+    ),
+    Case(
+        "qwen2-moe-window",
+        "qwen2_moe",
+        SHALLOW
+        | ROUTED
+        | {
+            "num_hidden_layers": 4,
+            "decoder_sparse_step": 2,
+            "mlp_only_layers": [1],
+            "shared_expert_intermediate_size": 20,
+            "norm_topk_prob": True,
+            "qkv_bias": False,
+            "use_sliding_window": True,
+            "sliding_window": WINDOW,
+            "max_window_layers": 2,
+        },
+    ),
+    Case("qwen3-moe", "qwen3_moe", SHALLOW | ROUTED | {"head_dim": 10, "norm_topk_prob": True}),
+    Case(
+        "qwen3-moe-window",
+        "qwen3_moe",
+        SHALLOW
+        | ROUTED
+        | {
+            "num_hidden_layers": 3,
+            "mlp_only_layers": [1],
+            "attention_bias": True,
+            "use_sliding_window": True,
+            "sliding_window": WINDOW,
+            "tie_word_embeddings": True,
+            "rope_parameters": YARN,
+        },
+        saved={"max_window_layers": 2},  # in published files, and of no consequence
+    ),
+    Case(
+        "dots1",
+        "dots1",
+        SHALLOW | MOE | {"norm_topk_prob": True, "sliding_window": None},
+        saved={"scoring_func": "noaux_tc"},
+    ),
+    Case(
+        "dots1-groups",
+        "dots1",
+        SHALLOW
+        | MOE
+        | GROUPS
+        | {
+            "head_dim": 10,
+            "n_shared_experts": 2,
+            "first_k_dense_replace": 0,
+            "attention_bias": True,
+            "sliding_window": WINDOW,
+            "max_window_layers": 1,
+            "rope_parameters": YARN,
+        },
+    ),
+    Case(
+        "glm4-moe",
+        "glm4_moe",
+        SHALLOW | MOE | {"attention_bias": True, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
+    ),
+    Case(
+        "glm4-moe-norm-groups",
+        "glm4_moe",
+        SHALLOW
+        | MOE
+        | GROUPS
+        | {
+            "head_dim": 16,
+            "use_qk_norm": True,
+            "norm_topk_prob": False,
+            "first_k_dense_replace": 0,
+            "rope_parameters": YARN | {"partial_rotary_factor": 0.75},
         },
     ),
 ]

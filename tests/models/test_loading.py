@@ -29,10 +29,10 @@ def logits(decoder: Decoder, ids: torch.Tensor = IDS) -> torch.Tensor:
         return decoder.logits(decoder.forward_train(ids))
 
 
-def with_mtp(tmp_path: Path) -> Decoder:
-    """A random DeepSeek-V3-style decoder with one MTP module, saved in `tmp_path`."""
+def with_mtp(tmp_path: Path, name: str = "v3") -> Decoder:
+    """A random decoder with one MTP module, of a case's family; saved in `tmp_path`."""
     source = tmp_path / "source"
-    save_checkpoint(BY_NAME["v3"], source)
+    save_checkpoint(BY_NAME[name], source)
     raw = json.loads((source / "config.json").read_text()) | {"num_nextn_predict_layers": 1}
     decoder = Decoder(read_config(raw)).eval()
     randomise(decoder, seed=5)
@@ -41,7 +41,11 @@ def with_mtp(tmp_path: Path) -> Decoder:
 
 
 @pytest.mark.parametrize(
-    "name", ["v2-groups", "v3", "kimi-k2", "glm-flash", "minicpm3", "mistral4", "axk1", "youtu", "llama-gqa", "qwen3"]
+    "name",
+    [
+        *("v2-groups", "v3", "kimi-k2", "glm-flash", "minicpm3", "mistral4", "axk1", "youtu", "llama-gqa", "qwen3"),
+        *("mixtral", "olmoe", "qwen2-moe", "qwen3-moe", "dots1", "glm4-moe"),
+    ],
 )
 def test_a_saved_checkpoint_gives_the_same_logits_in_transformers(name: str, tmp_path: Path) -> None:
     save_checkpoint(BY_NAME[name], tmp_path / "source")
@@ -75,11 +79,12 @@ def paged_mtp(decoder: Decoder, cut: int, form: Form | None) -> torch.Tensor:
     return torch.cat(hidden, dim=1)
 
 
-def test_mtp_modules_give_the_hidden_states_of_transformers(tmp_path: Path) -> None:
-    decoder = with_mtp(tmp_path)
+@pytest.mark.parametrize("name", ["v3", "glm4-moe"])
+def test_mtp_modules_give_the_hidden_states_of_transformers(name: str, tmp_path: Path) -> None:
+    decoder = with_mtp(tmp_path, name)
     main = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, attn_implementation="eager").eval()
-    # transformers finds MTP tensors by this pattern, which it writes for DeepSeek-V3's own 61 layers only.
-    main._keys_to_ignore_on_load_unexpected = [r"model\.layers\.3\..*"]
+    # transformers finds MTP tensors by this pattern, which it writes for the layers of published models only.
+    main._keys_to_ignore_on_load_unexpected = [rf"model\.layers\.{decoder.config.num_layers}\..*"]
     oracle = MtpModel.from_pretrained(main).eval()
     with torch.inference_mode():
         hidden = decoder.forward_train(IDS[:, :-1])

@@ -131,10 +131,11 @@ ROPE_CHANGES = {
     "high_freq_factor": 9.0,
     "long_factor": [1.0, 1.5, 2.0, 2.5],
     "rope_theta": 3000.0,
+    "partial_rotary_factor": 0.25,
 }
 # Without scaling, only theta counts; each kind of scaling reads its own fields.
 ROPE_FIELDS = {
-    "default": {"rope_theta"},
+    "default": {"rope_theta", "partial_rotary_factor"},
     "linear": {"rope_theta", "factor"},
     "longrope": {"rope_theta", "factor", "long_factor"},
 }

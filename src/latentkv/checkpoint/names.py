@@ -1,8 +1,8 @@
 """What a tensor is called in a published checkpoint, and what it is called in the decoder.
 
-A decoder's names are the Hugging Face names but for three things: routed experts are fused into one tensor a layer,
-multi-token-prediction layers are `mtp.{k}.*` instead of `model.layers.{num_layers + k}.*`, and A.X-K1's post-MLP norm
-belongs to the MLP.
+A decoder's names are the Hugging Face names but for four things: routed experts are fused into one tensor a layer,
+multi-token-prediction layers are `mtp.{k}.*` instead of `model.layers.{num_layers + k}.*`, A.X-K1's post-MLP norm
+belongs to the MLP, and Mixtral's experts (`block_sparse_moe.experts.0.w1`) are called as everybody else's.
 """
 
 from __future__ import annotations
@@ -10,14 +10,21 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Mapping
+from typing import Literal
 
 from torch import Tensor
 
 from latentkv.errors import CheckpointError
 
+ExpertNames = Literal["one by one", "fused", "mixtral"]
+"""How a checkpoint has routed experts: one by one, stacked, or one by one under Mixtral's names."""
+
 _MTP = re.compile(r"mtp\.(\d+)\.(layer\.|norm\.|)(.+)")
 _MTP_PARTS = {"layer.": "", "norm.": "shared_head.norm.", "": ""}
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
+_MIXTRAL_BLOCK = ".block_sparse_moe."
+_MIXTRAL_EXPERT = re.compile(r"(?<=\.experts\.)(\d+)\.(w[123])\.")
+_MIXTRAL_WEIGHTS = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 _POST_NORM, _PUBLISHED_POST_NORM = ".mlp.post_mlp_layernorm.", ".post_mlp_layernorm."
 
 # Up to the layers of one of a checkpoint's models: what stands before tells which of them.
@@ -35,7 +42,8 @@ _KINDS: Mapping[str, str] = {
     "shared_head.head": "lm head",
     "norm": "norms",
     "self_attn": "attention",
-    "shared_experts": "shared experts",
+    "shared_expert_gate": "router",
+    "shared_expert": "shared experts",
     "mlp.experts": "routed experts",
     "mlp.gate.": "router",
     "mlp.": "dense mlp",
@@ -82,18 +90,31 @@ def published_parts(
 
 
 def export_names(
-    state: Mapping[str, Tensor], *, num_layers: int, fused_experts: bool = False
+    state: Mapping[str, Tensor], *, num_layers: int, experts: ExpertNames = "one by one"
 ) -> Iterator[tuple[str, Tensor]]:
     """The (name, tensor) pairs to save a decoder in its published layout, which transformers loads.
 
     Args:
         state: the decoder's `state_dict()`.
         num_layers: of the decoder, MTP layers not counted.
-        fused_experts: keep routed experts fused (Mistral 4's layout) instead of one by one.
+        experts: how the layout has routed experts.
     """
     for name, tensor in state.items():
-        fused = (published_name(name, num_layers),) if fused_experts else ()
-        yield from published_parts(name, tensor, num_layers, fused)
+        fused = (published_name(name, num_layers),) if experts == "fused" else ()
+        for part, view in published_parts(name, tensor, num_layers, fused):
+            yield _as_mixtral(part) if experts == "mixtral" else part, view
+
+
+def _as_mixtral(name: str) -> str:
+    """A tensor's name as Mixtral has it; every layer of it has experts."""
+    for theirs, ours in _MIXTRAL_WEIGHTS.items():
+        name = name.replace(f".{ours}.", f".{theirs}.")
+    return name.replace(".mlp.", _MIXTRAL_BLOCK)
+
+
+def _from_mixtral(name: str) -> str:
+    name = name.replace(_MIXTRAL_BLOCK, ".mlp.")
+    return _MIXTRAL_EXPERT.sub(lambda match: f"{match[1]}.{_MIXTRAL_WEIGHTS[match[2]]}.", name)
 
 
 def text_model_names(names: Iterable[str], *, nested: bool = False, tied: bool = False) -> dict[str, str]:
@@ -121,7 +142,7 @@ def text_model_names(names: Iterable[str], *, nested: bool = False, tied: bool =
         if known_as.startswith(f"{head}lm_head."):
             published = known_as.removeprefix(head)
         elif known_as.startswith(prefix) and (not nested or inner.startswith(_PARTS_OF_TEXT)):
-            published = f"model.{inner}".replace(_POST_NORM, _PUBLISHED_POST_NORM)
+            published = _from_mixtral(f"model.{inner}".replace(_POST_NORM, _PUBLISHED_POST_NORM))
         elif nested or (among_others and not known_as.startswith(parent)):
             continue
         else:

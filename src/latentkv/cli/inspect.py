@@ -77,6 +77,7 @@ def _attention(facts: CheckpointFacts) -> str:
         heads, kv_heads = facts.num_heads, shape["num_kv_heads"]
         kind = "MHA" if heads == kv_heads else "MQA" if kv_heads == 1 else "GQA"
         extra = ", QK-norm" if shape["qk_norm"] else ""
+        extra += " over all heads" if shape["qk_norm"] and not shape["qk_norm_per_head"] else ""
         window = facts.sliding_window_layers
         extra += f", sliding window in {window} layers" if window else ""
         return f"{kind}: {heads} heads over {kv_heads} key/value heads of {shape['head_dim']}{extra}"
@@ -92,9 +93,11 @@ def _experts(facts: CheckpointFacts) -> str:
     if moe is None:
         return "none, every layer is dense"
     groups = f", from {moe['topk_group']} of {moe['num_groups']} groups" if moe["group_score"] else ""
+    gated = moe["gated_shared_size"]
+    shared = f"a gated one of {gated:,}" if gated else f"{moe['num_shared_experts']} shared"
     return (
         f"{moe['experts_per_token']} of {moe['num_experts']} routed ({moe['scoring']}{groups}) and "
-        f"{moe['num_shared_experts']} shared, of width {moe['intermediate_size']:,}, in {facts.moe_layers} layers"
+        f"{shared}, of width {moe['intermediate_size']:,}, in {facts.moe_layers} layers"
     )
 
 

@@ -15,7 +15,7 @@ from latentkv.cache.layout import KeyValuePlane, KVFormat, LatentPlane, Plane
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """Rotary position embedding of `dim` dimensions per head (YaRN: arXiv 2309.00071; longrope: arXiv 2402.13753).
+    """Rotary position embedding (YaRN: arXiv 2309.00071; longrope: arXiv 2402.13753) of `dim` dimensions of each head.
 
     `interleaved` pairs dimensions (0, 1), (2, 3), ...; otherwise (0, dim/2), (1, dim/2 + 1), ... "dynamic" is plain up
     to the original length, beyond which cached keys would change their meaning with every token.
@@ -67,13 +67,17 @@ class MLAConfig:
 
 @dataclass(frozen=True)
 class GQAConfig:
-    """Grouped-query attention; `num_kv_heads` = num_heads is MHA, 1 is MQA."""
+    """Grouped-query attention; `num_kv_heads` = num_heads is MHA, 1 is MQA.
+
+    `qk_norm_per_head`: each head's query and key have a norm of their own, else all heads together have one.
+    """
 
     num_kv_heads: int
     head_dim: int
     qkv_bias: bool = False
     output_bias: bool = False
     qk_norm: bool = False
+    qk_norm_per_head: bool = True
 
 
 @dataclass(frozen=True)
@@ -81,13 +85,15 @@ class MoEConfig:
     """Routed and shared experts (DeepSeekMoE, arXiv 2401.06066; DeepSeek-V3, arXiv 2412.19437, section 2.1.2).
 
     `group_score` says how a group of experts is scored when only `topk_group` of `num_groups` may be used:
-    by its best expert, or by the sum of its best two. `None`: no groups.
+    by its best expert, or by the sum of its best two. `None`: no groups. `gated_shared_size` is the width of a shared
+    expert that each token weights by a sigmoid of its own (Qwen2-MoE); 0: there is none.
     """
 
     num_experts: int
     experts_per_token: int
     intermediate_size: int
     num_shared_experts: int = 0
+    gated_shared_size: int = 0
     scoring: Literal["softmax", "sigmoid"] = "sigmoid"
     correction_bias: bool = False
     group_score: Literal["max", "top2"] | None = None

@@ -30,11 +30,15 @@ _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "index_n_heads": (None,),
     "attention_chunk_size": (None,),
     "layer_scale": (None,),
+    "clip_qkv": (None,),
     "num_kv_shared_layers": (None, 0),
     "add_cross_attention": (None, False),
     "is_encoder_decoder": (None, False),
     "moe_router_enable_expert_bias": (None, True),
 }
+
+# Other names of a router's activation: dots.llm1 names that of DeepSeek-V3 by its bias.
+_SCORINGS = {"noaux_tc": "sigmoid"}
 
 # No model has more; a damaged file may say so, and every layer costs memory before the first weight is read. Any
 # product of these that is the size of a tensor stays within 64 bits.
@@ -222,7 +226,7 @@ def _refuse_unsupported(fields: Fields, family: Family) -> None:
     if fields.get("hidden_act") not in ("silu", "swish"):
         raise ConfigError(f"config.json: hidden_act={fields.get('hidden_act')!r} is not supported; only 'silu' is.")
     scoring = fields.get("scoring_func")
-    if family.scoring and scoring not in (None, family.scoring):
+    if family.scoring and scoring not in (None, family.scoring) and _SCORINGS.get(scoring) != family.scoring:
         raise ConfigError(f"config.json: scoring_func={scoring!r} is not supported here; only {family.scoring!r} is.")
     method = fields.get("topk_method")
     if family.topk_methods and method is not None and method not in family.topk_methods:
@@ -260,9 +264,10 @@ def _read_attention(fields: Fields, family: Family) -> MLAConfig | GQAConfig:
     return GQAConfig(
         num_kv_heads=kv_heads,
         head_dim=_head_share(fields, heads) if fields.get("head_dim") is None else fields.size("head_dim"),
-        qkv_bias=bias if family.qkv_bias is None else family.qkv_bias,
-        output_bias=bias if family.qkv_bias is None else False,
-        qk_norm=family.qk_norm,
+        qkv_bias=family.qkv_bias if isinstance(family.qkv_bias, bool) else fields.flag(family.qkv_bias),
+        output_bias=bias and family.output_bias,
+        qk_norm=family.qk_norm if isinstance(family.qk_norm, bool) else fields.flag(family.qk_norm),
+        qk_norm_per_head=family.qk_norm_per_head,
     )
 
 
@@ -291,8 +296,9 @@ def _read_moe(fields: Fields, family: Family) -> MoEConfig | None:
     return MoEConfig(
         num_experts=experts,
         experts_per_token=chosen,
-        intermediate_size=fields.size("moe_intermediate_size"),
+        intermediate_size=fields.size(family.expert_size),
         num_shared_experts=fields.count("n_shared_experts"),
+        gated_shared_size=fields.count("shared_expert_intermediate_size"),
         scoring=family.scoring,
         correction_bias=family.correction_bias,
         group_score=group_score if topk_group < groups else None,
@@ -310,7 +316,11 @@ def _moe_layers(fields: Fields, num_layers: int, *, has_moe: bool) -> tuple[bool
     kinds = fields.get("mlp_layer_types")
     if kinds is None:
         first, every = fields.count("first_k_dense_replace"), fields.count("moe_layer_freq") or 1
-        return tuple(i >= first and i % every == 0 for i in range(num_layers))
+        step, dense = fields.count("decoder_sparse_step") or 1, fields.get("mlp_only_layers") or []
+        if not isinstance(dense, list) or not all(type(index) is int for index in dense):
+            raise ConfigError(f"config.json: mlp_only_layers must be a list of layers' numbers, not {shown(dense)}.")
+        sparse = (i >= first and i % every == 0 and (i + 1) % step == 0 for i in range(num_layers))
+        return tuple(is_sparse and i not in dense for i, is_sparse in enumerate(sparse))
     if not _names_layers(kinds, num_layers, ("dense", "sparse")):
         raise ConfigError(
             f"config.json: mlp_layer_types must name 'dense' or 'sparse' for each of {num_layers} layers."
@@ -336,10 +346,12 @@ def _sliding_windows(fields: Fields, family: Family, num_layers: int) -> tuple[i
     if window is None or not fields.flag("use_sliding_window"):
         return (None,) * num_layers
     window = fields.size("sliding_window")
-    if kinds is None:
-        first = fields.count("max_window_layers")
-        kinds = ["sliding_attention" if i >= first else "full_attention" for i in range(num_layers)]
-    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+    if kinds is not None:
+        return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+    first = fields.count("max_window_layers")
+    ranges = {"all": range(num_layers), "from": range(first, num_layers), "even until": range(0, first, 2)}
+    sliding = ranges[family.sliding_layers]
+    return tuple(window if i in sliding else None for i in range(num_layers))
 
 
 def _token_ids(

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from latentkv.checkpoint.names import ExpertNames
+
 
 @dataclass(frozen=True)
 class Family:
@@ -25,8 +27,14 @@ class Family:
         normalizes_weights: whether the config key `norm_topk_prob` is honoured.
         post_mlp_norm: a norm on the output of each MoE block.
         saved_as: the model_type that transformers knows it by; None: its own.
-        fused_experts: published and transformers checkpoints stack a layer's experts in one tensor.
-        qkv_bias, qk_norm: of grouped-query attention; qkv_bias None: config key `attention_bias` says.
+        expert_size: config key that says how wide a routed expert is.
+        expert_names: how published and transformers checkpoints have routed experts.
+        qkv_bias, qk_norm: of grouped-query attention; a text: that config key says.
+        output_bias: whether config key `attention_bias` is about the output projection of grouped-query attention, too.
+        qk_norm_per_head: see `GQAConfig`.
+        rotary_share: of a head, where config key `partial_rotary_factor` leaves it open; None: heads are whole.
+        sliding_layers: which have the sliding window where `layer_types` does not say: those from number
+            `max_window_layers` on, every one, or those of even number below `max_window_layers`.
     """
 
     attention: Literal["mla", "gqa"]
@@ -38,10 +46,15 @@ class Family:
     correction_bias_optional: bool = False
     normalizes_weights: bool = True
     post_mlp_norm: bool = False
-    fused_experts: bool = False
+    expert_size: str = "moe_intermediate_size"
+    expert_names: ExpertNames = "one by one"
     saved_as: str | None = None
-    qkv_bias: bool | None = None
-    qk_norm: bool = False
+    qkv_bias: bool | str = "attention_bias"
+    qk_norm: bool | str = False
+    output_bias: bool = True
+    qk_norm_per_head: bool = True
+    rotary_share: float | None = None
+    sliding_layers: Literal["from", "all", "even until"] = "from"
     topk_methods: frozenset[str] = field(default_factory=frozenset[str])
 
 
@@ -79,6 +92,8 @@ _QWEN: dict[str, Any] = _COMMON | {
     "sliding_window": 4096,
     "max_window_layers": 28,
 }
+
+_ROUTED: dict[str, Any] = {"norm_topk_prob": False, "routed_scaling_factor": 1.0}
 
 _DEEPSEEK_V3: dict[str, Any] = _COMMON | {
     "vocab_size": 129280,
@@ -280,7 +295,7 @@ FAMILIES: Mapping[str, Family] = {
         rope_interleaved=None,
         scoring="softmax",
         group_score="top2",
-        fused_experts=True,
+        expert_names="fused",
     ),
     "axk1": Family(
         "mla",
@@ -334,9 +349,148 @@ FAMILIES: Mapping[str, Family] = {
             "max_window_layers": 0,
         },
         qkv_bias=False,
+        output_bias=False,
     ),
-    "qwen2": Family("gqa", _QWEN, qkv_bias=True),
+    "qwen2": Family("gqa", _QWEN, qkv_bias=True, output_bias=False),
     "qwen3": Family("gqa", _QWEN | {"head_dim": 128}, qk_norm=True),
+    "mixtral": Family(
+        "gqa",
+        _LLAMA
+        | _ROUTED
+        | {
+            "intermediate_size": 14336,
+            "num_key_value_heads": 8,
+            "max_position_embeddings": 131072,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 1e6,
+            "use_sliding_window": True,
+            "num_experts_per_tok": 2,
+            "n_routed_experts": 8,
+            "norm_topk_prob": True,
+        },
+        scoring="softmax",
+        expert_size="intermediate_size",
+        expert_names="mixtral",
+        qkv_bias=False,
+        output_bias=False,
+        sliding_layers="all",
+    ),
+    "olmoe": Family(
+        "gqa",
+        _COMMON
+        | _ROUTED
+        | {
+            "vocab_size": 50304,
+            "hidden_size": 2048,
+            "intermediate_size": 2048,
+            "num_hidden_layers": 16,
+            "num_attention_heads": 16,
+            "max_position_embeddings": 4096,
+            "rms_norm_eps": 1e-5,
+            "eos_token_id": 50279,
+            "num_experts_per_tok": 8,
+            "n_routed_experts": 64,
+        },
+        scoring="softmax",
+        expert_size="intermediate_size",
+        qk_norm=True,
+        qk_norm_per_head=False,
+    ),
+    "qwen2_moe": Family(
+        "gqa",
+        _QWEN
+        | _ROUTED
+        | {
+            "hidden_size": 2048,
+            "intermediate_size": 5632,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 16,
+            "moe_intermediate_size": 1408,
+            "shared_expert_intermediate_size": 5632,
+            "num_experts_per_tok": 4,
+            "n_routed_experts": 60,
+            "qkv_bias": True,
+        },
+        scoring="softmax",
+        qkv_bias="qkv_bias",
+        output_bias=False,
+        sliding_layers="even until",
+    ),
+    "qwen3_moe": Family(
+        "gqa",
+        _QWEN
+        | _ROUTED
+        | {
+            "hidden_size": 2048,
+            "intermediate_size": 6144,
+            "num_hidden_layers": 24,
+            "num_key_value_heads": 4,
+            "moe_intermediate_size": 768,
+            "num_experts_per_tok": 8,
+            "n_routed_experts": 128,
+        },
+        scoring="softmax",
+        qk_norm=True,
+        sliding_layers="all",
+    ),
+    # Attention is Qwen3's, the router DeepSeek-V3's.
+    "dots1": Family(
+        "gqa",
+        _COMMON
+        | _ROUTED
+        | {
+            "vocab_size": 152064,
+            "hidden_size": 4608,
+            "intermediate_size": 10944,
+            "moe_intermediate_size": 1408,
+            "num_hidden_layers": 62,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 32,
+            "max_position_embeddings": 2048,
+            "n_group": 1,
+            "topk_group": 1,
+            "use_sliding_window": True,
+            "sliding_window": 4096,
+            "max_window_layers": 62,
+        },
+        scoring="sigmoid",
+        group_score="top2",
+        correction_bias=True,
+        topk_methods=frozenset({"noaux_tc"}),
+        qk_norm=True,
+    ),
+    "glm4_moe": Family(
+        "gqa",
+        _COMMON
+        | _ROUTED
+        | {
+            "vocab_size": 151552,
+            "hidden_size": 4096,
+            "intermediate_size": 10944,
+            "moe_intermediate_size": 1408,
+            "num_hidden_layers": 46,
+            "num_attention_heads": 96,
+            "num_key_value_heads": 8,
+            "max_position_embeddings": 131072,
+            "rms_norm_eps": 1e-5,
+            "num_experts_per_tok": 8,
+            "n_shared_experts": 1,
+            "n_routed_experts": 128,
+            "n_group": 1,
+            "topk_group": 1,
+            "first_k_dense_replace": 1,
+            "norm_topk_prob": True,
+            "num_nextn_predict_layers": 1,
+        },
+        scoring="sigmoid",
+        group_score="top2",
+        correction_bias=True,
+        topk_methods=frozenset({"noaux_tc"}),
+        output_bias=False,
+        qk_norm="use_qk_norm",
+        rotary_share=0.5,
+    ),
 }
 
 ALIASES: Mapping[str, str] = {"AXK1": "axk1", "youtu_llm": "youtu"}

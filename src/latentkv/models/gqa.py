@@ -21,7 +21,7 @@ class GroupedQueryAttention(nn.Module):
         hidden_size: width of the residual stream.
         num_heads: H.
         config: key/value heads, head width, biases, norms on queries and keys.
-        rope: rotary embedding of all head dimensions.
+        rope: rotary embedding of a head's first dimensions, or all of them.
         norm_eps: epsilon of the query and key norms.
         sliding_window: a token sees at most this many tokens, itself included; None: all.
     """
@@ -48,8 +48,8 @@ class GroupedQueryAttention(nn.Module):
         self.v_proj = Linear(hidden_size, kv_width, bias=config.qkv_bias)
         self.o_proj = Linear(num_heads * config.head_dim, hidden_size, bias=config.output_bias)
         if config.qk_norm:
-            self.q_norm = RMSNorm(config.head_dim, norm_eps)
-            self.k_norm = RMSNorm(config.head_dim, norm_eps)
+            heads = (1, 1) if config.qk_norm_per_head else (num_heads, config.num_kv_heads)
+            self.q_norm, self.k_norm = (RMSNorm(count * config.head_dim, norm_eps) for count in heads)
 
     def forward(self, x: Tensor, positions: Rotary) -> Tensor:
         """Causal attention over whole sequences, without a cache: [B, S, hidden] -> [B, S, hidden]."""
@@ -94,15 +94,23 @@ class GroupedQueryAttention(nn.Module):
 
     def project(self, x: Tensor, positions: Rotary) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated q [..., H, D] and k [..., G, D], and v [..., G, D]."""
-        q, k, v = (
-            projection(x).unflatten(-1, (-1, self.config.head_dim))
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        if self.config.qk_norm:
+        config = self.config
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        if config.qk_norm and not config.qk_norm_per_head:
             q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (tensor.unflatten(-1, (-1, config.head_dim)) for tensor in (q, k, v))
+        if config.qk_norm and config.qk_norm_per_head:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return self._rotate(q, positions), self._rotate(k, positions), v
+
+    def _rotate(self, heads: Tensor, positions: Rotary) -> Tensor:
+        """The first `rope.dim` of the dimensions [..., D] rotated: in place, if that is not all of them."""
+        turned = heads[..., : self.rope.dim]
         cos, sin = positions.cos[..., None, :], positions.sin[..., None, :]
-        q = ops.apply_rope(q, cos, sin, interleaved=self.rope.interleaved)
-        return q, ops.apply_rope(k, cos, sin, interleaved=self.rope.interleaved), v
+        if turned.shape == heads.shape:
+            return ops.apply_rope(heads, cos, sin, interleaved=self.rope.interleaved)
+        ops.apply_rope(turned, cos, sin, interleaved=self.rope.interleaved, out=turned)
+        return heads
 
 
 def _window_mask(length: int, window: int, device: torch.device) -> Tensor:

@@ -182,7 +182,7 @@ def save_pretrained(decoder: Decoder, folder: Path | str, *, dtype: torch.dtype 
     tensors = export_names(
         decoder.state_dict(),
         num_layers=decoder.config.num_layers,
-        fused_experts=family.fused_experts,
+        experts=family.expert_names,
     )
     cast = ((name, t if name.endswith("e_score_correction_bias") else t.to(dtype)) for name, t in tensors)
     write_checkpoint(folder, cast, config)

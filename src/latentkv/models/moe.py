@@ -87,6 +87,9 @@ class MoE(nn.Module):
         self.experts = Experts(hidden_size, config)
         if config.num_shared_experts:
             self.shared_experts = MLP(hidden_size, config.intermediate_size * config.num_shared_experts, bias=bias)
+        if config.gated_shared_size:
+            self.shared_expert = MLP(hidden_size, config.gated_shared_size, bias=bias)
+            self.shared_expert_gate = Router(hidden_size, MoEConfig(1, 1, config.gated_shared_size))
         if config.post_norm:
             self.post_mlp_layernorm = RMSNorm(hidden_size, norm_eps)
         self.config = config
@@ -102,8 +105,19 @@ class MoE(nn.Module):
         base = None if self.config.post_norm else residual
         if self.config.num_shared_experts:
             base = self.shared_experts(x, base)
+        if self.config.gated_shared_size:
+            base = self._gated_shared(tokens, None if base is None else base.view_as(tokens))
         out = self.experts(tokens, expert_ids, weights, None if base is None else base.view_as(tokens)).view_as(x)
         if not self.config.post_norm:
             return out
         normed = self.post_mlp_layernorm(out)
         return normed if residual is None else normed + residual
+
+    def _gated_shared(self, tokens: Tensor, residual: Tensor | None) -> Tensor:
+        """[T, hidden] -> the gated shared expert's, [T, hidden]: the one expert of a router that has no other."""
+        expert_ids, weights = self.shared_expert_gate(tokens)
+        gate_up, down = self.shared_expert.gate_up, self.shared_expert.down
+        if gate_up is not None and down is not None:
+            return ops.moe_experts(tokens, expert_ids, weights, gate_up, down, residual=residual)
+        out = self.shared_expert(tokens) * weights.to(tokens.dtype)
+        return out if residual is None else out + residual

@@ -54,10 +54,9 @@ def read_rope(fields: Fields, family: Family, attention: MLAConfig | GQAConfig) 
     kind = _OTHER_NAMES.get(str(kind), kind)
     if kind not in _KINDS:
         raise ConfigError(f"config.json: rope type {kind!r} is not supported; supported: {', '.join(_KINDS)}.")
-    dim = attention.qk_rope_head_dim if isinstance(attention, MLAConfig) else attention.head_dim
-    if dim % 2:
+    dim = _rotary_dim(fields, family, params, attention)
+    if dim % 2 or not dim:
         raise ConfigError(f"config.json: rotary embedding needs an even number of dimensions, not {dim}.")
-    _check_partial(fields, params, attention, dim)
     max_positions = fields.size("max_position_embeddings")
     outside, inside = (where.get("original_max_position_embeddings") for where in (fields.raw, params))
     key = "original_max_position_embeddings"
@@ -120,15 +119,20 @@ def _positive(params: Mapping[str, Any], key: str, default: float) -> float:
     return read_positive(params.get(key), f"rope's {key}", default)
 
 
-def _check_partial(fields: Fields, params: Mapping[str, Any], attention: MLAConfig | GQAConfig, dim: int) -> None:
-    """Some configs state the rotary share of a head; it must agree with the rotary dims that the attention has."""
-    share = params.get("partial_rotary_factor", fields.raw.get("partial_rotary_factor"))
-    share = read_optional(share, "partial_rotary_factor")
-    if share is None or share == 1:
-        return
+def _rotary_dim(fields: Fields, family: Family, params: Mapping[str, Any], attention: MLAConfig | GQAConfig) -> int:
+    """How many of a head's dimensions are rotated; a share that is stated must agree with those of the attention."""
+    key = "partial_rotary_factor"
+    share = read_optional(params.get(key, fields.raw.get(key)), key)
+    if isinstance(attention, GQAConfig) and family.rotary_share is not None:
+        share = family.rotary_share if share is None else share
+        if not 0 < share <= 1:
+            raise ConfigError(f"config.json: {key} must be above 0 and at most 1, not {share}.")
+        return int(attention.head_dim * share)
+    dim = attention.qk_rope_head_dim if isinstance(attention, MLAConfig) else attention.head_dim
     heads = (attention.qk_nope_head_dim + dim, dim) if isinstance(attention, MLAConfig) else (dim,)
-    if not any(round(head * share) == dim for head in heads):
-        raise ConfigError(f"config.json: partial_rotary_factor={share} does not match {dim} rotary dimensions.")
+    if share not in (None, 1) and not any(round(head * share) == dim for head in heads):
+        raise ConfigError(f"config.json: {key}={share} does not match {dim} rotary dimensions.")
+    return dim
 
 
 def _factors(params: Mapping[str, Any], key: str, kind: str, dim: int) -> tuple[float, ...]:

@@ -237,8 +237,8 @@ def _gqa(config: ModelConfig, gqa: GQAConfig) -> Iterator[TensorGroup]:
     yield from _linear("attention", "self_attn.v_proj", kv_dim, hidden, gqa.qkv_bias)
     yield from _linear("attention", "self_attn.o_proj", hidden, query_dim, gqa.output_bias)
     if gqa.qk_norm:
-        yield TensorGroup("norm", "self_attn.q_norm", (gqa.head_dim,))
-        yield TensorGroup("norm", "self_attn.k_norm", (gqa.head_dim,))
+        yield TensorGroup("norm", "self_attn.q_norm", (gqa.head_dim if gqa.qk_norm_per_head else query_dim,))
+        yield TensorGroup("norm", "self_attn.k_norm", (gqa.head_dim if gqa.qk_norm_per_head else kv_dim,))
 
 
 def _mlp(kind: Kind, name: str, config: ModelConfig, intermediate: int) -> Iterator[TensorGroup]:
@@ -256,6 +256,9 @@ def _moe(config: ModelConfig, moe: MoEConfig) -> Iterator[TensorGroup]:
     yield TensorGroup("routed experts", "mlp.experts.down_proj", (hidden, width), experts, used, linear=True)
     if moe.num_shared_experts:
         yield from _mlp("shared experts", "mlp.shared_experts", config, moe.num_shared_experts * width)
+    if moe.gated_shared_size:
+        yield from _mlp("shared experts", "mlp.shared_expert", config, moe.gated_shared_size)
+        yield TensorGroup("router", "mlp.shared_expert_gate", (1, hidden))
     if moe.post_norm:
         yield TensorGroup("norm", "mlp.post_mlp_layernorm", (hidden,))
 

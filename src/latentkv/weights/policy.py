@@ -15,7 +15,7 @@ from latentkv.weights.weight import GROUP_SIZES
 _QUANTISED = re.compile(
     r"model\.layers\.\d+\."
     r"(self_attn\.(q_proj|q_b_proj|k_proj|v_proj|o_proj)\.weight"
-    r"|mlp\.((experts\.\d+|shared_experts)\.)?(gate_proj|up_proj|down_proj)\.weight"
+    r"|mlp\.((experts\.\d+|shared_experts?)\.)?(gate_proj|up_proj|down_proj)\.weight"
     r"|mlp\.experts\.(gate_up_proj|down_proj))"
 )
 # Errors of the output head shift tokens' probabilities directly, so it never gets fewer than 8 bits.
