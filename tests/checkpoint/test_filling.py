@@ -88,12 +88,12 @@ def test_gate_rows_come_before_up_rows():
     assert torch.equal(parts["model.layers.1.mlp.experts.1.up_proj.weight"], fused[1, WIDTH:])
 
 
-@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("experts", ["one by one", "fused", "mixtral"])
 @pytest.mark.parametrize("mtp", [0, 2])
 @pytest.mark.parametrize("tied", [False, True])
-def test_what_is_exported_fills_the_same_decoder(tmp_path, fused, mtp, tied):
+def test_what_is_exported_fills_the_same_decoder(tmp_path, experts, mtp, tied):
     state = decoder_state(mtp=mtp, tied=tied, post_norm=True)
-    target, found = filled_from(published(state, fused_experts=fused), state, tmp_path, num_mtp_layers=mtp)
+    target, found = filled_from(published(state, experts=experts), state, tmp_path, num_mtp_layers=mtp)
     assert_same(target, state)
     assert found == set(range(mtp))
 
@@ -260,11 +260,12 @@ def test_many_missing_tensors_are_counted(tmp_path):
         filled_from({"model.norm.weight": torch.ones(HIDDEN)}, decoder_state(), tmp_path)
 
 
-@pytest.mark.parametrize("fused", [False, True])
-def test_a_misshapen_tensor_is_named_with_both_shapes(tmp_path, fused):
+@pytest.mark.parametrize("experts", ["one by one", "fused", "mixtral"])
+def test_a_misshapen_tensor_is_named_with_both_shapes(tmp_path, experts):
     state = decoder_state()
-    tensors = published(state, fused_experts=fused)
-    name = "model.layers.1.mlp.experts" + (".down_proj" if fused else ".1.down_proj.weight")
+    tensors = published(state, experts=experts)
+    layer, names = "model.layers.1", {"fused": "mlp.experts.down_proj", "one by one": "mlp.experts.1.down_proj.weight"}
+    name = f"{layer}.{names.get(experts, 'block_sparse_moe.experts.1.w2.weight')}"
     right = list(tensors[name].shape)
     tensors[name] = torch.ones(5, 7)
     message = f"{name} (expected {right}, found [5, 7])"

@@ -103,7 +103,8 @@ DEFAULTED = {
 
 @pytest.mark.parametrize("model_type", sorted(set(FAMILIES) - {"kimi_k2", "sarvam_mla"}))
 def test_an_absent_key_takes_the_default_of_transformers(model_type: str) -> None:
-    needed = {"num_experts_per_tok": 6} if model_type in ("deepseek_v2", "deepseek_ocr2_text") else {}
+    v2 = {"num_experts_per_tok": 6}
+    needed = {"deepseek_v2": v2, "deepseek_ocr2_text": v2, "glm4_moe": {"head_dim": 128}}.get(model_type, {})
     theirs = AutoConfig.for_model(model_type, **needed)
     ours = read_config({"model_type": model_type, **needed})
     for their_name, our_name in DEFAULTED.items():
@@ -121,13 +122,16 @@ def test_an_absent_key_takes_the_default_of_transformers(model_type: str) -> Non
             getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads
         )
     if ours.moe is not None:
-        assert ours.moe.num_experts == theirs.n_routed_experts
+        experts = "n_routed_experts" if hasattr(theirs, "n_routed_experts") else "num_experts"
+        assert ours.moe.num_experts == getattr(theirs, experts)
         assert ours.moe.experts_per_token == theirs.num_experts_per_tok
-        assert ours.moe.num_shared_experts == theirs.n_shared_experts
-        assert ours.moe.intermediate_size == theirs.moe_intermediate_size
-        assert ours.moe.scaling_factor == theirs.routed_scaling_factor
+        assert ours.moe.num_shared_experts == getattr(theirs, "n_shared_experts", 0)
+        assert ours.moe.gated_shared_size == getattr(theirs, "shared_expert_intermediate_size", 0)
+        assert ours.moe.intermediate_size == getattr(theirs, "moe_intermediate_size", theirs.intermediate_size)
+        assert ours.moe.scaling_factor == getattr(theirs, "routed_scaling_factor", 1.0)
+        assert ours.moe.normalize_weights == getattr(theirs, "norm_topk_prob", model_type == "mixtral")
         kinds = getattr(theirs, "mlp_layer_types", None)
-        first = getattr(theirs, "first_k_dense_replace", 1)
+        first = getattr(theirs, "first_k_dense_replace", int(model_type == "deepseek_ocr2_text"))
         sparse = [k == "sparse" for k in kinds] if kinds else [i >= first for i in range(ours.num_layers)]
         assert list(ours.moe_layers) == sparse
 
@@ -160,6 +164,42 @@ def test_mistral_slides_in_every_layer_and_qwen_only_where_told() -> None:
     qwen = {"model_type": "qwen2", "num_hidden_layers": 3, "max_window_layers": 2}
     assert read_config(qwen).sliding_windows == (None, None, None)
     assert read_config(qwen | {"use_sliding_window": True}).sliding_windows == (None, None, 4096)
+
+
+def test_which_layers_of_models_with_experts_slide() -> None:
+    told = {"num_hidden_layers": 4, "sliding_window": 9, "use_sliding_window": True, "max_window_layers": 3}
+    slide = {"mixtral": (9, 9, 9, 9), "qwen3_moe": (9, 9, 9, 9), "qwen2_moe": (9, None, 9, None)}
+    slide |= {"dots1": (None, None, None, 9)}
+    for model_type, windows in slide.items():
+        assert read_config(told | {"model_type": model_type}).sliding_windows == windows, model_type
+
+
+def test_which_layers_have_experts_as_qwen_says_it() -> None:
+    def sparse(**said: object) -> tuple[bool, ...]:
+        return read_config({"model_type": "qwen3_moe", "num_hidden_layers": 4} | said).moe_layers
+
+    assert sparse() == (True, True, True, True)
+    assert sparse(decoder_sparse_step=2) == (False, True, False, True)
+    assert sparse(decoder_sparse_step=2, mlp_only_layers=[3]) == (False, True, False, False)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "change"),
+    [
+        ("olmoe", {"clip_qkv": 8.0}),
+        ("qwen2_moe", {"mlp_only_layers": 1}),
+        ("qwen2_moe", {"mlp_only_layers": ["1"]}),
+        ("qwen3_moe", {"decoder_sparse_step": -1}),
+        ("qwen3_moe", {"scoring_func": "sigmoid"}),
+        ("qwen3_moe", {"partial_rotary_factor": 0.5}),
+        ("dots1", {"n_routed_experts": 8, "num_experts_per_tok": 2, "scoring_func": "softmax"}),
+        ("glm4_moe", {"partial_rotary_factor": 1.5}),
+        ("glm4_moe", {"use_qk_norm": "yes"}),
+    ],
+)
+def test_what_a_model_with_experts_cannot_have_is_refused_by_name(model_type: str, change: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match=[*change][-1]):
+        read_config({"model_type": model_type} | change)
 
 
 def test_mqa_and_mha_follow_from_the_key_value_heads() -> None:

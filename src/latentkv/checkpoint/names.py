@@ -106,7 +106,9 @@ def export_names(
 
 
 def _as_mixtral(name: str) -> str:
-    """A tensor's name as Mixtral has it; every layer of it has experts."""
+    """A tensor's name as Mixtral has it."""
+    if ".mlp.gate." not in name and ".mlp.experts." not in name:
+        return name
     for theirs, ours in _MIXTRAL_WEIGHTS.items():
         name = name.replace(f".{ours}.", f".{theirs}.")
     return name.replace(".mlp.", _MIXTRAL_BLOCK)
