@@ -112,12 +112,24 @@ def test_weight_bytes_are_those_of_the_decoder_with_its_buffers(model_type):
         ("moonlight-16b", 16e9, 2.6e9),
         ("minicpm3-4b", 4.07e9, 4.07e9),
         ("youtu-llm-2b", 1.96e9, 1.96e9),
+        ("mixtral-8x7b", 46.7e9, 12.9e9),
     ],
 )
 def test_published_totals(name, total, active):
     config = load_config(name)
     assert count_parameters(config) == pytest.approx(total, rel=0.005)
     assert count_active_parameters(config) == pytest.approx(active, rel=0.025)
+
+
+# Qwen's authors count the whole embedding as active, GLM's neither that nor the output head.
+@pytest.mark.parametrize(
+    ("name", "total", "active", "embeddings"), [("qwen3-30b-a3b", 30.5e9, 3.3e9, 1), ("glm-4.5-air", 106e9, 12e9, -1)]
+)
+def test_published_totals_that_count_embeddings_otherwise(name, total, active, embeddings):
+    config = load_config(name)
+    assert count_parameters(config) == pytest.approx(total, rel=0.01)
+    counted = count_active_parameters(config) + embeddings * config.vocab_size * config.hidden_size
+    assert counted == pytest.approx(active, rel=0.025)
 
 
 def test_deepseek_v3_weighs_what_its_published_files_do():
@@ -150,8 +162,14 @@ def test_published_shapes_cache_this_many_bytes_a_token(name, bytes_per_token):
     assert own.bytes_per_token == bytes_per_token
 
 
+def test_published_gqa_shapes_cache_keys_and_values_of_their_heads():
+    heads = {"qwen3-30b-a3b": 48 * 4, "mixtral-8x7b": 32 * 8, "glm-4.5-air": 46 * 8}
+    for name, count in heads.items():
+        assert plan_of(name).cache[0].bytes_per_token == 2 * 2 * 128 * count
+
+
 def test_every_built_in_shape_plans():
-    assert len(BUILT_IN) == 8
+    assert len(BUILT_IN) == 11
     for name in BUILT_IN:
         assert plan_of(name).context == load_config(name).max_positions
 
@@ -213,7 +231,7 @@ def test_weights_dtype_is_the_checkpoints_unless_given():
 
 
 @pytest.mark.parametrize(("fmt", "group"), [("int8", None), ("int8", 32), ("int4", None), ("int4", 32)])
-@pytest.mark.parametrize("model_type", ["deepseek_v3", "minicpm3", "llama"])
+@pytest.mark.parametrize("model_type", ["deepseek_v3", "minicpm3", "llama", "qwen2_moe"])
 def test_quantised_weights_are_counted_as_their_files_hold_them(tmp_path, model_type, fmt, group):
     sizes = {"hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 256}
     config = small_config(model_type, num_nextn_predict_layers=0, dtype="bfloat16", **sizes)
