@@ -11,6 +11,9 @@ from safetensors.torch import load_file, save_file
 
 from latentkv import LLM
 from latentkv.cli import self_test
+from latentkv.models.config_reader import read_config
+from latentkv.models.decoder import Decoder
+from latentkv.models.loading import save_pretrained
 from latentkv.ops import rms_norm
 from latentkv.ops.native.team import live_teams, release_team
 from latentkv.plan import BUILT_IN
@@ -128,6 +131,27 @@ def test_inspect_tells_of_mtp_layers_stored_and_counted(latentkv, edit_config):
     tensors["model.layers.2.eh_proj.weight"] = torch.zeros(32, 64)
     save_file(tensors, folder / "model.safetensors")
     assert "1 of the 1 multi-token-prediction" in latentkv("inspect", folder).stdout
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes", "words"),
+    [
+        (
+            "qwen2_moe",
+            {"num_experts": 4, "num_experts_per_tok": 2, "shared_expert_intermediate_size": 40},
+            "and a gated one of 40, of width 24,",
+        ),
+        ("glm4_moe", {"n_routed_experts": 8}, "16 of a head's 32 dimensions, half-split"),
+        ("olmoe", {"num_experts": 8}, "key/value heads of 32, QK-norm over all heads"),
+    ],
+)
+def test_inspect_tells_what_grouped_query_models_with_experts_have(latentkv, tmp_path, model_type, changes, words):
+    sizes = {"vocab_size": 32, "hidden_size": 64, "intermediate_size": 24, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "moe_intermediate_size": 24, "eos_token_id": 1}
+    save_pretrained(Decoder(read_config({"model_type": model_type, **sizes, **heads, **changes})), tmp_path)
+    result = latentkv("inspect", tmp_path)
+    assert words in result.stdout.replace("\n", " ")
+    assert "will not load" not in result.stdout
 
 
 def test_inspect_warns_of_weights_that_the_config_does_not_imply(latentkv, edit_config):

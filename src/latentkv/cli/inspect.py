@@ -107,7 +107,9 @@ def _rope(facts: CheckpointFacts) -> str:
     if rope["kind"] != "default" and rope["original_max_positions"]:
         scaling += f" from {rope['original_max_positions']:,}"
     pairs = "interleaved" if rope["interleaved"] else "half-split"
-    return f"RoPE theta {rope['theta']:g}, {pairs}, {scaling}"
+    head = facts.attention.get("head_dim", rope["dim"])
+    part = "" if head == rope["dim"] else f", {rope['dim']} of a head's {head} dimensions"
+    return f"RoPE theta {rope['theta']:g}{part}, {pairs}, {scaling}"
 
 
 def _mtp(facts: CheckpointFacts) -> str:
