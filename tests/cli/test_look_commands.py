@@ -16,7 +16,7 @@ from latentkv.models.decoder import Decoder
 from latentkv.models.loading import save_pretrained
 from latentkv.ops import rms_norm
 from latentkv.ops.native.team import live_teams, release_team
-from latentkv.plan import BUILT_IN
+from latentkv.plan import BUILT_IN, load_config
 
 
 def as_json(result):
@@ -69,7 +69,8 @@ def test_plan_without_a_model_compares_the_built_in_shapes(latentkv, tmp_path):
     for name, per_token in (("deepseek-v3", "70,272"), ("minicpm3-4b", "35,712"), ("deepseek-v2-lite", "1/17.3")):
         assert any(name in line and per_token in line for line in result.stdout.splitlines())
     assert (tmp_path / "kv.png").read_bytes().startswith(b"\x89PNG")
-    assert len(as_json(latentkv("plan", "--json"))) == len(BUILT_IN)
+    plans = as_json(latentkv("plan", "--kv-dtype", "int8", "--json"))
+    assert [plan["model"] for plan in plans] == [n for n in BUILT_IN if "MLA" in str(load_config(n).attention)]
 
 
 def test_plot_of_one_model_is_refused(latentkv, tmp_path):

@@ -25,7 +25,7 @@ def plan(
             show_default=False,
             help=f"{MODEL_FORMS[0].upper()}{MODEL_FORMS[1:]} (only its config is fetched), or a built-in shape: "
             "deepseek-v2-lite, deepseek-v2, deepseek-v3, kimi-k2, glm-4.7-flash, minicpm3-4b, youtu-llm-2b, "
-            "moonlight-16b, qwen3-30b-a3b, mixtral-8x7b, glm-4.5-air. None: the cache of all of these, side by side.",
+            "moonlight-16b, qwen3-30b-a3b, mixtral-8x7b, glm-4.5-air. None: the caches of all with MLA.",
         ),
     ] = None,
     context: Annotated[
@@ -47,13 +47,16 @@ def plan(
 
     Example: latentkv plan deepseek-v3 --context 128k --batch 8 --kv-dtype fp8
     """
+    from latentkv.models.config import MLAConfig
     from latentkv.plan import BUILT_IN, Memory, load_config, machine_memory, make_plan, stored_weights
     from latentkv.plan.sizes import parse_bytes, parse_tokens
 
     size = None if memory is None else parse_bytes(memory)
     room = machine_memory() if size is None else (Memory("memory given", size, size),)
     tokens = None if context is None else parse_tokens(context)
-    names = BUILT_IN if model is None else (model,)
+    configs = {name: load_config(name) for name in (BUILT_IN if model is None else (model,))}
+    if model is None:  # the table and the picture compare latents with what the same heads would cache
+        configs = {name: config for name, config in configs.items() if isinstance(config.attention, MLAConfig)}
     plans = [
         make_plan(
             name,
@@ -65,11 +68,11 @@ def plan(
             weights_dtype=weights_dtype,
             stored=stored_weights(name, config),
         )
-        for name, config in ((name, load_config(name)) for name in names)
+        for name, config in configs.items()
     ]
     if plot is not None:
         if model is not None:
-            raise RequestError("--plot compares all built-in shapes: leave MODEL out.")
+            raise RequestError("--plot compares built-in shapes: leave MODEL out.")
         from latentkv.plan.plot import plot_caches
 
         plot_caches(plans, plot)
