@@ -5,7 +5,7 @@ import pytest
 from latentkv import kernels
 from latentkv.bench import linear as module
 from latentkv.bench.ceilings import CeilingProbe
-from latentkv.bench.linear import TORCH, LinearReport, as_packed_format, measure_linear
+from latentkv.bench.linear import TORCH, TORCH_FP32, LinearReport, as_packed_format, measure_linear
 from latentkv.bench.op_report import linear_table
 from latentkv.errors import OpError, RequestError
 
@@ -15,6 +15,7 @@ PROBE = CeilingProbe(gemm_size=16, buffer_mib=1)
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "ROTATED_BYTES", 100_000)
+    monkeypatch.setattr(module, "multiplies_bf16_fast", lambda: True)
 
 
 @pytest.fixture
@@ -47,6 +48,13 @@ def test_rates_count_the_stored_bytes_and_the_arithmetic(report: LinearReport):
     assert row.gflops == pytest.approx(2 * 20 * 128 * 256 / row.us / 1e3)
     assert row.of_read_ceiling == pytest.approx(row.gbps / row.read_ceiling)
     assert row.of_bf16_ceiling == pytest.approx(row.gflops / row.bf16_ceiling)
+
+
+def test_torch_multiplies_float32_numbers_where_it_has_no_fast_product_of_bf16(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(module, "multiplies_bf16_fast", lambda: False)
+    rows = measure_linear(out_features=128, in_features=256, rows=[20], formats=["bf16"], repeats=2, probe=PROBE).rows
+    assert [(row.contender, row.weight_bytes) for row in rows] == [(TORCH_FP32, 131072), ("linear, bf16", 65536)]
+    assert rows[0].times_faster_than_torch == 1
 
 
 def test_compact_is_left_out_where_nothing_can_be_packed_so(monkeypatch: pytest.MonkeyPatch):

@@ -22,6 +22,18 @@ READERS: Mapping[str, Callable[[Tensor], Tensor]] = {
 }
 """Plain operations that read a buffer once; which of them is the fastest depends on the machine."""
 
+_TRIAL_SIZE = 256
+_LONGEST = 1.0
+"""Seconds that a product may take; where torch computes it without the processor's help, smaller matrices will do."""
+
+
+@dataclass(frozen=True)
+class _Product:
+    """A matrix product and the operations that it takes."""
+
+    step: Step
+    operations: int
+
 
 @dataclass(frozen=True)
 class Ceilings:
@@ -29,7 +41,7 @@ class Ceilings:
 
     Attributes:
         threads: torch threads used.
-        bf16_gflops: bf16 matrix product, GFLOP/s.
+        bf16_gflops: product of bf16 matrices, GFLOP/s: by float32 where torch has no fast product of bf16.
         fp32_gflops: fp32 matrix product, GFLOP/s.
         int8_gops: int8 matrix product with int32 sums, 1e9 operations a second.
         read_gbps: reading a buffer much larger than the last-level cache, GB/s: the fastest of `READERS`.
@@ -75,20 +87,20 @@ def measure_ceilings(
     with torch_threads(threads) as used, torch.inference_mode():
         buffer = torch.ones(buffer_mib << 20 >> 2, dtype=torch.float32)
         products, readers = _products(gemm_size), _readers(buffer)
+        steps = {name: product.step for name, product in products.items()}
         timings = time_interleaved(
             {
-                **_on_threads(products | readers, used),
-                **_on_threads({f"one thread, {n}": s for n, s in ({"bf16": products["bf16"]} | readers).items()}, 1),
+                **_on_threads(steps | readers, used),
+                **_on_threads({f"one thread, {n}": s for n, s in ({"bf16": steps["bf16"]} | readers).items()}, 1),
             },
             repeats=repeats,
         )
-    operations = 2 * gemm_size**3
     found = {
-        "bf16_gflops": (operations, timings["bf16"]),
-        "fp32_gflops": (operations, timings["fp32"]),
-        "int8_gops": (operations, timings["int8"]),
+        "bf16_gflops": (products["bf16"].operations, timings["bf16"]),
+        "fp32_gflops": (products["fp32"].operations, timings["fp32"]),
+        "int8_gops": (products["int8"].operations, timings["int8"]),
         "read_gbps": (buffer.nbytes, _fastest(timings[name] for name in READERS)),
-        "one_thread_bf16_gflops": (operations, timings["one thread, bf16"]),
+        "one_thread_bf16_gflops": (products["bf16"].operations, timings["one thread, bf16"]),
         "one_thread_read_gbps": (buffer.nbytes, _fastest(timings[f"one thread, {name}"] for name in READERS)),
     }
     rates = {name: work / timing.median / 1e9 for name, (work, timing) in found.items()}
@@ -108,9 +120,10 @@ class CeilingProbe:
         readers = {name: Contender(step) for name, step in _readers(buffer).items()}
         timings = time_interleaved(readers, repeats=3, warmup=1)
         fastest = min(timings, key=lambda name: timings[name].median)
-        self._bytes, self._flops = buffer.nbytes, 2 * gemm_size**3
+        product = _bf16_product(gemm_size)
+        self._bytes, self._flops = buffer.nbytes, product.operations
         self.contenders = {
-            "bf16 ceiling": Contender(_products(gemm_size)["bf16"]),
+            "bf16 ceiling": Contender(product.step),
             "read ceiling": readers[fastest],
         }
 
@@ -122,16 +135,51 @@ class CeilingProbe:
         )
 
 
-def _products(size: int) -> dict[str, Step]:
-    left = torch.randn(size, size, generator=torch.Generator().manual_seed(0))
-    right = left.flip(0).contiguous()
+def multiplies_bf16_fast() -> bool:
+    """Whether torch multiplies bf16 matrices faster than float32 ones: not where the processor has no such product."""
+    left, right = _matrices(_TRIAL_SIZE)
     left_bf16, right_bf16 = left.bfloat16(), right.bfloat16()
-    left_int8, right_int8 = (left * 40).to(torch.int8), (right * 40).to(torch.int8)
+    steps = {"bf16": lambda: left_bf16 @ right_bf16, "fp32": lambda: left @ right}
+    timings = time_interleaved({name: Contender(step) for name, step in steps.items()}, repeats=3, warmup=1)
+    return timings["bf16"].median < timings["fp32"].median
+
+
+def _products(size: int) -> dict[str, _Product]:
     return {
-        "bf16": lambda: left_bf16 @ right_bf16,
-        "fp32": lambda: left @ right,
-        "int8": lambda: torch.ops.aten._int_mm(left_int8, right_int8),
+        "bf16": _bf16_product(size),
+        "fp32": _product(size, lambda left, right: lambda: left @ right),
+        "int8": _product(size, _int8_step),
     }
+
+
+def _bf16_product(size: int) -> _Product:
+    fast = multiplies_bf16_fast()
+    return _product(size, _bf16_step if fast else lambda left, right: lambda: (left @ right).bfloat16())
+
+
+def _bf16_step(left: Tensor, right: Tensor) -> Step:
+    left_bf16, right_bf16 = left.bfloat16(), right.bfloat16()
+    return lambda: left_bf16 @ right_bf16
+
+
+def _int8_step(left: Tensor, right: Tensor) -> Step:
+    left_int8, right_int8 = (left * 40).to(torch.int8), (right * 40).to(torch.int8)
+    return lambda: torch.ops.aten._int_mm(left_int8, right_int8)
+
+
+def _product(size: int, step: Callable[[Tensor, Tensor], Step]) -> _Product:
+    """Of square matrices of that size, or of the trial's where more would take too long."""
+    if size > _TRIAL_SIZE:
+        trial = Contender(step(*_matrices(_TRIAL_SIZE)))
+        seconds = min(time_interleaved({"trial": trial}, repeats=2, warmup=1)["trial"].seconds)
+        if seconds * (size / _TRIAL_SIZE) ** 3 > _LONGEST:
+            size = _TRIAL_SIZE
+    return _Product(step(*_matrices(size)), 2 * size**3)
+
+
+def _matrices(size: int) -> tuple[Tensor, Tensor]:
+    left = torch.randn(size, size, generator=torch.Generator().manual_seed(0))
+    return left, left.flip(0).contiguous()
 
 
 def _readers(buffer: Tensor) -> dict[str, Step]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from latentkv import ops
-from latentkv.bench.ceilings import CeilingProbe
+from latentkv.bench.ceilings import CeilingProbe, multiplies_bf16_fast
 from latentkv.bench.environment import Environment, describe_environment
 from latentkv.bench.timing import Contender, time_interleaved, torch_threads
 from latentkv.bench.torch_linear import torch_products
@@ -23,7 +23,9 @@ from latentkv.weights.rounding import round_plainly
 
 FORMATS = (BF16, COMPACT, *CODE_FORMATS)
 USUAL_FORMATS = (BF16, COMPACT, *ROUNDED_TO)
-TORCH = "torch, bf16"
+TORCH, TORCH_FP32 = "torch, bf16", "torch, fp32"
+"""Torch's own product of the weights: as float32 numbers where bf16 ones take it many times as long."""
+
 ROWS = (1, 2, 4, 8, 16, 48, 64, 256, 512, 2048)
 ROTATED_BYTES = 256 << 20
 """Bytes of the matrices that are used in turn: several times the last-level cache, so that they come from memory."""
@@ -52,7 +54,7 @@ class LinearRow:
         bf16_ceiling: GFLOP/s of a bf16 matrix product, measured in turn with this.
         of_bf16_ceiling: gflops over it; what limits many rows.
         max_error: largest difference from a float64 product, over its largest element.
-        times_faster_than_torch: the median of torch's product of bf16 weights over this one.
+        times_faster_than_torch: the median of torch's product of the weights as they were over this one.
     """
 
     contender: str
@@ -162,6 +164,7 @@ def _measure(entries: Mapping[str, LinearEntry], rows: int, repeats: int, probe:
     contenders = {name: Contender(_step(entry, x, products)) for name, entry in entries.items()}
     timings = time_interleaved(contenders | probe.contenders, repeats=repeats)
     bf16_ceiling, read_ceiling = probe.rates(timings)
+    of_torch = timings[TORCH if TORCH in entries else TORCH_FP32].median
     measured: list[LinearRow] = []
     for name, entry in entries.items():
         seconds = timings[name].median / products
@@ -181,7 +184,7 @@ def _measure(entries: Mapping[str, LinearEntry], rows: int, repeats: int, probe:
                 bf16_ceiling=bf16_ceiling,
                 of_bf16_ceiling=gflops / bf16_ceiling,
                 max_error=errors[name],
-                times_faster_than_torch=timings[TORCH].median / products / seconds,
+                times_faster_than_torch=of_torch / products / seconds,
             )
         )
     return measured
@@ -203,11 +206,12 @@ def _entries(
     count = -(-ROTATED_BYTES // (2 * out_features * in_features))
     plain = torch.empty(count, out_features, in_features, dtype=torch.bfloat16)
     plain.normal_(0, in_features**-0.5, generator=torch.Generator().manual_seed(0))
+    name, torchs = (TORCH, plain) if multiplies_bf16_fast() else (TORCH_FP32, plain.float())
     entries = {
-        TORCH: LinearEntry(
-            lambda x, index: functional.linear(x, plain[index]),
+        name: LinearEntry(
+            lambda x, index: functional.linear(x.to(torchs.dtype), torchs[index]),
             count,
-            plain[0].nbytes,
+            torchs[0].nbytes,
             plain[0, :_CHECKED_OUTPUTS].double(),
         )
     }

@@ -149,7 +149,7 @@ def linear(
     threads: Threads = None,
     json_file: JsonFile = None,
 ) -> None:
-    """Compare products with packed weights, which come from memory, with torch's bf16 product.
+    """Compare products with packed weights, which come from memory, with torch's product of bf16 ones.
 
     Example: latentkv bench linear --rows 1,16,256
     """
