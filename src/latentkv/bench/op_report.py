@@ -49,7 +49,7 @@ def mla_decode_table(report: DecodeReport) -> Table:
 LINEAR_NOTES = (
     "Bf16 activations; weights are used in turn so that they come from memory, and GB/s counts the bytes that each "
     "format stores. us: median ± half the interquartile range, contenders timed in turn. max error: from a float64 "
-    "product with the same stored weights, relative to its largest element. faster: than torch's product in bf16 or fp32. "
+    "product with the same stored weights, relative to its largest element. faster: than torch. "
     "torch, int8 and int4: its own products of the same codes."
 )
 
