@@ -202,13 +202,13 @@ def test_grouped_attention_keeps_its_heads(architecture, head_dim):
     attention = read_config(config).attention
     assert (attention.head_dim, attention.num_kv_heads) == (head_dim, 2)
     assert (attention.qkv_bias, attention.qk_norm) == (architecture == "qwen2", architecture == "qwen3")
-    assert set(read_config(config).sliding_windows) == {None}
+    assert all(layer.sliding_window is None for layer in read_config(config).layers)
 
 
 def test_a_llama_with_a_window_is_a_mistral():
     config = config_of(grouped(**{"attention.sliding_window": 512}), grouped_shapes())
     assert config["model_type"] == "mistral"
-    assert read_config(config).sliding_windows == (512, 512)
+    assert [layer.sliding_window for layer in read_config(config).layers] == [512, 512]
 
 
 def divisors(factor, head_dim=64, theta=500000.0):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -80,7 +81,7 @@ def test_v2_lite_reads_as_its_shape_is_published() -> None:
     assert config.attention == MLAConfig(512, 128, 64, 128, None)
     assert config.moe is not None
     assert (config.moe.num_experts, config.moe.experts_per_token, config.moe.num_shared_experts) == (64, 6, 2)
-    assert (config.moe_layers.count(True), config.moe_layers[0]) == (26, False)
+    assert [layer.moe is not None for layer in config.layers] == [False, *[True] * 26]
     assert config.rope.interleaved
     assert (config.rope.kind, config.rope.factor) == ("yarn", 40.0)
     # (0.0707 ln 40 + 1)^2, as DeepSeek-V2's own code scales the softmax
@@ -133,7 +134,7 @@ def test_an_absent_key_takes_the_default_of_transformers(model_type: str) -> Non
         kinds = getattr(theirs, "mlp_layer_types", None)
         first = getattr(theirs, "first_k_dense_replace", int(model_type == "deepseek_ocr2_text"))
         sparse = [k == "sparse" for k in kinds] if kinds else [i >= first for i in range(ours.num_layers)]
-        assert list(ours.moe_layers) == sparse
+        assert [layer.moe is not None for layer in ours.layers] == sparse
 
 
 def test_a_text_model_inside_a_wrapper_is_read() -> None:
@@ -158,12 +159,25 @@ def test_rope_parameters_that_are_null_take_the_default_of_the_family() -> None:
 
 
 def test_mistral_slides_in_every_layer_and_qwen_only_where_told() -> None:
-    mistral = read_config({"model_type": "mistral", "num_hidden_layers": 3})
-    assert mistral.sliding_windows == (4096, 4096, 4096)
-    assert read_config({"model_type": "mistral", "sliding_window": None}).sliding_windows[0] is None
-    qwen = {"model_type": "qwen2", "num_hidden_layers": 3, "max_window_layers": 2}
-    assert read_config(qwen).sliding_windows == (None, None, None)
-    assert read_config(qwen | {"use_sliding_window": True}).sliding_windows == (None, None, 4096)
+    def windows(change: dict[str, object]) -> list[int | None]:
+        return [layer.sliding_window for layer in read_config({"num_hidden_layers": 3} | change).layers]
+
+    assert windows({"model_type": "mistral"}) == [4096, 4096, 4096]
+    assert windows({"model_type": "mistral", "sliding_window": None}) == [None, None, None]
+    qwen = {"model_type": "qwen2", "max_window_layers": 2}
+    assert windows(qwen) == [None, None, None]
+    assert windows(qwen | {"use_sliding_window": True}) == [None, None, 4096]
+
+
+def test_what_layers_differ_in_cannot_be_asked_of_the_model() -> None:
+    config = read_config(V2_LITE)
+    other = replace(config.layers[-1], attention=MLAConfig(256, 128, 64, 128), rope=replace(config.rope, theta=5e5))
+    mixed = replace(config, layers=(*config.layers[:-1], other))
+    assert mixed.moe == config.moe and mixed.mtp_layer == other
+    with pytest.raises(ConfigError, match="deepseek_v2 model differ in their attention"):
+        _ = mixed.attention
+    with pytest.raises(ConfigError, match="deepseek_v2 model differ in their rotary embedding"):
+        _ = mixed.rope
 
 
 def test_which_layers_of_models_with_experts_slide() -> None:

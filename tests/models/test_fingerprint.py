@@ -116,9 +116,10 @@ def test_every_field_of_the_config_counts():
     config = read_config(copy.deepcopy(CONFIG))
     decoder = Decoder(config)
     before = model_fingerprint(decoder, WEIGHTS, packing=None, int8_products=False)
+    rotated = replace(config.rope, interleaved=not config.rope.interleaved)
     for change in (
         {"embedding_multiplier": 2.0},
-        {"rope": replace(config.rope, interleaved=not config.rope.interleaved)},
+        {"layers": (*config.layers[:-1], replace(config.layers[-1], rope=rotated))},
     ):
         decoder.config = replace(config, **change)
         assert model_fingerprint(decoder, WEIGHTS, packing=None, int8_products=False) != before

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from latentkv.errors import RequestError
-from latentkv.models.config import GQAConfig, MLAConfig, ModelConfig
+from latentkv.models.config import GQAConfig, LayerConfig, MLAConfig, ModelConfig
 from latentkv.models.decoder import Decoder
 from latentkv.models.packing import Packing, pack_module
 
@@ -21,14 +21,18 @@ def mha_config(config: ModelConfig) -> ModelConfig:
     Raises:
         RequestError: the model has no latent attention.
     """
-    mla = config.attention
+    return replace(config, layers=tuple(_mha_layer(layer, config) for layer in config.layers))
+
+
+def _mha_layer(layer: LayerConfig, config: ModelConfig) -> LayerConfig:
+    mla = layer.attention
     if not isinstance(mla, MLAConfig):
         raise RequestError(f"A {config.model_type} model has no latent attention to compare with multi-head attention.")
     head_dim = (mla.qk_nope_head_dim + mla.qk_rope_head_dim + mla.v_head_dim) // 2
     return replace(
-        config,
+        layer,
         attention=GQAConfig(num_kv_heads=config.num_heads, head_dim=head_dim),
-        rope=replace(config.rope, dim=head_dim),
+        rope=replace(layer.rope, dim=head_dim),
     )
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from latentkv.cache.layout import KVFormat
-from latentkv.models.config import MLAConfig, ModelConfig, RopeConfig
+from latentkv.models.config import LayerConfig, MLAConfig, ModelConfig, RopeConfig
 from latentkv.plan import Plan, make_plan
 
 StepForm = Literal["absorbed", "re-expanded", "expanded cache"]
@@ -66,12 +66,10 @@ class AttentionShape:
             model_type="deepseek_v2",
             vocab_size=1,
             hidden_size=self.hidden_size,
-            num_layers=1,
             num_heads=self.num_heads,
             intermediate_size=1,
             max_positions=context,
-            attention=self.mla,
-            rope=RopeConfig(dim=self.mla.qk_rope_head_dim, interleaved=True),
+            layers=(LayerConfig(self.mla, RopeConfig(dim=self.mla.qk_rope_head_dim, interleaved=True)),),
         )
         return make_plan("one layer", config, memory=(), context=context, kv_dtype=kv_format)
 

@@ -8,7 +8,7 @@ from math import prod
 
 from torch import Tensor, nn
 
-from latentkv.models.config import MLAConfig, ModelConfig
+from latentkv.models.config import GQAConfig, MLAConfig, ModelConfig
 from latentkv.models.decoder import Decoder
 from latentkv.models.mla import MultiHeadLatentAttention
 from latentkv.models.moe import Experts
@@ -59,24 +59,30 @@ def _own_weights(module: nn.Module) -> Iterator[Tensor | PackedWeight]:
 
 def decode_flops(config: ModelConfig, depth: int) -> int:
     """FLOPs of the matrix products of one step after `depth` tokens, latent attention in its absorbed form."""
-    attention = config.attention
-    if isinstance(attention, MLAConfig):
-        pair = 2 * attention.kv_lora_rank + attention.qk_rope_head_dim
-    else:
-        pair = 2 * attention.head_dim
-    return 2 * (_weights_used(config) + config.num_layers * config.num_heads * pair * (depth + 1))
+    pairs = config.num_heads * (depth + 1)
+    return 2 * (_weights_used(config) + sum(_absorbed(layer.attention) * pairs for layer in config.layers))
 
 
 def prefill_flops(config: ModelConfig, tokens: int) -> int:
     """FLOPs of reading a prompt, latent attention in its expanded form, with the logits of its last token alone."""
-    attention = config.attention
-    if isinstance(attention, MLAConfig):
-        pair = attention.qk_nope_head_dim + attention.qk_rope_head_dim + attention.v_head_dim
-    else:
-        pair = 2 * attention.head_dim
     head = config.vocab_size * config.hidden_size
-    pairs = tokens * (tokens + 1) // 2
-    return 2 * ((_weights_used(config) - head) * tokens + head + config.num_layers * config.num_heads * pair * pairs)
+    pairs = config.num_heads * (tokens * (tokens + 1) // 2)
+    attended = sum(_expanded(layer.attention) * pairs for layer in config.layers)
+    return 2 * ((_weights_used(config) - head) * tokens + head + attended)
+
+
+def _absorbed(attention: MLAConfig | GQAConfig) -> int:
+    """Products of a (query, key) pair of a head."""
+    if isinstance(attention, MLAConfig):
+        return 2 * attention.kv_lora_rank + attention.qk_rope_head_dim
+    return 2 * attention.head_dim
+
+
+def _expanded(attention: MLAConfig | GQAConfig) -> int:
+    """The same, of heads of their own."""
+    if isinstance(attention, MLAConfig):
+        return attention.qk_nope_head_dim + attention.qk_rope_head_dim + attention.v_head_dim
+    return 2 * attention.head_dim
 
 
 def _weights_used(config: ModelConfig) -> int:

@@ -211,7 +211,7 @@ class _Conversion:
         config = read_config(self._config(plan, converted.frequencies, biases=biases))
         prefix = f"model.layers.{index}."
         with torch.device("meta"):
-            layer = DecoderLayer(config, index, max_context=config.max_positions)
+            layer = DecoderLayer(config, config.layers[index], max_context=config.max_positions)
         layer.load_state_dict({name.removeprefix(prefix): t.float() for name, t in tensors.items()}, assign=True)
         angles = self._angles(config)
         self._target.write_layer(index, tensors)
@@ -245,7 +245,7 @@ class _Conversion:
         """|converted - source|^2 / |source|^2 of the attention's output, on the calibration text that is held out."""
         config = read_config(self._config(plan, candidate.frequencies, biases=has_biases(candidate.weights)))
         with torch.device("meta"):
-            attention = DecoderLayer(config, 0, max_context=config.max_positions).self_attn
+            attention = DecoderLayer(config, config.layers[0], max_context=config.max_positions).self_attn
         tensors = export_layer(candidate.weights, eps=self._eps)
         attention.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
         angles = self._angles(config)

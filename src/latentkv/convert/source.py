@@ -72,7 +72,7 @@ class SourceModel:
             feed_forward: load that part too, most of its weights; else it stays on the meta device.
         """
         with torch.device("meta"):
-            layer = DecoderLayer(self.config, index, max_context=self.config.max_positions)
+            layer = DecoderLayer(self.config, self.config.layers[index], max_context=self.config.max_positions)
         prefix = f"model.layers.{index}."
         names = (name for name in self.layer_names(index) if feed_forward or ".mlp." not in name)
         tensors = {name.removeprefix(prefix): self.read(name, torch.float32) for name in names}
@@ -93,7 +93,7 @@ def open_source(folder: Path) -> SourceModel:
         raise ConfigError(f"{folder} has latent attention already: there is nothing to convert.")
     if config.model_type not in _FAMILIES or config.moe is not None:
         raise ConfigError(f"{config.model_type} cannot be converted yet: only dense {', '.join(_FAMILIES)} can.")
-    if any(window is not None and window < config.max_positions for window in config.sliding_windows):
+    if any((layer.sliding_window or config.max_positions) < config.max_positions for layer in config.layers):
         raise ConfigError(f"{folder} has sliding windows, which no latent attention here can express.")
     if config.mlp_bias:
         raise ConfigError(f"{folder} has biases in its feed-forward layers, for which DeepSeek-V3 has no place.")

@@ -6,11 +6,15 @@ Reading a Hugging Face `config.json` into it is `models/config_reader.py`. Nothi
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from functools import cached_property
+from typing import Any, Literal, TypeVar
 
 from latentkv.cache.layout import KeyValuePlane, KVFormat, LatentPlane, Plane
+from latentkv.errors import ConfigError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -105,24 +109,40 @@ class MoEConfig:
 
 
 @dataclass(frozen=True)
+class LayerConfig:
+    """One decoder layer.
+
+    Attributes:
+        attention: which, and its sizes.
+        rope: rotary embedding of its queries and keys.
+        moe: its routed and shared experts; None: a dense feed-forward block.
+        sliding_window: a token sees at most this many tokens, itself included; None: all.
+    """
+
+    attention: MLAConfig | GQAConfig
+    rope: RopeConfig
+    moe: MoEConfig | None = None
+    sliding_window: int | None = None
+
+
+@dataclass(frozen=True)
 class ModelConfig:
-    """One decoder-only language model. `source` is the config.json that it was read from, kept for saving."""
+    """One decoder-only language model. `source` is the config.json that it was read from, kept for saving.
+
+    What layers may differ in is asked of each of `layers`. `attention`, `rope` and `moe` are for what is done to whole
+    models alone: they raise `ConfigError` for a model whose layers differ in them.
+    """
 
     model_type: str
     vocab_size: int
     hidden_size: int
-    num_layers: int
     num_heads: int
     intermediate_size: int
     max_positions: int
-    attention: MLAConfig | GQAConfig
-    rope: RopeConfig
+    layers: tuple[LayerConfig, ...]
     rms_norm_eps: float = 1e-6
     hidden_act: str = "silu"
     mlp_bias: bool = False
-    moe: MoEConfig | None = None
-    moe_layers: tuple[bool, ...] = ()
-    sliding_windows: tuple[int | None, ...] = ()
     num_mtp_layers: int = 0
     embedding_multiplier: float = 1.0
     residual_multiplier: float = 1.0
@@ -133,9 +153,43 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...] = ()
     source: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers, those of MTP modules not counted."""
+        return len(self.layers)
+
+    @property
+    def mtp_layer(self) -> LayerConfig:
+        """The layer of each MTP module: like the model's last one."""
+        return self.layers[-1]
+
+    @cached_property
+    def attention(self) -> MLAConfig | GQAConfig:
+        """The attention of all layers."""
+        return self._same("attention", [layer.attention for layer in self.layers])
+
+    @cached_property
+    def rope(self) -> RopeConfig:
+        """The rotary embedding of all layers."""
+        return self._same("rotary embedding", [layer.rope for layer in self.layers])
+
+    @cached_property
+    def moe(self) -> MoEConfig | None:
+        """The experts of all layers that have any; None: every layer is dense."""
+        found = [layer.moe for layer in self.layers if layer.moe is not None]
+        return self._same("experts", found) if found else None
+
     def planes(self, kv_format: KVFormat, num_mtp_layers: int = 0) -> tuple[Plane, ...]:
         """What the cache of this model stores for each token, in `kv_format` (MTP layers only if asked for)."""
-        layers = self.num_layers + num_mtp_layers
-        if isinstance(self.attention, MLAConfig):
-            return (LatentPlane(layers, self.attention.kv_lora_rank, self.attention.qk_rope_head_dim, kv_format),)
-        return (KeyValuePlane(layers, self.attention.num_kv_heads, self.attention.head_dim, kv_format),)
+        layers, attention = self.num_layers + num_mtp_layers, self.attention
+        if isinstance(attention, MLAConfig):
+            return (LatentPlane(layers, attention.kv_lora_rank, attention.qk_rope_head_dim, kv_format),)
+        return (KeyValuePlane(layers, attention.num_kv_heads, attention.head_dim, kv_format),)
+
+    def _same(self, what: str, values: Sequence[T]) -> T:
+        if any(value != values[0] for value in values):
+            raise ConfigError(
+                f"The layers of this {self.model_type} model differ in their {what}, which is not supported here: "
+                "use a model whose layers are alike."
+            )
+        return values[0]

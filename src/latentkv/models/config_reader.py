@@ -13,7 +13,7 @@ from latentkv.checkpoint.locate import CONFIG_FILE, holds_weights
 from latentkv.checkpoint.wrapper import config_levels, outermost
 from latentkv.errors import ConfigError
 from latentkv.json_files import read_json
-from latentkv.models.config import GQAConfig, MLAConfig, ModelConfig, MoEConfig
+from latentkv.models.config import GQAConfig, LayerConfig, MLAConfig, ModelConfig, MoEConfig
 from latentkv.models.families import ALIASES, FAMILIES, SPELLINGS, TEXT_MODEL_OF, Family, family_of
 from latentkv.models.fields import read_flag, read_number, read_positive, shown
 from latentkv.models.rope_reader import longest_context, read_rope
@@ -121,29 +121,23 @@ def _from_dict(raw: Mapping[str, Any], generation: Mapping[str, Any]) -> ModelCo
     family = family_of(model_type, inner)
     fields = Fields(inner, family)
     _refuse_unsupported(fields, family)
-    num_layers, hidden_size = fields.size("num_hidden_layers"), fields.size("hidden_size")
+    hidden_size = fields.size("hidden_size")
     bos_token_id, eos_token_ids = _token_ids(levels, family, generation, vocab_size=fields.size("vocab_size"))
-    attention, moe = _read_attention(fields, family), _read_moe(fields, family)
-    rope, scale_depth = read_rope(fields, family, attention), fields.get("scale_depth")
+    layers, scale_depth = _read_layers(fields, family), fields.get("scale_depth")
     return ModelConfig(
         model_type=model_type,
         vocab_size=fields.size("vocab_size"),
         hidden_size=hidden_size,
-        num_layers=num_layers,
         num_heads=fields.size("num_attention_heads"),
         intermediate_size=fields.size("intermediate_size"),
-        max_positions=longest_context(rope, fields.size("max_position_embeddings")),
-        attention=attention,
-        rope=rope,
+        max_positions=longest_context(layers[0].rope, fields.size("max_position_embeddings")),
+        layers=layers,
         rms_norm_eps=fields.positive("rms_norm_eps", 0.0),
         mlp_bias=fields.flag("mlp_bias"),
-        moe=moe,
-        moe_layers=_moe_layers(fields, num_layers, has_moe=moe is not None),
-        sliding_windows=_sliding_windows(fields, family, num_layers),
         num_mtp_layers=fields.count("num_nextn_predict_layers"),
         # MiniCPM scales its embeddings, residual branches and logits; the keys are absent elsewhere.
         embedding_multiplier=fields.positive("scale_emb", 1.0),
-        residual_multiplier=1.0 if scale_depth is None else fields.number("scale_depth") / math.sqrt(num_layers),
+        residual_multiplier=1.0 if scale_depth is None else fields.number("scale_depth") / math.sqrt(len(layers)),
         logit_multiplier=fields.positive("dim_model_base", hidden_size) / hidden_size,
         tie_word_embeddings=stated if (stated := stated_tying(raw)) is not None else fields.flag(TIED),
         initializer_range=fields.positive("initializer_range", 0.02),
@@ -244,6 +238,18 @@ def _refuse_quantization(*described: Any) -> None:
             raise ConfigError(f"Weights quantised by {method} are not supported: {ORIGINAL}.")
 
 
+def _read_layers(fields: Fields, family: Family) -> tuple[LayerConfig, ...]:
+    num_layers = fields.size("num_hidden_layers")
+    attention, moe = _read_attention(fields, family), _read_moe(fields, family)
+    rope = read_rope(fields, family, attention)
+    sparse = _sparse_layers(fields, num_layers) if moe else (False,) * num_layers
+    windows = _sliding_windows(fields, family, num_layers)
+    return tuple(
+        LayerConfig(attention, rope, moe if has_experts else None, window)
+        for has_experts, window in zip(sparse, windows, strict=True)
+    )
+
+
 def _read_attention(fields: Fields, family: Family) -> MLAConfig | GQAConfig:
     heads = fields.size("num_attention_heads")
     bias = fields.flag("attention_bias")
@@ -310,9 +316,8 @@ def _read_moe(fields: Fields, family: Family) -> MoEConfig | None:
     )
 
 
-def _moe_layers(fields: Fields, num_layers: int, *, has_moe: bool) -> tuple[bool, ...]:
-    if not has_moe:
-        return (False,) * num_layers
+def _sparse_layers(fields: Fields, num_layers: int) -> tuple[bool, ...]:
+    """Which layers have experts."""
     kinds = fields.get("mlp_layer_types")
     if kinds is None:
         first, every = fields.count("first_k_dense_replace"), fields.count("moe_layer_freq") or 1

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from latentkv import ops
 from latentkv.cache import LatentCache
 from latentkv.models.batch import Batch
-from latentkv.models.config import MLAConfig, ModelConfig
+from latentkv.models.config import LayerConfig, MLAConfig, ModelConfig
 from latentkv.models.gqa import GroupedQueryAttention
 from latentkv.models.layers import MLP, Embedding, Linear, RMSNorm
 from latentkv.models.mla import Form, MultiHeadLatentAttention
@@ -24,15 +24,13 @@ from latentkv.weights import PackedWeight
 class DecoderLayer(nn.Module):
     """Norm, attention, residual; norm, feed-forward (dense or experts), residual."""
 
-    def __init__(self, config: ModelConfig, index: int, *, max_context: int) -> None:
+    def __init__(self, config: ModelConfig, layer: LayerConfig, *, max_context: int) -> None:
         super().__init__()
-        # Layers past the last (MTP modules) are built like it.
-        index = min(index, config.num_layers - 1)
-        self.self_attn = _attention(config, index, max_context)
-        if config.moe is not None and config.moe_layers[index]:
-            self.mlp = MoE(config.hidden_size, config.moe, norm_eps=config.rms_norm_eps, bias=config.mlp_bias)
-        else:
+        self.self_attn = _attention(config, layer, max_context)
+        if layer.moe is None:
             self.mlp = MLP(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        else:
+            self.mlp = MoE(config.hidden_size, layer.moe, norm_eps=config.rms_norm_eps, bias=config.mlp_bias)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.residual_multiplier = config.residual_multiplier
@@ -65,8 +63,10 @@ class DecoderLayer(nn.Module):
         return x + block if self.residual_multiplier == 1.0 else x + block * self.residual_multiplier
 
 
-def _attention(config: ModelConfig, index: int, max_context: int) -> MultiHeadLatentAttention | GroupedQueryAttention:
-    attention = config.attention
+def _attention(
+    config: ModelConfig, layer: LayerConfig, max_context: int
+) -> MultiHeadLatentAttention | GroupedQueryAttention:
+    attention = layer.attention
     if isinstance(attention, MLAConfig):
         return MultiHeadLatentAttention(
             config.hidden_size,
@@ -76,7 +76,7 @@ def _attention(config: ModelConfig, index: int, max_context: int) -> MultiHeadLa
             qk_rope_head_dim=attention.qk_rope_head_dim,
             v_head_dim=attention.v_head_dim,
             q_lora_rank=attention.q_lora_rank,
-            rope=config.rope,
+            rope=layer.rope,
             bias=attention.bias,
             norm_eps=attention.latent_norm_eps,
             max_context=max_context,
@@ -85,9 +85,9 @@ def _attention(config: ModelConfig, index: int, max_context: int) -> MultiHeadLa
         config.hidden_size,
         config.num_heads,
         attention,
-        config.rope,
+        layer.rope,
         norm_eps=config.rms_norm_eps,
-        sliding_window=config.sliding_windows[index],
+        sliding_window=layer.sliding_window,
     )
 
 
@@ -99,7 +99,7 @@ class MTPModule(nn.Module):
         self.enorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.hnorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.eh_proj = Linear(2 * config.hidden_size, config.hidden_size, bias=False)
-        self.layer = DecoderLayer(config, config.num_layers, max_context=max_context)
+        self.layer = DecoderLayer(config, config.mtp_layer, max_context=max_context)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, hidden: Tensor, embedding: Tensor, positions: Rotary) -> Tensor:
@@ -117,7 +117,7 @@ class Trunk(nn.Module):
     def __init__(self, config: ModelConfig, *, max_context: int) -> None:
         super().__init__()
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(config, i, max_context=max_context) for i in range(config.num_layers))
+        self.layers = nn.ModuleList(DecoderLayer(config, layer, max_context=max_context) for layer in config.layers)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 

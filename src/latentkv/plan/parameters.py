@@ -16,7 +16,7 @@ from latentkv.checkpoint.quantization import quantization_method
 from latentkv.checkpoint.shard import entry_bytes
 from latentkv.checkpoint.wrapper import outermost
 from latentkv.errors import ConfigError
-from latentkv.models.config import GQAConfig, MLAConfig, ModelConfig, MoEConfig
+from latentkv.models.config import GQAConfig, LayerConfig, MLAConfig, ModelConfig, MoEConfig
 from latentkv.models.stored_config import stored_dtype
 from latentkv.weights.files import awq, gptq, modelopt
 from latentkv.weights.files.compressed_config import METHOD, PackedSchemes
@@ -68,13 +68,13 @@ def tensor_groups(config: ModelConfig, *, mtp: bool = False) -> Iterator[TensorG
     # A token reads one row of the embedding, but all of it where it is the output head too.
     rows_used = config.vocab_size if config.tie_word_embeddings else 1
     yield TensorGroup("embedding", "embed_tokens", (hidden,), config.vocab_size, rows_used)
-    for index in range(config.num_layers):
-        yield from _layer(config, _is_moe(config, index))
+    for layer in config.layers:
+        yield from _layer(config, layer)
     yield TensorGroup("norm", "norm", (hidden,))
     if not config.tie_word_embeddings:
         yield TensorGroup("lm head", "lm_head", (config.vocab_size, hidden))
-    for index in range(config.num_mtp_layers if mtp else 0):
-        yield from _mtp_layer(config, config.num_layers + index)
+    for _ in range(config.num_mtp_layers if mtp else 0):
+        yield from _mtp_layer(config)
 
 
 def count_parameters(config: ModelConfig) -> int:
@@ -192,21 +192,16 @@ def _module(group: TensorGroup) -> str:
     return group.published.removesuffix(".weight")
 
 
-def _is_moe(config: ModelConfig, index: int) -> bool:
-    # A multi-token-prediction layer follows the last layer's kind.
-    return config.moe is not None and bool(config.moe_layers) and config.moe_layers[min(index, config.num_layers - 1)]
-
-
-def _layer(config: ModelConfig, is_moe: bool) -> Iterator[TensorGroup]:
+def _layer(config: ModelConfig, layer: LayerConfig) -> Iterator[TensorGroup]:
     hidden = config.hidden_size
-    attention = config.attention
+    attention = layer.attention
     yield from _mla(config, attention) if isinstance(attention, MLAConfig) else _gqa(config, attention)
     yield TensorGroup("norm", "input_layernorm", (hidden,))
     yield TensorGroup("norm", "post_attention_layernorm", (hidden,))
-    if config.moe is not None and is_moe:
-        yield from _moe(config, config.moe)
-    else:
+    if layer.moe is None:
         yield from _mlp("dense mlp", "mlp", config, config.intermediate_size)
+    else:
+        yield from _moe(config, layer.moe)
 
 
 def _linear(kind: Kind, name: str, out_features: int, in_features: int, bias: bool = False) -> Iterator[TensorGroup]:
@@ -263,10 +258,10 @@ def _moe(config: ModelConfig, moe: MoEConfig) -> Iterator[TensorGroup]:
         yield TensorGroup("norm", "mlp.post_mlp_layernorm", (hidden,))
 
 
-def _mtp_layer(config: ModelConfig, index: int) -> Iterator[TensorGroup]:
+def _mtp_layer(config: ModelConfig) -> Iterator[TensorGroup]:
     hidden = config.hidden_size
     for name in ("enorm", "hnorm", "norm"):
         yield TensorGroup("mtp", name, (hidden,))
     yield TensorGroup("mtp", "eh_proj", (hidden, 2 * hidden))
-    for group in _layer(config, _is_moe(config, index)):
+    for group in _layer(config, config.mtp_layer):
         yield replace(group, kind="mtp")

@@ -8,7 +8,7 @@ from typing import get_args
 
 from latentkv.cache.layout import PAGE_SIZE, KVFormat, mha_bytes_per_token
 from latentkv.errors import CacheError, RequestError
-from latentkv.models.config import MLAConfig, ModelConfig
+from latentkv.models.config import GQAConfig, MLAConfig, ModelConfig
 from latentkv.plan.machine import Memory
 from latentkv.plan.parameters import (
     checkpoint_dtype,
@@ -106,7 +106,7 @@ def make_plan(
     else:
         dtype = weights_dtype or checkpoint_dtype(config)
         weights = weight_bytes(config, dtype)
-    qk_dim, v_dim = _head_dims(config)
+    qk_dim, v_dim = _head_dims(config.attention)
     mla = config.attention if isinstance(config.attention, MLAConfig) else None
 
     def row(attention: str, kv_heads: int | None, own: KVFormat | None, per_token: int) -> CacheRow:
@@ -164,12 +164,11 @@ def as_kv_format(name: str) -> KVFormat:
 
 def mha_bytes(config: ModelConfig) -> int:
     """Bytes a token that bf16 multi-head attention of the same model would cache: 2 H (Dn + R + Dv) in each layer."""
-    return mha_bytes_per_token(config.num_layers, config.num_heads, *_head_dims(config))
+    return sum(mha_bytes_per_token(1, config.num_heads, *_head_dims(layer.attention)) for layer in config.layers)
 
 
-def _head_dims(config: ModelConfig) -> tuple[int, int]:
+def _head_dims(attention: MLAConfig | GQAConfig) -> tuple[int, int]:
     """Width of a key and of a value of one head, if each head cached its own."""
-    attention = config.attention
     if isinstance(attention, MLAConfig):
         return attention.qk_nope_head_dim + attention.qk_rope_head_dim, attention.v_head_dim
     return attention.head_dim, attention.head_dim

@@ -115,7 +115,7 @@ def _experts(config: ModelConfig) -> dict[str, Any]:
         }
     groups = moe.num_groups if moe.group_score else 1  # all groups chosen is none, which llama.cpp insists on
     return {
-        "leading_dense_block_count": sum(not sparse for sparse in config.moe_layers),
+        "leading_dense_block_count": sum(layer.moe is None for layer in config.layers),
         "expert_feed_forward_length": moe.intermediate_size,
         "expert_shared_count": moe.num_shared_experts,
         "expert_count": moe.num_experts,
@@ -214,11 +214,13 @@ def _compared(one: ModelConfig, other: ModelConfig) -> dict[str, tuple[Any, Any]
 def _meaning(config: ModelConfig) -> dict[str, Any]:
     plain = (
         *("vocab_size", "hidden_size", "num_layers", "num_heads", "max_positions", "rms_norm_eps", "hidden_act"),
-        *("mlp_bias", "moe_layers", "sliding_windows", "tie_word_embeddings"),
+        *("mlp_bias", "tie_word_embeddings"),
         *("embedding_multiplier", "residual_multiplier", "logit_multiplier"),
     )
     found = {name: getattr(config, name) for name in plain}
-    if not all(config.moe_layers) or config.moe is None:
+    found["moe_layers"] = tuple(layer.moe is not None for layer in config.layers)
+    found["sliding_windows"] = tuple(layer.sliding_window for layer in config.layers)
+    if not all(found["moe_layers"]):
         found["intermediate_size"] = config.intermediate_size
     attention, rope = config.attention, config.rope
     found |= {f"attention {name}": value for name, value in vars(attention).items() if name != "latent_norm_eps"}

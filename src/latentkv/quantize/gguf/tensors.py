@@ -11,7 +11,7 @@ from torch import Tensor
 
 from latentkv.checkpoint.names import layer_of, tensor_kind, text_model_names
 from latentkv.checkpoint.tensors import Tensors
-from latentkv.models.config import MLAConfig, ModelConfig
+from latentkv.models.config import GQAConfig, MLAConfig, ModelConfig
 from latentkv.quantize.gguf.mix import Chosen
 
 _TOP = {
@@ -149,31 +149,33 @@ class _Plan:
         self._config, self._reader, self._names, self._permutes = config, reader, names, permutes
 
     def layer(self, index: int) -> Iterator[Planned]:
-        prefix, block = f"model.layers.{index}.", f"blk.{index}."
+        prefix, block, config = f"model.layers.{index}.", f"blk.{index}.", self._config.layers[index]
         for stem, target in _LAYER.items():
             for end in ("weight", "bias"):
                 if (name := f"{prefix}{stem}.{end}") in self._names:
-                    yield self.whole(name, f"{block}{target}.{end}", heads=self._permuted_heads(target))
+                    yield self.whole(
+                        name, f"{block}{target}.{end}", heads=self._permuted_heads(target, config.attention)
+                    )
         if (name := f"{prefix}{_CORRECTION}") in self._names:
             yield self.whole(name, f"{block}exp_probs_b.bias")
         if (name := f"{prefix}{_KV_B}") in self._names:
-            yield from self._kv_b(name, block)
-        if self._config.moe is not None and self._config.moe_layers[index]:
+            yield from self._kv_b(name, block, config.attention)
+        if moe := config.moe:
             for leaf, target in _EXPERTS.items():
-                yield self._experts(f"{prefix}mlp.experts", leaf, f"{block}{target}.weight")
+                yield self._experts(moe.num_experts, f"{prefix}mlp.experts", leaf, f"{block}{target}.weight")
 
     def whole(self, published: str, target: str, *, heads: int = 0) -> Planned:
         stored = self._names[published]
         return self._planned(target, self._reader.shape(stored), (Source(stored, published, heads=heads),))
 
-    def _permuted_heads(self, target: str) -> int:
+    def _permuted_heads(self, target: str, attention: MLAConfig | GQAConfig) -> int:
         """llama.cpp's "llama" rotates neighbours where the published weights rotate halves."""
-        if not self._permutes or target not in _PERMUTED or isinstance(self._config.attention, MLAConfig):
+        if not self._permutes or target not in _PERMUTED or isinstance(attention, MLAConfig):
             return 0
-        return self._config.num_heads if target == "attn_q" else self._config.attention.num_kv_heads
+        return self._config.num_heads if target == "attn_q" else attention.num_kv_heads
 
-    def _kv_b(self, published: str, block: str) -> Iterator[Planned]:
-        attention, heads, stored = self._config.attention, self._config.num_heads, self._names[published]
+    def _kv_b(self, published: str, block: str, attention: MLAConfig | GQAConfig) -> Iterator[Planned]:
+        heads, stored = self._config.num_heads, self._names[published]
         if not isinstance(attention, MLAConfig):
             raise RuntimeError("only latent attention has a kv_b_proj")
         nope, value, latent = attention.qk_nope_head_dim, attention.v_head_dim, attention.kv_lora_rank
@@ -184,17 +186,15 @@ class _Plan:
             source = Source(stored, published, part, heads, nope)
             yield self._planned(f"{block}{target}.weight", shape, (source,))
 
-    def _experts(self, stem: str, leaf: str, target: str) -> Planned:
+    def _experts(self, count: int, stem: str, leaf: str, target: str) -> Planned:
         fused = f"{stem}.{'down_proj' if leaf == 'down_proj' else 'gate_up_proj'}"
         if fused in self._names:
             stored = self._names[fused]
-            count, rows, width = self._reader.shape(stored)
+            _, rows, width = self._reader.shape(stored)
             part = "" if leaf == "down_proj" else leaf
             return self._planned(
                 target, (count, rows if not part else rows // 2, width), (Source(stored, fused, part),)
             )
-        moe = self._config.moe
-        count = 0 if moe is None else moe.num_experts
         sources = tuple(
             Source(self._names[name], name) for name in (f"{stem}.{expert}.{leaf}.weight" for expert in range(count))
         )
