@@ -7,7 +7,6 @@ import json
 import pytest
 import torch
 
-from latentkv.cache import PAGE_SIZE, LatentCache
 from latentkv.checkpoint import CheckpointReader
 from latentkv.errors import CacheError, ConfigError, RequestError
 from latentkv.models.config_reader import read_config
@@ -26,6 +25,7 @@ from latentkv.plan import (
 from latentkv.plan.parameters import tensor_groups
 from latentkv.plan.sizes import format_bytes, format_count, parse_bytes, parse_tokens
 from latentkv.quantize import quantize_checkpoint
+from latentkv.state import PAGE_SIZE, PagedCache
 
 GIB = 2**30
 MOE = {
@@ -178,7 +178,7 @@ def test_every_built_in_shape_plans():
 def test_the_plan_is_what_the_cache_allocates(kv_dtype):
     config = load_config("minicpm3-4b")
     own = make_plan("m", config, memory=(), context=100, batch=2, kv_dtype=kv_dtype).cache[0]
-    cache = LatentCache(config.planes(kv_dtype), 4)
+    cache = PagedCache(config.planes(kv_dtype), 4)
     assert own.bytes_per_token == cache.bytes_per_token
     assert own.cache_bytes == cache.allocated_bytes == 2 * 2 * PAGE_SIZE * own.bytes_per_token
 

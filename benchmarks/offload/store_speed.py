@@ -16,9 +16,9 @@ from pathlib import Path
 
 import torch
 
-from latentkv.cache import LatentCache, PageKey, PageStore, StoreFolder
 from latentkv.plan import as_kv_format, load_config, mha_bytes
 from latentkv.plan.sizes import parse_tokens
+from latentkv.state import PagedCache, PageKey, PageStore, StoreFolder
 
 
 def main() -> None:
@@ -35,7 +35,7 @@ def main() -> None:
     print("| cache | GB | write GB/s | read GB/s | read, not in the page cache, GB/s |")
     print("|---|---:|---:|---:|---:|")
     for name in options.formats:
-        cache = LatentCache(config.planes(as_kv_format(name)), -(-tokens // 64))
+        cache = PagedCache(config.planes(as_kv_format(name)), -(-tokens // 64))
         for tensor in cache.storage:
             tensor.view(torch.uint8).random_()
         speeds = [measure(cache, options.dir) for _ in range(options.repeat)]
@@ -43,7 +43,7 @@ def main() -> None:
         print(f"| {name} | {cache.allocated_bytes / 1e9:.2f} | {write:.2f} | {read:.2f} | {cold:.2f} |", flush=True)
 
 
-def measure(cache: LatentCache, folder: Path) -> tuple[float, float, float]:
+def measure(cache: PagedCache, folder: Path) -> tuple[float, float, float]:
     """Bytes a second of writing, of reading what the system still holds, and of reading from the disk."""
     folder.mkdir(parents=True)
     try:

@@ -7,17 +7,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from latentkv.cache import LatentCache
     from latentkv.engine import SamplingParams, Structure
     from latentkv.llm import LLM
     from latentkv.models.mla import MultiHeadLatentAttention
     from latentkv.ops import mla_decode
+    from latentkv.state import PagedCache
 
-__all__ = ["LLM", "LatentCache", "MultiHeadLatentAttention", "SamplingParams", "Structure", "mla_decode"]
+__all__ = ["LLM", "MultiHeadLatentAttention", "PagedCache", "SamplingParams", "Structure", "mla_decode"]
 
 _HOMES = {
     "LLM": "latentkv.llm",
-    "LatentCache": "latentkv.cache",
+    "PagedCache": "latentkv.state",
     "MultiHeadLatentAttention": "latentkv.models.mla",
     "SamplingParams": "latentkv.engine",
     "Structure": "latentkv.engine",

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import torch
 from torch import Tensor
 
-from latentkv.cache import KVFormat
 from latentkv.completion import Completion, Piece, TextOutput, best_of, join_pieces, submit_for_text
 from latentkv.engine import Constraint, Request, SamplingParams, Structure
 from latentkv.engine.request import validate_token_ids
@@ -29,6 +28,7 @@ from latentkv.errors import EngineStoppedError, RequestError
 from latentkv.llm_loading import LoadOptions, load
 from latentkv.llm_options import Draft, as_device, as_dtype, named_end_ids
 from latentkv.progress import progress_bar
+from latentkv.state import KVFormat
 from latentkv.text import Tokenizer
 from latentkv.text.chat import text_length
 

@@ -8,7 +8,6 @@ from typing import Literal
 
 import torch
 
-from latentkv.cache import KVFormat, LatentCache, PageStore, StoreFolder
 from latentkv.checkpoint.identity import weights_digest
 from latentkv.checkpoint.source import resolve_model
 from latentkv.checkpoint.tensors import Tensors
@@ -38,6 +37,7 @@ from latentkv.models.loading import load_model
 from latentkv.models.mla import MultiHeadLatentAttention
 from latentkv.models.packing import Packing, choose_packing
 from latentkv.models.stored_config import open_checkpoint
+from latentkv.state import KVFormat, PagedCache, PageStore, StoreFolder
 from latentkv.text import Tokenizer
 from latentkv.weights.packed_file import PackedFile
 
@@ -73,7 +73,7 @@ class LoadedModel:
     max_context: int
     decoder: Decoder
     packed_file: PackedFile | None
-    cache: LatentCache
+    cache: PagedCache
     store: PageStore | None
     engine: Engine
 
@@ -145,7 +145,7 @@ def _cache(
     packed_file: PackedFile | None,
     folder: Path,
     options: LoadOptions,
-) -> LatentCache:
+) -> PagedCache:
     """The cache, of as many bytes as were asked for or as there is room for."""
     planes = decoder.config.planes(kv_format(options.kv_dtype, decoder.dtype), num_mtp_layers=int(by_mtp))
     num_bytes = options.kv_cache_bytes
@@ -154,10 +154,10 @@ def _cache(
         free = beside_weights(free, packed_file.nbytes, folder)
     if num_bytes is None:
         num_bytes = default_cache_bytes(planes, max_context, free)
-    return LatentCache.sized(planes, num_bytes, device=options.device)
+    return PagedCache.sized(planes, num_bytes, device=options.device)
 
 
-def _drafter(decoder: Decoder, cache: LatentCache, by_mtp: bool, options: LoadOptions) -> AdaptiveDrafter | None:
+def _drafter(decoder: Decoder, cache: PagedCache, by_mtp: bool, options: LoadOptions) -> AdaptiveDrafter | None:
     if not options.speculate:
         return None
     drafters: list[Drafter] = [] if options.draft == "mtp" else [NGramDrafter()]

@@ -10,13 +10,13 @@ from typing import Literal, cast, get_args
 
 import torch
 
-from latentkv.cache import KVFormat
 from latentkv.checkpoint.tensors import Tensors
 from latentkv.errors import CacheError, ConfigError
 from latentkv.models.config import MLAConfig, ModelConfig
 from latentkv.models.decoder import Decoder
 from latentkv.models.stored_config import stored_dtype
 from latentkv.ops.backends import why_no_int8_products, why_not_native
+from latentkv.state import KVFormat
 from latentkv.text import Tokenizer, has_tokenizer, load_tokenizer, require_match
 from latentkv.weights.packed_folder import PackedFolder
 

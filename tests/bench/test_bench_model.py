@@ -13,7 +13,6 @@ from latentkv.bench.model_contenders import OtherProgram, OwnDecoder
 from latentkv.bench.model_report import model_facts, model_table, plot_decode
 from latentkv.bench.model_variants import mha_config, mha_twin
 from latentkv.bench.step_work import decode_flops, prefill_flops, weight_bytes_read, weight_format
-from latentkv.cache import LatentCache
 from latentkv.errors import RequestError
 from latentkv.kernels import current_isa
 from latentkv.llm import LLM
@@ -22,6 +21,7 @@ from latentkv.models.config_reader import read_config
 from latentkv.models.decoder import Decoder
 from latentkv.models.loading import save_pretrained
 from latentkv.models.packing import Packing, pack_module
+from latentkv.state import PagedCache
 from latentkv.weights.formats import INT4, INT8
 
 PROBE = CeilingProbe(gemm_size=16, buffer_mib=1)
@@ -240,7 +240,7 @@ def test_the_twin_shares_all_but_attention_and_runs():
     assert mha_config(decoder.config).attention == GQAConfig(num_kv_heads=2, head_dim=16)
     own, shared = dict(decoder.named_parameters()), dict(twin.named_parameters())
     assert all(own[name] is shared[name] for name in own if "self_attn" not in name)
-    logits = OwnDecoder(twin, LatentCache(twin.config.planes("bf16"), 2)).logits([1, 2, 3])
+    logits = OwnDecoder(twin, PagedCache(twin.config.planes("bf16"), 2)).logits([1, 2, 3])
     assert logits.isfinite().all()
     with pytest.raises(RequestError, match="no latent attention"):
         mha_config(twin.config)

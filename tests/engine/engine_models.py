@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from latentkv.cache import LatentCache
 from latentkv.models.config_reader import read_config
 from latentkv.models.decoder import Decoder
+from latentkv.state import PagedCache
 
 VOCAB = 61
 
@@ -60,6 +60,6 @@ def tiny_decoder(kind: str) -> Decoder:
     return Decoder(read_config((CONFIGS | {"mtp": MTP})[kind])).eval().requires_grad_(False)
 
 
-def cache_for(decoder: Decoder, num_pages: int, page_size: int = 8) -> LatentCache:
+def cache_for(decoder: Decoder, num_pages: int, page_size: int = 8) -> PagedCache:
     planes = decoder.config.planes("fp32", num_mtp_layers=len(decoder.mtp))
-    return LatentCache(planes, num_pages, page_size=page_size)
+    return PagedCache(planes, num_pages, page_size=page_size)

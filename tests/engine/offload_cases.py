@@ -7,15 +7,15 @@ from pathlib import Path
 import torch
 from engine_models import VOCAB, cache_for, tiny_decoder
 
-from latentkv.cache import LatentCache, PageStore, StoreFolder
 from latentkv.engine import Engine, Request, SamplingParams
 from latentkv.models.decoder import Decoder
+from latentkv.state import PagedCache, PageStore, StoreFolder
 
 PAGE = 8  # tokens, see cache_for
 BLOCK = 4096  # bytes that the file of a page takes
 
 
-def store_for(folder: Path, cache: LatentCache, *, max_bytes: int = 1 << 20, fingerprint: bytes = b"tiny") -> PageStore:
+def store_for(folder: Path, cache: PagedCache, *, max_bytes: int = 1 << 20, fingerprint: bytes = b"tiny") -> PageStore:
     return PageStore(StoreFolder(folder), max_bytes, fingerprint, cache)
 
 

@@ -2,10 +2,10 @@ import pytest
 import torch
 from engine_models import CONFIGS, VOCAB, cache_for, tiny_decoder
 
-from latentkv.cache import LatentCache
 from latentkv.engine import Engine, Request, SamplingParams
 from latentkv.errors import CacheError, CheckpointError, RequestError
 from latentkv.models.decoder import Decoder
+from latentkv.state import PagedCache
 
 PROMPTS = [[5, 9, 33], [7], [11, 3, 8, 21, 40, 2, 17, 1, 60, 13, 14], [50] * 25]
 PAGES = 40
@@ -39,7 +39,7 @@ def run(decoder: Decoder, requests: list[Request], *, pages: int = PAGES, chunk:
     return result
 
 
-def assert_all_free(cache: LatentCache) -> None:
+def assert_all_free(cache: PagedCache) -> None:
     cache.check()
     assert cache.pool.free_pages == cache.num_pages
 

@@ -7,7 +7,6 @@ import torch
 from draft_oracle import CheckedMTPDrafter
 from engine_models import MTP, VOCAB, cache_for, tiny_decoder
 
-from latentkv.cache import LatentCache
 from latentkv.engine import Engine, Request, SamplingParams, mtp
 from latentkv.engine import replay as replay_module
 from latentkv.engine.mtp import MTPDrafter
@@ -15,6 +14,7 @@ from latentkv.kernels import available_isas
 from latentkv.models.config_reader import read_config
 from latentkv.models.decoder import Decoder
 from latentkv.models.packing import Packing, pack_module
+from latentkv.state import PagedCache
 
 PROMPT = [(7 * i + i * i) % VOCAB for i in range(29)]
 
@@ -90,7 +90,7 @@ def test_recorded_steps_draft_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     pack_module(decoder, Packing())
 
     def drafts() -> tuple[list[list[int]], MTPDrafter]:
-        cache = LatentCache(decoder.config.planes("bf16", num_mtp_layers=1), 40, page_size=8)
+        cache = PagedCache(decoder.config.planes("bf16", num_mtp_layers=1), 40, page_size=8)
         drafter = mtp.MTPDrafter(decoder, cache)
         proposed: list[list[int]] = []
         propose = drafter.propose

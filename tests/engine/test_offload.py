@@ -13,11 +13,12 @@ import pytest
 from engine_models import cache_for, tiny_decoder
 from offload_cases import BLOCK, PAGE, ask, engine_for, forget, naive, settle, store_for, tokens
 
-from latentkv.cache import PageStore, store
 from latentkv.engine import Engine, offload
 from latentkv.engine.loading import Loading
 from latentkv.engine.scheduler import Scheduler
 from latentkv.engine.sequence import Sequence
+from latentkv.state import PageStore
+from latentkv.state.store import page_store
 
 PROMPT = [9, 4, 7, 30, 11, 2, 55, 41] * 5 + [17, 3]  # five pages and a bit
 OTHER = [60 - token for token in PROMPT]
@@ -37,13 +38,13 @@ def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
 @pytest.fixture
 def gate(monkeypatch: pytest.MonkeyPatch):
     """Holds up every reading of a page until it is opened."""
-    opened, read = threading.Event(), store.read_page
+    opened, read = threading.Event(), page_store.read_page
 
     def held_up(*args) -> None:
         assert opened.wait(20)
         read(*args)
 
-    monkeypatch.setattr(store, "read_page", held_up)
+    monkeypatch.setattr(page_store, "read_page", held_up)
     yield opened
     opened.set()
 
@@ -298,7 +299,7 @@ def test_a_disk_that_is_full_is_told_once_and_left_alone_for_a_while(tmp_path: P
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr(store, "write_page", full)
+        patch.setattr(page_store, "write_page", full)
         for prompt in (PROMPT, OTHER):
             assert tokens(engine, ask(prompt)) == [naive(engine.runner.decoder, prompt, 6)]
         settle(engine)

@@ -1,13 +1,13 @@
 import pytest
 from engine_models import cache_for, tiny_decoder
 
-from latentkv.cache import LatentCache
 from latentkv.engine.scheduler import FAIR_SHARE, Scheduler
 from latentkv.engine.sequence import Sequence
+from latentkv.state import PagedCache
 
 
 @pytest.fixture
-def cache() -> LatentCache:
+def cache() -> PagedCache:
     return cache_for(tiny_decoder("mla"), 100)
 
 
@@ -23,7 +23,7 @@ def go(scheduler: Scheduler, budget: int) -> dict[int, int]:
     return {sequence.index: count for sequence, count in shares}
 
 
-def test_those_that_decode_take_part_in_every_step_beside_a_long_prompt(cache: LatentCache):
+def test_those_that_decode_take_part_in_every_step_beside_a_long_prompt(cache: PagedCache):
     scheduler = Scheduler(cache)
     scheduler.add(Sequence(0, [1, 2, 3]))
     assert go(scheduler, 16) == {0: 3}
@@ -34,7 +34,7 @@ def test_those_that_decode_take_part_in_every_step_beside_a_long_prompt(cache: L
     assert go(scheduler, 16) == {0: 1, 1: 1}
 
 
-def test_a_short_prompt_does_not_wait_for_a_long_one_before_it(cache: LatentCache):
+def test_a_short_prompt_does_not_wait_for_a_long_one_before_it(cache: PagedCache):
     scheduler = Scheduler(cache)
     scheduler.add(Sequence(0, list(range(600))))
     scheduler.add(Sequence(1, [9] * 100))
@@ -42,7 +42,7 @@ def test_a_short_prompt_does_not_wait_for_a_long_one_before_it(cache: LatentCach
     assert go(scheduler, budget) == {0: budget - 100, 1: 100}
 
 
-def test_a_step_reads_as_many_short_prompts_as_it_has_room_for(cache: LatentCache):
+def test_a_step_reads_as_many_short_prompts_as_it_has_room_for(cache: PagedCache):
     scheduler = Scheduler(cache)
     for index in range(12):
         scheduler.add(Sequence(index, [index] * 25))
@@ -50,7 +50,7 @@ def test_a_step_reads_as_many_short_prompts_as_it_has_room_for(cache: LatentCach
     assert go(scheduler, 2 * FAIR_SHARE) == {**dict.fromkeys(range(10), 1), 10: 25, 11: 25}
 
 
-def test_a_long_prompt_moves_on_under_a_stream_of_short_ones(cache: LatentCache):
+def test_a_long_prompt_moves_on_under_a_stream_of_short_ones(cache: PagedCache):
     scheduler = Scheduler(cache)
     scheduler.add(Sequence(0, list(range(300))))
     for index in range(1, 6):
@@ -58,7 +58,7 @@ def test_a_long_prompt_moves_on_under_a_stream_of_short_ones(cache: LatentCache)
         assert go(scheduler, 32)[0] > 0
 
 
-def test_prompts_are_read_in_the_order_in_which_they_came_where_there_is_no_room_for_fairness(cache: LatentCache):
+def test_prompts_are_read_in_the_order_in_which_they_came_where_there_is_no_room_for_fairness(cache: PagedCache):
     scheduler = Scheduler(cache)
     scheduler.add(Sequence(1, [2] * 20))
     scheduler.add(Sequence(0, [1] * 20))
@@ -85,7 +85,7 @@ def test_the_youngest_makes_room_and_the_oldest_goes_on():
     assert cache.pool.free_pages == 4
 
 
-def test_a_known_beginning_is_not_read_again_but_the_last_token_is(cache: LatentCache):
+def test_a_known_beginning_is_not_read_again_but_the_last_token_is(cache: PagedCache):
     scheduler = Scheduler(cache)
     prompt = list(range(24))
     scheduler.add(Sequence(0, list(prompt)))
@@ -98,7 +98,7 @@ def test_a_known_beginning_is_not_read_again_but_the_last_token_is(cache: Latent
     assert go(scheduler, 100)[3] == 24
 
 
-def test_a_prompt_waits_for_another_that_is_reading_the_same_pages(cache: LatentCache):
+def test_a_prompt_waits_for_another_that_is_reading_the_same_pages(cache: PagedCache):
     scheduler = Scheduler(cache)
     scheduler.add(Sequence(0, list(range(40))))
     scheduler.add(Sequence(1, list(range(40))))
@@ -110,7 +110,7 @@ def test_a_prompt_waits_for_another_that_is_reading_the_same_pages(cache: Latent
     assert read <= 8
 
 
-def test_no_more_than_max_running_hold_pages(cache: LatentCache):
+def test_no_more_than_max_running_hold_pages(cache: PagedCache):
     scheduler = Scheduler(cache, max_running=2)
     for index in range(5):
         scheduler.add(Sequence(index, [index + 1]))
@@ -136,7 +136,7 @@ def test_a_draft_gets_the_pages_that_are_free_and_is_no_longer_than_they_are():
     assert cache.pool.free_pages == 0
 
 
-def test_nobody_drafts_while_a_prompt_could_be_read(cache: LatentCache):
+def test_nobody_drafts_while_a_prompt_could_be_read(cache: PagedCache):
     scheduler = Scheduler(cache)
     scheduler.add(Sequence(0, [1]))
     go(scheduler, 100)

@@ -9,13 +9,13 @@ import pytest
 from draft_oracle import CheckedMTPDrafter
 
 from latentkv import LLM, SamplingParams
-from latentkv.cache import LatentCache
 from latentkv.engine import Engine
 from latentkv.engine.adaptive import AdaptiveDrafter
 from latentkv.engine.drafts import Drafter, NGramDrafter
 from latentkv.engine.mtp import MTPDrafter
 from latentkv.models.decoder import Decoder
 from latentkv.ops import KVFormat
+from latentkv.state import PagedCache
 
 PROMPTS = [
     "It was a dark night, and",
@@ -23,7 +23,7 @@ PROMPTS = [
     "The carriage stopped before the gate of the old house. The carriage stopped",
     "He",
 ]
-DRAFTERS: dict[str, Callable[[Decoder, LatentCache], Drafter]] = {
+DRAFTERS: dict[str, Callable[[Decoder, PagedCache], Drafter]] = {
     "ngram": lambda decoder, cache: NGramDrafter(),
     "mtp": MTPDrafter,
     "both": lambda decoder, cache: AdaptiveDrafter(NGramDrafter(), MTPDrafter(decoder, cache)),
@@ -37,7 +37,7 @@ def llm(dtype: str) -> LLM:
 
 def run(
     dtype: str,
-    drafter: Callable[[Decoder, LatentCache], Drafter] | None = None,
+    drafter: Callable[[Decoder, PagedCache], Drafter] | None = None,
     most: int = 0,
     *,
     temperature: float = 0,
@@ -48,7 +48,7 @@ def run(
     """Tokens of all prompts in a cache so small that they wait for each other and give their pages back."""
     own, params = llm(dtype), SamplingParams(max_tokens=tokens, temperature=temperature, seed=1, ignore_eos=True)
     planes = own.config.planes(kv_format or own.cache.format, num_mtp_layers=1)
-    cache = LatentCache(planes, pages, page_size=16)
+    cache = PagedCache(planes, pages, page_size=16)
     engine = Engine(
         own.decoder, cache, drafter=drafter(own.decoder, cache) if drafter else None, most_drafted=most, step_tokens=24
     )

@@ -143,7 +143,7 @@ def test_line_18_prefixes_are_shared_within_a_salt_only(llm: LLM) -> None:
 
 def test_line_18_a_prefix_is_found_by_its_tokens_not_by_a_hash_of_them(llm: LLM) -> None:
     # hash(-1) == hash(-2) in CPython: keys that collide must still be told apart.
-    from latentkv.cache import PagePool, PrefixIndex
+    from latentkv.state import PagePool, PrefixIndex
 
     pool = PagePool(4)
     index = PrefixIndex(pool, 1)

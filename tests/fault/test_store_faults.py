@@ -18,9 +18,9 @@ from pathlib import Path
 import pytest
 
 from latentkv import LLM
-from latentkv.cache import StoreFolder
 from latentkv.errors import CacheError
 from latentkv.files import open_regular
+from latentkv.state import StoreFolder
 from live_server import Live, serving
 from stored_models import GREEDY, MLA, PROMPT, write_model
 

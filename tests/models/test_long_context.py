@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from latentkv import ops
-from latentkv.cache import LatentCache
 from latentkv.models.batch import Batch
 from latentkv.models.config_reader import read_config
 from latentkv.models.decoder import Decoder
 from latentkv.models.mla import MultiHeadLatentAttention
 from latentkv.plan import make_plan
+from latentkv.state import PagedCache
 from latentkv.text.bpe_trainer import train_bpe
 
 CONTEXT, STEPS, CHUNK, PAGES = 131_072, 32, 4096, 2048
@@ -69,7 +69,7 @@ def test_128k_tokens_of_text_are_exact_and_cost_what_plan_says() -> None:
         for parameter in decoder.parameters():
             if parameter.ndim == 2:  # scores with a spread that makes the softmax choose
                 parameter.mul_(3)
-    cache = LatentCache(config.planes("bf16"), PAGES)
+    cache = PagedCache(config.planes("bf16"), PAGES)
     (predicted,) = (
         row.cache_bytes for row in make_plan("it", config, memory=(), context=CONTEXT).cache if row.this_model
     )

@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from latentkv import kernels
-from latentkv.cache import LatentCache
 from latentkv.checkpoint.names import published_name
 from latentkv.errors import ConfigError
 from latentkv.models.batch import Batch
@@ -22,6 +21,7 @@ from latentkv.models.loading import load_model
 from latentkv.models.mla import Form
 from latentkv.models.packing import Packing, choose_packing
 from latentkv.ops.backends import compact_is_fast
+from latentkv.state import PagedCache
 from latentkv.weights import PackedWeight, quantize_weight
 from latentkv.weights.formats import INT4, INT8, ROUNDED_TO
 from latentkv.weights.policy import choose_scheme
@@ -46,7 +46,7 @@ def checkpoint(name: str) -> Path:
 
 def logits(decoder: Decoder) -> torch.Tensor:
     """Of IDS: a prompt in two pieces, then token by token."""
-    cache = LatentCache(decoder.config.planes("fp32"), num_pages=4, page_size=PAGE)
+    cache = PagedCache(decoder.config.planes("fp32"), num_pages=4, page_size=PAGE)
     pages, rows, done = cache.pool.allocate(4), [], 0
     with torch.inference_mode():
         for length in [20, 17, *[1] * 8]:

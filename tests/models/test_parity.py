@@ -13,10 +13,10 @@ import pytest
 import torch
 from families_for_tests import CASES, VOCAB, Case, save_checkpoint
 
-from latentkv.cache import LatentCache
 from latentkv.models.batch import Batch
 from latentkv.models.decoder import Decoder
 from latentkv.models.loading import load_model
+from latentkv.state import PagedCache
 
 PREFILL, STEPS, PAGE = 37, 32, 16
 TOLERANCE = 1e-4  # of the largest logit
@@ -39,7 +39,7 @@ def reference(name: str) -> tuple[Path, torch.Tensor]:
 
 def run(decoder: Decoder, lengths: list[int], form: str | None = None) -> torch.Tensor:
     """Logits of IDS fed through the cache in steps of the given lengths."""
-    cache = LatentCache(decoder.config.planes("fp32"), num_pages=8, page_size=PAGE)
+    cache = PagedCache(decoder.config.planes("fp32"), num_pages=8, page_size=PAGE)
     cache.pool.allocate(2)  # so that the sequence's pages do not begin at 0
     pages = cache.pool.allocate(cache.pages_for(len(IDS)))[::-1]
     logits, done = [], 0

@@ -14,11 +14,11 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.deepseek_ocr2.modeling_deepseek_ocr2 import DeepseekOcr2TextModel
 
-from latentkv.cache import LatentCache
 from latentkv.models.batch import Batch
 from latentkv.models.config import GQAConfig
 from latentkv.models.decoder import Decoder
 from latentkv.models.loading import load_model, save_pretrained
+from latentkv.state import PagedCache
 
 IDS = torch.randint(3, VOCAB, (24,), generator=torch.Generator().manual_seed(3)).tolist()
 PAGE = 16
@@ -58,7 +58,7 @@ def stored(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, torch.
 
 def run(decoder: Decoder) -> torch.Tensor:
     """Logits of IDS: a prompt of 20 tokens, then one at a time."""
-    cache = LatentCache(decoder.config.planes("fp32"), num_pages=4, page_size=PAGE)
+    cache = PagedCache(decoder.config.planes("fp32"), num_pages=4, page_size=PAGE)
     pages = cache.pool.allocate(cache.pages_for(len(IDS)))
     logits, done = [], 0
     with torch.inference_mode():

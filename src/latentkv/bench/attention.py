@@ -23,8 +23,8 @@ from latentkv.bench.decode_case import DecodeCase
 from latentkv.bench.environment import Environment, describe_environment
 from latentkv.bench.shapes import AttentionShape
 from latentkv.bench.timing import Contender, Timing, time_interleaved, torch_threads
-from latentkv.cache.layout import KVFormat
 from latentkv.errors import OpError, RequestError
+from latentkv.state.spec import KVFormat
 
 CONTEXTS = (1024, 8192, 32768)
 TRANSFORMERS_ATTENTIONS = ("sdpa", "eager")

@@ -13,11 +13,11 @@ from torch.nn import functional
 
 from latentkv.bench.decode_case import NORM_EPS, DecodeCase, rope_of
 from latentkv.bench.shapes import StepForm
-from latentkv.cache import KVFormat, LatentCache, LatentPlane
 from latentkv.models.batch import Batch
 from latentkv.models.mla import MultiHeadLatentAttention
 from latentkv.models.packing import choose_packing, pack_module
 from latentkv.ops import write_latents
+from latentkv.state import KVFormat, LatentSpec, PagedCache
 
 LATENTKV, TRANSFORMERS, MHA_SDPA, MHA_MATMUL = "LatentKV", "transformers", "MHA, SDPA", "MHA, matmul"
 
@@ -42,7 +42,7 @@ class Entry:
 
 
 def latentkv_entry(case: DecodeCase, kv_format: KVFormat) -> Entry:
-    """`MultiHeadLatentAttention` over a paged `LatentCache`, its pages in no order, as after hours of serving."""
+    """`MultiHeadLatentAttention` over a paged `PagedCache`, its pages in no order, as after hours of serving."""
     mla = case.shape.mla
     module = MultiHeadLatentAttention(
         case.shape.hidden_size,
@@ -61,7 +61,7 @@ def latentkv_entry(case: DecodeCase, kv_format: KVFormat) -> Entry:
     if packing is not None:  # as a model is when it is loaded
         pack_module(module, packing)
     planned = case.shape.plan(case.context, kv_format).cache[0].cache_bytes
-    cache = LatentCache.sized([LatentPlane(1, mla.kv_lora_rank, mla.qk_rope_head_dim, kv_format)], planned)
+    cache = PagedCache.sized([LatentSpec(1, mla.kv_lora_rank, mla.qk_rope_head_dim, kv_format)], planned)
     pages = cache.pool.allocate(cache.pages_for(case.context))
     order = torch.randperm(len(pages), generator=torch.Generator().manual_seed(0)).tolist()
     pages = [pages[i] for i in order]

@@ -12,9 +12,9 @@ import torch
 
 from latentkv.bench.model_contenders import OwnDecoder
 from latentkv.bench.timing import Contender, time_interleaved
-from latentkv.cache.layout import KVFormat
 from latentkv.llm import LLM
 from latentkv.models.config_reader import read_config
+from latentkv.state.spec import KVFormat
 
 DEPTH = 4096
 """Tokens in the cache, where the models take so many."""

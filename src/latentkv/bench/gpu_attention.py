@@ -12,12 +12,12 @@ from torch import Tensor
 from latentkv import ops
 from latentkv.bench.gpu_timing import GpuCeilings, GpuEnvironment, describe_gpu, time_on
 from latentkv.bench.mla_decode import LATENT_DIM, ROPE_DIM, TOLERANCE
-from latentkv.cache.layout import PAGE_SIZE, LatentPlane
 from latentkv.errors import OpError, RequestError
 from latentkv.ops import KVFormat
 from latentkv.ops.backends import why_not_triton
 from latentkv.ops.triton.blocks import AttendBlocks
 from latentkv.ops.triton.launch import Launch
+from latentkv.state.spec import PAGE_SIZE, LatentSpec
 
 KV_FORMATS: tuple[KVFormat, ...] = ("bf16", "fp8")
 CALLS = 5
@@ -109,7 +109,7 @@ class PagedCase:
         generator = torch.Generator(device).manual_seed(0)
         pages_each = -(-case.context // PAGE_SIZE)
         count = case.batch * pages_each
-        (pages,) = LatentPlane(1, LATENT_DIM, ROPE_DIM, kv_format).allocate(count, PAGE_SIZE, device)
+        (pages,) = LatentSpec(1, LATENT_DIM, ROPE_DIM, kv_format).allocate(count, PAGE_SIZE, device)
         order = torch.randperm(count, generator=generator, device=device)
         for slots in torch.arange(count * PAGE_SIZE, device=device).split(_WRITTEN_TOKENS):
             tokens = torch.randn(len(slots), LATENT_DIM + ROPE_DIM, generator=generator, device=device).bfloat16()

@@ -13,10 +13,10 @@ from latentkv import ops
 from latentkv.bench.ceilings import CeilingProbe
 from latentkv.bench.environment import Environment, describe_environment
 from latentkv.bench.timing import Contender, time_interleaved, torch_threads
-from latentkv.cache.layout import PAGE_SIZE, LatentPlane
 from latentkv.errors import OpError, RequestError
 from latentkv.ops import KVFormat
 from latentkv.ops.backends import why_no_int8_products
+from latentkv.state.spec import PAGE_SIZE, LatentSpec
 
 LATENT_DIM, ROPE_DIM = 512, 64
 """L and R of every DeepSeek model."""
@@ -241,7 +241,7 @@ class DecodeEntry:
 def mla_decode_entry(inputs: DecodeInputs, kv_format: KVFormat, *, int8_products: bool = False) -> DecodeEntry:
     """`mla_decode` over pages in no order, as after hours of serving."""
     batch, context, _ = inputs.latents.shape
-    plane = LatentPlane(inputs.layers, LATENT_DIM, ROPE_DIM, kv_format)
+    plane = LatentSpec(inputs.layers, LATENT_DIM, ROPE_DIM, kv_format)
     pages_each = -(-context // PAGE_SIZE)
     caches = list(plane.allocate(batch * pages_each, PAGE_SIZE))
     order = torch.randperm(batch * pages_each, generator=torch.Generator().manual_seed(0))

@@ -18,13 +18,13 @@ from latentkv.bench.model_contenders import ModelContender, OtherProgram, OwnDec
 from latentkv.bench.model_variants import mha_twin
 from latentkv.bench.step_work import decode_flops, prefill_flops, weight_bytes_read, weight_format
 from latentkv.bench.timing import Timing, time_once, torch_threads
-from latentkv.cache import LatentCache
 from latentkv.errors import RequestError
 from latentkv.llm import LLM
 from latentkv.models.config import MLAConfig, ModelConfig
 from latentkv.models.packing import choose_packing
 from latentkv.ops.native.recording import kernel_seconds
 from latentkv.plan.parameters import count_parameters
+from latentkv.state import PagedCache
 
 Phase = Literal["prefill", "decode"]
 
@@ -256,7 +256,7 @@ def _mha_entry(llm: LLM, weights: str | None, deepest: int) -> Entry:
     packing = choose_packing(weights, llm.decoder.dtype, torch.device("cpu"))
     twin = mha_twin(llm.decoder, packing)
     planes = twin.config.planes("fp32" if llm.decoder.dtype == torch.float32 else "bf16")
-    cache = LatentCache(planes, -(-(deepest + 64) // llm.cache.page_size) + 1)
+    cache = PagedCache(planes, -(-(deepest + 64) // llm.cache.page_size) + 1)
     return Entry(OwnDecoder(twin, cache), twin.config, weight_bytes_read(twin), cache.bytes_per_token)
 
 

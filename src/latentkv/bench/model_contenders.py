@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from latentkv import ops
-from latentkv.cache import LatentCache
-from latentkv.cache.layout import LatentPlane
 from latentkv.engine.runner import PREFILL_CHUNK, Runner
 from latentkv.engine.sequence import Sequence as TokenSequence
 from latentkv.errors import RequestError
 from latentkv.models.decoder import Decoder
+from latentkv.state import PagedCache
+from latentkv.state.spec import LatentSpec
 
 _FILLED_PAGES = 32
 """Pages that random numbers are drawn for; the others repeat them, for what a cache holds costs no time."""
@@ -57,7 +57,7 @@ class OwnDecoder:
         cache: made of its planes; all of its pages are taken.
     """
 
-    def __init__(self, decoder: Decoder, cache: LatentCache) -> None:
+    def __init__(self, decoder: Decoder, cache: PagedCache) -> None:
         self.decoder, self.cache = decoder, cache
         self._runner = Runner(decoder, cache)
         self._pages = cache.pool.allocate(cache.num_pages)
@@ -100,13 +100,13 @@ class OwnDecoder:
         return self._pages[: self.cache.pages_for(tokens)]
 
 
-def fill_cache(cache: LatentCache) -> None:
+def fill_cache(cache: PagedCache) -> None:
     """Have plausible numbers in every page of every layer."""
     generator = torch.Generator().manual_seed(0)
     count = min(_FILLED_PAGES, cache.num_pages)
     for plane, storage in zip(cache.planes, cache.storage, strict=True):
         for layer in storage:
-            if isinstance(plane, LatentPlane):
+            if isinstance(plane, LatentSpec):
                 drawn = torch.randn(count * cache.page_size, plane.latent_dim + plane.rope_dim, generator=generator)
                 c, k_rope = drawn.split([plane.latent_dim, plane.rope_dim], dim=-1)
                 ops.write_latents(layer, torch.arange(len(drawn)), c, k_rope, kv_format=plane.format)

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from latentkv.cache.layout import KVFormat
 from latentkv.models.config import LayerConfig, MLAConfig, ModelConfig, RopeConfig
 from latentkv.plan import Plan, make_plan
+from latentkv.state.spec import KVFormat
 
 StepForm = Literal["absorbed", "re-expanded", "expanded cache"]
 

@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 
 from latentkv.bench.environment import Environment, describe_environment
 from latentkv.bench.timing import Contender, time_interleaved, torch_threads
-from latentkv.cache import LatentCache
 from latentkv.engine import Engine, SamplingParams
 from latentkv.engine.adaptive import AdaptiveDrafter
 from latentkv.engine.drafts import Drafter, NGramDrafter
 from latentkv.engine.mtp import MTPDrafter
 from latentkv.errors import RequestError
 from latentkv.llm import LLM
+from latentkv.state import PagedCache
 
 OFF = "none"
 PROMPTS = {
@@ -68,10 +68,10 @@ class SpeculationReport:
 class _Writer:
     """One way of drafting: an engine, and what it has written last."""
 
-    def __init__(self, llm: LLM, drafter: Callable[[LatentCache], Drafter] | None, speculate: int) -> None:
+    def __init__(self, llm: LLM, drafter: Callable[[PagedCache], Drafter] | None, speculate: int) -> None:
         # Room for an MTP module for all of them, so that they use the same memory.
         planes = llm.config.planes(llm.cache.format, num_mtp_layers=min(len(llm.decoder.mtp), 1))
-        cache = LatentCache(planes, llm.cache.num_pages, device=llm.decoder.model.norm.weight.device)
+        cache = PagedCache(planes, llm.cache.num_pages, device=llm.decoder.model.norm.weight.device)
         self.llm = llm
         self.engine = Engine(
             llm.decoder, cache, drafter=None if drafter is None else drafter(cache), most_drafted=speculate
@@ -137,7 +137,7 @@ def measure_speculation(
 
 
 def _writers(llm: LLM, speculate: int) -> dict[str, _Writer]:
-    drafters: dict[str, Callable[[LatentCache], Drafter] | None] = {
+    drafters: dict[str, Callable[[PagedCache], Drafter] | None] = {
         OFF: None,
         "n-gram": lambda cache: AdaptiveDrafter(NGramDrafter()),
         "n-gram, always": lambda cache: NGramDrafter(),

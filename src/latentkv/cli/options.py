@@ -14,7 +14,7 @@ from latentkv.ranges import require_range
 
 if TYPE_CHECKING:
     from latentkv import LLM
-    from latentkv.cache import PageStore
+    from latentkv.state import PageStore
 
 MODEL_FORMS = "a folder, its config.json, a .gguf file, or a repo id, also as org/name@revision"
 """What every command takes for a model (`checkpoint.source` reads it)."""

@@ -8,13 +8,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from latentkv.cache import PAGE_SIZE
 from latentkv.engine import SamplingParams
 from latentkv.engine.memory import default_cache_bytes, free_memory
 from latentkv.errors import RequestError
 from latentkv.llm import LLM
 from latentkv.llm_options import tokenizer_of
 from latentkv.models.config_reader import read_config
+from latentkv.state import PAGE_SIZE
 
 TOGETHER = 64
 """Sequences that the source writes at a time."""

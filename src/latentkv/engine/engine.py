@@ -13,7 +13,6 @@ from typing import Literal
 
 from torch import Tensor
 
-from latentkv.cache import LatentCache, PageStore
 from latentkv.engine.constraint import ConstraintState, blocked_tokens
 from latentkv.engine.drafts import Drafter, Wish
 from latentkv.engine.pace import Pace
@@ -25,6 +24,7 @@ from latentkv.engine.sequence import Sequence
 from latentkv.errors import CacheError, RequestError
 from latentkv.models.decoder import Decoder
 from latentkv.models.transfer import take_rows
+from latentkv.state import PagedCache, PageStore
 
 LOADING_SECONDS = 0.05
 """That a step waits for pages of the store where there is nothing else to do."""
@@ -92,7 +92,7 @@ class Engine:
     def __init__(
         self,
         decoder: Decoder,
-        cache: LatentCache,
+        cache: PagedCache,
         eos_ids: Collection[int] = (),
         *,
         step_tokens: int = PREFILL_CHUNK,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from latentkv.cache import PAGE_SIZE, Plane
+from latentkv.state import PAGE_SIZE, LayerSpec
 
 logger = logging.getLogger("latentkv.engine")
 
@@ -47,7 +47,7 @@ def beside_weights(free: int, weights: int, model: Path) -> int:
     return max(free - weights, free // 8)
 
 
-def default_cache_bytes(planes: Sequence[Plane], max_context: int, free: int) -> int:
+def default_cache_bytes(planes: Sequence[LayerSpec], max_context: int, free: int) -> int:
     """The smaller of one context of `max_context` tokens, in whole pages, and half of `free` bytes."""
     page_bytes = PAGE_SIZE * sum(plane.bytes_per_token for plane in planes)
     return min(-(-max_context // PAGE_SIZE) * page_bytes, free // 2)

@@ -8,7 +8,6 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from latentkv.cache import LatentCache
 from latentkv.engine.drafts import Wish
 from latentkv.engine.replay import Replay
 from latentkv.engine.runner import why_not_recorded
@@ -16,6 +15,7 @@ from latentkv.engine.sequence import Sequence
 from latentkv.models.batch import Batch
 from latentkv.models.decoder import Decoder
 from latentkv.models.transfer import take_rows, to_device, to_host
+from latentkv.state import PagedCache
 
 
 class MTPDrafter:
@@ -37,7 +37,7 @@ class MTPDrafter:
         cache: with a layer for the module (`ModelConfig.planes(..., num_mtp_layers=1)`).
     """
 
-    def __init__(self, decoder: Decoder, cache: LatentCache) -> None:
+    def __init__(self, decoder: Decoder, cache: PagedCache) -> None:
         self._decoder = decoder
         self._cache = cache
         self._replay = Replay(decoder.run_mtp, cache, why_not_recorded(decoder))

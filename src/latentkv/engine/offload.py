@@ -8,10 +8,10 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from threading import Semaphore
 
-from latentkv.cache import KnownPage, PageKey, PageStore, PrefixIndex
 from latentkv.engine.counters import Counters
 from latentkv.engine.loading import Loading
 from latentkv.engine.sequence import Sequence
+from latentkv.state import KnownPage, PageKey, PageStore, PrefixIndex
 
 MIN_PAGES = 4
 """Pages of a prefix that is worth a file a page."""

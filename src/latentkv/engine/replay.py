@@ -8,12 +8,12 @@ from typing import Protocol
 
 from torch import Tensor
 
-from latentkv.cache import LatentCache
 from latentkv.kernels import current_isa
 from latentkv.models.batch import Batch
 from latentkv.models.mla import Form
 from latentkv.models.rope import Rotary
 from latentkv.ops.native.recording import NotRecordableError, Recording
+from latentkv.state import PagedCache
 
 MOST_ROWS = 8
 """Larger steps are not recorded: each recording keeps its intermediates, some 70 kB a row and layer of V2-Lite."""
@@ -23,7 +23,7 @@ class Layers(Protocol):
     """What is recorded: `Decoder.run_layers` or `Decoder.run_mtp`."""
 
     def __call__(
-        self, x: Tensor, positions: Rotary, batch: Batch, cache: LatentCache, *, form: Form | None = None
+        self, x: Tensor, positions: Rotary, batch: Batch, cache: PagedCache, *, form: Form | None = None
     ) -> Tensor:
         """Final hidden states."""
         ...
@@ -54,7 +54,7 @@ class Replay:
         why_not: as given, or what recording has found out; None while steps are recorded.
     """
 
-    def __init__(self, layers: Layers, cache: LatentCache, why_not: str | None = None) -> None:
+    def __init__(self, layers: Layers, cache: PagedCache, why_not: str | None = None) -> None:
         self.layers = layers
         self.cache = cache
         self.why_not = why_not

@@ -10,7 +10,6 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from latentkv.cache import LatentCache
 from latentkv.engine.replay import Replay
 from latentkv.engine.sequence import Sequence
 from latentkv.errors import CheckpointError
@@ -18,6 +17,7 @@ from latentkv.models.batch import Batch
 from latentkv.models.decoder import Decoder
 from latentkv.models.mla import Form
 from latentkv.models.transfer import to_host
+from latentkv.state import PagedCache
 
 PREFILL_CHUNK = 2048
 """Tokens that one step reads at most: it bounds the memory of a step, whatever the prompt."""
@@ -34,7 +34,7 @@ class Runner:
         cache: made of the decoder's planes, on its device.
     """
 
-    def __init__(self, decoder: Decoder, cache: LatentCache) -> None:
+    def __init__(self, decoder: Decoder, cache: PagedCache) -> None:
         self.decoder = decoder
         self.cache = cache
         self.device = next(decoder.parameters()).device

@@ -6,11 +6,11 @@ from bisect import insort
 from collections.abc import Iterator
 from itertools import accumulate
 
-from latentkv.cache import LatentCache, PageStore, PrefixIndex
 from latentkv.engine.counters import Counters
 from latentkv.engine.loading import Loading
 from latentkv.engine.offload import Offload
 from latentkv.engine.sequence import Sequence
+from latentkv.state import PagedCache, PageStore, PrefixIndex
 
 MAX_RUNNING = 256
 """Sequences that have pages at once."""
@@ -45,7 +45,7 @@ class Scheduler:
         counters: what has been done.
     """
 
-    def __init__(self, cache: LatentCache, *, max_running: int = MAX_RUNNING, store: PageStore | None = None) -> None:
+    def __init__(self, cache: PagedCache, *, max_running: int = MAX_RUNNING, store: PageStore | None = None) -> None:
         self.running: list[Sequence] = []
         self.waiting: list[Sequence] = []
         self.counters = Counters()

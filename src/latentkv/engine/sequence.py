@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from latentkv.cache import KnownPage, PageKey
 from latentkv.engine.loading import Loading
+from latentkv.state import KnownPage, PageKey
 
 
 @dataclass(eq=False)

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, TypeVar
 
-from latentkv.cache.layout import KeyValuePlane, KVFormat, LatentPlane, Plane
 from latentkv.errors import ConfigError
+from latentkv.state.spec import KeyValueSpec, KVFormat, LatentSpec, LayerSpec
 
 T = TypeVar("T")
 
@@ -179,12 +179,12 @@ class ModelConfig:
         found = [layer.moe for layer in self.layers if layer.moe is not None]
         return self._same("experts", found) if found else None
 
-    def planes(self, kv_format: KVFormat, num_mtp_layers: int = 0) -> tuple[Plane, ...]:
+    def planes(self, kv_format: KVFormat, num_mtp_layers: int = 0) -> tuple[LayerSpec, ...]:
         """What the cache of this model stores for each token, in `kv_format` (MTP layers only if asked for)."""
         layers, attention = self.num_layers + num_mtp_layers, self.attention
         if isinstance(attention, MLAConfig):
-            return (LatentPlane(layers, attention.kv_lora_rank, attention.qk_rope_head_dim, kv_format),)
-        return (KeyValuePlane(layers, attention.num_kv_heads, attention.head_dim, kv_format),)
+            return (LatentSpec(layers, attention.kv_lora_rank, attention.qk_rope_head_dim, kv_format),)
+        return (KeyValueSpec(layers, attention.num_kv_heads, attention.head_dim, kv_format),)
 
     def _same(self, what: str, values: Sequence[T]) -> T:
         if any(value != values[0] for value in values):

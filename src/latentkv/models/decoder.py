@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from latentkv import ops
-from latentkv.cache import LatentCache
 from latentkv.models.batch import Batch
 from latentkv.models.config import LayerConfig, MLAConfig, ModelConfig
 from latentkv.models.gqa import GroupedQueryAttention
@@ -18,6 +17,7 @@ from latentkv.models.mla import Form, MultiHeadLatentAttention
 from latentkv.models.moe import Experts, MoE, Router
 from latentkv.models.packing import Packer
 from latentkv.models.rope import Rotary, rotary
+from latentkv.state import PagedCache
 from latentkv.weights import PackedWeight
 
 
@@ -41,7 +41,7 @@ class DecoderLayer(nn.Module):
         positions: Rotary,
         batch: Batch | None = None,
         pages: Tensor | None = None,
-        cache: LatentCache | None = None,
+        cache: PagedCache | None = None,
         form: Form | None = None,
     ) -> Tensor:
         """[B, S, hidden] whole sequences, or with a batch and its pages [T, hidden] new tokens."""
@@ -159,7 +159,7 @@ class Decoder(nn.Module):
                 nn.init.normal_(module.gate_up_proj, std=std)
                 nn.init.normal_(module.down_proj, std=std)
 
-    def forward(self, batch: Batch, cache: LatentCache, *, form: Form | None = None) -> Tensor:
+    def forward(self, batch: Batch, cache: PagedCache, *, form: Form | None = None) -> Tensor:
         """One step over the paged cache.
 
         Args:
@@ -177,7 +177,7 @@ class Decoder(nn.Module):
         return self.embed(batch.input_ids), self._rotary(batch.positions)
 
     def run_layers(
-        self, x: Tensor, positions: Rotary, batch: Batch, cache: LatentCache, *, form: Form | None = None
+        self, x: Tensor, positions: Rotary, batch: Batch, cache: PagedCache, *, form: Form | None = None
     ) -> Tensor:
         """`forward` from what `inputs` gives on."""
         for index, layer in enumerate(self.model.layers):
@@ -223,7 +223,7 @@ class Decoder(nn.Module):
         return self._mtp_module.join(hidden, x), positions
 
     def run_mtp(
-        self, x: Tensor, positions: Rotary, batch: Batch, cache: LatentCache, *, form: Form | None = None
+        self, x: Tensor, positions: Rotary, batch: Batch, cache: PagedCache, *, form: Form | None = None
     ) -> Tensor:
         """One step of the first MTP module over the paged cache, whose layer after the model's own is the module's.
 

@@ -7,11 +7,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from latentkv import ops
-from latentkv.cache.layout import KVFormat
 from latentkv.models.batch import Batch
 from latentkv.models.config import GQAConfig, RopeConfig
 from latentkv.models.layers import Linear, RMSNorm
 from latentkv.models.rope import Rotary
+from latentkv.state.spec import KVFormat
 
 
 class GroupedQueryAttention(nn.Module):

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from latentkv import ops
-from latentkv.cache.layout import KVFormat
 from latentkv.errors import ConfigError
 from latentkv.models.batch import Batch
 from latentkv.models.config import MLAConfig, RopeConfig
 from latentkv.models.layers import Linear, RMSNorm
 from latentkv.models.packing import Packer
 from latentkv.models.rope import Rotary, rotary
+from latentkv.state.spec import KVFormat
 from latentkv.weights import PackedWeight
 
 Form = Literal["absorbed", "expanded"]

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import get_args
 
-from latentkv.cache.layout import PAGE_SIZE, KVFormat, mha_bytes_per_token
 from latentkv.errors import CacheError, RequestError
 from latentkv.models.config import GQAConfig, MLAConfig, ModelConfig
 from latentkv.plan.machine import Memory
@@ -18,6 +17,7 @@ from latentkv.plan.parameters import (
     weight_bytes,
 )
 from latentkv.plan.source import StoredWeights
+from latentkv.state.spec import PAGE_SIZE, KVFormat, mha_bytes_per_token
 
 KV_FORMATS: tuple[KVFormat, ...] = get_args(KVFormat)
 

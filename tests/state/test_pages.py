@@ -2,8 +2,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from latentkv.cache import PagePool
 from latentkv.errors import CacheError
+from latentkv.state import PagePool
 
 
 def test_allocated_pages_are_distinct_and_come_back_when_freed():

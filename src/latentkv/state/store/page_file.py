@@ -19,7 +19,7 @@ import zlib
 from collections.abc import Sequence
 from io import FileIO
 
-from latentkv.cache.page_key import PageKey
+from latentkv.state.store.page_key import PageKey
 
 VERSION = 1
 

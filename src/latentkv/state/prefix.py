@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import count
 
-from latentkv.cache.pool import PagePool
+from latentkv.state.pages import PagePool
 
 Key = tuple[int, tuple[int, ...]]
 

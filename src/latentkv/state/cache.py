@@ -1,4 +1,4 @@
-"""`LatentCache`: the memory behind the pages. A page number means the same tokens in every layer of every plane."""
+"""`PagedCache`: the memory behind the pages. A page number means the same tokens in every layer of every plane."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from latentkv.cache.layout import PAGE_SIZE, KVFormat, Plane
-from latentkv.cache.pool import PagePool
 from latentkv.errors import CacheError
+from latentkv.state.pages import PagePool
+from latentkv.state.spec import PAGE_SIZE, KVFormat, LayerSpec
 
 
-class LatentCache:
+class PagedCache:
     """Paged storage for the attention state of a model's layers, allocated whole and at once.
 
     Args:
@@ -28,7 +28,7 @@ class LatentCache:
 
     def __init__(
         self,
-        planes: Sequence[Plane],
+        planes: Sequence[LayerSpec],
         num_pages: int,
         *,
         page_size: int = PAGE_SIZE,
@@ -52,12 +52,12 @@ class LatentCache:
     @classmethod
     def sized(
         cls,
-        planes: Sequence[Plane],
+        planes: Sequence[LayerSpec],
         kv_cache_bytes: int,
         *,
         page_size: int = PAGE_SIZE,
         device: torch.device | str = "cpu",
-    ) -> LatentCache:
+    ) -> PagedCache:
         """The largest cache of whole pages that fits in `kv_cache_bytes`.
 
         Raises:
@@ -122,9 +122,9 @@ class LatentCache:
             )
 
 
-def _require_sizes(planes: Sequence[Plane], num_pages: int, page_size: int) -> None:
+def _require_sizes(planes: Sequence[LayerSpec], num_pages: int, page_size: int) -> None:
     if not planes:
-        raise CacheError("a cache without planes stores nothing: give at least one LatentPlane or KeyValuePlane")
+        raise CacheError("a cache without planes stores nothing: give at least one LatentSpec or KeyValueSpec")
     if num_pages < 1:
         raise CacheError(f"a cache of {num_pages} pages holds no token: ask for at least one page")
     if page_size < 1:

@@ -2,8 +2,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from latentkv.cache import KnownPage, PagePool, PrefixIndex
 from latentkv.errors import CacheError
+from latentkv.state import KnownPage, PagePool, PrefixIndex
 
 SIZE = 2
 

@@ -15,15 +15,15 @@ from dataclasses import replace
 from io import FileIO
 from pathlib import Path
 
-from latentkv.cache.latent_cache import LatentCache
-from latentkv.cache.page_file import VERSION, DamagedPageError, file_bytes, read_page, write_page
-from latentkv.cache.page_key import PageKey
-from latentkv.cache.store_folder import StoreFolder, open_private
-from latentkv.cache.stored_files import StoredFile, StoredFiles, in_blocks
 from latentkv.errors import CacheError
 from latentkv.files import open_regular
+from latentkv.state.cache import PagedCache
+from latentkv.state.store.folder import StoreFolder, open_private
+from latentkv.state.store.page_file import VERSION, DamagedPageError, file_bytes, read_page, write_page
+from latentkv.state.store.page_key import PageKey
+from latentkv.state.store.stored_files import StoredFile, StoredFiles, in_blocks
 
-logger = logging.getLogger("latentkv.cache")
+logger = logging.getLogger("latentkv.state")
 
 _AHEAD = 16
 """Files that the system is told to read before they are needed: a disk serves several at once."""
@@ -52,7 +52,7 @@ class PageStore:
         CacheError: the folder cannot be used, not even one page fits, or the cache lies on a GPU.
     """
 
-    def __init__(self, folder: StoreFolder, max_bytes: int, fingerprint: bytes, cache: LatentCache) -> None:
+    def __init__(self, folder: StoreFolder, max_bytes: int, fingerprint: bytes, cache: PagedCache) -> None:
         if not all(tensor.is_cpu for tensor in cache.storage):
             raise CacheError("A GPU's cache cannot be stored in files: leave cache_dir out, or use device='cpu'.")
         self._file_bytes = file_bytes(cache.page_size, cache.page_size * cache.bytes_per_token)

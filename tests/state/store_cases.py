@@ -7,26 +7,26 @@ from pathlib import Path
 
 import torch
 
-from latentkv.cache import LatentCache, PageKey, PageStore, Plane, StoreFolder
-from latentkv.cache.layout import KeyValuePlane, LatentPlane
+from latentkv.state import LayerSpec, PagedCache, PageKey, PageStore, StoreFolder
+from latentkv.state.spec import KeyValueSpec, LatentSpec
 
 PAGE = 4  # tokens
-PLANES: dict[str, list[Plane]] = {
-    "fp32": [LatentPlane(2, 16, 8, "fp32")],
-    "bf16": [LatentPlane(3, 32, 8, "bf16")],
-    "fp16": [LatentPlane(1, 30, 8, "fp16")],
-    "int8": [LatentPlane(3, 33, 8, "int8")],
-    "fp8": [LatentPlane(2, 128, 16, "fp8")],
-    "kv": [KeyValuePlane(2, 3, 5, "bf16")],
-    "two planes": [LatentPlane(3, 30, 8, "fp16"), KeyValuePlane(1, 2, 6, "fp32")],
+PLANES: dict[str, list[LayerSpec]] = {
+    "fp32": [LatentSpec(2, 16, 8, "fp32")],
+    "bf16": [LatentSpec(3, 32, 8, "bf16")],
+    "fp16": [LatentSpec(1, 30, 8, "fp16")],
+    "int8": [LatentSpec(3, 33, 8, "int8")],
+    "fp8": [LatentSpec(2, 128, 16, "fp8")],
+    "kv": [KeyValueSpec(2, 3, 5, "bf16")],
+    "two planes": [LatentSpec(3, 30, 8, "fp16"), KeyValueSpec(1, 2, 6, "fp32")],
 }
 BLOCK = 4096  # bytes that the file of each of these pages takes
 MODEL = b"a model"
 
 
-def filled_cache(planes: list[Plane] | None = None, num_pages: int = 8) -> LatentCache:
+def filled_cache(planes: list[LayerSpec] | None = None, num_pages: int = 8) -> PagedCache:
     """A cache whose pages all hold other bytes, NaN patterns among them."""
-    cache = LatentCache(planes or PLANES["bf16"], num_pages, page_size=PAGE)
+    cache = PagedCache(planes or PLANES["bf16"], num_pages, page_size=PAGE)
     generator = random.Random(0)
     for page in range(num_pages):
         for part in cache.page_parts(page):
@@ -34,16 +34,16 @@ def filled_cache(planes: list[Plane] | None = None, num_pages: int = 8) -> Laten
     return cache
 
 
-def content(cache: LatentCache, page: int) -> bytes:
+def content(cache: PagedCache, page: int) -> bytes:
     return b"".join(cache.page_parts(page))
 
 
-def wipe(cache: LatentCache) -> None:
+def wipe(cache: PagedCache) -> None:
     for tensor in cache.storage:
         tensor.view(torch.uint8).fill_(0)
 
 
-def open_store(folder: Path, cache: LatentCache, *, max_bytes: int = 1 << 20, fingerprint: bytes = MODEL) -> PageStore:
+def open_store(folder: Path, cache: PagedCache, *, max_bytes: int = 1 << 20, fingerprint: bytes = MODEL) -> PageStore:
     return PageStore(StoreFolder(folder), max_bytes, fingerprint, cache)
 
 

@@ -13,9 +13,9 @@ from contextlib import suppress
 from io import FileIO
 from pathlib import Path
 
-from latentkv.cache.stored_files import StoredFile, in_blocks
 from latentkv.errors import CacheError
 from latentkv.files import open_regular, sync
+from latentkv.state.store.stored_files import StoredFile, in_blocks
 
 SECRET_BYTES = 32
 

@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from latentkv.cache import PAGE_SIZE, KeyValuePlane, LatentCache, LatentPlane, mha_bytes_per_token
 from latentkv.errors import CacheError, OpError
 from latentkv.ops import encode_latents, read_latents, write_latents
+from latentkv.state import PAGE_SIZE, KeyValueSpec, LatentSpec, PagedCache, mha_bytes_per_token
 
 # layers, kv_lora_rank, qk_rope_head_dim -> bf16 bytes per token, from the published configs.
 PUBLISHED = {
@@ -18,25 +18,25 @@ PUBLISHED = {
 @pytest.mark.parametrize("model", PUBLISHED)
 def test_published_models_cost_their_known_bytes_per_token(model):
     layers, latent_dim, rope_dim, expected = PUBLISHED[model]
-    assert LatentPlane(layers, latent_dim, rope_dim, "bf16").bytes_per_token == expected
+    assert LatentSpec(layers, latent_dim, rope_dim, "bf16").bytes_per_token == expected
 
 
 @pytest.mark.parametrize(("fmt", "row"), [("fp32", 2304), ("bf16", 1152), ("fp16", 1152), ("fp8", 656), ("int8", 592)])
 def test_a_row_of_the_usual_shape_has_its_documented_size(fmt, row):
-    assert LatentPlane(1, 512, 64, fmt).token_bytes == row
+    assert LatentSpec(1, 512, 64, fmt).token_bytes == row
 
 
 def test_int8_is_under_a_sixteenth_of_published_mha():
     # DeepSeek-V2: 128 heads of 128 + 64 key and 128 value dims.
     mha = mha_bytes_per_token(60, 128, 128 + 64, 128)
     assert mha == 60 * 2 * 128 * (128 + 64 + 128)
-    assert LatentPlane(60, 512, 64, "int8").bytes_per_token * 16 < mha
+    assert LatentSpec(60, 512, 64, "int8").bytes_per_token * 16 < mha
 
 
 @pytest.mark.parametrize("fmt", ["fp32", "bf16", "fp16", "fp8", "int8"])
 @pytest.mark.parametrize(("latent_dim", "rope_dim"), [(512, 64), (100, 6), (7, 3)])
 def test_a_latent_plane_allocates_exactly_its_formula(fmt, latent_dim, rope_dim):
-    plane = LatentPlane(3, latent_dim, rope_dim, fmt)
+    plane = LatentSpec(3, latent_dim, rope_dim, fmt)
     pages = plane.allocate(5, 4)
     assert pages.shape[:3] == (3, 5, 4)
     assert pages.nbytes == pages.untyped_storage().nbytes() == plane.bytes_per_token * 4 * 5
@@ -45,7 +45,7 @@ def test_a_latent_plane_allocates_exactly_its_formula(fmt, latent_dim, rope_dim)
 
 @pytest.mark.parametrize("fmt", ["fp32", "bf16", "fp8", "int8"])
 def test_what_is_written_into_a_layer_is_read_back_and_no_other_layer_changes(fmt):
-    cache = LatentCache([LatentPlane(2, 40, 6, fmt)], 3, page_size=4)
+    cache = PagedCache([LatentSpec(2, 40, 6, fmt)], 3, page_size=4)
     generator = torch.Generator().manual_seed(0)
     latents, k_rope = torch.randn(9, 40, generator=generator), torch.randn(9, 6, generator=generator)
     write_latents(cache.layer(1), torch.arange(9), latents, k_rope, kv_format=cache.format)
@@ -58,7 +58,7 @@ def test_what_is_written_into_a_layer_is_read_back_and_no_other_layer_changes(fm
 
 @pytest.mark.parametrize(("fmt", "size"), [("fp32", 4), ("bf16", 2), ("fp16", 2)])
 def test_a_key_value_plane_allocates_exactly_its_formula(fmt, size):
-    plane = KeyValuePlane(2, 3, 8, fmt)
+    plane = KeyValueSpec(2, 3, 8, fmt)
     pages = plane.allocate(5, PAGE_SIZE)
     assert pages.shape == (2, 5, 64, 2, 3, 8)
     assert pages.nbytes == plane.bytes_per_token * 64 * 5
@@ -68,9 +68,9 @@ def test_a_key_value_plane_allocates_exactly_its_formula(fmt, size):
 @pytest.mark.parametrize("fmt", ["fp8", "int8", "fp64"])
 def test_a_key_value_plane_refuses_formats_it_cannot_store(fmt):
     with pytest.raises(CacheError, match=f"{fmt}.*fp32, bf16, fp16"):
-        KeyValuePlane(1, 1, 8, fmt)
+        KeyValueSpec(1, 1, 8, fmt)
 
 
 def test_an_unknown_latent_format_is_refused_by_name():
     with pytest.raises(OpError, match="int3"):
-        _ = LatentPlane(1, 8, 4, "int3").token_bytes
+        _ = LatentSpec(1, 8, 4, "int3").token_bytes

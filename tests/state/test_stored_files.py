@@ -1,7 +1,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from latentkv.cache.stored_files import StoredFile, StoredFiles, in_blocks
+from latentkv.state.store.stored_files import StoredFile, StoredFiles, in_blocks
 
 names = st.sampled_from("abcde")
 

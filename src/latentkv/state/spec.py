@@ -13,14 +13,14 @@ from torch import Tensor
 from latentkv.errors import CacheError
 from latentkv.ops.kv_formats import FLOAT_DTYPES, KVFormat, latent_token_bytes, storage_dtype
 
-__all__ = ["PAGE_SIZE", "KVFormat", "KeyValuePlane", "LatentPlane", "Plane", "mha_bytes_per_token"]
+__all__ = ["PAGE_SIZE", "KVFormat", "KeyValueSpec", "LatentSpec", "LayerSpec", "mha_bytes_per_token"]
 
 PAGE_SIZE = 64
 """Tokens a page."""
 
 
 @dataclass(frozen=True)
-class LatentPlane:
+class LatentSpec:
     """The latents `[c ; k_rope]` of MLA: latent_dim + rope_dim numbers per token and layer (arXiv 2405.04434, 2.1.2).
 
     `format` is how they are stored; a token's stride is padded to 16 bytes, and the padding is counted.
@@ -52,7 +52,7 @@ class LatentPlane:
 
 
 @dataclass(frozen=True)
-class KeyValuePlane:
+class KeyValueSpec:
     """Keys and values of GQA (MHA and MQA too): 2 x num_kv_heads x head_dim numbers per token and layer.
 
     Raises:
@@ -87,7 +87,7 @@ class KeyValuePlane:
         return torch.zeros(shape, dtype=FLOAT_DTYPES[self.format], device=device)
 
 
-Plane = LatentPlane | KeyValuePlane
+LayerSpec = LatentSpec | KeyValueSpec
 
 
 def mha_bytes_per_token(

@@ -29,14 +29,15 @@ from store_cases import (
     wipe,
 )
 
-from latentkv.cache import LatentCache, StoreFolder, page_file, store
 from latentkv.errors import CacheError
+from latentkv.state import PagedCache, StoreFolder
+from latentkv.state.store import page_file, page_store
 
 TEXT = [5, 9, 33, 7, 50, 2, 41, 18, 3, 3, 3, 60]  # three pages
 
 
 @pytest.fixture
-def cache() -> LatentCache:
+def cache() -> PagedCache:
     return filled_cache()
 
 
@@ -65,7 +66,7 @@ def test_pages_come_back_byte_for_byte_also_into_other_pages_after_a_restart(pla
 
 
 def test_a_page_is_found_by_its_tokens_those_before_it_salt_model_format_and_page_size_alone(
-    cache: LatentCache, tmp_path: Path
+    cache: PagedCache, tmp_path: Path
 ):
     own = open_store(tmp_path, cache)
     keys = keys_of(own, TEXT)
@@ -78,7 +79,7 @@ def test_a_page_is_found_by_its_tokens_those_before_it_salt_model_format_and_pag
     others = [
         open_store(tmp_path, cache, fingerprint=b"a fine-tune"),
         open_store(tmp_path, filled_cache(PLANES["fp16"])),
-        open_store(tmp_path, LatentCache(cache.planes, 2, page_size=2 * PAGE)),
+        open_store(tmp_path, PagedCache(cache.planes, 2, page_size=2 * PAGE)),
     ]
     for other in others:
         assert other.num_pages == 0
@@ -86,7 +87,7 @@ def test_a_page_is_found_by_its_tokens_those_before_it_salt_model_format_and_pag
         assert not any(key in other for key in keys_of(other, TEXT * 2))
 
 
-def test_a_page_that_is_stored_is_not_written_again(cache: LatentCache, tmp_path: Path):
+def test_a_page_that_is_stored_is_not_written_again(cache: PagedCache, tmp_path: Path):
     own = open_store(tmp_path, cache)
     (key,) = keys_of(own, TEXT[:PAGE])
     assert save(own, key, 0) == page_files(tmp_path)[0].stat().st_size
@@ -95,7 +96,7 @@ def test_a_page_that_is_stored_is_not_written_again(cache: LatentCache, tmp_path
     assert content(cache, 2) == content(cache, 0)
 
 
-def test_a_page_whose_text_before_is_not_stored_is_not_stored(cache: LatentCache, tmp_path: Path):
+def test_a_page_whose_text_before_is_not_stored_is_not_stored(cache: PagedCache, tmp_path: Path):
     own = open_store(tmp_path, cache)
     first, second, third = keys_of(own, TEXT)
     assert save(own, second, 1) == 0
@@ -106,7 +107,7 @@ def test_a_page_whose_text_before_is_not_stored_is_not_stored(cache: LatentCache
 
 @pytest.mark.parametrize("answers", [[False], [True, False]])
 def test_a_page_that_is_taken_for_something_else_meanwhile_is_not_stored(
-    cache: LatentCache, tmp_path: Path, answers: list[bool]
+    cache: PagedCache, tmp_path: Path, answers: list[bool]
 ):
     own = open_store(tmp_path, cache)
     (key,) = keys_of(own, TEXT[:PAGE])
@@ -117,7 +118,7 @@ def test_a_page_that_is_taken_for_something_else_meanwhile_is_not_stored(
     assert bytes_on_disk(tmp_path) == own.total_bytes == 0
 
 
-def test_reading_ends_where_a_page_is_missing_or_not_wanted_any_more(cache: LatentCache, tmp_path: Path):
+def test_reading_ends_where_a_page_is_missing_or_not_wanted_any_more(cache: PagedCache, tmp_path: Path):
     own = open_store(tmp_path, cache)
     keys = keys_of(own, TEXT)
     for page, key in enumerate(keys):
@@ -131,7 +132,7 @@ def test_reading_ends_where_a_page_is_missing_or_not_wanted_any_more(cache: Late
     assert [key in own for key in keys] == [True, False, True]
 
 
-def test_no_file_stays_open(cache: LatentCache, tmp_path: Path):
+def test_no_file_stays_open(cache: PagedCache, tmp_path: Path):
     own = open_store(tmp_path, cache)
     keys = keys_of(own, list(range(PAGE * 8)))
     for page, key in enumerate(keys):
@@ -171,7 +172,7 @@ def damaged(whole: Path, tmp_path: Path, change) -> tuple[int, int, bool]:
     logged: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: logged.append(record.getMessage())
-    store.logger.addHandler(handler)
+    page_store.logger.addHandler(handler)
     try:
         read = load(own, [key], [1])
         assert read == 1 or (key not in own and own.total_bytes == 0)
@@ -181,7 +182,7 @@ def damaged(whole: Path, tmp_path: Path, change) -> tuple[int, int, bool]:
             path.write_bytes(b"again")
             assert load(own, [key], [1]) == 0
     finally:
-        store.logger.removeHandler(handler)
+        page_store.logger.removeHandler(handler)
         own.close()
     return read, len(logged), path.exists()
 
@@ -233,7 +234,7 @@ def test_nor_one_with_zeros_where_a_crash_lost_its_data(whole: Path, tmp_path: P
 
 
 @pytest.mark.parametrize("kind", ["text", "salt", "model", "format", "place"])
-def test_a_file_under_anothers_name_is_not_trusted(cache: LatentCache, tmp_path: Path, kind: str, caplog):
+def test_a_file_under_anothers_name_is_not_trusted(cache: PagedCache, tmp_path: Path, kind: str, caplog):
     """Names are digests: whatever made two meet, what is inside decides."""
     own = open_store(tmp_path, cache)
     foreign = own
@@ -264,7 +265,7 @@ def test_a_file_under_anothers_name_is_not_trusted(cache: LatentCache, tmp_path:
     assert page_files(tmp_path) == []
 
 
-def test_damage_is_told_once_however_often_it_is_met(cache: LatentCache, tmp_path: Path, caplog):
+def test_damage_is_told_once_however_often_it_is_met(cache: PagedCache, tmp_path: Path, caplog):
     own = open_store(tmp_path, cache)
     keys = [keys_of(own, [number] * PAGE)[0] for number in range(5)]
     for key in keys:
@@ -276,7 +277,7 @@ def test_damage_is_told_once_however_often_it_is_met(cache: LatentCache, tmp_pat
     assert "is damaged (its size is wrong)" in message
 
 
-def test_a_file_that_cannot_be_read_is_told_once_and_left(cache: LatentCache, tmp_path: Path, caplog, monkeypatch):
+def test_a_file_that_cannot_be_read_is_told_once_and_left(cache: PagedCache, tmp_path: Path, caplog, monkeypatch):
     own = open_store(tmp_path, cache)
     keys = keys_of(own, TEXT)
     for key in keys:
@@ -285,7 +286,7 @@ def test_a_file_that_cannot_be_read_is_told_once_and_left(cache: LatentCache, tm
     def broken(*_):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    monkeypatch.setattr(store, "read_page", broken)
+    monkeypatch.setattr(page_store, "read_page", broken)
     assert [load(own, [key], [1]) for key in keys] == [0] * 3
     (message,) = warnings_of(caplog)
     assert "cannot be read (Input/output error)" in message
@@ -312,7 +313,7 @@ def test_a_damaged_file_that_cannot_be_removed_counts_as_long_as_it_is_there(cac
 # How much there may be
 
 
-def test_those_not_used_for_longest_go_first_and_of_a_text_its_end(cache: LatentCache, tmp_path: Path):
+def test_those_not_used_for_longest_go_first_and_of_a_text_its_end(cache: PagedCache, tmp_path: Path):
     own = open_store(tmp_path, cache, max_bytes=5 * BLOCK)
     old, new = keys_of(own, TEXT), keys_of(own, [60, *TEXT[1:8]])
     for key in [*old, *new]:
@@ -330,7 +331,7 @@ def test_those_not_used_for_longest_go_first_and_of_a_text_its_end(cache: Latent
     assert len(page_files(tmp_path)) == 5
 
 
-def test_what_was_used_last_is_known_after_a_restart(cache: LatentCache, tmp_path: Path):
+def test_what_was_used_last_is_known_after_a_restart(cache: PagedCache, tmp_path: Path):
     own = open_store(tmp_path, cache)
     first, second = keys_of(own, TEXT), keys_of(own, [60] * 3 * PAGE)
     for key in [*first, *second]:
@@ -342,14 +343,14 @@ def test_what_was_used_last_is_known_after_a_restart(cache: LatentCache, tmp_pat
     assert bytes_on_disk(tmp_path) == 4 * BLOCK
 
 
-def test_a_text_longer_than_the_limit_keeps_its_beginning(cache: LatentCache, tmp_path: Path):
+def test_a_text_longer_than_the_limit_keeps_its_beginning(cache: PagedCache, tmp_path: Path):
     own = open_store(tmp_path, cache, max_bytes=3 * BLOCK)
     keys = keys_of(own, list(range(6 * PAGE)))
     assert [save(own, key, 0) > 0 for key in keys] == [True, True, True, False, False, False]
     assert [key in own for key in keys] == [True, True, True, False, False, False]
 
 
-def test_a_page_that_another_process_has_used_meanwhile_is_not_the_first_to_go(cache: LatentCache, tmp_path: Path):
+def test_a_page_that_another_process_has_used_meanwhile_is_not_the_first_to_go(cache: PagedCache, tmp_path: Path):
     writer = open_store(tmp_path, cache, max_bytes=2 * BLOCK)
     (used,), (unused,) = keys_of(writer, [1] * PAGE), keys_of(writer, [2] * PAGE)
     save(writer, used, 0)
@@ -359,7 +360,7 @@ def test_a_page_that_another_process_has_used_meanwhile_is_not_the_first_to_go(c
     assert (used in writer, unused in writer) == (True, False)
 
 
-def test_times_to_come_do_not_keep_files_for_ever(cache: LatentCache, tmp_path: Path):
+def test_times_to_come_do_not_keep_files_for_ever(cache: PagedCache, tmp_path: Path):
     own = open_store(tmp_path, cache, max_bytes=2 * BLOCK)
     for number in range(2):
         save(own, keys_of(own, [number] * PAGE)[0], 0)
@@ -370,7 +371,7 @@ def test_times_to_come_do_not_keep_files_for_ever(cache: LatentCache, tmp_path: 
     assert save(own, keys_of(own, [7] * PAGE)[0], 0) > 0
 
 
-def test_files_of_other_names_are_neither_counted_nor_touched(cache: LatentCache, tmp_path: Path):
+def test_files_of_other_names_are_neither_counted_nor_touched(cache: PagedCache, tmp_path: Path):
     open_store(tmp_path, cache).close()
     names = ["notes.txt", "a.page", ".x.page.partial", f"{'0' * 16}-{'1' * 63}.page"]
     for name in names:
@@ -404,7 +405,7 @@ def test_the_limit_holds_at_all_times_and_what_is_read_is_what_was_written(
         assert bytes_on_disk(folder) <= limit * BLOCK
 
     with monkeypatch.context() as patch:
-        patch.setattr(store, "write_page", watched)
+        patch.setattr(page_store, "write_page", watched)
         for what, text in work:
             keys = keys_of(own, text)
             if what == "restart":
@@ -428,12 +429,12 @@ def test_the_limit_holds_at_all_times_and_what_is_read_is_what_was_written(
     own.close()
 
 
-def filling(cache: LatentCache, digest: bytes) -> bytes:
+def filling(cache: PagedCache, digest: bytes) -> bytes:
     size = len(content(cache, 0))
     return (digest * (size // len(digest) + 1))[:size]
 
 
-def fill(cache: LatentCache, page: int, digest: bytes) -> None:
+def fill(cache: PagedCache, page: int, digest: bytes) -> None:
     left = filling(cache, digest)
     for part in cache.page_parts(page):
         part[:], left = left[: part.nbytes], left[part.nbytes :]
@@ -442,7 +443,7 @@ def fill(cache: LatentCache, page: int, digest: bytes) -> None:
 # Whose it is
 
 
-def test_one_process_writes_the_others_read_and_one_of_them_writes_when_it_ends(cache: LatentCache, tmp_path: Path):
+def test_one_process_writes_the_others_read_and_one_of_them_writes_when_it_ends(cache: PagedCache, tmp_path: Path):
     first = open_store(tmp_path, cache)
     (key,) = keys_of(first, TEXT[:PAGE])
     save(first, key, 0)
@@ -459,7 +460,7 @@ def test_one_process_writes_the_others_read_and_one_of_them_writes_when_it_ends(
     assert second.num_pages == 3  # what the first one wrote meanwhile is known now
 
 
-def test_a_page_that_another_process_removes_is_a_page_that_is_not_stored(cache: LatentCache, tmp_path: Path, caplog):
+def test_a_page_that_another_process_removes_is_a_page_that_is_not_stored(cache: PagedCache, tmp_path: Path, caplog):
     writer = open_store(tmp_path, cache)
     (key,) = keys_of(writer, TEXT[:PAGE])
     save(writer, key, 0)
@@ -471,20 +472,20 @@ def test_a_page_that_another_process_removes_is_a_page_that_is_not_stored(cache:
 
 
 def test_the_lock_of_a_process_that_was_killed_is_free_and_what_it_left_half_written_is_removed(
-    cache: LatentCache, tmp_path: Path
+    cache: PagedCache, tmp_path: Path
 ):
     program = (
         "import os, signal, sys\n"
         "from pathlib import Path\n"
         "sys.path[:0] = [sys.argv[2]]\n"
         "from store_cases import *\n"
-        "from latentkv.cache import store\n"
+        "from latentkv.state.store import page_store\n"
         "own = open_store(Path(sys.argv[1]), filled_cache())\n"
         "save(own, keys_of(own, [1] * PAGE)[0], 0)\n"
         "def die(file, key, parts):\n"
         "    file.write(b'half')\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
-        "store.write_page = die\n"
+        "page_store.write_page = die\n"
         "save(own, keys_of(own, [2] * PAGE)[0], 0)\n"
     )
     arguments = [sys.executable, "-c", program, str(tmp_path), str(Path(__file__).parent)]
@@ -499,7 +500,7 @@ def test_the_lock_of_a_process_that_was_killed_is_free_and_what_it_left_half_wri
     assert keys_of(own, [2] * PAGE)[0] not in own
 
 
-def test_salts_and_guesses_of_texts_leave_no_trace_in_names_or_files(cache: LatentCache, tmp_path: Path):
+def test_salts_and_guesses_of_texts_leave_no_trace_in_names_or_files(cache: PagedCache, tmp_path: Path):
     salt = "sha256-of-somebody's-key"
     names: list[set[str]] = []
     for folder in (tmp_path / "one", tmp_path / "two"):
@@ -512,7 +513,7 @@ def test_salts_and_guesses_of_texts_leave_no_trace_in_names_or_files(cache: Late
     assert names[0].isdisjoint(names[1])  # keyed with each folder's own secret
 
 
-def test_only_the_owner_may_look(cache: LatentCache, tmp_path: Path):
+def test_only_the_owner_may_look(cache: PagedCache, tmp_path: Path):
     folder = tmp_path / "new" / "store"
     own = open_store(folder, cache)
     save(own, keys_of(own, TEXT)[0], 0)
@@ -524,7 +525,7 @@ def test_only_the_owner_may_look(cache: LatentCache, tmp_path: Path):
 
 
 def test_a_page_that_cannot_be_written_leaves_nothing_and_the_next_one_is_stored(
-    cache: LatentCache, tmp_path: Path, monkeypatch
+    cache: PagedCache, tmp_path: Path, monkeypatch
 ):
     own = open_store(tmp_path, cache)
     first, second, _ = keys_of(own, TEXT)
@@ -535,22 +536,22 @@ def test_a_page_that_cannot_be_written_leaves_nothing_and_the_next_one_is_stored
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
-        patch.setattr(store, "write_page", full)
+        patch.setattr(page_store, "write_page", full)
         save(own, second, 1)
     assert second not in own
     assert bytes_on_disk(tmp_path) == own.total_bytes == BLOCK
     assert save(own, second, 1) > 0
 
 
-def test_a_write_that_takes_a_part_is_gone_on_with(cache: LatentCache, tmp_path: Path, monkeypatch):
-    class Slow(store.FileIO):
+def test_a_write_that_takes_a_part_is_gone_on_with(cache: PagedCache, tmp_path: Path, monkeypatch):
+    class Slow(page_store.FileIO):
         def write(self, data) -> int:
             return super().write(memoryview(data)[:7])
 
         def readinto(self, data) -> int:
             return super().readinto(memoryview(data)[:5])
 
-    monkeypatch.setattr(store, "FileIO", Slow)
+    monkeypatch.setattr(page_store, "FileIO", Slow)
     own = open_store(tmp_path, cache)
     (key,) = keys_of(own, TEXT[:PAGE])
     assert save(own, key, 0) == page_files(tmp_path)[0].stat().st_size
@@ -559,7 +560,7 @@ def test_a_write_that_takes_a_part_is_gone_on_with(cache: LatentCache, tmp_path:
 
 
 @pytest.mark.parametrize("replaced", [False, True])
-def test_a_folder_that_vanishes_gives_nothing_and_takes_nothing(cache: LatentCache, tmp_path: Path, replaced: bool):
+def test_a_folder_that_vanishes_gives_nothing_and_takes_nothing(cache: PagedCache, tmp_path: Path, replaced: bool):
     folder = tmp_path / "store"
     own = open_store(folder, cache)
     keys = keys_of(own, TEXT)
@@ -574,7 +575,7 @@ def test_a_folder_that_vanishes_gives_nothing_and_takes_nothing(cache: LatentCac
     assert bytes_on_disk(folder) == 0 if replaced else not folder.exists()
 
 
-def test_a_secret_that_is_not_whole_is_made_anew(cache: LatentCache, tmp_path: Path):
+def test_a_secret_that_is_not_whole_is_made_anew(cache: PagedCache, tmp_path: Path):
     own = open_store(tmp_path, cache)
     key = keys_of(own, TEXT)[0]
     save(own, key, 0)
@@ -593,4 +594,4 @@ def test_a_file_in_the_folders_place_a_limit_below_a_page_and_a_gpus_cache_are_r
     with pytest.raises(CacheError, match=r"cache_dir_bytes=4,095 holds no page: give at least 4,096"):
         open_store(tmp_path / "store", filled_cache(), max_bytes=BLOCK - 1)
     with pytest.raises(CacheError, match="device='cpu'"):
-        open_store(tmp_path / "store", LatentCache(PLANES["bf16"], 1, device="meta"))
+        open_store(tmp_path / "store", PagedCache(PLANES["bf16"], 1, device="meta"))

@@ -1,0 +1,26 @@
+"""What a model remembers of a text: bytes (`spec`), whose a page is (`pages`), the memory itself (`cache`).
+
+`prefix` finds pages again by the text in them, and `store` in files of a folder when they are not in memory.
+"""
+
+from latentkv.state.cache import PagedCache
+from latentkv.state.pages import PagePool
+from latentkv.state.prefix import KnownPage, PrefixIndex
+from latentkv.state.spec import PAGE_SIZE, KeyValueSpec, KVFormat, LatentSpec, LayerSpec, mha_bytes_per_token
+from latentkv.state.store import PageKey, PageStore, StoreFolder
+
+__all__ = [
+    "PAGE_SIZE",
+    "KVFormat",
+    "KeyValueSpec",
+    "KnownPage",
+    "LatentSpec",
+    "LayerSpec",
+    "PageKey",
+    "PagePool",
+    "PageStore",
+    "PagedCache",
+    "PrefixIndex",
+    "StoreFolder",
+    "mha_bytes_per_token",
+]
