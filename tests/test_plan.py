@@ -178,7 +178,7 @@ def test_every_built_in_shape_plans():
 def test_the_plan_is_what_the_cache_allocates(kv_dtype):
     config = load_config("minicpm3-4b")
     own = make_plan("m", config, memory=(), context=100, batch=2, kv_dtype=kv_dtype).cache[0]
-    cache = PagedCache(config.planes(kv_dtype), 4)
+    cache = PagedCache(config.specs(kv_dtype), 4)
     assert own.bytes_per_token == cache.bytes_per_token
     assert own.cache_bytes == cache.allocated_bytes == 2 * 2 * PAGE_SIZE * own.bytes_per_token
 

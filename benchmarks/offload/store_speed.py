@@ -35,7 +35,7 @@ def main() -> None:
     print("| cache | GB | write GB/s | read GB/s | read, not in the page cache, GB/s |")
     print("|---|---:|---:|---:|---:|")
     for name in options.formats:
-        cache = PagedCache(config.planes(as_kv_format(name)), -(-tokens // 64))
+        cache = PagedCache(config.specs(as_kv_format(name)), -(-tokens // 64))
         for tensor in cache.storage:
             tensor.view(torch.uint8).random_()
         speeds = [measure(cache, options.dir) for _ in range(options.repeat)]

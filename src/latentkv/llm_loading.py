@@ -147,14 +147,14 @@ def _cache(
     options: LoadOptions,
 ) -> PagedCache:
     """The cache, of as many bytes as were asked for or as there is room for."""
-    planes = decoder.config.planes(kv_format(options.kv_dtype, decoder.dtype), num_mtp_layers=int(by_mtp))
+    specs = decoder.config.specs(kv_format(options.kv_dtype, decoder.dtype), num_mtp_layers=int(by_mtp))
     num_bytes = options.kv_cache_bytes
     free = free_memory(options.device)
     if packed_file:
         free = beside_weights(free, packed_file.nbytes, folder)
     if num_bytes is None:
-        num_bytes = default_cache_bytes(planes, max_context, free)
-    return PagedCache.sized(planes, num_bytes, device=options.device)
+        num_bytes = default_cache_bytes(specs, max_context, free)
+    return PagedCache.sized(specs, num_bytes, device=options.device)
 
 
 def _drafter(decoder: Decoder, cache: PagedCache, by_mtp: bool, options: LoadOptions) -> AdaptiveDrafter | None:

@@ -8,6 +8,7 @@ from latentkv.compare.arms import Sizes, default_arms, matched_width, parse_arm
 from latentkv.errors import RequestError
 from latentkv.models.decoder import Decoder
 from latentkv.plan import count_parameters
+from latentkv.state import bytes_per_token
 
 SIZES = [Sizes(), Sizes(256, 6, 16, 4096), Sizes(96, 3, 8, 1024)]
 
@@ -42,9 +43,9 @@ def test_matched_arms_have_the_parameters_of_mha_within_one_percent(sizes: Sizes
 def test_cached_numbers_are_those_that_the_cache_stores(sizes: Sizes) -> None:
     for name in default_arms(sizes):
         arm = parse_arm(name, sizes)
-        planes = arm.config(sizes, 64).planes("bf16")
+        specs = arm.config(sizes, 64).specs("bf16")
         padding = 16 * sizes.num_layers  # a token's stride is a multiple of 16 bytes
-        assert 0 <= sum(plane.bytes_per_token for plane in planes) - 2 * arm.cached_numbers(sizes) < padding
+        assert 0 <= bytes_per_token(specs) - 2 * arm.cached_numbers(sizes) < padding
 
 
 @pytest.mark.parametrize("name", ["gqa-1", "gqa-3", "gqa-8", "gqa", "mla-", "mla-0", "mla-x", "linear"])

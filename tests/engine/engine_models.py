@@ -61,5 +61,5 @@ def tiny_decoder(kind: str) -> Decoder:
 
 
 def cache_for(decoder: Decoder, num_pages: int, page_size: int = 8) -> PagedCache:
-    planes = decoder.config.planes("fp32", num_mtp_layers=len(decoder.mtp))
-    return PagedCache(planes, num_pages, page_size=page_size)
+    specs = decoder.config.specs("fp32", num_mtp_layers=len(decoder.mtp))
+    return PagedCache(specs, num_pages, page_size=page_size)

@@ -56,7 +56,7 @@ def forget(engine: Engine) -> None:
     pool = engine.cache.pool
     pages = pool.allocate(pool.free_pages)
     for tensor in engine.cache.storage:
-        tensor[:, pages] = float("nan")
+        tensor[pages] = float("nan")
     pool.free(pages)
 
 

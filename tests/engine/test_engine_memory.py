@@ -8,11 +8,11 @@ from latentkv.state import LatentSpec
 
 
 def test_the_default_cache_is_one_context_in_whole_pages_or_half_of_the_free_memory():
-    planes = (LatentSpec(3, 20, 8, "fp32"),)
-    page = 64 * planes[0].bytes_per_token
-    assert default_cache_bytes(planes, 65, 10**12) == 2 * page
-    assert default_cache_bytes(planes, 64, 10**12) == page
-    assert default_cache_bytes(planes, 10**9, 1000) == 500
+    specs = [LatentSpec(20, 8, "fp32")] * 3
+    page = 64 * 3 * specs[0].token_bytes
+    assert default_cache_bytes(specs, 65, 10**12) == 2 * page
+    assert default_cache_bytes(specs, 64, 10**12) == page
+    assert default_cache_bytes(specs, 10**9, 1000) == 500
 
 
 def test_main_memory_has_some_free():

@@ -90,7 +90,7 @@ def test_recorded_steps_draft_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     pack_module(decoder, Packing())
 
     def drafts() -> tuple[list[list[int]], MTPDrafter]:
-        cache = PagedCache(decoder.config.planes("bf16", num_mtp_layers=1), 40, page_size=8)
+        cache = PagedCache(decoder.config.specs("bf16", num_mtp_layers=1), 40, page_size=8)
         drafter = mtp.MTPDrafter(decoder, cache)
         proposed: list[list[int]] = []
         propose = drafter.propose

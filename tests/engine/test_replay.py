@@ -37,7 +37,7 @@ def packed_decoder(config: dict[str, Any], **packing: Any) -> Decoder:
 
 
 def decode(decoder: Decoder, kv_format: KVFormat, lens: list[int], steps: int) -> tuple[list[torch.Tensor], Runner]:
-    cache = PagedCache(decoder.config.planes(kv_format), 40, page_size=8)
+    cache = PagedCache(decoder.config.specs(kv_format), 40, page_size=8)
     runner = Runner(decoder, cache)
     sequences = [Sequence(i, [(7 * i + t) % 60 for t in range(n)], cache.pool.allocate(6)) for i, n in enumerate(lens)]
     for sequence in sequences:
@@ -77,7 +77,7 @@ def test_drafts_of_any_lengths_are_recorded_and_give_the_bits_of_single_tokens(m
 
 def read_drafts(decoder: Decoder, draft: bool) -> tuple[torch.Tensor, Runner]:
     """Three sequences read 1, 3 and 4 tokens more, three times over: as drafts in one step, or one by one."""
-    cache = PagedCache(decoder.config.planes("bf16"), 40, page_size=8)
+    cache = PagedCache(decoder.config.specs("bf16"), 40, page_size=8)
     runner, lens = Runner(decoder, cache), (1, 3, 4)
     sequences = [Sequence(i, [(7 * i + t) % 60 for t in range(9 + 5 * i)], cache.pool.allocate(6)) for i in range(3)]
     for sequence in sequences:

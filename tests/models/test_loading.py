@@ -16,8 +16,8 @@ from latentkv.errors import CheckpointError
 from latentkv.models.batch import Batch
 from latentkv.models.config_reader import read_config
 from latentkv.models.decoder import Decoder
+from latentkv.models.forms import Form
 from latentkv.models.loading import load_model, save_pretrained
-from latentkv.models.mla import Form
 from latentkv.state import PagedCache
 
 IDS = torch.randint(3, VOCAB, (2, 24), generator=torch.Generator().manual_seed(3))
@@ -63,7 +63,7 @@ def test_a_saved_checkpoint_gives_the_same_logits_in_transformers(name: str, tmp
 @torch.inference_mode()
 def paged_mtp(decoder: Decoder, cut: int, form: Form | None) -> torch.Tensor:
     """The module's hidden states by way of a cache, read in two steps."""
-    cache = PagedCache(decoder.config.planes("fp32", num_mtp_layers=1), 8, page_size=8)
+    cache = PagedCache(decoder.config.specs("fp32", num_mtp_layers=1), 8, page_size=8)
     pages = [[3, 0, 5], [1, 7, 2]]
 
     def batch(first: int, last: int, kv_start: int = 0) -> Batch:

@@ -69,7 +69,7 @@ def test_128k_tokens_of_text_are_exact_and_cost_what_plan_says() -> None:
         for parameter in decoder.parameters():
             if parameter.ndim == 2:  # scores with a spread that makes the softmax choose
                 parameter.mul_(3)
-    cache = PagedCache(config.planes("bf16"), PAGES)
+    cache = PagedCache(config.specs("bf16"), PAGES)
     (predicted,) = (
         row.cache_bytes for row in make_plan("it", config, memory=(), context=CONTEXT).cache if row.this_model
     )
@@ -90,7 +90,7 @@ def test_128k_tokens_of_text_are_exact_and_cost_what_plan_says() -> None:
             assert module is decoder.model.layers[layer].self_attn
             for row in (0, 1000, len(out) - 1):
                 q = torch.cat([q_nope, q_rope], dim=-1)[row]
-                _check_prefilled(module, q, out[row], cache.layer(layer), pages, last + row + 1)
+                _check_prefilled(module, q, out[row], cache.view(layer), pages, last + row + 1)
         assert len(prefilled) == config.num_layers
         decoded = record(patch, ops, "mla_attend")
         for index in range(CONTEXT - STEPS, CONTEXT):
@@ -98,7 +98,7 @@ def test_128k_tokens_of_text_are_exact_and_cost_what_plan_says() -> None:
             assert torch.isfinite(decoder.logits(step(index, index + 1))).all()
             assert len(decoded) == config.num_layers
             for layer, ((q, *_), (out, lse)) in enumerate(decoded):
-                _check_decoded(decoder.model.layers[layer].self_attn, q, out, lse, cache.layer(layer), pages, index + 1)
+                _check_decoded(decoder.model.layers[layer].self_attn, q, out, lse, cache.view(layer), pages, index + 1)
 
 
 def record(patch: pytest.MonkeyPatch, owner: Any, name: str) -> list[tuple[Any, Any]]:
@@ -115,19 +115,19 @@ def record(patch: pytest.MonkeyPatch, owner: Any, name: str) -> list[tuple[Any, 
     return calls
 
 
-def _check_prefilled(module: Any, q: Any, out: Any, plane: Any, pages: list[int], length: int) -> None:
+def _check_prefilled(module: Any, q: Any, out: Any, state: Any, pages: list[int], length: int) -> None:
     """One prefilled row [H, Dv] against softmax over the expanded cache in float64."""
     table = torch.tensor(pages, dtype=torch.int32)
-    keys, values = module._expand_cached(table, plane, 0, length, "bf16", torch.bfloat16)
+    keys, values = module._expand_cached(table, state, 0, length, torch.bfloat16)
     scores = torch.einsum("hd,shd->hs", q.double(), keys.double()) * module.scale
     _assert_close(out, torch.einsum("hs,shd->hd", scores.softmax(-1), values.double()))
 
 
-def _check_decoded(module: Any, q: Any, out: Any, lse: Any, plane: Any, pages: list[int], length: int) -> None:
+def _check_decoded(module: Any, q: Any, out: Any, lse: Any, state: Any, pages: list[int], length: int) -> None:
     """One decoded row [1, H, L] against softmax over the cached values in float64."""
     latent_dim, rope_dim = module.config.kv_lora_rank, module.config.qk_rope_head_dim
     cached = ops.read_latents(
-        plane, pages, 0, length, latent_dim=latent_dim, rope_dim=rope_dim, kv_format="bf16", dtype=torch.float64
+        state.pages, pages, 0, length, latent_dim=latent_dim, rope_dim=rope_dim, kv_format="bf16", dtype=torch.float64
     )
     scores = q[0].double() @ cached.T * module.scale
     _assert_close(out[0], scores.softmax(-1) @ cached[:, :latent_dim])

@@ -9,7 +9,8 @@ from latentkv import MultiHeadLatentAttention
 from latentkv.errors import ConfigError
 from latentkv.models.batch import Batch
 from latentkv.models.config import MLAConfig, RopeConfig
-from latentkv.models.mla import choose_form, chunk_bounds
+from latentkv.models.forms import choose_form
+from latentkv.models.mla import chunk_bounds
 from latentkv.models.rope import rotary
 from latentkv.ops import reference
 from latentkv.state import PagedCache
@@ -29,13 +30,13 @@ def paged(
 ) -> torch.Tensor:
     """x [T, hidden] of one sequence, fed in steps through a paged cache."""
     config = module.config
-    cache = PagedCache([LatentSpec(1, config.kv_lora_rank, config.qk_rope_head_dim, fmt)], 12, page_size=8)
+    cache = PagedCache([LatentSpec(config.kv_lora_rank, config.qk_rope_head_dim, fmt)], 12, page_size=8)
     pages, outputs, done = cache.pool.allocate(cache.pages_for(len(x)))[::-1], [], 0
     for length in lengths:
         batch = Batch.build([[0] * length], [done], [pages], page_size=8)
         angles = rotary(module.rope, batch.positions, max_context=module.max_context)
         part = x[done : done + length]
-        outputs.append(module.attend(part, angles, batch, cache.layer(0), kv_format=fmt, form=form))
+        outputs.append(module.attend(part, angles, batch, cache.view(0), form=form))
         done += length
     return torch.cat(outputs)
 
@@ -107,12 +108,12 @@ def test_a_rounded_cache_gives_the_same_in_one_piece_or_in_several(fmt: KVFormat
 def test_several_sequences_of_unlike_lengths_share_a_step_without_touching_each_other() -> None:
     module = attention(torch.float32)
     inputs = [torch.randn(n, 40) for n in (5, 1, 30)]
-    cache = PagedCache([LatentSpec(1, 32, 8, "fp32")], 12, page_size=8)
+    cache = PagedCache([LatentSpec(32, 8, "fp32")], 12, page_size=8)
     pages = [cache.pool.allocate(cache.pages_for(len(x))) for x in inputs]
     batch = Batch.build([[0] * len(x) for x in inputs], [0, 0, 0], pages, page_size=8)
     angles = rotary(module.rope, batch.positions, max_context=module.max_context)
     with torch.no_grad():
-        together = module.attend(torch.cat(inputs), angles, batch, cache.layer(0), kv_format="fp32")
+        together = module.attend(torch.cat(inputs), angles, batch, cache.view(0))
         alone = torch.cat([paged(module, x, [len(x)], None, "fp32") for x in inputs])
     assert (together - alone).abs().max() <= 1e-6
 

@@ -17,8 +17,8 @@ from latentkv.checkpoint.names import published_name
 from latentkv.errors import ConfigError
 from latentkv.models.batch import Batch
 from latentkv.models.decoder import Decoder
+from latentkv.models.forms import Form
 from latentkv.models.loading import load_model
-from latentkv.models.mla import Form
 from latentkv.models.packing import Packing, choose_packing
 from latentkv.ops.backends import compact_is_fast
 from latentkv.state import PagedCache
@@ -46,7 +46,7 @@ def checkpoint(name: str) -> Path:
 
 def logits(decoder: Decoder) -> torch.Tensor:
     """Of IDS: a prompt in two pieces, then token by token."""
-    cache = PagedCache(decoder.config.planes("fp32"), num_pages=4, page_size=PAGE)
+    cache = PagedCache(decoder.config.specs("fp32"), num_pages=4, page_size=PAGE)
     pages, rows, done = cache.pool.allocate(4), [], 0
     with torch.inference_mode():
         for length in [20, 17, *[1] * 8]:

@@ -39,7 +39,7 @@ def reference(name: str) -> tuple[Path, torch.Tensor]:
 
 def run(decoder: Decoder, lengths: list[int], form: str | None = None) -> torch.Tensor:
     """Logits of IDS fed through the cache in steps of the given lengths."""
-    cache = PagedCache(decoder.config.planes("fp32"), num_pages=8, page_size=PAGE)
+    cache = PagedCache(decoder.config.specs("fp32"), num_pages=8, page_size=PAGE)
     cache.pool.allocate(2)  # so that the sequence's pages do not begin at 0
     pages = cache.pool.allocate(cache.pages_for(len(IDS)))[::-1]
     logits, done = [], 0

@@ -58,7 +58,7 @@ def stored(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, torch.
 
 def run(decoder: Decoder) -> torch.Tensor:
     """Logits of IDS: a prompt of 20 tokens, then one at a time."""
-    cache = PagedCache(decoder.config.planes("fp32"), num_pages=4, page_size=PAGE)
+    cache = PagedCache(decoder.config.specs("fp32"), num_pages=4, page_size=PAGE)
     pages = cache.pool.allocate(cache.pages_for(len(IDS)))
     logits, done = [], 0
     with torch.inference_mode():

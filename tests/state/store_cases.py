@@ -11,22 +11,22 @@ from latentkv.state import LayerSpec, PagedCache, PageKey, PageStore, StoreFolde
 from latentkv.state.spec import KeyValueSpec, LatentSpec
 
 PAGE = 4  # tokens
-PLANES: dict[str, list[LayerSpec]] = {
-    "fp32": [LatentSpec(2, 16, 8, "fp32")],
-    "bf16": [LatentSpec(3, 32, 8, "bf16")],
-    "fp16": [LatentSpec(1, 30, 8, "fp16")],
-    "int8": [LatentSpec(3, 33, 8, "int8")],
-    "fp8": [LatentSpec(2, 128, 16, "fp8")],
-    "kv": [KeyValueSpec(2, 3, 5, "bf16")],
-    "two planes": [LatentSpec(3, 30, 8, "fp16"), KeyValueSpec(1, 2, 6, "fp32")],
+SPECS: dict[str, list[LayerSpec]] = {
+    "fp32": [LatentSpec(16, 8, "fp32")] * 2,
+    "bf16": [LatentSpec(32, 8, "bf16")] * 3,
+    "fp16": [LatentSpec(30, 8, "fp16")],
+    "int8": [LatentSpec(33, 8, "int8")] * 3,
+    "fp8": [LatentSpec(128, 16, "fp8")] * 2,
+    "kv": [KeyValueSpec(3, 5, "bf16")] * 2,
+    "layers that differ": [LatentSpec(30, 8, "fp16"), KeyValueSpec(2, 6, "fp16"), LatentSpec(16, 8, "fp16")],
 }
 BLOCK = 4096  # bytes that the file of each of these pages takes
 MODEL = b"a model"
 
 
-def filled_cache(planes: list[LayerSpec] | None = None, num_pages: int = 8) -> PagedCache:
+def filled_cache(specs: list[LayerSpec] | None = None, num_pages: int = 8) -> PagedCache:
     """A cache whose pages all hold other bytes, NaN patterns among them."""
-    cache = PagedCache(planes or PLANES["bf16"], num_pages, page_size=PAGE)
+    cache = PagedCache(specs or SPECS["bf16"], num_pages, page_size=PAGE)
     generator = random.Random(0)
     for page in range(num_pages):
         for part in cache.page_parts(page):

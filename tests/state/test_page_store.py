@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from store_cases import (
     BLOCK,
     PAGE,
-    PLANES,
+    SPECS,
     bytes_on_disk,
     content,
     filled_cache,
@@ -48,9 +48,9 @@ def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
 # What comes back
 
 
-@pytest.mark.parametrize("planes", PLANES.values(), ids=PLANES)
-def test_pages_come_back_byte_for_byte_also_into_other_pages_after_a_restart(planes, tmp_path: Path):
-    cache = filled_cache(planes)
+@pytest.mark.parametrize("specs", SPECS.values(), ids=SPECS)
+def test_pages_come_back_byte_for_byte_also_into_other_pages_after_a_restart(specs, tmp_path: Path):
+    cache = filled_cache(specs)
     first = open_store(tmp_path, cache)
     keys = keys_of(first, TEXT)
     assert all(save(first, key, page) > 0 for key, page in zip(keys, (3, 0, 5), strict=True))
@@ -78,8 +78,8 @@ def test_a_page_is_found_by_its_tokens_those_before_it_salt_model_format_and_pag
     assert [key in own for key in keys_of(own, TEXT, "alice")] == [False] * 3
     others = [
         open_store(tmp_path, cache, fingerprint=b"a fine-tune"),
-        open_store(tmp_path, filled_cache(PLANES["fp16"])),
-        open_store(tmp_path, PagedCache(cache.planes, 2, page_size=2 * PAGE)),
+        open_store(tmp_path, filled_cache(SPECS["fp16"])),
+        open_store(tmp_path, PagedCache(cache.specs, 2, page_size=2 * PAGE)),
     ]
     for other in others:
         assert other.num_pages == 0
@@ -239,9 +239,9 @@ def test_a_file_under_anothers_name_is_not_trusted(cache: PagedCache, tmp_path: 
     own = open_store(tmp_path, cache)
     foreign = own
     if kind in ("model", "format"):
-        planes, model = (cache.planes, b"a fine-tune") if kind == "model" else (PLANES["fp16"], b"a model")
+        specs, model = (cache.specs, b"a fine-tune") if kind == "model" else (SPECS["fp16"], b"a model")
         own.close()
-        foreign = open_store(tmp_path, filled_cache(list(planes)), fingerprint=model)
+        foreign = open_store(tmp_path, filled_cache(list(specs)), fingerprint=model)
     theirs = keys_of(foreign, TEXT[:PAGE], "alice" if kind == "salt" else "")
     if kind == "text":
         theirs = keys_of(foreign, [*TEXT[: PAGE - 1], 8])
@@ -594,4 +594,4 @@ def test_a_file_in_the_folders_place_a_limit_below_a_page_and_a_gpus_cache_are_r
     with pytest.raises(CacheError, match=r"cache_dir_bytes=4,095 holds no page: give at least 4,096"):
         open_store(tmp_path / "store", filled_cache(), max_bytes=BLOCK - 1)
     with pytest.raises(CacheError, match="device='cpu'"):
-        open_store(tmp_path / "store", PagedCache(PLANES["bf16"], 1, device="meta"))
+        open_store(tmp_path / "store", PagedCache(SPECS["bf16"], 1, device="meta"))

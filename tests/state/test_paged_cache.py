@@ -4,70 +4,72 @@ import torch
 from latentkv.errors import CacheError
 from latentkv.state import KeyValueSpec, LatentSpec, PagedCache
 
-PLANES = {
-    "latent": [LatentSpec(3, 32, 8, "bf16")],
-    "int8": [LatentSpec(3, 33, 8, "int8")],
-    "fp8": [LatentSpec(2, 128, 16, "fp8")],
-    "kv": [KeyValueSpec(2, 3, 5, "fp32")],
-    "two planes": [LatentSpec(3, 30, 8, "fp16"), KeyValueSpec(1, 2, 6, "bf16")],
+SPECS = {
+    "latent": [LatentSpec(32, 8, "bf16")] * 3,
+    "int8": [LatentSpec(33, 8, "int8")] * 3,
+    "fp8": [LatentSpec(128, 16, "fp8")] * 2,
+    "kv": [KeyValueSpec(3, 5, "fp32")] * 2,
+    "layers that differ": [LatentSpec(30, 8, "fp16"), KeyValueSpec(2, 6, "fp16"), LatentSpec(16, 8, "fp16")],
 }
 
 
-@pytest.mark.parametrize("planes", PLANES.values(), ids=PLANES)
+@pytest.mark.parametrize("specs", SPECS.values(), ids=SPECS)
 @pytest.mark.parametrize(("num_pages", "page_size"), [(1, 64), (7, 3)])
-def test_the_bytes_allocated_are_the_bytes_of_the_formula(planes, num_pages, page_size):
-    cache = PagedCache(planes, num_pages, page_size=page_size)
+def test_the_bytes_allocated_are_the_bytes_of_the_formula(specs, num_pages, page_size):
+    cache = PagedCache(specs, num_pages, page_size=page_size)
     assert cache.allocated_bytes == cache.bytes_per_token * page_size * num_pages
     assert cache.allocated_bytes == sum(tensor.numel() * tensor.itemsize for tensor in cache.storage)
-    assert cache.bytes_per_token == sum(plane.bytes_per_token for plane in planes)
+    assert cache.bytes_per_token == sum(spec.token_bytes for spec in specs)
     cache.check()
 
 
-@pytest.mark.parametrize("planes", PLANES.values(), ids=PLANES)
-def test_a_cache_sized_by_bytes_is_the_largest_that_fits(planes):
-    page_bytes = 16 * sum(plane.bytes_per_token for plane in planes)
+@pytest.mark.parametrize("specs", SPECS.values(), ids=SPECS)
+def test_a_cache_sized_by_bytes_is_the_largest_that_fits(specs):
+    page_bytes = 16 * sum(spec.token_bytes for spec in specs)
     for budget, pages in ((page_bytes, 1), (5 * page_bytes - 1, 4), (5 * page_bytes, 5)):
-        cache = PagedCache.sized(planes, budget, page_size=16)
+        cache = PagedCache.sized(specs, budget, page_size=16)
         assert cache.num_pages == pages
         assert cache.allocated_bytes <= budget
 
 
 def test_a_budget_under_one_page_is_refused_with_the_least_that_works():
     with pytest.raises(CacheError, match=r"kv_cache_bytes=100 .*at least 15,360"):
-        PagedCache.sized(PLANES["latent"], 100)
+        PagedCache.sized(SPECS["latent"], 100)
 
 
 def test_memory_that_does_not_exist_is_a_cache_error():
     with pytest.raises(CacheError, match="lower kv_cache_bytes"):
-        PagedCache([LatentSpec(60, 512, 64)], 2**30)
+        PagedCache([LatentSpec(512, 64)] * 60, 2**30)
 
 
 def test_tokens_fill_pages_and_the_last_in_part():
-    cache = PagedCache(PLANES["latent"], 1)
+    cache = PagedCache(SPECS["latent"], 1)
     assert [cache.pages_for(n) for n in (0, 1, 63, 64, 65, 128, 131_072)] == [0, 1, 1, 1, 2, 2, 2048]
     with pytest.raises(CacheError, match="-1"):
         cache.pages_for(-1)
 
 
-def test_a_layer_is_a_contiguous_view_of_the_storage():
-    cache = PagedCache(PLANES["two planes"], 4, page_size=8)
-    cache.layer(2)[1, 3] = 1.0
-    cache.layer(0, plane=1)[0, 0] = 2.0
-    assert cache.storage[0][2, 1, 3].eq(1).all()
-    assert cache.storage[0].count_nonzero() == cache.storage[0].shape[-1]
-    assert cache.storage[1][0, 0, 0].eq(2).all()
-    assert all(cache.layer(i).is_contiguous() for i in range(3))
+def test_a_layer_has_memory_of_its_own_in_its_own_shape():
+    cache = PagedCache(SPECS["layers that differ"], 4, page_size=8)
+    first, second, _ = states = [cache.view(index) for index in range(3)]
+    first.pages[1, 3] = 1.0
+    second.pages[0, 0] = 2.0
+    assert cache.storage[0].count_nonzero() == first.pages.shape[2] and cache.storage[0][1, 3].eq(1).all()
+    assert cache.storage[1].count_nonzero() == 2 * 2 * 6 and cache.storage[1][0, 0].eq(2).all()
+    assert not cache.storage[2].any()
+    assert [tuple(state.pages.shape) for state in states] == [(4, 8, 40), (4, 8, 2, 2, 6), (4, 8, 24)]
+    assert all(state.pages.is_contiguous() and state.kv_format == "fp16" for state in states)
     assert cache.format == "fp16"
 
 
-def test_check_finds_storage_that_is_not_what_the_layout_says():
-    cache = PagedCache(PLANES["latent"], 4)
-    cache.storage[0] = torch.zeros(3, 4, 64, 80, dtype=torch.bfloat16)
+def test_check_finds_storage_that_is_not_what_the_formula_says():
+    cache = PagedCache(SPECS["latent"], 4)
+    cache.view(0).pages.data = torch.zeros(4, 64, 80, dtype=torch.bfloat16)
     with pytest.raises(CacheError, match="inconsistent"):
         cache.check()
 
 
-def test_no_planes_no_pages_and_empty_pages_are_refused():
-    for planes, pages, size in (([], 1, 1), (PLANES["kv"], 0, 1), (PLANES["kv"], 1, 0)):
+def test_no_specs_no_pages_and_empty_pages_are_refused():
+    for specs, pages, size in (([], 1, 1), (SPECS["kv"], 0, 1), (SPECS["kv"], 1, 0)):
         with pytest.raises(CacheError):
-            PagedCache(planes, pages, page_size=size)
+            PagedCache(specs, pages, page_size=size)

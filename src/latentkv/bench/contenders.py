@@ -61,16 +61,16 @@ def latentkv_entry(case: DecodeCase, kv_format: KVFormat) -> Entry:
     if packing is not None:  # as a model is when it is loaded
         pack_module(module, packing)
     planned = case.shape.plan(case.context, kv_format).cache[0].cache_bytes
-    cache = PagedCache.sized([LatentSpec(1, mla.kv_lora_rank, mla.qk_rope_head_dim, kv_format)], planned)
+    cache = PagedCache.sized([LatentSpec(mla.kv_lora_rank, mla.qk_rope_head_dim, kv_format)], planned)
     pages = cache.pool.allocate(cache.pages_for(case.context))
     order = torch.randperm(len(pages), generator=torch.Generator().manual_seed(0)).tolist()
     pages = [pages[i] for i in order]
     past = Batch.build([[0] * (case.context - 1)], [0], [pages], page_size=cache.page_size)
-    write_latents(cache.layer(0), past.slots, case.latents, case.k_rope, kv_format=kv_format)
+    write_latents(cache.view(0).pages, past.slots, case.latents, case.k_rope, kv_format=kv_format)
     batch = Batch.build([[0]], [case.context - 1], [pages], page_size=cache.page_size)
     return Entry(
         "absorbed",
-        step=lambda: module.attend(case.x, case.positions, batch, cache.layer(0), kv_format=kv_format),
+        step=lambda: module.attend(case.x, case.positions, batch, cache.view(0)),
         cache_bytes=lambda: cache.allocated_bytes,
         planned_bytes=planned,
     )

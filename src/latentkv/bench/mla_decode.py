@@ -241,9 +241,9 @@ class DecodeEntry:
 def mla_decode_entry(inputs: DecodeInputs, kv_format: KVFormat, *, int8_products: bool = False) -> DecodeEntry:
     """`mla_decode` over pages in no order, as after hours of serving."""
     batch, context, _ = inputs.latents.shape
-    plane = LatentSpec(inputs.layers, LATENT_DIM, ROPE_DIM, kv_format)
+    spec = LatentSpec(LATENT_DIM, ROPE_DIM, kv_format)
     pages_each = -(-context // PAGE_SIZE)
-    caches = list(plane.allocate(batch * pages_each, PAGE_SIZE))
+    caches = [spec.allocate(batch * pages_each, PAGE_SIZE) for _ in range(inputs.layers)]
     order = torch.randperm(batch * pages_each, generator=torch.Generator().manual_seed(0))
     table = order.view(batch, pages_each).to(torch.int32)
     tokens = torch.arange(context)
@@ -269,7 +269,7 @@ def mla_decode_entry(inputs: DecodeInputs, kv_format: KVFormat, *, int8_products
         return out[:, 0]
 
     tolerance = TOLERANCE[INT8_PRODUCTS if int8_products else kv_format]
-    return DecodeEntry(layer, caches, batch * context * plane.token_bytes, tolerance)
+    return DecodeEntry(layer, caches, batch * context * spec.token_bytes, tolerance)
 
 
 def torch_entry(inputs: DecodeInputs) -> DecodeEntry:

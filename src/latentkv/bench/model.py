@@ -255,8 +255,8 @@ def _add_peers(
 def _mha_entry(llm: LLM, weights: str | None, deepest: int) -> Entry:
     packing = choose_packing(weights, llm.decoder.dtype, torch.device("cpu"))
     twin = mha_twin(llm.decoder, packing)
-    planes = twin.config.planes("fp32" if llm.decoder.dtype == torch.float32 else "bf16")
-    cache = PagedCache(planes, -(-(deepest + 64) // llm.cache.page_size) + 1)
+    specs = twin.config.specs("fp32" if llm.decoder.dtype == torch.float32 else "bf16")
+    cache = PagedCache(specs, -(-(deepest + 64) // llm.cache.page_size) + 1)
     return Entry(OwnDecoder(twin, cache), twin.config, weight_bytes_read(twin), cache.bytes_per_token)
 
 

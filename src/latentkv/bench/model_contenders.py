@@ -54,7 +54,7 @@ class OwnDecoder:
 
     Args:
         decoder: the model.
-        cache: made of its planes; all of its pages are taken.
+        cache: made of its specs; all of its pages are taken.
     """
 
     def __init__(self, decoder: Decoder, cache: PagedCache) -> None:
@@ -104,16 +104,16 @@ def fill_cache(cache: PagedCache) -> None:
     """Have plausible numbers in every page of every layer."""
     generator = torch.Generator().manual_seed(0)
     count = min(_FILLED_PAGES, cache.num_pages)
-    for plane, storage in zip(cache.planes, cache.storage, strict=True):
-        for layer in storage:
-            if isinstance(plane, LatentSpec):
-                drawn = torch.randn(count * cache.page_size, plane.latent_dim + plane.rope_dim, generator=generator)
-                c, k_rope = drawn.split([plane.latent_dim, plane.rope_dim], dim=-1)
-                ops.write_latents(layer, torch.arange(len(drawn)), c, k_rope, kv_format=plane.format)
-            else:
-                layer[:count].normal_(generator=generator)
-            for first in range(count, len(layer), count):
-                layer[first : first + count] = layer[: min(count, len(layer) - first)]
+    for index, spec in enumerate(cache.specs):
+        pages = cache.view(index).pages
+        if isinstance(spec, LatentSpec):
+            drawn = torch.randn(count * cache.page_size, spec.latent_dim + spec.rope_dim, generator=generator)
+            c, k_rope = drawn.split([spec.latent_dim, spec.rope_dim], dim=-1)
+            ops.write_latents(pages, torch.arange(len(drawn)), c, k_rope, kv_format=spec.format)
+        else:
+            pages[:count].normal_(generator=generator)
+        for first in range(count, len(pages), count):
+            pages[first : first + count] = pages[: min(count, len(pages) - first)]
 
 
 class TransformersModel:

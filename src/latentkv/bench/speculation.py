@@ -70,8 +70,8 @@ class _Writer:
 
     def __init__(self, llm: LLM, drafter: Callable[[PagedCache], Drafter] | None, speculate: int) -> None:
         # Room for an MTP module for all of them, so that they use the same memory.
-        planes = llm.config.planes(llm.cache.format, num_mtp_layers=min(len(llm.decoder.mtp), 1))
-        cache = PagedCache(planes, llm.cache.num_pages, device=llm.decoder.model.norm.weight.device)
+        specs = llm.config.specs(llm.cache.format, num_mtp_layers=min(len(llm.decoder.mtp), 1))
+        cache = PagedCache(specs, llm.cache.num_pages, device=llm.decoder.model.norm.weight.device)
         self.llm = llm
         self.engine = Engine(
             llm.decoder, cache, drafter=None if drafter is None else drafter(cache), most_drafted=speculate

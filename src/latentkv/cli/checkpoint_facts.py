@@ -15,6 +15,7 @@ from latentkv.models.config import MLAConfig, ModelConfig
 from latentkv.models.loading import match_weights
 from latentkv.models.stored_config import DTYPE_NAMES, open_checkpoint, stored_dtype
 from latentkv.plan import count_active_parameters, count_mtp_parameters, count_parameters, mha_bytes
+from latentkv.state import bytes_per_token
 from latentkv.text import has_tokenizer, load_tokenizer
 
 
@@ -131,7 +132,7 @@ def read_facts(folder: Path) -> CheckpointFacts:
         mtp_parameters=count_mtp_parameters(config),
         by_kind=_grouped(tensors, lambda tensor: tensor.kind),
         by_dtype=_grouped(tensors, lambda tensor: tensor.dtype),
-        cache_bytes_per_token=sum(plane.bytes_per_token for plane in config.planes("bf16")),
+        cache_bytes_per_token=bytes_per_token(config.specs("bf16")),
         mha_cache_bytes_per_token=mha_bytes(config),
         tokenizer=_tokenizer_fact(folder),
         tensors=tensors,

@@ -11,6 +11,7 @@ from latentkv.compare.arms import BASELINE, Arm
 from latentkv.compare.options import SWEEP_SEED, CompareOptions
 from latentkv.compare.statistics import Difference, Spread, paired_difference, spread
 from latentkv.plan import count_parameters
+from latentkv.state import bytes_per_token
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,7 @@ def report_arm(
         parameters=count_parameters(config),
         width=width,
         cached_numbers=arm.cached_numbers(options.sizes),
-        cached_bytes=sum(plane.bytes_per_token for plane in config.planes("bf16")),
+        cached_bytes=bytes_per_token(config.specs("bf16")),
         sweep=dict(sweep),
         rate=rate,
         rate_at_edge=len(options.rates) > 1 and rate in (min(options.rates), max(options.rates)),

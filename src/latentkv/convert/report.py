@@ -9,6 +9,7 @@ from latentkv.convert.export import Export
 from latentkv.models.config import ModelConfig
 from latentkv.ops.kv_formats import KVFormat
 from latentkv.saved_values import as_saved
+from latentkv.state import bytes_per_token
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class CacheBytes:
     @classmethod
     def of(cls, source: ModelConfig, converted: ModelConfig, dtype: KVFormat) -> CacheBytes:
         """Counted by the cache's own formula."""
-        before, after = (sum(plane.bytes_per_token for plane in each.planes(dtype)) for each in (source, converted))
+        before, after = (bytes_per_token(each.specs(dtype)) for each in (source, converted))
         return cls(dtype, before, after)
 
 

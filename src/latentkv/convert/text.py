@@ -22,9 +22,9 @@ TOGETHER = 64
 
 def load_writer(folder: Path, length: int) -> LLM:
     """A source in float32; where memory allows, its cache has room for `TOGETHER` sequences of `length` tokens."""
-    planes = read_config(folder).planes("fp32")
+    specs = read_config(folder).specs("fp32")
     pages = -(-max(length, 1) // PAGE_SIZE) + 1  # the scheduler lets a request in while there is a page in hand for it
-    room = default_cache_bytes(planes, TOGETHER * pages * PAGE_SIZE, free_memory() // 2)
+    room = default_cache_bytes(specs, TOGETHER * pages * PAGE_SIZE, free_memory() // 2)
     return LLM(folder, dtype="fp32", kv_cache_bytes=room)
 
 

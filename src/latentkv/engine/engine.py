@@ -75,7 +75,7 @@ class Engine:
 
     Args:
         decoder: the model, in eval mode.
-        cache: made of the decoder's planes, on its device.
+        cache: made of the decoder's specs, on its device.
         eos_ids: tokens that end a completion, unless the request ignores them.
         step_tokens: tokens that one step reads, about: it bounds a step's memory.
         step_seconds: time that one step takes, about: steps read fewer tokens where more would take longer.

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from latentkv.state import PAGE_SIZE, LayerSpec
+from latentkv.state import PAGE_SIZE, LayerSpec, bytes_per_token
 
 logger = logging.getLogger("latentkv.engine")
 
@@ -47,9 +47,9 @@ def beside_weights(free: int, weights: int, model: Path) -> int:
     return max(free - weights, free // 8)
 
 
-def default_cache_bytes(planes: Sequence[LayerSpec], max_context: int, free: int) -> int:
+def default_cache_bytes(specs: Sequence[LayerSpec], max_context: int, free: int) -> int:
     """The smaller of one context of `max_context` tokens, in whole pages, and half of `free` bytes."""
-    page_bytes = PAGE_SIZE * sum(plane.bytes_per_token for plane in planes)
+    page_bytes = PAGE_SIZE * bytes_per_token(specs)
     return min(-(-max_context // PAGE_SIZE) * page_bytes, free // 2)
 
 

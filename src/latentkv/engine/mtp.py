@@ -34,7 +34,7 @@ class MTPDrafter:
 
     Args:
         decoder: with an MTP module, in eval mode.
-        cache: with a layer for the module (`ModelConfig.planes(..., num_mtp_layers=1)`).
+        cache: with a layer for the module (`ModelConfig.specs(..., num_mtp_layers=1)`).
     """
 
     def __init__(self, decoder: Decoder, cache: PagedCache) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from latentkv.kernels import current_isa
 from latentkv.models.batch import Batch
-from latentkv.models.mla import Form
+from latentkv.models.forms import Form
 from latentkv.models.rope import Rotary
 from latentkv.ops.native.recording import NotRecordableError, Recording
 from latentkv.state import PagedCache

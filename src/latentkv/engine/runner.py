@@ -15,7 +15,7 @@ from latentkv.engine.sequence import Sequence
 from latentkv.errors import CheckpointError
 from latentkv.models.batch import Batch
 from latentkv.models.decoder import Decoder
-from latentkv.models.mla import Form
+from latentkv.models.forms import Form
 from latentkv.models.transfer import to_host
 from latentkv.state import PagedCache
 
@@ -31,7 +31,7 @@ class Runner:
 
     Args:
         decoder: the model, in eval mode.
-        cache: made of the decoder's planes, on its device.
+        cache: made of the decoder's specs, on its device.
     """
 
     def __init__(self, decoder: Decoder, cache: PagedCache) -> None:

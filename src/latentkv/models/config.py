@@ -124,6 +124,13 @@ class LayerConfig:
     moe: MoEConfig | None = None
     sliding_window: int | None = None
 
+    def spec(self, kv_format: KVFormat) -> LayerSpec:
+        """What the layer remembers of each token, stored in `kv_format`."""
+        attention = self.attention
+        if isinstance(attention, MLAConfig):
+            return LatentSpec(attention.kv_lora_rank, attention.qk_rope_head_dim, kv_format)
+        return KeyValueSpec(attention.num_kv_heads, attention.head_dim, kv_format)
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -179,12 +186,10 @@ class ModelConfig:
         found = [layer.moe for layer in self.layers if layer.moe is not None]
         return self._same("experts", found) if found else None
 
-    def planes(self, kv_format: KVFormat, num_mtp_layers: int = 0) -> tuple[LayerSpec, ...]:
-        """What the cache of this model stores for each token, in `kv_format` (MTP layers only if asked for)."""
-        layers, attention = self.num_layers + num_mtp_layers, self.attention
-        if isinstance(attention, MLAConfig):
-            return (LatentSpec(layers, attention.kv_lora_rank, attention.qk_rope_head_dim, kv_format),)
-        return (KeyValueSpec(layers, attention.num_kv_heads, attention.head_dim, kv_format),)
+    def specs(self, kv_format: KVFormat, num_mtp_layers: int = 0) -> tuple[LayerSpec, ...]:
+        """What the layers remember of each token, stored in `kv_format` (MTP layers only if asked for)."""
+        layers = (*self.layers, *[self.mtp_layer] * num_mtp_layers)
+        return tuple(layer.spec(kv_format) for layer in layers)
 
     def _same(self, what: str, values: Sequence[T]) -> T:
         if any(value != values[0] for value in values):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container, Iterator
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from latentkv import ops
 from latentkv.models.batch import Batch
 from latentkv.models.config import LayerConfig, MLAConfig, ModelConfig
+from latentkv.models.forms import Form
 from latentkv.models.gqa import GroupedQueryAttention
 from latentkv.models.layers import MLP, Embedding, Linear, RMSNorm
-from latentkv.models.mla import Form, MultiHeadLatentAttention
+from latentkv.models.mla import MultiHeadLatentAttention
 from latentkv.models.moe import Experts, MoE, Router
 from latentkv.models.packing import Packer
 from latentkv.models.rope import Rotary, rotary
-from latentkv.state import PagedCache
+from latentkv.state import LayerState, PagedCache
 from latentkv.weights import PackedWeight
 
 
@@ -40,19 +41,17 @@ class DecoderLayer(nn.Module):
         x: Tensor,
         positions: Rotary,
         batch: Batch | None = None,
-        pages: Tensor | None = None,
-        cache: PagedCache | None = None,
+        state: LayerState | None = None,
         form: Form | None = None,
     ) -> Tensor:
-        """[B, S, hidden] whole sequences, or with a batch and its pages [T, hidden] new tokens."""
-        if batch is None or pages is None or cache is None:
+        """[B, S, hidden] whole sequences, or with a batch and the layer's state [T, hidden] new tokens."""
+        if batch is None or state is None:
             x = self._add(x, self.self_attn(self.input_layernorm(x), positions))
             return self._add(x, self.mlp(self.post_attention_layernorm(x)))
         # Blocks add the residual stream themselves, which saves a rounding, unless they are to be multiplied first.
         plain = self.residual_multiplier == 1.0
-        options: dict[str, Any] = {"form": form} if isinstance(self.self_attn, MultiHeadLatentAttention) else {}
         h, residual = self.input_layernorm(x), x if plain else None
-        block = self.self_attn.attend(h, positions, batch, pages, residual, kv_format=cache.format, **options)
+        block = self.self_attn.attend(h, positions, batch, state, residual, form)
         x = block if plain else self._add(x, block)
         h, residual = self.post_attention_layernorm(x), x if plain else None
         block = self.mlp(h, residual)
@@ -181,7 +180,7 @@ class Decoder(nn.Module):
     ) -> Tensor:
         """`forward` from what `inputs` gives on."""
         for index, layer in enumerate(self.model.layers):
-            x = layer(x, positions, batch, cache.layer(index), cache, form)
+            x = layer(x, positions, batch, cache.view(index), form)
         return self.model.norm(x)
 
     def forward_train(self, input_ids: Tensor) -> Tensor:
@@ -238,8 +237,8 @@ class Decoder(nn.Module):
             [T, hidden], to be given to `logits`: what follows each of the tokens.
         """
         module = self._mtp_module
-        pages = cache.layer(self.config.num_layers)
-        return module.norm(module.layer(module.eh_proj(x), positions, batch, pages, cache, form))
+        state = cache.view(self.config.num_layers)
+        return module.norm(module.layer(module.eh_proj(x), positions, batch, state, form))
 
     @property
     def _mtp_module(self) -> MTPModule:

@@ -9,9 +9,10 @@ from torch.nn import functional
 from latentkv import ops
 from latentkv.models.batch import Batch
 from latentkv.models.config import GQAConfig, RopeConfig
+from latentkv.models.forms import Form
 from latentkv.models.layers import Linear, RMSNorm
 from latentkv.models.rope import Rotary
-from latentkv.state.spec import KVFormat
+from latentkv.state import LayerState
 
 
 class GroupedQueryAttention(nn.Module):
@@ -65,10 +66,9 @@ class GroupedQueryAttention(nn.Module):
         x: Tensor,
         positions: Rotary,
         batch: Batch,
-        pages: Tensor,
+        state: LayerState,
         residual: Tensor | None = None,
-        *,
-        kv_format: KVFormat,
+        form: Form | None = None,
     ) -> Tensor:
         """Write the new tokens' keys and values into the cache, then attend to everything cached.
 
@@ -76,20 +76,22 @@ class GroupedQueryAttention(nn.Module):
             x: [T, hidden], the new tokens of all sequences, ragged.
             positions: rotary angles of the T tokens.
             batch: where they belong.
-            pages: this layer's plane of the cache, [N, P, 2, G, D].
+            state: this layer's keys and values, pages [N, P, 2, G, D].
             residual: [T, hidden] that the result is added to.
-            kv_format: the plane's format (its dtype says the same; accepted for symmetry with MLA).
+            form: of latent attention; this one has no other.
 
         Returns:
             [T, hidden].
         """
         q, k, v = self.project(x, positions)
         # A key and its value lie beside each other, as a latent and its rotated key do.
-        ops.write_latents(pages.flatten(2), batch.slots, k.flatten(-2), v.flatten(-2))
+        ops.write_latents(state.pages.flatten(2), batch.slots, k.flatten(-2), v.flatten(-2))
         start = batch.start
         if self.sliding_window is not None:
             start = (batch.stop - self.sliding_window).clamp(min=batch.kv_start)
-        out, _ = ops.gqa_attend(q, pages, batch.block_table, batch.q_start, batch.stop, scale=self.scale, start=start)
+        out, _ = ops.gqa_attend(
+            q, state.pages, batch.block_table, batch.q_start, batch.stop, scale=self.scale, start=start
+        )
         return self.o_proj(out.flatten(-2), residual)
 
     def project(self, x: Tensor, positions: Rotary) -> tuple[Tensor, Tensor, Tensor]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,27 +11,12 @@ from latentkv import ops
 from latentkv.errors import ConfigError
 from latentkv.models.batch import Batch
 from latentkv.models.config import MLAConfig, RopeConfig
+from latentkv.models.forms import Form, choose_form
 from latentkv.models.layers import Linear, RMSNorm
 from latentkv.models.packing import Packer
 from latentkv.models.rope import Rotary, rotary
-from latentkv.state.spec import KVFormat
+from latentkv.state import LayerState
 from latentkv.weights import PackedWeight
-
-Form = Literal["absorbed", "expanded"]
-
-
-def choose_form(config: MLAConfig, new_tokens: int, kv_len: int) -> Form:
-    """The cheaper form, in FLOPs a head, of attending `new_tokens` queries (the last of `kv_len` cached tokens).
-
-    expanded: 2 (Dn + R + Dv) a (query, key) pair + 2 L (Dn + Dv) a context token;
-    absorbed: 2 (2 L + R) a pair + 2 L (Dn + Dv) a query token.
-    """
-    pairs = new_tokens * (kv_len - new_tokens) + new_tokens * (new_tokens + 1) // 2
-    heads = config.qk_nope_head_dim + config.v_head_dim
-    projection = 2 * config.kv_lora_rank * heads
-    expanded = 2 * (heads + config.qk_rope_head_dim) * pairs + projection * kv_len
-    absorbed = 2 * (2 * config.kv_lora_rank + config.qk_rope_head_dim) * pairs + projection * new_tokens
-    return "absorbed" if absorbed <= expanded else "expanded"
 
 
 class MultiHeadLatentAttention(nn.Module):
@@ -134,10 +118,8 @@ class MultiHeadLatentAttention(nn.Module):
         x: Tensor,
         positions: Rotary,
         batch: Batch,
-        pages: Tensor,
+        state: LayerState,
         residual: Tensor | None = None,
-        *,
-        kv_format: KVFormat,
         form: Form | None = None,
     ) -> Tensor:
         """Write the new tokens' latents into the cache, then attend to everything cached.
@@ -146,9 +128,8 @@ class MultiHeadLatentAttention(nn.Module):
             x: [T, hidden], the new tokens of all sequences, ragged.
             positions: rotary angles of the T tokens.
             batch: where they belong.
-            pages: this layer's plane of the cache, [N, P, ...].
+            state: this layer's latents.
             residual: [T, hidden] that the result is added to.
-            kv_format: how the plane stores a token.
             form: None: `choose_form` decides for each sequence.
 
         Returns:
@@ -156,7 +137,7 @@ class MultiHeadLatentAttention(nn.Module):
         """
         q_nope, q_rope = self._project_queries(x, positions)
         ops.norm_rope_write(
-            pages,
+            state.pages,
             batch.slots,
             self.kv_a_proj_with_mqa(x),
             self.kv_a_layernorm.weight,
@@ -164,23 +145,23 @@ class MultiHeadLatentAttention(nn.Module):
             positions.cos,
             positions.sin,
             interleaved=self.rope.interleaved,
-            kv_format=kv_format,
+            kv_format=state.kv_format,
         )
         forms = [form or choose_form(self.config, n, kv) for n, kv in zip(batch.query_lens, batch.kv_lens, strict=True)]
         kinds = [(chosen, self.int8_products and n == 1) for chosen, n in zip(forms, batch.query_lens, strict=True)]
         if len(set(kinds)) == 1 and forms[0] == "absorbed":
             q = self._absorb_and_rotate(q_nope, q_rope, positions)
-            return self._output(self._attend_absorbed(q, batch, pages, kv_format), residual)
+            return self._output(self._attend_absorbed(q, batch, state), residual)
         q_rope = self._rotate(q_rope, positions)
         outputs: list[Tensor] = []
         for first, last in runs(kinds):
             if forms[first] == "absorbed":
                 part, rows = batch.part(first, last)
-                outputs.append(self._attend_absorbed(self._absorb(q_nope[rows], q_rope[rows]), part, pages, kv_format))
+                outputs.append(self._attend_absorbed(self._absorb(q_nope[rows], q_rope[rows]), part, state))
                 continue
             for row in range(first, last):
                 one, rows = batch.part(row, row + 1)
-                outputs.append(self._attend_expanded(q_nope[rows], q_rope[rows], one, pages, kv_format))
+                outputs.append(self._attend_expanded(q_nope[rows], q_rope[rows], one, state))
         return self._output(torch.cat(outputs), residual)
 
     def pack(self, packer: Packer) -> None:
@@ -259,25 +240,23 @@ class MultiHeadLatentAttention(nn.Module):
     def _output(self, heads: Tensor, residual: Tensor | None = None) -> Tensor:
         return self.o_proj(heads.flatten(-2), residual)
 
-    def _attend_absorbed(self, q: Tensor, batch: Batch, pages: Tensor, kv_format: KVFormat) -> Tensor:
+    def _attend_absorbed(self, q: Tensor, batch: Batch, state: LayerState) -> Tensor:
         attended, _ = ops.mla_attend(
             q,
-            pages,
+            state.pages,
             batch.block_table,
             batch.q_start,
             batch.stop,
             latent_dim=self.config.kv_lora_rank,
             scale=self.scale,
-            kv_format=kv_format,
+            kv_format=state.kv_format,
             start=batch.start,
             # Decoding only: else a prompt's numbers would change with where it is cut.
             int8_products=self.int8_products and max(batch.query_lens) == 1,
         )
         return self._unabsorb(attended)
 
-    def _attend_expanded(
-        self, q_nope: Tensor, q_rope: Tensor, batch: Batch, pages: Tensor, kv_format: KVFormat
-    ) -> Tensor:
+    def _attend_expanded(self, q_nope: Tensor, q_rope: Tensor, batch: Batch, state: LayerState) -> Tensor:
         """One sequence in expanded form: the cache is expanded a chunk at a time, the parts merged by log-sum-exp.
 
         Keys and values come from the cache for the new tokens too, so that a prompt gives the same result whether it
@@ -287,7 +266,7 @@ class MultiHeadLatentAttention(nn.Module):
         total = batch.kv_lens[0]
         past = total - batch.query_lens[0]
         parts: Iterator[tuple[slice, tuple[Tensor, Tensor]]] = (
-            self._attend_chunk(q, batch.block_table[0], pages, begin, end, past, kv_format)
+            self._attend_chunk(q, batch.block_table[0], state, begin, end, past)
             for begin, end in chunk_bounds(batch.kv_start, past, total, self.expand_chunk)
         )
         _, (out, lse) = next(parts)  # every row sees something of the first chunk
@@ -296,14 +275,14 @@ class MultiHeadLatentAttention(nn.Module):
         return out.to(q.dtype)
 
     def _attend_chunk(
-        self, q: Tensor, block_table: Tensor, pages: Tensor, begin: int, end: int, past: int, kv_format: KVFormat
+        self, q: Tensor, block_table: Tensor, state: LayerState, begin: int, end: int, past: int
     ) -> tuple[slice, tuple[Tensor, Tensor]]:
         """The rows that see something of cached tokens begin .. end-1, and their partial result (float32 at least).
 
         A chunk of new tokens is that of the first such rows themselves: they see it causally, the rows after them
         whole.
         """
-        keys, values = self._expand_cached(block_table, pages, begin, end, kv_format, q.dtype)
+        keys, values = self._expand_cached(block_table, state, begin, end, q.dtype)
         rows = slice(max(begin - past, 0), None)
         q = q[rows]
         inside = end - begin if begin >= past else 0
@@ -321,17 +300,17 @@ class MultiHeadLatentAttention(nn.Module):
         return rows, (torch.cat(out), torch.cat(lse))
 
     def _expand_cached(
-        self, block_table: Tensor, pages: Tensor, begin: int, end: int, kv_format: KVFormat, dtype: torch.dtype
+        self, block_table: Tensor, state: LayerState, begin: int, end: int, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
         """Keys [n, H, Dn + R] and values [n, H, Dv] of the cached tokens begin .. end-1."""
         cached = ops.read_latents(
-            pages,
+            state.pages,
             block_table,
             begin,
             end,
             latent_dim=self.config.kv_lora_rank,
             rope_dim=self.config.qk_rope_head_dim,
-            kv_format=kv_format,
+            kv_format=state.kv_format,
             dtype=dtype,
         )
         latent, k_rope = cached.split([self.config.kv_lora_rank, self.config.qk_rope_head_dim], dim=-1)

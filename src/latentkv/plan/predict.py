@@ -17,7 +17,7 @@ from latentkv.plan.parameters import (
     weight_bytes,
 )
 from latentkv.plan.source import StoredWeights
-from latentkv.state.spec import PAGE_SIZE, KVFormat, mha_bytes_per_token
+from latentkv.state.spec import PAGE_SIZE, KVFormat, bytes_per_token, mha_bytes_per_token
 
 KV_FORMATS: tuple[KVFormat, ...] = get_args(KVFormat)
 
@@ -195,7 +195,7 @@ def _compared_with(config: ModelConfig) -> list[tuple[str, int]]:
 
 
 def _own_bytes(config: ModelConfig, kv_dtype: KVFormat) -> int:
-    return sum(plane.bytes_per_token for plane in config.planes(kv_dtype))
+    return bytes_per_token(config.specs(kv_dtype))
 
 
 def _bytes_by_format(config: ModelConfig) -> dict[str, int]:

@@ -3,10 +3,18 @@
 `prefix` finds pages again by the text in them, and `store` in files of a folder when they are not in memory.
 """
 
-from latentkv.state.cache import PagedCache
+from latentkv.state.cache import LayerState, PagedCache
 from latentkv.state.pages import PagePool
 from latentkv.state.prefix import KnownPage, PrefixIndex
-from latentkv.state.spec import PAGE_SIZE, KeyValueSpec, KVFormat, LatentSpec, LayerSpec, mha_bytes_per_token
+from latentkv.state.spec import (
+    PAGE_SIZE,
+    KeyValueSpec,
+    KVFormat,
+    LatentSpec,
+    LayerSpec,
+    bytes_per_token,
+    mha_bytes_per_token,
+)
 from latentkv.state.store import PageKey, PageStore, StoreFolder
 
 __all__ = [
@@ -16,11 +24,13 @@ __all__ = [
     "KnownPage",
     "LatentSpec",
     "LayerSpec",
+    "LayerState",
     "PageKey",
     "PagePool",
     "PageStore",
     "PagedCache",
     "PrefixIndex",
     "StoreFolder",
+    "bytes_per_token",
     "mha_bytes_per_token",
 ]

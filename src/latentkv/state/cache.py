@@ -1,50 +1,64 @@
-"""`PagedCache`: the memory behind the pages. A page number means the same tokens in every layer of every plane."""
+"""`PagedCache`: the memory behind the pages. A page number means the same tokens in every layer."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
+from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from latentkv.errors import CacheError
 from latentkv.state.pages import PagePool
-from latentkv.state.spec import PAGE_SIZE, KVFormat, LayerSpec
+from latentkv.state.spec import PAGE_SIZE, KVFormat, LayerSpec, bytes_per_token
+
+
+class LayerState(NamedTuple):
+    """What one layer remembers, to be read and written in place.
+
+    Attributes:
+        pages: [N, P, ...], a row for each token (`spec` says what one looks like).
+        kv_format: how a row stores its token.
+    """
+
+    pages: Tensor
+    kv_format: KVFormat
 
 
 class PagedCache:
-    """Paged storage for the attention state of a model's layers, allocated whole and at once.
+    """Paged storage for what a model's layers remember, allocated whole and at once.
 
     Args:
-        planes: what is stored for each token (`ModelConfig.planes`).
+        specs: what each layer keeps (`ModelConfig.specs`).
         num_pages: pages in all.
         page_size: tokens a page.
         device: where the storage lives.
 
     Attributes:
         pool: who holds which page.
-        storage: one tensor a plane, [its layers, N, P, ...] (`layout` says what a token looks like).
     """
 
     def __init__(
         self,
-        planes: Sequence[LayerSpec],
+        specs: Sequence[LayerSpec],
         num_pages: int,
         *,
         page_size: int = PAGE_SIZE,
         device: torch.device | str = "cpu",
     ) -> None:
-        _require_sizes(planes, num_pages, page_size)
-        self.planes = tuple(planes)
+        _require_sizes(specs, num_pages, page_size)
+        self.specs = tuple(specs)
         self.page_size = page_size
-        self.storage: list[Tensor] = []
+        self._layers: list[LayerState] = []
         try:
-            for plane in self.planes:
-                self.storage.append(plane.allocate(num_pages, page_size, device))
+            for spec in self.specs:
+                self._layers.append(LayerState(spec.allocate(num_pages, page_size, device), spec.format))
         except (RuntimeError, MemoryError) as error:
-            needed = num_pages * page_size * self.bytes_per_token
             raise CacheError(
-                f"{num_pages} cache pages need {needed:,} bytes, which {device} cannot give: "
+                f"{num_pages} cache pages need {num_pages * self.page_bytes:,} bytes, which {device} cannot give: "
                 "lower kv_cache_bytes or the context"
             ) from error
         self.pool = PagePool(num_pages)
@@ -52,7 +66,7 @@ class PagedCache:
     @classmethod
     def sized(
         cls,
-        planes: Sequence[LayerSpec],
+        specs: Sequence[LayerSpec],
         kv_cache_bytes: int,
         *,
         page_size: int = PAGE_SIZE,
@@ -63,14 +77,14 @@ class PagedCache:
         Raises:
             CacheError: not even one page fits.
         """
-        _require_sizes(planes, 1, page_size)
-        page_bytes = page_size * sum(plane.bytes_per_token for plane in planes)
+        _require_sizes(specs, 1, page_size)
+        page_bytes = page_size * bytes_per_token(specs)
         if kv_cache_bytes < page_bytes:
             raise CacheError(
                 f"kv_cache_bytes={kv_cache_bytes:,} is less than one page of {page_size} tokens: "
                 f"give at least {page_bytes:,}"
             )
-        return cls(planes, kv_cache_bytes // page_bytes, page_size=page_size, device=device)
+        return cls(specs, kv_cache_bytes // page_bytes, page_size=page_size, device=device)
 
     @property
     def num_pages(self) -> int:
@@ -79,18 +93,28 @@ class PagedCache:
 
     @property
     def format(self) -> KVFormat:
-        """How plane 0 is stored."""
-        return self.planes[0].format
+        """How tokens are stored."""
+        return self.specs[0].format
 
     @property
     def bytes_per_token(self) -> int:
-        """Bytes of one token in all layers of all planes."""
-        return sum(plane.bytes_per_token for plane in self.planes)
+        """Bytes of one token in all layers."""
+        return bytes_per_token(self.specs)
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one page in all layers."""
+        return self.page_size * self.bytes_per_token
 
     @property
     def allocated_bytes(self) -> int:
-        """Bytes that the storage really takes: bytes_per_token * page_size * num_pages, exactly."""
+        """Bytes that the storage really takes: page_bytes * num_pages, exactly."""
         return sum(tensor.untyped_storage().nbytes() for tensor in self.storage)
+
+    @property
+    def storage(self) -> list[Tensor]:
+        """All tensors, layer by layer, each [N, ...]."""
+        return [state.pages for state in self._layers]
 
     def pages_for(self, tokens: int) -> int:
         """How many pages `tokens` tokens fill, the last one perhaps in part."""
@@ -98,15 +122,18 @@ class PagedCache:
             raise CacheError(f"{tokens} tokens cannot be cached: the number cannot be negative")
         return -(-tokens // self.page_size)
 
-    def layer(self, index: int, plane: int = 0) -> Tensor:
-        """The pages [N, P, ...] of layer `index` of `plane`, a view of the storage."""
-        return self.storage[plane][index]
+    def view(self, layer: int) -> LayerState:
+        """What a layer remembers."""
+        return self._layers[layer]
 
     def page_parts(self, page: int) -> list[memoryview]:
-        """The memory of `page` (of a cache on the CPU) as bytes: planes in order, of each its layers in order."""
-        return [
-            memoryview(part) for tensor in self.storage for part in tensor.view(torch.uint8).flatten(2)[:, page].numpy()
-        ]
+        """The memory of `page` (of a cache on the CPU) as bytes, layer by layer."""
+        return [memoryview(rows[page]) for rows in self._as_bytes]
+
+    @cached_property
+    def _as_bytes(self) -> list[NDArray[np.uint8]]:
+        """The storage, each tensor [N, bytes of a page]."""
+        return [tensor.view(torch.uint8).flatten(1).numpy() for tensor in self.storage]
 
     def check(self) -> None:
         """Prove the invariants: every page is free xor held, and the storage is what the formula says.
@@ -115,16 +142,16 @@ class PagedCache:
             CacheError: one is broken.
         """
         self.pool.check()
-        predicted = self.bytes_per_token * self.page_size * self.num_pages
+        predicted = self.page_bytes * self.num_pages
         if self.allocated_bytes != predicted:
             raise CacheError(
-                f"inconsistent cache: {self.allocated_bytes:,} bytes are allocated, the layout says {predicted:,}"
+                f"inconsistent cache: {self.allocated_bytes:,} bytes are allocated, the formula says {predicted:,}"
             )
 
 
-def _require_sizes(planes: Sequence[LayerSpec], num_pages: int, page_size: int) -> None:
-    if not planes:
-        raise CacheError("a cache without planes stores nothing: give at least one LatentSpec or KeyValueSpec")
+def _require_sizes(specs: Sequence[LayerSpec], num_pages: int, page_size: int) -> None:
+    if not specs:
+        raise CacheError("a cache without layers stores nothing: give at least one LatentSpec or KeyValueSpec")
     if num_pages < 1:
         raise CacheError(f"a cache of {num_pages} pages holds no token: ask for at least one page")
     if page_size < 1:

@@ -1,10 +1,11 @@
-"""What the cache stores for a token: the one formula for bytes, and the planes that are allocated by it.
+"""What a layer keeps of each token: the one formula for bytes, and the pages that are allocated by it.
 
 The allocator, `latentkv plan`, the benchmarks and the plots all call it: a byte predicted is a byte allocated.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +14,15 @@ from torch import Tensor
 from latentkv.errors import CacheError
 from latentkv.ops.kv_formats import FLOAT_DTYPES, KVFormat, latent_token_bytes, storage_dtype
 
-__all__ = ["PAGE_SIZE", "KVFormat", "KeyValueSpec", "LatentSpec", "LayerSpec", "mha_bytes_per_token"]
+__all__ = [
+    "PAGE_SIZE",
+    "KVFormat",
+    "KeyValueSpec",
+    "LatentSpec",
+    "LayerSpec",
+    "bytes_per_token",
+    "mha_bytes_per_token",
+]
 
 PAGE_SIZE = 64
 """Tokens a page."""
@@ -21,45 +30,37 @@ PAGE_SIZE = 64
 
 @dataclass(frozen=True)
 class LatentSpec:
-    """The latents `[c ; k_rope]` of MLA: latent_dim + rope_dim numbers per token and layer (arXiv 2405.04434, 2.1.2).
+    """The latents `[c ; k_rope]` of MLA: latent_dim + rope_dim numbers per token (arXiv 2405.04434, 2.1.2).
 
     `format` is how they are stored; a token's stride is padded to 16 bytes, and the padding is counted.
     """
 
-    num_layers: int
     latent_dim: int
     rope_dim: int
     format: KVFormat = "bf16"
 
     @property
     def token_bytes(self) -> int:
-        """Bytes of one token in one layer, padding included."""
+        """Bytes of one token, padding included."""
         return latent_token_bytes(self.format, self.latent_dim, self.rope_dim)
 
-    @property
-    def bytes_per_token(self) -> int:
-        """Bytes of one token in all layers of this plane."""
-        return self.num_layers * self.token_bytes
-
     def allocate(self, num_pages: int, page_size: int, device: torch.device | str = "cpu") -> Tensor:
-        """Zeroed storage [layers, N, P, row] for `num_pages` pages.
+        """Zeroed pages [N, P, row].
 
         A row is `token_bytes` long: L + R floats and its padding, or quantised bytes (`ops.kv_formats`).
         """
         dtype = storage_dtype(self.format)
-        shape = (self.num_layers, num_pages, page_size, self.token_bytes // dtype.itemsize)
-        return torch.zeros(shape, dtype=dtype, device=device)
+        return torch.zeros(num_pages, page_size, self.token_bytes // dtype.itemsize, dtype=dtype, device=device)
 
 
 @dataclass(frozen=True)
 class KeyValueSpec:
-    """Keys and values of GQA (MHA and MQA too): 2 x num_kv_heads x head_dim numbers per token and layer.
+    """Keys and values of GQA (MHA and MQA too): 2 x num_kv_heads x head_dim numbers per token.
 
     Raises:
         CacheError: `format` is quantised; only latents are stored quantised.
     """
 
-    num_layers: int
     num_kv_heads: int
     head_dim: int
     format: KVFormat = "bf16"
@@ -73,21 +74,21 @@ class KeyValueSpec:
 
     @property
     def token_bytes(self) -> int:
-        """Bytes of one token in one layer."""
+        """Bytes of one token."""
         return 2 * self.num_kv_heads * self.head_dim * FLOAT_DTYPES[self.format].itemsize
 
-    @property
-    def bytes_per_token(self) -> int:
-        """Bytes of one token in all layers of this plane."""
-        return self.num_layers * self.token_bytes
-
     def allocate(self, num_pages: int, page_size: int, device: torch.device | str = "cpu") -> Tensor:
-        """Zeroed storage [layers, N, P, 2, G, D] for `num_pages` pages (index 0 of the 2 is the key)."""
-        shape = (self.num_layers, num_pages, page_size, 2, self.num_kv_heads, self.head_dim)
+        """Zeroed pages [N, P, 2, G, D] (index 0 of the 2 is the key)."""
+        shape = (num_pages, page_size, 2, self.num_kv_heads, self.head_dim)
         return torch.zeros(shape, dtype=FLOAT_DTYPES[self.format], device=device)
 
 
 LayerSpec = LatentSpec | KeyValueSpec
+
+
+def bytes_per_token(layers: Iterable[LayerSpec]) -> int:
+    """Bytes of one token in all of `layers`."""
+    return sum(layer.token_bytes for layer in layers)
 
 
 def mha_bytes_per_token(

@@ -6,7 +6,7 @@
 | 4, 4, 8 | version, token count, bytes of the page's state; little endian, as are all numbers |
 | 32 | digest of the page before it, or the root (`page_key`) |
 | 4 a token | token ids |
-| as said | the page's state: planes in order, of each its layers in order |
+| as said | the page's state, layer by layer |
 | 4 | CRC-32 of all before it |
 
 Whoever reads a file knows all of its head, so nothing in a file is ever interpreted: it is compared.

@@ -55,7 +55,7 @@ class PageStore:
     def __init__(self, folder: StoreFolder, max_bytes: int, fingerprint: bytes, cache: PagedCache) -> None:
         if not all(tensor.is_cpu for tensor in cache.storage):
             raise CacheError("A GPU's cache cannot be stored in files: leave cache_dir out, or use device='cpu'.")
-        self._file_bytes = file_bytes(cache.page_size, cache.page_size * cache.bytes_per_token)
+        self._file_bytes = file_bytes(cache.page_size, cache.page_bytes)
         if in_blocks(self._file_bytes) > max_bytes:
             raise CacheError(
                 f"cache_dir_bytes={max_bytes:,} holds no page: give at least {in_blocks(self._file_bytes):,}, "
@@ -65,7 +65,7 @@ class PageStore:
         self._cache = cache
         self._folder = folder
         self._model = hmac.digest(
-            self._folder.secret, repr((VERSION, fingerprint, cache.planes, cache.page_size)).encode(), "sha256"
+            self._folder.secret, repr((VERSION, fingerprint, cache.specs, cache.page_size)).encode(), "sha256"
         )
         self._prefix = self._model[:8].hex() + "-"
         self._guard = threading.Lock()  # of the files known
@@ -101,7 +101,7 @@ class PageStore:
     @property
     def page_bytes(self) -> int:
         """Bytes of a page's state."""
-        return self._cache.page_size * self._cache.bytes_per_token
+        return self._cache.page_bytes
 
     @property
     def num_pages(self) -> int:
