@@ -183,6 +183,15 @@ def test_the_plan_is_what_the_cache_allocates(kv_dtype):
     assert own.cache_bytes == cache.allocated_bytes == 2 * 2 * PAGE_SIZE * own.bytes_per_token
 
 
+@pytest.mark.parametrize("kv_dtype", ["bf16", "int8"])
+def test_what_drafts_by_mtp_add_is_what_the_cache_allocates_for_them(kv_dtype):
+    config = load_config("glm-4.7-flash")
+    plan = make_plan("m", config, memory=(), context=100, batch=3, kv_dtype=kv_dtype)
+    with_module, without = (PagedCache(config.specs(kv_dtype, mtp=mtp), 6) for mtp in (torch.bfloat16, None))
+    assert plan.mtp_cache_bytes == with_module.allocated_bytes - without.allocated_bytes > 0
+    assert plan_of("minicpm3-4b").mtp_cache_bytes == 0
+
+
 def test_the_other_attentions_use_the_same_heads_in_bf16():
     v2 = plan_of("deepseek-v2", kv_dtype="fp8")
     per_head = 60 * (128 + 64 + 128) * 2

@@ -147,7 +147,8 @@ def _cache(
     options: LoadOptions,
 ) -> PagedCache:
     """The cache, of as many bytes as were asked for or as there is room for."""
-    specs = decoder.config.specs(kv_format(options.kv_dtype, decoder.dtype), num_mtp_layers=int(by_mtp))
+    fmt = kv_format(options.kv_dtype, decoder.dtype)
+    specs = decoder.config.specs(fmt, mtp=decoder.dtype if by_mtp else None)
     num_bytes = options.kv_cache_bytes
     free = free_memory(options.device)
     if packed_file:

@@ -61,5 +61,5 @@ def tiny_decoder(kind: str) -> Decoder:
 
 
 def cache_for(decoder: Decoder, num_pages: int, page_size: int = 8) -> PagedCache:
-    specs = decoder.config.specs("fp32", num_mtp_layers=len(decoder.mtp))
+    specs = decoder.config.specs("fp32", mtp=decoder.dtype if decoder.mtp else None)
     return PagedCache(specs, num_pages, page_size=page_size)

@@ -1,15 +1,19 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from latentkv.engine import memory
 from latentkv.engine.memory import default_cache_bytes, free_memory
-from latentkv.state import LatentSpec
+from latentkv.state import LastStateSpec, LatentSpec, LayerSpec
 
 
 def test_the_default_cache_is_one_context_in_whole_pages_or_half_of_the_free_memory():
-    specs = [LatentSpec(20, 8, "fp32")] * 3
-    page = 64 * 3 * specs[0].token_bytes
+    specs = [
+        *[LayerSpec(LatentSpec(20, 8, "fp32"))] * 2,
+        LayerSpec(LatentSpec(20, 8), LastStateSpec(9, torch.bfloat16)),
+    ]
+    page = 64 * (2 * 112 + 64) + 2 * 9
     assert default_cache_bytes(specs, 65, 10**12) == 2 * page
     assert default_cache_bytes(specs, 64, 10**12) == page
     assert default_cache_bytes(specs, 10**9, 1000) == 500

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from draft_oracle import CheckedMTPDrafter
 from engine_models import MTP, VOCAB, cache_for, tiny_decoder
+from offload_cases import store_for
 
 from latentkv.engine import Engine, Request, SamplingParams, mtp
 from latentkv.engine import replay as replay_module
@@ -24,11 +27,12 @@ def ask(prompt: list[int], **params) -> Request:
     return Request.create(prompt, SamplingParams(**params), vocab_size=VOCAB, max_context=128)
 
 
-def engine_with(pages: int = 40, **options) -> tuple[Engine, CheckedMTPDrafter]:
+def engine_with(pages: int = 40, *, cache_dir: Path | None = None, **options) -> tuple[Engine, CheckedMTPDrafter]:
     decoder = tiny_decoder("mtp")
     cache = cache_for(decoder, pages)
     drafter = CheckedMTPDrafter(decoder, cache)
-    return Engine(decoder, cache, drafter=drafter, **options), drafter
+    store = None if cache_dir is None else store_for(cache_dir, cache)
+    return Engine(decoder, cache, drafter=drafter, store=store, **options), drafter
 
 
 @pytest.mark.parametrize("most", [1, 2, 3, 4])
@@ -82,6 +86,18 @@ def test_a_draft_is_never_longer_than_what_is_left_to_write() -> None:
     assert set(drafter.checked) <= {1, 2}
 
 
+def test_a_prefix_that_comes_back_from_files_serves_drafts_as_well(tmp_path: Path) -> None:
+    prompt = [*PROMPT, *PROMPT[3:9]]
+    first, _ = engine_with(cache_dir=tmp_path, most_drafted=0)
+    list(first.run([ask(prompt, max_tokens=1)]))
+    first.close()
+    engine, drafter = engine_with(cache_dir=tmp_path, most_drafted=3)
+    list(engine.run([ask(prompt, max_tokens=8)]))
+    engine.close()
+    assert engine.counters.store_hits == 32
+    assert drafter.checked[3] > 0
+
+
 @pytest.mark.skipif(len(available_isas()) == 1, reason="the native kernels were not built")
 def test_recorded_steps_draft_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
@@ -90,7 +106,7 @@ def test_recorded_steps_draft_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     pack_module(decoder, Packing())
 
     def drafts() -> tuple[list[list[int]], MTPDrafter]:
-        cache = PagedCache(decoder.config.specs("bf16", num_mtp_layers=1), 40, page_size=8)
+        cache = PagedCache(decoder.config.specs("bf16", mtp=torch.bfloat16), 40, page_size=8)
         drafter = mtp.MTPDrafter(decoder, cache)
         proposed: list[list[int]] = []
         propose = drafter.propose

@@ -62,7 +62,7 @@ def test_a_prefix_comes_back_after_a_restart_and_only_the_rest_is_read_by_the_mo
     assert sizes[0] == 2
     counters = second.counters
     assert (counters.store_queries, counters.store_hits, counters.prefix_hits) == (40, 40, 0)
-    assert counters.loaded_bytes == 5 * PAGE * second.cache.bytes_per_token
+    assert counters.loaded_bytes == 5 * second.cache.page_bytes
     assert counters.read_tokens == 2 + 5
     settle(second)
     assert counters.stored_bytes == 0

@@ -47,7 +47,7 @@ def run(
 ) -> tuple[list[list[int]], Engine]:
     """Tokens of all prompts in a cache so small that they wait for each other and give their pages back."""
     own, params = llm(dtype), SamplingParams(max_tokens=tokens, temperature=temperature, seed=1, ignore_eos=True)
-    specs = own.config.specs(kv_format or own.cache.format, num_mtp_layers=1)
+    specs = own.config.specs(kv_format or own.cache.format, mtp=own.decoder.dtype)
     cache = PagedCache(specs, pages, page_size=16)
     engine = Engine(
         own.decoder, cache, drafter=drafter(own.decoder, cache) if drafter else None, most_drafted=most, step_tokens=24

@@ -67,6 +67,6 @@ def test_it_reads_through_the_cache_what_it_reads_at_once(form: Form | None) -> 
 def test_its_bytes_and_parameters_are_those_of_its_layers() -> None:
     config = mixed()
     specs = config.specs("bf16")
-    assert [spec.token_bytes for spec in specs] == [2 * (16 + 8), 48, 2 * 2 * 2 * 8]
+    assert [spec.tokens.token_bytes for spec in specs] == [2 * (16 + 8), 48, 2 * 2 * 2 * 8]
     assert bytes_per_token(specs) == PagedCache(specs, 1).bytes_per_token == 48 + 48 + 64
     assert count_parameters(config) == sum(p.numel() for p in Decoder(config).parameters())

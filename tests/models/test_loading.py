@@ -63,7 +63,7 @@ def test_a_saved_checkpoint_gives_the_same_logits_in_transformers(name: str, tmp
 @torch.inference_mode()
 def paged_mtp(decoder: Decoder, cut: int, form: Form | None) -> torch.Tensor:
     """The module's hidden states by way of a cache, read in two steps."""
-    cache = PagedCache(decoder.config.specs("fp32", num_mtp_layers=1), 8, page_size=8)
+    cache = PagedCache(decoder.config.specs("fp32", mtp=torch.float32), 8, page_size=8)
     pages = [[3, 0, 5], [1, 7, 2]]
 
     def batch(first: int, last: int, kv_start: int = 0) -> Batch:

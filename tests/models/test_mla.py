@@ -14,7 +14,7 @@ from latentkv.models.mla import chunk_bounds
 from latentkv.models.rope import rotary
 from latentkv.ops import reference
 from latentkv.state import PagedCache
-from latentkv.state.spec import KVFormat, LatentSpec
+from latentkv.state.spec import KVFormat, LatentSpec, LayerSpec
 
 V2_LITE = MLAConfig(kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128)
 
@@ -30,7 +30,7 @@ def paged(
 ) -> torch.Tensor:
     """x [T, hidden] of one sequence, fed in steps through a paged cache."""
     config = module.config
-    cache = PagedCache([LatentSpec(config.kv_lora_rank, config.qk_rope_head_dim, fmt)], 12, page_size=8)
+    cache = PagedCache([LayerSpec(LatentSpec(config.kv_lora_rank, config.qk_rope_head_dim, fmt))], 12, page_size=8)
     pages, outputs, done = cache.pool.allocate(cache.pages_for(len(x)))[::-1], [], 0
     for length in lengths:
         batch = Batch.build([[0] * length], [done], [pages], page_size=8)
@@ -108,7 +108,7 @@ def test_a_rounded_cache_gives_the_same_in_one_piece_or_in_several(fmt: KVFormat
 def test_several_sequences_of_unlike_lengths_share_a_step_without_touching_each_other() -> None:
     module = attention(torch.float32)
     inputs = [torch.randn(n, 40) for n in (5, 1, 30)]
-    cache = PagedCache([LatentSpec(32, 8, "fp32")], 12, page_size=8)
+    cache = PagedCache([LayerSpec(LatentSpec(32, 8, "fp32"))], 12, page_size=8)
     pages = [cache.pool.allocate(cache.pages_for(len(x))) for x in inputs]
     batch = Batch.build([[0] * len(x) for x in inputs], [0, 0, 0], pages, page_size=8)
     angles = rotary(module.rope, batch.positions, max_context=module.max_context)

@@ -8,17 +8,21 @@ from pathlib import Path
 import torch
 
 from latentkv.state import LayerSpec, PagedCache, PageKey, PageStore, StoreFolder
-from latentkv.state.spec import KeyValueSpec, LatentSpec
+from latentkv.state.spec import KeyValueSpec, LastStateSpec, LatentSpec
 
 PAGE = 4  # tokens
 SPECS: dict[str, list[LayerSpec]] = {
-    "fp32": [LatentSpec(16, 8, "fp32")] * 2,
-    "bf16": [LatentSpec(32, 8, "bf16")] * 3,
-    "fp16": [LatentSpec(30, 8, "fp16")],
-    "int8": [LatentSpec(33, 8, "int8")] * 3,
-    "fp8": [LatentSpec(128, 16, "fp8")] * 2,
-    "kv": [KeyValueSpec(3, 5, "bf16")] * 2,
-    "layers that differ": [LatentSpec(30, 8, "fp16"), KeyValueSpec(2, 6, "fp16"), LatentSpec(16, 8, "fp16")],
+    "fp32": [LayerSpec(LatentSpec(16, 8, "fp32"))] * 2,
+    "bf16": [LayerSpec(LatentSpec(32, 8, "bf16"))] * 3,
+    "fp16": [LayerSpec(LatentSpec(30, 8, "fp16"))],
+    "int8": [LayerSpec(LatentSpec(33, 8, "int8"))] * 3,
+    "fp8": [LayerSpec(LatentSpec(128, 16, "fp8"))] * 2,
+    "kv": [LayerSpec(KeyValueSpec(3, 5, "bf16"))] * 2,
+    "layers that differ": [
+        LayerSpec(LatentSpec(30, 8, "fp16")),
+        LayerSpec(KeyValueSpec(2, 6, "fp16")),
+        LayerSpec(LatentSpec(16, 8, "fp16"), LastStateSpec(10, torch.bfloat16)),
+    ],
 }
 BLOCK = 4096  # bytes that the file of each of these pages takes
 MODEL = b"a model"

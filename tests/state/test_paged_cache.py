@@ -2,14 +2,18 @@ import pytest
 import torch
 
 from latentkv.errors import CacheError
-from latentkv.state import KeyValueSpec, LatentSpec, PagedCache
+from latentkv.state import KeyValueSpec, LastStateSpec, LatentSpec, LayerSpec, PagedCache, page_bytes
 
 SPECS = {
-    "latent": [LatentSpec(32, 8, "bf16")] * 3,
-    "int8": [LatentSpec(33, 8, "int8")] * 3,
-    "fp8": [LatentSpec(128, 16, "fp8")] * 2,
-    "kv": [KeyValueSpec(3, 5, "fp32")] * 2,
-    "layers that differ": [LatentSpec(30, 8, "fp16"), KeyValueSpec(2, 6, "fp16"), LatentSpec(16, 8, "fp16")],
+    "latent": [LayerSpec(LatentSpec(32, 8, "bf16"))] * 3,
+    "int8": [LayerSpec(LatentSpec(33, 8, "int8"))] * 3,
+    "fp8": [LayerSpec(LatentSpec(128, 16, "fp8"))] * 2,
+    "kv": [LayerSpec(KeyValueSpec(3, 5, "fp32"))] * 2,
+    "layers that differ": [
+        LayerSpec(LatentSpec(30, 8, "fp16")),
+        LayerSpec(KeyValueSpec(2, 6, "fp16")),
+        LayerSpec(LatentSpec(16, 8, "fp16"), LastStateSpec(10, torch.bfloat16)),
+    ],
 }
 
 
@@ -17,16 +21,18 @@ SPECS = {
 @pytest.mark.parametrize(("num_pages", "page_size"), [(1, 64), (7, 3)])
 def test_the_bytes_allocated_are_the_bytes_of_the_formula(specs, num_pages, page_size):
     cache = PagedCache(specs, num_pages, page_size=page_size)
-    assert cache.allocated_bytes == cache.bytes_per_token * page_size * num_pages
+    assert cache.allocated_bytes == cache.page_bytes * num_pages
     assert cache.allocated_bytes == sum(tensor.numel() * tensor.itemsize for tensor in cache.storage)
-    assert cache.bytes_per_token == sum(spec.token_bytes for spec in specs)
+    assert cache.bytes_per_token == sum(spec.tokens.token_bytes for spec in specs)
+    once = sum(spec.last_state.page_bytes for spec in specs if spec.last_state)
+    assert cache.page_bytes == page_size * cache.bytes_per_token + once
     cache.check()
 
 
 @pytest.mark.parametrize("specs", SPECS.values(), ids=SPECS)
 def test_a_cache_sized_by_bytes_is_the_largest_that_fits(specs):
-    page_bytes = 16 * sum(spec.token_bytes for spec in specs)
-    for budget, pages in ((page_bytes, 1), (5 * page_bytes - 1, 4), (5 * page_bytes, 5)):
+    needed = page_bytes(specs, 16)
+    for budget, pages in ((needed, 1), (5 * needed - 1, 4), (5 * needed, 5)):
         cache = PagedCache.sized(specs, budget, page_size=16)
         assert cache.num_pages == pages
         assert cache.allocated_bytes <= budget
@@ -39,7 +45,7 @@ def test_a_budget_under_one_page_is_refused_with_the_least_that_works():
 
 def test_memory_that_does_not_exist_is_a_cache_error():
     with pytest.raises(CacheError, match="lower kv_cache_bytes"):
-        PagedCache([LatentSpec(512, 64)] * 60, 2**30)
+        PagedCache([LayerSpec(LatentSpec(512, 64))] * 60, 2**30)
 
 
 def test_tokens_fill_pages_and_the_last_in_part():
@@ -51,14 +57,16 @@ def test_tokens_fill_pages_and_the_last_in_part():
 
 def test_a_layer_has_memory_of_its_own_in_its_own_shape():
     cache = PagedCache(SPECS["layers that differ"], 4, page_size=8)
-    first, second, _ = states = [cache.view(index) for index in range(3)]
+    first, second, third = states = [cache.view(index) for index in range(3)]
     first.pages[1, 3] = 1.0
     second.pages[0, 0] = 2.0
     assert cache.storage[0].count_nonzero() == first.pages.shape[2] and cache.storage[0][1, 3].eq(1).all()
     assert cache.storage[1].count_nonzero() == 2 * 2 * 6 and cache.storage[1][0, 0].eq(2).all()
-    assert not cache.storage[2].any()
+    assert not cache.storage[2].any() and not cache.storage[3].any()
     assert [tuple(state.pages.shape) for state in states] == [(4, 8, 40), (4, 8, 2, 2, 6), (4, 8, 24)]
     assert all(state.pages.is_contiguous() and state.kv_format == "fp16" for state in states)
+    assert first.last_states is second.last_states is None
+    assert third.last_states.shape == (4, 10) and third.last_states.dtype == torch.bfloat16
     assert cache.format == "fp16"
 
 

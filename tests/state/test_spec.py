@@ -3,7 +3,15 @@ import torch
 
 from latentkv.errors import CacheError, OpError
 from latentkv.ops import encode_latents, read_latents, write_latents
-from latentkv.state import PAGE_SIZE, KeyValueSpec, LatentSpec, PagedCache, bytes_per_token, mha_bytes_per_token
+from latentkv.state import (
+    PAGE_SIZE,
+    KeyValueSpec,
+    LatentSpec,
+    LayerSpec,
+    PagedCache,
+    bytes_per_token,
+    mha_bytes_per_token,
+)
 
 # layers, kv_lora_rank, qk_rope_head_dim -> bf16 bytes per token, from the published configs.
 PUBLISHED = {
@@ -18,7 +26,7 @@ PUBLISHED = {
 @pytest.mark.parametrize("model", PUBLISHED)
 def test_published_models_cost_their_known_bytes_per_token(model):
     layers, latent_dim, rope_dim, expected = PUBLISHED[model]
-    assert bytes_per_token([LatentSpec(latent_dim, rope_dim, "bf16")] * layers) == expected
+    assert bytes_per_token([LayerSpec(LatentSpec(latent_dim, rope_dim, "bf16"))] * layers) == expected
 
 
 @pytest.mark.parametrize(("fmt", "row"), [("fp32", 2304), ("bf16", 1152), ("fp16", 1152), ("fp8", 656), ("int8", 592)])
@@ -30,7 +38,7 @@ def test_int8_is_under_a_sixteenth_of_published_mha():
     # DeepSeek-V2: 128 heads of 128 + 64 key and 128 value dims.
     mha = mha_bytes_per_token(60, 128, 128 + 64, 128)
     assert mha == 60 * 2 * 128 * (128 + 64 + 128)
-    assert bytes_per_token([LatentSpec(512, 64, "int8")] * 60) * 16 < mha
+    assert bytes_per_token([LayerSpec(LatentSpec(512, 64, "int8"))] * 60) * 16 < mha
 
 
 @pytest.mark.parametrize("fmt", ["fp32", "bf16", "fp16", "fp8", "int8"])
@@ -45,7 +53,7 @@ def test_latents_allocate_exactly_their_formula(fmt, latent_dim, rope_dim):
 
 @pytest.mark.parametrize("fmt", ["fp32", "bf16", "fp8", "int8"])
 def test_what_is_written_into_a_layer_is_read_back_and_no_other_layer_changes(fmt):
-    cache = PagedCache([LatentSpec(40, 6, fmt)] * 2, 3, page_size=4)
+    cache = PagedCache([LayerSpec(LatentSpec(40, 6, fmt))] * 2, 3, page_size=4)
     first, second = cache.view(0).pages, cache.view(1).pages
     generator = torch.Generator().manual_seed(0)
     latents, k_rope = torch.randn(9, 40, generator=generator), torch.randn(9, 6, generator=generator)

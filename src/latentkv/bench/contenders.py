@@ -17,7 +17,7 @@ from latentkv.models.batch import Batch
 from latentkv.models.mla import MultiHeadLatentAttention
 from latentkv.models.packing import choose_packing, pack_module
 from latentkv.ops import write_latents
-from latentkv.state import KVFormat, LatentSpec, PagedCache
+from latentkv.state import KVFormat, LatentSpec, LayerSpec, PagedCache
 
 LATENTKV, TRANSFORMERS, MHA_SDPA, MHA_MATMUL = "LatentKV", "transformers", "MHA, SDPA", "MHA, matmul"
 
@@ -61,7 +61,7 @@ def latentkv_entry(case: DecodeCase, kv_format: KVFormat) -> Entry:
     if packing is not None:  # as a model is when it is loaded
         pack_module(module, packing)
     planned = case.shape.plan(case.context, kv_format).cache[0].cache_bytes
-    cache = PagedCache.sized([LatentSpec(mla.kv_lora_rank, mla.qk_rope_head_dim, kv_format)], planned)
+    cache = PagedCache.sized([LayerSpec(LatentSpec(mla.kv_lora_rank, mla.qk_rope_head_dim, kv_format))], planned)
     pages = cache.pool.allocate(cache.pages_for(case.context))
     order = torch.randperm(len(pages), generator=torch.Generator().manual_seed(0)).tolist()
     pages = [pages[i] for i in order]

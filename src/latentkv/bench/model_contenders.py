@@ -104,8 +104,8 @@ def fill_cache(cache: PagedCache) -> None:
     """Have plausible numbers in every page of every layer."""
     generator = torch.Generator().manual_seed(0)
     count = min(_FILLED_PAGES, cache.num_pages)
-    for index, spec in enumerate(cache.specs):
-        pages = cache.view(index).pages
+    for index, layer in enumerate(cache.specs):
+        spec, pages = layer.tokens, cache.view(index).pages
         if isinstance(spec, LatentSpec):
             drawn = torch.randn(count * cache.page_size, spec.latent_dim + spec.rope_dim, generator=generator)
             c, k_rope = drawn.split([spec.latent_dim, spec.rope_dim], dim=-1)

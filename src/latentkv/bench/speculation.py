@@ -70,7 +70,7 @@ class _Writer:
 
     def __init__(self, llm: LLM, drafter: Callable[[PagedCache], Drafter] | None, speculate: int) -> None:
         # Room for an MTP module for all of them, so that they use the same memory.
-        specs = llm.config.specs(llm.cache.format, num_mtp_layers=min(len(llm.decoder.mtp), 1))
+        specs = llm.config.specs(llm.cache.format, mtp=llm.decoder.dtype if llm.decoder.mtp else None)
         cache = PagedCache(specs, llm.cache.num_pages, device=llm.decoder.model.norm.weight.device)
         self.llm = llm
         self.engine = Engine(

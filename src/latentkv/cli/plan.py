@@ -120,6 +120,8 @@ def _print_plan(result: Plan) -> None:
     out.print(_cache_table(result))
     formats = ", ".join(f"{name} {size:,} B" for name, size in result.kv_dtypes.items())
     out.print(f"This model's cache a token, by --kv-dtype: {formats}.")
+    if result.mtp_cache_bytes:
+        out.print(f"Drafts by multi-token prediction add {format_bytes(result.mtp_cache_bytes)} to the cache.")
     out.print(
         f"The others in bf16 with heads of the same width: layers x KV heads x ({result.qk_head_dim} key + "
         f"{result.v_head_dim} value) x 2 bytes. Bytes only: another attention would be another model.",

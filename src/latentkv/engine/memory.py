@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from latentkv.state import PAGE_SIZE, LayerSpec, bytes_per_token
+from latentkv.state import PAGE_SIZE, LayerSpec, page_bytes
 
 logger = logging.getLogger("latentkv.engine")
 
@@ -49,8 +49,7 @@ def beside_weights(free: int, weights: int, model: Path) -> int:
 
 def default_cache_bytes(specs: Sequence[LayerSpec], max_context: int, free: int) -> int:
     """The smaller of one context of `max_context` tokens, in whole pages, and half of `free` bytes."""
-    page_bytes = PAGE_SIZE * bytes_per_token(specs)
-    return min(-(-max_context // PAGE_SIZE) * page_bytes, free // 2)
+    return min(-(-max_context // PAGE_SIZE) * page_bytes(specs), free // 2)
 
 
 def _available() -> int:

@@ -12,6 +12,7 @@ from latentkv.engine.drafts import Wish
 from latentkv.engine.replay import Replay
 from latentkv.engine.runner import why_not_recorded
 from latentkv.engine.sequence import Sequence
+from latentkv.errors import CacheError
 from latentkv.models.batch import Batch
 from latentkv.models.decoder import Decoder
 from latentkv.models.transfer import take_rows, to_device, to_host
@@ -34,16 +35,21 @@ class MTPDrafter:
 
     Args:
         decoder: with an MTP module, in eval mode.
-        cache: with a layer for the module (`ModelConfig.specs(..., num_mtp_layers=1)`).
+        cache: with a layer for the module (`ModelConfig.specs(..., mtp=)`). It keeps the state of each full page's last
+            token, too: whoever shares the page, or has it back from a file, goes on from there.
+
+    Raises:
+        CacheError: the cache has no such layer.
     """
 
     def __init__(self, decoder: Decoder, cache: PagedCache) -> None:
         self._decoder = decoder
         self._cache = cache
         self._replay = Replay(decoder.run_mtp, cache, why_not_recorded(decoder))
-        weight = decoder.model.norm.weight
-        # The state of each full page's last token: who shares the page goes on from it.
-        self._last_states = torch.zeros(cache.num_pages, len(weight), dtype=weight.dtype, device=weight.device)
+        last_states = cache.view(-1).last_states
+        if last_states is None:
+            raise CacheError("drafts by MTP need a cache with a layer for the module: give ModelConfig.specs mtp=dtype")
+        self._last_states = last_states
 
     @torch.inference_mode()
     def propose(self, wishes: SequenceOf[Wish], seconds: float) -> list[list[int]]:

@@ -11,8 +11,10 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, TypeVar
 
+import torch
+
 from latentkv.errors import ConfigError
-from latentkv.state.spec import KeyValueSpec, KVFormat, LatentSpec, LayerSpec
+from latentkv.state.spec import KeyValueSpec, KVFormat, LastStateSpec, LatentSpec, LayerSpec
 
 T = TypeVar("T")
 
@@ -124,8 +126,8 @@ class LayerConfig:
     moe: MoEConfig | None = None
     sliding_window: int | None = None
 
-    def spec(self, kv_format: KVFormat) -> LayerSpec:
-        """What the layer remembers of each token, stored in `kv_format`."""
+    def token_spec(self, kv_format: KVFormat) -> LatentSpec | KeyValueSpec:
+        """What the layer keeps of each token, stored in `kv_format`."""
         attention = self.attention
         if isinstance(attention, MLAConfig):
             return LatentSpec(attention.kv_lora_rank, attention.qk_rope_head_dim, kv_format)
@@ -186,10 +188,18 @@ class ModelConfig:
         found = [layer.moe for layer in self.layers if layer.moe is not None]
         return self._same("experts", found) if found else None
 
-    def specs(self, kv_format: KVFormat, num_mtp_layers: int = 0) -> tuple[LayerSpec, ...]:
-        """What the layers remember of each token, stored in `kv_format` (MTP layers only if asked for)."""
-        layers = (*self.layers, *[self.mtp_layer] * num_mtp_layers)
-        return tuple(layer.spec(kv_format) for layer in layers)
+    def specs(self, kv_format: KVFormat, *, mtp: torch.dtype | None = None) -> tuple[LayerSpec, ...]:
+        """What each layer keeps.
+
+        Args:
+            kv_format: how tokens are stored.
+            mtp: dtype of the hidden states, where the first MTP module is to draft: its layer comes last.
+        """
+        specs = tuple(LayerSpec(layer.token_spec(kv_format)) for layer in self.layers)
+        if mtp is None:
+            return specs
+        last_state = LastStateSpec(self.hidden_size, mtp)
+        return (*specs, LayerSpec(self.mtp_layer.token_spec(kv_format), last_state))
 
     def _same(self, what: str, values: Sequence[T]) -> T:
         if any(value != values[0] for value in values):

@@ -8,6 +8,7 @@ from typing import get_args
 
 from latentkv.errors import CacheError, RequestError
 from latentkv.models.config import GQAConfig, MLAConfig, ModelConfig
+from latentkv.models.stored_config import stored_dtype
 from latentkv.plan.machine import Memory
 from latentkv.plan.parameters import (
     checkpoint_dtype,
@@ -17,7 +18,7 @@ from latentkv.plan.parameters import (
     weight_bytes,
 )
 from latentkv.plan.source import StoredWeights
-from latentkv.state.spec import PAGE_SIZE, KVFormat, bytes_per_token, mha_bytes_per_token
+from latentkv.state.spec import PAGE_SIZE, KVFormat, bytes_per_token, mha_bytes_per_token, page_bytes
 
 KV_FORMATS: tuple[KVFormat, ...] = get_args(KVFormat)
 
@@ -44,7 +45,8 @@ class CacheRow:
 class Plan:
     """What a model needs, in bytes; `longest_context` is in tokens a sequence, 0 where the weights alone do not fit.
 
-    `kv_dtypes` gives the bytes per token (all layers) of this model's own cache in each format it can be stored in.
+    `kv_dtypes` gives the bytes per token (all layers) of this model's own cache in each format it can be stored in,
+    `mtp_cache_bytes` what drafts by multi-token prediction add to the cache.
     """
 
     model: str
@@ -66,6 +68,7 @@ class Plan:
     page_size: int
     cache: tuple[CacheRow, ...]
     kv_dtypes: dict[str, int]
+    mtp_cache_bytes: int
     memory: tuple[Memory, ...]
 
 
@@ -146,6 +149,7 @@ def make_plan(
         page_size=PAGE_SIZE,
         cache=tuple(rows),
         kv_dtypes=_bytes_by_format(config),
+        mtp_cache_bytes=batch * -(-context // PAGE_SIZE) * _mtp_page_bytes(config, kv_format),
         memory=tuple(memory),
     )
 
@@ -206,6 +210,13 @@ def _bytes_by_format(config: ModelConfig) -> dict[str, int]:
         except CacheError:
             continue  # this kind of cache has no such format
     return sizes
+
+
+def _mtp_page_bytes(config: ModelConfig, kv_dtype: KVFormat) -> int:
+    """What drafts by multi-token prediction add to a page."""
+    if not config.num_mtp_layers:
+        return 0
+    return page_bytes(config.specs(kv_dtype, mtp=stored_dtype(config))) - page_bytes(config.specs(kv_dtype))
 
 
 def _longest_context(room: int, batch: int, bytes_per_token: int) -> int:

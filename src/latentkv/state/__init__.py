@@ -3,17 +3,20 @@
 `prefix` finds pages again by the text in them, and `store` in files of a folder when they are not in memory.
 """
 
-from latentkv.state.cache import LayerState, PagedCache
+from latentkv.state.cache import PagedCache
 from latentkv.state.pages import PagePool
 from latentkv.state.prefix import KnownPage, PrefixIndex
 from latentkv.state.spec import (
     PAGE_SIZE,
     KeyValueSpec,
     KVFormat,
+    LastStateSpec,
     LatentSpec,
     LayerSpec,
+    LayerState,
     bytes_per_token,
     mha_bytes_per_token,
+    page_bytes,
 )
 from latentkv.state.store import PageKey, PageStore, StoreFolder
 
@@ -22,6 +25,7 @@ __all__ = [
     "KVFormat",
     "KeyValueSpec",
     "KnownPage",
+    "LastStateSpec",
     "LatentSpec",
     "LayerSpec",
     "LayerState",
@@ -33,4 +37,5 @@ __all__ = [
     "StoreFolder",
     "bytes_per_token",
     "mha_bytes_per_token",
+    "page_bytes",
 ]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,19 +12,7 @@ from torch import Tensor
 
 from latentkv.errors import CacheError
 from latentkv.state.pages import PagePool
-from latentkv.state.spec import PAGE_SIZE, KVFormat, LayerSpec, bytes_per_token
-
-
-class LayerState(NamedTuple):
-    """What one layer remembers, to be read and written in place.
-
-    Attributes:
-        pages: [N, P, ...], a row for each token (`spec` says what one looks like).
-        kv_format: how a row stores its token.
-    """
-
-    pages: Tensor
-    kv_format: KVFormat
+from latentkv.state.spec import PAGE_SIZE, KVFormat, LayerSpec, LayerState, bytes_per_token, page_bytes
 
 
 class PagedCache:
@@ -55,7 +42,7 @@ class PagedCache:
         self._layers: list[LayerState] = []
         try:
             for spec in self.specs:
-                self._layers.append(LayerState(spec.allocate(num_pages, page_size, device), spec.format))
+                self._layers.append(spec.allocate(num_pages, page_size, device))
         except (RuntimeError, MemoryError) as error:
             raise CacheError(
                 f"{num_pages} cache pages need {num_pages * self.page_bytes:,} bytes, which {device} cannot give: "
@@ -78,13 +65,13 @@ class PagedCache:
             CacheError: not even one page fits.
         """
         _require_sizes(specs, 1, page_size)
-        page_bytes = page_size * bytes_per_token(specs)
-        if kv_cache_bytes < page_bytes:
+        needed = page_bytes(specs, page_size)
+        if kv_cache_bytes < needed:
             raise CacheError(
                 f"kv_cache_bytes={kv_cache_bytes:,} is less than one page of {page_size} tokens: "
-                f"give at least {page_bytes:,}"
+                f"give at least {needed:,}"
             )
-        return cls(specs, kv_cache_bytes // page_bytes, page_size=page_size, device=device)
+        return cls(specs, kv_cache_bytes // needed, page_size=page_size, device=device)
 
     @property
     def num_pages(self) -> int:
@@ -94,7 +81,7 @@ class PagedCache:
     @property
     def format(self) -> KVFormat:
         """How tokens are stored."""
-        return self.specs[0].format
+        return self.specs[0].tokens.format
 
     @property
     def bytes_per_token(self) -> int:
@@ -104,7 +91,7 @@ class PagedCache:
     @property
     def page_bytes(self) -> int:
         """Bytes of one page in all layers."""
-        return self.page_size * self.bytes_per_token
+        return page_bytes(self.specs, self.page_size)
 
     @property
     def allocated_bytes(self) -> int:
@@ -114,7 +101,7 @@ class PagedCache:
     @property
     def storage(self) -> list[Tensor]:
         """All tensors, layer by layer, each [N, ...]."""
-        return [state.pages for state in self._layers]
+        return [tensor for state in self._layers for tensor in state.tensors]
 
     def pages_for(self, tokens: int) -> int:
         """How many pages `tokens` tokens fill, the last one perhaps in part."""
@@ -151,7 +138,7 @@ class PagedCache:
 
 def _require_sizes(specs: Sequence[LayerSpec], num_pages: int, page_size: int) -> None:
     if not specs:
-        raise CacheError("a cache without layers stores nothing: give at least one LatentSpec or KeyValueSpec")
+        raise CacheError("a cache without layers stores nothing: give at least one LayerSpec")
     if num_pages < 1:
         raise CacheError(f"a cache of {num_pages} pages holds no token: ask for at least one page")
     if page_size < 1:

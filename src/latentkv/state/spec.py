@@ -1,4 +1,4 @@
-"""What a layer keeps of each token: the one formula for bytes, and the pages that are allocated by it.
+"""What a layer keeps of a text: the one formula for bytes, and the memory that is allocated by it.
 
 The allocator, `latentkv plan`, the benchmarks and the plots all call it: a byte predicted is a byte allocated.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,10 +19,13 @@ __all__ = [
     "PAGE_SIZE",
     "KVFormat",
     "KeyValueSpec",
+    "LastStateSpec",
     "LatentSpec",
     "LayerSpec",
+    "LayerState",
     "bytes_per_token",
     "mha_bytes_per_token",
+    "page_bytes",
 ]
 
 PAGE_SIZE = 64
@@ -83,12 +87,74 @@ class KeyValueSpec:
         return torch.zeros(shape, dtype=FLOAT_DTYPES[self.format], device=device)
 
 
-LayerSpec = LatentSpec | KeyValueSpec
+@dataclass(frozen=True)
+class LastStateSpec:
+    """The model's hidden state of each page's last token: hidden_size numbers of `dtype` a page."""
+
+    hidden_size: int
+    dtype: torch.dtype
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one page."""
+        return self.hidden_size * self.dtype.itemsize
+
+    def allocate(self, num_pages: int, device: torch.device | str = "cpu") -> Tensor:
+        """Zeroed states [N, hidden_size]."""
+        return torch.zeros(num_pages, self.hidden_size, dtype=self.dtype, device=device)
+
+
+class LayerState(NamedTuple):
+    """The memory of one layer, to be read and written in place.
+
+    Attributes:
+        pages: [N, P, ...], a row for each token.
+        kv_format: how a row stores its token.
+        last_states: [N, hidden_size], where the spec has any.
+    """
+
+    pages: Tensor
+    kv_format: KVFormat
+    last_states: Tensor | None = None
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All of it, each [N, ...]."""
+        return [self.pages] if self.last_states is None else [self.pages, self.last_states]
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """What one layer keeps.
+
+    Attributes:
+        tokens: of each token.
+        last_state: of each page, where the layer is an MTP module's: whoever shares the page goes on reading from it.
+    """
+
+    tokens: LatentSpec | KeyValueSpec
+    last_state: LastStateSpec | None = None
+
+    def page_bytes(self, page_size: int) -> int:
+        """Bytes of one page of `page_size` tokens."""
+        per_page = 0 if self.last_state is None else self.last_state.page_bytes
+        return page_size * self.tokens.token_bytes + per_page
+
+    def allocate(self, num_pages: int, page_size: int, device: torch.device | str = "cpu") -> LayerState:
+        """Zeroed memory of `num_pages` pages."""
+        pages = self.tokens.allocate(num_pages, page_size, device)
+        states = None if self.last_state is None else self.last_state.allocate(num_pages, device)
+        return LayerState(pages, self.tokens.format, states)
 
 
 def bytes_per_token(layers: Iterable[LayerSpec]) -> int:
     """Bytes of one token in all of `layers`."""
-    return sum(layer.token_bytes for layer in layers)
+    return sum(layer.tokens.token_bytes for layer in layers)
+
+
+def page_bytes(layers: Iterable[LayerSpec], page_size: int = PAGE_SIZE) -> int:
+    """Bytes of one page in all of `layers`: of its tokens, and what is kept once a page."""
+    return sum(layer.page_bytes(page_size) for layer in layers)
 
 
 def mha_bytes_per_token(

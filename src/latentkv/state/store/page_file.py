@@ -6,7 +6,7 @@
 | 4, 4, 8 | version, token count, bytes of the page's state; little endian, as are all numbers |
 | 32 | digest of the page before it, or the root (`page_key`) |
 | 4 a token | token ids |
-| as said | the page's state, layer by layer |
+| as said | the page's state, layer by layer: its tokens, then what the layer keeps once a page |
 | 4 | CRC-32 of all before it |
 
 Whoever reads a file knows all of its head, so nothing in a file is ever interpreted: it is compared.
@@ -21,7 +21,7 @@ from io import FileIO
 
 from latentkv.state.store.page_key import PageKey
 
-VERSION = 1
+VERSION = 2
 
 _HEAD = struct.Struct("<8sIIQ32s")
 _CHECKSUM = struct.Struct("<I")
