@@ -26,6 +26,9 @@ class Always:
         self.asked += [wish.most for wish in wishes]
         return [[self.token] * wish.most for wish in wishes]
 
+    def forget(self, sequence: Sequence) -> None:
+        pass
+
 
 class Silent(Always):
     """Never knows anything."""

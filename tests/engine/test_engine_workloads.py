@@ -56,6 +56,9 @@ class Foreseen:
     def propose(self, wishes: list[Wish], seconds: float) -> list[list[int]]:
         return [self.draft(wish.sequence, wish.most) for wish in wishes]
 
+    def forget(self, sequence: Sequence) -> None:
+        pass
+
     def draft(self, sequence: Sequence, most: int) -> list[int]:
         right = len(sequence.tokens) % (most + 1)
         greedy = alone(tuple(sequence.tokens), most, 0.0, 0) if most else []

@@ -157,10 +157,11 @@ def test_a_short_prefix_is_not_stored_until_it_has_grown(tmp_path: Path):
 def test_a_damaged_page_and_all_after_it_are_read_by_the_model(tmp_path: Path, caplog):
     first = engine_for(tmp_path)
     tokens(first, ask(PROMPT))
-    sequence = Sequence(0, list(PROMPT))
-    damaged = first._scheduler._offload._key(sequence, 2)
     first.close()
-    path = store_for(tmp_path, first.cache).path(damaged)
+    store = store_for(tmp_path, first.cache)
+    damaged = store.first_key("", PROMPT[:PAGE]).next(PROMPT[PAGE : 2 * PAGE]).next(PROMPT[2 * PAGE : 3 * PAGE])
+    path = store.path(damaged)
+    store.close()
     path.write_bytes(path.read_bytes()[:-9])
     second = engine_for(tmp_path)
     sizes = read_by_the_model(second)
@@ -386,9 +387,9 @@ def test_a_sequence_whose_pages_are_read_takes_part_in_no_step(tmp_path: Path, g
     scheduler.add(Sequence(0, list(PROMPT)))
     scheduler.add(Sequence(1, list(OTHER)))
     assert [(sequence.index, count) for sequence, count in scheduler.plan(100)] == [(1, len(OTHER))]
-    assert not scheduler.wait_for_loading(0.01) or scheduler.running[0].loading
+    assert scheduler.wait_for_loading(0.01)
     gate.set()
-    scheduler.running[0].loading.pages()
+    assert scheduler.wait_for_loading(20)
     shares = {sequence.index: count for sequence, count in scheduler.plan(100)}
     assert shares[0] == 2
     scheduler.close()

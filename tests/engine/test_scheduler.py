@@ -94,7 +94,7 @@ def test_a_known_beginning_is_not_read_again_but_the_last_token_is(cache: PagedC
     assert go(scheduler, 100) == {0: 1, 1: 8}
     scheduler.add(Sequence(2, [*prompt, 50]))
     assert go(scheduler, 100)[2] == 1
-    scheduler.add(Sequence(3, list(prompt), salt="another"))
+    scheduler.add(Sequence(3, list(prompt)), "another")
     assert go(scheduler, 100)[3] == 24
 
 

@@ -60,6 +60,11 @@ class AdaptiveDrafter:
             plans = [self._plan(wish, history) for wish, history in zip(wishes, histories, strict=True)]
         return self._ask(wishes, histories, plans, seconds, None if plain is None else plain.value / len(wishes))
 
+    def forget(self, sequence: Sequence) -> None:
+        """See `Drafter`; how its drafts fared is remembered."""
+        for source in self._sources:
+            source.drafter.forget(sequence)
+
     def _learn(self, wish: Wish) -> _History:
         """Of what became of a sequence's draft."""
         history = self._histories.get(wish.sequence)

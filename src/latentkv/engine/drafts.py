@@ -57,6 +57,10 @@ class Drafter(Protocol):
         """
         ...
 
+    def forget(self, sequence: Sequence) -> None:
+        """Called when a sequence gives its pages back, and with them what the drafter has cached there."""
+        ...
+
 
 class NGramDrafter:
     """What followed the newest tokens when the text last had them (prompt look-up).
@@ -76,6 +80,9 @@ class NGramDrafter:
     def propose(self, wishes: SequenceOf[Wish], seconds: float) -> list[list[int]]:
         """See `Drafter`."""
         return [self._continued(wish.sequence.tokens, wish.most) if wish.most else [] for wish in wishes]
+
+    def forget(self, sequence: Sequence) -> None:
+        """See `Drafter`; there is nothing to forget."""
 
     def _continued(self, tokens: list[int], most: int) -> list[int]:
         """The tokens after the last place where the text already had its newest ones."""

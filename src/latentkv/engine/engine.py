@@ -108,7 +108,9 @@ class Engine:
         self._pace = Pace(step_tokens, step_seconds)
         self._drafter = drafter
         self._most_drafted = most_drafted
-        self._scheduler = Scheduler(cache, max_running=max_running, store=store)
+        self._scheduler = Scheduler(
+            cache, max_running=max_running, store=store, forget=drafter.forget if drafter else None
+        )
         self.counters = self._scheduler.counters
         self._jobs: dict[int, _Job] = {}
         self._inboxes: dict[int, _Inbox] = {}  # of requests that belong to a run
@@ -154,15 +156,14 @@ class Engine:
             RequestError: it could not fit even into an empty cache.
         """
         self.require_fits(request)
-        sequence = Sequence(next(self._indices), list(request.prompt_token_ids), salt=salt)
-        if request.params.prompt_logprobs is not None:
-            sequence.salt = None  # all of the prompt must be read
+        sequence = Sequence(next(self._indices), list(request.prompt_token_ids))
+        shares = request.params.prompt_logprobs is None  # else all of the prompt must be read
         end_ids = frozenset(request.params.stop_token_ids)
         if not request.params.ignore_eos:
             end_ids |= self.eos_ids
         state = request.constraint.start() if request.constraint else None
         self._jobs[sequence.index] = _Job(request, sequence, ends_text or _never, end_ids, state)
-        self._scheduler.add(sequence)
+        self._scheduler.add(sequence, salt if shares else None)
         self.counters.prompt_tokens += len(sequence.tokens)
         return sequence.index
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, field
 from itertools import accumulate
 
 import torch
@@ -17,6 +18,19 @@ from latentkv.models.batch import Batch
 from latentkv.models.decoder import Decoder
 from latentkv.models.transfer import take_rows, to_device, to_host
 from latentkv.state import PagedCache
+
+
+@dataclass
+class _Reading:
+    """How far the module has read a sequence.
+
+    Attributes:
+        num_cached: the module's cache holds the tokens before this one; 0 until it has read any.
+        states: hidden states that it has not read yet, the first of the token before that one.
+    """
+
+    num_cached: int = 0
+    states: list[Tensor] = field(default_factory=list[Tensor])
 
 
 class MTPDrafter:
@@ -50,6 +64,7 @@ class MTPDrafter:
         if last_states is None:
             raise CacheError("drafts by MTP need a cache with a layer for the module: give ModelConfig.specs mtp=dtype")
         self._last_states = last_states
+        self._readings: dict[Sequence, _Reading] = {}
 
     @torch.inference_mode()
     def propose(self, wishes: SequenceOf[Wish], seconds: float) -> list[list[int]]:
@@ -64,15 +79,20 @@ class MTPDrafter:
             self._draft([due[i] for i in asked], hidden[[ends[i] - 1 for i in asked]], drafts)
         return list(drafts.values())
 
+    def forget(self, sequence: Sequence) -> None:
+        """See `Drafter`."""
+        self._readings.pop(sequence, None)
+
     def _keep(self, sequence: Sequence, hidden: Tensor) -> None:
         """Note the states [n, D] of tokens just read."""
+        reading = self._readings.setdefault(sequence, _Reading())
         size, end = self._cache.page_size, sequence.num_cached
         start = end - len(hidden)
-        if sequence.num_mtp_cached == 0:
-            sequence.num_mtp_cached = max(start, 1)
-            if start > 0:  # it begins with shared pages
-                sequence.states.append(self._last_states[sequence.pages[start // size - 1], None])
-        sequence.states.append(hidden.clone())
+        if reading.num_cached == 0:
+            reading.num_cached = max(start, 1)
+            if start > 0:  # it begins with pages that are known already
+                reading.states.append(self._last_states[sequence.pages[start // size - 1], None])
+        reading.states.append(hidden.clone())
         filled = range(start // size, end // size)
         if filled:
             rows = [(page + 1) * size - 1 - start for page in filled]
@@ -80,27 +100,29 @@ class MTPDrafter:
             self._last_states.index_copy_(0, to_device(pages, hidden.device), take_rows(hidden, rows))
 
     def _has_unread_page(self, sequence: Sequence) -> bool:
-        return sequence.num_mtp_cached < sequence.num_cached // self._cache.page_size * self._cache.page_size
+        full = sequence.num_cached // self._cache.page_size * self._cache.page_size
+        return self._readings[sequence].num_cached < full
 
     def _catch_up(self, sequences: list[Sequence]) -> tuple[list[int], Tensor]:
         """Read all tokens whose state before them is known: where each sequence's rows end, and the output [T, D]."""
         counts = [self._num_readable(sequence) for sequence in sequences]
+        readings = [self._readings[sequence] for sequence in sequences]
         states: list[Tensor] = []
-        for sequence, count in zip(sequences, counts, strict=True):
-            known = torch.cat(sequence.states)
+        for reading, count in zip(readings, counts, strict=True):
+            known = torch.cat(reading.states)
             states.append(known[:count])
-            sequence.states = [known[count:].clone()]
-        starts = [sequence.num_mtp_cached for sequence in sequences]
+            reading.states = [known[count:].clone()]
+        starts = [reading.num_cached for reading in readings]
         tokens = [s.tokens[start : start + n] for s, start, n in zip(sequences, starts, counts, strict=True)]
         hidden = self._read(sequences, tokens, starts, torch.cat(states))
-        for sequence, count in zip(sequences, counts, strict=True):
-            sequence.num_mtp_cached += count
+        for reading, count in zip(readings, counts, strict=True):
+            reading.num_cached += count
         return list(accumulate(counts)), hidden
 
     def _num_readable(self, sequence: Sequence) -> int:
         """Tokens that come after known states, are known themselves, and have a slot: one at least where it is due."""
         slots = len(sequence.pages) * self._cache.page_size
-        return min(sequence.num_cached + 1, len(sequence.tokens), slots) - sequence.num_mtp_cached
+        return min(sequence.num_cached + 1, len(sequence.tokens), slots) - self._readings[sequence].num_cached
 
     def _draft(self, wishes: list[Wish], hidden: Tensor, drafts: dict[Sequence, list[int]]) -> None:
         """Fill `drafts`, going on from the module's output [B, D] for each sequence's newest token."""

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from threading import Semaphore
 
 from latentkv.engine.counters import Counters
@@ -23,6 +24,23 @@ REST_SECONDS = 60.0
 """After the folder could not be written, before it is tried again."""
 
 logger = logging.getLogger("latentkv.engine")
+
+
+@dataclass
+class _Stored:
+    """A sequence, as the store sees it.
+
+    Attributes:
+        salt: whose prefixes it shares.
+        keys: of its first full pages.
+        num_offered: how many of its known pages were given to be written.
+        loading: pages after the known ones that are being read; until then it takes part in no step.
+    """
+
+    salt: str
+    keys: list[PageKey] = field(default_factory=list[PageKey])
+    num_offered: int = 0
+    loading: Loading | None = None
 
 
 class Offload:
@@ -46,10 +64,17 @@ class Offload:
         self._writer = ThreadPoolExecutor(1, "latentkv-store-writer")
         self._queue = Semaphore(max(QUEUE_BYTES // store.page_bytes, 2 * MIN_PAGES))
         self._rests_until = 0.0
+        self._stored: dict[Sequence, _Stored] = {}
 
-    def begin(self, sequence: Sequence) -> None:
-        """Begin to read what is stored of a sequence that was admitted, after the pages that it knows already."""
-        known = len(sequence.known)
+    def begin(self, sequence: Sequence, salt: str, known: int) -> None:
+        """Begin to read what is stored of a sequence that was admitted.
+
+        Args:
+            sequence: it has pages for all of its tokens.
+            salt: whose prefixes it shares.
+            known: its first pages, which need not be read.
+        """
+        stored = self._stored[sequence] = _Stored(salt)
         wanted = (len(sequence.tokens) - 1) // self._page_size  # the newest token is read by the model
         keys = [self._key(sequence, index) for index in range(known)]
         while len(keys) < wanted and (key := self._key(sequence, len(keys))) in self._store:
@@ -57,42 +82,65 @@ class Offload:
         self._counters.store_queries += (wanted - known) * self._page_size
         if len(keys) > known:
             pages = sequence.pages[known : len(keys)]
-            sequence.loading = Loading(self._reader, lambda is_wanted: self._load(keys, pages, is_wanted))
+            stored.loading = Loading(self._reader, lambda is_wanted: self._load(keys, pages, is_wanted))
         elif keys:
             self._submit(lambda: self._store.touch(keys))
 
     def finish(self, sequence: Sequence) -> bool:
         """Count as cached what was read for a sequence; False: it is not done yet."""
-        if sequence.loading is None or not sequence.loading.done:
+        stored = self._stored.get(sequence)
+        if stored is None or stored.loading is None or not stored.loading.done:
             return False
-        pages, sequence.loading = sequence.loading.pages(), None
+        pages, stored.loading = stored.loading.pages(), None
         sequence.num_cached += pages * self._page_size
         self._counters.store_hits += pages * self._page_size
         self._counters.loaded_bytes += pages * self._store.page_bytes
         return True
 
-    def save(self, sequence: Sequence) -> None:
+    def is_loading(self, sequence: Sequence) -> bool:
+        """Whether pages of a sequence are being read."""
+        stored = self._stored.get(sequence)
+        return stored is not None and stored.loading is not None
+
+    def wait_for_loading(self, seconds: float) -> bool:
+        """Wait, at most so long, until the pages of some sequence are read; False: none are being read."""
+        loadings = [stored.loading for stored in self._stored.values() if stored.loading]
+        if loadings:
+            Loading.wait_for_any(loadings, seconds)
+        return bool(loadings)
+
+    def save(self, sequence: Sequence, known: list[KnownPage]) -> None:
         """Have the known pages of a sequence written that are not stored yet, as far as the queue has room."""
-        if len(sequence.known) < MIN_PAGES or time.monotonic() < self._rests_until:
+        if len(known) < MIN_PAGES or time.monotonic() < self._rests_until:
             return
-        while sequence.num_offered < len(sequence.known):
-            key, known = self._key(sequence, sequence.num_offered), sequence.known[sequence.num_offered]
-            if key not in self._store and not self._offer(key, known):
+        stored = self._stored[sequence]
+        while stored.num_offered < len(known):
+            key = self._key(sequence, stored.num_offered)
+            if key not in self._store and not self._offer(key, known[stored.num_offered]):
                 return
-            sequence.num_offered += 1
+            stored.num_offered += 1
+
+    def forget(self, sequence: Sequence) -> None:
+        """A sequence is about to give its pages back: none is written to any more."""
+        stored = self._stored.pop(sequence, None)
+        if stored and stored.loading:
+            stored.loading.stop()
 
     def close(self) -> None:
-        """Write what waits to be written, and let another process write."""
+        """Read no more, write what waits to be written, and let another process write."""
+        for sequence in list(self._stored):
+            self.forget(sequence)
         self._reader.shutdown()
         self._writer.shutdown()
         self._store.close()
 
     def _key(self, sequence: Sequence, index: int) -> PageKey:
         """Of a full page of a sequence."""
-        keys = sequence.keys
+        stored = self._stored[sequence]
+        keys = stored.keys
         while len(keys) <= index:
             tokens = sequence.tokens[len(keys) * self._page_size : (len(keys) + 1) * self._page_size]
-            keys.append(keys[-1].next(tokens) if keys else self._store.first_key(sequence.salt or "", tokens))
+            keys.append(keys[-1].next(tokens) if keys else self._store.first_key(stored.salt, tokens))
         return keys[index]
 
     def _offer(self, key: PageKey, known: KnownPage) -> bool:

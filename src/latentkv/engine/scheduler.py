@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from itertools import accumulate
 
 from latentkv.engine.counters import Counters
-from latentkv.engine.loading import Loading
 from latentkv.engine.offload import Offload
 from latentkv.engine.sequence import Sequence
-from latentkv.state import PagedCache, PageStore, PrefixIndex
+from latentkv.state import KnownPage, PagedCache, PageStore, PrefixIndex
 
 MAX_RUNNING = 256
 """Sequences that have pages at once."""
@@ -22,6 +22,19 @@ MIN_PROMPT_TOKENS = 8
 """Of a step, that prompts get however many others decode."""
 
 Share = tuple[Sequence, int]
+
+
+@dataclass
+class _Sharing:
+    """What a sequence shares with others.
+
+    Attributes:
+        salt: whose prefixes it shares; texts of different salts share nothing. None: it shares with nobody.
+        known: its first pages that others can find, as they find them.
+    """
+
+    salt: str | None
+    known: list[KnownPage] = field(default_factory=list[KnownPage])
 
 
 class Scheduler:
@@ -37,6 +50,7 @@ class Scheduler:
         cache: whose pages are handed out.
         max_running: sequences that have pages at once.
         store: where pages are looked for that are not in memory, and go; it is closed with this.
+        forget: told of every sequence that has given its pages back.
 
     Attributes:
         running: sequences with pages, oldest first.
@@ -45,23 +59,34 @@ class Scheduler:
         counters: what has been done.
     """
 
-    def __init__(self, cache: PagedCache, *, max_running: int = MAX_RUNNING, store: PageStore | None = None) -> None:
+    def __init__(
+        self,
+        cache: PagedCache,
+        *,
+        max_running: int = MAX_RUNNING,
+        store: PageStore | None = None,
+        forget: Callable[[Sequence], None] | None = None,
+    ) -> None:
         self.running: list[Sequence] = []
         self.waiting: list[Sequence] = []
         self.counters = Counters()
         self.prefixes = PrefixIndex(cache.pool, cache.page_size)
         self._cache = cache
         self._max_running = max_running
+        self._forget = forget
+        self._sharing: dict[Sequence, _Sharing] = {}
         self._offload = Offload(store, self.prefixes, self.counters) if store else None
 
-    def add(self, sequence: Sequence) -> None:
-        """Let a sequence without pages wait for them."""
+    def add(self, sequence: Sequence, salt: str | None = "") -> None:
+        """Let a sequence without pages wait for them; it shares the prefixes of `salt` (None: with nobody)."""
+        self._sharing[sequence] = _Sharing(salt)
         insort(self.waiting, sequence, key=_age)
 
     def remove(self, sequence: Sequence) -> None:
         """Forget a sequence, and give back its pages."""
         (self.running if sequence in self.running else self.waiting).remove(sequence)
         self._give_back(sequence)
+        del self._sharing[sequence]
 
     def plan(self, budget: int) -> list[Share]:
         """Who reads how many tokens in a step of `budget` tokens, those that decode first; empty: nobody can.
@@ -72,7 +97,7 @@ class Scheduler:
         self._take_loaded()
         self._admit()
         decoding = [sequence for sequence in self._with_room() if sequence.decodes]
-        prompts = [sequence for sequence in self.running if not sequence.decodes and not sequence.loading]
+        prompts = [sequence for sequence in self.running if not sequence.decodes and not self._is_loading(sequence)]
         left = max(budget - len(decoding), min(budget, MIN_PROMPT_TOKENS))
         for sequence in decoding:
             sequence.draft = sequence.draft[: 0 if prompts else left]
@@ -106,26 +131,21 @@ class Scheduler:
         """Make the pages that `sequences` have filled findable."""
         size = self._cache.page_size
         for sequence in sequences:
-            while sequence.salt is not None and (len(sequence.known) + 1) * size <= sequence.num_cached:
-                page = len(sequence.known)
+            salt, known = self._sharing[sequence].salt, self._sharing[sequence].known
+            while salt is not None and (len(known) + 1) * size <= sequence.num_cached:
+                page = len(known)
                 tokens = sequence.tokens[page * size : (page + 1) * size]
-                before = sequence.known[-1] if sequence.known else None
-                sequence.known.append(self.prefixes.add(sequence.salt, before, tokens, sequence.pages[page]))
+                known.append(self.prefixes.add(salt, known[-1] if known else None, tokens, sequence.pages[page]))
             if self._offload:
-                self._offload.save(sequence)
+                self._offload.save(sequence, known)
 
     def wait_for_loading(self, seconds: float) -> bool:
         """Wait, at most so long, until pages are read from the store; False: none are being read."""
-        loadings = [sequence.loading for sequence in self.running if sequence.loading]
-        if loadings:
-            Loading.wait_for_any(loadings, seconds)
-        return bool(loadings)
+        return self._offload is not None and self._offload.wait_for_loading(seconds)
 
     def close(self) -> None:
         """Write what waits to be stored, and go on without the store."""
         if self._offload:
-            for sequence in self.running:
-                self._stop_loading(sequence)
             self._offload.close()
             self._offload = None
 
@@ -138,8 +158,9 @@ class Scheduler:
         for sequence in list(self.waiting):
             if len(self.running) == self._max_running:
                 return
+            sharing = self._sharing[sequence]
             # The newest token is read even where all are known: what follows it is asked for.
-            known = [] if sequence.salt is None else self.prefixes.find(sequence.salt, sequence.tokens[:-1])
+            known = [] if sharing.salt is None else self.prefixes.find(sharing.salt, sequence.tokens[:-1])
             if self._is_read_by_another(sequence, len(known)):
                 continue
             new = self._cache.pages_for(len(sequence.tokens)) - len(known)
@@ -150,22 +171,22 @@ class Scheduler:
             pool.share(each.page for each in known)
             sequence.pages = [each.page for each in known] + pool.allocate(new)
             sequence.num_cached = len(known) * self._cache.page_size
-            sequence.known = known
+            sharing.known = known
             self.counters.prefix_queries += len(sequence.tokens)
             self.counters.prefix_hits += sequence.num_cached
             self.waiting.remove(sequence)
             insort(self.running, sequence, key=_age)
-            if self._offload and sequence.salt is not None:
-                self._offload.begin(sequence)
+            if self._offload and sharing.salt is not None:
+                self._offload.begin(sequence, sharing.salt, len(known))
 
     def _is_read_by_another(self, sequence: Sequence, known: int) -> bool:
         """Whether a running prompt is about to fill the page that `sequence` would have to read next."""
-        end = (known + 1) * self._cache.page_size
-        if sequence.salt is None or end >= len(sequence.tokens):
+        end, salt = (known + 1) * self._cache.page_size, self._sharing[sequence].salt
+        if salt is None or end >= len(sequence.tokens):
             return False
         return any(
             not other.decodes
-            and other.salt == sequence.salt
+            and self._sharing[other].salt == salt
             and other.num_cached < end <= len(other.tokens)
             and other.tokens[:end] == sequence.tokens[:end]
             for other in self.running
@@ -190,19 +211,19 @@ class Scheduler:
         self.counters.lost_tokens += sequence.num_cached
         self.running.remove(sequence)
         self._give_back(sequence)
-        self.add(sequence)
+        insort(self.waiting, sequence, key=_age)
 
     def _give_back(self, sequence: Sequence) -> None:
-        self._stop_loading(sequence)
+        if self._offload:
+            self._offload.forget(sequence)
+        if self._forget:
+            self._forget(sequence)
         self._cache.pool.free(reversed(sequence.pages))  # of pages worth keeping the last goes first
         sequence.pages, sequence.num_cached, sequence.draft = [], 0, []
-        sequence.num_mtp_cached, sequence.states = 0, []
-        sequence.known, sequence.num_offered = [], 0
+        self._sharing[sequence].known = []
 
-    def _stop_loading(self, sequence: Sequence) -> None:
-        if sequence.loading:
-            sequence.loading.stop()
-            sequence.loading = None
+    def _is_loading(self, sequence: Sequence) -> bool:
+        return self._offload is not None and self._offload.is_loading(sequence)
 
 
 def _age(sequence: Sequence) -> int:
