@@ -119,7 +119,7 @@ def test_every_field_of_the_config_counts():
     rotated = replace(config.rope, interleaved=not config.rope.interleaved)
     for change in (
         {"embedding_multiplier": 2.0},
-        {"layers": (*config.layers[:-1], replace(config.layers[-1], rope=rotated))},
+        {"layers": tuple(replace(layer, rope=rotated) for layer in config.layers)},
     ):
         decoder.config = replace(config, **change)
         assert model_fingerprint(decoder, WEIGHTS, packing=None, int8_products=False) != before

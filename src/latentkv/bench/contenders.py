@@ -42,7 +42,7 @@ class Entry:
 
 
 def latentkv_entry(case: DecodeCase, kv_format: KVFormat) -> Entry:
-    """`MultiHeadLatentAttention` over a paged `PagedCache`, its pages in no order, as after hours of serving."""
+    """`MultiHeadLatentAttention` over a `PagedCache`, its pages in no order, as after hours of serving."""
     mla = case.shape.mla
     module = MultiHeadLatentAttention(
         case.shape.hidden_size,

@@ -128,6 +128,9 @@ class Decoder(nn.Module):
     Args:
         config: the model.
         max_context: the longest sequence this instance will see; None: `config.max_positions`.
+
+    Raises:
+        ConfigError: the layers differ in their rotary embedding.
     """
 
     packed_embedding: PackedWeight | None = None
@@ -136,6 +139,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.max_context = max_context or config.max_positions
+        self.rope = config.rope  # a step has one set of angles
         self.model = Trunk(config, max_context=self.max_context)
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -302,4 +306,4 @@ class Decoder(nn.Module):
         self.mtp = nn.ModuleList(module for index, module in enumerate(self.mtp) if index in keep)
 
     def _rotary(self, positions: Tensor) -> Rotary:
-        return rotary(self.config.rope, positions, max_context=self.max_context)
+        return rotary(self.rope, positions, max_context=self.max_context)

@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 
 from latentkv import kernels
-from latentkv.models.config import RopeConfig
 from latentkv.models.decoder import Decoder
 from latentkv.models.packing import Packing
 from latentkv.models.rope import attention_factor, inverse_frequencies
@@ -36,16 +35,12 @@ def model_fingerprint(decoder: Decoder, weights: bytes, *, packing: Packing | No
         repr(config).encode(),
         json.dumps(dict(config.source), sort_keys=True).encode(),
         repr((decoder.dtype, next(decoder.parameters()).device.type, packing, int8_products)).encode(),
-        *(_rotation(rope, decoder.max_context) for rope in dict.fromkeys(layer.rope for layer in config.layers)),
+        inverse_frequencies(config.rope, max_context=decoder.max_context).numpy().tobytes(),
+        repr(attention_factor(config.rope)).encode(),
         repr((torch.__version__, kernels.current_isa())).encode(),
         program_digest(),
     )
     return sha256(b"".join(sha256(part).digest() for part in parts)).digest()
-
-
-def _rotation(rope: RopeConfig, max_context: int) -> bytes:
-    frequencies = inverse_frequencies(rope, max_context=max_context).numpy().tobytes()
-    return frequencies + repr(attention_factor(rope)).encode()
 
 
 def program_digest() -> bytes:
