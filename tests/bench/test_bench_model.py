@@ -1,6 +1,7 @@
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -131,11 +132,20 @@ def test_what_takes_too_long_is_timed_once(llm: LLM, monkeypatch: pytest.MonkeyP
     assert "once" in model_table(report).columns[2]._cells[0]
 
 
-def with_times(llm: LLM, monkeypatch: pytest.MonkeyPatch, times: list[float], **asked: float) -> ModelReport:
+def test_a_step_is_slow_only_where_its_second_is(llm: LLM, monkeypatch: pytest.MonkeyPatch):
+    steps = {"prompts": [], "depths": [4], "new_tokens": 1, "repeats": 3, "limit_seconds": 5.0}
+    monkeypatch.setattr(module, "_outside_kernels", lambda *_: None)
+    row = with_times(llm, monkeypatch, [9.0, 9.0, 2.0, 0.25, 0.5, 0.25, 1.0], **steps).rows[0]
+    assert (row.samples, row.ms) == (3, pytest.approx(500))
+    row = with_times(llm, monkeypatch, [9.0, 9.0, 2.0, 1.75], **steps).rows[0]
+    assert (row.samples, row.ms) == (1, pytest.approx(1750))
+
+
+def with_times(llm: LLM, monkeypatch: pytest.MonkeyPatch, times: list[float], **asked: Any) -> ModelReport:
     """One prompt of 10 tokens (after two warm-ups and a trial) that takes `times`, one after the other."""
     left = iter(times)
     monkeypatch.setattr(module, "_run", lambda contender, case, new_tokens: next(left))
-    return measure_model(llm, name="tiny", prompts=[10], depths=[], probe=PROBE, **asked)
+    return measure_model(llm, **{"name": "tiny", "prompts": [10], "depths": [], "probe": PROBE, **asked})
 
 
 def test_a_peer_is_timed_by_its_own_clock(llm: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
