@@ -119,7 +119,7 @@ void write_rows(const float* sums, int planes, RowBlock rows, std::int64_t out, 
 const Product& product_with(WeightFormat format, std::int64_t groups) {
   switch (format) {
     case WeightFormat::int8: return groups > 1 ? product<GroupedInt8Words> : product<Int8Words>;
-    case WeightFormat::int4: return product<Int4Words>;
+    case WeightFormat::int4: return product<TableWords<Int4Numbers>>;
     case WeightFormat::compact: return product<CompactWords>;
     case WeightFormat::uint2: return product<CodeWords<2, true>>;
     case WeightFormat::uint4: return product<CodeWords<4, true>>;

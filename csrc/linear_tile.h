@@ -107,25 +107,72 @@ struct CompactWords {
   }
 #endif
 };
+
+// The signed byte `k` of each word as a float32 number, divided by BYTE_SCALE.
+#if defined(__AVX2__)
+constexpr float BYTE_SCALE = 0x1p-24f;
+typedef std::uint8_t bytes __attribute__((vector_size(4 * W)));
+#if defined(__AVX512F__)
+LATENTKV_INLINE vu shuffle_bytes(vu from, vu order) {
+  return (vu)_mm512_shuffle_epi8((__m512i)from, (__m512i)order);
+}
+LATENTKV_INLINE vu repeated(__m128i quarter) { return (vu)_mm512_broadcast_i32x4(quarter); }
+#else
+LATENTKV_INLINE vu shuffle_bytes(vu from, vu order) {
+  return (vu)_mm256_shuffle_epi8((__m256i)from, (__m256i)order);
+}
+LATENTKV_INLINE vu repeated(__m128i half) { return (vu)_mm256_broadcastsi128_si256(half); }
+#endif
+// Moved to the top of its word, other bytes zero: 2^24 times the code, without any sign to extend. The sum of a group of
+// 2^n stays finite for activations below 2^(96 - n).
+LATENTKV_INLINE vu byte_of(vu words, int k) {
+  const vu order = repeated(_mm_setr_epi32(0x00808080, 0x04808080, 0x08808080, 0x0c808080));
+  const vu integer = k == 3 ? words & 0xff000000 : shuffle_bytes(words, order + ((unsigned)k << 24));
+  return (vu)__builtin_convertvector((vi)integer, vf);
+}
+#else
+constexpr float BYTE_SCALE = 1;
+LATENTKV_INLINE vu byte_of(vu words, int k) {
+  return (vu)__builtin_convertvector((vi)(words << (24 - 8 * k)) >> 24, vf);
+}
+#endif
+
+// What codes of 4 bits stand for.
+struct Int4Numbers {
+  static constexpr std::int8_t numbers[16] = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
+};
+struct Fp4Numbers {
+  static constexpr std::int8_t numbers[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};  // twice E2M1's
+};
+struct Nl4Numbers {
+  static constexpr std::int8_t numbers[16] = {-127, -104, -83, -65, -49, -35, -22, -10,
+                                              1,    13,   25,  38,  53,  69,  89,  113};
+};
+
+// Nibble i / 2 of the half i % 2 of each word, looked up in a table of small integers; divided by BYTE_SCALE.
+template <class Table>
+LATENTKV_INLINE vu nibble_of(vu words, int i) {
+#if defined(__AVX2__)
+  const vu table = repeated(_mm_loadu_si128((const __m128i*)Table::numbers));
+  const vu nibbles = (i / 2 % 2 ? words >> 4 : words) & 0x0f0f0f0f;
+  return byte_of(shuffle_bytes(table, nibbles), i % 2 * 2 + i / 4);
+#else
+  const vu codes = words >> (i % 2 * 16 + i / 2 * 4) & 15;
+  vf values;
+  for (int k = 0; k < W; k++) values[k] = Table::numbers[codes[k]];
+  return (vu)values;
+#endif
+}
+
 struct Int8Words : PlainWords {
   using PlainWords::PlainWords;
   static constexpr bool short_groups = false;
+  static constexpr float scale = BYTE_SCALE;
   static constexpr int units = 4 / UNIT;
 #if defined(__AVX512BF16__)
-  static constexpr float scale = 0x1p-24f;
-  // Byte `k` moved to the top of its word, other bytes zero: 2^24 times the code, without any sign to extend. The sum of
-  // a group of 2^n stays finite for activations below 2^(96 - n).
-  LATENTKV_INLINE vu code(vu words, int k) {
-    const vu top = (vu)_mm512_set4_epi32(0x0c808080, 0x08808080, 0x04808080, 0x00808080) + ((unsigned)k << 24);
-    const __m512i integer = k == 3 ? (__m512i)(words & 0xff000000) : _mm512_shuffle_epi8((__m512i)words, (__m512i)top);
-    return (vu)_mm512_cvtepi32_ps(integer);
-  }
-  LATENTKV_INLINE vu unit(vu words, int i) { return code(words, 2 * i + 1) | code(words, 2 * i) >> 16; }
+  LATENTKV_INLINE vu unit(vu words, int i) { return byte_of(words, 2 * i + 1) | byte_of(words, 2 * i) >> 16; }
 #else
-  static constexpr float scale = 1;
-  LATENTKV_INLINE vu unit(vu words, int i) {
-    return (vu)__builtin_convertvector((vi)(words << (24 - 8 * i)) >> 24, vf);
-  }
+  LATENTKV_INLINE vu unit(vu words, int i) { return byte_of(words, i); }
 #endif
   LATENTKV_INLINE vu unit(const vu (&w)[1], int i) { return unit(w[0], i); }
 };
@@ -133,29 +180,6 @@ struct GroupedInt8Words : Int8Words {
   using Int8Words::Int8Words;
   static constexpr bool short_groups = true;
 };
-struct Int4Words : PlainWords {
-  using PlainWords::PlainWords;
-  static constexpr bool short_groups = true;
-  static constexpr float scale = 1;
-  static constexpr int units = 8 / UNIT;
-#if defined(__AVX512BF16__)
-  // Nibble i of both halves of a word is the pair 2i, 2i + 1; a table look-up by 5 bits takes no notice of the fifth.
-  LATENTKV_INLINE vu unit(vu words, int i) {
-    alignas(64) static constexpr bf16 integers[32] = {
-        0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80, 0x0000, 0x3f80, 0x4000,
-        0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0, 0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040,
-        0xc000, 0xbf80, 0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0};
-    return (vu)_mm512_permutexvar_epi16((__m512i)(words >> (4 * i)), _mm512_load_si512(integers));
-  }
-#else
-  LATENTKV_INLINE vu unit(vu words, int i) {
-    const vi code = (vi)(words >> (i % 2 * 16 + i / 2 * 4) & 15) - 8;
-    return (vu)__builtin_convertvector(code, vf);
-  }
-#endif
-  LATENTKV_INLINE vu unit(const vu (&w)[1], int i) { return unit(w[0], i); }
-};
-
 // The integers from -count / 2 to count / 2 - 1 as bf16 numbers, over and over.
 struct Integers {
   bf16 numbers[64];
@@ -175,7 +199,12 @@ template <int BITS, bool MINIMA>
 struct CodeWords : PlainWords {
   using PlainWords::PlainWords;
   static constexpr bool short_groups = true, has_minima = MINIMA;
-  static constexpr float scale = 1, middle = 1 << (BITS - 1);
+#if defined(__AVX2__)
+  static constexpr bool by_bytes = (BITS == 4 || BITS == 6) && UNIT == 1;
+#else
+  static constexpr bool by_bytes = false;
+#endif
+  static constexpr float scale = by_bytes ? BYTE_SCALE : 1, middle = 1 << (BITS - 1);
   static constexpr int words = BITS == 5 ? 5 : BITS == 6 ? 3 : 1;
   static constexpr int units = 32 * words / BITS / UNIT;
 
@@ -187,6 +216,20 @@ struct CodeWords : PlainWords {
     if constexpr (BITS == 5) return low | (w[4] >> i & 0x00010001) << 4;
     return low | (w[2] >> (2 * i) & 0x00030003) << 4;
   }
+#if defined(__AVX2__)
+  // The codes of 6 bits, less the middle one, of which word `q` has the lower bits in its bytes' low or high nibbles.
+  LATENTKV_INLINE vu six_bits(const vu (&w)[words], int q, int high) {
+    // Byte q of each half twice: for the upper bits in its low nibble, and for those in its high one.
+    const vu first = repeated(_mm_setr_epi32(0x02020000, 0x06060404, 0x0a0a0808, 0x0e0e0c0c));
+    const vu pairs = shuffle_bytes(w[words - 1], first + (unsigned)q * 0x01010101);
+    const vu nibbles = (pairs & 0x000f000f) | (pairs >> 4 & 0x0f000f00);
+    const __m128i of_low = _mm_setr_epi8(-32, -16, 0, 16, -32, -16, 0, 16, -32, -16, 0, 16, -32, -16, 0, 16);
+    const __m128i of_high = _mm_setr_epi8(-32, -32, -32, -32, -16, -16, -16, -16, 0, 0, 0, 0, 16, 16, 16, 16);
+    const vu upper = shuffle_bytes(repeated(high ? of_high : of_low), nibbles);
+    const vu lower = (high ? w[q] >> 4 : w[q]) & 0x0f0f0f0f;
+    return (vu)((bytes)lower + (bytes)upper);
+  }
+#endif
   LATENTKV_INLINE vu unit(const vu (&w)[words], int i) {
 #if defined(__AVX512BF16__)
     alignas(64) static constexpr Integers table(1 << BITS);  // looked up by 5 or 6 bits
@@ -194,25 +237,21 @@ struct CodeWords : PlainWords {
     if constexpr (BITS < 6) return (vu)_mm512_permutexvar_epi16(codes, first);
     return (vu)_mm512_permutex2var_epi16(first, codes, _mm512_load_si512(table.numbers + 32));
 #else
+    if constexpr (by_bytes && BITS == 4) return nibble_of<Int4Numbers>(w[0], i);
+    if constexpr (by_bytes) return byte_of(six_bits(w, i / 8, i / 2 % 2), i % 2 * 2 + i / 4 % 2);
     constexpr Word CODE = (1 << BITS) - 1;
     return (vu)(__builtin_convertvector((vi)(pair(w, i / 2) >> (i % 2 * 16) & CODE), vf) - middle);
 #endif
   }
 };
 
-// Codes of 4 bits, laid out as int4's, that stand for the numbers of a table; bf16 holds them exactly.
-struct Fp4Numbers {
-  static constexpr float numbers[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};  // twice E2M1's
-};
-struct Nl4Numbers {
-  static constexpr float numbers[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
-};
+// Codes of 4 bits that stand for the numbers of a table.
 constexpr bf16 exact_bf16(float x) { return (bf16)(__builtin_bit_cast(std::uint32_t, x) >> 16); }
 template <class Table>
 struct TableWords : PlainWords {
   using PlainWords::PlainWords;
   static constexpr bool short_groups = true;
-  static constexpr float scale = 1;
+  static constexpr float scale = UNIT == 2 ? 1 : BYTE_SCALE;
   static constexpr int units = 8 / UNIT;
 
   LATENTKV_INLINE vu unit(const vu (&w)[1], int i) {
@@ -223,21 +262,12 @@ struct TableWords : PlainWords {
         for (int k = 0; k < 32; k++) values[k] = exact_bf16(Table::numbers[k % 16]);
       }
     };
-    alignas(64) static constexpr Twice table;  // looked up by 5 bits, of which the fifth is not the code's
+    // Nibble i of both halves of a word is the pair 2i, 2i + 1; the look-up is by 5 bits, of which the fifth is not the
+    // code's.
+    alignas(64) static constexpr Twice table;
     return (vu)_mm512_permutexvar_epi16((__m512i)(w[0] >> (4 * i)), _mm512_load_si512(table.values));
 #else
-    const vu codes = w[0] >> (i % 2 * 16 + i / 2 * 4);
-#if defined(__AVX512F__)
-    return (vu)_mm512_permutexvar_ps((__m512i)codes, _mm512_loadu_ps(Table::numbers));
-#elif defined(__AVX2__)
-    const __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(Table::numbers), (__m256i)codes);  // by 3 bits
-    const __m256 high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(Table::numbers + 8), (__m256i)codes);
-    return (vu)_mm256_blendv_ps(low, high, (__m256)(codes << 28));
-#else
-    vf values;
-    for (int k = 0; k < W; k++) values[k] = Table::numbers[codes[k] & 15];
-    return (vu)values;
-#endif
+    return nibble_of<Table>(w[0], i);
 #endif
   }
 };
@@ -283,8 +313,9 @@ void multiply_tile(const Panel& panel, const Unit* x, float* sums) {
   // Groups' sums and their totals fill the registers where groups are short: storing totals for each would cost more
   // than reading activations twice. Not where a unit is one number: a group is then twice as long, and one vector's sums
   // would wait for each other.
-  constexpr int V = Decoder::short_groups && UNIT == 2 && R > MAX_ROWS / 2 ? 1 : 2;
-  constexpr int TOGETHER = Decoder::short_groups && R <= 2 ? 2 : 1;  // groups, whose sums do not wait for each other
+  constexpr int V = W <= 8 && R <= 2 ? 4 : Decoder::short_groups && UNIT == 2 && R > MAX_ROWS / 2 ? 1 : 2;
+  // Groups whose sums do not wait for each other.
+  constexpr int TOGETHER = Decoder::short_groups && R <= 2 && V == 2 ? 2 : 1;
   constexpr int WORDS = Decoder::words;  // that are decoded together
   // Few rows of compact weights are decoded as fast as a core fetches on by itself, up to the end of a page: only the
   // next one's beginning is fetched.
@@ -300,7 +331,7 @@ void multiply_tile(const Panel& panel, const Unit* x, float* sums) {
     if (Decoder::short_groups)
 #pragma GCC unroll 16
       for (int r = 0; r < R; r++)
-#pragma GCC unroll 2
+#pragma GCC unroll 4
         for (int v = 0; v < V; v++) total[r][v] = so_far(r, v);
     const auto add_groups = [&](std::int64_t g, auto together) __attribute__((always_inline)) {
       constexpr int G = together;
@@ -311,7 +342,7 @@ void multiply_tile(const Panel& panel, const Unit* x, float* sums) {
       if (!Decoder::short_groups)  // parts are of the one group
 #pragma GCC unroll 16
         for (int r = 0; r < R; r++)
-#pragma GCC unroll 2
+#pragma GCC unroll 4
           for (int v = 0; v < V; v++) acc[0][r][v] = so_far(r, v);
       if (fetches())  // where scales lie between the groups
         for (int j = 0; j < G; j++) __builtin_prefetch(ahead + j * panel.ahead_stride - 64, 0, 2);
@@ -325,7 +356,7 @@ void multiply_tile(const Panel& panel, const Unit* x, float* sums) {
               __builtin_prefetch(ahead + j * panel.ahead_stride, 0, 2);  // into the second-level cache
               __builtin_prefetch(ahead + j * panel.ahead_stride + 64, 0, 2);
             }
-#pragma GCC unroll 2
+#pragma GCC unroll 4
             for (int v = 0; v < V; v++) w[j][v][k] = load_as<vu>(words + j * panel.words_stride + v * W);
           }
 #pragma GCC unroll 32
@@ -333,26 +364,24 @@ void multiply_tile(const Panel& panel, const Unit* x, float* sums) {
 #pragma GCC unroll 2
           for (int j = 0; j < G; j++) {
             vu decoded[V];
-#pragma GCC unroll 2
+#pragma GCC unroll 4
             for (int v = 0; v < V; v++) decoded[v] = decoder.unit(w[j][v], u);
 #pragma GCC unroll 16
             for (int r = 0; r < R; r++)
-#pragma GCC unroll 2
+#pragma GCC unroll 4
               for (int v = 0; v < V; v++)
                 acc[j][r][v] = multiply_add(acc[j][r][v], decoded[v], units[j * group_units + r]);
           }
       }
 #pragma GCC unroll 2
       for (int j = 0; j < G; j++)
-#pragma GCC unroll 2
+#pragma GCC unroll 4
         for (int v = 0; v < V; v++) {
           const std::int64_t at = (g + j) * panel.scales_stride + first + v * W;
-          vf scale = splat(1);
-          if (panel.scales) scale = load_any(panel.scales, panel.scales_dtype, at);
-          scale *= Decoder::scale;
-          if (!Decoder::short_groups && !panel.ends) scale = splat(1);
+          const vf stored = panel.scales ? load_any(panel.scales, panel.scales_dtype, at) : splat(1);
+          const vf scale = Decoder::short_groups || panel.ends ? Decoder::scale * stored : splat(1);
           if constexpr (Decoder::has_minima) {
-            const vf minimum = load_any(panel.scales, panel.scales_dtype, at + BLOCK_OUTS) + Decoder::middle * scale;
+            const vf minimum = load_any(panel.scales, panel.scales_dtype, at + BLOCK_OUTS) + Decoder::middle * stored;
 #pragma GCC unroll 16
             for (int r = 0; r < R; r++) {
               const vf sum = splat(panel.sums[(g + j) * R + r]);
@@ -369,7 +398,7 @@ void multiply_tile(const Panel& panel, const Unit* x, float* sums) {
     if (g < panel.groups) add_groups(g, std::integral_constant<int, 1>{});
 #pragma GCC unroll 16
     for (int r = 0; r < R; r++)
-#pragma GCC unroll 2
+#pragma GCC unroll 4
       for (int v = 0; v < V; v++) store(sums + r * BLOCK_OUTS + first + v * W, total[r][v]);
   };
   pass(0, std::true_type{});
