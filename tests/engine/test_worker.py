@@ -149,3 +149,16 @@ def test_at_most_one_team_is_left_whoever_computes_and_none_when_idle(worker: Wo
         assert worker.call(live_teams) == others
     finally:
         torch.set_num_threads(before)
+
+
+def test_another_thread_that_computes_is_told_of_but_not_when_the_worker_is_stopped(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("latentkv.engine.worker.live_teams", lambda: 1)
+    stopped = Worker()
+    stopped.stop()
+    assert not stopped.alive
+    assert caplog.text == ""
+    worker.call(lambda: None)
+    worker.call(lambda: None)
+    assert caplog.text.count("Another thread of this process computes beside this model's") == 1

@@ -117,7 +117,7 @@ class Worker:
             release_team()
         while not self._stopping and (wait or not self._commands.empty()):
             threads, command = self._commands.get()
-            if wait and live_teams() and not self._warned:
+            if wait and not self._stopping and live_teams() and not self._warned:
                 self._warned = True
                 logger.warning(
                     "Another thread of this process computes beside this model's: both are slower by half or more. "
