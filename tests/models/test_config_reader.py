@@ -185,12 +185,14 @@ def test_which_layers_of_models_with_experts_slide() -> None:
     slide = {"mixtral": (9, 9, 9, 9), "qwen3_moe": (9, 9, 9, 9), "qwen2_moe": (9, None, 9, None)}
     slide |= {"dots1": (None, None, None, 9)}
     for model_type, windows in slide.items():
-        assert read_config(told | {"model_type": model_type}).sliding_windows == windows, model_type
+        layers = read_config(told | {"model_type": model_type}).layers
+        assert tuple(layer.sliding_window for layer in layers) == windows, model_type
 
 
 def test_which_layers_have_experts_as_qwen_says_it() -> None:
     def sparse(**said: object) -> tuple[bool, ...]:
-        return read_config({"model_type": "qwen3_moe", "num_hidden_layers": 4} | said).moe_layers
+        layers = read_config({"model_type": "qwen3_moe", "num_hidden_layers": 4} | said).layers
+        return tuple(layer.moe is not None for layer in layers)
 
     assert sparse() == (True, True, True, True)
     assert sparse(decoder_sparse_step=2) == (False, True, False, True)

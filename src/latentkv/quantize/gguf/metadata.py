@@ -185,24 +185,30 @@ def require_said(config: ModelConfig, metadata: ConfigMetadata, shapes: Mapping[
         CheckpointError: they mean another model; the sentence names the difference.
     """
     architecture = metadata.architecture
-    wrong: str | None = None
+    wrong = _what_is_not_written(config)
     try:
         factors = {} if metadata.divisors is None else {FREQUENCY_DIVISORS: metadata.divisors.tolist()}
         found = read_config(config_of(as_stored(metadata.values), shapes, factors))
     except LatentKVError as error:
-        wrong = f"what would be written cannot be read again: {error}"
+        wrong = wrong or f"what would be written cannot be read again: {error}"
     else:
         differences = (
             _difference(name, mine, theirs, config.rope.kind)
             for name, (mine, theirs) in _compared(config, found).items()
             if not _same(mine, theirs)
         )
-        wrong = next(differences, None) or _what_llama_cpp_takes_otherwise(config)
+        wrong = wrong or next(differences, None) or _what_llama_cpp_takes_otherwise(config)
     if wrong is not None:
         raise CheckpointError(
             f"This {config.model_type} model cannot be written as GGUF's {architecture} exactly ({wrong}): quantize it "
             "to a folder with --weights instead"
         )
+
+
+def _what_is_not_written(config: ModelConfig) -> str | None:
+    if isinstance(config.attention, GQAConfig) and config.moe is not None:
+        return "the experts of models without latent attention are not written"
+    return None
 
 
 def _compared(one: ModelConfig, other: ModelConfig) -> dict[str, tuple[Any, Any]]:
