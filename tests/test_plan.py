@@ -44,6 +44,7 @@ LATENT = {
     "qk_rope_head_dim": 8,
     "v_head_dim": 10,
 }
+INDEX = {"index_topk": 16, "index_head_dim": 24, "index_n_heads": 2}
 COMMON = {
     "vocab_size": 96,
     "hidden_size": 40,
@@ -54,6 +55,7 @@ COMMON = {
 SMALL = {
     "deepseek_v2": {**LATENT, **MOE, "q_lora_rank": None, "topk_method": "greedy"},
     "deepseek_v3": {**LATENT, **MOE, "num_nextn_predict_layers": 2, "attention_bias": True},
+    "deepseek_v32": {**LATENT, **MOE, **INDEX, "num_nextn_predict_layers": 1},
     "kimi_k2": {**LATENT, **MOE, "num_nextn_predict_layers": 0},
     "glm4_moe_lite": {**LATENT, **MOE, "num_nextn_predict_layers": 1},
     "minicpm3": LATENT,
@@ -106,6 +108,7 @@ def test_weight_bytes_are_those_of_the_decoder_with_its_buffers(model_type):
     ("name", "total", "active"),
     [
         ("deepseek-v3", 671e9, 37e9),
+        ("deepseek-v3.2", 671.9e9, 37e9),
         ("deepseek-v2", 236e9, 21e9),
         ("deepseek-v2-lite", 15.7e9, 2.4e9),
         ("kimi-k2", 1.03e12, 32e9),
@@ -148,6 +151,7 @@ def test_deepseek_v3_weighs_what_its_published_files_do():
     [
         ("deepseek-v2", 69_120),
         ("deepseek-v3", 70_272),
+        ("deepseek-v3.2", 70_272 + 15_616),
         ("kimi-k2", 70_272),
         ("deepseek-v2-lite", 31_104),
         ("moonlight-16b", 31_104),
@@ -169,7 +173,7 @@ def test_published_gqa_shapes_cache_keys_and_values_of_their_heads():
 
 
 def test_every_built_in_shape_plans():
-    assert len(BUILT_IN) == 11
+    assert len(BUILT_IN) == 12
     for name in BUILT_IN:
         assert plan_of(name).context == load_config(name).max_positions
 
@@ -240,7 +244,7 @@ def test_weights_dtype_is_the_checkpoints_unless_given():
 
 
 @pytest.mark.parametrize(("fmt", "group"), [("int8", None), ("int8", 32), ("int4", None), ("int4", 32)])
-@pytest.mark.parametrize("model_type", ["deepseek_v3", "minicpm3", "llama", "qwen2_moe"])
+@pytest.mark.parametrize("model_type", ["deepseek_v3", "deepseek_v32", "minicpm3", "llama", "qwen2_moe"])
 def test_quantised_weights_are_counted_as_their_files_hold_them(tmp_path, model_type, fmt, group):
     sizes = {"hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 256}
     config = small_config(model_type, num_nextn_predict_layers=0, dtype="bfloat16", **sizes)

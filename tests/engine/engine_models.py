@@ -51,13 +51,24 @@ GQA = {
     "architectures": ["LlamaForCausalLM"],
     "num_key_value_heads": 2,
 }
+SPARSE = {
+    **MLA,
+    "model_type": "deepseek_v32",
+    "architectures": ["DeepseekV32ForCausalLM"],
+    "q_lora_rank": 24,
+    "index_topk": 6,
+    "index_head_dim": 12,
+    "index_n_heads": 12,
+}
 CONFIGS = {"mla": MLA, "gqa": GQA}
 MTP = {**MLA, "num_nextn_predict_layers": 1}
+SPARSE_MTP = {**SPARSE, "num_nextn_predict_layers": 1}
+_KINDS = CONFIGS | {"mtp": MTP, "sparse": SPARSE, "sparse mtp": SPARSE_MTP}
 
 
 def tiny_decoder(kind: str) -> Decoder:
     torch.manual_seed(0)
-    return Decoder(read_config((CONFIGS | {"mtp": MTP})[kind])).eval().requires_grad_(False)
+    return Decoder(read_config(_KINDS[kind])).eval().requires_grad_(False)
 
 
 def cache_for(decoder: Decoder, num_pages: int, page_size: int = 8) -> PagedCache:

@@ -11,7 +11,7 @@ from latentkv.state import LastStateSpec, LatentSpec, LayerSpec
 def test_the_default_cache_is_one_context_in_whole_pages_or_half_of_the_free_memory():
     specs = [
         *[LayerSpec(LatentSpec(20, 8, "fp32"))] * 2,
-        LayerSpec(LatentSpec(20, 8), LastStateSpec(9, torch.bfloat16)),
+        LayerSpec(LatentSpec(20, 8), last_state=LastStateSpec(9, torch.bfloat16)),
     ]
     page = 64 * (2 * 112 + 64) + 2 * 9
     assert default_cache_bytes(specs, 65, 10**12) == 2 * page

@@ -27,8 +27,10 @@ def ask(prompt: list[int], **params) -> Request:
     return Request.create(prompt, SamplingParams(**params), vocab_size=VOCAB, max_context=128)
 
 
-def engine_with(pages: int = 40, *, cache_dir: Path | None = None, **options) -> tuple[Engine, CheckedMTPDrafter]:
-    decoder = tiny_decoder("mtp")
+def engine_with(
+    pages: int = 40, *, kind: str = "mtp", cache_dir: Path | None = None, **options
+) -> tuple[Engine, CheckedMTPDrafter]:
+    decoder = tiny_decoder(kind)
     cache = cache_for(decoder, pages)
     drafter = CheckedMTPDrafter(decoder, cache)
     store = None if cache_dir is None else store_for(cache_dir, cache)
@@ -43,6 +45,13 @@ def test_drafts_are_those_of_the_unpaged_module(most: int, temperature: float, s
     prompts = [PROMPT, PROMPT[:1], PROMPT[3:12]]
     list(engine.run([ask(prompt, temperature=temperature, seed=5) for prompt in prompts]))
     assert drafter.checked[most] >= 3
+
+
+@pytest.mark.parametrize("step_tokens", [3, 64])
+def test_a_module_with_an_indexer_drafts_what_it_does_unpaged(step_tokens: int) -> None:
+    engine, drafter = engine_with(kind="sparse mtp", most_drafted=2, step_tokens=step_tokens)
+    list(engine.run([ask(prompt) for prompt in (PROMPT, PROMPT[:1], PROMPT[3:12])]))
+    assert drafter.checked[2] >= 3
 
 
 def test_a_prefix_that_another_has_read_serves_drafts_as_well() -> None:
@@ -102,7 +111,7 @@ def test_a_prefix_that_comes_back_from_files_serves_drafts_as_well(tmp_path: Pat
 def test_recorded_steps_draft_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     decoder = Decoder(read_config({**MTP, "q_lora_rank": 24})).bfloat16().eval().requires_grad_(False)
-    decoder.keep_routing_bias_exact()
+    decoder.keep_choices_exact()
     pack_module(decoder, Packing())
 
     def drafts() -> tuple[list[list[int]], MTPDrafter]:

@@ -31,7 +31,7 @@ MODELS: dict[str, dict[str, Any]] = {
 def packed_decoder(config: dict[str, Any], **packing: Any) -> Decoder:
     torch.manual_seed(0)
     decoder = Decoder(read_config(config)).bfloat16().eval().requires_grad_(False)
-    decoder.keep_routing_bias_exact()
+    decoder.keep_choices_exact()
     pack_module(decoder, Packing(**packing))
     return decoder
 

@@ -60,6 +60,8 @@ MOE = {
     "first_k_dense_replace": 1,
 }
 GROUPS = {"n_group": 4, "topk_group": 2}
+# Many heads: where few do, no head often sees anything in many tokens, which then tie.
+INDEX = {"index_topk": 7, "index_head_dim": 14, "index_n_heads": 12}
 LONGROPE = {
     "rope_type": "longrope",
     "rope_theta": 10000.0,
@@ -133,6 +135,25 @@ CASES = [
         saved={"model_type": "kimi_k2"},
     ),
     Case("kimi-k2-groups", "deepseek_v3", MLA | MOE | GROUPS | NO_Q_LORA, saved={"model_type": "kimi_k2"}),
+    Case("v32", "deepseek_v32", MLA | MOE | GROUPS | INDEX | {"rope_parameters": MSCALE}),
+    Case(
+        "v32-bias",
+        "deepseek_v32",
+        MLA
+        | MOE
+        | INDEX
+        | {
+            "mlp_layer_types": ["sparse", "dense", "sparse"],
+            "attention_bias": True,
+            "norm_topk_prob": False,
+            "tie_word_embeddings": True,
+            "index_head_dim": 8,
+            "index_n_heads": 9,
+            "index_topk": 4,
+            "num_attention_heads": 5,
+            "num_key_value_heads": 5,
+        },
+    ),
     Case("glm-flash", "glm4_moe_lite", MLA | {k: v for k, v in MOE.items() if k != "first_k_dense_replace"}),
     Case(
         "glm-flash-groups",

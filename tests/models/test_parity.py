@@ -118,6 +118,7 @@ CHANGES = {
     "scale_depth": 0.7,
     "dim_model_base": 31,
     "sliding_window": 11,
+    "index_topk": 9,
 }
 ROPE_CHANGES = {
     "factor": 5.0,

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from latentkv.state import LayerSpec, PagedCache, PageKey, PageStore, StoreFolder
-from latentkv.state.spec import KeyValueSpec, LastStateSpec, LatentSpec
+from latentkv.state.spec import IndexSpec, KeyValueSpec, LastStateSpec, LatentSpec
 
 PAGE = 4  # tokens
 SPECS: dict[str, list[LayerSpec]] = {
@@ -21,7 +21,7 @@ SPECS: dict[str, list[LayerSpec]] = {
     "layers that differ": [
         LayerSpec(LatentSpec(30, 8, "fp16")),
         LayerSpec(KeyValueSpec(2, 6, "fp16")),
-        LayerSpec(LatentSpec(16, 8, "fp16"), LastStateSpec(10, torch.bfloat16)),
+        LayerSpec(LatentSpec(16, 8, "fp16"), IndexSpec(6, torch.float16), LastStateSpec(10, torch.bfloat16)),
     ],
 }
 BLOCK = 4096  # bytes that the file of each of these pages takes

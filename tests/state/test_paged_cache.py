@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from latentkv.errors import CacheError
-from latentkv.state import KeyValueSpec, LastStateSpec, LatentSpec, LayerSpec, PagedCache, page_bytes
+from latentkv.state import IndexSpec, KeyValueSpec, LastStateSpec, LatentSpec, LayerSpec, PagedCache, page_bytes
 
 SPECS = {
     "latent": [LayerSpec(LatentSpec(32, 8, "bf16"))] * 3,
@@ -12,7 +12,7 @@ SPECS = {
     "layers that differ": [
         LayerSpec(LatentSpec(30, 8, "fp16")),
         LayerSpec(KeyValueSpec(2, 6, "fp16")),
-        LayerSpec(LatentSpec(16, 8, "fp16"), LastStateSpec(10, torch.bfloat16)),
+        LayerSpec(LatentSpec(16, 8, "fp16"), IndexSpec(6, torch.float16), LastStateSpec(10, torch.bfloat16)),
     ],
 }
 
@@ -23,7 +23,7 @@ def test_the_bytes_allocated_are_the_bytes_of_the_formula(specs, num_pages, page
     cache = PagedCache(specs, num_pages, page_size=page_size)
     assert cache.allocated_bytes == cache.page_bytes * num_pages
     assert cache.allocated_bytes == sum(tensor.numel() * tensor.itemsize for tensor in cache.storage)
-    assert cache.bytes_per_token == sum(spec.tokens.token_bytes for spec in specs)
+    assert cache.bytes_per_token == sum(spec.token_bytes for spec in specs)
     once = sum(spec.last_state.page_bytes for spec in specs if spec.last_state)
     assert cache.page_bytes == page_size * cache.bytes_per_token + once
     cache.check()

@@ -8,7 +8,7 @@ from math import prod
 
 from torch import Tensor, nn
 
-from latentkv.models.config import GQAConfig, MLAConfig, ModelConfig
+from latentkv.models.config import GQAConfig, LayerConfig, MLAConfig, ModelConfig
 from latentkv.models.decoder import Decoder
 from latentkv.models.mla import MultiHeadLatentAttention
 from latentkv.models.moe import Experts
@@ -59,8 +59,8 @@ def _own_weights(module: nn.Module) -> Iterator[Tensor | PackedWeight]:
 
 def decode_flops(config: ModelConfig, depth: int) -> int:
     """FLOPs of the matrix products of one step after `depth` tokens, latent attention in its absorbed form."""
-    pairs = config.num_heads * (depth + 1)
-    return 2 * (_weights_used(config) + sum(_absorbed(layer.attention) * pairs for layer in config.layers))
+    attended = sum(_attended(layer, config.num_heads, depth + 1) for layer in config.layers)
+    return 2 * (_weights_used(config) + attended)
 
 
 def prefill_flops(config: ModelConfig, tokens: int) -> int:
@@ -69,6 +69,14 @@ def prefill_flops(config: ModelConfig, tokens: int) -> int:
     pairs = config.num_heads * (tokens * (tokens + 1) // 2)
     attended = sum(_expanded(layer.attention) * pairs for layer in config.layers)
     return 2 * ((_weights_used(config) - head) * tokens + head + attended)
+
+
+def _attended(layer: LayerConfig, heads: int, tokens: int) -> int:
+    """Products of one query with `tokens` cached ones, of which an indexer selects some."""
+    indexer, pair = layer.indexer, heads * _absorbed(layer.attention)
+    if indexer is None or tokens <= indexer.topk:
+        return pair * tokens
+    return pair * indexer.topk + indexer.num_heads * indexer.head_dim * tokens
 
 
 def _absorbed(attention: MLAConfig | GQAConfig) -> int:

@@ -82,9 +82,15 @@ def _attention(facts: CheckpointFacts) -> str:
         extra += f", sliding window in {window} layers" if window else ""
         return f"{kind}: {heads} heads over {kv_heads} key/value heads of {shape['head_dim']}{extra}"
     query = f"q_lora_rank {shape['q_lora_rank']}" if shape["q_lora_rank"] else "no q_lora"
+    sparse = ""
+    if indexer := facts.indexer:
+        sparse = (
+            f"; sparse: {indexer['topk']:,} tokens selected by {indexer['num_heads']} index heads of "
+            f"{indexer['head_dim']} in {facts.indexer_layers} layers"
+        )
     return (
         f"MLA: {facts.num_heads} heads, kv_lora_rank {shape['kv_lora_rank']}, {query}, head dims "
-        f"{shape['qk_nope_head_dim']} nope + {shape['qk_rope_head_dim']} rope, {shape['v_head_dim']} value"
+        f"{shape['qk_nope_head_dim']} nope + {shape['qk_rope_head_dim']} rope, {shape['v_head_dim']} value{sparse}"
     )
 
 

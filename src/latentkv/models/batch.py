@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
@@ -88,6 +88,24 @@ class Batch:
             kv_lens=kv_lens,
             kv_start=kv_start,
             start=torch.full((len(positions),), kv_start, dtype=torch.int32, device=device) if kv_start else None,
+        )
+
+    def cut(self, length: int) -> Batch:
+        """The same rows; a sequence that grows past `length` cached tokens in this step is two: up to it, past it."""
+        pieces: list[tuple[int, int, int]] = []  # sequence, new tokens, cached tokens after them
+        for b, (new, end) in enumerate(zip(self.query_lens, self.kv_lens, strict=True)):
+            within = min(max(length - (end - new), 0), new)
+            pieces += [piece for piece in ((b, within, end - new + within), (b, new - within, end)) if piece[1]]
+        if len(pieces) == len(self.query_lens):
+            return self
+        owners, lens, ends = zip(*pieces, strict=True)
+        bounds = torch.tensor([0, *accumulate(lens)], dtype=torch.int32)
+        return replace(
+            self,
+            q_start=to_device(bounds, self.q_start.device),
+            block_table=self.block_table[to_device(torch.tensor(owners), self.block_table.device)],
+            query_lens=lens,
+            kv_lens=ends,
         )
 
     def part(self, first: int, last: int) -> tuple[Batch, slice]:

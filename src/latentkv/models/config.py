@@ -14,7 +14,8 @@ from typing import Any, Literal, TypeVar
 import torch
 
 from latentkv.errors import ConfigError
-from latentkv.state.spec import KeyValueSpec, KVFormat, LastStateSpec, LatentSpec, LayerSpec
+from latentkv.ops.kv_formats import FLOAT_DTYPES
+from latentkv.state.spec import IndexSpec, KeyValueSpec, KVFormat, LastStateSpec, LatentSpec, LayerSpec
 
 T = TypeVar("T")
 
@@ -72,6 +73,20 @@ class MLAConfig:
 
 
 @dataclass(frozen=True)
+class IndexerConfig:
+    """Which tokens latent attention reads (DeepSeek sparse attention, arXiv 2512.02556, section 2.1).
+
+    Each token reads the `topk` best of those it sees, by the scores of `num_heads` heads of `head_dim` dimensions.
+    `interleaved` is about the indexer's own rotary pairs: DeepSeek-V3.2 pairs them otherwise than its attention does.
+    """
+
+    num_heads: int
+    head_dim: int
+    topk: int
+    interleaved: bool = False
+
+
+@dataclass(frozen=True)
 class GQAConfig:
     """Grouped-query attention; `num_kv_heads` = num_heads is MHA, 1 is MQA.
 
@@ -119,15 +134,23 @@ class LayerConfig:
         rope: rotary embedding of its queries and keys.
         moe: its routed and shared experts; None: a dense feed-forward block.
         sliding_window: a token sees at most this many tokens, itself included; None: all.
+        indexer: what selects the tokens that latent attention reads; None: it reads all.
     """
 
     attention: MLAConfig | GQAConfig
     rope: RopeConfig
     moe: MoEConfig | None = None
     sliding_window: int | None = None
+    indexer: IndexerConfig | None = None
 
-    def token_spec(self, kv_format: KVFormat) -> LatentSpec | KeyValueSpec:
-        """What the layer keeps of each token, stored in `kv_format`."""
+    def spec(self, kv_format: KVFormat, last_state: LastStateSpec | None = None) -> LayerSpec:
+        """What the layer keeps, its tokens stored in `kv_format`; keys of an indexer are never quantised."""
+        index = None
+        if self.indexer is not None:
+            index = IndexSpec(self.indexer.head_dim, FLOAT_DTYPES.get(kv_format, torch.bfloat16))
+        return LayerSpec(self._token_spec(kv_format), index, last_state)
+
+    def _token_spec(self, kv_format: KVFormat) -> LatentSpec | KeyValueSpec:
         attention = self.attention
         if isinstance(attention, MLAConfig):
             return LatentSpec(attention.kv_lora_rank, attention.qk_rope_head_dim, kv_format)
@@ -195,11 +218,8 @@ class ModelConfig:
             kv_format: how tokens are stored.
             mtp: dtype of the hidden states, where the first MTP module is to draft: its layer comes last.
         """
-        specs = tuple(LayerSpec(layer.token_spec(kv_format)) for layer in self.layers)
-        if mtp is None:
-            return specs
-        last_state = LastStateSpec(self.hidden_size, mtp)
-        return (*specs, LayerSpec(self.mtp_layer.token_spec(kv_format), last_state))
+        specs = tuple(layer.spec(kv_format) for layer in self.layers)
+        return specs if mtp is None else (*specs, self.mtp_layer.spec(kv_format, LastStateSpec(self.hidden_size, mtp)))
 
     def _same(self, what: str, values: Sequence[T]) -> T:
         if any(value != values[0] for value in values):

@@ -13,7 +13,7 @@ from latentkv.checkpoint.locate import CONFIG_FILE, holds_weights
 from latentkv.checkpoint.wrapper import config_levels, outermost
 from latentkv.errors import ConfigError
 from latentkv.json_files import read_json
-from latentkv.models.config import GQAConfig, LayerConfig, MLAConfig, ModelConfig, MoEConfig
+from latentkv.models.config import GQAConfig, IndexerConfig, LayerConfig, MLAConfig, ModelConfig, MoEConfig
 from latentkv.models.families import ALIASES, FAMILIES, SPELLINGS, TEXT_MODEL_OF, Family, family_of
 from latentkv.models.fields import read_flag, read_number, read_positive, shown
 from latentkv.models.rope_reader import longest_context, read_rope
@@ -22,7 +22,7 @@ from latentkv.token_ids import read_token_id, read_token_ids
 TIED = "tie_word_embeddings"
 """The key that says whether the output head is the embedding."""
 
-# Keys that change the mathematics in ways that no family here has, with the values that mean "off".
+# Keys that change the mathematics, with the values that mean "off": refused where the family has no default for them.
 _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "attn_logit_softcapping": (None,),
     "final_logit_softcapping": (None,),
@@ -53,6 +53,8 @@ _LARGEST: Mapping[str, int] = {
     "qk_nope_head_dim": 65_536,
     "qk_rope_head_dim": 65_536,
     "v_head_dim": 65_536,
+    "index_n_heads": 65_536,
+    "index_head_dim": 65_536,
     "max_position_embeddings": 2**31,
     "sliding_window": 2**31,
 }
@@ -215,7 +217,7 @@ class Fields:
 
 def _refuse_unsupported(fields: Fields, family: Family) -> None:
     for key, allowed in _UNSUPPORTED.items():
-        if key in fields.raw and fields.raw[key] not in allowed:
+        if key in fields.raw and key not in family.defaults and fields.raw[key] not in allowed:
             raise ConfigError(f"config.json: {key}={fields.raw[key]!r} is not supported; only {allowed[-1]!r} is.")
     if fields.get("hidden_act") not in ("silu", "swish"):
         raise ConfigError(f"config.json: hidden_act={fields.get('hidden_act')!r} is not supported; only 'silu' is.")
@@ -244,8 +246,9 @@ def _read_layers(fields: Fields, family: Family) -> tuple[LayerConfig, ...]:
     rope = read_rope(fields, family, attention)
     sparse = _sparse_layers(fields, num_layers) if moe else (False,) * num_layers
     windows = _sliding_windows(fields, family, num_layers)
+    indexer = _read_indexer(fields, attention) if isinstance(attention, MLAConfig) else None
     return tuple(
-        LayerConfig(attention, rope, moe if has_experts else None, window)
+        LayerConfig(attention, rope, moe if has_experts else None, window, indexer)
         for has_experts, window in zip(sparse, windows, strict=True)
     )
 
@@ -274,6 +277,25 @@ def _read_attention(fields: Fields, family: Family) -> MLAConfig | GQAConfig:
         output_bias=bias and family.output_bias,
         qk_norm=family.qk_norm if isinstance(family.qk_norm, bool) else fields.flag(family.qk_norm),
         qk_norm_per_head=family.qk_norm_per_head,
+    )
+
+
+def _read_indexer(fields: Fields, attention: MLAConfig) -> IndexerConfig | None:
+    if fields.get("index_topk") is None:
+        return None
+    head_dim = fields.size("index_head_dim")
+    if attention.q_lora_rank is None:
+        raise ConfigError("config.json: index_topk needs a q_lora_rank, from whose latent the indexer's queries come.")
+    if head_dim < attention.qk_rope_head_dim:
+        raise ConfigError(
+            f"config.json: index_head_dim={head_dim} has no room for qk_rope_head_dim={attention.qk_rope_head_dim} "
+            "rotary dimensions."
+        )
+    return IndexerConfig(
+        num_heads=fields.size("index_n_heads"),
+        head_dim=head_dim,
+        topk=fields.size("index_topk"),
+        interleaved=fields.flag("indexer_rope_interleave"),
     )
 
 

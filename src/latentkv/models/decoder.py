@@ -13,6 +13,7 @@ from latentkv.models.batch import Batch
 from latentkv.models.config import LayerConfig, MLAConfig, ModelConfig
 from latentkv.models.forms import Form
 from latentkv.models.gqa import GroupedQueryAttention
+from latentkv.models.indexer import HeadWeights
 from latentkv.models.layers import MLP, Embedding, Linear, RMSNorm
 from latentkv.models.mla import MultiHeadLatentAttention
 from latentkv.models.moe import Experts, MoE, Router
@@ -79,6 +80,7 @@ def _attention(
             bias=attention.bias,
             norm_eps=attention.latent_norm_eps,
             max_context=max_context,
+            indexer=layer.indexer,
         )
     return GroupedQueryAttention(
         config.hidden_size,
@@ -295,11 +297,17 @@ class Decoder(nn.Module):
         """Every mixture-of-experts block, those of MTP modules included."""
         return [module for module in self.modules() if isinstance(module, MoE)]
 
-    def keep_routing_bias_exact(self) -> None:
-        """Hold every router's correction bias in float32 after a cast: it decides between near-equal experts."""
+    def keep_choices_exact(self) -> None:
+        """Hold in float32 after a cast what decides between near-equal experts or tokens.
+
+        That is every router's correction bias and the projection of the weights of every indexer's heads.
+        """
         for layer in self.moe_layers():
             if layer.gate.e_score_correction_bias is not None:
                 layer.gate.e_score_correction_bias = layer.gate.e_score_correction_bias.float()
+        for module in self.modules():
+            if isinstance(module, HeadWeights):
+                module.float()
 
     def drop_mtp_modules(self, *, keep: Container[int]) -> None:
         """Leave out the MTP modules that a checkpoint turned out not to have."""

@@ -207,6 +207,19 @@ FAMILIES: Mapping[str, Family] = {
         correction_bias=True,
         topk_methods=frozenset({"noaux_tc"}),
     ),
+    "deepseek_v32": replace(
+        _DEEPSEEK_V3_FAMILY,
+        defaults=_DEEPSEEK_V3
+        | {
+            "max_position_embeddings": 163840,
+            "num_nextn_predict_layers": 0,
+            "index_topk": 2048,
+            "index_n_heads": 64,
+            "index_head_dim": 128,
+            "indexer_rope_interleave": False,
+        },
+        rope_interleaved=True,
+    ),
     "minicpm3": Family(
         "mla",
         _LLAMA

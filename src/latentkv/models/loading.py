@@ -80,7 +80,7 @@ def empty_decoder(config: ModelConfig, *, dtype: torch.dtype | None, max_context
     with torch.device("meta"):
         decoder = Decoder(config, max_context=max_context)
     decoder = decoder.to(dtype or stored_dtype(config))
-    decoder.keep_routing_bias_exact()
+    decoder.keep_choices_exact()
     return decoder
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -10,8 +11,9 @@ from torch import Tensor, nn
 from latentkv import ops
 from latentkv.errors import ConfigError
 from latentkv.models.batch import Batch
-from latentkv.models.config import MLAConfig, RopeConfig
+from latentkv.models.config import IndexerConfig, MLAConfig, RopeConfig
 from latentkv.models.forms import Form, choose_form
+from latentkv.models.indexer import Indexer
 from latentkv.models.layers import Linear, RMSNorm
 from latentkv.models.packing import Packer
 from latentkv.models.rope import Rotary, rotary
@@ -19,8 +21,16 @@ from latentkv.state import LayerState
 from latentkv.weights import PackedWeight
 
 
+class _Kind(NamedTuple):
+    """How a sequence is attended: in which form, in int8 products or not, and whether to selected tokens alone."""
+
+    form: Form
+    int8_products: bool
+    sparse: bool
+
+
 class MultiHeadLatentAttention(nn.Module):
-    """One layer of latent attention; its cache holds `[c ; k_rope]`, L + R numbers a token, and nothing else.
+    """One layer of latent attention; its cache holds `[c ; k_rope]`, L + R numbers a token, and an indexer's key.
 
     Usable alone: `forward` runs whole sequences (differentiable), `attend` runs new tokens over a paged cache.
 
@@ -36,6 +46,7 @@ class MultiHeadLatentAttention(nn.Module):
         bias: on q_a_proj, kv_a_proj_with_mqa and o_proj.
         norm_eps: epsilon of the two latent norms.
         max_context: longest sequence (only longrope depends on it); None: the rope's original length.
+        indexer: what selects the tokens that each token reads, which takes a q_lora_rank; None: it reads all.
 
     Attributes:
         int8_products: whether steps of one token a sequence multiply bytes over an int8 cache, see `ops.mla_attend`.
@@ -60,6 +71,7 @@ class MultiHeadLatentAttention(nn.Module):
         bias: bool = False,
         norm_eps: float = 1e-6,
         max_context: int | None = None,
+        indexer: IndexerConfig | None = None,
     ) -> None:
         super().__init__()
         self.rope = rope or RopeConfig(dim=qk_rope_head_dim, interleaved=True)
@@ -86,6 +98,11 @@ class MultiHeadLatentAttention(nn.Module):
         self.kv_a_layernorm = RMSNorm(kv_lora_rank, norm_eps)
         self.kv_b_proj = Linear(kv_lora_rank, num_heads * (qk_nope_head_dim + v_head_dim), bias=False)
         self.o_proj = Linear(num_heads * v_head_dim, hidden_size, bias=bias)
+        self.indexer = None
+        if indexer is not None:
+            if q_lora_rank is None:
+                raise ConfigError("an indexer's queries come from the latent of the queries: give a q_lora_rank.")
+            self.indexer = Indexer(hidden_size, q_lora_rank, qk_rope_head_dim, indexer)
 
     def forward(self, x: Tensor, positions: Rotary | None = None, *, form: Form = "expanded") -> Tensor:
         """Causal attention over whole sequences, without a cache.
@@ -101,17 +118,23 @@ class MultiHeadLatentAttention(nn.Module):
         if positions is None:
             tokens = torch.arange(x.shape[1], device=x.device)[None]
             positions = rotary(self.rope, tokens, max_context=self.max_context)
-        q_nope, q_rope = self._queries(x, positions)
+        compressed = self._compress_queries(x)
+        q_nope, q_rope = self._project_queries(compressed, positions)
+        q_rope = self._rotate(q_rope, positions)
         latent, k_rope = self._latents(x, positions)
+        selected = None
+        if self.indexer is not None and x.shape[1] > self.indexer.topk:
+            selected = self.indexer.select_tokens(x, compressed, positions)
         if form == "absorbed":
             q = self._absorb(q_nope.flatten(0, 1), q_rope.flatten(0, 1)).unflatten(0, x.shape[:2])
             keys = torch.cat([latent, k_rope], dim=-1)[:, :, None].expand(-1, -1, self.num_heads, -1)
             values = latent[:, :, None].expand(-1, -1, self.num_heads, -1)
-            attended = ops.causal_attention(q, keys, values, scale=self.scale)
+            attended = ops.causal_attention(q, keys, values, scale=self.scale, selected=selected)
             return self._output(self._unabsorb(attended.flatten(0, 1)).unflatten(0, x.shape[:2]))
         k_nope, values = self._expand(latent)
         keys = torch.cat([k_nope, k_rope[:, :, None].expand(-1, -1, self.num_heads, -1)], dim=-1)
-        return self._output(ops.causal_attention(torch.cat([q_nope, q_rope], dim=-1), keys, values, scale=self.scale))
+        q = torch.cat([q_nope, q_rope], dim=-1)
+        return self._output(ops.causal_attention(q, keys, values, scale=self.scale, selected=selected))
 
     def attend(
         self,
@@ -122,20 +145,21 @@ class MultiHeadLatentAttention(nn.Module):
         residual: Tensor | None = None,
         form: Form | None = None,
     ) -> Tensor:
-        """Write the new tokens' latents into the cache, then attend to everything cached.
+        """Write the new tokens' latents into the cache, then attend to everything cached, or to what is selected of it.
 
         Args:
             x: [T, hidden], the new tokens of all sequences, ragged.
             positions: rotary angles of the T tokens.
             batch: where they belong.
-            state: this layer's latents.
+            state: this layer's latents and index keys.
             residual: [T, hidden] that the result is added to.
-            form: None: `choose_form` decides for each sequence.
+            form: None: `choose_form` decides for each sequence; selected tokens are read in the absorbed form.
 
         Returns:
             [T, hidden].
         """
-        q_nope, q_rope = self._project_queries(x, positions)
+        compressed = self._compress_queries(x)
+        q_nope, q_rope = self._project_queries(compressed, positions)
         ops.norm_rope_write(
             state.pages,
             batch.slots,
@@ -147,17 +171,22 @@ class MultiHeadLatentAttention(nn.Module):
             interleaved=self.rope.interleaved,
             kv_format=state.kv_format,
         )
-        forms = [form or choose_form(self.config, n, kv) for n, kv in zip(batch.query_lens, batch.kv_lens, strict=True)]
-        kinds = [(chosen, self.int8_products and n == 1) for chosen, n in zip(forms, batch.query_lens, strict=True)]
-        if len(set(kinds)) == 1 and forms[0] == "absorbed":
+        slots = None
+        if self.indexer is not None:
+            slots = self.indexer.select_slots(x, compressed, positions, batch, state)
+        if slots is not None:
+            batch = batch.cut(batch.kv_start + slots.shape[1])
+        kinds = [self._kind(form, slots, batch, b) for b in range(len(batch.query_lens))]
+        if len(set(kinds)) == 1 and kinds[0].form == "absorbed":
             q = self._absorb_and_rotate(q_nope, q_rope, positions)
-            return self._output(self._attend_absorbed(q, batch, state), residual)
+            return self._output(self._attend_absorbed(q, batch, state, slots if kinds[0].sparse else None), residual)
         q_rope = self._rotate(q_rope, positions)
         outputs: list[Tensor] = []
         for first, last in runs(kinds):
-            if forms[first] == "absorbed":
+            if kinds[first].form == "absorbed":
                 part, rows = batch.part(first, last)
-                outputs.append(self._attend_absorbed(self._absorb(q_nope[rows], q_rope[rows]), part, state))
+                own = slots[rows] if slots is not None and kinds[first].sparse else None
+                outputs.append(self._attend_absorbed(self._absorb(q_nope[rows], q_rope[rows]), part, state, own))
                 continue
             for row in range(first, last):
                 one, rows = batch.part(row, row + 1)
@@ -170,15 +199,20 @@ class MultiHeadLatentAttention(nn.Module):
         self.absorb_key = packer.pack("absorb_key", w_uk.transpose(1, 2))
         self.absorb_value = packer.pack("absorb_value", w_uv)
 
-    def _queries(self, x: Tensor, positions: Rotary) -> tuple[Tensor, Tensor]:
-        """q_nope [..., H, Dn] and rotated q_rope [..., H, R]."""
-        q_nope, q_rope = self._project_queries(x, positions)
-        return q_nope, self._rotate(q_rope, positions)
+    def _kind(self, form: Form | None, slots: Tensor | None, batch: Batch, b: int) -> _Kind:
+        """How sequence b is to be attended, of a batch that is cut where tokens begin to be selected."""
+        new, end = batch.query_lens[b], batch.kv_lens[b]
+        sparse = slots is not None and end - batch.kv_start > slots.shape[1]
+        chosen: Form = "absorbed" if sparse else form or choose_form(self.config, new, end)
+        return _Kind(chosen, self.int8_products and new == 1, sparse)
 
-    def _project_queries(self, x: Tensor, positions: Rotary) -> tuple[Tensor, Tensor]:
+    def _compress_queries(self, x: Tensor) -> Tensor:
+        """The normed latent [..., q_lora_rank] that queries come from; x itself where they have none."""
+        return x if self.config.q_lora_rank is None else self.q_a_layernorm(self.q_a_proj(x))
+
+    def _project_queries(self, compressed: Tensor, positions: Rotary) -> tuple[Tensor, Tensor]:
         """q_nope [..., H, Dn] and q_rope [..., H, R], not yet rotated."""
-        full = self.config.q_lora_rank is None
-        q = self.q_proj(x) if full else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
+        q = (self.q_proj if self.config.q_lora_rank is None else self.q_b_proj)(compressed)
         q = q.view(*q.shape[:-1], self.num_heads, -1)
         if positions.query_scale is not None:
             q = q * positions.query_scale[..., None, None].to(q.dtype)
@@ -240,7 +274,7 @@ class MultiHeadLatentAttention(nn.Module):
     def _output(self, heads: Tensor, residual: Tensor | None = None) -> Tensor:
         return self.o_proj(heads.flatten(-2), residual)
 
-    def _attend_absorbed(self, q: Tensor, batch: Batch, state: LayerState) -> Tensor:
+    def _attend_absorbed(self, q: Tensor, batch: Batch, state: LayerState, slots: Tensor | None = None) -> Tensor:
         attended, _ = ops.mla_attend(
             q,
             state.pages,
@@ -251,6 +285,7 @@ class MultiHeadLatentAttention(nn.Module):
             scale=self.scale,
             kv_format=state.kv_format,
             start=batch.start,
+            slots=slots,
             # Decoding only: else a prompt's numbers would change with where it is cut.
             int8_products=self.int8_products and max(batch.query_lens) == 1,
         )

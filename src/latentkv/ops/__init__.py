@@ -18,11 +18,13 @@ from latentkv.ops.moe import gated_mlp, moe_experts
 from latentkv.ops.pages import norm_rope_write, read_latents, write_latents
 from latentkv.ops.prefill import mla_prefill
 from latentkv.ops.routing import select_experts
+from latentkv.ops.sparse import best_tokens, index_scores, select_slots
 from latentkv.ops.states import merge_states
 
 __all__ = [
     "KVFormat",
     "apply_rope",
+    "best_tokens",
     "causal_attention",
     "decode_latents",
     "describe_backends",
@@ -30,6 +32,7 @@ __all__ = [
     "gated_mlp",
     "gqa_attend",
     "headwise_linear",
+    "index_scores",
     "latent_payload_bytes",
     "latent_token_bytes",
     "linear",
@@ -43,6 +46,7 @@ __all__ = [
     "read_latents",
     "rms_norm",
     "select_experts",
+    "select_slots",
     "silu_mul",
     "storage_dtype",
     "write_latents",

@@ -13,7 +13,7 @@ BLOCK = 128
 LONGEST_KEPT = 2048
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, selected: Tensor | None = None) -> Tensor:
     """Every token reads itself and the tokens before it.
 
     In bf16 on a CPU, torch's flash attention spends most of its time outside matrix products; keeping the
@@ -24,17 +24,20 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor
         k: [B, S, H, Dq].
         v: [B, S, H, Dv].
         scale: softmax scale.
+        selected: [B, S, S] bool, which tokens (last) each token reads; none after it. None: all.
 
     Returns:
         [B, S, H, Dv] in q's dtype.
     """
     kept = torch.is_grad_enabled() and q.device.type == "cpu" and q.dtype == torch.bfloat16
-    if kept and q.shape[1] <= LONGEST_KEPT:
+    if kept and selected is None and q.shape[1] <= LONGEST_KEPT:
         return _BlockedCausal.apply(q, k, v, scale)  # pyright: ignore[reportReturnType]
     width, value_dim = max(q.shape[-1], v.shape[-1]), v.shape[-1]
     # torch's flash path wants one width; zeros change neither scores nor values.
     q, k, v = (F.pad(x, (0, width - x.shape[-1])).transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale).transpose(1, 2)[..., :value_dim]
+    mask = None if selected is None else selected[:, None]
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale)
+    return out.transpose(1, 2)[..., :value_dim]
 
 
 class _BlockedCausal(torch.autograd.Function):

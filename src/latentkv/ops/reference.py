@@ -93,6 +93,36 @@ def mla_attend(
     return _stack(rows, q.shape[1], latent_dim)
 
 
+def index_scores(q: Tensor, weights: Tensor, keys: Tensor) -> Tensor:
+    """`sum_h w[h] ReLU(D^-1/2 q[h] . k[s])` of one row: q [H, D], weights [H], keys [S, D] -> [S]."""
+    products = torch.einsum("hd,sd->hs", q.double(), keys.double()) * q.shape[1] ** -0.5
+    return torch.einsum("h,hs->s", weights.double(), products.relu())
+
+
+def select_slots(
+    q: Tensor,
+    weights: Tensor,
+    key_pages: Tensor,
+    block_table: Tensor,
+    q_start: Tensor,
+    stop: Tensor,
+    *,
+    topk: int,
+    start: Tensor | None = None,
+) -> Tensor:
+    """The slots of each row's best tokens, of equal scores the earlier, see `sparse.select_slots`: [T, K] int32."""
+    slots = torch.full((q.shape[0], topk), -1, dtype=torch.int32)
+    page_size = key_pages.shape[1]
+    for t, b in _rows(q_start):
+        first = 0 if start is None else int(start[t])
+        scores = index_scores(q[t], weights[t], _tokens(key_pages, block_table[b], first, int(stop[t])))
+        best = scores.argsort(descending=True, stable=True)[:topk]
+        for place, s in enumerate(sorted(best.tolist())):
+            page, offset = divmod(first + s, page_size)
+            slots[t, place] = int(block_table[b, page]) * page_size + offset
+    return slots
+
+
 def gqa_attend(
     q: Tensor,
     kv_pages: Tensor,

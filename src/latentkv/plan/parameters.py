@@ -16,7 +16,7 @@ from latentkv.checkpoint.quantization import quantization_method
 from latentkv.checkpoint.shard import entry_bytes
 from latentkv.checkpoint.wrapper import outermost
 from latentkv.errors import ConfigError
-from latentkv.models.config import GQAConfig, LayerConfig, MLAConfig, ModelConfig, MoEConfig
+from latentkv.models.config import GQAConfig, IndexerConfig, LayerConfig, MLAConfig, ModelConfig, MoEConfig
 from latentkv.models.stored_config import stored_dtype
 from latentkv.weights.files import awq, gptq, modelopt
 from latentkv.weights.files.compressed_config import METHOD, PackedSchemes
@@ -196,6 +196,8 @@ def _layer(config: ModelConfig, layer: LayerConfig) -> Iterator[TensorGroup]:
     hidden = config.hidden_size
     attention = layer.attention
     yield from _mla(config, attention) if isinstance(attention, MLAConfig) else _gqa(config, attention)
+    if layer.indexer is not None and isinstance(attention, MLAConfig):
+        yield from _indexer(config, attention, layer.indexer)
     yield TensorGroup("norm", "input_layernorm", (hidden,))
     yield TensorGroup("norm", "post_attention_layernorm", (hidden,))
     if layer.moe is None:
@@ -223,6 +225,15 @@ def _mla(config: ModelConfig, mla: MLAConfig) -> Iterator[TensorGroup]:
     yield TensorGroup("norm", "self_attn.kv_a_layernorm", (rank,))
     yield from _linear("attention", "self_attn.kv_b_proj", heads * (mla.qk_nope_head_dim + mla.v_head_dim), rank)
     yield from _linear("attention", "self_attn.o_proj", hidden, heads * mla.v_head_dim, mla.bias)
+
+
+def _indexer(config: ModelConfig, mla: MLAConfig, indexer: IndexerConfig) -> Iterator[TensorGroup]:
+    queries = indexer.num_heads * indexer.head_dim
+    yield from _linear("attention", "self_attn.indexer.wq_b", queries, mla.q_lora_rank or 0)
+    yield from _linear("attention", "self_attn.indexer.wk", indexer.head_dim, config.hidden_size)
+    yield TensorGroup("norm", "self_attn.indexer.k_norm", (indexer.head_dim,))
+    yield TensorGroup("norm", "self_attn.indexer.k_norm.bias", (indexer.head_dim,))
+    yield TensorGroup("attention", "self_attn.indexer.weights_proj", (indexer.num_heads, config.hidden_size))
 
 
 def _gqa(config: ModelConfig, gqa: GQAConfig) -> Iterator[TensorGroup]:

@@ -8,6 +8,7 @@ from latentkv.state.pages import PagePool
 from latentkv.state.prefix import KnownPage, PrefixIndex
 from latentkv.state.spec import (
     PAGE_SIZE,
+    IndexSpec,
     KeyValueSpec,
     KVFormat,
     LastStateSpec,
@@ -22,6 +23,7 @@ from latentkv.state.store import PageKey, PageStore, StoreFolder
 
 __all__ = [
     "PAGE_SIZE",
+    "IndexSpec",
     "KVFormat",
     "KeyValueSpec",
     "KnownPage",

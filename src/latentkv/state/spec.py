@@ -17,6 +17,7 @@ from latentkv.ops.kv_formats import FLOAT_DTYPES, KVFormat, latent_token_bytes, 
 
 __all__ = [
     "PAGE_SIZE",
+    "IndexSpec",
     "KVFormat",
     "KeyValueSpec",
     "LastStateSpec",
@@ -88,6 +89,23 @@ class KeyValueSpec:
 
 
 @dataclass(frozen=True)
+class IndexSpec:
+    """The keys by which tokens are selected (DeepSeek-V3.2, arXiv 2512.02556): dim numbers of `dtype` per token."""
+
+    dim: int
+    dtype: torch.dtype
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token."""
+        return self.dim * self.dtype.itemsize
+
+    def allocate(self, num_pages: int, page_size: int, device: torch.device | str = "cpu") -> Tensor:
+        """Zeroed keys [N, P, dim]."""
+        return torch.zeros(num_pages, page_size, self.dim, dtype=self.dtype, device=device)
+
+
+@dataclass(frozen=True)
 class LastStateSpec:
     """The model's hidden state of each page's last token: hidden_size numbers of `dtype` a page."""
 
@@ -110,17 +128,19 @@ class LayerState(NamedTuple):
     Attributes:
         pages: [N, P, ...], a row for each token.
         kv_format: how a row stores its token.
+        index_keys: [N, P, dim], where the spec has any.
         last_states: [N, hidden_size], where the spec has any.
     """
 
     pages: Tensor
     kv_format: KVFormat
+    index_keys: Tensor | None = None
     last_states: Tensor | None = None
 
     @property
     def tensors(self) -> list[Tensor]:
         """All of it, each [N, ...]."""
-        return [self.pages] if self.last_states is None else [self.pages, self.last_states]
+        return [tensor for tensor in (self.pages, self.index_keys, self.last_states) if tensor is not None]
 
 
 @dataclass(frozen=True)
@@ -129,27 +149,35 @@ class LayerSpec:
 
     Attributes:
         tokens: of each token.
+        index: of each token, too, where the layer selects the tokens that it attends to.
         last_state: of each page, where the layer is an MTP module's: whoever shares the page goes on reading from it.
     """
 
     tokens: LatentSpec | KeyValueSpec
+    index: IndexSpec | None = None
     last_state: LastStateSpec | None = None
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token."""
+        return self.tokens.token_bytes + (0 if self.index is None else self.index.token_bytes)
 
     def page_bytes(self, page_size: int) -> int:
         """Bytes of one page of `page_size` tokens."""
         per_page = 0 if self.last_state is None else self.last_state.page_bytes
-        return page_size * self.tokens.token_bytes + per_page
+        return page_size * self.token_bytes + per_page
 
     def allocate(self, num_pages: int, page_size: int, device: torch.device | str = "cpu") -> LayerState:
         """Zeroed memory of `num_pages` pages."""
         pages = self.tokens.allocate(num_pages, page_size, device)
+        keys = None if self.index is None else self.index.allocate(num_pages, page_size, device)
         states = None if self.last_state is None else self.last_state.allocate(num_pages, device)
-        return LayerState(pages, self.tokens.format, states)
+        return LayerState(pages, self.tokens.format, keys, states)
 
 
 def bytes_per_token(layers: Iterable[LayerSpec]) -> int:
     """Bytes of one token in all of `layers`."""
-    return sum(layer.tokens.token_bytes for layer in layers)
+    return sum(layer.token_bytes for layer in layers)
 
 
 def page_bytes(layers: Iterable[LayerSpec], page_size: int = PAGE_SIZE) -> int:

@@ -10,11 +10,12 @@ from latentkv.weights.formats import INT8, CodeFormat
 from latentkv.weights.weight import GROUP_SIZES
 
 # Linear layers that are read whole for every token, and whose errors average out. Everything else stays as it is:
-# embeddings, norms, routers and their biases, and the projections to and from the latents (kv_a_proj_with_mqa,
-# kv_b_proj, q_a_proj) and of the multi-token-prediction input (eh_proj), through which all information passes.
+# embeddings, norms, routers and their biases, the weights of an indexer's heads, and the projections to and from the
+# latents (kv_a_proj_with_mqa, kv_b_proj, q_a_proj) and of the multi-token-prediction input (eh_proj), through which all
+# information passes.
 _QUANTISED = re.compile(
     r"model\.layers\.\d+\."
-    r"(self_attn\.(q_proj|q_b_proj|k_proj|v_proj|o_proj)\.weight"
+    r"(self_attn\.(q_proj|q_b_proj|k_proj|v_proj|o_proj|indexer\.(wq_b|wk))\.weight"
     r"|mlp\.((experts\.\d+|shared_experts?)\.)?(gate_proj|up_proj|down_proj)\.weight"
     r"|mlp\.experts\.(gate_up_proj|down_proj))"
 )

@@ -226,6 +226,7 @@ def _meaning(config: ModelConfig) -> dict[str, Any]:
     found = {name: getattr(config, name) for name in plain}
     found["moe_layers"] = tuple(layer.moe is not None for layer in config.layers)
     found["sliding_windows"] = tuple(layer.sliding_window for layer in config.layers)
+    found["layers with sparse attention"] = sum(layer.indexer is not None for layer in config.layers)
     if not all(found["moe_layers"]):
         found["intermediate_size"] = config.intermediate_size
     attention, rope = config.attention, config.rope

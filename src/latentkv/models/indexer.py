@@ -1,0 +1,124 @@
+"""The indexer of sparse attention (DeepSeek-V3.2, arXiv 2512.02556, section 2.1): which tokens each token reads."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from latentkv import ops
+from latentkv.errors import CacheError
+from latentkv.models.batch import Batch
+from latentkv.models.config import IndexerConfig
+from latentkv.models.layers import Linear
+from latentkv.models.packing import Packer
+from latentkv.models.rope import Rotary
+from latentkv.state import LayerState
+
+
+class HeadWeights(nn.Linear):
+    """What each head's scores count for each token, in float32 whatever the model's dtype."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[T, hidden] -> [T, H] float32 (float64 for float64 weights)."""
+        with torch.autocast(input.device.type, enabled=False):
+            # Row by row: of a product of matrices each row's rounding depends on how many there are.
+            return torch.stack([torch.mv(self.weight, row) for row in input.to(self.weight.dtype)])
+
+    def pack(self, packer: Packer) -> None:
+        """See `Packable`; the weights stay as they are, dequantised where a checkpoint holds them quantised."""
+        self.weight = nn.Parameter(packer.plain("weight").to(self.weight.dtype), requires_grad=False)
+
+
+class Indexer(nn.Module):
+    """Scores every token against those that it sees, in a few small heads that share one key a token.
+
+    Args:
+        hidden_size: width of the residual stream.
+        q_lora_rank: of the latent that the layer's queries come from, and these.
+        rope_dim: R; the first R dimensions of queries and keys are rotated, by the layer's own angles.
+        config: sizes.
+
+    Attributes:
+        topk: how many tokens each token reads.
+    """
+
+    def __init__(self, hidden_size: int, q_lora_rank: int, rope_dim: int, config: IndexerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.topk = config.topk
+        self.rope_dim = rope_dim
+        self.wq_b = Linear(q_lora_rank, config.num_heads * config.head_dim, bias=False)
+        self.wk = Linear(hidden_size, config.head_dim, bias=False)
+        self.k_norm = nn.LayerNorm(config.head_dim, eps=1e-6)
+        self.weights_proj = HeadWeights(hidden_size, config.num_heads, bias=False)
+
+    def select_slots(
+        self, x: Tensor, compressed: Tensor, positions: Rotary, batch: Batch, state: LayerState
+    ) -> Tensor | None:
+        """Write the new tokens' keys into the cache, then select among all that are cached.
+
+        Args:
+            x: [T, hidden], the layer's input, normed.
+            compressed: [T, q_lora_rank], the normed latent of its queries.
+            positions: rotary angles of the T tokens.
+            batch: where they belong.
+            state: the layer's.
+
+        Returns:
+            [T, topk] int32 as `ops.select_slots` gives it; None where every token reads all that it sees.
+
+        Raises:
+            CacheError: the cache keeps no keys for this layer.
+        """
+        if state.index_keys is None:
+            raise CacheError("sparse attention needs a cache with index keys: make it of ModelConfig.specs")
+        state.index_keys.flatten(0, 1).index_copy_(0, batch.slots, self._keys(x, positions).to(state.index_keys.dtype))
+        if max(batch.kv_lens) - batch.kv_start <= self.topk:
+            return None
+        return ops.select_slots(
+            self._queries(compressed, positions),
+            self._weights(x),
+            state.index_keys,
+            batch.block_table,
+            batch.q_start,
+            batch.stop,
+            topk=self.topk,
+            start=batch.start,
+        )
+
+    @torch.no_grad()
+    def select_tokens(self, x: Tensor, compressed: Tensor, positions: Rotary) -> Tensor:
+        """Which tokens each token of whole sequences reads; not differentiable.
+
+        Args:
+            x: [B, S, hidden], the layer's input, normed.
+            compressed: [B, S, q_lora_rank], the normed latent of its queries.
+            positions: rotary angles, [1 or B, S, R/2].
+
+        Returns:
+            [B, S, S] bool.
+        """
+        length = x.shape[1]
+        q, keys = self._queries(compressed, positions), self._keys(x, positions)
+        weights = self._weights(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+        scores = [ops.index_scores(*row, range(1, length + 1)) for row in zip(q, weights, keys, strict=True)]
+        best = ops.best_tokens(torch.stack(scores), min(self.topk, length))
+        return best.tril()
+
+    def _queries(self, compressed: Tensor, positions: Rotary) -> Tensor:
+        """[..., q_lora_rank] -> [..., H, D]."""
+        q = self.wq_b(compressed).unflatten(-1, (self.config.num_heads, -1))
+        return self._rotate(q, positions.cos.unsqueeze(-2), positions.sin.unsqueeze(-2))
+
+    def _keys(self, x: Tensor, positions: Rotary) -> Tensor:
+        """[..., hidden] -> [..., D]."""
+        return self._rotate(self.k_norm(self.wk(x)), positions.cos, positions.sin)
+
+    def _weights(self, x: Tensor) -> Tensor:
+        """[T, hidden] -> [T, H] float32."""
+        return self.weights_proj(x) * self.config.num_heads**-0.5
+
+    def _rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """The first R dimensions rotated."""
+        rotated = ops.apply_rope(x[..., : self.rope_dim], cos, sin, interleaved=self.config.interleaved)
+        return torch.cat([rotated, x[..., self.rope_dim :]], dim=-1)

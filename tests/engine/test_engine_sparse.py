@@ -1,0 +1,43 @@
+"""A model that selects the tokens it reads gives the same text whatever becomes of its pages."""
+
+from __future__ import annotations
+
+import pytest
+from engine_models import cache_for, tiny_decoder
+from offload_cases import ask, naive, tokens
+
+from latentkv.engine import Engine
+from latentkv.engine.runner import why_not_recorded
+
+PROMPT = [(7 * i + i * i) % 60 for i in range(20)]
+
+
+@pytest.mark.parametrize("chunk", [3, 2048])
+def test_greedy_equals_a_loop_without_a_cache(chunk: int) -> None:
+    decoder = tiny_decoder("sparse")
+    prompts = [PROMPT, PROMPT[:1], PROMPT[3:9]]
+    engine = Engine(decoder, cache_for(decoder, 20), step_tokens=chunk)
+    assert tokens(engine, *map(ask, prompts)) == [naive(decoder, prompt, 6) for prompt in prompts]
+
+
+def test_the_keys_of_a_shared_beginning_are_those_of_who_read_it_first() -> None:
+    decoder = tiny_decoder("sparse")
+    engine = Engine(decoder, cache_for(decoder, 20))
+    tokens(engine, ask(PROMPT))
+    longer = [*PROMPT[:16], 9, 5]
+    assert tokens(engine, ask(longer)) == [naive(decoder, longer, 6)]
+    assert engine.counters.prefix_hits == 16
+
+
+def test_a_sequence_that_gave_its_pages_back_goes_on_as_before() -> None:
+    decoder = tiny_decoder("sparse")
+    engine = Engine(decoder, cache_for(decoder, 7))
+    prompts = [PROMPT[i : i + 9] for i in range(3)]
+    texts = tokens(engine, *(ask(prompt, max_tokens=20) for prompt in prompts))
+    assert engine.counters.preemptions > 0
+    assert texts == [naive(decoder, prompt, 20) for prompt in prompts]
+
+
+def test_its_steps_are_not_recorded() -> None:
+    assert why_not_recorded(tiny_decoder("mla")) is None
+    assert "sparse attention" in (why_not_recorded(tiny_decoder("sparse")) or "")
