@@ -221,6 +221,17 @@ def test_step_work_counted_by_hand():
     # A pair and head: 2 (2 L + R) absorbed, 2 (Dn + R + Dv) expanded.
     assert decode_flops(config, 9) == 2 * used + 2 * 2 * 2 * (2 * 16 + 8) * 10
     assert prefill_flops(config, 4) == 2 * (4 * (used - 50 * 32) + 50 * 32) + 2 * 2 * 2 * (8 + 8 + 16) * 10
+    index = {
+        "model_type": "deepseek_v32",
+        "n_group": 1,
+        "q_lora_rank": 16,
+        "index_topk": 6,
+        "index_n_heads": 3,
+        "index_head_dim": 10,
+    }
+    sparse = read_config(CONFIG | index)
+    selected = 2 * 2 * (2 * (2 * 16 + 8) * 4 - 3 * 10 * 10)  # 4 of 10 tokens are scored, and not read
+    assert decode_flops(read_config(CONFIG | index | {"index_topk": 10}), 9) - decode_flops(sparse, 9) == selected
     norms = 2 * (2 * 32 + 16) + 32
     decoder = Decoder(config).bfloat16()
     assert weight_bytes_read(decoder) == 2 * (used + norms)

@@ -134,6 +134,17 @@ def test_inspect_tells_of_mtp_layers_stored_and_counted(latentkv, edit_config):
     assert "1 of the 1 multi-token-prediction" in latentkv("inspect", folder).stdout
 
 
+LATENT = {
+    "kv_lora_rank": 16,
+    "q_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 8,
+    "n_group": 1,
+    "topk_group": 1,
+}
+
+
 @pytest.mark.parametrize(
     ("model_type", "changes", "words"),
     [
@@ -144,9 +155,14 @@ def test_inspect_tells_of_mtp_layers_stored_and_counted(latentkv, edit_config):
         ),
         ("glm4_moe", {"n_routed_experts": 8}, "16 of a head's 32 dimensions, half-split"),
         ("olmoe", {"num_experts": 8}, "key/value heads of 32, QK-norm over all heads"),
+        (
+            "deepseek_v32",
+            {**LATENT, "n_routed_experts": 8, "index_topk": 1024, "index_n_heads": 4, "index_head_dim": 24},
+            "sparse: 1,024 tokens selected by 4 index heads of 24 in 2 layers",
+        ),
     ],
 )
-def test_inspect_tells_what_grouped_query_models_with_experts_have(latentkv, tmp_path, model_type, changes, words):
+def test_inspect_tells_what_models_with_experts_attend_with(latentkv, tmp_path, model_type, changes, words):
     sizes = {"vocab_size": 32, "hidden_size": 64, "intermediate_size": 24, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "moe_intermediate_size": 24, "eos_token_id": 1}
     save_pretrained(Decoder(read_config({"model_type": model_type, **sizes, **heads, **changes})), tmp_path)

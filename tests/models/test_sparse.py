@@ -19,7 +19,7 @@ from latentkv.models.forms import Form
 from latentkv.models.loading import load_model, save_pretrained
 from latentkv.models.packing import Packing
 from latentkv.ops import KVFormat
-from latentkv.state import LatentSpec, LayerSpec, PagedCache
+from latentkv.state import IndexSpec, LatentSpec, LayerSpec, PagedCache
 
 IDS = torch.randint(3, VOCAB, (97,), generator=torch.Generator().manual_seed(4)).tolist()
 PAGE = 16
@@ -173,6 +173,16 @@ def test_the_head_weights_stay_what_the_files_hold(reference: tuple[Path, torch.
     assert torch.equal(rounded.get_parameter(name), exact.get_parameter(name))
     save_pretrained(exact, tmp_path)
     assert torch.equal(load_model(tmp_path).get_parameter(name), exact.get_parameter(name))
+
+
+def test_a_module_that_predicts_further_tokens_has_an_indexer_of_its_own_in_files_too(tmp_path: Path) -> None:
+    source = json.loads(json.dumps(SPARSE_CASES[0].config)) | {"num_nextn_predict_layers": 1}
+    decoder = Decoder(read_config({"model_type": "deepseek_v32", **source}))
+    save_pretrained(decoder, tmp_path)
+    loaded = load_model(tmp_path)
+    name = "mtp.0.layer.self_attn.indexer.wk.weight"
+    assert torch.equal(loaded.get_parameter(name), decoder.get_parameter(name))
+    assert loaded.config.specs("bf16", mtp=torch.bfloat16)[-1].index == IndexSpec(14, torch.bfloat16)
 
 
 def test_a_cache_without_index_keys_is_refused(reference: tuple[Path, torch.Tensor]) -> None:
