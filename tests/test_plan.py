@@ -56,6 +56,7 @@ SMALL = {
     "deepseek_v2": {**LATENT, **MOE, "q_lora_rank": None, "topk_method": "greedy"},
     "deepseek_v3": {**LATENT, **MOE, "num_nextn_predict_layers": 2, "attention_bias": True},
     "deepseek_v32": {**LATENT, **MOE, **INDEX, "num_nextn_predict_layers": 1},
+    "glm_moe_dsa": {**LATENT, **MOE, **INDEX, "index_topk_freq": 2, "num_nextn_predict_layers": 1},
     "kimi_k2": {**LATENT, **MOE, "num_nextn_predict_layers": 0},
     "glm4_moe_lite": {**LATENT, **MOE, "num_nextn_predict_layers": 1},
     "minicpm3": LATENT,

@@ -154,6 +154,23 @@ CASES = [
             "num_key_value_heads": 5,
         },
     ),
+    Case("glm-dsa", "glm_moe_dsa", MLA | MOE | INDEX | {"index_topk_freq": 2, "rope_parameters": MSCALE}),
+    Case(
+        "glm-dsa-types",
+        "glm_moe_dsa",
+        MLA
+        | MOE
+        | GROUPS
+        | INDEX
+        | {
+            "indexer_types": ["full", "shared", "shared"],
+            "index_topk_freq": 1,
+            "attention_bias": True,
+            "index_head_dim": 8,
+            "index_n_heads": 9,
+            "index_topk": 5,
+        },
+    ),
     Case("glm-flash", "glm4_moe_lite", MLA | {k: v for k, v in MOE.items() if k != "first_k_dense_replace"}),
     Case(
         "glm-flash-groups",

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from families_for_tests import CASES, VOCAB, Case, save_checkpoint
+from safetensors.torch import load_file, save_file
 
 from latentkv import ops
 from latentkv.errors import CacheError, ConfigError
@@ -81,13 +82,13 @@ def test_no_selection_of_these_tests_hangs_on_rounding(
     decoder = load_model(reference[0])
     with torch.inference_mode():
         decoder.forward_train(torch.tensor([IDS]))
-    assert len(gaps) == 3
+    assert len(gaps) == sum(layer.own_indexer is not None for layer in decoder.config.layers)
     assert float(torch.stack(gaps).min()) > 2e-6
 
 
 def dense(decoder: Decoder) -> Decoder:
     """The same model without its indexers."""
-    layers = tuple(replace(layer, indexer=None) for layer in decoder.config.layers)
+    layers = tuple(replace(layer, indexer=None, shares_selection=False) for layer in decoder.config.layers)
     other = Decoder(replace(decoder.config, layers=layers)).eval()
     other.load_state_dict({name: t for name, t in decoder.state_dict().items() if ".indexer." not in name})
     return other
@@ -119,7 +120,10 @@ def test_rows_before_topk_of_a_longer_prompt_are_dense(reference: tuple[Path, to
 
 def test_the_rotary_pairs_of_the_indexer_are_its_own(reference: tuple[Path, torch.Tensor], tmp_path: Path) -> None:
     folder, expected = reference
-    decoder = load_model(changed(folder, tmp_path, indexer_rope_interleave=True))
+    indexer = read_config(folder).layers[0].indexer
+    assert indexer is not None
+    assert indexer.interleaved == (read_config(folder).model_type == "glm_moe_dsa")
+    decoder = load_model(changed(folder, tmp_path, indexer_rope_interleave=not indexer.interleaved))
     assert error(run(decoder, [65, 32]), expected) > TOLERANCE
 
 
@@ -169,7 +173,7 @@ def test_tokens_read_together_or_one_by_one_give_the_same_bits(
 def test_the_head_weights_stay_what_the_files_hold(reference: tuple[Path, torch.Tensor], tmp_path: Path) -> None:
     exact = load_model(reference[0])
     rounded = load_model(reference[0], dtype=torch.bfloat16)
-    name = "model.layers.2.self_attn.indexer.weights_proj.weight"
+    name = "model.layers.0.self_attn.indexer.weights_proj.weight"
     assert torch.equal(rounded.get_parameter(name), exact.get_parameter(name))
     save_pretrained(exact, tmp_path)
     assert torch.equal(load_model(tmp_path).get_parameter(name), exact.get_parameter(name))
@@ -183,6 +187,50 @@ def test_a_module_that_predicts_further_tokens_has_an_indexer_of_its_own_in_file
     name = "mtp.0.layer.self_attn.indexer.wk.weight"
     assert torch.equal(loaded.get_parameter(name), decoder.get_parameter(name))
     assert loaded.config.specs("bf16", mtp=torch.bfloat16)[-1].index == IndexSpec(14, torch.bfloat16)
+
+
+def sharing(**said: object) -> list[bool]:
+    """Which layers of a GLM with this config share a selection."""
+    layers = read_config({"model_type": "glm_moe_dsa", "num_hidden_layers": 6} | said).layers
+    assert all(layer.indexer is not None for layer in layers)
+    return [layer.shares_selection for layer in layers]
+
+
+def test_which_layers_share_a_selection() -> None:
+    # As https://arxiv.org/abs/2603.12201 names them, in the order in which they count.
+    full, types = [False] * 6, ["full", "shared", "shared", "full", "full", "shared"]
+    assert sharing() == full
+    assert sharing(index_topk_freq=3) == [False, False, True, True, False, True]
+    assert sharing(index_topk_freq=2, index_skip_topk_offset=3) == [False, False, False, True, False, True]
+    assert sharing(index_topk_freq=3, index_topk_pattern="FSSFFS") == [kind == "shared" for kind in types]
+    assert sharing(index_topk_pattern="FFFFFF", indexer_types=types) == [kind == "shared" for kind in types]
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"indexer_types": ["shared"] + ["full"] * 5},
+        {"indexer_types": ["full"] * 5},
+        {"index_topk_pattern": "FFXFFF"},
+        {"index_topk_pattern": 3},
+    ],
+)
+def test_layers_that_cannot_share_are_refused_by_name(said: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(said))):
+        sharing(**said)
+
+
+def test_layers_that_share_keep_no_keys_and_ignore_the_indexers_that_files_give_them(tmp_path: Path) -> None:
+    case = next(case for case in SPARSE_CASES if "indexer_types" in case.config)
+    save_checkpoint(case, tmp_path)
+    expected = run(load_model(tmp_path), [40])
+    specs = read_config(tmp_path).specs("fp32", mtp=torch.float32)
+    assert [spec.index is not None for spec in specs] == [True, False, False, True]  # the last is an MTP module's
+    tensors = load_file(tmp_path / "model.safetensors")
+    given = {name.replace("layers.0", "layers.2"): t for name, t in tensors.items() if "layers.0.self_attn.ind" in name}
+    assert len(given) == 5
+    save_file(tensors | {name: t.clone() for name, t in given.items()}, tmp_path / "model.safetensors")
+    assert torch.equal(run(load_model(tmp_path), [40]), expected)
 
 
 def test_a_cache_without_index_keys_is_refused(reference: tuple[Path, torch.Tensor]) -> None:

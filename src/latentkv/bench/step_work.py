@@ -76,7 +76,8 @@ def _attended(layer: LayerConfig, heads: int, tokens: int) -> int:
     indexer, pair = layer.indexer, heads * _absorbed(layer.attention)
     if indexer is None or tokens <= indexer.topk:
         return pair * tokens
-    return pair * indexer.topk + indexer.num_heads * indexer.head_dim * tokens
+    scored = 0 if layer.shares_selection else indexer.num_heads * indexer.head_dim * tokens
+    return pair * indexer.topk + scored
 
 
 def _absorbed(attention: MLAConfig | GQAConfig) -> int:

@@ -18,6 +18,7 @@ from latentkv.weights.weight import QuantizedWeight
 _NAMED_AT_MOST = 3
 # Published MTP layers repeat the embedding and the output head, which they share with the model.
 _SHARED_BY_MTP = (".embed_tokens.weight", ".shared_head.head.weight")
+_OF_INDEXER = ".self_attn.indexer."
 
 
 class Match:
@@ -168,12 +169,14 @@ def _redundant_names(found: Iterable[str], targets: Mapping[str, Tensor], mtp_la
     """Tensors that published checkpoints carry although the decoder, which lacks them, has no use for them."""
     filled_layers = {layer_of(name) for name in targets}
     has_post_norm = any(".post_mlp_layernorm." in name for name in targets)
+    indexed = {layer_of(name) for name in targets if _OF_INDEXER in name}
     redundant = {"lm_head.weight"}  # a copy of the embedding that it is tied to
     for name in found:
         layer = layer_of(name)
         unused_by_mtp = layer in mtp_layers and (layer not in filled_layers or name.endswith(_SHARED_BY_MTP))
         of_dense_layer = has_post_norm and name.endswith(".post_mlp_layernorm.weight")
-        if unused_by_mtp or of_dense_layer:
+        of_sharing_layer = bool(indexed) and layer not in indexed and _OF_INDEXER in name
+        if unused_by_mtp or of_dense_layer or of_sharing_layer:
             redundant.add(name)
     return redundant
 

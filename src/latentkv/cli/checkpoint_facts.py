@@ -80,6 +80,7 @@ class CheckpointFacts:
     sliding_window_layers: int
     indexer: dict[str, Any] | None
     indexer_layers: int
+    selection_sharing_layers: int
     rope: dict[str, Any]
     parameters: int
     active_parameters: int
@@ -106,7 +107,7 @@ def read_facts(folder: Path) -> CheckpointFacts:
     config, reader = open_checkpoint(folder)
     tensors = tuple(_tensor_facts(reader, config))
     main = [t for t in tensors if t.kind not in ("mtp", "other") and not t.name.endswith("e_score_correction_bias")]
-    indexers = [layer.indexer for layer in config.layers if layer.indexer is not None]
+    indexers = [layer.own_indexer for layer in config.layers if layer.own_indexer is not None]
     attention = config.attention
     kind = "MLA" if isinstance(attention, MLAConfig) else "GQA"
     return CheckpointFacts(
@@ -128,6 +129,7 @@ def read_facts(folder: Path) -> CheckpointFacts:
         sliding_window_layers=sum(layer.sliding_window is not None for layer in config.layers),
         indexer=asdict(indexers[0]) if indexers else None,
         indexer_layers=len(indexers),
+        selection_sharing_layers=sum(layer.shares_selection for layer in config.layers),
         rope=asdict(config.rope),
         parameters=count_parameters(config),
         active_parameters=count_active_parameters(config),

@@ -88,6 +88,7 @@ def _attention(facts: CheckpointFacts) -> str:
             f"; sparse: {indexer['topk']:,} tokens selected by {indexer['num_heads']} index heads of "
             f"{indexer['head_dim']} in {facts.indexer_layers} layers"
         )
+        sparse += f", shared with {shared} more" if (shared := facts.selection_sharing_layers) else ""
     return (
         f"MLA: {facts.num_heads} heads, kv_lora_rank {shape['kv_lora_rank']}, {query}, head dims "
         f"{shape['qk_nope_head_dim']} nope + {shape['qk_rope_head_dim']} rope, {shape['v_head_dim']} value{sparse}"

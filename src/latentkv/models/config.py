@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal, TypeVar
 
@@ -135,6 +135,7 @@ class LayerConfig:
         moe: its routed and shared experts; None: a dense feed-forward block.
         sliding_window: a token sees at most this many tokens, itself included; None: all.
         indexer: what selects the tokens that latent attention reads; None: it reads all.
+        shares_selection: the layer reads what the last indexer before it has selected, instead of having one.
     """
 
     attention: MLAConfig | GQAConfig
@@ -142,12 +143,18 @@ class LayerConfig:
     moe: MoEConfig | None = None
     sliding_window: int | None = None
     indexer: IndexerConfig | None = None
+    shares_selection: bool = False
+
+    @property
+    def own_indexer(self) -> IndexerConfig | None:
+        """The indexer that the layer itself has."""
+        return None if self.shares_selection else self.indexer
 
     def spec(self, kv_format: KVFormat, last_state: LastStateSpec | None = None) -> LayerSpec:
         """What the layer keeps, its tokens stored in `kv_format`; keys of an indexer are never quantised."""
         index = None
-        if self.indexer is not None:
-            index = IndexSpec(self.indexer.head_dim, FLOAT_DTYPES.get(kv_format, torch.bfloat16))
+        if self.own_indexer is not None:
+            index = IndexSpec(self.own_indexer.head_dim, FLOAT_DTYPES.get(kv_format, torch.bfloat16))
         return LayerSpec(self._token_spec(kv_format), index, last_state)
 
     def _token_spec(self, kv_format: KVFormat) -> LatentSpec | KeyValueSpec:
@@ -192,8 +199,8 @@ class ModelConfig:
 
     @property
     def mtp_layer(self) -> LayerConfig:
-        """The layer of each MTP module: like the model's last one."""
-        return self.layers[-1]
+        """The layer of each MTP module: like the model's last one, but its indexer, if any, is always its own."""
+        return replace(self.layers[-1], shares_selection=False)
 
     @cached_property
     def attention(self) -> MLAConfig | GQAConfig:

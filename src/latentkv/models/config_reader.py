@@ -40,6 +40,8 @@ _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
 # Other names of a router's activation: dots.llm1 names that of DeepSeek-V3 by its bias.
 _SCORINGS = {"noaux_tc": "sigmoid"}
 
+_INDEXER_LETTERS = {"F": "full", "S": "shared"}
+
 # No model has more; a damaged file may say so, and every layer costs memory before the first weight is read. Any
 # product of these that is the size of a tensor stays within 64 bits.
 _LARGEST: Mapping[str, int] = {
@@ -247,9 +249,10 @@ def _read_layers(fields: Fields, family: Family) -> tuple[LayerConfig, ...]:
     sparse = _sparse_layers(fields, num_layers) if moe else (False,) * num_layers
     windows = _sliding_windows(fields, family, num_layers)
     indexer = _read_indexer(fields, attention) if isinstance(attention, MLAConfig) else None
+    shares = _sharing_layers(fields, num_layers) if indexer else (False,) * num_layers
     return tuple(
-        LayerConfig(attention, rope, moe if has_experts else None, window, indexer)
-        for has_experts, window in zip(sparse, windows, strict=True)
+        LayerConfig(attention, rope, moe if has_experts else None, window, indexer, shared)
+        for has_experts, window, shared in zip(sparse, windows, shares, strict=True)
     )
 
 
@@ -297,6 +300,22 @@ def _read_indexer(fields: Fields, attention: MLAConfig) -> IndexerConfig | None:
         topk=fields.size("index_topk"),
         interleaved=fields.flag("indexer_rope_interleave"),
     )
+
+
+def _sharing_layers(fields: Fields, num_layers: int) -> tuple[bool, ...]:
+    """Which layers have no indexer, and read what the last one before them has selected (arXiv 2603.12201)."""
+    kinds, key = fields.get("indexer_types"), "indexer_types"
+    if kinds is None and (pattern := fields.get("index_topk_pattern")) is not None:
+        key = "index_topk_pattern"
+        kinds = [_INDEXER_LETTERS.get(letter) for letter in pattern] if isinstance(pattern, str) else pattern
+    if kinds is None:
+        every, offset = fields.count("index_topk_freq") or 1, fields.count("index_skip_topk_offset")
+        kinds = ["shared" if max(i - offset + 1, 0) % every else "full" for i in range(num_layers)]
+    if not _names_layers(kinds, num_layers, ("full", "shared")) or kinds[0] == "shared":
+        raise ConfigError(
+            f"config.json: {key} must name 'full' or 'shared' for each of {num_layers} layers, the first one 'full'."
+        )
+    return tuple(kind == "shared" for kind in kinds)
 
 
 def _head_share(fields: Fields, heads: int) -> int:

@@ -81,6 +81,7 @@ def _attention(
             norm_eps=attention.latent_norm_eps,
             max_context=max_context,
             indexer=layer.indexer,
+            shares_selection=layer.shares_selection,
         )
     return GroupedQueryAttention(
         config.hidden_size,

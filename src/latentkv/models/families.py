@@ -220,6 +220,32 @@ FAMILIES: Mapping[str, Family] = {
         },
         rope_interleaved=True,
     ),
+    "glm_moe_dsa": replace(
+        _DEEPSEEK_V3_FAMILY,
+        defaults=_DEEPSEEK_V3
+        | {
+            "vocab_size": 154880,
+            "hidden_size": 6144,
+            "intermediate_size": 12288,
+            "num_hidden_layers": 78,
+            "num_attention_heads": 64,
+            "q_lora_rank": 2048,
+            "qk_nope_head_dim": 192,
+            "v_head_dim": 256,
+            "n_group": 1,
+            "topk_group": 1,
+            "max_position_embeddings": 202752,
+            "rms_norm_eps": 1e-5,
+            "num_nextn_predict_layers": 0,
+            "index_topk": 2048,
+            "index_n_heads": 32,
+            "index_head_dim": 128,
+            "index_topk_freq": 1,
+            "index_skip_topk_offset": 2,
+            "indexer_rope_interleave": True,
+        },
+        rope_interleaved=True,
+    ),
     "minicpm3": Family(
         "mla",
         _LLAMA

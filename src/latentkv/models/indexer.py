@@ -87,7 +87,7 @@ class Indexer(nn.Module):
         )
 
     @torch.no_grad()
-    def select_tokens(self, x: Tensor, compressed: Tensor, positions: Rotary) -> Tensor:
+    def select_tokens(self, x: Tensor, compressed: Tensor, positions: Rotary) -> Tensor | None:
         """Which tokens each token of whole sequences reads; not differentiable.
 
         Args:
@@ -96,14 +96,15 @@ class Indexer(nn.Module):
             positions: rotary angles, [1 or B, S, R/2].
 
         Returns:
-            [B, S, S] bool.
+            [B, S, S] bool; None where every token reads all that it sees.
         """
         length = x.shape[1]
+        if length <= self.topk:
+            return None
         q, keys = self._queries(compressed, positions), self._keys(x, positions)
         weights = self._weights(x.flatten(0, 1)).unflatten(0, x.shape[:2])
         scores = [ops.index_scores(*row, range(1, length + 1)) for row in zip(q, weights, keys, strict=True)]
-        best = ops.best_tokens(torch.stack(scores), min(self.topk, length))
-        return best.tril()
+        return ops.best_tokens(torch.stack(scores), self.topk).tril()
 
     def _queries(self, compressed: Tensor, positions: Rotary) -> Tensor:
         """[..., q_lora_rank] -> [..., H, D]."""

@@ -47,6 +47,7 @@ class MultiHeadLatentAttention(nn.Module):
         norm_eps: epsilon of the two latent norms.
         max_context: longest sequence (only longrope depends on it); None: the rope's original length.
         indexer: what selects the tokens that each token reads, which takes a q_lora_rank; None: it reads all.
+        shares_selection: the layer has no indexer, and reads what the last one before it has selected.
 
     Attributes:
         int8_products: whether steps of one token a sequence multiply bytes over an int8 cache, see `ops.mla_attend`.
@@ -72,6 +73,7 @@ class MultiHeadLatentAttention(nn.Module):
         norm_eps: float = 1e-6,
         max_context: int | None = None,
         indexer: IndexerConfig | None = None,
+        shares_selection: bool = False,
     ) -> None:
         super().__init__()
         self.rope = rope or RopeConfig(dim=qk_rope_head_dim, interleaved=True)
@@ -98,8 +100,9 @@ class MultiHeadLatentAttention(nn.Module):
         self.kv_a_layernorm = RMSNorm(kv_lora_rank, norm_eps)
         self.kv_b_proj = Linear(kv_lora_rank, num_heads * (qk_nope_head_dim + v_head_dim), bias=False)
         self.o_proj = Linear(num_heads * v_head_dim, hidden_size, bias=bias)
+        self.is_sparse = indexer is not None
         self.indexer = None
-        if indexer is not None:
+        if indexer is not None and not shares_selection:
             if q_lora_rank is None:
                 raise ConfigError("an indexer's queries come from the latent of the queries: give a q_lora_rank.")
             self.indexer = Indexer(hidden_size, q_lora_rank, qk_rope_head_dim, indexer)
@@ -122,9 +125,9 @@ class MultiHeadLatentAttention(nn.Module):
         q_nope, q_rope = self._project_queries(compressed, positions)
         q_rope = self._rotate(q_rope, positions)
         latent, k_rope = self._latents(x, positions)
-        selected = None
-        if self.indexer is not None and x.shape[1] > self.indexer.topk:
-            selected = self.indexer.select_tokens(x, compressed, positions)
+        if self.indexer is not None:
+            positions.selection.tokens = self.indexer.select_tokens(x, compressed, positions)
+        selected = positions.selection.tokens if self.is_sparse else None
         if form == "absorbed":
             q = self._absorb(q_nope.flatten(0, 1), q_rope.flatten(0, 1)).unflatten(0, x.shape[:2])
             keys = torch.cat([latent, k_rope], dim=-1)[:, :, None].expand(-1, -1, self.num_heads, -1)
@@ -171,9 +174,9 @@ class MultiHeadLatentAttention(nn.Module):
             interleaved=self.rope.interleaved,
             kv_format=state.kv_format,
         )
-        slots = None
         if self.indexer is not None:
-            slots = self.indexer.select_slots(x, compressed, positions, batch, state)
+            positions.selection.tokens = self.indexer.select_slots(x, compressed, positions, batch, state)
+        slots = positions.selection.tokens if self.is_sparse else None
         if slots is not None:
             batch = batch.cut(batch.kv_start + slots.shape[1])
         kinds = [self._kind(form, slots, batch, b) for b in range(len(batch.query_lens))]

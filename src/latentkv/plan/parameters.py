@@ -196,8 +196,8 @@ def _layer(config: ModelConfig, layer: LayerConfig) -> Iterator[TensorGroup]:
     hidden = config.hidden_size
     attention = layer.attention
     yield from _mla(config, attention) if isinstance(attention, MLAConfig) else _gqa(config, attention)
-    if layer.indexer is not None and isinstance(attention, MLAConfig):
-        yield from _indexer(config, attention, layer.indexer)
+    if layer.own_indexer is not None and isinstance(attention, MLAConfig):
+        yield from _indexer(config, attention, layer.own_indexer)
     yield TensorGroup("norm", "input_layernorm", (hidden,))
     yield TensorGroup("norm", "post_attention_layernorm", (hidden,))
     if layer.moe is None:
