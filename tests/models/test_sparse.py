@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -56,8 +57,7 @@ def error(logits: torch.Tensor, expected: torch.Tensor) -> float:
     return float((logits - expected).abs().max() / expected.abs().max())
 
 
-@pytest.mark.parametrize("cut", [1, 63, 64, 65])
-@pytest.mark.parametrize("form", ["absorbed", "expanded", None])
+@pytest.mark.parametrize(("cut", "form"), [(1, None), (63, "absorbed"), (64, "expanded"), (65, None)])
 def test_a_prompt_cut_anywhere_and_32_steps_give_transformers_logits(
     reference: tuple[Path, torch.Tensor], cut: int, form: Form | None
 ) -> None:
@@ -168,6 +168,30 @@ def test_tokens_read_together_or_one_by_one_give_the_same_bits(
         together = read(past, past + 6)
         alone = torch.cat([read(t, t + 1) for t in range(past, past + 6)])
     assert torch.equal(together, alone)
+
+
+def test_a_prompt_of_one_token_more_than_is_read_is_no_decoding_step(
+    reference: tuple[Path, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder = load_model(reference[0])
+    topk = decoder.config.layers[0].indexer.topk
+    rows: list[tuple[int, bool]] = []
+    attend = ops.mla_attend
+
+    def recorded(*args: torch.Tensor, int8_products: bool, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        rows.append((len(args[0]), int8_products))
+        return attend(*args, **options)
+
+    monkeypatch.setattr(ops, "mla_attend", recorded)
+    for layer in decoder.model.layers:
+        layer.self_attn.int8_products = True
+    cache = PagedCache(decoder.config.specs("fp32"), 4, page_size=PAGE)
+    pages = [[page] for page in cache.pool.allocate(2)]
+    with torch.inference_mode():
+        decoder(Batch.build([IDS[:topk]], [0], pages[:1], page_size=PAGE), cache, form="expanded")
+        step = Batch.build([IDS[topk : topk + 1], IDS[: topk + 1]], [topk, 0], pages, page_size=PAGE)
+        decoder(step, cache, form="expanded")  # which selected tokens are not
+    assert set(rows) == {(1, True), (1, False)}  # the token that is decoded, and the prompt's last
 
 
 def test_the_head_weights_stay_what_the_files_hold(reference: tuple[Path, torch.Tensor], tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -30,7 +31,7 @@ class _Kind(NamedTuple):
 
 
 class MultiHeadLatentAttention(nn.Module):
-    """One layer of latent attention; its cache holds `[c ; k_rope]`, L + R numbers a token, and an indexer's key.
+    """One layer of latent attention; its cache holds `[c ; k_rope]`, L + R numbers a token; an indexer adds a key.
 
     Usable alone: `forward` runs whole sequences (differentiable), `attend` runs new tokens over a paged cache.
 
@@ -177,22 +178,21 @@ class MultiHeadLatentAttention(nn.Module):
         if self.indexer is not None:
             positions.selection.tokens = self.indexer.select_slots(x, compressed, positions, batch, state)
         slots = positions.selection.tokens if self.is_sparse else None
-        if slots is not None:
-            batch = batch.cut(batch.kv_start + slots.shape[1])
-        kinds = [self._kind(form, slots, batch, b) for b in range(len(batch.query_lens))]
+        pieces = batch if slots is None else batch.cut(batch.kv_start + slots.shape[1])
+        kinds = self._kinds(form, slots, batch, pieces)
         if len(set(kinds)) == 1 and kinds[0].form == "absorbed":
             q = self._absorb_and_rotate(q_nope, q_rope, positions)
-            return self._output(self._attend_absorbed(q, batch, state, slots if kinds[0].sparse else None), residual)
+            return self._output(self._attend_absorbed(q, pieces, state, kinds[0], slots), residual)
         q_rope = self._rotate(q_rope, positions)
         outputs: list[Tensor] = []
         for first, last in runs(kinds):
             if kinds[first].form == "absorbed":
-                part, rows = batch.part(first, last)
-                own = slots[rows] if slots is not None and kinds[first].sparse else None
-                outputs.append(self._attend_absorbed(self._absorb(q_nope[rows], q_rope[rows]), part, state, own))
+                part, rows = pieces.part(first, last)
+                q, own = self._absorb(q_nope[rows], q_rope[rows]), None if slots is None else slots[rows]
+                outputs.append(self._attend_absorbed(q, part, state, kinds[first], own))
                 continue
             for row in range(first, last):
-                one, rows = batch.part(row, row + 1)
+                one, rows = pieces.part(row, row + 1)
                 outputs.append(self._attend_expanded(q_nope[rows], q_rope[rows], one, state))
         return self._output(torch.cat(outputs), residual)
 
@@ -202,12 +202,17 @@ class MultiHeadLatentAttention(nn.Module):
         self.absorb_key = packer.pack("absorb_key", w_uk.transpose(1, 2))
         self.absorb_value = packer.pack("absorb_value", w_uv)
 
-    def _kind(self, form: Form | None, slots: Tensor | None, batch: Batch, b: int) -> _Kind:
-        """How sequence b is to be attended, of a batch that is cut where tokens begin to be selected."""
-        new, end = batch.query_lens[b], batch.kv_lens[b]
-        sparse = slots is not None and end - batch.kv_start > slots.shape[1]
-        chosen: Form = "absorbed" if sparse else form or choose_form(self.config, new, end)
-        return _Kind(chosen, self.int8_products and new == 1, sparse)
+    def _kinds(self, form: Form | None, slots: Tensor | None, batch: Batch, pieces: Batch) -> list[_Kind]:
+        """How to attend each of the pieces that a batch is cut into where tokens begin to be selected."""
+        # Int8 products are for decoding only: else a prompt's numbers would change with where it is cut.
+        decoded = {row for row, new in zip(accumulate(batch.query_lens), batch.query_lens, strict=True) if new == 1}
+        kinds: list[_Kind] = []
+        rows = accumulate(pieces.query_lens)
+        for row, new, end in zip(rows, pieces.query_lens, pieces.kv_lens, strict=True):
+            sparse = slots is not None and end - pieces.kv_start > slots.shape[1]
+            chosen: Form = "absorbed" if sparse else form or choose_form(self.config, new, end)
+            kinds.append(_Kind(chosen, self.int8_products and new == 1 and row in decoded, sparse))
+        return kinds
 
     def _compress_queries(self, x: Tensor) -> Tensor:
         """The normed latent [..., q_lora_rank] that queries come from; x itself where they have none."""
@@ -277,7 +282,7 @@ class MultiHeadLatentAttention(nn.Module):
     def _output(self, heads: Tensor, residual: Tensor | None = None) -> Tensor:
         return self.o_proj(heads.flatten(-2), residual)
 
-    def _attend_absorbed(self, q: Tensor, batch: Batch, state: LayerState, slots: Tensor | None = None) -> Tensor:
+    def _attend_absorbed(self, q: Tensor, batch: Batch, state: LayerState, kind: _Kind, slots: Tensor | None) -> Tensor:
         attended, _ = ops.mla_attend(
             q,
             state.pages,
@@ -288,9 +293,8 @@ class MultiHeadLatentAttention(nn.Module):
             scale=self.scale,
             kv_format=state.kv_format,
             start=batch.start,
-            slots=slots,
-            # Decoding only: else a prompt's numbers would change with where it is cut.
-            int8_products=self.int8_products and max(batch.query_lens) == 1,
+            slots=slots if kind.sparse else None,
+            int8_products=kind.int8_products,
         )
         return self._unabsorb(attended)
 
