@@ -64,6 +64,21 @@ struct Bf16Words : PlainWords {
   }
   LATENTKV_INLINE vu unit(const vu (&w)[1], int i) { return unit(w[0], i); }
 };
+#if defined(__AVX2__)
+typedef std::uint8_t bytes __attribute__((vector_size(4 * W)));
+#if defined(__AVX512F__)
+LATENTKV_INLINE vu shuffle_bytes(vu from, vu order) {
+  return (vu)_mm512_shuffle_epi8((__m512i)from, (__m512i)order);
+}
+LATENTKV_INLINE vu repeated(__m128i quarter) { return (vu)_mm512_broadcast_i32x4(quarter); }
+#else
+LATENTKV_INLINE vu shuffle_bytes(vu from, vu order) {
+  return (vu)_mm256_shuffle_epi8((__m256i)from, (__m256i)order);
+}
+LATENTKV_INLINE vu repeated(__m128i half) { return (vu)_mm256_broadcastsi128_si256(half); }
+#endif
+#endif
+
 // See compact.h. Half of a word is a pair's first weight, the other half its second.
 struct CompactWords {
   static constexpr bool short_groups = false, fetches_pages = true, has_minima = false;
@@ -89,6 +104,21 @@ struct CompactWords {
     const __m512i low = _mm512_ternarylogic_epi32(low4, next4, _mm512_set1_epi16(0xf0), A_OR_B_AND_C);
     return (vu)_mm512_ternarylogic_epi32(low_byte, low, high, B_WHERE_A_ELSE_C);
   }
+#elif defined(__AVX2__)
+  vu high_bytes;  // of the codes in the lower 4 bits of an index
+
+  explicit CompactWords(const Panel& panel) {
+    const __m128i of_codes = _mm_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, -128, -127, -126, -125, -124, -123, -122, -121);
+    high_bytes = repeated(_mm_add_epi8(of_codes, _mm_set1_epi8((char)(panel.window / 2))));
+  }
+  __attribute__((always_inline)) vu unit(const vu (&w)[3], int i) const {
+    const int pair = i / 2;
+    const vu codes = pair < 3 ? w[pair] : w[0] >> 4;
+    const vu low = pair < 3 ? w[pair] & 0x00ff00ff : (w[1] >> 12 & 0x000f000f) | (w[2] >> 8 & 0x00f000f0);
+    // Indices with their highest bit set, those of the halves' low bytes, become zero.
+    const vu halves = shuffle_bytes(high_bytes, (codes & 0x0f000f00) | 0x00800080) | low;
+    return i % 2 ? halves & 0xffff0000 : halves << 16;
+  }
 #else
   std::uint32_t first_pair;
 
@@ -111,18 +141,6 @@ struct CompactWords {
 // The signed byte `k` of each word as a float32 number, divided by BYTE_SCALE.
 #if defined(__AVX2__)
 constexpr float BYTE_SCALE = 0x1p-24f;
-typedef std::uint8_t bytes __attribute__((vector_size(4 * W)));
-#if defined(__AVX512F__)
-LATENTKV_INLINE vu shuffle_bytes(vu from, vu order) {
-  return (vu)_mm512_shuffle_epi8((__m512i)from, (__m512i)order);
-}
-LATENTKV_INLINE vu repeated(__m128i quarter) { return (vu)_mm512_broadcast_i32x4(quarter); }
-#else
-LATENTKV_INLINE vu shuffle_bytes(vu from, vu order) {
-  return (vu)_mm256_shuffle_epi8((__m256i)from, (__m256i)order);
-}
-LATENTKV_INLINE vu repeated(__m128i half) { return (vu)_mm256_broadcastsi128_si256(half); }
-#endif
 // Moved to the top of its word, other bytes zero: 2^24 times the code, without any sign to extend. The sum of a group of
 // 2^n stays finite for activations below 2^(96 - n).
 LATENTKV_INLINE vu byte_of(vu words, int k) {
@@ -317,9 +335,9 @@ void multiply_tile(const Panel& panel, const Unit* x, float* sums) {
   // Groups whose sums do not wait for each other.
   constexpr int TOGETHER = Decoder::short_groups && R <= 2 && V == 2 ? 2 : 1;
   constexpr int WORDS = Decoder::words;  // that are decoded together
-  // Few rows of compact weights are decoded as fast as a core fetches on by itself, up to the end of a page: only the
-  // next one's beginning is fetched.
-  constexpr bool PAGES_ONLY = Decoder::fetches_pages && R <= 2;
+  // Few rows of compact weights are decoded to pairs as fast as a core fetches on by itself, up to the end of a page:
+  // only the next one's beginning is fetched.
+  constexpr bool PAGES_ONLY = Decoder::fetches_pages && UNIT == 2 && R <= 2;
   constexpr std::uintptr_t PAGE = 4096;
   const Decoder decoder(panel);
   const std::int64_t steps = panel.group_words / WORDS, group_units = steps * Decoder::units * R;
