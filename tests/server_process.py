@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
-import multiprocessing
-import os
 import re
-import signal
 import subprocess
 import sys
 import threading
@@ -15,57 +12,16 @@ import time
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from multiprocessing.connection import Connection
 from typing import Any
 
-COMMAND = [sys.executable, "-c", "from latentkv.cli.app import main; main()", "serve", "--port", "0"]
+from forked_program import MAIN, ForkedProgram
 
-# Importing takes longer than most tests: servers are copies of one process that has imported all they need.
-_FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["latentkv.cli.app", "latentkv.llm", "latentkv.server.run"])
-
-
-class ForkedProcess:
-    """A `latentkv` command in a process that did not have to import anything; behaves as a `subprocess.Popen`."""
-
-    def __init__(self, arguments: Sequence[str]) -> None:
-        reader, writer = multiprocessing.Pipe(duplex=False)
-        self._process = _FORKS.Process(target=_run, args=(list(arguments), writer), daemon=True)
-        self._process.start()
-        writer.close()
-        self.pid = self._process.pid or 0
-        self.stderr = os.fdopen(os.dup(reader.fileno()), encoding="utf-8")
-        reader.close()
-
-    def poll(self) -> int | None:
-        return self._process.exitcode
-
-    def wait(self, timeout: float | None = None) -> int:
-        self._process.join(timeout)
-        if self._process.exitcode is None:
-            raise subprocess.TimeoutExpired("latentkv", timeout or 0)
-        return self._process.exitcode
-
-    def send_signal(self, sign: signal.Signals) -> None:
-        if self.poll() is None:
-            os.kill(self.pid, sign)
-
-    def kill(self) -> None:
-        self._process.kill()
-
-
-def _run(arguments: list[str], stderr: Connection) -> None:
-    from latentkv.cli.app import main
-
-    os.dup2(stderr.fileno(), 2)
-    stderr.close()
-    sys.argv[1:] = arguments
-    main()
+COMMAND = [sys.executable, "-c", MAIN, "serve", "--port", "0"]
 
 
 @dataclass
 class ServerProcess:
-    process: subprocess.Popen[str] | ForkedProcess
+    process: subprocess.Popen[str] | ForkedProgram
     port: int
     lines: list[str] = field(default_factory=list)
 
@@ -94,17 +50,18 @@ class ServerProcess:
 
 @contextmanager
 def server_process(
-    *arguments: str, command: Sequence[str] | None = None, seconds: float = 120
+    *arguments: str, command: Sequence[str] | None = None, code: str = MAIN, seconds: float = 120
 ) -> Generator[ServerProcess]:
     """A server that has begun to serve; killed at the end if it still runs.
 
     Args:
         arguments: of `latentkv serve`.
         command: that takes them, for a process that begins with nothing.
+        code: that takes them in a copy of a process that has imported what it needs.
         seconds: after which it must have begun.
     """
     if command is None:
-        process = ForkedProcess(["serve", "--port", "0", *arguments])
+        process = ForkedProgram(code, "serve", "--port", "0", *arguments)
     else:
         process = subprocess.Popen([*command, *arguments], stderr=subprocess.PIPE, text=True)
     lines: list[str] = []

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
 
+from forked_program import run_forked
 from latentkv import LLM
 from latentkv.errors import CacheError
 from latentkv.llm import CACHE_DIR_BYTES
@@ -49,11 +47,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def in_a_fresh_process(models: Path, folder: Path) -> dict[str, list]:
-    arguments = [sys.executable, "-c", PROGRAM, str(models), str(folder), json.dumps(FORMATS)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
-    done = subprocess.run(arguments, capture_output=True, text=True, timeout=240, env=environment)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    code, found, said = run_forked(PROGRAM, models, folder, json.dumps(FORMATS))
+    assert code == 0, said
+    return json.loads(found)
 
 
 def test_a_fresh_process_says_the_same_in_every_format_without_reading_the_prompt_again(models: Path, tmp_path: Path):

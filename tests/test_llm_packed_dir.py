@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from subprocess import PIPE
-from typing import IO, cast
 
 import pytest
 
+from forked_program import RETURN_WHAT_IS_FREED, ForkedProgram
 from latentkv import LLM, kernels
 from latentkv.engine.memory import beside_weights
 from latentkv.errors import CacheError, ConfigError
@@ -145,15 +141,11 @@ def test_a_start_holds_no_weights_of_its_own_and_two_processes_share_their_pages
     """Also the first start, which packs them: they go to the file layer by layer."""
     shape = MLA | {"hidden_size": 256, "intermediate_size": 4096, "num_hidden_layers": 12}
     model = write_model(tmp_path / "model", shape | {"first_k_dense_replace": 12, "vocab_size": 256})
-    # What is freed goes back to the system at once, so that what counts is what the program holds.
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "MALLOC_MMAP_THRESHOLD_": "65536"}
     with ExitStack() as stack:
-        processes: list[subprocess.Popen[str]] = []
-        for folder in ("", str(tmp_path / "packed"), str(tmp_path / "packed")):
-            command = [sys.executable, "-c", MEASURE, str(model), folder]
-            process = subprocess.Popen(command, stdin=PIPE, stdout=PIPE, text=True, env=environment)
-            processes.append(stack.enter_context(process))
-            stack.callback(process.kill)
+        processes: list[ForkedProgram] = []
+        for folder in ("", tmp_path / "packed", tmp_path / "packed"):
+            process = stack.enter_context(ForkedProgram(RETURN_WHAT_IS_FREED + MEASURE, model, folder))
+            processes.append(process)
             answer(process)  # it has loaded the model, and run it
         anew, first, second = (json.loads(answer(process, "measure")) for process in processes)
     assert first["bytes"] > 50 << 20
@@ -165,8 +157,8 @@ def test_a_start_holds_no_weights_of_its_own_and_two_processes_share_their_pages
         assert not found["compiler"]
 
 
-def answer(process: subprocess.Popen[str], word: str = "") -> str:
+def answer(process: ForkedProgram, word: str = "") -> str:
     if word:
-        cast("IO[str]", process.stdin).write(word + "\n")
-        cast("IO[str]", process.stdin).flush()
-    return cast("IO[str]", process.stdout).readline()
+        process.stdin.write(word + "\n")
+        process.stdin.flush()
+    return process.stdout.readline()

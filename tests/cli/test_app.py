@@ -10,14 +10,13 @@ import time
 
 import pytest
 
+from forked_program import MAIN, ForkedProgram, run_forked
 from latentkv.cli.app import main
 from latentkv.errors import ConfigError
 
-RUN = "import sys; from latentkv.cli.app import main; main()"
-
 
 def run(*args, **options):
-    command = [sys.executable, "-c", RUN, *map(str, args)]
+    command = [sys.executable, "-c", MAIN, *map(str, args)]
     options = {"env": {**os.environ, "HF_HUB_OFFLINE": "1"}, **options}
     return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
 
@@ -65,9 +64,9 @@ def test_an_error_is_one_line_on_stderr_and_exit_2():
 
 
 def test_debug_shows_the_traceback():
-    done = run("plan", "no-such-model", "--debug")
-    assert done.returncode != 0
-    assert "Traceback" in done.stderr and "ConfigError" in done.stderr
+    code, _, said = run_forked(MAIN, "plan", "no-such-model", "--debug")
+    assert code != 0
+    assert "Traceback" in said and "ConfigError" in said
 
 
 @pytest.mark.parametrize("args", [["--debug", "plan", "no-such-model"], ["plan", "no-such-model", "--debug"]])
@@ -96,20 +95,15 @@ def test_a_repo_that_cannot_be_fetched_is_one_line(args, monkeypatch, capsys):
 
 
 def test_interrupting_exits_with_130(model_folder):
-    command = [sys.executable, "-u", "-c", RUN, "chat", "-m", str(model_folder)]
-    process = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    assert process.stderr is not None
-    process.stderr.readline()  # the model is loaded, and chat waits for a line
-    time.sleep(0.5)
-    process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=60) == 130
-    assert "Traceback" not in process.stderr.read()
-    process.stdin.close(), process.stdout.close(), process.stderr.close()
+    with ForkedProgram(MAIN, "chat", "-m", model_folder) as process:
+        process.stderr.readline()  # the model is loaded, and chat waits for a line
+        time.sleep(0.5)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=60) == 130
+        assert "Traceback" not in process.stderr.read()
 
 
 def test_a_closed_pipe_is_no_error(model_folder):
-    generate = f'"{sys.executable}" -c "{RUN}" generate hello -m "{model_folder}" -n 50'
+    generate = f'"{sys.executable}" -c "{MAIN}" generate hello -m "{model_folder}" -n 50'
     done = subprocess.run(f"{generate} | true", shell=True, capture_output=True, text=True, timeout=120)
     assert "Traceback" not in done.stderr

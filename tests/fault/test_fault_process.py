@@ -6,7 +6,6 @@ import json
 import shutil
 import signal
 import socket
-import sys
 import threading
 import time
 from contextlib import suppress
@@ -15,17 +14,17 @@ from pathlib import Path
 
 import pytest
 
+from forked_program import MAIN, run_forked
 from latentkv.llm_options import EMBEDDED_MODEL
-from server_process import COMMAND, ForkedProcess, ServerProcess, server_process
+from server_process import COMMAND, ServerProcess, server_process
 
 SMALL = ("--kv-cache-bytes", "16MiB")
 
 
 def run(*arguments: str) -> tuple[int, str]:
     """(exit code, stderr) of `latentkv serve`."""
-    process = ForkedProcess(["serve", "--port", "0", *arguments])
-    said = process.stderr.read()
-    return process.wait(60), said
+    code, _, said = run_forked(MAIN, "serve", "--port", "0", *arguments)
+    return code, said
 
 
 def ask_in_background(server: ServerProcess, *bodies: dict) -> list[threading.Thread]:
@@ -135,7 +134,7 @@ main()
 
 
 def test_line_05_a_dead_engine_ends_the_process_with_exit_code_1() -> None:
-    with server_process(*SMALL, command=[sys.executable, "-c", BROKEN, "serve", "--port", "0"]) as server:
+    with server_process(*SMALL, code=BROKEN) as server:
         statuses = []
         for _ in range(4):
             try:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import psutil
 import pytest
 
+from forked_program import ForkedProgram
 from latentkv.errors import TemplateLimitError, TokenizerError
 from latentkv.text import template_process
 from latentkv.text.chat import ChatTemplate
@@ -187,11 +186,8 @@ time.sleep(60)
 
 @pytest.mark.parametrize("doing", ["idle", "busy"])
 def test_the_process_ends_with_the_one_that_started_it_even_by_kill_9(doing: str) -> None:
-    parent = subprocess.Popen([sys.executable, "-c", PARENT, doing], stdout=subprocess.PIPE, text=True)
-    worker = psutil.Process(int(parent.stdout.readline()))
-    parent.kill()
-    parent.wait()
-    parent.stdout.close()
+    with ForkedProgram(PARENT, doing) as parent:
+        worker = psutil.Process(int(parent.stdout.readline()))
     worker.wait(timeout=20)
 
 

@@ -7,9 +7,7 @@ import json
 import logging
 import os
 import shutil
-import signal
 import subprocess
-import sys
 import time
 from collections.abc import Generator
 from hashlib import sha256
@@ -17,15 +15,13 @@ from pathlib import Path
 
 import pytest
 
+from forked_program import ForkedProgram, run_forked
 from latentkv import LLM
 from latentkv.errors import CacheError
 from latentkv.files import open_regular
 from latentkv.state import StoreFolder
 from live_server import Live, serving
 from stored_models import GREEDY, MLA, PROMPT, write_model
-
-TESTS = Path(__file__).parent.parent
-ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])}
 
 
 @pytest.fixture(scope="module")
@@ -112,11 +108,10 @@ def test_files_that_may_not_grow_any_more_are_a_full_disk_too(model: Path, expec
         "print(*llm.generate(PROMPT, GREEDY)[0].token_ids)\n"
         "llm.close()\n"
     )
-    arguments = [sys.executable, "-c", program, str(model), str(tmp_path / "store")]
-    done = subprocess.run(arguments, capture_output=True, text=True, timeout=120, env=ENVIRONMENT)
-    assert done.returncode == 0, done.stderr
-    assert [int(token) for token in done.stdout.split()] == expected
-    assert done.stderr.count("Pages cannot be written") == 1 and "File too large" in done.stderr
+    code, said, warned = run_forked(program, model, tmp_path / "store")
+    assert code == 0, warned
+    assert [int(token) for token in said.split()] == expected
+    assert warned.count("Pages cannot be written") == 1 and "File too large" in warned
     assert sorted(path.name for path in (tmp_path / "store").iterdir()) == ["lock", "secret", "weights.json"]
 
 
@@ -153,16 +148,12 @@ def test_a_process_that_is_killed_while_it_writes_leaves_a_folder_that_can_be_us
         "    llm.generate(PROMPT, GREEDY)\n"
         "    llm.generate([random.randrange(3, 60) for _ in range(500)], GREEDY)\n"
     )
-    process = subprocess.Popen([sys.executable, "-c", program, str(model), str(tmp_path)], env=ENVIRONMENT)
-    try:
+    with ForkedProgram(program, model, tmp_path) as process:
         deadline = time.monotonic() + 60
         while len(list(tmp_path.glob("*.page"))) < 6:
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.002)
         time.sleep(seconds)
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
     llm = LLM(model, cache_dir=tmp_path)
     assert llm.store is not None and llm.store.writes
     assert not list(tmp_path.glob(".*.partial"))

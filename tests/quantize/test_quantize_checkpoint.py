@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -17,6 +15,7 @@ from gguf_checks import copied_tokenizer, save
 from quantize_models import CONFIG, edit_config, random_decoder, save_random, stored
 from safetensors.torch import save_file
 
+from forked_program import RETURN_WHAT_IS_FREED, run_forked
 from latentkv import LLM
 from latentkv.checkpoint import CheckpointReader
 from latentkv.errors import CheckpointError, ConfigError, OpError
@@ -289,8 +288,7 @@ quantize_checkpoint(Path(sys.argv[1]), Path(sys.argv[2]), "int4", max_shard_byte
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL is POSIX's")
 def test_a_killed_run_leaves_whole_files_only_and_goes_on(source, tmp_path):
     out, whole = tmp_path / "out", tmp_path / "whole"
-    killed = subprocess.run([sys.executable, "-c", KILLED, str(source), str(out)], check=False)
-    assert killed.returncode == -signal.SIGKILL
+    assert run_forked(KILLED, source, out)[0] == -signal.SIGKILL
     quantize_checkpoint(source, whole, "int4", max_shard_bytes=20_000)
     for path in out.glob("*.safetensors"):
         assert path.read_bytes() == (whole / path.name).read_bytes()
@@ -411,11 +409,9 @@ def test_memory_holds_a_few_tensors_of_many(source, tmp_path):
 
     save_pretrained(large, tmp_path / "large", dtype=torch.bfloat16)
     size = (tmp_path / "large" / "model.safetensors").stat().st_size
-    returning = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}  # malloc keeps no freed tensor for later
-    asked = [sys.executable, "-c", PEAK, str(source), str(tmp_path), str(tmp_path / "large")]
-    done = subprocess.run(asked, env=returning, capture_output=True, text=True, check=True)
+    _, peak, said = run_forked(RETURN_WHAT_IS_FREED + PEAK, source, tmp_path, tmp_path / "large")
     assert size > 100e6
-    assert int(done.stdout) < 40e6
+    assert int(peak) < 40e6, said
 
 
 def test_the_config_of_the_tests_covers_every_kind_of_weight(source, tmp_path):

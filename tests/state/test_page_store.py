@@ -6,8 +6,6 @@ import errno
 import logging
 import os
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -29,6 +27,7 @@ from store_cases import (
     wipe,
 )
 
+from forked_program import run_forked
 from latentkv.errors import CacheError
 from latentkv.state import PagedCache, StoreFolder
 from latentkv.state.store import page_file, page_store
@@ -477,7 +476,6 @@ def test_the_lock_of_a_process_that_was_killed_is_free_and_what_it_left_half_wri
     program = (
         "import os, signal, sys\n"
         "from pathlib import Path\n"
-        "sys.path[:0] = [sys.argv[2]]\n"
         "from store_cases import *\n"
         "from latentkv.state.store import page_store\n"
         "own = open_store(Path(sys.argv[1]), filled_cache())\n"
@@ -488,9 +486,7 @@ def test_the_lock_of_a_process_that_was_killed_is_free_and_what_it_left_half_wri
         "page_store.write_page = die\n"
         "save(own, keys_of(own, [2] * PAGE)[0], 0)\n"
     )
-    arguments = [sys.executable, "-c", program, str(tmp_path), str(Path(__file__).parent)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    assert subprocess.run(arguments, timeout=60, env=environment).returncode == -9
+    assert run_forked(program, tmp_path)[0] == -9
     assert len(list(tmp_path.glob(".*.partial"))) == 1
     own = open_store(tmp_path, cache)
     assert own.writes

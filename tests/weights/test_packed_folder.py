@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from forked_program import ForkedProgram, run_forked
 from latentkv.errors import CacheError
 from latentkv.weights.packed_folder import NoRoomError, PackedFolder
 
@@ -144,7 +143,7 @@ with PackedFolder(Path(sys.argv[1])).writing(bytes([9]) * 32) as writer:
 def test_what_a_killed_process_left_is_removed_and_what_another_writes_is_not(tmp_path: Path) -> None:
     folder = PackedFolder(tmp_path / "p")
     with folder.writing(key(1)) as writer:
-        subprocess.run([sys.executable, "-c", KILLED, str(folder.path)], check=False)
+        assert run_forked(KILLED, folder.path)[0] == 1
         assert len(list(folder.path.iterdir())) == 2
         put(folder, 2)  # while the first is still written
         assert sum(path.name.endswith(".partial") for path in folder.path.iterdir()) == 1
@@ -170,9 +169,7 @@ for _ in sys.stdin:
 
 
 def test_two_processes_that_write_the_same_both_find_it_whole(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", RACER, str(tmp_path / "p")]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, **pipes) as first, subprocess.Popen(command, **pipes) as second:
+    with ForkedProgram(RACER, tmp_path / "p") as first, ForkedProgram(RACER, tmp_path / "p") as second:
         assert [racer.stdout.readline() for racer in (first, second)] == ["ready\n"] * 2
         for _ in range(5):
             for racer in (first, second):
