@@ -10,11 +10,10 @@ from typing import Any
 import pytest
 from gguf import GGMLQuantizationType as Type
 from gguf import GGUFReader
-from typer.testing import CliRunner
 
+from command_line import run_here
 from gguf_models import write_deepseek2
 from latentkv import LLM, SamplingParams
-from latentkv.cli.app import app_for
 from latentkv.errors import TokenizerError
 from latentkv.llm_options import EMBEDDED_MODEL
 
@@ -74,7 +73,7 @@ def test_every_command_that_takes_a_model_takes_the_file(
 
 @pytest.fixture
 def latentkv() -> Callable[..., Any]:
-    return lambda *words: CliRunner().invoke(app_for(texts := [str(word) for word in words]), texts)
+    return run_here
 
 
 def test_a_file_without_words_serves_token_ids(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

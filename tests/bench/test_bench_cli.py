@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 from bench_cases import CEILINGS
-from typer.testing import CliRunner
 
+from command_line import run_here
 from latentkv.bench import attention as attention_module
 from latentkv.bench import ceilings as ceilings_module
 from latentkv.bench import linear as linear_module
@@ -14,7 +14,6 @@ from latentkv.bench import mla_decode as mla_decode_module
 from latentkv.bench import shapes
 from latentkv.bench.ceilings import CeilingProbe, Ceilings
 from latentkv.bench.shapes import AttentionShape
-from latentkv.cli.bench import bench_app
 from latentkv.errors import RequestError
 from latentkv.models.config import MLAConfig
 
@@ -36,7 +35,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_attention_prints_a_line_for_each_contender_and_writes_its_files(tmp_path: Path):
     json_file, plot = tmp_path / "a.json", tmp_path / "a.png"
     command = ["attention", "--contexts", "64,0.125k", "--repeats", "1", "--heads", "2"]
-    result = CliRunner().invoke(bench_app, [*command, "--json", str(json_file), "--plot", str(plot)])
+    result = run_here("bench", *command, "--json", json_file, "--plot", plot)
     assert result.exit_code == 0, result.output
     for text in (
         "LatentKV",
@@ -57,7 +56,7 @@ def test_attention_prints_a_line_for_each_contender_and_writes_its_files(tmp_pat
 def test_mla_decode_prints_a_line_for_each_case_and_writes_its_files(tmp_path: Path):
     json_file, plot = tmp_path / "d.json", tmp_path / "d.png"
     command = ["mla-decode", "--heads", "2", "--contexts", "64,128", "--batches", "1", "--kv-dtypes", "bf16"]
-    result = CliRunner().invoke(bench_app, [*command, "--repeats", "1", "--json", str(json_file), "--plot", str(plot)])
+    result = run_here("bench", *command, "--repeats", "1", "--json", json_file, "--plot", plot)
     assert result.exit_code == 0, result.output
     assert result.output.count("mla_decode, bf16") == result.output.count("torch matmul") == 2
     assert len(json.loads(json_file.read_text())["rows"]) == 4
@@ -67,7 +66,7 @@ def test_mla_decode_prints_a_line_for_each_case_and_writes_its_files(tmp_path: P
 def test_linear_prints_a_line_for_each_case_and_writes_its_numbers(tmp_path: Path):
     json_file = tmp_path / "l.json"
     command = ["linear", "--size", "64x128", "--rows", "1,3", "--formats", "int8", "--repeats", "1"]
-    result = CliRunner().invoke(bench_app, [*command, "--json", str(json_file)])
+    result = run_here("bench", *command, "--json", json_file)
     assert result.exit_code == 0, result.output
     assert result.output.count("linear, int8") == len(re.findall("torch, (?:bf16|fp32)", result.output)) == 2
     assert json.loads(json_file.read_text())["in_features"] == 128
@@ -76,7 +75,7 @@ def test_linear_prints_a_line_for_each_case_and_writes_its_numbers(tmp_path: Pat
 def test_speculation_prints_a_line_for_each_way_of_drafting_and_writes_its_numbers(tmp_path: Path):
     json_file = tmp_path / "s.json"
     command = ["speculation", "--new-tokens", "6", "--repeats", "1", "--speculate", "2", "--temperatures", "0.8"]
-    result = CliRunner().invoke(bench_app, [*command, "--json", str(json_file)])
+    result = run_here("bench", *command, "--json", json_file)
     assert result.exit_code == 0, result.output
     rows = json.loads(json_file.read_text())["rows"]
     ways = ["none", "n-gram", "n-gram, always", "MTP", "both", "MTP, always 1", "MTP, always 2"]
@@ -89,7 +88,7 @@ def test_speculation_prints_a_line_for_each_way_of_drafting_and_writes_its_numbe
 
 
 def test_ceilings_are_printed_and_written(tmp_path: Path):
-    result = CliRunner().invoke(bench_app, ["ceilings", "--json", str(tmp_path / "c.json")])
+    result = run_here("bench", "ceilings", "--json", tmp_path / "c.json")
     assert result.exit_code == 0, result.output
     assert "200.0 GFLOP/s" in result.output
     assert json.loads((tmp_path / "c.json").read_text())["ceilings"]["read_gbps"] == 20.0
@@ -119,5 +118,5 @@ def test_ceilings_are_printed_and_written(tmp_path: Path):
     ],
 )
 def test_bad_options_give_a_typed_error_before_anything_is_measured(command: list[str]):
-    result = CliRunner().invoke(bench_app, command)
+    result = run_here("--debug", "bench", *command)
     assert isinstance(result.exception, RequestError)

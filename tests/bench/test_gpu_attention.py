@@ -7,15 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
+from command_line import run_here
 from latentkv.bench import gpu_attention as module
 from latentkv.bench.gpu_attention import CASES, GpuCase, measure_gpu_attention
 from latentkv.bench.gpu_report import gpu_attention_table, tuned_table
 from latentkv.bench.gpu_timing import GpuCeilings, time_on
 from latentkv.bench.gpu_tune import all_candidates, tune_attention
 from latentkv.bench.timing import Timing
-from latentkv.cli.app import app_for
 from latentkv.errors import OpError, RequestError
 from latentkv.kernels import has_triton, use_isa
 from latentkv.ops.triton.blocks import NVIDIA, AttendBlocks, AttendShape, attend_shared_bytes
@@ -109,7 +108,7 @@ def test_steps_are_timed_in_turn() -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 @pytest.mark.parametrize("command", ["attention", "tune"])
 def test_without_a_gpu_it_says_so_in_one_sentence(command: str) -> None:
-    result = CliRunner().invoke(app_for(["bench"]), ["bench", command, "--device", "cuda"])
+    result = run_here("bench", command, "--device", "cuda")
     assert result.exit_code != 0
     assert "device='cuda' cannot be used" in str(result.exception) + result.output
 
@@ -120,8 +119,6 @@ def test_a_cpu_is_refused_where_triton_is_not_named() -> None:
 
 
 def test_options_without_a_use_on_a_gpu_are_refused() -> None:
-    result = CliRunner().invoke(
-        app_for(["bench"]), ["bench", "attention", "--device", "cuda", "--plot", "a.png", "--threads", "2"]
-    )
+    result = run_here("bench", "attention", "--device", "cuda", "--plot", "a.png", "--threads", "2")
     assert result.exit_code != 0
     assert "without --threads, --plot" in str(result.exception) + result.output

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 from serve_server import FakeServer, running
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
-from latentkv.cli.app import app_for
+from command_line import run_here
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def server():
 
 def bench(url: str, *options: object) -> Result:
     lengths = ["--prompt-tokens", 50, "--output-tokens", 4]
-    return CliRunner().invoke(app_for(["bench"]), ["bench", "serve", url, *map(str, [*lengths, *options])])
+    return run_here("bench", "serve", url, *lengths, *options)
 
 
 def cells(output: str, first: str) -> list[str]:

@@ -6,13 +6,12 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
-from latentkv.cli.app import app_for
+from command_line import run_here
 from latentkv.models.config_reader import read_config
 from latentkv.models.decoder import Decoder
 from latentkv.models.loading import save_pretrained
@@ -66,11 +65,6 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def copied_model(model_folder: Path, tmp_path: Path) -> Path:
     """A copy of the model to damage."""
     return Path(shutil.copytree(model_folder, tmp_path / "model"))
-
-
-def run_here(*args: object, **options: Any) -> Result:
-    words = [str(arg) for arg in args]
-    return CliRunner().invoke(app_for(words), words, **options)
 
 
 @pytest.fixture
