@@ -19,7 +19,7 @@ PAINT = Figure.savefig
 SMALL = {
     "--arms": "mha,mla-12",
     "--seeds": 2,
-    "--steps": 9,
+    "--steps": 6,
     "--lrs": "1e-4,1e-2",
     "--hidden": 32,
     "--layers": 1,
@@ -30,7 +30,7 @@ SMALL = {
     "--eval-bytes": 2000,
     "--threads": 1,
 }
-SWEEP_STEPS, RUNS = 3, 2 * 2 + 2 * 2
+SWEEP_STEPS, RUNS = 2, 2 * 2 + 2 * 2
 
 
 @pytest.fixture
@@ -171,7 +171,7 @@ def test_other_options_in_the_same_folder_are_refused(latentkv, asked, texts: Pa
     kept = (tmp_path / "out" / REPORT_FILE).read_text()
     other = latentkv(*asked("out", "--no-speed", seeds=1, lrs="1e-2", steps=12, layers=2))
     assert other.exit_code == 2
-    assert "other options (--layers 1, now 2; --steps 9, now 12): repeat those, or give another --out" in other.stderr
+    assert "other options (--layers 1, now 2; --steps 6, now 12): repeat those, or give another --out" in other.stderr
     (texts / "cat.txt").write_text("Another text. " * 300)
     other = latentkv(*asked("out", "--no-speed", seeds=1, lrs="1e-2"))
     assert other.exit_code == 2 and "another text" in other.stderr

@@ -18,6 +18,7 @@ pytestmark = pytest.mark.usefixtures("unpainted")
 
 TEXT = "The whale swam on, and the harpooner watched it from the mast.\n" * 60
 SMALL = ("--sequences", 8, "--length", 32, "--threads", 1)
+SIZES = ("--rank", 24, "--rope-dim", 8)
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +86,7 @@ def test_without_a_text_the_source_writes_its_own(latentkv, source: Path, tmp_pa
 
 def test_low_rank_updates_are_trained_and_merged(latentkv, source: Path, text: Path, tmp_path: Path) -> None:
     out, given = tmp_path / "out", ("--calibrate", text, *SMALL)
-    assert latentkv("convert", source, out, "--kv-budget", "1/2", *given).exit_code == 0
+    assert latentkv("convert", source, out, *SIZES, *given).exit_code == 0
     lora = ("--train", "lora", "--lora-rank", 2, "--lora-alpha", 4, "--lr", 1e-2, "--steps", 4, "--batch-size", 4)
     result = latentkv("heal", out, "--teacher", source, "--data", text, *lora, *SMALL, "--json")
     assert result.exit_code == 0, result.stderr
@@ -100,7 +101,7 @@ def test_speed_is_measured_where_it_is_asked_for_and_converting_again_keeps_what
     latentkv, source: Path, text: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    asked = ("convert", source, out, "--kv-budget", "1/2", "--calibrate", text, "--text", text, *SMALL)
+    asked = ("convert", source, out, *SIZES, "--calibrate", text, "--text", text, *SMALL)
     assert latentkv(*asked, "--no-speed").exit_code == 0
     assert "speed" not in json.loads((out / REPORT_FILE).read_text())
     assert latentkv("heal", out, "--teacher", source, "--data", text, "--steps", 1, *SMALL).exit_code == 0
@@ -176,7 +177,7 @@ def test_a_teacher_that_is_the_target_is_refused_before_text_is_written(
     latentkv, source: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
-    assert latentkv("convert", source, out, "--kv-budget", "1/2", "--calibrate", text, *SMALL).exit_code == 0
+    assert latentkv("convert", source, out, *SIZES, "--calibrate", text, *SMALL).exit_code == 0
 
     def writes(*_: object, **__: object) -> None:
         raise AssertionError("text was written")

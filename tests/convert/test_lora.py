@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ pytestmark = pytest.mark.usefixtures("unpainted")
 
 TOKENS = some_tokens(16)
 LORA = HealOptions(steps=30, batch_size=4, lr=1e-2, train="lora", lora_rank=4, lora_alpha=4)
+SHORT = replace(LORA, steps=8)
 
 
 @torch.no_grad()
@@ -95,7 +97,7 @@ def test_healing_by_low_rank_updates_brings_the_model_nearer_and_moves_attention
 
 
 @pytest.mark.parametrize(
-    ("models", "killed_at"), [pytest.param("llama", 12, marks=pytest.mark.slow), ("qwen2", 30)], indirect=["models"]
+    ("models", "killed_at"), [pytest.param("llama", 3, marks=pytest.mark.slow), ("qwen2", 8)], indirect=["models"]
 )
 def test_an_interrupted_healing_by_low_rank_updates_ends_with_the_same_weights(
     models: tuple[Path, Path], killed_at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -103,15 +105,15 @@ def test_an_interrupted_healing_by_low_rank_updates_ends_with_the_same_weights(
     source, folder = models
     monkeypatch.setattr("latentkv.convert.heal._SAVE_SECONDS", 0)
     shutil.copytree(folder, tmp_path / "whole")
-    whole = heal_checkpoint(tmp_path / "whole", source, TOKENS, LORA, held_out=TOKENS)
+    whole = heal_checkpoint(tmp_path / "whole", source, TOKENS, SHORT, held_out=TOKENS)
 
     def killed(stage: str, step: int, steps: int) -> None:
         if stage.startswith("train") and step == killed_at:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        heal_checkpoint(folder, source, TOKENS, LORA, held_out=TOKENS, on_progress=killed)
-    assert heal_checkpoint(folder, source, TOKENS, LORA, held_out=TOKENS).losses == whole.losses
+        heal_checkpoint(folder, source, TOKENS, SHORT, held_out=TOKENS, on_progress=killed)
+    assert heal_checkpoint(folder, source, TOKENS, SHORT, held_out=TOKENS).losses == whole.losses
     assert (folder / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
 
 
@@ -121,15 +123,15 @@ def test_a_healing_that_is_killed_once_its_weights_are_written_does_not_add_its_
 ) -> None:
     source, folder = models
     shutil.copytree(folder, tmp_path / "whole")
-    heal_checkpoint(tmp_path / "whole", source, TOKENS, LORA, held_out=TOKENS)
+    heal_checkpoint(tmp_path / "whole", source, TOKENS, SHORT, held_out=TOKENS)
 
     def killed(*args: object, **options: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr("latentkv.convert.heal.add_healing", killed)
-        heal_checkpoint(folder, source, TOKENS, LORA, held_out=TOKENS)
-    heal_checkpoint(folder, source, TOKENS, LORA, held_out=TOKENS)
+        heal_checkpoint(folder, source, TOKENS, SHORT, held_out=TOKENS)
+    heal_checkpoint(folder, source, TOKENS, SHORT, held_out=TOKENS)
     assert (folder / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
     assert len(read_record(folder)["healings"]) == 1
 

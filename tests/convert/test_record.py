@@ -54,7 +54,7 @@ def healed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     quality = compare_models(source, out, HELD_OUT)
     note(out, quality={**quality, "text": "a<b.txt", "sequences": 8, "length": 48}, speed=SPEED)
     note(out, source="llama & co", command="latentkv convert 'a<b'", environment=ENVIRONMENT)
-    options = HealOptions(steps=24, match_steps=4, batch_size=4, lr=2e-3, eval_every=8)
+    options = HealOptions(steps=12, match_steps=2, batch_size=4, lr=2e-3, eval_every=4)
     about = {"data": "self", "text": "a<b.txt", "command": "latentkv heal out", "environment": ENVIRONMENT}
     heal_checkpoint(out, source, TOKENS, options, held_out=HELD_OUT, about=about)
     return out
@@ -91,22 +91,22 @@ def test_the_record_has_the_conversion_and_its_healing(healed: Path) -> None:
     for row in record["layers"]:
         assert {"output_error", "rope_energy", "kept_energy"} < set(row)
     healing = record["healings"][0]
-    assert healing["tokens"] == 24 * 4 * 64 and healing["seconds"] > 0
-    assert [tokens for tokens, _ in healing["matching"]] == [256 * (step + 1) for step in range(4)]
-    assert [tokens for tokens, _ in healing["curve"]] == [256 * (step + 1) for step in range(4, 24)]
-    assert [each["healing_tokens"] for each in healing["evaluations"]] == [0, 2048, 4096, 6144]
+    assert healing["tokens"] == 12 * 4 * 64 and healing["seconds"] > 0
+    assert [tokens for tokens, _ in healing["matching"]] == [256 * (step + 1) for step in range(2)]
+    assert [tokens for tokens, _ in healing["curve"]] == [256 * (step + 1) for step in range(2, 12)]
+    assert [each["healing_tokens"] for each in healing["evaluations"]] == [0, 1024, 2048, 3072]
 
 
 def test_a_long_curve_is_thinned_to_means_and_loses_no_step(healed: Path, tmp_path: Path) -> None:
     source = healed.parent / "source"
-    options = HealOptions(steps=15, batch_size=4)
+    options = HealOptions(steps=7, batch_size=4)
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("latentkv.convert.heal._CURVE_POINTS", 4)
         copy = shutil.copytree(healed, tmp_path / "copy")
         healing = heal_checkpoint(copy, source, TOKENS, options, held_out=TOKENS)
     curve = read_record(copy)["healings"][1]["curve"]
-    assert [tokens // 256 for tokens, _ in curve] == [4, 8, 12, 15]
-    assert curve[-1][1] == pytest.approx(sum(healing.losses[12:]) / 3)
+    assert [tokens // 256 for tokens, _ in curve] == [2, 4, 6, 7]
+    assert curve[-1][1] == pytest.approx(healing.losses[6])
 
 
 def test_the_page_needs_nothing_from_outside_and_closes_its_tags(healed: Path) -> None:
@@ -142,7 +142,7 @@ def test_the_page_says_what_was_saved_and_what_it_cost(healed: Path) -> None:
         "1.25&times;",
         "496 tokens in the cache",
         "as converted",
-        "6,144 tokens in",
+        "3,072 tokens in",
     ):
         assert words in shown
 
