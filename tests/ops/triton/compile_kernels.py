@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 
 import torch
@@ -69,12 +69,12 @@ def grouped_launches(shared: SharedMemory, heads: int, kv_heads: int, dim: int, 
     return attention.attend_pages(q, pages, rows, q, torch.zeros(2, heads), scale=0.1, blocks=blocks)
 
 
-def other_launches(shared: SharedMemory, dtype: torch.dtype) -> Iterator[Launch]:
+def other_launches(shared: SharedMemory, dtype: torch.dtype, formats: Sequence[KVFormat]) -> Iterator[Launch]:
     q, k, v = (torch.zeros(3, 4, width, dtype=dtype) for width in (192, 192, 128))
     out, lse, bounds = torch.zeros_like(v), torch.zeros(3, 4), (integers(2), integers(2))
     yield prefill.attend_new_tokens(q, k, v, *bounds, out, lse, scale=0.1, causal=True, shared=shared)
     x, weight, cos = torch.zeros(3, 576, dtype=dtype), torch.zeros(512, dtype=dtype), torch.zeros(3, 32)
-    for fmt in ("bf16", "fp8", "int8"):
+    for fmt in formats:
         pages = torch.zeros(2, 64, latent_token_bytes(fmt, 512, 64), dtype=storage_dtype(fmt))
         slots, step = torch.zeros(3, dtype=torch.int64), write.NormRope(weight, 1e-6, cos, cos, interleaved=True)
         yield write.write_latents(pages, slots, x[:, :512], x[:, 512:], fmt, step)
@@ -90,11 +90,12 @@ def other_launches(shared: SharedMemory, dtype: torch.dtype) -> Iterator[Launch]
 def main(target: str, extent: str) -> None:
     shared = NVIDIA[int(target.removeprefix("sm_"))] if target.startswith("sm_") else AMD
     launches = [launch for case in SOME_ATTENTION for launch in attention_launches(shared, *case)]
-    launches += other_launches(shared, BF16)
+    formats: list[KVFormat] = ["fp8"] if extent == "some" else ["bf16", "fp8", "int8"]
+    launches += other_launches(shared, BF16, formats)
     if extent == "all":
         launches += [launch for case in MORE_ATTENTION for launch in attention_launches(shared, *case)]
         launches += grouped_launches(shared, 32, 8, 128, BF16) + grouped_launches(shared, 4, 4, 64, FP32)
-        launches += other_launches(shared, FP32)
+        launches += other_launches(shared, FP32, formats)
     compiled = [asdict(compile_for(launch, target)) | {"limit": shared.size} for launch in launches]
     print(json.dumps(compiled))
 

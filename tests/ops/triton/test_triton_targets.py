@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from forked_program import run_forked
 from latentkv.kernels import has_triton
 
 KERNELS = {
@@ -29,6 +27,14 @@ KERNELS = {
 
 PIPELINED = {"attend_kernel", "prefill_kernel", "gate_up_kernel", "down_kernel"}
 
+PROGRAM = """
+import os, runpy, sys
+os.environ.pop("TRITON_INTERPRET", None)  # before triton is imported
+os.environ["TRITON_CACHE_DIR"], program = sys.argv[3:]
+del sys.argv[3:]
+runpy.run_path(program, run_name="__main__")
+"""
+
 pytestmark = pytest.mark.skipif(not has_triton(), reason="triton is not installed: pip install 'latentkv[gpu]'")
 
 
@@ -45,17 +51,9 @@ pytestmark = pytest.mark.skipif(not has_triton(), reason="triton is not installe
     ],
 )
 def test_every_kernel_compiles_and_fits(target: str, extent: str, tmp_path: Path) -> None:
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    program = Path(__file__).with_name("compile_kernels.py")
-    done = subprocess.run(
-        [sys.executable, str(program), target, extent],
-        env=env | {"TRITON_CACHE_DIR": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    compiled = json.loads(done.stdout.splitlines()[-1])
+    code, printed, said = run_forked(PROGRAM, target, extent, tmp_path, Path(__file__).with_name("compile_kernels.py"))
+    assert code == 0, said[-3000:]
+    compiled = json.loads(printed.splitlines()[-1])
     assert {kernel["name"] for kernel in compiled} == KERNELS
     assert [kernel for kernel in compiled if kernel["shared_bytes"] > kernel["limit"]] == []
     assert [kernel for kernel in compiled if kernel["tensor_columns"] > 512] == []
