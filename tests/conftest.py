@@ -24,27 +24,10 @@ from typing import TYPE_CHECKING, Any
 
 import hypothesis
 import pytest
-import torch
 
 if TYPE_CHECKING:
     from latentkv import LLM
     from live_server import Live
-
-# Without a GPU, Triton's kernels are tested through its interpreter, which has to be chosen before triton is imported.
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
-
-torch.set_num_threads(1)
-
-# Without a GPU, torch.manual_seed would keep its caller's stack for every kind of device, at every call, in case one is
-# found later: that takes longer than most tests here, and memory that is never given back.
-if not torch.cuda.is_available():
-    torch.manual_seed = torch.default_generator.manual_seed
-
-# torch keeps what its loggers say from the root's handlers, so pytest would add its own to each of some forty, and take
-# them away again, three times a test.
-for logger in [logging.getLogger(name) for name in logging.root.manager.loggerDict if name.startswith("torch")]:
-    logger.propagate = True
 
 # The same examples every time, however long they take: a run that fails can be run again.
 hypothesis.settings.register_profile("latentkv", derandomize=True, deadline=None, max_examples=60)
@@ -52,6 +35,25 @@ hypothesis.settings.load_profile("latentkv")
 
 # A shell that runs the tests in the background has them ignore Ctrl-C, and so would the programs that they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Settings of torch, which takes seconds to import: not in a process that only hands tests to others."""
+    if config.getoption("dist", "no") != "no" and not hasattr(config, "workerinput") and not config.option.collectonly:
+        return
+    import torch
+
+    torch.set_num_threads(1)
+    if not torch.cuda.is_available():
+        # Triton's kernels are tested through its interpreter, which has to be chosen before triton is imported.
+        os.environ["TRITON_INTERPRET"] = "1"
+        # torch.manual_seed would keep its caller's stack for every kind of device, at every call, in case one is found
+        # later: that takes longer than most tests here, and memory that is never given back.
+        torch.manual_seed = torch.default_generator.manual_seed
+    # torch keeps what its loggers say from the root's handlers, so pytest would add its own to each of some forty, and
+    # take them away again, three times a test.
+    for logger in [logging.getLogger(name) for name in logging.root.manager.loggerDict if name.startswith("torch")]:
+        logger.propagate = True
 
 
 def pytest_xdist_auto_num_workers() -> int | None:
@@ -108,6 +110,8 @@ def unpainted() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     """Random numbers are the same in every run, whatever ran before."""
+    import torch
+
     torch.manual_seed(0)
 
 
