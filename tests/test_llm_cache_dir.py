@@ -59,6 +59,11 @@ def test_a_fresh_process_says_the_same_in_every_format_without_reading_the_promp
             plain = LLM(models / kind, kv_dtype=name).generate(PROMPT, GREEDY)[0].token_ids
             assert first[f"{kind} {name}"] == [plain, 0]
             assert second[f"{kind} {name}"] == [plain, 256]
+            # From those two, which are copies of one process, this one differs in the seed of hash(), too.
+            here = LLM(models / kind, kv_dtype=name, cache_dir=tmp_path)
+            assert here.generate(PROMPT, GREEDY)[0].token_ids == plain
+            assert here.engine.counters.store_hits == 256
+            here.close()
     assert first["compiler"] is second["compiler"] is False
 
 

@@ -155,6 +155,9 @@ def test_a_start_holds_no_weights_of_its_own_and_two_processes_share_their_pages
         assert found["Pss"] < 0.6 * found["Rss"]
         assert found["Anonymous"] == 0
         assert not found["compiler"]
+    # From those two, which are copies of one process, this one differs in the seed of hash(), too.
+    assert LLM(model, dtype="bf16", packed_dir=tmp_path / "packed", max_context=64).packed_file is not None
+    assert len(files(tmp_path / "packed")) == 1
 
 
 def answer(process: ForkedProgram, word: str = "") -> str:
