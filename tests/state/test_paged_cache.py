@@ -2,7 +2,17 @@ import pytest
 import torch
 
 from latentkv.errors import CacheError
-from latentkv.state import IndexSpec, KeyValueSpec, LastStateSpec, LatentSpec, LayerSpec, PagedCache, page_bytes
+from latentkv.state import (
+    IndexSpec,
+    KeyValueSpec,
+    LastStateSpec,
+    LatentSpec,
+    LayerSpec,
+    PagedCache,
+    RecurrentSpec,
+    page_bytes,
+    sequence_bytes,
+)
 
 SPECS = {
     "latent": [LayerSpec(LatentSpec(32, 8, "bf16"))] * 3,
@@ -14,6 +24,11 @@ SPECS = {
         LayerSpec(KeyValueSpec(2, 6, "fp16")),
         LayerSpec(LatentSpec(16, 8, "fp16"), IndexSpec(6, torch.float16), LastStateSpec(10, torch.bfloat16)),
     ],
+    "recurrent": [
+        LayerSpec(None, recurrent=RecurrentSpec(3, 4, 6, 42, most_drafted=2)),
+        LayerSpec(LatentSpec(30, 8, "fp16")),
+        LayerSpec(None, recurrent=RecurrentSpec(2, 4, 5, 30, conv_width=3)),
+    ],
 }
 
 
@@ -21,8 +36,10 @@ SPECS = {
 @pytest.mark.parametrize(("num_pages", "page_size"), [(1, 64), (7, 3)])
 def test_the_bytes_allocated_are_the_bytes_of_the_formula(specs, num_pages, page_size):
     cache = PagedCache(specs, num_pages, page_size=page_size)
-    assert cache.allocated_bytes == cache.page_bytes * num_pages
-    assert cache.allocated_bytes == sum(tensor.numel() * tensor.itemsize for tensor in cache.storage)
+    assert cache.allocated_bytes == cache.page_bytes * num_pages + cache.sequence_bytes * cache.num_slots
+    tensors = [*cache.storage, *cache.slot_storage]
+    assert cache.allocated_bytes == sum(tensor.numel() * tensor.itemsize for tensor in tensors)
+    assert cache.num_slots == (1 if any(spec.recurrent for spec in specs) else 0)
     assert cache.bytes_per_token == sum(spec.token_bytes for spec in specs)
     once = sum(spec.last_state.page_bytes for spec in specs if spec.last_state)
     assert cache.page_bytes == page_size * cache.bytes_per_token + once
@@ -31,11 +48,44 @@ def test_the_bytes_allocated_are_the_bytes_of_the_formula(specs, num_pages, page
 
 @pytest.mark.parametrize("specs", SPECS.values(), ids=SPECS)
 def test_a_cache_sized_by_bytes_is_the_largest_that_fits(specs):
-    needed = page_bytes(specs, 16)
-    for budget, pages in ((needed, 1), (5 * needed - 1, 4), (5 * needed, 5)):
-        cache = PagedCache.sized(specs, budget, page_size=16)
+    needed, slots = page_bytes(specs, 16), 2 * sequence_bytes(specs)
+    for pages, spare in ((1, 0), (4, needed - 1), (5, 0)):
+        cache = PagedCache.sized(specs, pages * needed + slots + spare, page_size=16)
         assert cache.num_pages == pages
-        assert cache.allocated_bytes <= budget
+        assert cache.allocated_bytes <= pages * needed + slots + spare
+
+
+def test_slots_take_a_quarter_of_a_cache_but_leave_a_page_and_are_two_if_they_can():
+    specs = SPECS["recurrent"]
+    page, slot = page_bytes(specs, 16), sequence_bytes(specs)
+    for budget, slots in ((page + slot, 1), (page + 2 * slot, 2), (40 * slot, 10), (40 * slot - 1, 9)):
+        cache = PagedCache.sized(specs, budget, page_size=16)
+        assert cache.num_slots == slots
+        assert budget - page < cache.allocated_bytes <= budget
+    with pytest.raises(CacheError, match=f"recurrent state of one sequence: give at least {page + slot:,}"):
+        PagedCache.sized(specs, page + slot - 1, page_size=16)
+
+
+def test_recurrent_layers_keep_float32_states_for_each_slot_and_nothing_for_tokens():
+    cache = PagedCache(SPECS["recurrent"], 3, page_size=8, num_slots=5)
+    first, second, third = states = [cache.view(index) for index in range(3)]
+    assert [tuple(tensor.shape) for tensor in first.recurrent] == [
+        (5, 3, 4, 6),
+        (5, 3, 42),
+        (5, 2, 42),
+        (5, 2, 3, 4),
+        (5, 2, 3),
+    ]
+    assert third.recurrent.conv.shape == (5, 2, 30) and third.recurrent.pending_beta.shape == (5, 0, 2)
+    assert second.recurrent is None and [len(state.tensors) for state in states] == [0, 1, 0]
+    assert all(tensor.dtype == torch.float32 for tensor in cache.slot_storage)
+    assert cache.format == "fp16" and cache.bytes_per_token == second.pages.nbytes // 24
+    assert cache.sequence_bytes * 5 == sum(tensor.nbytes for tensor in cache.slot_storage)
+    cache.check()
+    with pytest.raises(CacheError, match="nothing of each token"):
+        _ = first.pages
+    with pytest.raises(CacheError, match="nothing of each token"):
+        _ = first.kv_format
 
 
 def test_a_budget_under_one_page_is_refused_with_the_least_that_works():
@@ -81,3 +131,7 @@ def test_no_specs_no_pages_and_empty_pages_are_refused():
     for specs, pages, size in (([], 1, 1), (SPECS["kv"], 0, 1), (SPECS["kv"], 1, 0)):
         with pytest.raises(CacheError):
             PagedCache(specs, pages, page_size=size)
+    with pytest.raises(CacheError, match="0 slots"):
+        PagedCache(SPECS["recurrent"], 1, num_slots=0)
+    with pytest.raises(CacheError, match="layers that keep tokens"):
+        PagedCache(SPECS["recurrent"][:1], 1)

@@ -105,6 +105,8 @@ def fill_cache(cache: PagedCache) -> None:
     generator = torch.Generator().manual_seed(0)
     count = min(_FILLED_PAGES, cache.num_pages)
     for index, layer in enumerate(cache.specs):
+        if layer.tokens is None:
+            continue
         spec, pages = layer.tokens, cache.view(index).pages
         if isinstance(spec, LatentSpec):
             drawn = torch.randn(count * cache.page_size, spec.latent_dim + spec.rope_dim, generator=generator)

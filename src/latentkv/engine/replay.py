@@ -110,6 +110,13 @@ class Replay:
         own.slots.copy_(batch.slots)
         own.stop.copy_(batch.stop)
         own.block_table[:, : batch.block_table.shape[1]] = batch.block_table
+        for filled, new in (
+            (own.slot_ids, batch.slot_ids),
+            (own.pending, batch.pending),
+            (own.committed, batch.committed),
+        ):
+            if filled is not None and new is not None:
+                filled.copy_(new)
 
 
 def _copy(value: object) -> object:

@@ -5,11 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from latentkv.models.transfer import to_device
+
+
+class SlotUse(NamedTuple):
+    """What a step does with a sequence's recurrent state; `Batch` tells what each is."""
+
+    slot: int
+    pending: int
+    committed: int
 
 
 @dataclass(frozen=True)
@@ -27,6 +36,15 @@ class Batch:
         kv_lens: cached tokens of each sequence after this step's are written, known to the host.
         kv_start: cached tokens before this one, which are none of the new ones, are not read; known to the host.
         start: [T] int32, `kv_start` for each row; None where it is 0.
+        slot_ids: [B] int32, where each sequence's recurrent state lies; None where no layer is recurrent.
+        pending: [B] int32, likewise; so many of the tokens that wait in the slot come before the new ones.
+        committed: [B] int32, likewise; so many of the new tokens, one at least, change the state in the slot.
+
+    A recurrent layer takes the first `pending` waiting tokens of a slot into its state, then the first `committed` new
+    ones, and stores it; the other new tokens, which are a draft, go on from there without a trace but that they wait in
+    the slot from now on, in place of those before. The first row of a sequence has stop = 1 exactly if the sequence
+    begins with it: then its state is zero, whatever lies in the slot, and pending is 0. A recorded step reads all of
+    this from the tensors.
     """
 
     input_ids: Tensor
@@ -39,6 +57,9 @@ class Batch:
     kv_lens: tuple[int, ...]
     kv_start: int = 0
     start: Tensor | None = None
+    slot_ids: Tensor | None = None
+    pending: Tensor | None = None
+    committed: Tensor | None = None
 
     @classmethod
     def build(
@@ -50,6 +71,7 @@ class Batch:
         page_size: int,
         device: torch.device | str = "cpu",
         kv_start: int = 0,
+        slots: Sequence[SlotUse] | None = None,
     ) -> Batch:
         """Lay out one step.
 
@@ -60,12 +82,13 @@ class Batch:
             page_size: tokens a page.
             device: where the model runs.
             kv_start: cached tokens before this one are not read.
+            slots: of each sequence, where a layer is recurrent.
         """
         query_lens = tuple(len(new) for new in tokens)
         kv_lens = tuple(start + n for start, n in zip(starts, query_lens, strict=True))
         # Lists, not tensors: a decode step has few tokens, and a small tensor operation costs more than all of them.
         positions = [p for start, end in zip(starts, kv_lens, strict=True) for p in range(start, end)]
-        slots = [
+        written = [
             owned[p // page_size] * page_size + p % page_size
             for owned, start, end in zip(pages, starts, kv_lens, strict=True)
             for p in range(start, end)
@@ -82,16 +105,22 @@ class Batch:
             positions=on_device(positions, torch.int64),
             q_start=on_device([0, *accumulate(query_lens)], torch.int32),
             block_table=to_device(table, device),
-            slots=on_device(slots, torch.int64),
+            slots=on_device(written, torch.int64),
             stop=on_device([p + 1 for p in positions], torch.int32),
             query_lens=query_lens,
             kv_lens=kv_lens,
             kv_start=kv_start,
             start=torch.full((len(positions),), kv_start, dtype=torch.int32, device=device) if kv_start else None,
+            slot_ids=on_device([use.slot for use in slots], torch.int32) if slots else None,
+            pending=on_device([use.pending for use in slots], torch.int32) if slots else None,
+            committed=on_device([use.committed for use in slots], torch.int32) if slots else None,
         )
 
     def cut(self, length: int) -> Batch:
-        """The same rows; a sequence that grows past `length` cached tokens in this step is two: up to it, past it."""
+        """The same rows; a sequence that grows past `length` cached tokens in this step is two: up to it, past it.
+
+        It is for layers that attend: a recurrent layer's state is not cut.
+        """
         pieces: list[tuple[int, int, int]] = []  # sequence, new tokens, cached tokens after them
         for b, (new, end) in enumerate(zip(self.query_lens, self.kv_lens, strict=True)):
             within = min(max(length - (end - new), 0), new)
@@ -106,6 +135,9 @@ class Batch:
             block_table=self.block_table[to_device(torch.tensor(owners), self.block_table.device)],
             query_lens=lens,
             kv_lens=ends,
+            slot_ids=None,
+            pending=None,
+            committed=None,
         )
 
     def part(self, first: int, last: int) -> tuple[Batch, slice]:
@@ -123,5 +155,8 @@ class Batch:
             kv_lens=self.kv_lens[first:last],
             kv_start=self.kv_start,
             start=None if self.start is None else self.start[rows],
+            slot_ids=None if self.slot_ids is None else self.slot_ids[first:last],
+            pending=None if self.pending is None else self.pending[first:last],
+            committed=None if self.committed is None else self.committed[first:last],
         )
         return part, rows

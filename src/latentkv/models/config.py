@@ -150,8 +150,11 @@ class LayerConfig:
         """The indexer that the layer itself has."""
         return None if self.shares_selection else self.indexer
 
-    def spec(self, kv_format: KVFormat, last_state: LastStateSpec | None = None) -> LayerSpec:
-        """What the layer keeps, its tokens stored in `kv_format`; keys of an indexer are never quantised."""
+    def spec(self, kv_format: KVFormat, last_state: LastStateSpec | None = None, *, most_drafted: int = 0) -> LayerSpec:
+        """What the layer keeps, its tokens stored in `kv_format`; keys of an indexer are never quantised.
+
+        A recurrent layer keeps room for drafts of `most_drafted` tokens; the others need none.
+        """
         index = None
         if self.own_indexer is not None:
             index = IndexSpec(self.own_indexer.head_dim, FLOAT_DTYPES.get(kv_format, torch.bfloat16))
@@ -218,14 +221,17 @@ class ModelConfig:
         found = [layer.moe for layer in self.layers if layer.moe is not None]
         return self._same("experts", found) if found else None
 
-    def specs(self, kv_format: KVFormat, *, mtp: torch.dtype | None = None) -> tuple[LayerSpec, ...]:
+    def specs(
+        self, kv_format: KVFormat, *, mtp: torch.dtype | None = None, most_drafted: int = 0
+    ) -> tuple[LayerSpec, ...]:
         """What each layer keeps.
 
         Args:
             kv_format: how tokens are stored.
             mtp: dtype of the hidden states, where the first MTP module is to draft: its layer comes last.
+            most_drafted: tokens of the longest draft: recurrent layers keep room for them.
         """
-        specs = tuple(layer.spec(kv_format) for layer in self.layers)
+        specs = tuple(layer.spec(kv_format, most_drafted=most_drafted) for layer in self.layers)
         return specs if mtp is None else (*specs, self.mtp_layer.spec(kv_format, LastStateSpec(self.hidden_size, mtp)))
 
     def _same(self, what: str, values: Sequence[T]) -> T:

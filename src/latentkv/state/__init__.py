@@ -15,9 +15,12 @@ from latentkv.state.spec import (
     LatentSpec,
     LayerSpec,
     LayerState,
+    RecurrentSpec,
+    RecurrentState,
     bytes_per_token,
     mha_bytes_per_token,
     page_bytes,
+    sequence_bytes,
 )
 from latentkv.state.store import PageKey, PageStore, StoreFolder
 
@@ -36,8 +39,11 @@ __all__ = [
     "PageStore",
     "PagedCache",
     "PrefixIndex",
+    "RecurrentSpec",
+    "RecurrentState",
     "StoreFolder",
     "bytes_per_token",
     "mha_bytes_per_token",
     "page_bytes",
+    "sequence_bytes",
 ]

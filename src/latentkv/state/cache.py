@@ -12,7 +12,10 @@ from torch import Tensor
 
 from latentkv.errors import CacheError
 from latentkv.state.pages import PagePool
-from latentkv.state.spec import PAGE_SIZE, KVFormat, LayerSpec, LayerState, bytes_per_token, page_bytes
+from latentkv.state.spec import PAGE_SIZE, KVFormat, LayerSpec, LayerState, bytes_per_token, page_bytes, sequence_bytes
+
+SLOTS_SHARE = 0.25
+"""Of a cache's bytes, that recurrent states take: those of running sequences, and snapshots of them."""
 
 
 class PagedCache:
@@ -22,10 +25,12 @@ class PagedCache:
         specs: what each layer keeps (`ModelConfig.specs`).
         num_pages: pages in all.
         page_size: tokens a page.
+        num_slots: sequences whose recurrent state is kept at once, where a layer is recurrent.
         device: where the storage lives.
 
     Attributes:
         pool: who holds which page.
+        num_slots: as given; 0 where no layer is recurrent.
     """
 
     def __init__(
@@ -34,19 +39,21 @@ class PagedCache:
         num_pages: int,
         *,
         page_size: int = PAGE_SIZE,
+        num_slots: int = 1,
         device: torch.device | str = "cpu",
     ) -> None:
-        _require_sizes(specs, num_pages, page_size)
+        _require_sizes(specs, num_pages, page_size, num_slots)
         self.specs = tuple(specs)
         self.page_size = page_size
+        self.num_slots = num_slots if sequence_bytes(specs) else 0
         self._layers: list[LayerState] = []
         try:
             for spec in self.specs:
-                self._layers.append(spec.allocate(num_pages, page_size, device))
+                self._layers.append(spec.allocate(num_pages, page_size, device, num_slots=self.num_slots))
         except (RuntimeError, MemoryError) as error:
             raise CacheError(
-                f"{num_pages} cache pages need {num_pages * self.page_bytes:,} bytes, which {device} cannot give: "
-                "lower kv_cache_bytes or the context"
+                f"{num_pages} cache pages need {num_pages * self.page_bytes:,} bytes{self._slots_too}, which {device} "
+                "cannot give: lower kv_cache_bytes or the context"
             ) from error
         self.pool = PagePool(num_pages)
 
@@ -59,19 +66,24 @@ class PagedCache:
         page_size: int = PAGE_SIZE,
         device: torch.device | str = "cpu",
     ) -> PagedCache:
-        """The largest cache of whole pages that fits in `kv_cache_bytes`.
+        """The largest cache of whole pages and slots that fits in `kv_cache_bytes`; slots take `SLOTS_SHARE` of it.
 
         Raises:
-            CacheError: not even one page fits.
+            CacheError: not even one page, and one slot where a layer is recurrent, fits.
         """
         _require_sizes(specs, 1, page_size)
-        needed = page_bytes(specs, page_size)
-        if kv_cache_bytes < needed:
+        page, slot = page_bytes(specs, page_size), sequence_bytes(specs)
+        if kv_cache_bytes < page + slot:
+            state = " and the recurrent state of one sequence" if slot else ""
             raise CacheError(
-                f"kv_cache_bytes={kv_cache_bytes:,} is less than one page of {page_size} tokens: "
-                f"give at least {needed:,}"
+                f"kv_cache_bytes={kv_cache_bytes:,} is less than one page of {page_size} tokens{state}: "
+                f"give at least {page + slot:,}"
             )
-        return cls(specs, kv_cache_bytes // needed, page_size=page_size, device=device)
+        num_slots = 0
+        if slot:  # one for a sequence and one for a snapshot, if they leave a page
+            num_slots = min(max(int(kv_cache_bytes * SLOTS_SHARE) // slot, 2), (kv_cache_bytes - page) // slot)
+        num_pages = (kv_cache_bytes - num_slots * slot) // page
+        return cls(specs, num_pages, page_size=page_size, num_slots=max(num_slots, 1), device=device)
 
     @property
     def num_pages(self) -> int:
@@ -81,7 +93,7 @@ class PagedCache:
     @property
     def format(self) -> KVFormat:
         """How tokens are stored."""
-        return self.specs[0].tokens.format
+        return next(spec.tokens.format for spec in self.specs if spec.tokens is not None)
 
     @property
     def bytes_per_token(self) -> int:
@@ -94,14 +106,24 @@ class PagedCache:
         return page_bytes(self.specs, self.page_size)
 
     @property
+    def sequence_bytes(self) -> int:
+        """Bytes of one sequence's recurrent states in all layers."""
+        return sequence_bytes(self.specs)
+
+    @property
     def allocated_bytes(self) -> int:
-        """Bytes that the storage really takes: page_bytes * num_pages, exactly."""
-        return sum(tensor.untyped_storage().nbytes() for tensor in self.storage)
+        """Bytes that the storage really takes: page_bytes * num_pages + sequence_bytes * num_slots, exactly."""
+        return sum(tensor.untyped_storage().nbytes() for tensor in (*self.storage, *self.slot_storage))
 
     @property
     def storage(self) -> list[Tensor]:
-        """All tensors, layer by layer, each [N, ...]."""
+        """What lies in pages: all tensors, layer by layer, each [N, ...]."""
         return [tensor for state in self._layers for tensor in state.tensors]
+
+    @property
+    def slot_storage(self) -> list[Tensor]:
+        """What lies in slots: all tensors, layer by layer, each [S, ...]."""
+        return [tensor for state in self._layers if state.recurrent for tensor in state.recurrent]
 
     def pages_for(self, tokens: int) -> int:
         """How many pages `tokens` tokens fill, the last one perhaps in part."""
@@ -129,16 +151,24 @@ class PagedCache:
             CacheError: one is broken.
         """
         self.pool.check()
-        predicted = self.page_bytes * self.num_pages
+        predicted = self.page_bytes * self.num_pages + self.sequence_bytes * self.num_slots
         if self.allocated_bytes != predicted:
             raise CacheError(
                 f"inconsistent cache: {self.allocated_bytes:,} bytes are allocated, the formula says {predicted:,}"
             )
 
+    @property
+    def _slots_too(self) -> str:
+        if not self.num_slots:
+            return ""
+        return f" and the recurrent states of {self.num_slots} sequences {self.num_slots * self.sequence_bytes:,}"
 
-def _require_sizes(specs: Sequence[LayerSpec], num_pages: int, page_size: int) -> None:
-    if not specs:
-        raise CacheError("a cache without layers stores nothing: give at least one LayerSpec")
+
+def _require_sizes(specs: Sequence[LayerSpec], num_pages: int, page_size: int, num_slots: int = 1) -> None:
+    if not bytes_per_token(specs):
+        raise CacheError("a cache without layers that keep tokens stores none: give at least one LayerSpec with tokens")
+    if num_slots < 1:
+        raise CacheError(f"a cache of {num_slots} slots holds no recurrent state: ask for at least one slot")
     if num_pages < 1:
         raise CacheError(f"a cache of {num_pages} pages holds no token: ask for at least one page")
     if page_size < 1:

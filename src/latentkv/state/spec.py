@@ -24,9 +24,12 @@ __all__ = [
     "LatentSpec",
     "LayerSpec",
     "LayerState",
+    "RecurrentSpec",
+    "RecurrentState",
     "bytes_per_token",
     "mha_bytes_per_token",
     "page_bytes",
+    "sequence_bytes",
 ]
 
 PAGE_SIZE = 64
@@ -122,25 +125,109 @@ class LastStateSpec:
         return torch.zeros(num_pages, self.hidden_size, dtype=self.dtype, device=device)
 
 
+class RecurrentState(NamedTuple):
+    """The memory of one recurrent layer, to be read and written in place: S slots, each one sequence's; all float32.
+
+    A slot's state is that of the sequence's first tokens. The few tokens that may come after them wait in the slot as
+    inputs of the recurrence: a draft is read before it is known which of its tokens are right (`models.batch.Batch`
+    says how many count).
+
+    Attributes:
+        matrices: [S, H, Dk, Dv], the state after the last token that it has taken in.
+        conv: [S, conv_width - 1, C], what the convolution has read last, the oldest first.
+        pending_conv: [S, K, C], of the tokens that wait: what the convolution reads, the first token's row first.
+        pending_decay: [S, K, H, Dk], the logarithm of the decay of each.
+        pending_beta: [S, K, H], how much of each is written.
+    """
+
+    matrices: Tensor
+    conv: Tensor
+    pending_conv: Tensor
+    pending_decay: Tensor
+    pending_beta: Tensor
+
+
+@dataclass(frozen=True)
+class RecurrentSpec:
+    """The state of a gated delta rule with a short convolution (KDA: arXiv 2510.26692), the same for every length.
+
+    Attributes:
+        num_heads: H.
+        key_dim: Dk.
+        value_dim: Dv.
+        conv_channels: C, what the convolution reads of a token.
+        conv_width: tokens that it reads, the newest included.
+        most_drafted: K, tokens of the longest draft.
+    """
+
+    num_heads: int
+    key_dim: int
+    value_dim: int
+    conv_channels: int
+    conv_width: int = 4
+    most_drafted: int = 0
+
+    @property
+    def sequence_bytes(self) -> int:
+        """Bytes of one sequence."""
+        state = self.num_heads * self.key_dim * self.value_dim + (self.conv_width - 1) * self.conv_channels
+        return 4 * (state + self.most_drafted * (self.conv_channels + self.num_heads * (self.key_dim + 1)))
+
+    def allocate(self, num_slots: int, device: torch.device | str = "cpu") -> RecurrentState:
+        """Zeroed memory of `num_slots` sequences."""
+        heads, drafted, channels = self.num_heads, self.most_drafted, self.conv_channels
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(num_slots, *shape, dtype=torch.float32, device=device)
+
+        return RecurrentState(
+            matrices=zeros(heads, self.key_dim, self.value_dim),
+            conv=zeros(self.conv_width - 1, channels),
+            pending_conv=zeros(drafted, channels),
+            pending_decay=zeros(drafted, heads, self.key_dim),
+            pending_beta=zeros(drafted, heads),
+        )
+
+
 class LayerState(NamedTuple):
     """The memory of one layer, to be read and written in place.
 
     Attributes:
-        pages: [N, P, ...], a row for each token.
-        kv_format: how a row stores its token.
+        token_pages: [N, P, ...], a row for each token, where the spec has any.
+        token_format: how a row stores its token.
         index_keys: [N, P, dim], where the spec has any.
         last_states: [N, hidden_size], where the spec has any.
+        recurrent: of each sequence, where the spec has any.
     """
 
-    pages: Tensor
-    kv_format: KVFormat
+    token_pages: Tensor | None
+    token_format: KVFormat | None
     index_keys: Tensor | None = None
     last_states: Tensor | None = None
+    recurrent: RecurrentState | None = None
+
+    @property
+    def pages(self) -> Tensor:
+        """[N, P, ...], a row for each token.
+
+        Raises:
+            CacheError: the layer keeps nothing of each token.
+        """
+        if self.token_pages is None:
+            raise CacheError("this layer keeps nothing of each token: make the cache of ModelConfig.specs")
+        return self.token_pages
+
+    @property
+    def kv_format(self) -> KVFormat:
+        """How a row of `pages` stores its token; raises as `pages`."""
+        if self.token_format is None:
+            raise CacheError("this layer keeps nothing of each token: make the cache of ModelConfig.specs")
+        return self.token_format
 
     @property
     def tensors(self) -> list[Tensor]:
-        """All of it, each [N, ...]."""
-        return [tensor for tensor in (self.pages, self.index_keys, self.last_states) if tensor is not None]
+        """What lies in pages, each [N, ...]."""
+        return [tensor for tensor in (self.token_pages, self.index_keys, self.last_states) if tensor is not None]
 
 
 @dataclass(frozen=True)
@@ -148,31 +235,41 @@ class LayerSpec:
     """What one layer keeps.
 
     Attributes:
-        tokens: of each token.
+        tokens: of each token; None: nothing.
         index: of each token, too, where the layer selects the tokens that it attends to.
         last_state: of each page, where the layer is an MTP module's: whoever shares the page goes on reading from it.
+        recurrent: of each sequence, where the layer is recurrent.
     """
 
-    tokens: LatentSpec | KeyValueSpec
+    tokens: LatentSpec | KeyValueSpec | None
     index: IndexSpec | None = None
     last_state: LastStateSpec | None = None
+    recurrent: RecurrentSpec | None = None
 
     @property
     def token_bytes(self) -> int:
         """Bytes of one token."""
-        return self.tokens.token_bytes + (0 if self.index is None else self.index.token_bytes)
+        return sum(each.token_bytes for each in (self.tokens, self.index) if each is not None)
+
+    @property
+    def sequence_bytes(self) -> int:
+        """Bytes of one sequence, however long."""
+        return 0 if self.recurrent is None else self.recurrent.sequence_bytes
 
     def page_bytes(self, page_size: int) -> int:
         """Bytes of one page of `page_size` tokens."""
         per_page = 0 if self.last_state is None else self.last_state.page_bytes
         return page_size * self.token_bytes + per_page
 
-    def allocate(self, num_pages: int, page_size: int, device: torch.device | str = "cpu") -> LayerState:
-        """Zeroed memory of `num_pages` pages."""
-        pages = self.tokens.allocate(num_pages, page_size, device)
+    def allocate(
+        self, num_pages: int, page_size: int, device: torch.device | str = "cpu", *, num_slots: int = 0
+    ) -> LayerState:
+        """Zeroed memory of `num_pages` pages and `num_slots` sequences."""
+        pages = None if self.tokens is None else self.tokens.allocate(num_pages, page_size, device)
         keys = None if self.index is None else self.index.allocate(num_pages, page_size, device)
         states = None if self.last_state is None else self.last_state.allocate(num_pages, device)
-        return LayerState(pages, self.tokens.format, keys, states)
+        recurrent = None if self.recurrent is None else self.recurrent.allocate(num_slots, device)
+        return LayerState(pages, None if self.tokens is None else self.tokens.format, keys, states, recurrent)
 
 
 def bytes_per_token(layers: Iterable[LayerSpec]) -> int:
@@ -183,6 +280,11 @@ def bytes_per_token(layers: Iterable[LayerSpec]) -> int:
 def page_bytes(layers: Iterable[LayerSpec], page_size: int = PAGE_SIZE) -> int:
     """Bytes of one page in all of `layers`: of its tokens, and what is kept once a page."""
     return sum(layer.page_bytes(page_size) for layer in layers)
+
+
+def sequence_bytes(layers: Iterable[LayerSpec]) -> int:
+    """Bytes that one sequence takes in all of `layers` beside its tokens: its recurrent states."""
+    return sum(layer.sequence_bytes for layer in layers)
 
 
 def mha_bytes_per_token(
