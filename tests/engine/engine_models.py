@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from toy_recurrent import ToyRecurrent
 
 from latentkv.models.config_reader import read_config
 from latentkv.models.decoder import Decoder
@@ -67,10 +68,24 @@ _KINDS = CONFIGS | {"mtp": MTP, "sparse": SPARSE, "sparse mtp": SPARSE_MTP}
 
 
 def tiny_decoder(kind: str) -> Decoder:
+    """A model of a kind; "hybrid ..." has a toy recurrent layer as its first."""
     torch.manual_seed(0)
-    return Decoder(read_config(_KINDS[kind])).eval().requires_grad_(False)
+    decoder = Decoder(read_config(_KINDS[kind.removeprefix("hybrid ")])).eval()
+    if kind.startswith("hybrid"):
+        decoder.model.layers[0].self_attn = ToyRecurrent(decoder.config.hidden_size)
+    return decoder.requires_grad_(False)
 
 
-def cache_for(decoder: Decoder, num_pages: int, page_size: int = 8) -> PagedCache:
-    specs = decoder.config.specs("fp32", mtp=decoder.dtype if decoder.mtp else None)
-    return PagedCache(specs, num_pages, page_size=page_size)
+def cache_for(
+    decoder: Decoder, num_pages: int, page_size: int = 8, *, num_slots: int = 6, most_drafted: int = 5
+) -> PagedCache:
+    """A cache whose slots hold garbage."""
+    config = decoder.config
+    specs = list(config.specs("fp32", mtp=decoder.dtype if decoder.mtp else None, most_drafted=most_drafted))
+    for index, layer in enumerate(decoder.model.layers):
+        if isinstance(layer.self_attn, ToyRecurrent):
+            specs[index] = layer.self_attn.spec(most_drafted)
+    cache = PagedCache(specs, num_pages, page_size=page_size, num_slots=num_slots)
+    for tensor in cache.slot_storage:
+        tensor.fill_(float("nan"))
+    return cache

@@ -21,6 +21,7 @@ from latentkv.engine.runner import PREFILL_CHUNK, Runner
 from latentkv.engine.sampler import TokenLogprobs, sample, token_logprobs
 from latentkv.engine.scheduler import MAX_RUNNING, Scheduler, Share
 from latentkv.engine.sequence import Sequence
+from latentkv.engine.snapshots import EVERY
 from latentkv.errors import CacheError, RequestError
 from latentkv.models.decoder import Decoder
 from latentkv.models.transfer import take_rows
@@ -83,6 +84,10 @@ class Engine:
         drafter: proposes tokens that the model checks several at once; the result is the same, sooner.
         most_drafted: tokens of a draft.
         store: where prefixes go, and are looked for when they are not in memory; it is closed with this.
+        snapshot_every: pages of a prompt after which the state of recurrent layers is kept to go on from.
+
+    Raises:
+        CacheError: recurrent layers of the cache have no room for drafts of so many tokens.
 
     Attributes:
         runner: for reading texts beside the requests.
@@ -101,7 +106,9 @@ class Engine:
         drafter: Drafter | None = None,
         most_drafted: int = 4,
         store: PageStore | None = None,
+        snapshot_every: int = EVERY,
     ) -> None:
+        _require_room_for_drafts(cache, most_drafted if drafter else 0)
         self.cache = cache
         self.runner = Runner(decoder, cache)
         self.eos_ids = frozenset(eos_ids)
@@ -109,7 +116,11 @@ class Engine:
         self._drafter = drafter
         self._most_drafted = most_drafted
         self._scheduler = Scheduler(
-            cache, max_running=max_running, store=store, forget=drafter.forget if drafter else None
+            cache,
+            max_running=max_running,
+            store=store,
+            forget=drafter.forget if drafter else None,
+            snapshot_every=snapshot_every,
         )
         self.counters = self._scheduler.counters
         self._jobs: dict[int, _Job] = {}
@@ -379,9 +390,20 @@ class Engine:
 
     def _require_idle(self) -> None:
         if self._scheduler.waiting:
+            slots = self.cache.slots
+            held = f" (and all but {slots.free_slots} of {slots.num_slots} slots)" if slots else ""
             raise CacheError(
-                f"All but {self.cache.pool.free_pages} of {self.cache.num_pages} cache pages are held elsewhere, and "
-                "no request can go on: let them go, or load the model with a larger kv_cache_bytes."
+                f"All but {self.cache.pool.free_pages} of {self.cache.num_pages} cache pages{held} are held elsewhere, "
+                "and no request can go on: let them go, or load the model with a larger kv_cache_bytes."
+            )
+
+
+def _require_room_for_drafts(cache: PagedCache, most_drafted: int) -> None:
+    for spec in cache.specs:
+        if spec.recurrent and spec.recurrent.most_drafted < most_drafted:
+            raise CacheError(
+                f"Recurrent layers have room for drafts of {spec.recurrent.most_drafted} tokens, not {most_drafted}: "
+                "make the cache of ModelConfig.specs with most_drafted."
             )
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from latentkv.engine.replay import Replay
 from latentkv.engine.sequence import Sequence
 from latentkv.errors import CheckpointError
-from latentkv.models.batch import Batch
+from latentkv.models.batch import Batch, SlotUse
 from latentkv.models.decoder import Decoder
 from latentkv.models.forms import Form
 from latentkv.models.transfer import to_host
@@ -42,21 +42,29 @@ class Runner:
 
     @contextmanager
     def sequences(self, tokens: SequenceOf[SequenceOf[int]]) -> Generator[list[Sequence]]:
-        """Sequences with pages for their `tokens`, given back at the end whatever happens.
+        """Sequences with pages and a slot for their `tokens`, given back at the end whatever happens.
 
         Raises:
-            CacheError: not that many pages are free.
+            CacheError: not that many are free.
         """
         needed = [self.cache.pages_for(len(ids)) for ids in tokens]
         pages = self.cache.pool.allocate(sum(needed))
-        ends = list(accumulate(needed))
+        ends = accumulate(needed)
+        sequences = [
+            Sequence(index, list(ids), pages[end - count : end])
+            for index, (ids, count, end) in enumerate(zip(tokens, needed, ends, strict=True))
+        ]
+        slots = self.cache.slots
         try:
-            yield [
-                Sequence(index, list(ids), pages[end - count : end])
-                for index, (ids, count, end) in enumerate(zip(tokens, needed, ends, strict=True))
-            ]
+            if slots:
+                for sequence in sequences:
+                    sequence.slot = slots.allocate()
+            yield sequences
         finally:
             self.cache.pool.free(pages)
+            for sequence in sequences:
+                if slots and sequence.slot:
+                    slots.free(sequence.slot)
 
     @torch.inference_mode()
     def read(self, sequences: SequenceOf[Sequence], counts: SequenceOf[int]) -> Tensor:
@@ -67,6 +75,7 @@ class Runner:
             [s.pages for s in sequences],
             page_size=self.cache.page_size,
             device=self.device,
+            slots=_slot_uses(sequences, counts),
         )
         # Drafts are checked in the form in which tokens are decoded one by one: they give the same bits.
         form: Form | None = "absorbed" if any(sequence.draft for sequence in sequences) else None
@@ -76,6 +85,8 @@ class Runner:
         if hidden is None:
             hidden = self.decoder(batch, self.cache, form=form)
         for sequence, count in zip(sequences, counts, strict=True):
+            if sequence.slot:
+                sequence.slot.num_tokens = sequence.num_cached + _committed(sequence, count)
             sequence.num_cached += count
         return hidden
 
@@ -99,6 +110,20 @@ class Runner:
         for start in range(0, len(hidden), size):
             rows = slice(start, min(start + size, len(hidden)))
             yield rows, self.logits(hidden[rows])
+
+
+def _slot_uses(sequences: SequenceOf[Sequence], counts: SequenceOf[int]) -> list[SlotUse]:
+    """What reading so many tokens of each does with their recurrent states; empty where there are none."""
+    return [
+        SlotUse(slot.index, sequence.num_cached - slot.num_tokens, _committed(sequence, count))
+        for sequence, count in zip(sequences, counts, strict=True)
+        if (slot := sequence.slot)
+    ]
+
+
+def _committed(sequence: Sequence, count: int) -> int:
+    """Of the next `count` tokens, those that are no draft."""
+    return min(count, sequence.num_uncached)
 
 
 def _require_finite(logits: Tensor, dtype: torch.dtype) -> Tensor:

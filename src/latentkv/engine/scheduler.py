@@ -10,6 +10,7 @@ from itertools import accumulate
 from latentkv.engine.counters import Counters
 from latentkv.engine.offload import Offload
 from latentkv.engine.sequence import Sequence
+from latentkv.engine.snapshots import EVERY, Snapshots
 from latentkv.state import KnownPage, PagedCache, PageStore, PrefixIndex
 
 MAX_RUNNING = 256
@@ -38,12 +39,13 @@ class _Sharing:
 
 
 class Scheduler:
-    """Hands out a step's tokens and the cache's pages.
+    """Hands out a step's tokens and the cache's pages and slots.
 
     Every running sequence that decodes gets its token; what is left of a step's budget is shared equally among the
     oldest prompts, so that neither a long prompt nor a stream of short ones holds up the others. A sequence waits until
-    all its tokens' pages are free, first come first served. It takes further pages as it grows; where none is free, the
-    youngest sequence gives all of its back and is read again later: the oldest always goes on, so everything ends.
+    all its tokens' pages are free (and a slot, where layers are recurrent), first come first served. It takes further
+    pages as it grows; where none is free, the youngest sequence gives all of its back and is read again later: the
+    oldest always goes on, so everything ends.
     One whose first pages are stored has its pages filled from there, beside the steps, before it takes part in them.
 
     Args:
@@ -51,6 +53,7 @@ class Scheduler:
         max_running: sequences that have pages at once.
         store: where pages are looked for that are not in memory, and go; it is closed with this.
         forget: told of every sequence that has given its pages back.
+        snapshot_every: pages of a prompt after which the state of recurrent layers is kept to go on from.
 
     Attributes:
         running: sequences with pages, oldest first.
@@ -66,11 +69,13 @@ class Scheduler:
         max_running: int = MAX_RUNNING,
         store: PageStore | None = None,
         forget: Callable[[Sequence], None] | None = None,
+        snapshot_every: int = EVERY,
     ) -> None:
         self.running: list[Sequence] = []
         self.waiting: list[Sequence] = []
         self.counters = Counters()
-        self.prefixes = PrefixIndex(cache.pool, cache.page_size)
+        self.prefixes = PrefixIndex(cache.pool, cache.page_size, cache.slots)
+        self._snapshots = Snapshots(self.prefixes, cache.page_size, snapshot_every) if cache.slots else None
         self._cache = cache
         self._max_running = max_running
         self._forget = forget
@@ -102,11 +107,12 @@ class Scheduler:
         for sequence in decoding:
             sequence.draft = sequence.draft[: 0 if prompts else left]
             left -= len(sequence.draft)
-        least = accumulate(min(sequence.num_uncached, FAIR_SHARE) for sequence in prompts)
+        most = {sequence: self._most_read(sequence) for sequence in prompts}
+        least = accumulate(min(most[sequence], FAIR_SHARE) for sequence in prompts)
         prompts = prompts[: max(sum(tokens <= left for tokens in least), 1)]
         shares: dict[Sequence, int] = {}
-        for done, sequence in enumerate(sorted(prompts, key=lambda each: each.num_uncached)):
-            shares[sequence] = min(sequence.num_uncached, -(-left // (len(prompts) - done)))
+        for done, sequence in enumerate(sorted(prompts, key=lambda each: most[each])):
+            shares[sequence] = min(most[sequence], -(-left // (len(prompts) - done)))
             left -= shares[sequence]
         decodes = [(sequence, 1 + len(sequence.draft)) for sequence in decoding]
         return decodes + [(sequence, shares[sequence]) for sequence in prompts if shares[sequence]]
@@ -136,6 +142,8 @@ class Scheduler:
                 page = len(known)
                 tokens = sequence.tokens[page * size : (page + 1) * size]
                 known.append(self.prefixes.add(salt, known[-1] if known else None, tokens, sequence.pages[page]))
+            if self._snapshots:
+                self._snapshots.make(sequence, known)
             if self._offload:
                 self._offload.save(sequence, known)
 
@@ -154,14 +162,14 @@ class Scheduler:
             self.have_read([sequence for sequence in self.running if self._offload.finish(sequence)])
 
     def _admit(self) -> None:
-        pool = self._cache.pool
+        pool, slots = self._cache.pool, self._cache.slots
         for sequence in list(self.waiting):
-            if len(self.running) == self._max_running:
+            if len(self.running) == self._max_running or (slots and not slots.free_slots):
                 return
             sharing = self._sharing[sequence]
             # The newest token is read even where all are known: what follows it is asked for.
             known = [] if sharing.salt is None else self.prefixes.find(sharing.salt, sequence.tokens[:-1])
-            if self._is_read_by_another(sequence, len(known)):
+            if self._is_read_by_another(sequence, len(known) * self._cache.page_size):
                 continue
             new = self._cache.pages_for(len(sequence.tokens)) - len(known)
             taken = new + sum(pool.holders(each.page) == 0 for each in known)
@@ -171,6 +179,10 @@ class Scheduler:
             pool.share(each.page for each in known)
             sequence.pages = [each.page for each in known] + pool.allocate(new)
             sequence.num_cached = len(known) * self._cache.page_size
+            if slots and self._snapshots:
+                snapshot = self.prefixes.snapshot(known[-1]) if known else None
+                sequence.slot = slots.resume(snapshot) if snapshot else slots.allocate()
+                self._snapshots.begin(sequence)
             sharing.known = known
             self.counters.prefix_queries += len(sequence.tokens)
             self.counters.prefix_hits += sequence.num_cached
@@ -180,17 +192,28 @@ class Scheduler:
                 self._offload.begin(sequence, sharing.salt, len(known))
 
     def _is_read_by_another(self, sequence: Sequence, known: int) -> bool:
-        """Whether a running prompt is about to fill the page that `sequence` would have to read next."""
-        end, salt = (known + 1) * self._cache.page_size, self._sharing[sequence].salt
-        if salt is None or end >= len(sequence.tokens):
-            return False
-        return any(
+        """Whether a running prompt is about to get to where `sequence` could go on, beyond its first `known` tokens."""
+        salt = self._sharing[sequence].salt
+        return salt is not None and any(
             not other.decodes
             and self._sharing[other].salt == salt
+            and (end := self._next_end(other, known)) is not None
             and other.num_cached < end <= len(other.tokens)
+            and end < len(sequence.tokens)
             and other.tokens[:end] == sequence.tokens[:end]
             for other in self.running
         )
+
+    def _next_end(self, sequence: Sequence, after: int) -> int | None:
+        """Where others can next go on from what a prompt has read, beyond its first `after` tokens."""
+        if self._snapshots:
+            return self._snapshots.next_end(sequence, max(after, sequence.num_cached))
+        return after + self._cache.page_size
+
+    def _most_read(self, sequence: Sequence) -> int:
+        """Tokens of a prompt that one step may read."""
+        end = self._snapshots.next_end(sequence, sequence.num_cached) if self._snapshots else None
+        return sequence.num_uncached if end is None else end - sequence.num_cached
 
     def _with_room(self) -> Iterator[Sequence]:
         """Running sequences that have a page for their next token, oldest first; the youngest make room."""
@@ -218,8 +241,12 @@ class Scheduler:
             self._offload.forget(sequence)
         if self._forget:
             self._forget(sequence)
+        if self._snapshots:
+            self._snapshots.forget(sequence)
+        if self._cache.slots and sequence.slot:
+            self._cache.slots.free(sequence.slot)
         self._cache.pool.free(reversed(sequence.pages))  # of pages worth keeping the last goes first
-        sequence.pages, sequence.num_cached, sequence.draft = [], 0, []
+        sequence.pages, sequence.slot, sequence.num_cached, sequence.draft = [], None, 0, []
         self._sharing[sequence].known = []
 
     def _is_loading(self, sequence: Sequence) -> bool:

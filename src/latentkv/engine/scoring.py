@@ -69,8 +69,7 @@ def sequence_logits(runner: Runner, tokens: SequenceOf[int]) -> Tensor:
 def _groups(all_windows: list[Window], runner: Runner) -> Iterator[list[Window]]:
     """Cut the windows into groups that are read together, at least one window each."""
     longest = max(window.stop - window.start for window in all_windows)
-    fitting = runner.cache.pool.free_pages // runner.cache.pages_for(longest)
-    size = max(1, min(PREFILL_CHUNK // longest, fitting))
+    size = max(1, min(PREFILL_CHUNK // longest, runner.cache.fitting_sequences(longest)))
     for start in range(0, len(all_windows), size):
         yield all_windows[start : start + size]
 

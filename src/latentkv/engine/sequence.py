@@ -1,8 +1,10 @@
-"""`Sequence`: the tokens of a running request and the pages that hold their state."""
+"""`Sequence`: the tokens of a running request, and where their state lies."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+
+from latentkv.state import Slot
 
 
 @dataclass(eq=False)
@@ -15,6 +17,7 @@ class Sequence:
         index: of its request; smaller ones came earlier.
         tokens: the prompt and the tokens chosen since.
         pages: cache pages that the sequence holds, in order.
+        slot: where the recurrent state of its tokens lies, where a layer is recurrent.
         num_cached: how many of the tokens the cache holds already.
         draft: tokens that may come next; they are read together with the newest one, and checked.
     """
@@ -22,6 +25,7 @@ class Sequence:
     index: int
     tokens: list[int]
     pages: list[int] = field(default_factory=list[int])
+    slot: Slot | None = None
     num_cached: int = 0
     draft: list[int] = field(default_factory=list[int])
 

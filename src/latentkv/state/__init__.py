@@ -1,4 +1,4 @@
-"""What a model remembers of a text: bytes (`spec`), whose a page is (`pages`), the memory itself (`cache`).
+"""What a model remembers of a text: bytes (`spec`), whose a page or a slot is (`pages`, `slots`), memory (`cache`).
 
 `prefix` finds pages again by the text in them, and `store` in files of a folder when they are not in memory.
 """
@@ -6,6 +6,7 @@
 from latentkv.state.cache import PagedCache
 from latentkv.state.pages import PagePool
 from latentkv.state.prefix import KnownPage, PrefixIndex
+from latentkv.state.slots import Slot, SlotPool
 from latentkv.state.spec import (
     PAGE_SIZE,
     IndexSpec,
@@ -41,6 +42,8 @@ __all__ = [
     "PrefixIndex",
     "RecurrentSpec",
     "RecurrentState",
+    "Slot",
+    "SlotPool",
     "StoreFolder",
     "bytes_per_token",
     "mha_bytes_per_token",

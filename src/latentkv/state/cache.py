@@ -12,6 +12,7 @@ from torch import Tensor
 
 from latentkv.errors import CacheError
 from latentkv.state.pages import PagePool
+from latentkv.state.slots import SlotPool
 from latentkv.state.spec import PAGE_SIZE, KVFormat, LayerSpec, LayerState, bytes_per_token, page_bytes, sequence_bytes
 
 SLOTS_SHARE = 0.25
@@ -30,7 +31,7 @@ class PagedCache:
 
     Attributes:
         pool: who holds which page.
-        num_slots: as given; 0 where no layer is recurrent.
+        slots: who holds which slot; None where no layer is recurrent.
     """
 
     def __init__(
@@ -45,17 +46,19 @@ class PagedCache:
         _require_sizes(specs, num_pages, page_size, num_slots)
         self.specs = tuple(specs)
         self.page_size = page_size
-        self.num_slots = num_slots if sequence_bytes(specs) else 0
+        num_slots = num_slots if sequence_bytes(specs) else 0
         self._layers: list[LayerState] = []
         try:
             for spec in self.specs:
-                self._layers.append(spec.allocate(num_pages, page_size, device, num_slots=self.num_slots))
+                self._layers.append(spec.allocate(num_pages, page_size, device, num_slots=num_slots))
         except (RuntimeError, MemoryError) as error:
+            states = f" and the recurrent states of {num_slots} sequences {num_slots * self.sequence_bytes:,}"
             raise CacheError(
-                f"{num_pages} cache pages need {num_pages * self.page_bytes:,} bytes{self._slots_too}, which {device} "
-                "cannot give: lower kv_cache_bytes or the context"
+                f"{num_pages} cache pages need {num_pages * self.page_bytes:,} bytes{states if num_slots else ''}, "
+                f"which {device} cannot give: lower kv_cache_bytes or the context"
             ) from error
         self.pool = PagePool(num_pages)
+        self.slots = SlotPool(self.slot_storage, num_slots) if num_slots else None
 
     @classmethod
     def sized(
@@ -89,6 +92,11 @@ class PagedCache:
     def num_pages(self) -> int:
         """Pages in all, free and held."""
         return self.pool.num_pages
+
+    @property
+    def num_slots(self) -> int:
+        """Sequences whose recurrent state is kept at once, snapshots too; 0 where no layer is recurrent."""
+        return self.slots.num_slots if self.slots else 0
 
     @property
     def format(self) -> KVFormat:
@@ -131,6 +139,11 @@ class PagedCache:
             raise CacheError(f"{tokens} tokens cannot be cached: the number cannot be negative")
         return -(-tokens // self.page_size)
 
+    def fitting_sequences(self, tokens: int) -> int:
+        """How many sequences of `tokens` tokens there is room for beside those that run."""
+        room = self.pool.free_pages // self.pages_for(tokens)
+        return min(room, self.slots.free_slots) if self.slots else room
+
     def view(self, layer: int) -> LayerState:
         """What a layer remembers."""
         return self._layers[layer]
@@ -145,23 +158,19 @@ class PagedCache:
         return [tensor.view(torch.uint8).flatten(1).numpy() for tensor in self.storage]
 
     def check(self) -> None:
-        """Prove the invariants: every page is free xor held, and the storage is what the formula says.
+        """Prove the invariants: every page and slot is free xor held, and the storage is what the formula says.
 
         Raises:
             CacheError: one is broken.
         """
         self.pool.check()
+        if self.slots:
+            self.slots.check()
         predicted = self.page_bytes * self.num_pages + self.sequence_bytes * self.num_slots
         if self.allocated_bytes != predicted:
             raise CacheError(
                 f"inconsistent cache: {self.allocated_bytes:,} bytes are allocated, the formula says {predicted:,}"
             )
-
-    @property
-    def _slots_too(self) -> str:
-        if not self.num_slots:
-            return ""
-        return f" and the recurrent states of {self.num_slots} sequences {self.num_slots * self.sequence_bytes:,}"
 
 
 def _require_sizes(specs: Sequence[LayerSpec], num_pages: int, page_size: int, num_slots: int = 1) -> None:

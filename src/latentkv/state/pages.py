@@ -73,6 +73,14 @@ class PagePool:
         self._require_held(page, "kept")
         self._kept[page] = lost
 
+    def drop(self, page: int) -> Callable[[int], None] | None:
+        """Keep `page` no longer: it is reused first once it is free. Returns what was to be told, which is not."""
+        self._require_known(page)
+        lost = self._kept.pop(page, None)
+        if lost and page in self._free:
+            self._free.move_to_end(page, last=False)
+        return lost
+
     def share(self, pages: Iterable[int]) -> None:
         """Hold each of `pages` once more, for one more sequence that reads them; a kept one may be free until now.
 

@@ -53,6 +53,11 @@ class PageStore:
     """
 
     def __init__(self, folder: StoreFolder, max_bytes: int, fingerprint: bytes, cache: PagedCache) -> None:
+        if cache.slots:
+            raise CacheError(
+                "cache_dir cannot be used with this model yet: the states of its recurrent layers are not stored in "
+                "files; leave cache_dir out."
+            )
         if not all(tensor.is_cpu for tensor in cache.storage):
             raise CacheError("A GPU's cache cannot be stored in files: leave cache_dir out, or use device='cpu'.")
         self._file_bytes = file_bytes(cache.page_size, cache.page_bytes)
