@@ -6,6 +6,7 @@ from latentkv.ops.basic import linear, output_logits
 from latentkv.ops.causal import causal_attention
 from latentkv.ops.elementwise import apply_rope, rms_norm, silu_mul
 from latentkv.ops.headwise import headwise_linear
+from latentkv.ops.kda import KDAState, KDAWeights, kda_attend, kda_whole
 from latentkv.ops.kv_formats import (
     KVFormat,
     decode_latents,
@@ -22,6 +23,8 @@ from latentkv.ops.sparse import best_tokens, index_scores, select_slots
 from latentkv.ops.states import merge_states
 
 __all__ = [
+    "KDAState",
+    "KDAWeights",
     "KVFormat",
     "apply_rope",
     "best_tokens",
@@ -33,6 +36,8 @@ __all__ = [
     "gqa_attend",
     "headwise_linear",
     "index_scores",
+    "kda_attend",
+    "kda_whole",
     "latent_payload_bytes",
     "latent_token_bytes",
     "linear",

@@ -144,6 +144,90 @@ def gqa_attend(
     return _stack(rows, heads, dim)
 
 
+def short_convolution(x: Tensor, taps: Tensor, past: Tensor) -> Tensor:
+    """Causal, each channel by itself, then silu: x [T, C], taps [4, C] (the last is the newest token's), past [3, C]."""
+    window = torch.cat([past.double(), x.double()])
+    rows = [(window[t : t + len(taps)] * taps.double()).sum(dim=0) for t in range(len(x))]
+    summed = torch.stack(rows) if rows else x.double()
+    return summed * summed.sigmoid()
+
+
+def kda_recurrence(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, matrix: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The gated delta rule of one head (arXiv 2510.26692, eq. 1): q, k, log_decay [T, Dk], v [T, Dv], beta [T].
+
+    Args:
+        q: scaled.
+        k: of length 1.
+        v: the values.
+        log_decay: of each channel of the key.
+        beta: how much of each value is written.
+        matrix: [Dk, Dv] before the first token.
+
+    Returns:
+        [T, Dv] and the matrix after the last token.
+    """
+    q, k, v, beta, matrix = (t.double() for t in (q, k, v, beta, matrix))
+    decay, rows = log_decay.double().exp(), list[Tensor]()
+    for t in range(len(q)):
+        matrix = torch.diag(decay[t]) @ matrix
+        matrix = matrix + torch.outer(k[t], beta[t] * (v[t] - matrix.T @ k[t]))
+        rows.append(matrix.T @ q[t])
+    return (torch.stack(rows) if rows else v), matrix
+
+
+def kda(
+    qkv: Tensor,
+    gate: Tensor,
+    beta: Tensor,
+    output_gate: Tensor,
+    *,
+    taps: Tensor,
+    log_rate: Tensor,
+    gate_bias: Tensor,
+    norm: Tensor,
+    norm_eps: float,
+    lower_bound: float | None,
+    matrices: Tensor,
+    past: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Kimi Delta Attention over the T tokens of one sequence, see `kda.kda_attend`.
+
+    Args:
+        qkv: [T, 3 H D].
+        gate: [T, H D].
+        beta: [T, H].
+        output_gate: [T, H D].
+        taps: [4, 3 H D].
+        log_rate: [H].
+        gate_bias: [H D].
+        norm: [D].
+        norm_eps: of the norm.
+        lower_bound: of the logarithm of the decay; None: none.
+        matrices: [H, D, D] before the first token.
+        past: [3, 3 H D], the rows of qkv before the first.
+
+    Returns:
+        [T, H D] and the matrices [H, D, D] after the last token.
+    """
+    heads, dim = log_rate.shape[0], norm.shape[0]
+    q, k, v = short_convolution(qkv, taps, past).unflatten(-1, (3, heads, dim)).unbind(1)
+    q, k = (t / torch.sqrt(t.square().sum(dim=-1, keepdim=True) + 1e-6) for t in (q, k))
+    x = (gate.double() + gate_bias.double()).unflatten(-1, (heads, dim))
+    rate = log_rate.double().exp()[:, None]
+    bounded = lower_bound is not None
+    log_decay = lower_bound * (rate * x).sigmoid() if bounded else -rate * torch.log1p(x.exp())
+    outs, after = list[Tensor](), list[Tensor]()
+    for h in range(heads):
+        o, matrix = kda_recurrence(
+            q[:, h] * dim**-0.5, k[:, h], v[:, h], log_decay[:, h], beta.double().sigmoid()[:, h], matrices[h]
+        )
+        outs.append(rms_norm(o, norm, norm_eps))
+        after.append(matrix)
+    return torch.stack(outs, dim=1).flatten(1) * output_gate.double().sigmoid(), torch.stack(after)
+
+
 def mla_prefill(
     q: Tensor, k: Tensor, v: Tensor, q_start: Tensor, kv_start: Tensor, *, scale: float, causal: bool = True
 ) -> tuple[Tensor, Tensor]:
