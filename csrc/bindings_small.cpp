@@ -54,6 +54,14 @@ void bind_elementwise(nb::module_& m) {
       }),
       nb::call_guard<nb::gil_scoped_release>(), "x [tokens, heads, 2 half] -> out in x's type.");
   m.def(
+      "gate_heads",
+      recordable(+[](Isa isa, Address x, std::ptrdiff_t x_token, std::ptrdiff_t x_head, int dtype, Address gate,
+         std::ptrdiff_t gate_stride, int gate_dtype, bool each, int tokens, int heads, int dim) {
+        elementwise(isa).gate_heads(heads_at(x, x_token, x_head, dtype), matrix(gate, gate_stride, gate_dtype), each,
+                                    tokens, heads, dim);
+      }),
+      nb::call_guard<nb::gil_scoped_release>(), "x [tokens, heads, dim] *= sigmoid(gate), a head's or a number's.");
+  m.def(
       "silu_mul",
       recordable(+[](Isa isa, Address gate_up, std::ptrdiff_t stride, int dtype, Address out, int tokens, int inner) {
         elementwise(isa).silu_mul(matrix(gate_up, stride, dtype), matrix(out, inner, dtype), tokens, inner);

@@ -36,6 +36,24 @@ void rope(Heads x, Angles angles, Heads out, int tokens, int heads, int half) {
   }
 }
 
+void gate_heads(Heads x, Matrix gate, bool each, int tokens, int heads, int dim) {
+#pragma omp parallel for schedule(static) if (forks((std::ptrdiff_t)tokens * heads * dim >= WORTH_A_FORK))
+  for (int t = 0; t < tokens; t++)
+    for (int h = 0; h < heads; h++)
+      for_dtype(x.dtype, [&](auto dtype) {
+        constexpr DType X = dtype();
+        char* row = at(x, t * x.token_stride + h * x.head_stride);
+        const std::ptrdiff_t first = t * gate.stride + (each ? (std::ptrdiff_t)h * dim : h);
+        const vf one = sigmoid(splat(load_one(gate.data, gate.dtype, first)));
+        int i = 0;
+        for (; i + W <= dim; i += W)
+          store_any(row, X, i, load_any(row, X, i) * (each ? sigmoid(load_any(gate.data, gate.dtype, first + i)) : one));
+        for (; i < dim; i++)
+          store_one(row, X, i, load_one(row, X, i) *
+                                   (each ? sigmoid(splat(load_one(gate.data, gate.dtype, first + i)))[0] : one[0]));
+      });
+}
+
 template <DType X>
 void silu_mul_row(const void* gate_up, void* out, int inner) {
   int i = 0;
@@ -55,6 +73,6 @@ void silu_mul_rows(Matrix gate_up, Matrix out, int tokens, int inner) {
 
 }  // namespace
 
-const ElementwiseKernels elementwise = {rms_norm, rope, silu_mul_rows};
+const ElementwiseKernels elementwise = {rms_norm, rope, gate_heads, silu_mul_rows};
 
 }  // namespace latentkv::LATENTKV_ISA

@@ -34,6 +34,8 @@ struct ElementwiseKernels {
   void (*rms_norm)(Matrix x, const void* weight, DType weight_dtype, float eps, Matrix out, int tokens, int dim);
   // out [T, H, R] in x's type; it may be x itself
   void (*rope)(Heads x, Angles angles, Heads out, int tokens, int heads, int half);
+  // x [T, H, D] *= sigmoid(gate), one for each head or for each number
+  void (*gate_heads)(Heads x, Matrix gate, bool each, int tokens, int heads, int dim);
   // gate_up [T, 2I] -> out [T, I] in the same type
   void (*silu_mul)(Matrix gate_up, Matrix out, int tokens, int inner);
 };

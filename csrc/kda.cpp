@@ -20,11 +20,6 @@ constexpr int COLUMNS = VECTORS * W;
 constexpr float L2_EPS = 1e-6f;
 constexpr std::int64_t SERIAL_NUMBERS = 1 << 15;  // of matrices, below which starting threads takes longer
 
-LATENTKV_INLINE vf sigmoid(vf x) {
-  const vf e = exp(x < 0.0f ? x : -x);
-  return (x < 0.0f ? e : splat(1.0f)) / (1.0f + e);
-}
-
 // log(1 + exp(x)): log(1 + u) = 2 artanh(u / (2 + u)), whose series converges fast up to u = 1.
 LATENTKV_INLINE vf softplus(vf x) {
   const vf u = exp(x < 0.0f ? x : -x), z = u / (2.0f + u), square = z * z;

@@ -10,7 +10,8 @@ struct Segment {
   std::int64_t expert, first, rows;
 };
 
-// down (silu(gate x) * up x) of the rows of every segment; the intermediate has x's type.
+// down (silu(gate x) * up x) of the rows of every segment; the intermediate has x's type. Where there is a limit, it bounds
+// the two factors, see `limited_silu_mul`.
 struct GatedProducts {
   PackedWeight gate_up, down;  // [E, 2I, D], the gate first, and [E, D, I]
   LinearInput x;               // the tokens
@@ -21,6 +22,7 @@ struct GatedProducts {
   const float* weights;               // [tokens, chosen], by which a token's products are multiplied before they are added
   std::int64_t chosen;
   LinearOutput out;  // of each token; no bias
+  float limit;       // 0: none
 };
 
 struct MoeKernels {

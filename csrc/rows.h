@@ -86,10 +86,20 @@ LATENTKV_INLINE void rotate_row(float* x, const float* cos, const float* sin, in
   }
 }
 
-// silu(gate) * up; exp of nothing positive, so that nothing overflows.
-LATENTKV_INLINE vf silu_mul(vf gate, vf up) {
-  const vf e = exp(gate < 0.0f ? gate : -gate);
-  return gate * ((gate < 0.0f ? e : splat(1.0f)) / (1.0f + e)) * up;
+// 1 / (1 + exp(-x)); exp of nothing positive, so that nothing overflows.
+LATENTKV_INLINE vf sigmoid(vf x) {
+  const vf e = exp(x < 0.0f ? x : -x);
+  return (x < 0.0f ? e : splat(1.0f)) / (1.0f + e);
+}
+
+// silu(gate) * up.
+LATENTKV_INLINE vf silu_mul(vf gate, vf up) { return gate * sigmoid(gate) * up; }
+
+// min(silu(gate), limit) * clamp(up, -limit, limit); NaN stays NaN.
+LATENTKV_INLINE vf limited_silu_mul(vf gate, vf up, float limit) {
+  const vf most = splat(limit), silu = gate * sigmoid(gate);
+  const vf bounded = up > most ? most : up < -most ? -most : up;
+  return (silu > most ? most : silu) * bounded;
 }
 
 }  // namespace latentkv::LATENTKV_ISA

@@ -167,7 +167,7 @@ def as_device(device: str | torch.device) -> torch.device:
 def require_int8_products(config: ModelConfig, kv_dtype: str, device: torch.device) -> None:
     """Raise `ConfigError` where the model, the cache or this machine cannot decode in int8 products."""
     reason = why_no_int8_products(device)
-    if not isinstance(config.attention, MLAConfig):
+    if not isinstance(config.cached_attention, MLAConfig):
         reason = "the model has no latent attention"
     elif kv_dtype != "int8":
         reason = f"it takes kv_dtype='int8', not {kv_dtype!r}"

@@ -11,7 +11,7 @@ import pytest
 from transformers import AutoConfig
 
 from latentkv.errors import ConfigError
-from latentkv.models.config import GQAConfig, MLAConfig
+from latentkv.models.config import GQAConfig, KDAConfig, MLAConfig
 from latentkv.models.config_reader import read_config
 from latentkv.models.families import FAMILIES
 
@@ -112,14 +112,15 @@ def test_an_absent_key_takes_the_default_of_transformers(model_type: str) -> Non
         assert getattr(ours, our_name) == getattr(theirs, their_name), their_name
     eos = theirs.eos_token_id
     assert ours.eos_token_ids == (() if eos is None else (eos,))
-    assert ours.rope.theta == theirs.rope_parameters["rope_theta"]
-    assert ours.rope.kind == theirs.rope_parameters["rope_type"]
-    if isinstance(ours.attention, MLAConfig):
+    rope = getattr(theirs, "rope_parameters", {"rope_theta": ours.rope.theta, "rope_type": "none"})
+    assert (ours.rope.theta, ours.rope.kind) == (rope["rope_theta"], rope["rope_type"])
+    attention = ours.cached_attention
+    if isinstance(attention, MLAConfig):
         for name in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "q_lora_rank"):
-            assert getattr(ours.attention, name) == getattr(theirs, name), name
+            assert getattr(attention, name) == getattr(theirs, name, None), name
     else:
-        assert ours.attention.num_kv_heads == theirs.num_key_value_heads
-        assert ours.attention.head_dim == (
+        assert attention.num_kv_heads == theirs.num_key_value_heads
+        assert attention.head_dim == (
             getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads
         )
     if ours.moe is not None:
@@ -135,6 +136,14 @@ def test_an_absent_key_takes_the_default_of_transformers(model_type: str) -> Non
         first = getattr(theirs, "first_k_dense_replace", int(model_type == "deepseek_ocr2_text"))
         sparse = [k == "sparse" for k in kinds] if kinds else [i >= first for i in range(ours.num_layers)]
         assert [layer.moe is not None for layer in ours.layers] == sparse
+    recurrent = [layer.attention for layer in ours.layers if isinstance(layer.attention, KDAConfig)]
+    for kda in recurrent:
+        assert (kda.num_heads, kda.head_dim) == (theirs.linear_num_heads, theirs.linear_head_dim)
+        assert kda.norm_eps == theirs.rms_norm_eps
+        assert kda.lower_bound == getattr(theirs, "kda_lower_bound", None)
+    if recurrent:
+        kinds = ["linear_attention" if layer.rope is None else "full_attention" for layer in ours.layers]
+        assert kinds == theirs.layer_types
 
 
 def test_a_text_model_inside_a_wrapper_is_read() -> None:

@@ -26,9 +26,9 @@ class Layer:
 
     @classmethod
     def random(
-        cls, heads: int, dim: int, tokens: int, *, bounded: bool = True, dtype: torch.dtype = torch.float32, seed: int = 0
+        cls, heads: int, dim: int, tokens: int, *, bounded: bool = True, dtype: torch.dtype = torch.float32
     ) -> Layer:
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(0)
 
         def draw(*shape: int, scale: float = 1.0) -> Tensor:
             return torch.randn(*shape, generator=generator) * scale
@@ -56,8 +56,9 @@ class Layer:
     def state(self, slots: int) -> KDAState:
         """Of many sequences, full of what must not be read."""
         width = self.heads * self.dim
-        shapes = (self.heads, self.dim, self.dim), (3, 3 * width), (DRAFTS, 3 * width), (DRAFTS, width), (DRAFTS, self.heads)
-        return KDAState(*(torch.full((slots, *shape), POISON) for shape in shapes))
+        kept = (self.heads, self.dim, self.dim), (3, 3 * width)
+        waiting = (DRAFTS, 3 * width), (DRAFTS, width), (DRAFTS, self.heads)
+        return KDAState(*(torch.full((slots, *shape), POISON) for shape in (*kept, *waiting)))
 
     def reference(self) -> tuple[Tensor, Tensor]:
         """What the rows give, and the matrices after them."""

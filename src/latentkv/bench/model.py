@@ -240,7 +240,7 @@ def _add_peers(
     notes: list[str] = []
     if mha:
         entries[MHA] = _mha_entry(llm, weights, deepest)
-    if transformers and isinstance(llm.config.attention, MLAConfig):
+    if transformers and isinstance(llm.config.cached_attention, MLAConfig):
         try:
             entries[TRANSFORMERS] = Entry(TransformersModel(llm.folder), llm.config)
         except ImportError as error:

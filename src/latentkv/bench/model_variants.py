@@ -26,7 +26,7 @@ def mha_config(config: ModelConfig) -> ModelConfig:
 
 def _mha_layer(layer: LayerConfig, config: ModelConfig) -> LayerConfig:
     mla = layer.attention
-    if not isinstance(mla, MLAConfig):
+    if not isinstance(mla, MLAConfig) or layer.rope is None:
         raise RequestError(f"A {config.model_type} model has no latent attention to compare with multi-head attention.")
     head_dim = (mla.qk_nope_head_dim + mla.qk_rope_head_dim + mla.v_head_dim) // 2
     return replace(

@@ -8,7 +8,7 @@ from math import prod
 
 from torch import Tensor, nn
 
-from latentkv.models.config import GQAConfig, LayerConfig, MLAConfig, ModelConfig
+from latentkv.models.config import GQAConfig, KDAConfig, LayerConfig, MLAConfig, ModelConfig
 from latentkv.models.decoder import Decoder
 from latentkv.models.mla import MultiHeadLatentAttention
 from latentkv.models.moe import Experts
@@ -67,17 +67,27 @@ def prefill_flops(config: ModelConfig, tokens: int) -> int:
     """FLOPs of reading a prompt, latent attention in its expanded form, with the logits of its last token alone."""
     head = config.vocab_size * config.hidden_size
     pairs = config.num_heads * (tokens * (tokens + 1) // 2)
-    attended = sum(_expanded(layer.attention) * pairs for layer in config.layers)
+    attended = 0
+    for layer in config.layers:
+        attention = layer.attention
+        attended += _recurrent(attention) * tokens if isinstance(attention, KDAConfig) else _expanded(attention) * pairs
     return 2 * ((_weights_used(config) - head) * tokens + head + attended)
 
 
 def _attended(layer: LayerConfig, heads: int, tokens: int) -> int:
     """Products of one query with `tokens` cached ones, of which an indexer selects some."""
+    if isinstance(layer.attention, KDAConfig):
+        return _recurrent(layer.attention)
     indexer, pair = layer.indexer, heads * _absorbed(layer.attention)
     if indexer is None or tokens <= indexer.topk:
         return pair * tokens
     scored = 0 if layer.shares_selection else indexer.num_heads * indexer.head_dim * tokens
     return pair * indexer.topk + scored
+
+
+def _recurrent(kda: KDAConfig) -> int:
+    """Products of a token with a matrix a head: its decay, what it gives for the key and for the query, its change."""
+    return 4 * kda.num_heads * kda.head_dim**2
 
 
 def _absorbed(attention: MLAConfig | GQAConfig) -> int:

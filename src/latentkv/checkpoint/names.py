@@ -1,8 +1,9 @@
 """What a tensor is called in a published checkpoint, and what it is called in the decoder.
 
-A decoder's names are the Hugging Face names but for four things: routed experts are fused into one tensor a layer,
-multi-token-prediction layers are `mtp.{k}.*` instead of `model.layers.{num_layers + k}.*`, A.X-K1's post-MLP norm
-belongs to the MLP, and Mixtral's experts (`block_sparse_moe.experts.0.w1`) are called as everybody else's.
+A decoder's names are the Hugging Face names but for five things: routed experts are fused into one tensor a layer, the
+short convolutions of q, k and v are one, multi-token-prediction layers are `mtp.{k}.*` instead of
+`model.layers.{num_layers + k}.*`, A.X-K1's post-MLP norm belongs to the MLP, and what Mixtral and Ling-3.0 call
+otherwise (`block_sparse_moe.experts.0.w1`, `attention.dense`) is called as everybody else's.
 """
 
 from __future__ import annotations
@@ -19,12 +20,24 @@ from latentkv.errors import CheckpointError
 ExpertNames = Literal["one by one", "fused", "mixtral"]
 """How a checkpoint has routed experts: one by one, stacked, or one by one under Mixtral's names."""
 
+NameStyle = Literal["usual", "bailing"]
+"""Whose names a checkpoint has for what is not an expert: everybody's, or those of Ling-3.0."""
+
 _MTP = re.compile(r"mtp\.(\d+)\.(layer\.|norm\.|)(.+)")
 _MTP_PARTS = {"layer.": "", "norm.": "shared_head.norm.", "": ""}
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 _MIXTRAL_BLOCK = ".block_sparse_moe."
 _MIXTRAL_EXPERT = re.compile(r"(?<=\.experts\.)(\d+)\.(w[123])\.")
 _MIXTRAL_WEIGHTS = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
+_BAILING = {
+    ".attention.": ".self_attn.",
+    ".self_attn.dense.": ".self_attn.o_proj.",
+    ".mlp.gate.expert_bias": ".mlp.gate.e_score_correction_bias",
+    ".final_layernorm.": ".shared_head.norm.",
+}
+"""What layers of Ling-3.0 call otherwise, in the order in which it is renamed."""
+_BAILING_EMBEDDING = "word_embeddings.weight"
+_TAPS, _CONVOLUTIONS = ".conv_taps", ("q_conv1d", "k_conv1d", "v_conv1d")
 _POST_NORM, _PUBLISHED_POST_NORM = ".mlp.post_mlp_layernorm.", ".post_mlp_layernorm."
 
 # Up to the layers of one of a checkpoint's models: what stands before tells which of them.
@@ -71,12 +84,16 @@ def published_parts(
 
     Args:
         name: in the decoder.
-        tensor: experts are [E, 2I, D] (gate over up) or [E, D, I] (down).
+        tensor: experts are [E, 2I, D] (gate over up) or [E, D, I] (down), taps of convolutions [4, 3 W].
         num_layers: of the decoder, MTP layers not counted.
         fused: names under which the checkpoint holds experts fused, in our own layout; others are one by one.
     """
     published = published_name(name, num_layers)
     stem, _, leaf = published.rpartition(".")
+    if published.endswith(_TAPS):
+        for convolution, taps in zip(_CONVOLUTIONS, tensor.chunk(3, dim=1), strict=True):
+            yield f"{stem}.{convolution}.weight", taps.T[:, None]
+        return
     if not stem.endswith(".mlp.experts") or published in fused:
         yield published, tensor
         return
@@ -90,7 +107,11 @@ def published_parts(
 
 
 def export_names(
-    state: Mapping[str, Tensor], *, num_layers: int, experts: ExpertNames = "one by one"
+    state: Mapping[str, Tensor],
+    *,
+    num_layers: int,
+    experts: ExpertNames = "one by one",
+    style: NameStyle = "usual",
 ) -> Iterator[tuple[str, Tensor]]:
     """The (name, tensor) pairs to save a decoder in its published layout, which transformers loads.
 
@@ -98,16 +119,33 @@ def export_names(
         state: the decoder's `state_dict()`.
         num_layers: of the decoder, MTP layers not counted.
         experts: how the layout has routed experts.
+        style: whose names it has for the rest.
     """
     for name, tensor in state.items():
         fused = (published_name(name, num_layers),) if experts == "fused" else ()
         for part, view in published_parts(name, tensor, num_layers, fused):
-            yield _as_mixtral(part) if experts == "mixtral" else part, view
+            known_as = _as_mixtral(part) if experts == "mixtral" else part
+            yield _as_bailing(known_as) if style == "bailing" else known_as, view
+
+
+def _as_bailing(name: str) -> str:
+    """A tensor's name as Ling-3.0 has it."""
+    for theirs, ours in reversed(_BAILING.items()):
+        name = name.replace(ours, theirs)
+    return name.replace(_EMBEDDING, _BAILING_EMBEDDING)
+
+
+def _from_bailing(name: str) -> str:
+    if "layers." not in name:
+        return name.replace(_BAILING_EMBEDDING, _EMBEDDING)
+    for theirs, ours in _BAILING.items():
+        name = name.replace(theirs, ours)
+    return name
 
 
 def _as_mixtral(name: str) -> str:
     """A tensor's name as Mixtral has it."""
-    if ".mlp.gate." not in name and ".mlp.experts." not in name:
+    if not any(part in name for part in (".mlp.gate.", ".mlp.experts.", ".mlp.shared_experts.")):
         return name
     for theirs, ours in _MIXTRAL_WEIGHTS.items():
         name = name.replace(f".{ours}.", f".{theirs}.")
@@ -133,7 +171,7 @@ def text_model_names(names: Iterable[str], *, nested: bool = False, tied: bool =
     Raises:
         CheckpointError: two tensors mean the same.
     """
-    plain = {name: _without_wrappers(name) for name in names if not name.endswith("rotary_emb.inv_freq")}
+    plain = {name: _from_bailing(_without_wrappers(name)) for name in names if not name.endswith("rotary_emb.inv_freq")}
     prefix = _text_prefix(plain.values())
     head = max((n.removesuffix(_HEAD) for n in plain.values() if _is_head(n, prefix)), key=len, default="")
     parent = prefix.removesuffix("model.")

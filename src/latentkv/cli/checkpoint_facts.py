@@ -108,7 +108,7 @@ def read_facts(folder: Path) -> CheckpointFacts:
     tensors = tuple(_tensor_facts(reader, config))
     main = [t for t in tensors if t.kind not in ("mtp", "other") and not t.name.endswith("e_score_correction_bias")]
     indexers = [layer.own_indexer for layer in config.layers if layer.own_indexer is not None]
-    attention = config.attention
+    attention = config.cached_attention
     kind = "MLA" if isinstance(attention, MLAConfig) else "GQA"
     return CheckpointFacts(
         folder=str(folder),

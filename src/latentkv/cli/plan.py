@@ -56,7 +56,7 @@ def plan(
     tokens = None if context is None else parse_tokens(context)
     configs = {name: load_config(name) for name in (BUILT_IN if model is None else (model,))}
     if model is None:  # the table and the picture compare latents with what the same heads would cache
-        configs = {name: config for name, config in configs.items() if isinstance(config.attention, MLAConfig)}
+        configs = {name: config for name, config in configs.items() if isinstance(config.cached_attention, MLAConfig)}
     plans = [
         make_plan(
             name,

@@ -15,7 +15,7 @@ import torch
 
 from latentkv.errors import ConfigError
 from latentkv.ops.kv_formats import FLOAT_DTYPES
-from latentkv.state.spec import IndexSpec, KeyValueSpec, KVFormat, LastStateSpec, LatentSpec, LayerSpec
+from latentkv.state.spec import IndexSpec, KeyValueSpec, KVFormat, LastStateSpec, LatentSpec, LayerSpec, RecurrentSpec
 
 T = TypeVar("T")
 
@@ -25,12 +25,13 @@ class RopeConfig:
     """Rotary position embedding (YaRN: arXiv 2309.00071; longrope: arXiv 2402.13753) of `dim` dimensions of each head.
 
     `interleaved` pairs dimensions (0, 1), (2, 3), ...; otherwise (0, dim/2), (1, dim/2 + 1), ... "dynamic" is plain up
-    to the original length, beyond which cached keys would change their meaning with every token.
+    to the original length, beyond which cached keys would change their meaning with every token. "none" turns nothing
+    (NoPE: Kimi-Linear): all angles are 0.
     """
 
     dim: int
     theta: float = 10000.0
-    kind: Literal["default", "linear", "dynamic", "yarn", "llama3", "longrope"] = "default"
+    kind: Literal["none", "default", "linear", "dynamic", "yarn", "llama3", "longrope"] = "default"
     interleaved: bool = False
     factor: float = 1.0
     original_max_positions: int = 0
@@ -61,7 +62,10 @@ def yarn_mscale(factor: float, mscale: float = 1.0) -> float:
 
 @dataclass(frozen=True)
 class MLAConfig:
-    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1). `bias` is on q_a, kv_a and o."""
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1). `bias` is on q_a, kv_a and o.
+
+    `output_gate`: what its heads give is multiplied by a sigmoid, one a head or one a number (Ling-3.0); None: not.
+    """
 
     kv_lora_rank: int
     qk_nope_head_dim: int
@@ -70,6 +74,26 @@ class MLAConfig:
     q_lora_rank: int | None = None
     latent_norm_eps: float = 1e-6
     bias: bool = False
+    output_gate: Literal["head", "element"] | None = None
+
+
+@dataclass(frozen=True)
+class KDAConfig:
+    """Kimi Delta Attention (arXiv 2510.26692): a matrix a head in place of a cache.
+
+    Attributes:
+        num_heads: H, which need not be that of other attention.
+        head_dim: D, of queries, keys and values.
+        norm_eps: of the norm of what the heads give.
+        lower_bound: of the logarithm of the decay, a factor of its sigmoid; None: minus a softplus, without bound.
+        low_rank_gates: the forget and the output gate are products of two matrices of rank D (Kimi-Linear), else one.
+    """
+
+    num_heads: int
+    head_dim: int
+    norm_eps: float
+    lower_bound: float | None
+    low_rank_gates: bool
 
 
 @dataclass(frozen=True)
@@ -101,13 +125,19 @@ class GQAConfig:
     qk_norm_per_head: bool = True
 
 
+AttentionConfig = MLAConfig | GQAConfig | KDAConfig
+"""The kinds of attention."""
+
+
 @dataclass(frozen=True)
 class MoEConfig:
     """Routed and shared experts (DeepSeekMoE, arXiv 2401.06066; DeepSeek-V3, arXiv 2412.19437, section 2.1.2).
 
     `group_score` says how a group of experts is scored when only `topk_group` of `num_groups` may be used:
     by its best expert, or by the sum of its best two. `None`: no groups. `gated_shared_size` is the width of a shared
-    expert that each token weights by a sigmoid of its own (Qwen2-MoE); 0: there is none.
+    expert that each token weights by a sigmoid of its own (Qwen2-MoE); 0: there is none. `swiglu_limit` bounds what the
+    routed experts' activation multiplies, and `shared_swiglu_limit` that of the shared ones (Ling-3.0-flash):
+    min(silu(gate), limit) * clamp(up, -limit, limit); None: nothing does.
     """
 
     num_experts: int
@@ -123,6 +153,8 @@ class MoEConfig:
     normalize_weights: bool = False
     scaling_factor: float = 1.0
     post_norm: bool = False
+    swiglu_limit: float | None = None
+    shared_swiglu_limit: float | None = None
 
 
 @dataclass(frozen=True)
@@ -131,15 +163,15 @@ class LayerConfig:
 
     Attributes:
         attention: which, and its sizes.
-        rope: rotary embedding of its queries and keys.
+        rope: rotary embedding of its queries and keys; None: it knows order without.
         moe: its routed and shared experts; None: a dense feed-forward block.
         sliding_window: a token sees at most this many tokens, itself included; None: all.
         indexer: what selects the tokens that latent attention reads; None: it reads all.
         shares_selection: the layer reads what the last indexer before it has selected, instead of having one.
     """
 
-    attention: MLAConfig | GQAConfig
-    rope: RopeConfig
+    attention: AttentionConfig
+    rope: RopeConfig | None
     moe: MoEConfig | None = None
     sliding_window: int | None = None
     indexer: IndexerConfig | None = None
@@ -158,13 +190,16 @@ class LayerConfig:
         index = None
         if self.own_indexer is not None:
             index = IndexSpec(self.own_indexer.head_dim, FLOAT_DTYPES.get(kv_format, torch.bfloat16))
-        return LayerSpec(self._token_spec(kv_format), index, last_state)
-
-    def _token_spec(self, kv_format: KVFormat) -> LatentSpec | KeyValueSpec:
         attention = self.attention
+        if isinstance(attention, KDAConfig):
+            heads, dim = attention.num_heads, attention.head_dim
+            recurrent = RecurrentSpec(heads, dim, dim, 3 * heads * dim, most_drafted=most_drafted)
+            return LayerSpec(None, last_state=last_state, recurrent=recurrent)
         if isinstance(attention, MLAConfig):
-            return LatentSpec(attention.kv_lora_rank, attention.qk_rope_head_dim, kv_format)
-        return KeyValueSpec(attention.num_kv_heads, attention.head_dim, kv_format)
+            tokens = LatentSpec(attention.kv_lora_rank, attention.qk_rope_head_dim, kv_format)
+        else:
+            tokens = KeyValueSpec(attention.num_kv_heads, attention.head_dim, kv_format)
+        return LayerSpec(tokens, index, last_state)
 
 
 @dataclass(frozen=True)
@@ -208,17 +243,35 @@ class ModelConfig:
     @cached_property
     def attention(self) -> MLAConfig | GQAConfig:
         """The attention of all layers."""
-        return self._same("attention", [layer.attention for layer in self.layers])
+        self._same("attention", [layer.attention for layer in self.layers])
+        return self.cached_attention
+
+    @cached_property
+    def cached_attention(self) -> MLAConfig | GQAConfig:
+        """The attention of all layers that keep something of each token: all but those of Kimi Delta Attention."""
+        found = [layer.attention for layer in self.layers if not isinstance(layer.attention, KDAConfig)]
+        if not found:
+            raise ConfigError(f"No layer of this {self.model_type} model reads past tokens; that is not supported.")
+        return self._same("attention", found)
+
+    @property
+    def num_recurrent_layers(self) -> int:
+        """Layers of Kimi Delta Attention."""
+        return sum(isinstance(layer.attention, KDAConfig) for layer in self.layers)
 
     @cached_property
     def rope(self) -> RopeConfig:
-        """The rotary embedding of all layers."""
-        return self._same("rotary embedding", [layer.rope for layer in self.layers])
+        """The rotary embedding of all layers that have one."""
+        return self._same("rotary embedding", [layer.rope for layer in self.layers if layer.rope is not None])
 
     @cached_property
     def moe(self) -> MoEConfig | None:
-        """The experts of all layers that have any; None: every layer is dense."""
-        found = [layer.moe for layer in self.layers if layer.moe is not None]
+        """The experts of all layers that have any, limits of activations aside; None: every layer is dense."""
+        found = [
+            replace(layer.moe, swiglu_limit=None, shared_swiglu_limit=None)
+            for layer in self.layers
+            if layer.moe is not None
+        ]
         return self._same("experts", found) if found else None
 
     def specs(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from latentkv.checkpoint.gguf.tensors import GGUFTensors, is_gguf
 from latentkv.checkpoint.layouts import ORIGINAL, describe_folder, foreign_quantization, why_missing
@@ -16,6 +16,7 @@ from latentkv.json_files import read_json
 from latentkv.models.config import GQAConfig, IndexerConfig, LayerConfig, MLAConfig, ModelConfig, MoEConfig
 from latentkv.models.families import ALIASES, FAMILIES, SPELLINGS, TEXT_MODEL_OF, Family, family_of
 from latentkv.models.fields import read_flag, read_number, read_positive, shown
+from latentkv.models.hybrid_reader import read_hybrid_layers
 from latentkv.models.rope_reader import longest_context, read_rope
 from latentkv.token_ids import read_token_id, read_token_ids
 
@@ -35,6 +36,8 @@ _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "add_cross_attention": (None, False),
     "is_encoder_decoder": (None, False),
     "moe_router_enable_expert_bias": (None, True),
+    "mla_use_nope": (None, True),
+    "no_kda_lora": (None, True),
 }
 
 # Other names of a router's activation: dots.llm1 names that of DeepSeek-V3 by its bias.
@@ -124,17 +127,21 @@ def _from_dict(raw: Mapping[str, Any], generation: Mapping[str, Any]) -> ModelCo
     model_type = _model_type(levels)
     family = family_of(model_type, inner)
     fields = Fields(inner, family)
+    _refuse_other_architectures(fields, family, model_type)
     _refuse_unsupported(fields, family)
     hidden_size = fields.size("hidden_size")
     bos_token_id, eos_token_ids = _token_ids(levels, family, generation, vocab_size=fields.size("vocab_size"))
     layers, scale_depth = _read_layers(fields, family), fields.get("scale_depth")
+    rotating = [layer.rope for layer in layers if layer.rope is not None]
+    if not rotating:
+        raise ConfigError("config.json: no layer reads past tokens; that is not supported.")
     return ModelConfig(
         model_type=model_type,
         vocab_size=fields.size("vocab_size"),
         hidden_size=hidden_size,
         num_heads=fields.size("num_attention_heads"),
         intermediate_size=fields.size("intermediate_size"),
-        max_positions=longest_context(layers[0].rope, fields.size("max_position_embeddings")),
+        max_positions=longest_context(rotating[0], fields.size("max_position_embeddings")),
         layers=layers,
         rms_norm_eps=fields.positive("rms_norm_eps", 0.0),
         mlp_bias=fields.flag("mlp_bias"),
@@ -190,11 +197,11 @@ class Fields:
 
     def size(self, key: str) -> int:
         """A positive whole number."""
-        return self._whole(key, 1, self.get(key))
+        return self.whole(key, self.get(key))
 
     def count(self, key: str) -> int:
         """A whole number that may be 0, which null stands for, too."""
-        return self._whole(key, 0, 0 if self.get(key) is None else self.get(key))
+        return self.whole(key, 0 if self.get(key) is None else self.get(key), least=0)
 
     def number(self, key: str) -> float:
         """A finite number."""
@@ -208,13 +215,24 @@ class Fields:
         """True or false, which null stands for, too."""
         return read_flag(self.get(key), key)
 
-    def _whole(self, key: str, least: int, value: Any) -> int:
+    def whole(self, key: str, value: Any, *, least: int = 1) -> int:
+        """A whole number that stands somewhere else."""
         most = _LARGEST.get(key, _LARGEST_SIZE)
         if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
             raise ConfigError(
                 f"config.json: {key} must be a whole number from {least} to {most:,}, not {shown(value)}."
             )
         return value
+
+
+def _refuse_other_architectures(fields: Fields, family: Family, model_type: str) -> None:
+    architectures = fields.get("architectures") or []
+    for name in architectures if isinstance(architectures, list) else []:
+        if name in family.other_architectures:
+            raise ConfigError(
+                f"config.json: architectures names {name}: {family.other_architectures[name]}. That is not supported; "
+                f"of model type {model_type!r} others are."
+            )
 
 
 def _refuse_unsupported(fields: Fields, family: Family) -> None:
@@ -247,6 +265,8 @@ def _read_layers(fields: Fields, family: Family) -> tuple[LayerConfig, ...]:
     attention, moe = _read_attention(fields, family), _read_moe(fields, family)
     rope = read_rope(fields, family, attention)
     sparse = _sparse_layers(fields, num_layers) if moe else (False,) * num_layers
+    if family.kda is not None:
+        return read_hybrid_layers(fields, family, LayerConfig(attention, rope, moe), sparse)
     windows = _sliding_windows(fields, family, num_layers)
     indexer = _read_indexer(fields, attention) if isinstance(attention, MLAConfig) else None
     shares = _sharing_layers(fields, num_layers) if indexer else (False,) * num_layers
@@ -269,6 +289,7 @@ def _read_attention(fields: Fields, family: Family) -> MLAConfig | GQAConfig:
             q_lora_rank=None if fields.get("q_lora_rank") is None else fields.size("q_lora_rank"),
             latent_norm_eps=fields.number("latent_norm_eps"),
             bias=bias,
+            output_gate=_read_output_gate(fields) if family.output_gate else None,
         )
     kv_heads = heads if fields.get("num_key_value_heads") is None else fields.size("num_key_value_heads")
     if heads % kv_heads:
@@ -281,6 +302,15 @@ def _read_attention(fields: Fields, family: Family) -> MLAConfig | GQAConfig:
         qk_norm=family.qk_norm if isinstance(family.qk_norm, bool) else fields.flag(family.qk_norm),
         qk_norm_per_head=family.qk_norm_per_head,
     )
+
+
+def _read_output_gate(fields: Fields) -> Literal["head", "element"]:
+    key = "gated_attention_proj_granularity_type"
+    kinds: Mapping[str, Literal["head", "element"]] = {"head_wise": "head", "element_wise": "element"}
+    kind = fields.get(key) or "head_wise"
+    if kind not in kinds:
+        raise ConfigError(f"config.json: {key}={shown(kind)} is not supported; {' and '.join(kinds)} are.")
+    return kinds[kind]
 
 
 def _read_indexer(fields: Fields, attention: MLAConfig) -> IndexerConfig | None:

@@ -9,11 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from latentkv import ops
+from latentkv.errors import ConfigError
 from latentkv.models.batch import Batch
-from latentkv.models.config import LayerConfig, MLAConfig, ModelConfig
+from latentkv.models.config import KDAConfig, LayerConfig, MLAConfig, ModelConfig
 from latentkv.models.forms import Form
 from latentkv.models.gqa import GroupedQueryAttention
 from latentkv.models.indexer import HeadWeights
+from latentkv.models.kda import KimiDeltaAttention
 from latentkv.models.layers import MLP, Embedding, Linear, RMSNorm
 from latentkv.models.mla import MultiHeadLatentAttention
 from latentkv.models.moe import Experts, MoE, Router
@@ -65,8 +67,10 @@ class DecoderLayer(nn.Module):
 
 def _attention(
     config: ModelConfig, layer: LayerConfig, max_context: int
-) -> MultiHeadLatentAttention | GroupedQueryAttention:
+) -> MultiHeadLatentAttention | GroupedQueryAttention | KimiDeltaAttention:
     attention = layer.attention
+    if isinstance(attention, KDAConfig):
+        return KimiDeltaAttention(config.hidden_size, attention)
     if isinstance(attention, MLAConfig):
         return MultiHeadLatentAttention(
             config.hidden_size,
@@ -82,7 +86,10 @@ def _attention(
             max_context=max_context,
             indexer=layer.indexer,
             shares_selection=layer.shares_selection,
+            output_gate=attention.output_gate,
         )
+    if layer.rope is None:
+        raise ConfigError("grouped-query attention without rotary embedding is not supported: give its layers a rope.")
     return GroupedQueryAttention(
         config.hidden_size,
         config.num_heads,
@@ -164,6 +171,8 @@ class Decoder(nn.Module):
             if isinstance(module, Experts):
                 nn.init.normal_(module.gate_up_proj, std=std)
                 nn.init.normal_(module.down_proj, std=std)
+            if isinstance(module, KimiDeltaAttention):
+                module.reset_parameters()
 
     def forward(self, batch: Batch, cache: PagedCache, *, form: Form | None = None) -> Tensor:
         """One step over the paged cache.
@@ -299,9 +308,10 @@ class Decoder(nn.Module):
         return [module for module in self.modules() if isinstance(module, MoE)]
 
     def keep_choices_exact(self) -> None:
-        """Hold in float32 after a cast what decides between near-equal experts or tokens.
+        """Hold in float32 after a cast what decides between near-equal experts or tokens, or whose errors add up.
 
-        That is every router's correction bias and the projection of the weights of every indexer's heads.
+        That is every router's correction bias, the projection of the weights of every indexer's heads, and what
+        recurrent layers forget by.
         """
         for layer in self.moe_layers():
             if layer.gate.e_score_correction_bias is not None:
@@ -309,6 +319,8 @@ class Decoder(nn.Module):
         for module in self.modules():
             if isinstance(module, HeadWeights):
                 module.float()
+            if isinstance(module, KimiDeltaAttention):
+                module.keep_exact()
 
     def drop_mtp_modules(self, *, keep: Container[int]) -> None:
         """Leave out the MTP modules that a checkpoint turned out not to have."""

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from latentkv.checkpoint.names import ExpertNames
+from latentkv.checkpoint.names import ExpertNames, NameStyle
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,13 @@ class Family:
         qkv_bias, qk_norm: of grouped-query attention; a text: that config key says.
         output_bias: whether config key `attention_bias` is about the output projection of grouped-query attention, too.
         qk_norm_per_head: see `GQAConfig`.
+        name_style: whose names published and transformers checkpoints have for the rest.
+        kda: the other layers are Kimi Delta Attention, whose two gates are of low rank, or full; None: there are none.
+        group_ends: layers without `layer_types` or lists of their numbers that are latent attention: the last of each
+            `layer_group_size`; else every fourth, but the first.
+        output_gate: config key `gated_attention_proj_granularity_type` says how latent attention is gated.
+        rotates: latent attention turns its rotary dimensions; Kimi-Linear leaves them as they are.
+        other_architectures: models that bear the `model_type` too, by config key `architectures`: what they are.
         rotary_share: of a head, where config key `partial_rotary_factor` leaves it open; None: heads are whole.
         sliding_layers: which have the sliding window where `layer_types` does not say: those from number
             `max_window_layers` on, every one, or those of even number below `max_window_layers`.
@@ -48,6 +55,12 @@ class Family:
     post_mlp_norm: bool = False
     expert_size: str = "moe_intermediate_size"
     expert_names: ExpertNames = "one by one"
+    name_style: NameStyle = "usual"
+    kda: Literal["full", "low rank"] | None = None
+    group_ends: bool = False
+    output_gate: bool = False
+    rotates: bool = True
+    other_architectures: Mapping[str, str] = field(default_factory=dict[str, str])
     saved_as: str | None = None
     qkv_bias: bool | str = "attention_bias"
     qk_norm: bool | str = False
@@ -245,6 +258,90 @@ FAMILIES: Mapping[str, Family] = {
             "indexer_rope_interleave": True,
         },
         rope_interleaved=True,
+    ),
+    "bailing_hybrid": Family(
+        "mla",
+        _COMMON
+        | {
+            "vocab_size": 157184,
+            "hidden_size": 2560,
+            "intermediate_size": 6144,
+            "moe_intermediate_size": 768,
+            "num_hidden_layers": 42,
+            "num_attention_heads": 32,
+            "n_shared_experts": 1,
+            "n_routed_experts": 512,
+            "routed_scaling_factor": 2.5,
+            "kv_lora_rank": 512,
+            "q_lora_rank": None,
+            "qk_rope_head_dim": 64,
+            "v_head_dim": 128,
+            "qk_nope_head_dim": 128,
+            "n_group": 8,
+            "topk_group": 4,
+            "num_experts_per_tok": 8,
+            "first_k_dense_replace": 2,
+            "norm_topk_prob": True,
+            "max_position_embeddings": 262144,
+            "rope_theta": 6000000.0,
+            "eos_token_id": 156895,
+            "num_nextn_predict_layers": 1,
+            "head_dim": 128,
+            "short_conv_kernel_size": 4,
+            "layer_group_size": 6,
+            "kda_safe_gate": True,
+            "kda_lower_bound": -5.0,
+        },
+        rope_interleaved=True,
+        scoring="sigmoid",
+        group_score="top2",
+        correction_bias=True,
+        name_style="bailing",
+        kda="full",
+        group_ends=True,
+        output_gate=True,
+        other_architectures={
+            "BailingMoeV2_5ForCausalLM": "Ling-2.5, Ring-2.5 and Ling-2.6, whose linear layers are lightning attention",
+            "BailingMoeLinearV2ForCausalLM": "Ring-2.0-linear, whose linear layers are lightning attention",
+        },
+    ),
+    "kimi_linear": Family(
+        "mla",
+        _COMMON
+        | {
+            "vocab_size": 163840,
+            "hidden_size": 2304,
+            "intermediate_size": 9216,
+            "moe_intermediate_size": 1024,
+            "num_hidden_layers": 27,
+            "num_attention_heads": 32,
+            "n_shared_experts": 1,
+            "n_routed_experts": 256,
+            "routed_scaling_factor": 2.446,
+            "kv_lora_rank": 512,
+            "q_lora_rank": None,
+            "qk_rope_head_dim": 64,
+            "v_head_dim": 128,
+            "qk_nope_head_dim": 128,
+            "n_group": 1,
+            "topk_group": 1,
+            "num_experts_per_tok": 8,
+            "first_k_dense_replace": 1,
+            "norm_topk_prob": True,
+            "max_position_embeddings": 1048576,
+            "rms_norm_eps": 1e-5,
+            "bos_token_id": 163584,
+            "eos_token_id": 163586,
+            "linear_head_dim": 128,
+            "linear_num_heads": 32,
+            "linear_conv_kernel_dim": 4,
+        },
+        scoring="sigmoid",
+        group_score="top2",
+        correction_bias=True,
+        expert_names="mixtral",
+        kda="low rank",
+        rotates=False,
     ),
     "minicpm3": Family(
         "mla",
@@ -547,6 +644,12 @@ TEXT_MODEL_OF: Mapping[str, str] = {
 SPELLINGS: Mapping[str, tuple[str, ...]] = {
     "n_routed_experts": ("num_experts", "num_local_experts"),
     "n_shared_experts": ("num_shared_experts",),
+    "n_group": ("num_expert_group",),
+    "num_experts_per_tok": ("num_experts_per_token",),
+    "norm_topk_prob": ("moe_renormalize",),
+    "max_position_embeddings": ("model_max_length",),
+    "scoring_func": ("score_function", "moe_router_activation_func"),
+    "num_nextn_predict_layers": ("num_mtp_layers",),
 }
 """Other names of a key of config.json."""
 

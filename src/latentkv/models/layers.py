@@ -48,14 +48,17 @@ class Embedding(nn.Embedding):
 
 
 class MLP(nn.Module):
-    """SwiGLU feed-forward block (arXiv 2002.05202)."""
+    """SwiGLU feed-forward block (arXiv 2002.05202); `limit` bounds its activation, see `ops.silu_mul`."""
 
     gate_up: PackedWeight | None = None
     down: PackedWeight | None = None
 
-    def __init__(self, hidden_size: int, intermediate_size: int, *, bias: bool = False) -> None:
+    def __init__(
+        self, hidden_size: int, intermediate_size: int, *, bias: bool = False, limit: float | None = None
+    ) -> None:
         super().__init__()
         self.has_bias = bias
+        self.limit = limit
         self.gate_proj = Linear(hidden_size, intermediate_size, bias=bias)
         self.up_proj = Linear(hidden_size, intermediate_size, bias=bias)
         self.down_proj = Linear(intermediate_size, hidden_size, bias=bias)
@@ -63,7 +66,10 @@ class MLP(nn.Module):
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """[..., hidden] -> [..., hidden], plus the residual."""
         if self.gate_up is not None and self.down is not None:
-            return ops.gated_mlp(x, self.gate_up, self.down, residual=residual)
+            return ops.gated_mlp(x, self.gate_up, self.down, residual=residual, limit=self.limit)
+        if self.limit is not None:
+            gate_up = torch.cat([self.gate_proj(x), self.up_proj(x)], dim=-1)
+            return self.down_proj(ops.silu_mul(gate_up, self.limit), residual)
         return self.down_proj(functional.silu(self.gate_proj(x)) * self.up_proj(x), residual)
 
     def pack(self, packer: Packer) -> None:

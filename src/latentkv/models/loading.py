@@ -21,6 +21,8 @@ from latentkv.models.packing import Packer, PackerOf, Packing, pack_module, take
 from latentkv.models.stored_config import DTYPE_NAMES, open_checkpoint, stored_dtype
 
 _EMBEDDING = "model.embed_tokens.weight"
+_EXACT = ("e_score_correction_bias", "expert_bias", "A_log", "dt_bias", "_conv1d.weight")
+"""Ends of the names of what is stored in float32, whatever the rest is stored in."""
 
 
 def load_model(
@@ -161,7 +163,7 @@ def save_pretrained(decoder: Decoder, folder: Path | str, *, dtype: torch.dtype 
     Args:
         decoder: its `config.source` becomes config.json.
         folder: made if it is missing.
-        dtype: of the stored weights; None: as they are. Correction biases stay float32.
+        dtype: of the stored weights; None: as they are. Correction biases and what recurrences forget by stay float32.
 
     Raises:
         CheckpointError: the disk is full or cannot be written; what was there before stays whole.
@@ -183,6 +185,7 @@ def save_pretrained(decoder: Decoder, folder: Path | str, *, dtype: torch.dtype 
         decoder.state_dict(),
         num_layers=decoder.config.num_layers,
         experts=family.expert_names,
+        style=family.name_style,
     )
-    cast = ((name, t if name.endswith("e_score_correction_bias") else t.to(dtype)) for name, t in tensors)
+    cast = ((name, t if name.endswith(_EXACT) else t.to(dtype)) for name, t in tensors)
     write_checkpoint(folder, cast, config)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +49,7 @@ class MultiHeadLatentAttention(nn.Module):
         max_context: longest sequence (only longrope depends on it); None: the rope's original length.
         indexer: what selects the tokens that each token reads, which takes a q_lora_rank; None: it reads all.
         shares_selection: the layer has no indexer, and reads what the last one before it has selected.
+        output_gate: what the heads give is multiplied by a sigmoid of x's projection: one a head, or one a number.
 
     Attributes:
         int8_products: whether steps of one token a sequence multiply bytes over an int8 cache, see `ops.mla_attend`.
@@ -75,6 +76,7 @@ class MultiHeadLatentAttention(nn.Module):
         max_context: int | None = None,
         indexer: IndexerConfig | None = None,
         shares_selection: bool = False,
+        output_gate: Literal["head", "element"] | None = None,
     ) -> None:
         super().__init__()
         self.rope = rope or RopeConfig(dim=qk_rope_head_dim, interleaved=True)
@@ -83,7 +85,7 @@ class MultiHeadLatentAttention(nn.Module):
                 f"rope has {self.rope.dim} dimensions, qk_rope_head_dim is {qk_rope_head_dim}; make them equal."
             )
         self.config = MLAConfig(
-            kv_lora_rank, qk_nope_head_dim, qk_rope_head_dim, v_head_dim, q_lora_rank, norm_eps, bias
+            kv_lora_rank, qk_nope_head_dim, qk_rope_head_dim, v_head_dim, q_lora_rank, norm_eps, bias, output_gate
         )
         self.num_heads = num_heads
         self.max_context = max_context or self.rope.original_max_positions
@@ -100,6 +102,9 @@ class MultiHeadLatentAttention(nn.Module):
         self.kv_a_proj_with_mqa = Linear(hidden_size, kv_lora_rank + qk_rope_head_dim, bias=bias)
         self.kv_a_layernorm = RMSNorm(kv_lora_rank, norm_eps)
         self.kv_b_proj = Linear(kv_lora_rank, num_heads * (qk_nope_head_dim + v_head_dim), bias=False)
+        if output_gate is not None:
+            gates = num_heads if output_gate == "head" else num_heads * v_head_dim
+            self.g_proj = Linear(hidden_size, gates, bias=False)
         self.o_proj = Linear(num_heads * v_head_dim, hidden_size, bias=bias)
         self.is_sparse = indexer is not None
         self.indexer = None
@@ -134,11 +139,11 @@ class MultiHeadLatentAttention(nn.Module):
             keys = torch.cat([latent, k_rope], dim=-1)[:, :, None].expand(-1, -1, self.num_heads, -1)
             values = latent[:, :, None].expand(-1, -1, self.num_heads, -1)
             attended = ops.causal_attention(q, keys, values, scale=self.scale, selected=selected)
-            return self._output(self._unabsorb(attended.flatten(0, 1)).unflatten(0, x.shape[:2]))
+            return self._output(x, self._unabsorb(attended.flatten(0, 1)).unflatten(0, x.shape[:2]))
         k_nope, values = self._expand(latent)
         keys = torch.cat([k_nope, k_rope[:, :, None].expand(-1, -1, self.num_heads, -1)], dim=-1)
         q = torch.cat([q_nope, q_rope], dim=-1)
-        return self._output(ops.causal_attention(q, keys, values, scale=self.scale, selected=selected))
+        return self._output(x, ops.causal_attention(q, keys, values, scale=self.scale, selected=selected))
 
     def attend(
         self,
@@ -182,7 +187,7 @@ class MultiHeadLatentAttention(nn.Module):
         kinds = self._kinds(form, slots, batch, pieces)
         if len(set(kinds)) == 1 and kinds[0].form == "absorbed":
             q = self._absorb_and_rotate(q_nope, q_rope, positions)
-            return self._output(self._attend_absorbed(q, pieces, state, kinds[0], slots), residual)
+            return self._output(x, self._attend_absorbed(q, pieces, state, kinds[0], slots), residual)
         q_rope = self._rotate(q_rope, positions)
         outputs: list[Tensor] = []
         for first, last in runs(kinds):
@@ -194,7 +199,7 @@ class MultiHeadLatentAttention(nn.Module):
             for row in range(first, last):
                 one, rows = pieces.part(row, row + 1)
                 outputs.append(self._attend_expanded(q_nope[rows], q_rope[rows], one, state))
-        return self._output(torch.cat(outputs), residual)
+        return self._output(x, torch.cat(outputs), residual)
 
     def pack(self, packer: Packer) -> None:
         """See `Packable`: W_UK and W_UV a head, beside kv_b_proj, which expands."""
@@ -279,7 +284,9 @@ class MultiHeadLatentAttention(nn.Module):
         k_nope, values = expanded.split([self.config.qk_nope_head_dim, self.config.v_head_dim], dim=-1)
         return k_nope, values
 
-    def _output(self, heads: Tensor, residual: Tensor | None = None) -> Tensor:
+    def _output(self, x: Tensor, heads: Tensor, residual: Tensor | None = None) -> Tensor:
+        if self.config.output_gate is not None:
+            heads = ops.gate_heads(heads, self.g_proj(x))
         return self.o_proj(heads.flatten(-2), residual)
 
     def _attend_absorbed(self, q: Tensor, batch: Batch, state: LayerState, kind: _Kind, slots: Tensor | None) -> Tensor:

@@ -61,6 +61,7 @@ class Experts(nn.Module):
     def __init__(self, hidden_size: int, config: MoEConfig) -> None:
         super().__init__()
         experts, width = config.num_experts, config.intermediate_size
+        self.limit = config.swiglu_limit
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * width, hidden_size))
         self.down_proj = nn.Parameter(torch.empty(experts, hidden_size, width))
 
@@ -68,7 +69,7 @@ class Experts(nn.Module):
         """[T, hidden] -> weighted sum of each token's experts, [T, hidden], plus the residual."""
         gate_up = self.gate_up_proj if self.gate_up is None else self.gate_up
         down = self.down_proj if self.down is None else self.down
-        return ops.moe_experts(x, expert_ids, weights, gate_up, down, residual=residual)
+        return ops.moe_experts(x, expert_ids, weights, gate_up, down, residual=residual, limit=self.limit)
 
     def pack(self, packer: Packer) -> None:
         """See `Packable`."""
@@ -86,7 +87,8 @@ class MoE(nn.Module):
         self.gate = Router(hidden_size, config)
         self.experts = Experts(hidden_size, config)
         if config.num_shared_experts:
-            self.shared_experts = MLP(hidden_size, config.intermediate_size * config.num_shared_experts, bias=bias)
+            width = config.intermediate_size * config.num_shared_experts
+            self.shared_experts = MLP(hidden_size, width, bias=bias, limit=config.shared_swiglu_limit)
         if config.gated_shared_size:
             self.shared_expert = MLP(hidden_size, config.gated_shared_size, bias=bias)
             self.shared_expert_gate = Router(hidden_size, MoEConfig(1, 1, config.gated_shared_size))

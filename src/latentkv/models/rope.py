@@ -57,6 +57,8 @@ def inverse_frequencies(config: RopeConfig, *, max_context: int) -> Tensor:
     """Angle per position of each rotated pair, [dim / 2] float64 on the CPU; computed once, so do not change it."""
     exponents = torch.arange(0, config.dim, 2, dtype=torch.float64, device="cpu") / config.dim
     plain = config.theta**-exponents
+    if config.kind == "none":
+        return torch.zeros_like(plain)
     if config.kind == "linear":
         return plain / config.factor
     if config.kind == "yarn":

@@ -48,6 +48,8 @@ def read_rope(fields: Fields, family: Family, attention: MLAConfig | GQAConfig) 
         ConfigError: the kind is not supported, or a value that the kind needs is missing.
     """
     params = _parameters(fields, family)
+    if not family.rotates:
+        return RopeConfig(attention.qk_rope_head_dim if isinstance(attention, MLAConfig) else 0, kind="none")
     if any(isinstance(value, Mapping) for value in params.values()):
         raise ConfigError("config.json: rope parameters that differ between layers are not supported.")
     kind = params.get("rope_type") or params.get("type") or "default"
@@ -130,6 +132,8 @@ def _rotary_dim(fields: Fields, family: Family, params: Mapping[str, Any], atten
         return int(attention.head_dim * share)
     dim = attention.qk_rope_head_dim if isinstance(attention, MLAConfig) else attention.head_dim
     heads = (attention.qk_nope_head_dim + dim, dim) if isinstance(attention, MLAConfig) else (dim,)
+    if family.kda and fields.get("head_dim") is not None:  # of the other layers; Ling-3.0 means its share of that
+        heads = (*heads, fields.size("head_dim"))
     if share not in (None, 1) and not any(round(head * share) == dim for head in heads):
         raise ConfigError(f"config.json: {key}={share} does not match {dim} rotary dimensions.")
     return dim

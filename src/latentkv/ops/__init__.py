@@ -4,7 +4,7 @@ from latentkv.ops.attention import gqa_attend, mla_attend, mla_decode
 from latentkv.ops.backends import describe_backends
 from latentkv.ops.basic import linear, output_logits
 from latentkv.ops.causal import causal_attention
-from latentkv.ops.elementwise import apply_rope, rms_norm, silu_mul
+from latentkv.ops.elementwise import apply_rope, gate_heads, rms_norm, silu_mul
 from latentkv.ops.headwise import headwise_linear
 from latentkv.ops.kda import KDAState, KDAWeights, kda_attend, kda_whole
 from latentkv.ops.kv_formats import (
@@ -32,6 +32,7 @@ __all__ = [
     "decode_latents",
     "describe_backends",
     "encode_latents",
+    "gate_heads",
     "gated_mlp",
     "gqa_attend",
     "headwise_linear",

@@ -83,17 +83,49 @@ def _angles_fit(x: Tensor, cos: Tensor, half: int) -> bool:
     )
 
 
-def silu_mul(gate_up: Tensor) -> Tensor:
+def gate_heads(x: Tensor, gate: Tensor) -> Tensor:
+    """`x * sigmoid(gate)`: what heads give, gated before the output projection (Ling-3.0).
+
+    Args:
+        x: [..., H, D].
+        gate: [..., H], one for each head, or [..., H D], one for each number.
+
+    Returns:
+        [..., H, D] in x's dtype, computed in float32 at least; x itself, changed, where the kernels compute it.
+
+    Raises:
+        OpError: the shapes do not fit.
+    """
+    *rows, heads, dim = x.shape
+    if list(gate.shape[:-1]) != rows or gate.shape[-1] not in (heads, heads * dim):
+        raise OpError(
+            f"gate_heads takes x [..., H, D] and gate [..., H] or [..., H D]; these are {list(x.shape)} and "
+            f"{list(gate.shape)}"
+        )
+    fast = native.gate_heads(x, gate)
+    if fast is not None:
+        return fast
+    require_floats(x=x, gate=gate)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return (x.to(wide) * gate.to(wide).sigmoid().unflatten(-1, (heads, -1))).to(x.dtype)
+
+
+def silu_mul(gate_up: Tensor, limit: float | None = None) -> Tensor:
     """`silu(gate) * up` of gate_up [..., 2I], the gate first -> [..., I] in its dtype (SwiGLU, arXiv 2002.05202).
+
+    Args:
+        gate_up: both, side by side.
+        limit: min(silu(gate), limit) * clamp(up, -limit, limit), as Ling-3.0-flash has it; None: no limit.
 
     Raises:
         OpError: the last dimension is odd.
     """
-    fast = native.silu_mul(gate_up)
+    fast = native.silu_mul(gate_up) if limit is None else None
     if fast is not None:
         return fast
     require_floats(gate_up=gate_up)
     if gate_up.shape[-1] % 2:
         raise OpError(f"silu_mul takes gate and up of one width side by side, not {list(gate_up.shape)}")
     gate, up = gate_up.chunk(2, dim=-1)
-    return torch.nn.functional.silu(gate) * up
+    activated = torch.nn.functional.silu(gate)
+    return activated * up if limit is None else activated.clamp(max=limit) * up.clamp(-limit, limit)

@@ -76,7 +76,7 @@ def kda_attend(
     S <- diag(exp g) S;  d = sigmoid(beta) (v - S^T k);  S <- S + k d^T;  o = S^T q, and the result is
     `norm(o) * sigmoid(output_gate)`. g = lower_bound sigmoid(exp(log_rate) (gate + gate_bias)), or without a bound
     -exp(log_rate) softplus(gate + gate_bias). All of it is computed in float32. What a token gives and leaves does not
-    depend, bit for bit, on where its sequence is cut into steps, on drafts, on other sequences or the number of threads.
+    depend, bit for bit, on where its sequence is cut into steps, on drafts, other sequences or the number of threads.
 
     Sequence b takes the first pending[b] rows that wait in its slot into its state, then the first committed[b] of its
     own, and stores it; its other rows go on from there without a trace but that they wait in the slot from then on. A
@@ -221,7 +221,7 @@ def _make_ready(
 
 
 def _recur(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """o [..., T, H, D], and the matrix [..., H, D, D] after the last token."""
+    """O [..., T, H, D], and the matrix [..., H, D, D] after the last token."""
     outputs: list[Tensor] = []
     for t in range(q.shape[-3]):
         matrix = decay[..., t, :, :, None] * matrix

@@ -22,6 +22,7 @@ def moe_experts(
     down: Tensor | PackedWeight,
     *,
     residual: Tensor | None = None,
+    limit: float | None = None,
 ) -> Tensor:
     """`sum_k weights[t, k] * down_e (silu(gate_e x_t) * up_e x_t)`, e = expert_ids[t, k] (arXiv 2401.06066, eq. 3).
 
@@ -37,6 +38,7 @@ def moe_experts(
         gate_up: [E, 2I, D]; the first I rows are the gate's.
         down: [E, D, I], packed if gate_up is.
         residual: [T, D] added to the sum before it is rounded, or None.
+        limit: of the activation, see `silu_mul`.
 
     Returns:
         [T, D] in x's dtype; the weighted sum is taken in the wider of the experts' and the weights' dtype.
@@ -54,7 +56,7 @@ def moe_experts(
     if expert_ids.numel() == 0:
         return torch.zeros_like(x) if residual is None else residual.to(x.dtype, copy=True)
     if isinstance(gate_up, PackedWeight) and isinstance(down, PackedWeight):
-        fast = native.moe_experts(x, expert_ids, weights, gate_up, down, residual)
+        fast = native.moe_experts(x, expert_ids, weights, gate_up, down, residual, limit)
         if fast is not None:
             return fast
     require_floats(x=x, weights=weights, residual=residual)
@@ -62,7 +64,7 @@ def moe_experts(
         require_same_dtype("moe_experts", x=x, gate_up=gate_up, down=down)
     # On a GPU, its kernels do not wait to read the choices; elsewhere they are checked.
     counts = _tokens_per_expert(expert_ids, num_experts) if expert_ids.is_cpu else None
-    if isinstance(gate_up, Tensor) and isinstance(down, Tensor):
+    if isinstance(gate_up, Tensor) and isinstance(down, Tensor) and limit is None:
         fast = triton.moe_experts(x, expert_ids, weights, gate_up, down, residual)
         if fast is not None:
             return fast
@@ -70,13 +72,20 @@ def moe_experts(
     order = torch.argsort(expert_ids.reshape(-1), stable=True)
     sorted_x = x[order // expert_ids.shape[1]]
     experts = zip(sorted_x.split(counts), _matrices(gate_up), _matrices(down), strict=True)
-    outputs = [_gated(tokens, into, out) for tokens, into, out in experts if tokens.shape[0]]
+    outputs = [_gated(tokens, into, out, limit) for tokens, into, out in experts if tokens.shape[0]]
     chosen = torch.cat(outputs)[torch.argsort(order)].view(*expert_ids.shape, -1)
     result = (chosen * weights.unsqueeze(-1)).sum(dim=1)
     return (result if residual is None else result + residual).to(x.dtype)
 
 
-def gated_mlp(x: Tensor, gate_up: PackedWeight, down: PackedWeight, *, residual: Tensor | None = None) -> Tensor:
+def gated_mlp(
+    x: Tensor,
+    gate_up: PackedWeight,
+    down: PackedWeight,
+    *,
+    residual: Tensor | None = None,
+    limit: float | None = None,
+) -> Tensor:
     """`down (silu(gate x) * up x) + residual` (SwiGLU, arXiv 2002.05202).
 
     The sum with the residual is rounded once; the kernels round the intermediate to x's dtype too. A token's result
@@ -87,6 +96,7 @@ def gated_mlp(x: Tensor, gate_up: PackedWeight, down: PackedWeight, *, residual:
         gate_up: one packed [2I, D]; the first I rows are the gate's.
         down: one packed [O, I].
         residual: [..., O] or None.
+        limit: of the activation, see `silu_mul`.
 
     Returns:
         [..., O] in x's dtype.
@@ -104,10 +114,10 @@ def gated_mlp(x: Tensor, gate_up: PackedWeight, down: PackedWeight, *, residual:
         require_shape("residual", residual, (*x.shape[:-1], outs))
     rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
     rows_residual = residual if residual is None or x.ndim == 2 else residual.reshape(-1, outs)
-    out = native.gated_mlp(rows, gate_up, down, rows_residual)
+    out = native.gated_mlp(rows, gate_up, down, rows_residual, limit)
     if out is None:
         require_floats(x=x, residual=residual)
-        out = _gated(rows, gate_up, down)
+        out = _gated(rows, gate_up, down, limit)
         out = (out if rows_residual is None else out + rows_residual).to(x.dtype)
     return out if x.ndim == 2 else out.view(*x.shape[:-1], outs)
 
@@ -146,10 +156,10 @@ def _matrices(weight: Tensor | PackedWeight) -> list[Tensor | PackedWeight]:
     return list(weight.unbind())
 
 
-def _gated(x: Tensor, gate_up: Tensor | PackedWeight, down: Tensor | PackedWeight) -> Tensor:
+def _gated(x: Tensor, gate_up: Tensor | PackedWeight, down: Tensor | PackedWeight, limit: float | None) -> Tensor:
     """In the weights' dtype; packed: in float32 at least, the intermediate rounded to x's dtype as the kernels do."""
     if isinstance(gate_up, Tensor):
-        return linear(silu_mul(linear(x, gate_up)), down)
+        return linear(silu_mul(linear(x, gate_up), limit), down)
     wide = torch.promote_types(x.dtype, torch.float32)
-    inner = silu_mul(linear(x, gate_up, out_dtype=wide)).to(x.dtype)
+    inner = silu_mul(linear(x, gate_up, out_dtype=wide), limit).to(x.dtype)
     return linear(inner, down, out_dtype=wide)

@@ -145,7 +145,7 @@ def gqa_attend(
 
 
 def short_convolution(x: Tensor, taps: Tensor, past: Tensor) -> Tensor:
-    """Causal, each channel by itself, then silu: x [T, C], taps [4, C] (the last is the newest token's), past [3, C]."""
+    """Causal, each channel by itself, then silu: x [T, C], taps [4, C] (the last: the newest token's), past [3, C]."""
     window = torch.cat([past.double(), x.double()])
     rows = [(window[t : t + len(taps)] * taps.double()).sum(dim=0) for t in range(len(x))]
     summed = torch.stack(rows) if rows else x.double()
@@ -287,19 +287,26 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool) -> Ten
     return torch.stack([turned.real, turned.imag], dim=-1 if interleaved else -2).flatten(-2)
 
 
-def silu_mul(gate_up: Tensor) -> Tensor:
-    """`gate * sigmoid(gate) * up`, side by side in [..., 2I]."""
+def silu_mul(gate_up: Tensor, limit: float = float("inf")) -> Tensor:
+    """`gate * sigmoid(gate) * up`, side by side in [..., 2I]; each factor at most the limit, `up` at least minus it."""
     gate, up = gate_up.double().chunk(2, dim=-1)
-    return gate * gate.sigmoid() * up
+    return (gate * gate.sigmoid()).clamp(max=limit) * up.clamp(-limit, limit)
 
 
-def moe_experts(x: Tensor, expert_ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+def gate_heads(x: Tensor, gate: Tensor) -> Tensor:
+    """`x * sigmoid(gate)` of x [..., H, D] and gate [..., H] or [..., H D]."""
+    return x.double() * gate.double().sigmoid().unflatten(-1, (x.shape[-2], -1))
+
+
+def moe_experts(
+    x: Tensor, expert_ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, limit: float = float("inf")
+) -> Tensor:
     """Token by token: the weighted sum of its K experts, each `down (silu(gate x) * up x)`."""
     out = torch.zeros_like(x, dtype=torch.float64)
     for t, ids in enumerate(expert_ids.tolist()):
         for k, e in enumerate(ids):
-            gate, up = (gate_up[e].double() @ x[t].double()).chunk(2)
-            out[t] += weights[t, k].double() * (down[e].double() @ (gate * gate.sigmoid() * up))
+            inner = silu_mul(gate_up[e].double() @ x[t].double(), limit)
+            out[t] += weights[t, k].double() * (down[e].double() @ inner)
     return out
 
 

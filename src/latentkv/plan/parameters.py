@@ -16,8 +16,9 @@ from latentkv.checkpoint.quantization import quantization_method
 from latentkv.checkpoint.shard import entry_bytes
 from latentkv.checkpoint.wrapper import outermost
 from latentkv.errors import ConfigError
-from latentkv.models.config import GQAConfig, IndexerConfig, LayerConfig, MLAConfig, ModelConfig, MoEConfig
+from latentkv.models.config import GQAConfig, IndexerConfig, KDAConfig, LayerConfig, MLAConfig, ModelConfig, MoEConfig
 from latentkv.models.stored_config import stored_dtype
+from latentkv.ops.kda import TAPS
 from latentkv.weights.files import awq, gptq, modelopt
 from latentkv.weights.files.compressed_config import METHOD, PackedSchemes
 from latentkv.weights.files.compressed_tensors import packed_layout
@@ -39,7 +40,8 @@ _TORCH_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "f
 class TensorGroup:
     """`count` tensors of one shape, of which each token uses `used`.
 
-    `linear` marks the weights that an fp8 checkpoint quantises; `buffer` those that are not trained by gradient.
+    `linear` marks the weights that an fp8 checkpoint quantises; `buffer` those that are not trained by gradient;
+    `exact` those that are float32 whatever the rest is.
     """
 
     kind: Kind
@@ -49,6 +51,7 @@ class TensorGroup:
     used: int = 1
     linear: bool = False
     buffer: bool = False
+    exact: bool = False
 
     @property
     def published(self) -> str:
@@ -126,7 +129,7 @@ def weight_bytes(config: ModelConfig, dtype: str) -> int:
 
 
 def _tensor_bytes(group: TensorGroup, dtype: str, config: ModelConfig, stored: PackedSchemes | None) -> int:
-    if group.buffer:
+    if group.buffer or group.exact:
         return 4 * group.numel
     if dtype in _FLOAT_BYTES:
         return _FLOAT_BYTES[dtype] * group.numel
@@ -195,7 +198,12 @@ def _module(group: TensorGroup) -> str:
 def _layer(config: ModelConfig, layer: LayerConfig) -> Iterator[TensorGroup]:
     hidden = config.hidden_size
     attention = layer.attention
-    yield from _mla(config, attention) if isinstance(attention, MLAConfig) else _gqa(config, attention)
+    if isinstance(attention, MLAConfig):
+        yield from _mla(config, attention)
+    elif isinstance(attention, KDAConfig):
+        yield from _kda(config, attention)
+    else:
+        yield from _gqa(config, attention)
     if layer.own_indexer is not None and isinstance(attention, MLAConfig):
         yield from _indexer(config, attention, layer.own_indexer)
     yield TensorGroup("norm", "input_layernorm", (hidden,))
@@ -224,7 +232,28 @@ def _mla(config: ModelConfig, mla: MLAConfig) -> Iterator[TensorGroup]:
     yield from _linear("attention", "self_attn.kv_a_proj_with_mqa", rank + mla.qk_rope_head_dim, hidden, mla.bias)
     yield TensorGroup("norm", "self_attn.kv_a_layernorm", (rank,))
     yield from _linear("attention", "self_attn.kv_b_proj", heads * (mla.qk_nope_head_dim + mla.v_head_dim), rank)
+    if mla.output_gate is not None:
+        gates = heads if mla.output_gate == "head" else heads * mla.v_head_dim
+        yield from _linear("attention", "self_attn.g_proj", gates, hidden)
     yield from _linear("attention", "self_attn.o_proj", hidden, heads * mla.v_head_dim, mla.bias)
+
+
+def _kda(config: ModelConfig, kda: KDAConfig) -> Iterator[TensorGroup]:
+    hidden, width = config.hidden_size, kda.num_heads * kda.head_dim
+    for name in ("q", "k", "v"):
+        yield from _linear("attention", f"self_attn.{name}_proj", width, hidden)
+        yield TensorGroup("attention", f"self_attn.{name}_conv1d", (width, 1, TAPS), exact=True)
+    for name in ("f", "g"):
+        if kda.low_rank_gates:
+            yield from _linear("attention", f"self_attn.{name}_a_proj", kda.head_dim, hidden)
+            yield from _linear("attention", f"self_attn.{name}_b_proj", width, kda.head_dim)
+        else:
+            yield from _linear("attention", f"self_attn.{name}_proj", width, hidden)
+    yield from _linear("attention", "self_attn.b_proj", kda.num_heads, hidden)
+    yield TensorGroup("attention", "self_attn.A_log", (kda.num_heads,), exact=True)
+    yield TensorGroup("attention", "self_attn.dt_bias", (width,), exact=True)
+    yield TensorGroup("norm", "self_attn.o_norm", (kda.head_dim,))
+    yield from _linear("attention", "self_attn.o_proj", hidden, width)
 
 
 def _indexer(config: ModelConfig, mla: MLAConfig, indexer: IndexerConfig) -> Iterator[TensorGroup]:

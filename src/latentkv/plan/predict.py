@@ -109,8 +109,8 @@ def make_plan(
     else:
         dtype = weights_dtype or checkpoint_dtype(config)
         weights = weight_bytes(config, dtype)
-    qk_dim, v_dim = _head_dims(config.attention)
-    mla = config.attention if isinstance(config.attention, MLAConfig) else None
+    qk_dim, v_dim = _head_dims(config.cached_attention)
+    mla = config.cached_attention if isinstance(config.cached_attention, MLAConfig) else None
 
     def row(attention: str, kv_heads: int | None, own: KVFormat | None, per_token: int) -> CacheRow:
         cache = batch * -(-context // PAGE_SIZE) * PAGE_SIZE * per_token
@@ -167,8 +167,11 @@ def as_kv_format(name: str) -> KVFormat:
 
 
 def mha_bytes(config: ModelConfig) -> int:
-    """Bytes a token that bf16 multi-head attention of the same model would cache: 2 H (Dn + R + Dv) in each layer."""
-    return sum(mha_bytes_per_token(1, config.num_heads, *_head_dims(layer.attention)) for layer in config.layers)
+    """Bytes a token that bf16 multi-head attention of the same model would cache: 2 H (Dn + R + Dv) in each layer.
+
+    In every layer: those that keep nothing of a token, too, would then be multi-head attention.
+    """
+    return mha_bytes_per_token(config.num_layers, config.num_heads, *_head_dims(config.cached_attention))
 
 
 def _head_dims(attention: MLAConfig | GQAConfig) -> tuple[int, int]:
@@ -179,9 +182,10 @@ def _head_dims(attention: MLAConfig | GQAConfig) -> tuple[int, int]:
 
 
 def _own_attention(config: ModelConfig) -> tuple[str, int | None]:
-    if isinstance(config.attention, MLAConfig):
-        return "MLA", None
-    heads = config.attention.num_kv_heads
+    attention = config.cached_attention
+    if isinstance(attention, MLAConfig):
+        return "KDA and MLA" if config.num_recurrent_layers else "MLA", None
+    heads = attention.num_kv_heads
     return _grouped_name(heads, config.num_heads), heads
 
 

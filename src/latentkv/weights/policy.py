@@ -10,15 +10,18 @@ from latentkv.weights.formats import INT8, CodeFormat
 from latentkv.weights.weight import GROUP_SIZES
 
 # Linear layers that are read whole for every token, and whose errors average out. Everything else stays as it is:
-# embeddings, norms, routers and their biases, the weights of an indexer's heads, and the projections to and from the
-# latents (kv_a_proj_with_mqa, kv_b_proj, q_a_proj) and of the multi-token-prediction input (eh_proj), through which all
-# information passes.
+# embeddings, norms, routers and their biases, the weights of an indexer's heads, what recurrences forget and write by
+# (b_proj, A_log, dt_bias, the taps of convolutions), and the projections to and from the latents (kv_a_proj_with_mqa,
+# kv_b_proj, q_a_proj), of gates of low rank (f_a_proj, f_b_proj, g_a_proj, g_b_proj) and of the multi-token-prediction
+# input (eh_proj), through which all information passes.
 _QUANTISED = re.compile(
     r"model\.layers\.\d+\."
-    r"(self_attn\.(q_proj|q_b_proj|k_proj|v_proj|o_proj|indexer\.(wq_b|wk))\.weight"
+    r"(self_attn\.(q_proj|q_b_proj|k_proj|v_proj|f_proj|g_proj|o_proj|indexer\.(wq_b|wk))\.weight"
     r"|mlp\.((experts\.\d+|shared_experts?)\.)?(gate_proj|up_proj|down_proj)\.weight"
     r"|mlp\.experts\.(gate_up_proj|down_proj))"
 )
+# A gate of latent attention has few rows, a number for each head: nothing is saved by rounding it.
+_GATE, _MOST_HEADS = re.compile(r"model\.layers\.\d+\.self_attn\.g_proj\.weight"), 256
 # Errors of the output head shift tokens' probabilities directly, so it never gets fewer than 8 bits.
 _HEAD = re.compile(r"lm_head\.weight|model\.layers\.\d+\.shared_head\.head\.weight")
 
@@ -54,7 +57,7 @@ def choose_scheme(
     """
     if _HEAD.fullmatch(published):
         return WeightScheme(INT8, group if fmt == INT8 and group and shape[-1] % group == 0 else None)
-    if not _QUANTISED.fullmatch(published):
+    if not _QUANTISED.fullmatch(published) or (_GATE.fullmatch(published) and shape[-2] <= _MOST_HEADS):
         return None
     group = group or fmt.default_group
     for size in sorted(GROUP_SIZES, reverse=True):

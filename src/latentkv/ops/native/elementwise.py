@@ -84,6 +84,18 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool, out: T
     return out
 
 
+def gate_heads(x: Tensor, gate: Tensor) -> Tensor | None:
+    """See `elementwise.gate_heads`; x [T, H, D] with whole heads, all shapes fit. It is changed in place."""
+    isa = isa_for(x, gate)
+    if isa is None or x.ndim != 3 or x.stride(2) != 1 or gate.stride(1) != 1:
+        return None
+    tokens, heads, dim = x.shape
+    each = gate.shape[1] != heads
+    places = x.data_ptr(), x.stride(0), x.stride(1), DTYPE_CODES[x.dtype], gate.data_ptr(), gate.stride(0)
+    extension.gate_heads(isa, *places, DTYPE_CODES[gate.dtype], each, tokens, heads, dim)
+    return x
+
+
 def silu_mul(gate_up: Tensor) -> Tensor | None:
     """See `elementwise.silu_mul`; gate_up [..., 2I] contiguous."""
     isa = isa_for(gate_up)

@@ -22,6 +22,7 @@ def moe_experts(
     gate_up: PackedWeight,
     down: PackedWeight,
     residual: Tensor | None,
+    limit: float | None,
 ) -> Tensor | None:
     """See `moe.moe_experts`; all shapes fit."""
     isa = isa_for(x, weights) if residual is None else isa_for(x, weights, residual)
@@ -50,13 +51,16 @@ def moe_experts(
         expert_ids.shape[1],
         out.data_ptr(),
         *_residual(residual),
+        limit or 0.0,
     )
     if bad >= 0:
         raise_unknown_expert(int(expert_ids.view(-1)[bad]), gate_up.count)
     return out
 
 
-def gated_mlp(x: Tensor, gate_up: PackedWeight, down: PackedWeight, residual: Tensor | None) -> Tensor | None:
+def gated_mlp(
+    x: Tensor, gate_up: PackedWeight, down: PackedWeight, residual: Tensor | None, limit: float | None
+) -> Tensor | None:
     """See `moe.gated_mlp`, for x [T, D]; all shapes fit."""
     isa = isa_for(x) if residual is None else isa_for(x, residual)
     if isa is None or x.dtype not in X_DTYPES:
@@ -80,6 +84,7 @@ def gated_mlp(x: Tensor, gate_up: PackedWeight, down: PackedWeight, residual: Te
         tokens,
         out.data_ptr(),
         *_residual(residual),
+        limit or 0.0,
     )
     return out
 

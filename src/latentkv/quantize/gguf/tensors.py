@@ -149,18 +149,16 @@ class _Plan:
         self._config, self._reader, self._names, self._permutes = config, reader, names, permutes
 
     def layer(self, index: int) -> Iterator[Planned]:
-        prefix, block, config = f"model.layers.{index}.", f"blk.{index}.", self._config.layers[index]
+        prefix, block, attention = f"model.layers.{index}.", f"blk.{index}.", self._config.attention
         for stem, target in _LAYER.items():
             for end in ("weight", "bias"):
                 if (name := f"{prefix}{stem}.{end}") in self._names:
-                    yield self.whole(
-                        name, f"{block}{target}.{end}", heads=self._permuted_heads(target, config.attention)
-                    )
+                    yield self.whole(name, f"{block}{target}.{end}", heads=self._permuted_heads(target, attention))
         if (name := f"{prefix}{_CORRECTION}") in self._names:
             yield self.whole(name, f"{block}exp_probs_b.bias")
         if (name := f"{prefix}{_KV_B}") in self._names:
-            yield from self._kv_b(name, block, config.attention)
-        if moe := config.moe:
+            yield from self._kv_b(name, block, attention)
+        if moe := self._config.layers[index].moe:
             for leaf, target in _EXPERTS.items():
                 yield self._experts(moe.num_experts, f"{prefix}mlp.experts", leaf, f"{block}{target}.weight")
 

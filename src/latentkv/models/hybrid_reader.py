@@ -1,0 +1,130 @@
+"""The layers of a model that mixes Kimi Delta Attention with latent attention: which are which, and what differs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from latentkv.errors import ConfigError
+from latentkv.models.config import KDAConfig, LayerConfig, MoEConfig
+from latentkv.models.fields import read_number, shown
+from latentkv.ops.kda import TAPS
+
+if TYPE_CHECKING:
+    from latentkv.models.config_reader import Fields
+    from latentkv.models.families import Family
+
+_KINDS = ("full_attention", "linear_attention")
+_NESTED = "linear_attn_config"
+"""Kimi-Linear's own place for what concerns its linear layers; layers count from 1 there."""
+
+
+def read_hybrid_layers(
+    fields: Fields, family: Family, latent: LayerConfig, sparse: Sequence[bool]
+) -> tuple[LayerConfig, ...]:
+    """Every layer of the model.
+
+    Args:
+        fields: of its config.json.
+        family: of the model.
+        latent: a layer of latent attention with experts.
+        sparse: which layers have experts.
+
+    Raises:
+        ConfigError: a field is missing, out of range or not supported.
+    """
+    nested = fields.get(_NESTED) or {}
+    if not isinstance(nested, Mapping):
+        raise ConfigError(f"config.json: {_NESTED} must be an object, not {shown(nested)}.")
+    recurrent = replace(latent, attention=_read_kda(fields, family, nested), rope=None)
+    kinds = _kinds(fields, family, nested, len(sparse))
+    routed = _limits(fields, "expert_swiglu_limit_list", sparse)
+    shared = _limits(fields, "share_expert_swiglu_limit_list", sparse)
+    _require_shared_width(fields, latent.moe)
+    layers: list[LayerConfig] = []
+    for i, kind in enumerate(kinds):
+        layer = latent if kind == "full_attention" else recurrent
+        moe = latent.moe if sparse[i] else None
+        if moe is not None:
+            moe = replace(moe, swiglu_limit=routed[i], shared_swiglu_limit=shared[i])
+        layers.append(replace(layer, moe=moe))
+    return tuple(layers)
+
+
+def _read_kda(fields: Fields, family: Family, nested: Mapping[str, Any]) -> KDAConfig:
+    # What transformers writes comes first: there `head_dim` is another's.
+    taps = _size(fields, nested, "short_conv_kernel_size", "linear_conv_kernel_dim", "short_conv_kernel_size")
+    if taps != TAPS:
+        raise ConfigError(f"config.json: short convolutions of {taps} tokens are not supported; only {TAPS} are.")
+    safe = family.kda == "full" and fields.flag("kda_safe_gate")
+    bound = fields.number("kda_lower_bound") if safe else None
+    if bound is not None and not -80 <= bound < 0:
+        raise ConfigError(f"config.json: kda_lower_bound must be below 0 and at least -80, not {bound}.")
+    return KDAConfig(
+        num_heads=_size(fields, nested, "num_heads", "linear_num_heads", "num_attention_heads"),
+        head_dim=_size(fields, nested, "head_dim", "linear_head_dim", "head_dim"),
+        norm_eps=fields.positive("rms_norm_eps", 0.0),
+        lower_bound=bound,
+        low_rank_gates=family.kda == "low rank",
+    )
+
+
+def _size(fields: Fields, nested: Mapping[str, Any], inner: str, *keys: str) -> int:
+    """A size by the name that it has in the nested object, or by the first of its other names that is there."""
+    if nested.get(inner) is not None:
+        return fields.whole(f"{_NESTED}.{inner}", nested[inner])
+    return fields.size(next((key for key in keys if fields.get(key) is not None), keys[-1]))
+
+
+def _kinds(fields: Fields, family: Family, nested: Mapping[str, Any], num_layers: int) -> list[str]:
+    kinds = fields.get("layer_types")
+    if kinds is not None:
+        if not isinstance(kinds, list) or len(kinds) != num_layers or any(kind not in _KINDS for kind in kinds):
+            raise ConfigError(f"config.json: layer_types must name each of {num_layers} layers {' or '.join(_KINDS)}.")
+        return kinds
+    if "full_attn_layers" in nested and "kda_layers" in nested:
+        return _listed_kinds(nested, num_layers)
+    every = fields.size("layer_group_size") if family.group_ends else 4
+    if family.group_ends and num_layers % every:
+        raise ConfigError(
+            f"config.json: {num_layers} layers are no whole number of groups of layer_group_size={every}: "
+            "give layer_types, which say what the last ones are."
+        )
+    if family.group_ends:
+        return [_KINDS[(i + 1) % every != 0] for i in range(num_layers)]
+    return [_KINDS[not i or i % every != 0] for i in range(num_layers)]
+
+
+def _listed_kinds(nested: Mapping[str, Any], num_layers: int) -> list[str]:
+    """The kinds of layers that are listed by their numbers, each once."""
+    lists = nested["full_attn_layers"], nested["kda_layers"]
+    if not all(isinstance(numbers, list) for numbers in lists) or sorted(
+        (number for numbers in lists for number in numbers), key=str
+    ) != sorted(range(1, num_layers + 1), key=str):
+        raise ConfigError(
+            f"config.json: full_attn_layers and kda_layers of {_NESTED} must name each of the layers 1 to {num_layers} "
+            "once."
+        )
+    return [_KINDS[number in lists[1]] for number in range(1, num_layers + 1)]
+
+
+def _limits(fields: Fields, key: str, sparse: Sequence[bool]) -> list[float | None]:
+    """The limit of each layer's activations, 0 and null for none; transformers has no such limits."""
+    values = fields.get(key)
+    if values is None:
+        return [None] * len(sparse)
+    if not isinstance(values, list) or len(values) < len(sparse):
+        raise ConfigError(f"config.json: {key} must list a number for each of {len(sparse)} layers.")
+    limits = [None if value is None else read_number(value, key) for value in values]
+    for layer, limit in enumerate(limits[: len(sparse)]):
+        if limit and (limit < 0 or not sparse[layer]):
+            raise ConfigError(f"config.json: {key} gives layer {layer} the limit {limit}, which has no meaning there.")
+    return [limit or None for limit in limits]
+
+
+def _require_shared_width(fields: Fields, moe: MoEConfig | None) -> None:
+    key = "moe_shared_expert_intermediate_size"
+    width = fields.get(key)
+    if moe is not None and width not in (None, moe.intermediate_size):
+        raise ConfigError(f"config.json: {key}={shown(width)} is not supported; only {moe.intermediate_size} is.")
