@@ -78,6 +78,15 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": ORIGINAL,
 }
+HYBRID = {
+    k: v for k, v in (MLA | MOE).items() if k not in ("q_lora_rank", "n_routed_experts", "first_k_dense_replace")
+} | {"num_hidden_layers": 4, "num_local_experts": 12, "pad_token_id": 0}
+BAILING = HYBRID | GROUPS | {"layer_group_size": 2, "head_dim": 12, "first_k_dense_replace": 1}
+KIMI_LINEAR = HYBRID | {
+    "layer_types": ["linear_attention", "linear_attention", "full_attention", "linear_attention"],
+    "linear_num_heads": 2,
+    "linear_head_dim": 16,
+}
 GQA = BASE | {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 8}
 
 SHALLOW = {k: v for k, v in GQA.items() if k != "head_dim"} | {"num_hidden_layers": 2}
@@ -176,6 +185,44 @@ CASES = [
         "glm-flash-groups",
         "glm4_moe_lite",
         MLA | MOE | GROUPS | NO_Q_LORA | {"mlp_layer_types": ["sparse", "dense", "sparse"], "rope_parameters": MSCALE},
+    ),
+    Case("ling3", "bailing_hybrid", BAILING | {"rope_parameters": MSCALE}),
+    Case(
+        "ling3-softplus",
+        "bailing_hybrid",
+        BAILING
+        | {
+            "layer_types": ["full_attention", "linear_attention", "linear_attention", "full_attention"],
+            "mlp_layer_types": ["sparse", "dense", "sparse", "sparse"],
+            "kda_safe_gate": False,
+            "head_dim": 20,
+            "num_attention_heads": 5,
+            "num_key_value_heads": 5,
+            "n_group": 1,
+            "topk_group": 1,
+            "norm_topk_prob": False,
+            "attention_bias": True,
+            "rms_norm_eps": 1e-5,
+            "v_head_dim": 24,
+        },
+        saved={"architectures": ["BailingMoeV3ForCausalLM"], "partial_rotary_factor": 1.0},
+    ),
+    Case("kimi-linear", "kimi_linear", KIMI_LINEAR),
+    Case(
+        "kimi-linear-groups",
+        "kimi_linear",
+        KIMI_LINEAR
+        | GROUPS
+        | {
+            "layer_types": ["full_attention", "linear_attention", "full_attention", "linear_attention"],
+            "mlp_layer_types": ["sparse", "dense", "sparse", "sparse"],
+            "q_lora_rank": 28,
+            "linear_num_heads": 5,
+            "linear_head_dim": 8,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+            "n_shared_experts": 2,
+        },
     ),
     Case(
         "minicpm3",

@@ -13,7 +13,7 @@ import pytest
 import torch
 from families_for_tests import CASES, VOCAB, Case, save_checkpoint
 
-from latentkv.models.batch import Batch
+from latentkv.models.batch import Batch, SlotUse
 from latentkv.models.decoder import Decoder
 from latentkv.models.loading import load_model
 from latentkv.models.stored_config import open_checkpoint
@@ -40,13 +40,14 @@ def reference(name: str) -> tuple[Path, torch.Tensor]:
 
 def run(decoder: Decoder, lengths: list[int], form: str | None = None) -> torch.Tensor:
     """Logits of IDS fed through the cache in steps of the given lengths."""
-    cache = PagedCache(decoder.config.specs("fp32"), num_pages=8, page_size=PAGE)
+    cache = PagedCache(decoder.config.specs("fp32"), num_pages=8, page_size=PAGE, num_slots=2)
     cache.pool.allocate(2)  # so that the sequence's pages do not begin at 0
     pages = cache.pool.allocate(cache.pages_for(len(IDS)))[::-1]
     logits, done = [], 0
     with torch.inference_mode():
         for length in lengths:
-            batch = Batch.build([IDS[done : done + length]], [done], [pages], page_size=PAGE)
+            slots = [SlotUse(slot=1, pending=0, committed=length)] if cache.num_slots else None
+            batch = Batch.build([IDS[done : done + length]], [done], [pages], page_size=PAGE, slots=slots)
             logits.append(decoder.logits(decoder(batch, cache, form=form)))
             done += length
     return torch.cat(logits)
@@ -113,7 +114,13 @@ def test_changing_any_tensor_changes_the_logits_beyond_the_tolerance(case: Case)
         assert error(logits, expected) > TOLERANCE, name
 
 
-MOE_CHANGES = {"norm_topk_prob": None, "routed_scaling_factor": 1.1, "num_experts_per_tok": 2}
+MOE_CHANGES = {
+    "norm_topk_prob": None,
+    "moe_renormalize": None,
+    "routed_scaling_factor": 1.1,
+    "num_experts_per_tok": 2,
+    "num_experts_per_token": 2,
+}
 CHANGES = {
     "rms_norm_eps": 0.05,
     "rope_interleave": None,
@@ -122,6 +129,8 @@ CHANGES = {
     "dim_model_base": 31,
     "sliding_window": 11,
     "index_topk": 9,
+    "kda_safe_gate": None,
+    "kda_lower_bound": -3.0,
 }
 ROPE_CHANGES = {
     "factor": 5.0,
@@ -168,10 +177,12 @@ def _changes(saved: dict[str, Any], *, moe: bool) -> Iterator[dict[str, Any]]:
         "deepseek_v2": {"norm_topk_prob", "rope_interleave"},
         "mistral4": {"partial_rotary_factor"},  # follows from the sizes of its heads
     }.get(saved["model_type"], set())
+    if saved.get("kda_safe_gate") is False:
+        unread = unread | {"kda_lower_bound"}
     for key, value in (CHANGES | (MOE_CHANGES if moe else {})).items():
         if saved.get(key) is not None and key not in unread:
             yield {key: not saved[key] if value is None else value}
-    rope = saved["rope_parameters"]
+    rope = saved.get("rope_parameters", {"rope_type": "default"})
     read = ROPE_FIELDS.get(rope["rope_type"], ROPE_CHANGES.keys()) - unread
     for key in rope.keys() & ROPE_CHANGES.keys() & read:
         yield {"rope_parameters": rope | {key: ROPE_CHANGES[key]}}
