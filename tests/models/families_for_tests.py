@@ -216,6 +216,7 @@ CASES = [
         | {
             "layer_types": ["full_attention", "linear_attention", "full_attention", "linear_attention"],
             "mlp_layer_types": ["sparse", "dense", "sparse", "sparse"],
+            "qk_rope_head_dim": 0,
             "q_lora_rank": 28,
             "linear_num_heads": 5,
             "linear_head_dim": 8,

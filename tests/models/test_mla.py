@@ -76,8 +76,9 @@ def test_the_module_computes_the_reference_definition() -> None:
 
 @pytest.mark.parametrize("form", ["absorbed", "expanded", None])
 @pytest.mark.parametrize("lengths", [[45], [20, 1, 1, 23], [1] * 45])
-def test_the_cache_gives_what_whole_sequences_give(form: str | None, lengths: list[int]) -> None:
-    module, x = attention(torch.float32), torch.randn(45, 40)
+@pytest.mark.parametrize("rope", [8, 0])
+def test_the_cache_gives_what_whole_sequences_give(form: str | None, lengths: list[int], rope: int) -> None:
+    module, x = attention(torch.float32, qk_rope_head_dim=rope), torch.randn(45, 40)
     module.expand_chunk = 16
     with torch.no_grad():
         expected = module(x[None])[0]
@@ -94,9 +95,10 @@ def test_half_precision_differs_from_float32_by_its_rounding_only(form: str, dty
     assert (got - expected).abs().max() <= 6 * torch.finfo(dtype).eps * expected.abs().max()
 
 
+@pytest.mark.parametrize("rope", [8, 0])
 @pytest.mark.parametrize("fmt", ["bf16", "int8", "fp8"])
-def test_a_rounded_cache_gives_the_same_in_one_piece_or_in_several(fmt: KVFormat) -> None:
-    module, x = attention(torch.float32), torch.randn(45, 40)
+def test_a_rounded_cache_gives_the_same_in_one_piece_or_in_several(fmt: KVFormat, rope: int) -> None:
+    module, x = attention(torch.float32, qk_rope_head_dim=rope), torch.randn(45, 40)
     with torch.no_grad():
         whole = paged(module, x, [45], "expanded", fmt)
         pieces = paged(module, x, [13, 30, 1, 1], "expanded", fmt)

@@ -15,9 +15,10 @@ from torch import nn
 from latentkv import kernels
 from latentkv.checkpoint.names import published_name
 from latentkv.errors import ConfigError
-from latentkv.models.batch import Batch
+from latentkv.models.batch import Batch, SlotUse
 from latentkv.models.decoder import Decoder
 from latentkv.models.forms import Form
+from latentkv.models.kda import EXACT
 from latentkv.models.loading import load_model
 from latentkv.models.packing import Packing, choose_packing
 from latentkv.ops.backends import compact_is_fast
@@ -46,11 +47,12 @@ def checkpoint(name: str) -> Path:
 
 def logits(decoder: Decoder) -> torch.Tensor:
     """Of IDS: a prompt in two pieces, then token by token."""
-    cache = PagedCache(decoder.config.specs("fp32"), num_pages=4, page_size=PAGE)
+    cache = PagedCache(decoder.config.specs("fp32"), num_pages=4, page_size=PAGE, num_slots=1)
     pages, rows, done = cache.pool.allocate(4), [], 0
     with torch.inference_mode():
         for length in [20, 17, *[1] * 8]:
-            batch = Batch.build([IDS[done : done + length]], [done], [pages], page_size=PAGE)
+            slots = [SlotUse(slot=0, pending=0, committed=length)] if cache.num_slots else None
+            batch = Batch.build([IDS[done : done + length]], [done], [pages], page_size=PAGE, slots=slots)
             rows.append(decoder.logits(decoder(batch, cache)))
             done += length
     return torch.cat(rows)
@@ -78,8 +80,8 @@ def test_packing_changes_no_logits(case: Case, compact: bool) -> None:
 def test_nothing_large_is_left_unpacked(case: Case) -> None:
     decoder = load_model(checkpoint(case.name), packing=Packing())
     left = {name for name, parameter in decoder.named_parameters() if parameter.ndim > 1}
-    # The embedding is looked up, not multiplied by; float32 routers and weights of index heads are kept as they are.
-    routers = ("mlp.gate.weight", "mlp.shared_expert_gate.weight", "indexer.weights_proj.weight")
+    # The embedding is looked up, not multiplied by; float32 routers and what else must be exact are kept as they are.
+    routers = ("mlp.gate.weight", "mlp.shared_expert_gate.weight", "indexer.weights_proj.weight", *EXACT)
     assert {name for name in left if not name.endswith(routers)} == {"model.embed_tokens.weight"}
 
 

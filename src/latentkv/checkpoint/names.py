@@ -147,7 +147,7 @@ def _as_mixtral(name: str) -> str:
     """A tensor's name as Mixtral has it."""
     if not any(part in name for part in (".mlp.gate.", ".mlp.experts.", ".mlp.shared_experts.")):
         return name
-    for theirs, ours in _MIXTRAL_WEIGHTS.items():
+    for theirs, ours in _MIXTRAL_WEIGHTS.items() if ".mlp.experts." in name else ():
         name = name.replace(f".{ours}.", f".{theirs}.")
     return name.replace(".mlp.", _MIXTRAL_BLOCK)
 

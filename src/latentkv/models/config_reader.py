@@ -284,7 +284,9 @@ def _read_attention(fields: Fields, family: Family) -> MLAConfig | GQAConfig:
         return MLAConfig(
             kv_lora_rank=fields.size("kv_lora_rank"),
             qk_nope_head_dim=fields.size("qk_nope_head_dim"),
-            qk_rope_head_dim=fields.size("qk_rope_head_dim"),
+            qk_rope_head_dim=fields.whole(
+                "qk_rope_head_dim", fields.get("qk_rope_head_dim"), least=1 if family.rotates else 0
+            ),
             v_head_dim=v_head_dim,
             q_lora_rank=None if fields.get("q_lora_rank") is None else fields.size("q_lora_rank"),
             latent_norm_eps=fields.number("latent_norm_eps"),

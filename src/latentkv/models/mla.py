@@ -234,6 +234,8 @@ class MultiHeadLatentAttention(nn.Module):
         return q[..., :nope], q[..., nope:]
 
     def _rotate(self, q_rope: Tensor, positions: Rotary, out: Tensor | None = None) -> Tensor:
+        if not self.rope.dim:
+            return q_rope if out is None else out
         cos, sin = positions.cos.unsqueeze(-2), positions.sin.unsqueeze(-2)
         return ops.apply_rope(q_rope, cos, sin, interleaved=self.rope.interleaved, out=out)
 
