@@ -148,7 +148,7 @@ def _cache(
 ) -> PagedCache:
     """The cache, of as many bytes as were asked for or as there is room for."""
     fmt = kv_format(options.kv_dtype, decoder.dtype)
-    specs = decoder.config.specs(fmt, mtp=decoder.dtype if by_mtp else None)
+    specs = decoder.config.specs(fmt, mtp=decoder.dtype if by_mtp else None, most_drafted=options.speculate)
     num_bytes = options.kv_cache_bytes
     free = free_memory(options.device)
     if packed_file:

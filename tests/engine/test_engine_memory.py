@@ -5,7 +5,7 @@ import torch
 
 from latentkv.engine import memory
 from latentkv.engine.memory import default_cache_bytes, free_memory
-from latentkv.state import LastStateSpec, LatentSpec, LayerSpec
+from latentkv.state import LastStateSpec, LatentSpec, LayerSpec, PagedCache, RecurrentSpec, page_bytes
 
 
 def test_the_default_cache_is_one_context_in_whole_pages_or_half_of_the_free_memory():
@@ -17,6 +17,17 @@ def test_the_default_cache_is_one_context_in_whole_pages_or_half_of_the_free_mem
     assert default_cache_bytes(specs, 65, 10**12) == 2 * page
     assert default_cache_bytes(specs, 64, 10**12) == page
     assert default_cache_bytes(specs, 10**9, 1000) == 500
+
+
+def test_the_default_cache_has_a_context_and_slots_beside_it():
+    specs = [LayerSpec(LatentSpec(20, 8, "fp32")), LayerSpec(None, recurrent=RecurrentSpec(2, 16, 16, 96))]
+    slot = specs[1].sequence_bytes
+    for context in (64, 64 * 8, 64 * 100):
+        room = default_cache_bytes(specs, context, 10**12)
+        cache = PagedCache.sized(specs, room)
+        assert cache.num_pages * cache.page_size >= context
+        assert cache.num_slots >= 4 and cache.allocated_bytes <= room
+        assert room == page_bytes(specs) * context // 64 + max(8 * slot, -(-page_bytes(specs) * context // 64 // 3))
 
 
 def test_main_memory_has_some_free():

@@ -55,10 +55,10 @@ def test_a_cache_sized_by_bytes_is_the_largest_that_fits(specs):
         assert cache.allocated_bytes <= pages * needed + slots + spare
 
 
-def test_slots_take_a_quarter_of_a_cache_but_leave_a_page_and_are_two_if_they_can():
+def test_slots_take_a_quarter_of_a_cache_or_are_eight_but_leave_half_of_it_and_are_two_if_they_leave_a_page():
     specs = SPECS["recurrent"]
     page, slot = page_bytes(specs, 16), sequence_bytes(specs)
-    for budget, slots in ((page + slot, 1), (page + 2 * slot, 2), (40 * slot, 10), (40 * slot - 1, 9)):
+    for budget, slots in ((page + slot, 1), (page + 2 * slot, 2), (10 * slot, 5), (20 * slot, 8), (40 * slot, 10)):
         cache = PagedCache.sized(specs, budget, page_size=16)
         assert cache.num_slots == slots
         assert budget - page < cache.allocated_bytes <= budget

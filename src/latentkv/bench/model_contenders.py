@@ -54,19 +54,20 @@ class OwnDecoder:
 
     Args:
         decoder: the model.
-        cache: made of its specs; all of its pages are taken.
+        cache: made of its specs; all of its pages are taken, and a slot.
     """
 
     def __init__(self, decoder: Decoder, cache: PagedCache) -> None:
         self.decoder, self.cache = decoder, cache
         self._runner = Runner(decoder, cache)
         self._pages = cache.pool.allocate(cache.num_pages)
+        self._slot = cache.slots.allocate() if cache.slots else None
         fill_cache(cache)
         random.Random(0).shuffle(self._pages)
 
     def prefill(self, tokens: int) -> float:
         """As `ModelContender`, in the engine's own chunks."""
-        sequence = TokenSequence(0, random_tokens(self.decoder.config.vocab_size, tokens), self._pages_for(tokens))
+        sequence = self._sequence(random_tokens(self.decoder.config.vocab_size, tokens), tokens)
         started = time.perf_counter()
         hidden = self._read(sequence)
         while sequence.num_uncached:
@@ -76,7 +77,7 @@ class OwnDecoder:
 
     def decode(self, depth: int, tokens: int) -> float:
         """As `ModelContender`, greedily."""
-        sequence = TokenSequence(0, [0] * (depth + 1), self._pages_for(depth + tokens), num_cached=depth)
+        sequence = self._sequence([0] * (depth + 1), depth + tokens, num_cached=depth)
         started = time.perf_counter()
         for _ in range(tokens):
             hidden = self._read(sequence)
@@ -85,19 +86,24 @@ class OwnDecoder:
 
     def logits(self, token_ids: Sequence[int]) -> Tensor:
         """As `ModelContender`."""
-        sequence = TokenSequence(0, list(token_ids), self._pages_for(len(token_ids)))
+        sequence = self._sequence(list(token_ids), len(token_ids))
         return self._runner.logits(self._read(sequence))[0]
 
     def close(self) -> None:
         """As `ModelContender`."""
         self.cache.pool.free(self._pages)
+        if self.cache.slots and self._slot:
+            self.cache.slots.free(self._slot)
 
     def _read(self, sequence: TokenSequence) -> Tensor:
         """Read the next tokens, a chunk at most; the hidden state [1, D] of the last."""
         return self._runner.read([sequence], [min(sequence.num_uncached, PREFILL_CHUNK)])[-1:]
 
-    def _pages_for(self, tokens: int) -> list[int]:
-        return self._pages[: self.cache.pages_for(tokens)]
+    def _sequence(self, token_ids: list[int], room: int, *, num_cached: int = 0) -> TokenSequence:
+        """One with pages for `room` tokens; what its recurrent state has taken in is as much as is cached."""
+        if self._slot:
+            self._slot.num_tokens = num_cached
+        return TokenSequence(0, token_ids, self._pages[: self.cache.pages_for(room)], self._slot, num_cached)
 
 
 def fill_cache(cache: PagedCache) -> None:

@@ -70,8 +70,10 @@ class _Writer:
 
     def __init__(self, llm: LLM, drafter: Callable[[PagedCache], Drafter] | None, speculate: int) -> None:
         # Room for an MTP module for all of them, so that they use the same memory.
-        specs = llm.config.specs(llm.cache.format, mtp=llm.decoder.dtype if llm.decoder.mtp else None)
-        cache = PagedCache(specs, llm.cache.num_pages, device=llm.decoder.model.norm.weight.device)
+        mtp = llm.decoder.dtype if llm.decoder.mtp else None
+        specs = llm.config.specs(llm.cache.format, mtp=mtp, most_drafted=speculate)
+        device, slots = llm.decoder.model.norm.weight.device, max(llm.cache.num_slots, 1)
+        cache = PagedCache(specs, llm.cache.num_pages, num_slots=slots, device=device)
         self.llm = llm
         self.engine = Engine(
             llm.decoder, cache, drafter=None if drafter is None else drafter(cache), most_drafted=speculate

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from latentkv.state import PAGE_SIZE, LayerSpec, page_bytes
+from latentkv.state import LEAST_SLOTS, PAGE_SIZE, SLOTS_SHARE, LayerSpec, page_bytes, sequence_bytes
 
 logger = logging.getLogger("latentkv.engine")
 
@@ -48,8 +49,14 @@ def beside_weights(free: int, weights: int, model: Path) -> int:
 
 
 def default_cache_bytes(specs: Sequence[LayerSpec], max_context: int, free: int) -> int:
-    """The smaller of one context of `max_context` tokens, in whole pages, and half of `free` bytes."""
-    return min(-(-max_context // PAGE_SIZE) * page_bytes(specs), free // 2)
+    """The smaller of one context of `max_context` tokens, in whole pages, and half of `free` bytes.
+
+    Where layers are recurrent it holds slots for their states beside the context.
+    """
+    pages = -(-max_context // PAGE_SIZE) * page_bytes(specs)
+    slot = sequence_bytes(specs)
+    slots = max(LEAST_SLOTS * slot, math.ceil(pages * SLOTS_SHARE / (1 - SLOTS_SHARE))) if slot else 0
+    return min(pages + slots, free // 2)
 
 
 def _available() -> int:

@@ -3,7 +3,7 @@
 `prefix` finds pages again by the text in them, and `store` in files of a folder when they are not in memory.
 """
 
-from latentkv.state.cache import PagedCache
+from latentkv.state.cache import LEAST_SLOTS, SLOTS_SHARE, PagedCache
 from latentkv.state.pages import PagePool
 from latentkv.state.prefix import KnownPage, PrefixIndex
 from latentkv.state.slots import Slot, SlotPool
@@ -26,7 +26,9 @@ from latentkv.state.spec import (
 from latentkv.state.store import PageKey, PageStore, StoreFolder
 
 __all__ = [
+    "LEAST_SLOTS",
     "PAGE_SIZE",
+    "SLOTS_SHARE",
     "IndexSpec",
     "KVFormat",
     "KeyValueSpec",

@@ -18,6 +18,9 @@ from latentkv.state.spec import PAGE_SIZE, KVFormat, LayerSpec, LayerState, byte
 SLOTS_SHARE = 0.25
 """Of a cache's bytes, that recurrent states take: those of running sequences, and snapshots of them."""
 
+LEAST_SLOTS = 8
+"""Where these take more, but no more than half."""
+
 
 class PagedCache:
     """Paged storage for what a model's layers remember, allocated whole and at once.
@@ -69,7 +72,9 @@ class PagedCache:
         page_size: int = PAGE_SIZE,
         device: torch.device | str = "cpu",
     ) -> PagedCache:
-        """The largest cache of whole pages and slots that fits in `kv_cache_bytes`; slots take `SLOTS_SHARE` of it.
+        """The largest cache of whole pages and slots that fits in `kv_cache_bytes`.
+
+        Slots take `SLOTS_SHARE` of it, or `LEAST_SLOTS` if those take at most half; one and a page are always there.
 
         Raises:
             CacheError: not even one page, and one slot where a layer is recurrent, fits.
@@ -83,8 +88,9 @@ class PagedCache:
                 f"give at least {page + slot:,}"
             )
         num_slots = 0
-        if slot:  # one for a sequence and one for a snapshot, if they leave a page
-            num_slots = min(max(int(kv_cache_bytes * SLOTS_SHARE) // slot, 2), (kv_cache_bytes - page) // slot)
+        if slot:
+            wanted = max(int(kv_cache_bytes * SLOTS_SHARE) // slot, min(LEAST_SLOTS, kv_cache_bytes // 2 // slot), 2)
+            num_slots = min(wanted, (kv_cache_bytes - page) // slot)
         num_pages = (kv_cache_bytes - num_slots * slot) // page
         return cls(specs, num_pages, page_size=page_size, num_slots=max(num_slots, 1), device=device)
 

@@ -136,8 +136,8 @@ class RecurrentState(NamedTuple):
         matrices: [S, H, Dk, Dv], the state after the last token that it has taken in.
         conv: [S, conv_width - 1, C], what the convolution has read last, the oldest first.
         pending_conv: [S, K, C], of the tokens that wait: what the convolution reads, the first token's row first.
-        pending_decay: [S, K, H, Dk], the logarithm of the decay of each.
-        pending_beta: [S, K, H], how much of each is written.
+        pending_decay: [S, K, H, Dk], what their decay is computed of.
+        pending_beta: [S, K, H], what is computed of how much of them is written.
     """
 
     matrices: Tensor
