@@ -64,7 +64,18 @@ SPARSE = {
 CONFIGS = {"mla": MLA, "gqa": GQA}
 MTP = {**MLA, "num_nextn_predict_layers": 1}
 SPARSE_MTP = {**SPARSE, "num_nextn_predict_layers": 1}
-_KINDS = CONFIGS | {"mtp": MTP, "sparse": SPARSE, "sparse mtp": SPARSE_MTP}
+_HYBRID = {
+    **MLA,
+    "n_group": 2,
+    "linear_num_heads": 2,
+    "linear_head_dim": 16,
+    "head_dim": 16,
+}
+BAILING = {**_HYBRID, "model_type": "bailing_hybrid", "layer_group_size": 2, "num_nextn_predict_layers": 1}
+KIMI = {**_HYBRID, "model_type": "kimi_linear", "layer_types": ["linear_attention", "full_attention"]}
+for _config in (BAILING, KIMI):
+    del _config["architectures"]
+_KINDS = {"bailing mtp": BAILING, "kimi": KIMI} | CONFIGS | {"mtp": MTP, "sparse": SPARSE, "sparse mtp": SPARSE_MTP}
 
 
 def tiny_decoder(kind: str) -> Decoder:

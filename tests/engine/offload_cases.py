@@ -52,12 +52,19 @@ def settle(engine: Engine) -> None:
 
 
 def forget(engine: Engine) -> None:
-    """Use all free pages for something else."""
+    """Use all free pages and slots for something else."""
     pool = engine.cache.pool
     pages = pool.allocate(pool.free_pages)
     for tensor in engine.cache.storage:
         tensor[pages] = float("nan")
     pool.free(pages)
+    slots = engine.cache.slots
+    if slots:
+        taken = [slots.allocate() for _ in range(slots.free_slots)]
+        for slot in taken:
+            for tensor in engine.cache.slot_storage:
+                tensor[slot.index] = float("nan")
+            slots.free(slot)
 
 
 @torch.inference_mode()

@@ -3,17 +3,19 @@
 import pytest
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, run_state_machine_as_test
-from workloads import HybridWorkload, StoredWorkload, Workload
+from workloads import HybridWorkload, StoredHybridWorkload, StoredWorkload, Workload
 
 Workload.TestCase.settings = settings(max_examples=30, stateful_step_count=25, deadline=None)
 HybridWorkload.TestCase.settings = settings(max_examples=30, stateful_step_count=25, deadline=None)
+StoredHybridWorkload.TestCase.settings = settings(max_examples=30, stateful_step_count=25, deadline=None)
 StoredWorkload.TestCase.settings = settings(max_examples=30, stateful_step_count=30, deadline=None)
 TestWorkload = Workload.TestCase
 TestHybridWorkload = HybridWorkload.TestCase
+TestStoredHybridWorkload = StoredHybridWorkload.TestCase
 TestStoredWorkload = StoredWorkload.TestCase
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("machine", [Workload, StoredWorkload, HybridWorkload])
+@pytest.mark.parametrize("machine", [Workload, StoredWorkload, HybridWorkload, StoredHybridWorkload])
 def test_500_workloads(machine: type[RuleBasedStateMachine]) -> None:
     run_state_machine_as_test(machine, settings=settings(max_examples=500, stateful_step_count=25, deadline=None))

@@ -6,6 +6,7 @@ import functools
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,8 @@ from torch import Tensor
 from latentkv.engine import Engine, Request, SamplingParams, Sequence, offload, sample
 from latentkv.engine.adaptive import AdaptiveDrafter
 from latentkv.engine.drafts import NGramDrafter, Wish
+from latentkv.kernels import Isa, available_isas, use_isa
+from latentkv.state import PagedCache
 
 PAGE = 8  # tokens, see cache_for
 SYSTEM = [5, 9, 33, 7, 50, 2, 41, 18]  # a page that many prompts begin with
@@ -34,6 +37,7 @@ PROMPTS = [
 ]
 
 
+HYBRIDS = ["hybrid mtp", "bailing mtp", "kimi"]
 decoder = functools.cache(tiny_decoder)
 
 
@@ -185,17 +189,22 @@ class StoredWorkload(Workload):
         stored=st.integers(1, 12),
     )
     def start(self, pages: int, step_tokens: int, max_running: int, drafter: str, stored: int) -> None:
+        self.prepare(pages, drafter, stored, {"step_tokens": step_tokens, "max_running": max_running})
+
+    def prepare(self, pages: int, drafter: str, stored: int, options: dict[str, Any]) -> None:
         self.patch = pytest.MonkeyPatch()
         self.patch.setattr(offload, "MIN_PAGES", 1)
         self.folder = tempfile.TemporaryDirectory()
-        self.pages, self.max_bytes = pages, stored * BLOCK
-        self.options = {"step_tokens": step_tokens, "max_running": max_running}
+        self.pages, self.max_bytes, self.options = pages, stored * BLOCK, options
         self.drafter = DRAFTERS[drafter]
         self.running = {}
         self.open()
 
+    def new_cache(self) -> PagedCache:
+        return cache_for(decoder(self.kind), self.pages)
+
     def open(self) -> None:
-        self.cache = cache_for(decoder(self.kind), self.pages)
+        self.cache = self.new_cache()
         store = store_for(Path(self.folder.name), self.cache, max_bytes=self.max_bytes)
         drafter = self.drafter(self.kind, self.cache)
         self.engine = Engine(decoder(self.kind), self.cache, store=store, drafter=drafter, **self.options)
@@ -211,14 +220,14 @@ class StoredWorkload(Workload):
         forget(self.engine)
         self.add(prompt, 3, 0.0, 0, salt)
 
-    @rule(data=st.data())
-    def damage(self, data: st.DataObject) -> None:
+    @rule(which=st.integers(0, 99), where=st.integers(0, 9999))
+    def damage(self, which: int, where: int) -> None:
         settle(self.engine)
-        files = sorted(Path(self.folder.name).glob("*.page"))
+        files = sorted(Path(self.folder.name).glob("*-*.*"))
         if files:
-            path = data.draw(st.sampled_from(files))
+            path = files[which % len(files)]
             content = bytearray(path.read_bytes())
-            content[data.draw(st.integers(0, len(content) - 1))] ^= 1
+            content[where % len(content)] ^= 1
             path.write_bytes(content)
 
     @rule()
@@ -233,7 +242,8 @@ class StoredWorkload(Workload):
     @invariant()
     def no_more_is_stored_than_may_be(self) -> None:
         if hasattr(self, "engine"):
-            assert len(list(Path(self.folder.name).glob("*.page*"))) * BLOCK <= self.max_bytes
+            files = [path for path in Path(self.folder.name).iterdir() if path.name[-5:] in (".page", "state")]
+            assert sum(-(-path.stat().st_size // BLOCK) * BLOCK for path in files) <= self.max_bytes
 
     def teardown(self) -> None:
         try:
@@ -246,11 +256,11 @@ class StoredWorkload(Workload):
 
 
 class HybridWorkload(Workload):
-    """Of a model with a recurrent layer: whoever shares a prefix goes on from a snapshot."""
-
-    kind = "hybrid mtp"
+    """Of models with a recurrent layer: whoever shares a prefix goes on from a snapshot."""
 
     @initialize(
+        kind=st.sampled_from(HYBRIDS),
+        isa=st.sampled_from(["torch", available_isas()[-1]]),
         pages=st.integers(6, 14),
         slots=st.integers(1, 6),
         every=st.integers(1, 3),
@@ -260,8 +270,20 @@ class HybridWorkload(Workload):
         most_drafted=st.integers(1, 5),
     )
     def start(
-        self, pages: int, slots: int, every: int, step_tokens: int, max_running: int, drafter: str, most_drafted: int
+        self,
+        kind: str,
+        isa: Isa,
+        pages: int,
+        slots: int,
+        every: int,
+        step_tokens: int,
+        max_running: int,
+        drafter: str,
+        most_drafted: int,
     ) -> None:
+        self.kind, self.isa = kind, isa
+        if not decoder(kind).mtp and drafter in ("MTP", "adaptive"):
+            drafter = "n-gram"
         self.cache = cache_for(decoder(self.kind), pages, num_slots=slots, most_drafted=most_drafted)
         self.engine = Engine(
             decoder(self.kind),
@@ -281,7 +303,8 @@ class HybridWorkload(Workload):
         self.add([*text[:end], *[44] * more], 4, 0.0, 0, salt)
 
     def one_step(self) -> None:
-        super().one_step()
+        with use_isa(self.isa):
+            super().one_step()
         self.what_is_known_stays()
 
     def what_is_known_stays(self) -> None:
@@ -297,3 +320,23 @@ class HybridWorkload(Workload):
             content = b"".join(tensor[index].numpy().tobytes() for tensor in tensors)
             assert seen.get(key, content) == content
             self.seen[key] = content
+
+
+class StoredHybridWorkload(StoredWorkload):
+    """The same with a store, to which snapshots go with the pages."""
+
+    @initialize(
+        kind=st.sampled_from(HYBRIDS),
+        pages=st.integers(6, 14),
+        slots=st.integers(1, 6),
+        every=st.integers(1, 3),
+        step_tokens=st.integers(1, 40),
+        drafter=st.sampled_from(["none", "n-gram", "foreseen"]),
+        stored=st.integers(3, 24),
+    )
+    def start(self, kind: str, pages: int, slots: int, every: int, step_tokens: int, drafter: str, stored: int) -> None:
+        self.kind, self.slots = kind, slots
+        self.prepare(pages, drafter, stored, {"step_tokens": step_tokens, "snapshot_every": every})
+
+    def new_cache(self) -> PagedCache:
+        return cache_for(decoder(self.kind), self.pages, num_slots=self.slots)

@@ -12,7 +12,7 @@ from threading import Semaphore
 from latentkv.engine.counters import Counters
 from latentkv.engine.loading import Loading
 from latentkv.engine.sequence import Sequence
-from latentkv.state import KnownPage, PageKey, PageStore, PrefixIndex
+from latentkv.state import KnownPage, PageKey, PageStore, PrefixIndex, Slot
 
 MIN_PAGES = 4
 """Pages of a prefix that is worth a file a page."""
@@ -45,6 +45,8 @@ class _Stored:
 
 class Offload:
     """Stores the pages of prefixes as they become known, and reads them back for sequences that begin with them.
+
+    Where layers are recurrent, snapshots of their states are stored with the pages, and pages are read up to one.
 
     Two threads do so. The engine's own never waits for the disk, but for a page at most where a sequence is given up
     while its pages are read. Nothing that a disk does ends a request.
@@ -79,12 +81,15 @@ class Offload:
         keys = [self._key(sequence, index) for index in range(known)]
         while len(keys) < wanted and (key := self._key(sequence, len(keys))) in self._store:
             keys.append(key)
+        slot = sequence.slot
+        while slot and len(keys) > known and keys[-1].snapshot() not in self._store:
+            keys.pop()
         self._counters.store_queries += (wanted - known) * self._page_size
         if len(keys) > known:
             pages = sequence.pages[known : len(keys)]
-            stored.loading = Loading(self._reader, lambda is_wanted: self._load(keys, pages, is_wanted))
+            stored.loading = Loading(self._reader, lambda is_wanted: self._load(keys, pages, slot, is_wanted))
         elif keys:
-            self._submit(lambda: self._store.touch(keys))
+            self._submit(lambda: self._touch(keys))
 
     def finish(self, sequence: Sequence) -> bool:
         """Count as cached what was read for a sequence; False: it is not done yet."""
@@ -120,6 +125,17 @@ class Offload:
                 return
             stored.num_offered += 1
 
+    def save_snapshots(self, sequence: Sequence, known: list[KnownPage]) -> None:
+        """Have the snapshots at the ends of its known pages written that are not stored yet, after these."""
+        if time.monotonic() < self._rests_until:
+            return
+        for index, page in enumerate(known):
+            snapshot = self._prefixes.snapshot(page)
+            if snapshot and index < self._stored[sequence].num_offered:
+                key = self._key(sequence, index)
+                if key.snapshot() not in self._store and not self._offer_snapshot(key, page, snapshot):
+                    return
+
     def forget(self, sequence: Sequence) -> None:
         """A sequence is about to give its pages back: none is written to any more."""
         stored = self._stored.pop(sequence, None)
@@ -144,7 +160,15 @@ class Offload:
         return keys[index]
 
     def _offer(self, key: PageKey, known: KnownPage) -> bool:
-        return self._submit(lambda: self._save(key, known))
+        return self._submit(
+            lambda: self._save(lambda: self._store.save(key, known.page, lambda: self._prefixes.holds(known)))
+        )
+
+    def _offer_snapshot(self, key: PageKey, page: KnownPage, snapshot: Slot) -> bool:
+        def is_valid() -> bool:
+            return self._prefixes.snapshot(page) is snapshot
+
+        return self._submit(lambda: self._save(lambda: self._store.save_snapshot(key, snapshot, is_valid)))
 
     def _submit(self, work: Callable[[], None]) -> bool:
         """Let the writer's thread do something, unless too much waits for it."""
@@ -163,11 +187,11 @@ class Offload:
         finally:
             self._queue.release()
 
-    def _save(self, key: PageKey, known: KnownPage) -> None:
+    def _save(self, save: Callable[[], int]) -> None:
         if time.monotonic() < self._rests_until:
             return
         try:
-            self._counters.stored_bytes += self._store.save(key, known.page, lambda: self._prefixes.holds(known))
+            self._counters.stored_bytes += save()
         except OSError as error:
             self._rests_until = time.monotonic() + REST_SECONDS
             self._store.warn_once(
@@ -176,11 +200,17 @@ class Offload:
                 "until that changes.",
             )
 
-    def _load(self, keys: list[PageKey], pages: list[int], is_wanted: Callable[[], bool]) -> int:
+    def _touch(self, keys: list[PageKey]) -> None:
+        self._store.touch([*keys, keys[-1].snapshot()])
+
+    def _load(self, keys: list[PageKey], pages: list[int], slot: Slot | None, is_wanted: Callable[[], bool]) -> int:
         known = len(keys) - len(pages)
         try:
             loaded = self._store.load(keys[known:], pages, is_wanted)
-            self._store.touch(keys[: known + loaded])
+            if slot and (loaded < len(pages) or not self._store.load_snapshot(keys[-1], slot)):
+                return 0
+            if known + loaded:
+                self._touch(keys[: known + loaded])
         except Exception:
             logger.exception("stored pages could not be read")
             return 0

@@ -90,6 +90,8 @@ class Scheduler:
     def remove(self, sequence: Sequence) -> None:
         """Forget a sequence, and give back its pages."""
         (self.running if sequence in self.running else self.waiting).remove(sequence)
+        if self._offload and self._snapshots:
+            self._offload.save_snapshots(sequence, self._sharing[sequence].known)
         self._give_back(sequence)
         del self._sharing[sequence]
 
@@ -142,10 +144,11 @@ class Scheduler:
                 page = len(known)
                 tokens = sequence.tokens[page * size : (page + 1) * size]
                 known.append(self.prefixes.add(salt, known[-1] if known else None, tokens, sequence.pages[page]))
-            if self._snapshots:
-                self._snapshots.make(sequence, known)
+            of_prompt = self._snapshots is not None and self._snapshots.make(sequence, known)
             if self._offload:
                 self._offload.save(sequence, known)
+                if of_prompt:
+                    self._offload.save_snapshots(sequence, known)
 
     def wait_for_loading(self, seconds: float) -> bool:
         """Wait, at most so long, until pages are read from the store; False: none are being read."""

@@ -56,18 +56,23 @@ class Snapshots:
         end = min((after // self._step + 1) * self._step, self._kept[sequence].prompt_end)
         return end if end > after else None
 
-    def make(self, sequence: Sequence, known: list[KnownPage]) -> None:
-        """Make the snapshot that is due, if any, after a step; the first pages of the sequence are `known`."""
+    def make(self, sequence: Sequence, known: list[KnownPage]) -> bool:
+        """Make the snapshot that is due, if any, after a step; the first pages of the sequence are `known`.
+
+        Returns:
+            Whether one of a prompt was due: the next one does not take its place.
+        """
         slot, pages, kept = sequence.slot, sequence.num_cached // self._page_size, self._kept[sequence]
         end = pages * self._page_size
         # Tokens of a draft that were right wait beside the state: they are copied with it.
         if slot is None or not 0 < pages <= len(known) or slot.num_tokens > end:
-            return
+            return False
         of_prompt = end == kept.prompt_end or end % self._step == 0
         if end < kept.prompt_end and not of_prompt:
-            return
+            return False
         if kept.newest and not of_prompt:
             self._prefixes.drop_snapshot(kept.newest)
             kept.newest = None
         if self._prefixes.add_snapshot(known[pages - 1], slot) and not of_prompt:
             kept.newest = known[pages - 1]
+        return of_prompt

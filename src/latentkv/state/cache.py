@@ -12,7 +12,7 @@ from torch import Tensor
 
 from latentkv.errors import CacheError
 from latentkv.state.pages import PagePool
-from latentkv.state.slots import SlotPool
+from latentkv.state.slots import Slot, SlotPool
 from latentkv.state.spec import PAGE_SIZE, KVFormat, LayerSpec, LayerState, bytes_per_token, page_bytes, sequence_bytes
 
 SLOTS_SHARE = 0.25
@@ -158,10 +158,20 @@ class PagedCache:
         """The memory of `page` (of a cache on the CPU) as bytes, layer by layer."""
         return [memoryview(rows[page]) for rows in self._as_bytes]
 
+    def slot_parts(self, slot: Slot) -> list[memoryview]:
+        """The memory of `slot` (of a cache on the CPU) as bytes, layer by layer."""
+        return [memoryview(rows[slot.index]) for rows in self._slots_as_bytes]
+
     @cached_property
     def _as_bytes(self) -> list[NDArray[np.uint8]]:
         """The storage, each tensor [N, bytes of a page]."""
         return [tensor.view(torch.uint8).flatten(1).numpy() for tensor in self.storage]
+
+    @cached_property
+    def _slots_as_bytes(self) -> list[NDArray[np.uint8]]:
+        """The storage of slots, each tensor [S, bytes of a slot]."""
+        tensors = [tensor for tensor in self.slot_storage if tensor.numel()]
+        return [tensor.flatten(1).view(torch.uint8).numpy() for tensor in tensors]
 
     def check(self) -> None:
         """Prove the invariants: every page and slot is free xor held, and the storage is what the formula says.

@@ -19,7 +19,7 @@ from latentkv.state.store.stored_files import StoredFile, in_blocks
 
 SECRET_BYTES = 32
 
-_PAGE = re.compile(r"[0-9a-f]{16}-[0-9a-f]{64}\.page")
+_PAGE = re.compile(r"[0-9a-f]{16}-[0-9a-f]{64}\.(page|state)")
 _PARTIAL = re.compile(rf"\.{_PAGE.pattern}\.partial")
 
 

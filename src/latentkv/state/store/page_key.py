@@ -10,11 +10,11 @@ from hashlib import sha256
 
 @dataclass(frozen=True)
 class PageKey:
-    """A full page of a text.
+    """A full page of a text, or the snapshot of recurrent states at the end of one.
 
     Attributes:
         parent: digest of the page before it; of a text's first page the root, which stands for model, format and salt.
-        tokens: the page's own token ids, 4 bytes each, little endian.
+        tokens: the page's own token ids, 4 bytes each, little endian; a snapshot has none.
         depth: how many pages come before it.
         digest: SHA-256 of `parent` and `tokens`, and so of all that the page's numbers depend on.
     """
@@ -32,6 +32,10 @@ class PageKey:
     def next(self, tokens: Sequence[int]) -> PageKey:
         """Of the page after this one."""
         return self._of(self.digest, tokens, self.depth + 1)
+
+    def snapshot(self) -> PageKey:
+        """Of the snapshot at the end of this page."""
+        return self.next([])
 
     @classmethod
     def _of(cls, parent: bytes, tokens: Sequence[int], depth: int) -> PageKey:

@@ -1,4 +1,4 @@
-"""`PageStore`: pages' contents as files of a folder, found again by the text in them, also after a restart."""
+"""`PageStore`: what a cache holds as files of a folder, found again by the text in them, also after a restart."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import hmac
 import logging
 import math
 import os
+import struct
 import threading
 import time
 from collections import deque
@@ -18,6 +19,7 @@ from pathlib import Path
 from latentkv.errors import CacheError
 from latentkv.files import open_regular
 from latentkv.state.cache import PagedCache
+from latentkv.state.slots import Slot
 from latentkv.state.store.folder import StoreFolder, open_private
 from latentkv.state.store.page_file import VERSION, DamagedPageError, file_bytes, read_page, write_page
 from latentkv.state.store.page_key import PageKey
@@ -31,9 +33,11 @@ _AHEAD = 16
 _STEP = 1000
 """Nanoseconds by which a page counts as used before the one it follows: of a text the end is removed first."""
 
+_WAITING = struct.Struct("<Q")
+
 
 class PageStore:
-    """Full pages of a cache in a folder, each in a file of its own.
+    """Full pages of a cache in a folder, each in a file of its own, and snapshots of recurrent states likewise.
 
     A page is found by its `PageKey`; what its file says is compared with that before it is believed. Files are
     removed, those not used for longest first, and of a text its end, so that all page files in the folder (those of
@@ -53,18 +57,15 @@ class PageStore:
     """
 
     def __init__(self, folder: StoreFolder, max_bytes: int, fingerprint: bytes, cache: PagedCache) -> None:
-        if cache.slots:
-            raise CacheError(
-                "cache_dir cannot be used with this model yet: the states of its recurrent layers are not stored in "
-                "files; leave cache_dir out."
-            )
         if not all(tensor.is_cpu for tensor in cache.storage):
             raise CacheError("A GPU's cache cannot be stored in files: leave cache_dir out, or use device='cpu'.")
-        self._file_bytes = file_bytes(cache.page_size, cache.page_bytes)
-        if in_blocks(self._file_bytes) > max_bytes:
+        least = in_blocks(file_bytes(cache.page_size, cache.page_bytes))
+        if cache.slots:
+            least += in_blocks(file_bytes(0, _WAITING.size + cache.sequence_bytes))
+        if least > max_bytes:
+            what = "page with a snapshot" if cache.slots else "page"
             raise CacheError(
-                f"cache_dir_bytes={max_bytes:,} holds no page: give at least {in_blocks(self._file_bytes):,}, "
-                "or leave cache_dir out."
+                f"cache_dir_bytes={max_bytes:,} holds no {what}: give at least {least:,}, or leave cache_dir out."
             )
         self.max_bytes = max_bytes
         self._cache = cache
@@ -112,7 +113,7 @@ class PageStore:
     def num_pages(self) -> int:
         """Pages of this model that are known."""
         with self._guard:
-            return len(self._files.starting_with(self._prefix))
+            return sum(file.name.endswith(".page") for file in self._files.starting_with(self._prefix))
 
     @property
     def total_bytes(self) -> int:
@@ -148,16 +149,37 @@ class PageStore:
         Raises:
             OSError: it cannot be written; nothing of it is left.
         """
-        name = self._name(key)
+        return self._save(key, self._cache.page_parts(page), is_valid)
+
+    def save_snapshot(self, key: PageKey, slot: Slot, is_valid: Callable[[], bool]) -> int:
+        """Store a snapshot of recurrent states, as `save` does a page.
+
+        Args:
+            key: of the page at whose end it is.
+            slot: where it lies.
+            is_valid: whether it still does.
+
+        Returns:
+            As `save`.
+
+        Raises:
+            OSError: it cannot be written; nothing of it is left.
+        """
+        waiting = (key.depth + 1) * self.page_size - slot.num_tokens
+        parts = [memoryview(_WAITING.pack(waiting)), *self._cache.slot_parts(slot)]
+        return self._save(key.snapshot(), parts, is_valid)
+
+    def _save(self, key: PageKey, parts: list[memoryview], is_valid: Callable[[], bool]) -> int:
+        name, size = self._name(key), file_bytes(len(key.tokens) // 4, sum(part.nbytes for part in parts))
         if name in self._files or not is_valid() or not self._may_write():
             return 0
         used = self._use_of_next(key)
-        if used is None or not self._make_room(in_blocks(self._file_bytes), used):
+        if used is None or not self._make_room(in_blocks(size), used):
             return 0
         path, temporary = self.folder / name, self.folder / f".{name}.partial"
         try:
             with FileIO(temporary, "w", opener=open_private) as file:
-                write_page(file, key, self._cache.page_parts(page))
+                write_page(file, key, parts)
                 os.utime(file.fileno(), ns=(used, used))
             if not is_valid():
                 return 0
@@ -165,8 +187,8 @@ class PageStore:
         finally:
             temporary.unlink(missing_ok=True)
         with self._guard:
-            self._files.put(StoredFile(name, used, in_blocks(self._file_bytes)))
-        return self._file_bytes
+            self._files.put(StoredFile(name, used, in_blocks(size)))
+        return size
 
     def load(self, keys: Sequence[PageKey], pages: Sequence[int], is_wanted: Callable[[], bool]) -> int:
         """Read stored pages, up to the first that cannot be had.
@@ -186,13 +208,33 @@ class PageStore:
                 while len(opened) < _AHEAD and (next_key := next(upcoming, None)) is not None:
                     opened.append(self._open(next_key))
                 file = opened.popleft()
-                if file is None or not is_wanted() or not self._read(file, key, page):
+                if file is None or not is_wanted() or not self._read(file, key, self._cache.page_parts(page)):
                     return done
             return len(keys)
         finally:
             for file in opened:
                 if file is not None:
                     file.close()
+
+    def load_snapshot(self, key: PageKey, slot: Slot) -> bool:
+        """Read the stored snapshot at the end of a page into a held slot.
+
+        Args:
+            key: of the page.
+            slot: where it goes.
+
+        Returns:
+            Whether it could be had; if not, the slot is as it was.
+        """
+        into = self._cache.slot_parts(slot)
+        waiting, read = bytearray(_WAITING.size), [bytearray(part.nbytes) for part in into]
+        file = self._open(key.snapshot())
+        if file is None or not self._read(file, key.snapshot(), [memoryview(waiting), *map(memoryview, read)]):
+            return False
+        for part, content in zip(into, read, strict=True):
+            part[:] = content
+        slot.num_tokens = (key.depth + 1) * self.page_size - _WAITING.unpack(waiting)[0]
+        return True
 
     def touch(self, keys: Sequence[PageKey]) -> None:
         """Count the pages of a text, from its first page on, as used now."""
@@ -219,7 +261,7 @@ class PageStore:
         self._folder.unlock()
 
     def _name(self, key: PageKey) -> str:
-        return f"{self._prefix}{key.digest.hex()}.page"
+        return f"{self._prefix}{key.digest.hex()}.{'page' if key.tokens else 'state'}"
 
     def _use_of_next(self, key: PageKey) -> int | None:
         """When a page that is stored now counts as used: just before the one it follows; None: that one is missing."""
@@ -242,10 +284,10 @@ class PageStore:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
         return file
 
-    def _read(self, file: FileIO, key: PageKey, page: int) -> bool:
+    def _read(self, file: FileIO, key: PageKey, parts: list[memoryview]) -> bool:
         try:
             with file:
-                read_page(file, key, self._cache.page_parts(page))
+                read_page(file, key, parts)
         except DamagedPageError as error:
             self._remove_damaged(key, error)
             return False
