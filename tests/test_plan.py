@@ -62,6 +62,8 @@ SMALL = {
     "minicpm3": LATENT,
     "youtu": {**LATENT, "tie_word_embeddings": True},
     "mistral4": {**LATENT, **MOE},
+    "bailing_hybrid": {**LATENT, **MOE, "layer_group_size": 3, "head_dim": 72, "num_nextn_predict_layers": 1},
+    "kimi_linear": {**LATENT, **MOE, "q_lora_rank": None, "layer_types": ["linear_attention", *["full_attention"] * 2]},
     "axk1": {**LATENT, **MOE},
     "llama": {"num_key_value_heads": 2, "attention_bias": True, "mlp_bias": True},
     "mistral": {"num_key_value_heads": 1, "head_dim": 16},
@@ -117,6 +119,7 @@ def test_weight_bytes_are_those_of_the_decoder_with_its_buffers(model_type):
         ("minicpm3-4b", 4.07e9, 4.07e9),
         ("youtu-llm-2b", 1.96e9, 1.96e9),
         ("mixtral-8x7b", 46.7e9, 12.9e9),
+        ("ling-3.0-flash", 124e9, 5.1e9),
     ],
 )
 def test_published_totals(name, total, active):
@@ -127,7 +130,12 @@ def test_published_totals(name, total, active):
 
 # Qwen's authors count the whole embedding as active, GLM's neither that nor the output head.
 @pytest.mark.parametrize(
-    ("name", "total", "active", "embeddings"), [("qwen3-30b-a3b", 30.5e9, 3.3e9, 1), ("glm-4.5-air", 106e9, 12e9, -1)]
+    ("name", "total", "active", "embeddings"),
+    [
+        ("qwen3-30b-a3b", 30.5e9, 3.3e9, 1),
+        ("glm-4.5-air", 106e9, 12e9, -1),
+        ("kimi-linear-48b", 49e9, 3.1e9, 0),
+    ],
 )
 def test_published_totals_that_count_embeddings_otherwise(name, total, active, embeddings):
     config = load_config(name)
@@ -164,7 +172,23 @@ def test_deepseek_v3_weighs_what_its_published_files_do():
 def test_published_shapes_cache_this_many_bytes_a_token(name, bytes_per_token):
     own = plan_of(name).cache[0]
     assert own.this_model and own.attention == "MLA"
+    assert (own.bytes_per_token, own.bytes_per_sequence) == (bytes_per_token, 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "bytes_per_token", "layers", "heads"),
+    [("ling-3.0-tiny", 6_912, 18, 16), ("ling-3.0-flash", 8_064, 35, 32), ("kimi-linear-48b", 8_064, 20, 32)],
+)
+def test_published_hybrids_keep_a_matrix_a_head_and_three_tokens_of_a_convolution_beside(
+    name, bytes_per_token, layers, heads
+):
+    own = plan_of(name).cache[0]
+    assert own.attention == "KDA and MLA"
     assert own.bytes_per_token == bytes_per_token
+    assert own.bytes_per_sequence == layers * heads * (128 * 128 + 3 * 3 * 128) * 4
+    assert count_parameters(load_config("ling-3.0-tiny")) == pytest.approx(7.9e9, rel=0.005)
+    context = load_config(name).max_positions
+    assert own.cache_bytes == bytes_per_token * context + own.bytes_per_sequence
 
 
 def test_published_gqa_shapes_cache_keys_and_values_of_their_heads():
@@ -174,18 +198,20 @@ def test_published_gqa_shapes_cache_keys_and_values_of_their_heads():
 
 
 def test_every_built_in_shape_plans():
-    assert len(BUILT_IN) == 12
+    assert len(BUILT_IN) == 15
     for name in BUILT_IN:
         assert plan_of(name).context == load_config(name).max_positions
 
 
 @pytest.mark.parametrize("kv_dtype", ["bf16", "fp8", "int8", "fp32"])
-def test_the_plan_is_what_the_cache_allocates(kv_dtype):
-    config = load_config("minicpm3-4b")
+@pytest.mark.parametrize("name", ["minicpm3-4b", "ling-3.0-tiny"])
+def test_the_plan_is_what_the_cache_allocates(name, kv_dtype):
+    config = load_config(name)
     own = make_plan("m", config, memory=(), context=100, batch=2, kv_dtype=kv_dtype).cache[0]
-    cache = PagedCache(config.specs(kv_dtype), 4)
-    assert own.bytes_per_token == cache.bytes_per_token
-    assert own.cache_bytes == cache.allocated_bytes == 2 * 2 * PAGE_SIZE * own.bytes_per_token
+    cache = PagedCache(config.specs(kv_dtype), 4, num_slots=2)
+    assert (own.bytes_per_token, own.bytes_per_sequence) == (cache.bytes_per_token, cache.sequence_bytes)
+    assert own.cache_bytes == cache.allocated_bytes
+    assert own.cache_bytes == 2 * (2 * PAGE_SIZE * own.bytes_per_token + own.bytes_per_sequence)
 
 
 @pytest.mark.parametrize("kv_dtype", ["bf16", "int8"])
@@ -245,7 +271,9 @@ def test_weights_dtype_is_the_checkpoints_unless_given():
 
 
 @pytest.mark.parametrize(("fmt", "group"), [("int8", None), ("int8", 32), ("int4", None), ("int4", 32)])
-@pytest.mark.parametrize("model_type", ["deepseek_v3", "deepseek_v32", "minicpm3", "llama", "qwen2_moe"])
+@pytest.mark.parametrize(
+    "model_type", ["deepseek_v3", "deepseek_v32", "minicpm3", "llama", "qwen2_moe", "bailing_hybrid", "kimi_linear"]
+)
 def test_quantised_weights_are_counted_as_their_files_hold_them(tmp_path, model_type, fmt, group):
     sizes = {"hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 256}
     config = small_config(model_type, num_nextn_predict_layers=0, dtype="bfloat16", **sizes)

@@ -66,11 +66,11 @@ def test_plan_says_what_fits(latentkv, memory, words):
 def test_plan_without_a_model_compares_the_built_in_shapes(latentkv, tmp_path):
     result = latentkv("plan", "--plot", tmp_path / "kv.png")
     assert result.exit_code == 0
-    for name, per_token in (("deepseek-v3", "70,272"), ("minicpm3-4b", "35,712"), ("deepseek-v2-lite", "1/17.3")):
+    for name, per_token in (("deepseek-v3", "70,272"), ("minicpm3-4b", "35,712"), ("ling-3.0-tiny", "+ 19.27 MiB")):
         assert any(name in line and per_token in line for line in result.stdout.splitlines())
     assert (tmp_path / "kv.png").read_bytes().startswith(b"\x89PNG")
     plans = as_json(latentkv("plan", "--kv-dtype", "int8", "--json"))
-    assert [plan["model"] for plan in plans] == [n for n in BUILT_IN if "MLA" in str(load_config(n).attention)]
+    assert [plan["model"] for plan in plans] == [n for n in BUILT_IN if "MLA" in str(load_config(n).cached_attention)]
 
 
 def test_plot_of_one_model_is_refused(latentkv, tmp_path):

@@ -30,6 +30,8 @@ SYNTHETIC: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "v2-lite-4": ("deepseek-v2-lite", {"num_hidden_layers": 4, "vocab_size": 32768}),
     "v2-lite-8e": ("deepseek-v2-lite", {"n_routed_experts": 8}),
     "youtu-llm-2b": ("youtu-llm-2b", {}),
+    "ling-3.0-tiny": ("ling-3.0-tiny", {}),
+    "ling-3.0-tiny-8": ("ling-3.0-tiny", {"num_hidden_layers": 8, "vocab_size": 32768}),
 }
 """Name -> the published shape that it is (of `latentkv plan`), and what is changed to fit a small machine."""
 
@@ -46,8 +48,9 @@ def synthetic_config(shape: str) -> dict[str, Any]:
     text = (files("latentkv.plan") / "published" / f"{published}.json").read_text(encoding="utf-8")
     config = json.loads(text)["config"] | changes
     # The published ids lie outside a smaller vocabulary; a random model never means them anyway.
-    config["bos_token_id"] = min(config["bos_token_id"], config["vocab_size"] - 2)
-    config["eos_token_id"] = min(config["eos_token_id"], config["vocab_size"] - 1)
+    for key, most in (("bos_token_id", config["vocab_size"] - 2), ("eos_token_id", config["vocab_size"] - 1)):
+        if config.get(key) is not None:
+            config[key] = min(config[key], most)
     return config
 
 

@@ -11,12 +11,15 @@ from typing import Any
 from latentkv.checkpoint.names import layer_of, tensor_kind, text_model_names
 from latentkv.checkpoint.tensors import Tensors
 from latentkv.errors import CheckpointError
-from latentkv.models.config import MLAConfig, ModelConfig
+from latentkv.models.config import KDAConfig, MLAConfig, ModelConfig
 from latentkv.models.loading import match_weights
 from latentkv.models.stored_config import DTYPE_NAMES, open_checkpoint, stored_dtype
 from latentkv.plan import count_active_parameters, count_mtp_parameters, count_parameters, mha_bytes
-from latentkv.state import bytes_per_token
+from latentkv.state import bytes_per_token, sequence_bytes
 from latentkv.text import has_tokenizer, load_tokenizer
+
+_BUFFERS = ("e_score_correction_bias", "expert_bias")
+"""Ends of the names of what is stored and is no parameter."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,7 @@ class CheckpointFacts:
     Attributes:
         dtype: that the model runs in where no other is asked for.
         parameters_stored: of the main model; they should be `parameters`, which its config implies.
+        recurrent: the layers of Kimi Delta Attention, beside those of `attention`.
         problem: why it will not load, in the words of what would refuse it; None where the headers say nothing against.
         notes: what of the files is not honoured, or not kept as it is.
     """
@@ -68,6 +72,8 @@ class CheckpointFacts:
     problem: str | None
     notes: tuple[str, ...]
     attention: dict[str, Any]
+    recurrent: dict[str, Any] | None
+    recurrent_layers: int
     num_layers: int
     num_heads: int
     hidden_size: int
@@ -91,6 +97,7 @@ class CheckpointFacts:
     by_kind: dict[str, KindFact]
     by_dtype: dict[str, KindFact]
     cache_bytes_per_token: int
+    cache_bytes_per_sequence: int
     mha_cache_bytes_per_token: int
     tokenizer: TokenizerFact | None
     tensors: tuple[TensorFact, ...]
@@ -106,8 +113,9 @@ def read_facts(folder: Path) -> CheckpointFacts:
     """
     config, reader = open_checkpoint(folder)
     tensors = tuple(_tensor_facts(reader, config))
-    main = [t for t in tensors if t.kind not in ("mtp", "other") and not t.name.endswith("e_score_correction_bias")]
+    main = [t for t in tensors if t.kind not in ("mtp", "other") and not t.name.endswith(_BUFFERS)]
     indexers = [layer.own_indexer for layer in config.layers if layer.own_indexer is not None]
+    recurrent = [layer.attention for layer in config.layers if isinstance(layer.attention, KDAConfig)]
     attention = config.cached_attention
     kind = "MLA" if isinstance(attention, MLAConfig) else "GQA"
     return CheckpointFacts(
@@ -117,6 +125,8 @@ def read_facts(folder: Path) -> CheckpointFacts:
         problem=_problem(config, reader),
         notes=reader.notes,
         attention={"kind": kind, **asdict(attention)},
+        recurrent=asdict(recurrent[0]) if recurrent else None,
+        recurrent_layers=len(recurrent),
         num_layers=config.num_layers,
         num_heads=config.num_heads,
         hidden_size=config.hidden_size,
@@ -140,6 +150,7 @@ def read_facts(folder: Path) -> CheckpointFacts:
         by_kind=_grouped(tensors, lambda tensor: tensor.kind),
         by_dtype=_grouped(tensors, lambda tensor: tensor.dtype),
         cache_bytes_per_token=bytes_per_token(config.specs("bf16")),
+        cache_bytes_per_sequence=sequence_bytes(config.specs("bf16")),
         mha_cache_bytes_per_token=mha_bytes(config),
         tokenizer=_tokenizer_fact(folder),
         tensors=tensors,

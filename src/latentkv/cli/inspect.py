@@ -46,6 +46,12 @@ def _print_facts(facts: CheckpointFacts) -> None:
     out = console()
     out.print(f"[bold]{facts.folder}[/bold]  {facts.model_type}")
     out.print(f"Attention   {_attention(facts)}")
+    if facts.recurrent is not None:
+        others = facts.num_layers - facts.recurrent_layers
+        out.print(
+            f"            in {others} layers; Kimi Delta Attention in the other {facts.recurrent_layers}: "
+            f"{facts.recurrent['num_heads']} heads of {facts.recurrent['head_dim']}"
+        )
     tied = ", shared with the output head" if facts.tied_embeddings else ""
     out.print(
         f"Shape       {facts.num_layers} layers, hidden {facts.hidden_size:,}, feed-forward "
@@ -67,6 +73,8 @@ def _print_facts(facts: CheckpointFacts) -> None:
     out.print(f"Tokenizer   {_tokenizer(facts)}")
     own, mha = facts.cache_bytes_per_token, facts.mha_cache_bytes_per_token
     out.print(f"KV cache    {own:,} bytes a token in bf16; MHA of this shape: {mha:,} ({mha / own:.1f} times as much)")
+    if facts.cache_bytes_per_sequence:
+        out.print(f"            and {facts.cache_bytes_per_sequence:,} bytes a sequence, however long, in float32")
     out.print(_weights_table("weights by kind", facts.by_kind))
     out.print(_weights_table("weights by dtype", facts.by_dtype))
 
@@ -89,9 +97,11 @@ def _attention(facts: CheckpointFacts) -> str:
             f"{indexer['head_dim']} in {facts.indexer_layers} layers"
         )
         sparse += f", shared with {shared} more" if (shared := facts.selection_sharing_layers) else ""
+    gate = f", gated by {shape['output_gate']}" if shape["output_gate"] else ""
     return (
         f"MLA: {facts.num_heads} heads, kv_lora_rank {shape['kv_lora_rank']}, {query}, head dims "
-        f"{shape['qk_nope_head_dim']} nope + {shape['qk_rope_head_dim']} rope, {shape['v_head_dim']} value{sparse}"
+        f"{shape['qk_nope_head_dim']} nope + {shape['qk_rope_head_dim']} rope, {shape['v_head_dim']} value"
+        f"{gate}{sparse}"
     )
 
 
@@ -110,6 +120,8 @@ def _experts(facts: CheckpointFacts) -> str:
 
 def _rope(facts: CheckpointFacts) -> str:
     rope = facts.rope
+    if rope["kind"] == "none":
+        return "no rotary embedding"
     scaling = "unscaled" if rope["kind"] == "default" else f"{rope['kind']} x {rope['factor']:g}"
     if rope["kind"] != "default" and rope["original_max_positions"]:
         scaling += f" from {rope['original_max_positions']:,}"

@@ -25,7 +25,8 @@ def plan(
             show_default=False,
             help=f"{MODEL_FORMS[0].upper()}{MODEL_FORMS[1:]} (only its config is fetched), or a built-in shape: "
             "deepseek-v2-lite, deepseek-v2, deepseek-v3, deepseek-v3.2, kimi-k2, glm-4.7-flash, minicpm3-4b, "
-            "youtu-llm-2b, moonlight-16b, qwen3-30b-a3b, mixtral-8x7b, glm-4.5-air. None: the caches of all with MLA.",
+            "youtu-llm-2b, moonlight-16b, ling-3.0-tiny, ling-3.0-flash, kimi-linear-48b, qwen3-30b-a3b, mixtral-8x7b, "
+            "glm-4.5-air. None: the caches of all with MLA.",
         ),
     ] = None,
     context: Annotated[
@@ -87,19 +88,26 @@ def plan(
 def _print_overview(plans: list[Plan]) -> None:
     from rich.table import Table
 
+    from latentkv.plan.sizes import format_bytes
+
     table = Table(title="KV cache, bytes a token (all layers)", title_justify="left")
     table.add_column("model", no_wrap=True)
     own = plans[0].cache[0].kv_dtype
-    for title in (f"MLA {own}", "of MHA", "MLA int8", "of MHA", "MHA", "GQA-8", "MQA"):
+    for title in (f"MLA {own}", "of MHA", "MLA int8", "of MHA", "MHA", "GQA-8", "MQA", "a sequence"):
         table.add_column(title, justify="right")
     for one in plans:
         sizes = {row.kv_heads: row.bytes_per_token for row in one.cache}
         mla, mha, int8 = one.cache[0].bytes_per_token, one.cache[1].bytes_per_token, one.kv_dtypes["int8"]
         shown = [mla, f"1/{mha / mla:.1f}", int8, f"1/{mha / int8:.1f}", mha, sizes.get(8, "-"), sizes.get(1, "-")]
+        shown.append(f"+ {format_bytes(fixed)}" if (fixed := one.cache[0].bytes_per_sequence) else "-")
         table.add_row(one.model, *(f"{value:,}" if isinstance(value, int) else value for value in shown))
     out = console()
     out.print(table)
-    out.print("MHA, GQA and MQA in bf16 with heads of the same width. Name one model to see what fits.", style="dim")
+    out.print(
+        "MHA, GQA and MQA in bf16 with heads of the same width. A sequence: of recurrent layers, however long it is. "
+        "Name one model to see what fits.",
+        style="dim",
+    )
 
 
 def _print_plan(result: Plan) -> None:
@@ -120,6 +128,8 @@ def _print_plan(result: Plan) -> None:
     out.print(_cache_table(result))
     formats = ", ".join(f"{name} {size:,} B" for name, size in result.kv_dtypes.items())
     out.print(f"This model's cache a token, by --kv-dtype: {formats}.")
+    if result.cache[0].bytes_per_sequence:
+        out.print("What its recurrent layers keep of a sequence is float32, the same for every length.")
     if result.mtp_cache_bytes:
         out.print(f"Drafts by multi-token prediction add {format_bytes(result.mtp_cache_bytes)} to the cache.")
     out.print(
@@ -140,13 +150,16 @@ def _cache_table(result: Plan) -> Table:
 
     table = Table()
     table.add_column("attention", no_wrap=True)
-    for title in ("format", "bytes a token", "KV cache", "of MHA", "fits up to"):
+    recurrent = result.cache[0].bytes_per_sequence > 0
+    fixed = ("a sequence",) if recurrent else ()
+    for title in ("format", "bytes a token", *fixed, "KV cache", "of MHA", "fits up to"):
         table.add_column(title, justify="right")
     for row in result.cache:
         table.add_row(
             f"{row.attention} (this model)" if row.this_model else row.attention,
             row.kv_dtype,
             f"{row.bytes_per_token:,}",
+            *([f"+ {format_bytes(row.bytes_per_sequence)}" if row.bytes_per_sequence else ""] if recurrent else []),
             format_bytes(row.cache_bytes),
             _ratio(row),
             "\n".join(f"{tokens:,}" if tokens else "none" for tokens in row.longest_context.values()),

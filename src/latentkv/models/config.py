@@ -237,8 +237,13 @@ class ModelConfig:
 
     @property
     def mtp_layer(self) -> LayerConfig:
-        """The layer of each MTP module: like the model's last one, but its indexer, if any, is always its own."""
-        return replace(self.layers[-1], shares_selection=False)
+        """The layer of each MTP module: like the model's last one, but its indexer, if any, is always its own.
+
+        Its activations have no limits, which are listed for the model's own layers (Ling-3.0-flash).
+        """
+        moe = self.layers[-1].moe
+        moe = None if moe is None else replace(moe, swiglu_limit=None, shared_swiglu_limit=None)
+        return replace(self.layers[-1], shares_selection=False, moe=moe)
 
     @cached_property
     def attention(self) -> MLAConfig | GQAConfig:

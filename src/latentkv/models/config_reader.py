@@ -38,6 +38,12 @@ _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "moe_router_enable_expert_bias": (None, True),
     "mla_use_nope": (None, True),
     "no_kda_lora": (None, True),
+    "use_kda_lora": (None, False),
+    "use_mla_nope": (None, False),
+    "use_nGPT": (None, False),
+    "scale_router_input": (None, False),
+    "up_proj_norm": (None, False),
+    "value_norm": (None, False),
 }
 
 # Other names of a router's activation: dots.llm1 names that of DeepSeek-V3 by its bias.

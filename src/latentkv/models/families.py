@@ -296,6 +296,7 @@ FAMILIES: Mapping[str, Family] = {
         scoring="sigmoid",
         group_score="top2",
         correction_bias=True,
+        topk_methods=frozenset({"noaux_tc"}),
         name_style="bailing",
         kda="full",
         group_ends=True,

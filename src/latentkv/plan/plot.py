@@ -26,7 +26,7 @@ def plot_caches(plans: Sequence[Plan], path: Path) -> None:
         sizes = [_bytes_by_kind(plan).get(kind, 0) for plan in plans]
         places = [index + (offset - (len(_COLORS) - 1) / 2) * width for index in range(len(plans))]
         axes.bar(places, sizes, width, label=kind, color=color)
-    axes.set(yscale="log", ylim=(10_000, None), ylabel="KV cache, bytes a token (all layers)")
+    axes.set(yscale="log", ylim=(2_000, None), ylabel="KV cache, bytes a token (all layers)")
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axes.set_xticks(range(len(plans)), [plan.model for plan in plans], rotation=20, ha="right")
     axes.spines[["top", "right"]].set_visible(False)
@@ -37,5 +37,5 @@ def plot_caches(plans: Sequence[Plan], path: Path) -> None:
 
 
 def _bytes_by_kind(plan: Plan) -> dict[str, int]:
-    sizes = {row.attention: row.bytes_per_token for row in plan.cache}
+    sizes = {"MLA" if row.this_model else row.attention: row.bytes_per_token for row in plan.cache}
     return sizes | ({"MLA, int8": plan.kv_dtypes["int8"]} if "int8" in plan.kv_dtypes else {})

@@ -18,7 +18,7 @@ from latentkv.plan.parameters import (
     weight_bytes,
 )
 from latentkv.plan.source import StoredWeights
-from latentkv.state.spec import PAGE_SIZE, KVFormat, bytes_per_token, mha_bytes_per_token, page_bytes
+from latentkv.state.spec import PAGE_SIZE, KVFormat, bytes_per_token, mha_bytes_per_token, page_bytes, sequence_bytes
 
 KV_FORMATS: tuple[KVFormat, ...] = get_args(KVFormat)
 
@@ -27,7 +27,8 @@ KV_FORMATS: tuple[KVFormat, ...] = get_args(KVFormat)
 class CacheRow:
     """What one kind of attention would cache; `ratio_to_mha` is against bf16 multi-head attention of the same model.
 
-    `fits`: for each memory, whether weights and cache fit in it together; `longest_context`: tokens a sequence.
+    `bytes_per_sequence`: what recurrent layers keep of a sequence, however long; `cache_bytes` counts it. `fits`: for
+    each memory, whether weights and cache fit in it together; `longest_context`: tokens a sequence.
     """
 
     attention: str
@@ -35,6 +36,7 @@ class CacheRow:
     kv_heads: int | None
     kv_dtype: str
     bytes_per_token: int
+    bytes_per_sequence: int
     cache_bytes: int
     ratio_to_mha: float
     fits: dict[str, bool]
@@ -112,21 +114,26 @@ def make_plan(
     qk_dim, v_dim = _head_dims(config.cached_attention)
     mla = config.cached_attention if isinstance(config.cached_attention, MLAConfig) else None
 
-    def row(attention: str, kv_heads: int | None, own: KVFormat | None, per_token: int) -> CacheRow:
-        cache = batch * -(-context // PAGE_SIZE) * PAGE_SIZE * per_token
+    def row(
+        attention: str, kv_heads: int | None, own: KVFormat | None, per_token: int, per_sequence: int = 0
+    ) -> CacheRow:
+        cache = batch * (-(-context // PAGE_SIZE) * PAGE_SIZE * per_token + per_sequence)
+        room = {m.name: m.free - weights - batch * per_sequence for m in memory}
         return CacheRow(
             attention=attention,
             this_model=own is not None,
             kv_heads=kv_heads,
             kv_dtype=own or "bf16",
             bytes_per_token=per_token,
+            bytes_per_sequence=per_sequence,
             cache_bytes=cache,
             ratio_to_mha=per_token / mha_bytes(config),
             fits={m.name: weights + cache <= m.free for m in memory},
-            longest_context={m.name: _longest_context(m.free - weights, batch, per_token) for m in memory},
+            longest_context={name: _longest_context(free, batch, per_token) for name, free in room.items()},
         )
 
-    rows = [row(*_own_attention(config), kv_format, _own_bytes(config, kv_format))]
+    specs = config.specs(kv_format)
+    rows = [row(*_own_attention(config), kv_format, bytes_per_token(specs), sequence_bytes(specs))]
     for name, heads in _compared_with(config):
         rows.append(row(name, heads, None, mha_bytes_per_token(config.num_layers, heads, qk_dim, v_dim)))
     return Plan(
