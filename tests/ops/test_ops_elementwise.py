@@ -9,7 +9,7 @@ import torch
 
 from latentkv import kernels
 from latentkv.errors import OpError
-from latentkv.ops import apply_rope, reference, rms_norm, silu_mul
+from latentkv.ops import apply_rope, gate_heads, reference, rms_norm, silu_mul
 
 
 @pytest.fixture(params=kernels.available_isas(), autouse=True)
@@ -159,3 +159,46 @@ def test_what_does_not_fit_is_refused() -> None:
         apply_rope(torch.zeros(2, 4), torch.zeros(2, 2), torch.zeros(2, 2), interleaved=True, out=torch.zeros(2, 6))
     with pytest.raises(OpError, match="side by side"):
         silu_mul(torch.zeros(2, 3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_silu_mul_with_a_limit_bounds_both_factors(dtype: torch.dtype) -> None:
+    gate_up = (torch.randn(5, 66) * 4).to(dtype)
+    out = silu_mul(gate_up, 1.5)
+    tolerance = {torch.float32: 1e-6, torch.bfloat16: 2**-6, torch.float64: 1e-14}[dtype]
+    torch.testing.assert_close(out.double(), reference.silu_mul(gate_up, 1.5), atol=tolerance, rtol=tolerance)
+    assert out.abs().max() <= 1.5**2 and out.dtype == dtype
+    assert not torch.equal(out, silu_mul(gate_up))
+
+
+@pytest.mark.parametrize("each", [False, True])
+@pytest.mark.parametrize("shape", [(9, 3, 20), (2, 5, 3, 16), (1, 1, 7)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_gate_heads_matches_the_reference(dtype: torch.dtype, shape: tuple[int, ...], each: bool) -> None:
+    x, gate = (
+        torch.randn(shape).to(dtype),
+        (torch.randn(*shape[:-2], shape[-2] * (shape[-1] if each else 1)) * 5).to(dtype),
+    )
+    expected = reference.gate_heads(x, gate)
+    out = gate_heads(x.clone(), gate)
+    tolerance = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float64: 1e-14}[dtype]
+    assert out.dtype == dtype
+    torch.testing.assert_close(out.double(), expected, atol=tolerance, rtol=tolerance)
+
+
+def test_gate_heads_takes_slices_of_wider_tensors() -> None:
+    wide, gates = torch.randn(4, 3, 24), torch.randn(4, 9)
+    expected = reference.gate_heads(wide[..., :16], gates[:, 3:6])
+    torch.testing.assert_close(gate_heads(wide.clone()[..., :16], gates[:, 3:6]).double(), expected)
+
+
+def test_gate_heads_has_gradients() -> None:
+    x, gate = torch.randn(4, 3, 8, requires_grad=True), torch.randn(4, 3, requires_grad=True)
+    gate_heads(x, gate).sum().backward()
+    assert x.grad is not None and gate.grad is not None
+
+
+@pytest.mark.parametrize("gate", [(4, 2), (3, 3), (4, 24)])
+def test_gates_that_do_not_fit_are_refused(gate: tuple[int, ...]) -> None:
+    with pytest.raises(OpError, match="gate_heads"):
+        gate_heads(torch.randn(4, 3, 7), torch.randn(gate))

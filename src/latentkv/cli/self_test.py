@@ -76,6 +76,30 @@ def _gqa_attend(device: torch.device, dtype: torch.dtype, generator: torch.Gener
     return got, reference.gqa_attend(q, pages, _TABLE, _Q_START, _STOP, scale=0.2)[0]
 
 
+def _kda_attend(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    tokens, dim = 5, 24
+    width = _HEADS * dim
+    rows = [_random((tokens, n), dtype, generator) for n in (3 * width, width, _HEADS, width)]
+    taps, log_rate, gate_bias = (_random(s, torch.float32, generator) for s in ((4, 3 * width), (_HEADS,), (width,)))
+    weights = ops.KDAWeights(taps, log_rate, gate_bias, _random((dim,), dtype, generator), 1e-6, -5.0)
+    shapes = (_HEADS, dim, dim), (3, 3 * width), (0, 3 * width), (0, width), (0, _HEADS)
+    state = ops.KDAState(*(torch.zeros(1, *shape, device=device) for shape in shapes))
+    expected, _ = reference.kda(
+        *rows, **weights._asdict(), matrices=torch.zeros(shapes[0]), past=torch.zeros(shapes[1])
+    )
+    got = ops.kda_attend(
+        *(row.to(device) for row in rows),
+        ops.KDAWeights(*(each.to(device) if isinstance(each, Tensor) else each for each in weights)),
+        state,
+        q_start=torch.tensor([0, tokens], dtype=torch.int32),
+        stop=torch.arange(1, tokens + 1, dtype=torch.int32),
+        slot_ids=torch.tensor([0], dtype=torch.int32),
+        pending=torch.tensor([0], dtype=torch.int32),
+        committed=torch.tensor([tokens], dtype=torch.int32),
+    )
+    return got, expected
+
+
 def _mla_prefill(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     q, k = _random((4, _HEADS, 24), dtype, generator), _random((19, _HEADS, 24), dtype, generator)
     v, kv_start = _random((19, _HEADS, 16), dtype, generator), torch.tensor([0, 13, 19], dtype=torch.int32)
@@ -165,6 +189,7 @@ _PACKED_CASES: Mapping[str, Case] = {
 _CASES: Mapping[str, Case] = {
     "mla_attend": _mla_attend,
     "gqa_attend": _gqa_attend,
+    "kda_attend": _kda_attend,
     "mla_prefill": _mla_prefill,
     "merge_states": _merge_states,
     "moe_experts": _moe_experts,

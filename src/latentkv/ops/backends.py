@@ -72,6 +72,8 @@ def describe_backends(device: torch.device, dtype: torch.dtype) -> dict[str, str
         "rms_norm": native,
         "apply_rope": native,
         "norm_rope_write": native,
+        "kda_attend": f"{native}, in float32",
+        "gate_heads": native,
         "select_experts": "native",
         "latents as fp8": f"{native}; torch reads them back",
         "latents as int8": f"{native}; torch reads them back",
