@@ -100,12 +100,25 @@ def test_mtp_modules_give_the_hidden_states_of_transformers(name: str, tmp_path:
             assert float((paged - theirs).abs().max() / theirs.abs().max()) <= 1e-4, (cut, form)
 
 
-def test_mtp_modules_survive_a_round_trip(tmp_path: Path) -> None:
-    decoder = with_mtp(tmp_path)
+@pytest.mark.parametrize("name", ["v3", "ling3"])
+def test_mtp_modules_survive_a_round_trip(name: str, tmp_path: Path) -> None:
+    decoder = with_mtp(tmp_path, name)
     again = load_model(tmp_path)
     assert len(again.mtp) == 1
     for name, tensor in decoder.state_dict().items():
         assert torch.equal(tensor, again.state_dict()[name]), name
+
+
+def test_an_mtp_module_of_ling_is_called_as_published(tmp_path: Path) -> None:
+    with_mtp(tmp_path, "ling3")
+    names = {name.removeprefix("model.layers.4.") for name in load_file(tmp_path / "model.safetensors")}
+    assert {
+        "enorm.weight",
+        "hnorm.weight",
+        "eh_proj.weight",
+        "final_layernorm.weight",
+        "attention.g_proj.weight",
+    } <= names
 
 
 def test_mtp_modules_that_the_config_counts_but_the_files_lack_are_left_out(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from latentkv.models.config import MLAConfig, ModelConfig
 from latentkv.models.packing import choose_packing
 from latentkv.ops.native.recording import kernel_seconds
 from latentkv.plan.parameters import count_parameters
-from latentkv.state import PagedCache
+from latentkv.state import PagedCache, sequence_bytes
 
 Phase = Literal["prefill", "decode"]
 
@@ -119,22 +119,24 @@ class Entry:
         config: whose arithmetic it does.
         weight_bytes: read for a token; None: unknown.
         cache_bytes: of a cached token; None: unknown.
+        state_bytes: of the sequence's recurrent states, which a step reads and writes.
     """
 
     contender: ModelContender
     config: ModelConfig
     weight_bytes: int | None = None
     cache_bytes: int | None = None
+    state_bytes: int = 0
 
     def flops(self, case: Case) -> int:
         """Of a prompt, or a step."""
         return (prefill_flops if case.phase == "prefill" else decode_flops)(self.config, case.tokens)
 
     def bytes_read(self, case: Case) -> int | None:
-        """By a step."""
+        """By a step; what it writes back of recurrent states counts, too."""
         if case.phase == "prefill" or self.weight_bytes is None or self.cache_bytes is None:
             return None
-        return self.weight_bytes + self.cache_bytes * case.tokens
+        return self.weight_bytes + self.cache_bytes * case.tokens + 2 * self.state_bytes
 
 
 def measure_model(
@@ -185,7 +187,8 @@ def measure_model(
         for case in cases[:1] + cases[-1:]:
             _run(own, case, 1)
         peak_rss = peak_rss_bytes()  # before anything that is not ours takes memory
-        entries = {LATENTKV: Entry(own, llm.config, weight_bytes_read(llm.decoder), llm.cache.bytes_per_token)}
+        sizes = weight_bytes_read(llm.decoder), llm.cache.bytes_per_token, sequence_bytes(llm.config.specs("bf16"))
+        entries = {LATENTKV: Entry(own, llm.config, *sizes)}
         notes = _add_peers(entries, llm, weights, mha, transformers, peers, max(c.tokens for c in cases), stack)
         progress("comparing logits")
         agreement = compare_logits(entries)

@@ -106,7 +106,9 @@ def model(
 
 
 def make_model(
-    shape: Annotated[str, typer.Argument(help="v2-lite, v2-lite-4, v2-lite-8e or youtu-llm-2b.")],
+    shape: Annotated[
+        str, typer.Argument(help="v2-lite, v2-lite-4, v2-lite-8e, youtu-llm-2b, ling-3.0-tiny or ling-3.0-tiny-8.")
+    ],
     folder: Annotated[Path, typer.Argument(help="Where the checkpoint goes.")],
     weights: Annotated[str | None, typer.Option(help="Store int8 or int4 weights.", show_default="bf16")] = None,
     seed: Annotated[int, typer.Option(help="Of the weights.")] = 0,
@@ -115,7 +117,8 @@ def make_model(
 
     v2-lite and youtu-llm-2b are DeepSeek-V2-Lite (15.7 B parameters; 31 GB in bf16, 9 GB in int4) and Youtu-LLM-2B;
     v2-lite-4 has the first 4 layers and a vocabulary of 32,768 (1.97 B), v2-lite-8e all 27 layers with 8 of the 64
-    experts (3.11 B).
+    experts (3.11 B). ling-3.0-tiny is Ling-3.0-tiny (7.89 B), a hybrid; ling-3.0-tiny-8 has its first 8 layers and the
+    same small vocabulary (2.5 B).
 
     Example: latentkv bench make-model v2-lite-4 models/v2-lite-4
     """

@@ -79,23 +79,33 @@ def _gqa_attend(device: torch.device, dtype: torch.dtype, generator: torch.Gener
 def _kda_attend(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     tokens, dim = 5, 24
     width = _HEADS * dim
-    rows = [_random((tokens, n), dtype, generator) for n in (3 * width, width, _HEADS, width)]
+    qkv, gate, beta, output_gate = (_random((tokens, n), dtype, generator) for n in (3 * width, width, _HEADS, width))
     taps, log_rate, gate_bias = (_random(s, torch.float32, generator) for s in ((4, 3 * width), (_HEADS,), (width,)))
-    weights = ops.KDAWeights(taps, log_rate, gate_bias, _random((dim,), dtype, generator), 1e-6, -5.0)
+    norm = _random((dim,), dtype, generator)
     shapes = (_HEADS, dim, dim), (3, 3 * width), (0, 3 * width), (0, width), (0, _HEADS)
-    state = ops.KDAState(*(torch.zeros(1, *shape, device=device) for shape in shapes))
-    expected, _ = reference.kda(
-        *rows, **weights._asdict(), matrices=torch.zeros(shapes[0]), past=torch.zeros(shapes[1])
-    )
+    state = ops.KDAState._make(torch.zeros(1, *shape, device=device) for shape in shapes)
     got = ops.kda_attend(
-        *(row.to(device) for row in rows),
-        ops.KDAWeights(*(each.to(device) if isinstance(each, Tensor) else each for each in weights)),
+        qkv.to(device),
+        gate.to(device),
+        beta.to(device),
+        output_gate.to(device),
+        ops.KDAWeights(taps.to(device), log_rate.to(device), gate_bias.to(device), norm.to(device), 1e-6, -5.0),
         state,
         q_start=torch.tensor([0, tokens], dtype=torch.int32),
         stop=torch.arange(1, tokens + 1, dtype=torch.int32),
         slot_ids=torch.tensor([0], dtype=torch.int32),
         pending=torch.tensor([0], dtype=torch.int32),
         committed=torch.tensor([tokens], dtype=torch.int32),
+    )
+    weights = ops.KDAWeights(taps, log_rate, gate_bias, norm, 1e-6, -5.0)
+    expected, _ = reference.kda(
+        qkv,
+        gate,
+        beta,
+        output_gate,
+        **weights._asdict(),
+        matrices=torch.zeros(shapes[0]),
+        past=torch.zeros(shapes[1]),
     )
     return got, expected
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from latentkv.train.muon import Muon
 from latentkv.train.options import TrainOptions
 
-# Matrices that Muon is not meant for: their rows are looked up or scored one by one.
-LOOKUP_SUFFIXES = ("embed_tokens.weight", "lm_head.weight", "mlp.gate.weight")
+# Matrices that Muon is not meant for: their rows are looked up or scored one by one, or are no matrix's.
+LOOKUP_SUFFIXES = ("embed_tokens.weight", "lm_head.weight", "mlp.gate.weight", "conv_taps", "A_log")
 FUSED_PAIR_SUFFIX = "gate_up_proj"
 
 
