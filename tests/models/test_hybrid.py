@@ -29,12 +29,23 @@ HYBRIDS = [case for case in CASES if case.model_type in ("bailing_hybrid", "kimi
 by_name = pytest.mark.parametrize("case", HYBRIDS, ids=lambda case: case.name)
 
 
+CUTS = [[1, 68], [63, 6], [64, 1, 4], [65, 4], [1, 62, 1, 1, 4]]
+FORMS = ["absorbed", "expanded", None]
+
+
 @by_name
-@pytest.mark.parametrize("form", ["absorbed", "expanded", None])
-@pytest.mark.parametrize("cuts", [[1, 68], [63, 6], [64, 1, 4], [65, 4], [1, 62, 1, 1, 4]], ids=str)
-def test_a_prompt_cut_anywhere_gives_transformers_logits(case: Case, form: str | None, cuts: list[int]) -> None:
+@pytest.mark.parametrize(("cuts", "form"), [(cuts, FORMS[i % 3]) for i, cuts in enumerate(CUTS)], ids=str)
+def test_a_prompt_cut_anywhere_gives_transformers_logits(case: Case, cuts: list[int], form: str | None) -> None:
     folder, expected = reference(case.name)
     assert error(run(load_model(folder), cuts, form), expected) <= TOLERANCE
+
+
+@pytest.mark.slow
+@by_name
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("cuts", [*CUTS, [1] * 69, [2, 3, 5, 7, 11, 13, 17, 11]], ids=str)
+def test_a_prompt_cut_anywhere_does_so_in_every_form(case: Case, form: str | None, cuts: list[int]) -> None:
+    test_a_prompt_cut_anywhere_gives_transformers_logits(case, cuts, form)
 
 
 @by_name

@@ -128,7 +128,7 @@ def test_extreme_gates_stay_finite(isa: str, gate: float, bounded: bool) -> None
 
 
 @pytest.mark.parametrize("cuts", [[1] * 40, [3, 1, 13, 16, 7], [16, 17, 7], [39, 1]])
-@pytest.mark.parametrize("dim", [16, 20, 128])
+@pytest.mark.parametrize("dim", [20, 128])
 def test_where_a_sequence_is_cut_changes_no_bit(isa: str, cuts: list[int], dim: int) -> None:
     layer = Layer.random(2, dim, 40, dtype=torch.bfloat16)
     whole, pieces = layer.state(1), layer.state(3)
