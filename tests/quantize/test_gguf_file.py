@@ -92,7 +92,10 @@ def test_from_a_file_comes_what_comes_from_its_folder(name: str, pre: str | None
     assert contents(tmp_path / "from_file.gguf") == contents(tmp_path / "from_folder.gguf")
 
 
-NOT_WRITTEN = ("minicpm3-4b", "deepseek-v3.2", "glm-4.5-air", "mixtral-8x7b", "qwen3-30b-a3b")
+NOT_WRITTEN = (
+    *("minicpm3-4b", "deepseek-v3.2", "glm-4.5-air", "mixtral-8x7b", "qwen3-30b-a3b"),
+    *("ling-3.0-tiny", "ling-3.0-flash", "kimi-linear-48b"),
+)
 OTHERS = [
     ({"attention_bias": True}, "attention bias is True, and the file would say False"),
     ({"rope_interleave": False}, "rope interleaved is False"),
@@ -117,6 +120,21 @@ OTHERS = [
 def test_what_gguf_cannot_say_is_refused_by_name(changes: dict[str, Any], words: str, tmp_path: Path) -> None:
     folder = save(tmp_path / "source", **changes)
     with pytest.raises(CheckpointError, match=f"cannot be written as GGUF's .* exactly .*{words}.*--weights instead$"):
+        write(folder, tmp_path / "out.gguf")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"layer_group_size": 2}, "1 layers of Kimi Delta Attention"),
+        ({"layer_types": ["full_attention"] * 2}, "the gate of its latent attention"),
+        ({"model_type": "kimi_linear", "layer_types": ["full_attention"] * 2}, "without rotary embedding"),
+    ],
+)
+def test_hybrids_and_parts_of_them_are_refused_by_name(changes: dict[str, Any], words: str, tmp_path: Path) -> None:
+    hybrid = {"model_type": "bailing_hybrid", "num_hidden_layers": 2, "head_dim": 8}
+    folder = save(tmp_path / "source", **(hybrid | changes))
+    with pytest.raises(CheckpointError, match=f"cannot be written as GGUF .*{words}.*--weights instead$"):
         write(folder, tmp_path / "out.gguf")
 
 

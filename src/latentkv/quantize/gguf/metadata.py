@@ -45,7 +45,16 @@ class ConfigMetadata:
 
 
 def config_metadata(config: ModelConfig) -> ConfigMetadata:
-    """The metadata of a model; `require_said` tells whether they say it all."""
+    """The metadata of a model; `require_said` tells whether they say it all.
+
+    Raises:
+        CheckpointError: the model is a hybrid, or has another part of one.
+    """
+    if (reason := _what_is_of_hybrids(config)) is not None:
+        raise CheckpointError(
+            f"This {config.model_type} model cannot be written as GGUF ({reason}): quantize it to a folder with "
+            "--weights instead"
+        )
     attention, rope = config.attention, config.rope
     architecture = _architecture(config)
     values: dict[str, Any] = {
@@ -203,6 +212,19 @@ def require_said(config: ModelConfig, metadata: ConfigMetadata, shapes: Mapping[
             f"This {config.model_type} model cannot be written as GGUF's {architecture} exactly ({wrong}): quantize it "
             "to a folder with --weights instead"
         )
+
+
+def _what_is_of_hybrids(config: ModelConfig) -> str | None:
+    attention = config.cached_attention
+    if config.num_recurrent_layers:
+        return f"its {config.num_recurrent_layers} layers of Kimi Delta Attention are not written"
+    if isinstance(attention, MLAConfig) and attention.output_gate is not None:
+        return "the gate of its latent attention is not written"
+    if config.rope.kind == "none":
+        return "attention without rotary embedding is not written"
+    if any(layer.moe and (layer.moe.swiglu_limit or layer.moe.shared_swiglu_limit) for layer in config.layers):
+        return "limits of activations are not written"
+    return None
 
 
 def _what_is_not_written(config: ModelConfig) -> str | None:
