@@ -25,6 +25,7 @@ struct Rows {
 struct Sequence {
   const std::int32_t* pages;
   std::int64_t first_slot;
+  int page_size;
 };
 
 // Query vectors of one sequence that share a key/value head: heads `head ..` of rows `row ..`, row by row.
@@ -46,7 +47,6 @@ struct Attention {
   bool values_in_keys;  // a value is the first numbers of its key's row
   bool int8_products;   // where the kernels have them; int8 rows of latents only
   bool gather;          // copy rows together before use: worth it where many query vectors read far strided rows
-  int page_size;
   const std::int32_t *start, *stop;  // row t reads tokens start[t] <= s < stop[t]; start may be null = 0
   float scale;
   char* out;

@@ -58,10 +58,18 @@ void check_pages(Range range, const std::int32_t* pages, const PageTable& table)
 
 }  // namespace
 
+void check_ranges(const RaggedRows& rows, const PageTable& table) {
+  check_q_start(rows);
+  for (int b = 0; b < rows.sequences; b++)
+    check_pages(read_by(rows.start, rows.stop, rows.q_start[b], rows.q_start[b + 1]), table.pages + b * table.row_stride,
+                table);
+}
+
 void AttentionPlan::clear() {
   sequences_.clear();
   groups_.clear();
   slots_.clear();
+  starts_.clear();
   stops_.clear();
   num_items_ = 0;
   pairs_ = 0;
@@ -69,14 +77,11 @@ void AttentionPlan::clear() {
 
 void AttentionPlan::of_pages(const RaggedRows& rows, const PageTable& table) {
   clear();
-  check_q_start(rows);
+  check_ranges(rows, table);
   start_ = rows.start;
   stop_ = rows.stop;
-  for (int b = 0; b < rows.sequences; b++) {
-    const std::int32_t* pages = table.pages + b * table.row_stride;
-    check_pages(read_by(start_, stop_, rows.q_start[b], rows.q_start[b + 1]), pages, table);
-    cut(rows, rows.q_start[b], rows.q_start[b + 1], {pages, 0}, true);
-  }
+  for (int b = 0; b < rows.sequences; b++)
+    cut(rows, rows.q_start[b], rows.q_start[b + 1], {table.pages + b * table.row_stride, 0, table.page_size}, true);
 }
 
 void AttentionPlan::of_slots(const RaggedRows& rows, const std::int32_t* slots, int slots_per_row,
@@ -84,19 +89,46 @@ void AttentionPlan::of_slots(const RaggedRows& rows, const std::int32_t* slots, 
   clear();
   check_q_start(rows);
   slots_.resize((std::size_t)rows.rows * slots_per_row);
-  for (int t = 0; t < rows.rows; t++) {
-    const std::int32_t* row = slots + (std::int64_t)t * slots_per_row;
-    std::int32_t* used = slots_.data() + (std::int64_t)t * slots_per_row;
-    std::int32_t* end = std::copy_if(row, row + slots_per_row, used, [](std::int32_t slot) { return slot >= 0; });
-    if (end > used && *std::max_element(used, end) >= num_slots)
-      throw std::invalid_argument("row " + std::to_string(t) + " names a cache slot past the last, " +
-                                  std::to_string(num_slots - 1));
-    stops_.push_back((std::int32_t)(end - used));
-  }
+  stops_.resize(rows.rows);
   start_ = nullptr;
   stop_ = stops_.data();
-  for (int t = 0; t < rows.rows; t++)
-    cut(rows, t, t + 1, {slots_.data() + (std::int64_t)t * slots_per_row, 0}, true);
+  for (int t = 0; t < rows.rows; t++) read_slots(rows, t, slots, slots_per_row, num_slots);
+}
+
+void AttentionPlan::of_longer_ranges(const RaggedRows& rows, const PageTable& table, const std::int32_t* slots,
+                                     int slots_per_row) {
+  clear();
+  check_ranges(rows, table);
+  slots_.resize((std::size_t)rows.rows * slots_per_row);
+  starts_.assign(rows.rows, 0);
+  if (rows.start) starts_.assign(rows.start, rows.start + rows.rows);
+  stops_.assign(rows.stop, rows.stop + rows.rows);
+  start_ = rows.start ? starts_.data() : nullptr;
+  stop_ = stops_.data();
+  const auto is_longer = [&](int t) { return (std::int64_t)stops_[t] - starts_[t] > slots_per_row; };
+  for (int b = 0; b < rows.sequences; b++)
+    for (int t = rows.q_start[b], end; t < rows.q_start[b + 1]; t = end) {
+      end = t + 1;
+      if (is_longer(t)) {
+        starts_[t] = 0;
+        read_slots(rows, t, slots, slots_per_row, (std::int64_t)table.num_pages * table.page_size);
+        continue;
+      }
+      while (end < rows.q_start[b + 1] && !is_longer(end)) end++;
+      cut(rows, t, end, {table.pages + b * table.row_stride, 0, table.page_size}, true);
+    }
+}
+
+void AttentionPlan::read_slots(const RaggedRows& rows, int row, const std::int32_t* slots, int slots_per_row,
+                               std::int64_t num_slots) {
+  const std::int32_t* own = slots + (std::int64_t)row * slots_per_row;
+  std::int32_t* used = slots_.data() + (std::int64_t)row * slots_per_row;
+  std::int32_t* end = std::copy_if(own, own + slots_per_row, used, [](std::int32_t slot) { return slot >= 0; });
+  if (end > used && *std::max_element(used, end) >= num_slots)
+    throw std::invalid_argument("row " + std::to_string(row) + " names a cache slot past the last, " +
+                                std::to_string(num_slots - 1));
+  stops_[row] = (std::int32_t)(end - used);
+  cut(rows, row, row + 1, {used, 0, 1}, true);
 }
 
 void AttentionPlan::of_new_tokens(const RaggedRows& rows, const std::int32_t* kv_start, bool causal) {
@@ -109,7 +141,7 @@ void AttentionPlan::of_new_tokens(const RaggedRows& rows, const std::int32_t* kv
   start_ = nullptr;
   stop_ = stops_.data();
   for (int b = 0; b < rows.sequences; b++)
-    cut(rows, rows.q_start[b], rows.q_start[b + 1], {nullptr, kv_start[b]}, false);
+    cut(rows, rows.q_start[b], rows.q_start[b + 1], {nullptr, kv_start[b], 1}, false);
 }
 
 void AttentionPlan::cut(const RaggedRows& rows, int first_row, int last_row, const Sequence& where, bool chunked) {

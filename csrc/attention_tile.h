@@ -28,9 +28,9 @@ LATENTKV_INLINE void locate(const Attention& a, const Group& group, int first, i
     std::int64_t slot = sequence.first_slot + s;
     int run = last - s;
     if (sequence.pages) {
-      const int offset = s % a.page_size;
-      slot = (std::int64_t)sequence.pages[s / a.page_size] * a.page_size + offset;
-      run = run < a.page_size - offset ? run : a.page_size - offset;
+      const int size = sequence.page_size, offset = s % size;
+      slot = (std::int64_t)sequence.pages[s / size] * size + offset;
+      run = run < size - offset ? run : size - offset;
     }
     for (int i = 0; i < run; i++) {
       tile.keys[s - first + i] = keys + (slot + i) * a.keys.slot_bytes;

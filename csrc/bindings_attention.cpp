@@ -58,8 +58,8 @@ void bind_attention(nb::module_& m) {
          std::int64_t out_row, std::int64_t out_head, Address lse, int rows, int heads, int kv_heads, Address pages,
          int kv_format, std::int64_t slot_bytes, std::int64_t head_bytes, std::int64_t value_offset, int key_width,
          int key_bytes, int value_width, int value_bytes, int num_pages, int page_size, Address table, std::int64_t table_row, int table_pages,
-         int sequences, Address q_start, Address start, Address stop, Address slots, int slots_per_row, float scale,
-         bool int8_products) {
+         int sequences, Address q_start, Address start, Address stop, Address slots, int slots_per_row, bool longer_ranges,
+         float scale, bool int8_products) {
         Attention a = start_call({q, q_dtype, q_row, q_head, out, out_dtype, out_row, out_head, lse}, heads, kv_format,
                                  scale);
         a.keys = {at<char>(pages), slot_bytes, head_bytes, key_width, key_bytes};
@@ -68,12 +68,13 @@ void bind_attention(nb::module_& m) {
         a.int8_products = int8_products;
         const RaggedRows ragged = {sequences, rows, heads, kv_heads, at<std::int32_t>(q_start), at<std::int32_t>(start),
                                    at<std::int32_t>(stop), omp_get_max_threads()};
-        if (slots) {
-          plan().of_slots(ragged, at<std::int32_t>(slots), slots_per_row, (std::int64_t)num_pages * page_size);
-          a.page_size = 1;
+        const PageTable pages_of = {at<std::int32_t>(table), table_row, table_pages, page_size, num_pages};
+        if (!slots) {
+          plan().of_pages(ragged, pages_of);
+        } else if (longer_ranges) {
+          plan().of_longer_ranges(ragged, pages_of, at<std::int32_t>(slots), slots_per_row);
         } else {
-          plan().of_pages(ragged, {at<std::int32_t>(table), table_row, table_pages, page_size, num_pages});
-          a.page_size = page_size;
+          plan().of_slots(ragged, at<std::int32_t>(slots), slots_per_row, (std::int64_t)num_pages * page_size);
         }
         plan().fill(a);
         attention(isa).attend(a);

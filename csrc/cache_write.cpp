@@ -111,7 +111,8 @@ void store_row(const CacheRows& to, int t, const float* row) {
   std::memset(out + payload, 0, (padded < to.row_bytes ? padded : to.row_bytes) - payload);
 }
 
-int first_bad_slot(const CacheRows& to) {
+template <class Rows>
+int first_bad_slot(const Rows& to) {
   for (int t = 0; t < to.tokens; t++)
     if (to.slots[t] < 0 || to.slots[t] >= to.num_slots) return t;
   return -1;
@@ -155,8 +156,44 @@ int norm_rope_write(CacheRows to, Matrix kv_a, const void* weight, DType weight_
   return -1;
 }
 
+// Codes, then absmax / 127 in float32; where a number is not finite codes are 0 and the scale is infinity.
+void store_int8_key(const float* key, int dim, unsigned char* out) {
+  const float largest = absmax(key, dim), scale = largest < __builtin_inff() ? largest / 127.0f : __builtin_inff();
+  for (int i = 0; i < dim; i++) {
+    const float code = scale > 0.0f && scale < __builtin_inff() ? key[i] / scale : 0.0f;
+    out[i] = (std::uint8_t)(bits_of(code + 12582912.0f) & 0xff);  // see encode_int8
+  }
+  std::memcpy(out + dim, &scale, 4);
+}
+
+int write_index_keys(KeyRows to, Matrix k, const void* weight, const void* bias, DType weight_dtype, float eps,
+                     Angles angles) {
+  const int bad = first_bad_slot(to);
+  if (bad >= 0) return bad;
+  const int half = to.rope_dim / 2;
+#pragma omp parallel for schedule(static) if (forks(to.tokens >= WORTH_A_FORK))
+  for (int t = 0; t < to.tokens; t++) {
+    alignas(64) float row[MAX_ROW];
+    for_dtype(k.dtype, [&](auto dtype) {
+      layer_norm_row<dtype()>(row_at(k, t), weight, bias, weight_dtype, to.dim, eps, row);
+      round_row(row, to.dim, dtype());
+      rotate_row(row, angles.cos + (std::ptrdiff_t)t * half, angles.sin + (std::ptrdiff_t)t * half, half,
+                 angles.interleaved);
+      round_row(row, to.rope_dim, dtype());
+    });
+    unsigned char* out = to.pages + to.slots[t] * to.row_bytes;
+    if (to.format == RowFormat::int8) {
+      hadamard_row(row, to.dim);
+      store_int8_key(row, to.dim, out);
+    } else {
+      convert_row(row, DType::f32, to.dim, out, (DType)to.format);
+    }
+  }
+  return -1;
+}
+
 }  // namespace
 
-const CacheWriteKernels cache_write = {write, norm_rope_write};
+const CacheWriteKernels cache_write = {write, norm_rope_write, write_index_keys};
 
 }  // namespace latentkv::LATENTKV_ISA

@@ -75,6 +75,19 @@ LATENTKV_INLINE void norm_row(const void* x, const void* weight, DType weight_dt
   }
 }
 
+// weight * (x - mean) / sqrt(variance + eps) + bias, in float32.
+template <DType X>
+LATENTKV_INLINE void layer_norm_row(const void* x, const void* weight, const void* bias, DType weight_dtype, int n,
+                                    float eps, float* out) {
+  float total = 0, squares = 0;
+  for (int i = 0; i < n; i++) total += out[i] = load_one(x, X, i);
+  const float mean = total / (float)n;
+  for (int i = 0; i < n; i++) squares += (out[i] - mean) * (out[i] - mean);
+  const float scale = 1.0f / __builtin_sqrtf(squares / (float)n + eps);
+  for (int i = 0; i < n; i++)
+    out[i] = (out[i] - mean) * scale * load_one(weight, weight_dtype, i) + load_one(bias, weight_dtype, i);
+}
+
 // Turns the pairs (2i, 2i + 1) or (i, i + half) of x by the angles whose cosines and sines these are.
 LATENTKV_INLINE void rotate_row(float* x, const float* cos, const float* sin, int half, bool interleaved) {
   const int step = interleaved ? 2 : 1;
@@ -84,6 +97,19 @@ LATENTKV_INLINE void rotate_row(float* x, const float* cos, const float* sin, in
     x[step * i] = a * cos[i] - b * sin[i];
     second[step * i] = b * cos[i] + a * sin[i];
   }
+}
+
+// x times the orthogonal Hadamard matrix of n, a power of two.
+LATENTKV_INLINE void hadamard_row(float* x, int n) {
+  for (int half = 1; half < n; half *= 2)
+    for (int from = 0; from < n; from += 2 * half)
+      for (int i = from; i < from + half; i++) {
+        const float a = x[i], b = x[i + half];
+        x[i] = a + b;
+        x[i + half] = a - b;
+      }
+  const float scale = 1.0f / __builtin_sqrtf((float)n);
+  for (int i = 0; i < n; i++) x[i] *= scale;
 }
 
 // 1 / (1 + exp(-x)); exp of nothing positive, so that nothing overflows.

@@ -44,7 +44,7 @@ LATENT = {
     "qk_rope_head_dim": 8,
     "v_head_dim": 10,
 }
-INDEX = {"index_topk": 16, "index_head_dim": 24, "index_n_heads": 2}
+INDEX = {"index_topk": 16, "index_head_dim": 32, "index_n_heads": 2}
 COMMON = {
     "vocab_size": 96,
     "hidden_size": 40,

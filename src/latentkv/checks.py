@@ -35,6 +35,16 @@ def require_integers(name: str, numbers: Tensor) -> None:
         raise OpError(f"{name} must be integers, not {numbers.dtype}")
 
 
+def row_bounds(q_start: Tensor, rows: int) -> list[int]:
+    """Where the rows of ragged sequences begin and end; raises `OpError` unless they rise from 0 to all `rows`."""
+    bounds: list[int] = q_start.tolist()
+    require(
+        bounds[0] == 0 and bounds[-1] == rows and bounds == sorted(bounds),
+        f"q_start must rise from 0 to the {rows} rows of q, not {bounds[:8]}",
+    )
+    return bounds
+
+
 def require_floats(**numbers: Tensor | None) -> None:
     """Raise `OpError` unless all of these (None: not given) are float32, bf16, fp16 or float64."""
     for name, values in numbers.items():

@@ -58,7 +58,7 @@ SPARSE = {
     "architectures": ["DeepseekV32ForCausalLM"],
     "q_lora_rank": 24,
     "index_topk": 6,
-    "index_head_dim": 12,
+    "index_head_dim": 16,
     "index_n_heads": 12,
 }
 CONFIGS = {"mla": MLA, "gqa": GQA}

@@ -7,7 +7,6 @@ from engine_models import cache_for, tiny_decoder
 from offload_cases import ask, naive, tokens
 
 from latentkv.engine import Engine
-from latentkv.engine.runner import why_not_recorded
 
 PROMPT = [(7 * i + i * i) % 60 for i in range(20)]
 
@@ -36,8 +35,3 @@ def test_a_sequence_that_gave_its_pages_back_goes_on_as_before() -> None:
     texts = tokens(engine, *(ask(prompt, max_tokens=20) for prompt in prompts))
     assert engine.counters.preemptions > 0
     assert texts == [naive(decoder, prompt, 20) for prompt in prompts]
-
-
-def test_its_steps_are_not_recorded() -> None:
-    assert why_not_recorded(tiny_decoder("mla")) is None
-    assert "sparse attention" in (why_not_recorded(tiny_decoder("sparse")) or "")

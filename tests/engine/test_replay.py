@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from engine_models import CONFIGS
+from engine_models import CONFIGS, SPARSE
 
 from latentkv.engine import replay as module
 from latentkv.engine.runner import Runner
@@ -25,6 +25,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "mla": {**CONFIGS["mla"], "q_lora_rank": 24},
     "softmax router": {**CONFIGS["mla"], "model_type": "deepseek_v2", "topk_method": "greedy", "norm_topk_prob": False},
     "gqa": CONFIGS["gqa"],
+    "sparse": SPARSE,  # its first steps are dense, those after them are not
+    "sparse, shared": {**SPARSE, "model_type": "glm_moe_dsa", "indexer_types": ["full", "shared"]},
 }
 
 
@@ -97,9 +99,9 @@ def read_drafts(decoder: Decoder, draft: bool) -> tuple[torch.Tensor, Runner]:
     return torch.cat(hidden), runner
 
 
-@pytest.mark.parametrize("kv_format", ["int8", "fp8"])
-def test_quantised_caches_are_recorded_too(kv_format: KVFormat, monkeypatch: pytest.MonkeyPatch) -> None:
-    decoder = packed_decoder(MODELS["mla"])
+@pytest.mark.parametrize(("kv_format", "model"), [("int8", "mla"), ("fp8", "mla"), ("int8", "sparse")])
+def test_quantised_caches_are_recorded_too(kv_format: KVFormat, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = packed_decoder(MODELS[model])
     recorded, runner = decode(decoder, kv_format, [17], 5)
     assert runner.replay.why_not is None
     monkeypatch.setattr(module, "MOST_ROWS", 0)

@@ -39,6 +39,20 @@ def reference(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
         return folder, model(torch.tensor([IDS])).logits[0]
 
 
+@pytest.fixture(scope="module")
+def glm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint whose keys can be int8."""
+    folder = tmp_path_factory.mktemp("glm")
+    save_checkpoint(SPARSE_CASES[1], folder)
+    return folder
+
+
+def test_keys_that_cannot_be_int8_are_refused_by_name() -> None:
+    config = read_config({"model_type": "deepseek_v32", **SPARSE_CASES[0].config})
+    with pytest.raises(CacheError, match=r"keys of 14 numbers .* power of two"):
+        config.specs("int8")
+
+
 def run(decoder: Decoder, lengths: list[int], form: Form | None = None) -> torch.Tensor:
     """Logits of the first tokens of IDS, read through the cache in steps of these lengths."""
     cache = PagedCache(decoder.config.specs("fp32"), 9, page_size=PAGE)
@@ -149,14 +163,14 @@ def test_sequences_on_both_sides_of_topk_share_a_step_without_touching_each_othe
     torch.testing.assert_close(together, torch.cat(alone), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("kv_format", ["bf16", "int8"])
+@pytest.mark.parametrize(("kv_format", "stored"), [("bf16", torch.bfloat16), ("int8", torch.int8)])
 @pytest.mark.parametrize("past", [2, 60])
 def test_tokens_read_together_or_one_by_one_give_the_same_bits(
-    kv_format: KVFormat, past: int, reference: tuple[Path, torch.Tensor]
+    kv_format: KVFormat, stored: torch.dtype, past: int, glm: Path
 ) -> None:
-    decoder = load_model(reference[0], dtype=torch.bfloat16, packing=Packing())
+    decoder = load_model(glm, dtype=torch.bfloat16, packing=Packing())
     cache = PagedCache(decoder.config.specs(kv_format), 9, page_size=PAGE)
-    assert cache.view(0).index_keys.dtype == torch.bfloat16
+    assert cache.view(0).index_keys.dtype == stored
     pages = cache.pool.allocate(5)
 
     def read(begin: int, end: int) -> torch.Tensor:

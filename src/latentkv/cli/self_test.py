@@ -69,6 +69,14 @@ def _mla_attend(device: torch.device, dtype: torch.dtype, generator: torch.Gener
     return got, reference.mla_attend(q, pages, _TABLE, _Q_START, _STOP, latent_dim=_LATENT, scale=0.1)[0]
 
 
+def _select_slots(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    # Of whole numbers all scores are exact, and those chosen the very same.
+    q, keys = (_random(shape, dtype, generator).round() for shape in ((4, 20, 16), (4, _PAGE, 16)))
+    weights = torch.randn((4, 20), generator=generator).round()
+    args = (q, weights, keys, _TABLE, _Q_START, _STOP)
+    return ops.select_slots(*(t.to(device) for t in args), topk=5), reference.select_slots(*args, topk=5).double()
+
+
 def _gqa_attend(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     q = _random((4, 2 * _HEADS, 16), dtype, generator)
     pages = _random((4, _PAGE, 2, _HEADS, 16), dtype, generator)
@@ -199,6 +207,7 @@ _PACKED_CASES: Mapping[str, Case] = {
 _CASES: Mapping[str, Case] = {
     "mla_attend": _mla_attend,
     "gqa_attend": _gqa_attend,
+    "select_slots": _select_slots,
     "kda_attend": _kda_attend,
     "mla_prefill": _mla_prefill,
     "merge_states": _merge_states,

@@ -88,8 +88,9 @@ class Replay:
     def _record(self, x: Tensor, positions: Rotary, batch: Batch) -> _Step | None:
         """Run the step for the first time; it reads the inputs from memory of its own."""
         own = replace(batch, **{field.name: _copy(getattr(batch, field.name)) for field in fields(batch)})
-        table = batch.block_table.new_zeros(len(batch.query_lens), self.cache.num_pages)
-        own = replace(own, block_table=table)
+        sequences, pages = len(batch.query_lens), self.cache.num_pages
+        table = batch.block_table.new_zeros(sequences, pages)
+        own = replace(own, block_table=table, kv_lens=(pages * self.cache.page_size,) * sequences)
         table[:, : batch.block_table.shape[1]] = batch.block_table
         x, positions = x.clone(), positions._replace(cos=positions.cos.clone(), sin=positions.sin.clone())
         recording = Recording()

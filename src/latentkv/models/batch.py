@@ -33,7 +33,8 @@ class Batch:
         slots: [T] int64 cache slot (page * page_size + offset) that each new token is written to.
         stop: [T] int32; row t reads the cached tokens s < stop[t] of its sequence (its own token included).
         query_lens: new tokens of each sequence, known to the host.
-        kv_lens: cached tokens of each sequence after this step's are written, known to the host.
+        kv_lens: cached tokens of each sequence after this step's are written, known to the host; of a step that is to
+            be run again with longer sequences, the most that they may hold.
         kv_start: cached tokens before this one, which are none of the new ones, are not read; known to the host.
         start: [T] int32, `kv_start` for each row; None where it is 0.
         slot_ids: [B] int32, where each sequence's recurrent state lies; None where no layer is recurrent.

@@ -183,13 +183,13 @@ class LayerConfig:
         return None if self.shares_selection else self.indexer
 
     def spec(self, kv_format: KVFormat, last_state: LastStateSpec | None = None, *, most_drafted: int = 0) -> LayerSpec:
-        """What the layer keeps, its tokens stored in `kv_format`; keys of an indexer are never quantised.
+        """What the layer keeps, its tokens stored in `kv_format`; where that has 8 bits, an indexer's keys are int8.
 
         A recurrent layer keeps room for drafts of `most_drafted` tokens; the others need none.
         """
         index = None
         if self.own_indexer is not None:
-            index = IndexSpec(self.own_indexer.head_dim, FLOAT_DTYPES.get(kv_format, torch.bfloat16))
+            index = IndexSpec(self.own_indexer.head_dim, FLOAT_DTYPES.get(kv_format, torch.int8))
         attention = self.attention
         if isinstance(attention, KDAConfig):
             heads, dim = attention.num_heads, attention.head_dim

@@ -20,9 +20,7 @@ class HeadWeights(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """[T, hidden] -> [T, H] float32 (float64 for float64 weights)."""
-        with torch.autocast(input.device.type, enabled=False):
-            # Row by row: of a product of matrices each row's rounding depends on how many there are.
-            return torch.stack([torch.mv(self.weight, row) for row in input.to(self.weight.dtype)])
+        return ops.weigh_heads(input, self.weight, self.out_features**-0.5)
 
     def pack(self, packer: Packer) -> None:
         """See `Packable`; the weights stay as they are, dequantised where a checkpoint holds them quantised."""
@@ -52,6 +50,7 @@ class Indexer(nn.Module):
         self.k_norm = nn.LayerNorm(config.head_dim, eps=1e-6)
         self.weights_proj = HeadWeights(hidden_size, config.num_heads, bias=False)
 
+    @torch.no_grad()
     def select_slots(
         self, x: Tensor, compressed: Tensor, positions: Rotary, batch: Batch, state: LayerState
     ) -> Tensor | None:
@@ -72,12 +71,25 @@ class Indexer(nn.Module):
         """
         if state.index_keys is None:
             raise CacheError("sparse attention needs a cache with index keys: make it of ModelConfig.specs")
-        state.index_keys.flatten(0, 1).index_copy_(0, batch.slots, self._keys(x, positions).to(state.index_keys.dtype))
+        ops.write_index_keys(
+            state.index_keys,
+            batch.slots,
+            self.wk(x),
+            self.k_norm.weight,
+            self.k_norm.bias,
+            self.k_norm.eps,
+            positions.cos,
+            positions.sin,
+            interleaved=self.config.interleaved,
+        )
         if max(batch.kv_lens) - batch.kv_start <= self.topk:
             return None
+        q = self._queries(compressed)
+        turned, cos, sin = q[..., : self.rope_dim], positions.cos.unsqueeze(1), positions.sin.unsqueeze(1)
+        ops.apply_rope(turned, cos, sin, interleaved=self.config.interleaved, out=turned)
         return ops.select_slots(
-            self._queries(compressed, positions),
-            self._weights(x),
+            q,
+            self.weights_proj(x),
             state.index_keys,
             batch.block_table,
             batch.q_start,
@@ -101,25 +113,14 @@ class Indexer(nn.Module):
         length = x.shape[1]
         if length <= self.topk:
             return None
-        q, keys = self._queries(compressed, positions), self._keys(x, positions)
-        weights = self._weights(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+        cos, sin, interleaved = positions.cos, positions.sin, self.config.interleaved
+        q = ops.rotate_first(self._queries(compressed), cos.unsqueeze(-2), sin.unsqueeze(-2), interleaved)
+        keys = ops.rotate_first(self.k_norm(self.wk(x)), cos, sin, interleaved)
+        weights = self.weights_proj(x.flatten(0, 1)).unflatten(0, x.shape[:2])
         scores = [ops.index_scores(*row, range(1, length + 1)) for row in zip(q, weights, keys, strict=True)]
         return ops.best_tokens(torch.stack(scores), self.topk).tril()
 
-    def _queries(self, compressed: Tensor, positions: Rotary) -> Tensor:
-        """[..., q_lora_rank] -> [..., H, D]."""
-        q = self.wq_b(compressed).unflatten(-1, (self.config.num_heads, -1))
-        return self._rotate(q, positions.cos.unsqueeze(-2), positions.sin.unsqueeze(-2))
-
-    def _keys(self, x: Tensor, positions: Rotary) -> Tensor:
-        """[..., hidden] -> [..., D]."""
-        return self._rotate(self.k_norm(self.wk(x)), positions.cos, positions.sin)
-
-    def _weights(self, x: Tensor) -> Tensor:
-        """[T, hidden] -> [T, H] float32."""
-        return self.weights_proj(x) * self.config.num_heads**-0.5
-
-    def _rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """The first R dimensions rotated."""
-        rotated = ops.apply_rope(x[..., : self.rope_dim], cos, sin, interleaved=self.config.interleaved)
-        return torch.cat([rotated, x[..., self.rope_dim :]], dim=-1)
+    def _queries(self, compressed: Tensor) -> Tensor:
+        """[..., q_lora_rank] -> [..., H, D], not yet rotated."""
+        q = self.wq_b(compressed)
+        return q.view(*q.shape[:-1], self.config.num_heads, -1)

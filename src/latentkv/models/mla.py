@@ -185,15 +185,16 @@ class MultiHeadLatentAttention(nn.Module):
         slots = positions.selection.tokens if self.is_sparse else None
         pieces = batch if slots is None else batch.cut(batch.kv_start + slots.shape[1])
         kinds = self._kinds(form, slots, batch, pieces)
-        if len(set(kinds)) == 1 and kinds[0].form == "absorbed":
+        if len({(kind.form, kind.int8_products) for kind in kinds}) == 1 and kinds[0].form == "absorbed":
             q = self._absorb_and_rotate(q_nope, q_rope, positions)
-            return self._output(x, self._attend_absorbed(q, pieces, state, kinds[0], slots), residual)
+            return self._output(x, self._attend_absorbed(q, batch, state, kinds[0], slots), residual)
         q_rope = self._rotate(q_rope, positions)
         outputs: list[Tensor] = []
         for first, last in runs(kinds):
             if kinds[first].form == "absorbed":
                 part, rows = pieces.part(first, last)
-                q, own = self._absorb(q_nope[rows], q_rope[rows]), None if slots is None else slots[rows]
+                q = self._absorb(q_nope[rows], q_rope[rows])
+                own = slots[rows] if slots is not None and kinds[first].sparse else None
                 outputs.append(self._attend_absorbed(q, part, state, kinds[first], own))
                 continue
             for row in range(first, last):
@@ -302,7 +303,8 @@ class MultiHeadLatentAttention(nn.Module):
             scale=self.scale,
             kv_format=state.kv_format,
             start=batch.start,
-            slots=slots if kind.sparse else None,
+            slots=slots,
+            only_longer_ranges=slots is not None,
             int8_products=kind.int8_products,
         )
         return self._unabsorb(attended)

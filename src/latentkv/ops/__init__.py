@@ -6,6 +6,7 @@ from latentkv.ops.basic import linear, output_logits
 from latentkv.ops.causal import causal_attention
 from latentkv.ops.elementwise import apply_rope, gate_heads, rms_norm, silu_mul
 from latentkv.ops.headwise import headwise_linear
+from latentkv.ops.index_keys import rotate_first, write_index_keys
 from latentkv.ops.kda import KDAState, KDAWeights, kda_attend, kda_whole
 from latentkv.ops.kv_formats import (
     KVFormat,
@@ -19,7 +20,7 @@ from latentkv.ops.moe import gated_mlp, moe_experts
 from latentkv.ops.pages import norm_rope_write, read_latents, write_latents
 from latentkv.ops.prefill import mla_prefill
 from latentkv.ops.routing import select_experts
-from latentkv.ops.sparse import best_tokens, index_scores, select_slots
+from latentkv.ops.sparse import best_tokens, index_scores, select_slots, weigh_heads
 from latentkv.ops.states import merge_states
 
 __all__ = [
@@ -51,9 +52,12 @@ __all__ = [
     "output_logits",
     "read_latents",
     "rms_norm",
+    "rotate_first",
     "select_experts",
     "select_slots",
     "silu_mul",
     "storage_dtype",
+    "weigh_heads",
+    "write_index_keys",
     "write_latents",
 ]

@@ -5,13 +5,13 @@ Native kernels and torch read lengths on the host once a call; Triton's never do
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from itertools import pairwise
+from collections.abc import Callable, Iterator
+from itertools import groupby, pairwise
 
 import torch
 from torch import Tensor
 
-from latentkv.checks import require, require_floats, require_integers, require_shape
+from latentkv.checks import require, require_floats, require_integers, require_shape, row_bounds
 from latentkv.errors import OpError
 from latentkv.ops.backends import why_no_int8_products
 from latentkv.ops.kv_formats import KVFormat
@@ -36,6 +36,7 @@ def mla_attend(
     kv_format: KVFormat | None = None,
     start: Tensor | None = None,
     slots: Tensor | None = None,
+    only_longer_ranges: bool = False,
     out: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
     int8_products: bool = False,
@@ -56,6 +57,8 @@ def mla_attend(
         kv_format: layout of uint8 pages; None = numbers of the pages' own dtype.
         start: [T] int, None = 0.
         slots: [T, K] int, explicit cache slots (page * P + offset, -1 unused) that row t reads instead of the range.
+        only_longer_ranges: rows whose range holds no more than K tokens read the range: `select_slots` has chosen them
+            all, and attention gives the bits of attention without slots.
         out: [T, H, L] to write the output to.
         out_dtype: of the output, None = q's (or that of `out`).
         int8_products: quantise queries and softmax weights too, and multiply bytes: faster over int8 pages, and less
@@ -101,9 +104,30 @@ def mla_attend(
         value_offset=0,
         scale=scale,
         kv_format=kv_format,
+        longer_ranges=only_longer_ranges,
         int8_products=int8_products,
     ):
         return out, lse
+
+    if slots is not None and only_longer_ranges:
+        longer: list[bool] = ((stop if start is None else stop - start) > slots.shape[1]).tolist()
+        if any(longer) and not all(longer):
+            for b, own in _runs(row_bounds(q_start, q.shape[0]), longer):
+                _, lse[own] = mla_attend(
+                    q[own],
+                    kv_pages,
+                    block_table[b : b + 1],
+                    q_start.new_tensor([0, own.stop - own.start]),
+                    stop[own],
+                    latent_dim=latent_dim,
+                    scale=scale,
+                    kv_format=kv_format,
+                    start=None if start is None else start[own],
+                    slots=slots[own] if longer[own.start] else None,
+                    out=out[own],
+                )
+            return out, lse
+        slots = slots if any(longer) else None
 
     if triton.attend_pages(
         q, kv_pages, block_table, q_start, start, stop, slots, out, lse, scale=scale, kv_format=kv_format
@@ -115,7 +139,7 @@ def mla_attend(
         return latents, latents[..., :latent_dim]
 
     if slots is not None:
-        _bounds(q, q_start)
+        row_bounds(q_start, q.shape[0])
         _attend_slots(q, kv_pages, slots, keys_and_values, out, lse, scale=scale)
     else:
         _attend_ranges(
@@ -257,6 +281,14 @@ def mla_decode(
     return out.view(batch, steps, heads, latent_dim), lse.view(batch, steps, heads).transpose(1, 2)
 
 
+def _runs(bounds: list[int], kinds: list[bool]) -> Iterator[tuple[int, slice]]:
+    """Runs of rows of one sequence and one kind, and which sequence it is."""
+    for b, (first, last) in enumerate(pairwise(bounds)):
+        for _, rows in groupby(range(first, last), key=kinds.__getitem__):
+            run = list(rows)
+            yield b, slice(run[0], run[-1] + 1)
+
+
 def _attend_ranges(
     q: Tensor,
     kv_pages: Tensor,
@@ -272,7 +304,7 @@ def _attend_ranges(
     scale: float,
 ) -> None:
     """Fill out and lse, one sequence after the other, each from its own pages."""
-    bounds = _bounds(q, q_start)
+    bounds = row_bounds(q_start, q.shape[0])
     start = torch.zeros_like(stop) if start is None else start
     for b, (first_row, last_row) in enumerate(pairwise(bounds)):
         own = slice(first_row, last_row)
@@ -315,16 +347,6 @@ def _attend_slots(
             value_dim=out.shape[-1],
             scale=scale,
         )
-
-
-def _bounds(q: Tensor, q_start: Tensor) -> list[int]:
-    """Where the sequences' rows begin and end, checked."""
-    bounds: list[int] = q_start.tolist()
-    require(
-        bounds[0] == 0 and bounds[-1] == q.shape[0] and bounds == sorted(bounds),
-        f"q_start must rise from 0 to the {q.shape[0]} rows of q, not {bounds[:8]}",
-    )
-    return bounds
 
 
 def _check_rows(q: Tensor, block_table: Tensor, q_start: Tensor, start: Tensor | None, stop: Tensor) -> None:

@@ -58,11 +58,11 @@ def describe_backends(device: torch.device, dtype: torch.dtype) -> dict[str, str
         return _torch_backends(device, dtype)
     isa = kernels.current_isa()
     native = f"native, {isa}"
-    attention = f"{native}, {'bf16' if isa == 'avx512bf16' and dtype == torch.bfloat16 else 'float32'} products"
+    by_dtype = f"{native}, {'bf16' if isa == 'avx512bf16' and dtype == torch.bfloat16 else 'float32'} products"
     return {
-        "mla_attend": attention,
-        "gqa_attend": attention,
-        "mla_prefill": attention,
+        "mla_attend": by_dtype,
+        "gqa_attend": by_dtype,
+        "mla_prefill": by_dtype,
         "mla_attend, int8 products": why_no_int8_products(device) or f"{native}, where they are asked for",
         "linear": "torch: the weight is not packed",
         "moe_experts": "torch, one matrix product per expert in use: the weights are not packed",
@@ -75,6 +75,8 @@ def describe_backends(device: torch.device, dtype: torch.dtype) -> dict[str, str
         "kda_attend": f"{native}, in float32",
         "gate_heads": native,
         "select_experts": "native",
+        "write_index_keys": native,
+        "select_slots": by_dtype,
         "latents as fp8": f"{native}; torch reads them back",
         "latents as int8": f"{native}; torch reads them back",
         "merge_states": "torch",
@@ -111,5 +113,7 @@ def _torch_backends(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
         "rms_norm": "torch",
         "apply_rope": "torch",
         "norm_rope_write": "torch",
+        "write_index_keys": "torch",
+        "select_slots": "torch, a row at a time",
         "merge_states": "torch",
     }

@@ -93,6 +93,29 @@ def mla_attend(
     return _stack(rows, q.shape[1], latent_dim)
 
 
+def index_keys(
+    k: Tensor, weight: Tensor, bias: Tensor, eps: float, cos: Tensor, sin: Tensor, *, interleaved: bool
+) -> Tensor:
+    """Layer-normed k [T, D], its first R numbers rotated: what `index_keys.write_index_keys` stores."""
+    k = k.double()
+    k = k - k.mean(dim=-1, keepdim=True)
+    k = weight.double() * k / torch.sqrt(k.square().mean(dim=-1, keepdim=True) + eps) + bias.double()
+    width = 2 * cos.shape[1]
+    return torch.cat([apply_rope(k[:, :width], cos, sin, interleaved=interleaved), k[:, width:]], dim=1)
+
+
+def hadamard(x: Tensor) -> Tensor:
+    """Rows x [..., D] times Sylvester's matrix, whose entry (i, j) is -1 to the number of bits that i and j share."""
+    bits = torch.arange(x.shape[-1])
+    signs = torch.tensor([[(-1.0) ** bin(i & j).count("1") for j in bits.tolist()] for i in bits.tolist()])
+    return x.double() @ signs.double() * x.shape[-1] ** -0.5
+
+
+def decode_index_keys(rows: Tensor) -> Tensor:
+    """The keys [n, D] that int8 rows [n, D + 4] stand for: codes times a float32 scale, the rotation undone."""
+    return hadamard(rows[:, :-4].double() * rows[:, -4:].clone().view(torch.float32).double())
+
+
 def index_scores(q: Tensor, weights: Tensor, keys: Tensor) -> Tensor:
     """`sum_h w[h] ReLU(D^-1/2 q[h] . k[s])` of one row: q [H, D], weights [H], keys [S, D] -> [S]."""
     products = torch.einsum("hd,sd->hs", q.double(), keys.double()) * q.shape[1] ** -0.5
@@ -115,7 +138,8 @@ def select_slots(
     page_size = key_pages.shape[1]
     for t, b in _rows(q_start):
         first = 0 if start is None else int(start[t])
-        scores = index_scores(q[t], weights[t], _tokens(key_pages, block_table[b], first, int(stop[t])))
+        keys = _tokens(key_pages, block_table[b], first, int(stop[t]))
+        scores = index_scores(q[t], weights[t], decode_index_keys(keys) if keys.dtype == torch.int8 else keys)
         best = scores.argsort(descending=True, stable=True)[:topk]
         for place, s in enumerate(sorted(best.tolist())):
             page, offset = divmod(first + s, page_size)

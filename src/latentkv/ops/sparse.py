@@ -1,7 +1,7 @@
 """Which tokens sparse attention reads (DeepSeek-V3.2, arXiv 2512.02556, section 2.1): those of the best index scores.
 
-Scores are computed a row at a time over chunks counted from the sequence's first token: what a row selects does not
-depend, bit for bit, on what else is in the batch or on where its prompt was cut.
+Native kernels on a CPU, else torch. Scores are computed a row at a time: what a row selects does not depend, bit for
+bit, on what else is in the batch or on where its prompt was cut.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from latentkv.checks import require, require_floats, require_integers, require_shape
+from latentkv.checks import require, require_floats, require_integers, require_shape, row_bounds
+from latentkv.ops.index_keys import check_key_pages, decode_keys, hadamard
+from latentkv.ops.native import sparse as native
 from latentkv.ops.online_softmax import compute_dtype
 from latentkv.ops.pages import gather_tokens
 
@@ -21,6 +23,26 @@ CHUNK_TOKENS = 4096
 
 SCORE_NUMBERS = 1 << 22
 """Scores that exist at a time, 16 MiB of them."""
+
+
+def weigh_heads(x: Tensor, weight: Tensor, scale: float) -> Tensor:
+    """What each head's scores count for each token: `scale * weight x`, in float32 whatever x's dtype.
+
+    Args:
+        x: [T, hidden].
+        weight: [H, hidden] float32 or float64.
+        scale: of the result.
+
+    Returns:
+        [T, H] in weight's dtype; each row depends on its token alone, bit for bit.
+    """
+    fast = native.weigh_heads(x, weight, scale)
+    if fast is not None:
+        return fast
+    with torch.autocast(x.device.type, enabled=False):
+        # Row by row: of a product of matrices each row's rounding depends on how many there are; and copied, because
+        # BLAS may round differently by alignment.
+        return torch.stack([torch.mv(weight, row.to(weight.dtype, copy=True)) for row in x]) * scale
 
 
 def index_scores(q: Tensor, weights: Tensor, keys: Tensor, stop: Sequence[int]) -> Tensor:
@@ -75,7 +97,8 @@ def select_slots(
     Args:
         q: [T, H, D] rotated index queries.
         weights: [T, H] float32, of each row's heads.
-        key_pages: [N, P, D] rotated index keys; new tokens are written before the call.
+        key_pages: [N, P, D] or int8 [N, P, D + 4], as `write_index_keys` leaves them; new tokens are written before the
+            call. What no row sees may hold anything.
         block_table: [B, M] page numbers; entries past a sequence's pages may hold anything.
         q_start: [B + 1] int, from 0 to T.
         stop: [T] int.
@@ -91,19 +114,27 @@ def select_slots(
     require_shape("q", q, (None, None, None))
     rows, heads, dim = q.shape
     require_shape("weights", weights, (rows, heads))
-    require_shape("key_pages", key_pages, (None, None, dim))
+    check_key_pages(key_pages, dim)
     require_shape("block_table", block_table, (None, None))
     require_shape("q_start", q_start, (block_table.shape[0] + 1,))
     require_shape("stop", stop, (rows,))
-    require_floats(q=q, weights=weights, key_pages=key_pages)
+    require_floats(q=q, weights=weights)
     for name, numbers in (("block_table", block_table), ("q_start", q_start), ("stop", stop)):
         require_integers(name, numbers)
     require(topk > 0, f"select_slots selects one token or more, not topk={topk}")
+    if start is not None:
+        require_shape("start", start, (rows,))
+        require_integers("start", start)
+    fast = native.select_slots(q, weights, key_pages, block_table, q_start, start, stop, topk)
+    if fast is not None:
+        return fast
+    if key_pages.dtype == torch.int8:
+        q = hadamard(q).to(q.dtype)
     stops: list[int] = stop.tolist()
     starts: list[int] = [0] * rows if start is None else start.tolist()
     seen = list(zip(starts, stops, strict=True))
     slots = torch.full((rows, topk), -1, dtype=torch.int32, device=q.device)
-    for b, (first, last) in enumerate(pairwise(q_start.tolist())):
+    for b, (first, last) in enumerate(pairwise(row_bounds(q_start, rows))):
         block = max(1, SCORE_NUMBERS // max([1, *stops[first:last]]))
         for begin in range(first, last, block):
             own = slice(begin, min(begin + block, last))
@@ -122,7 +153,7 @@ def _select(
     chunk = max(1, CHUNK_TOKENS // page_size) * page_size
     scores = torch.full((len(seen), total), float("-inf"), dtype=compute_dtype(q), device=q.device)
     for first in range(0, max(scored), chunk):
-        keys = gather_tokens(key_pages, pages, first, min(first + chunk, max(scored)))
+        keys = decode_keys(gather_tokens(key_pages, pages, first, min(first + chunk, max(scored))), scores.dtype)
         scores[:, first : first + len(keys)] = index_scores(q, weights, keys, [end - first for end in scored])
     for t, (begin, end) in enumerate(seen):
         scores[t, :begin] = float("-inf")

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from latentkv.errors import CacheError
+from latentkv.ops.index_keys import SCALE_BYTES, can_be_int8
 from latentkv.ops.kv_formats import FLOAT_DTYPES, KVFormat, latent_token_bytes, storage_dtype
 
 __all__ = [
@@ -93,19 +94,37 @@ class KeyValueSpec:
 
 @dataclass(frozen=True)
 class IndexSpec:
-    """The keys by which tokens are selected (DeepSeek-V3.2, arXiv 2512.02556): dim numbers of `dtype` per token."""
+    """The keys by which tokens are selected (DeepSeek-V3.2, arXiv 2512.02556): dim numbers of `dtype` per token.
+
+    int8 keys have a float32 scale each (`ops.index_keys`).
+
+    Raises:
+        CacheError: int8 keys whose `dim` is no power of two.
+    """
 
     dim: int
     dtype: torch.dtype
 
+    def __post_init__(self) -> None:
+        if self.dtype == torch.int8 and not can_be_int8(self.dim):
+            raise CacheError(
+                f"index keys of {self.dim} numbers cannot be stored in 8 bits, only those of a power of two: "
+                "choose a cache in bf16, fp16 or fp32"
+            )
+
+    @property
+    def row(self) -> int:
+        """Numbers of `dtype` that a token takes."""
+        return self.dim + (SCALE_BYTES if self.dtype == torch.int8 else 0)
+
     @property
     def token_bytes(self) -> int:
         """Bytes of one token."""
-        return self.dim * self.dtype.itemsize
+        return self.row * self.dtype.itemsize
 
     def allocate(self, num_pages: int, page_size: int, device: torch.device | str = "cpu") -> Tensor:
-        """Zeroed keys [N, P, dim]."""
-        return torch.zeros(num_pages, page_size, self.dim, dtype=self.dtype, device=device)
+        """Zeroed keys [N, P, row]."""
+        return torch.zeros(num_pages, page_size, self.row, dtype=self.dtype, device=device)
 
 
 @dataclass(frozen=True)
@@ -195,7 +214,7 @@ class LayerState(NamedTuple):
     Attributes:
         token_pages: [N, P, ...], a row for each token, where the spec has any.
         token_format: how a row stores its token.
-        index_keys: [N, P, dim], where the spec has any.
+        index_keys: [N, P, row], where the spec has any.
         last_states: [N, hidden_size], where the spec has any.
         recurrent: of each sequence, where the spec has any.
     """

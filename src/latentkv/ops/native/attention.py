@@ -42,6 +42,7 @@ def attend_pages(
     value_offset: int,
     scale: float,
     kv_format: KVFormat | None = None,
+    longer_ranges: bool = False,
     int8_products: bool = False,
 ) -> bool:
     """Fill out [T, H, Dv] and lse [T, H]; False: a page number, slot or length is beyond int32, and torch has to.
@@ -104,6 +105,7 @@ def attend_pages(
             ends.data_ptr(),
             0 if places is None else places.data_ptr(),
             0 if places is None else places.shape[1],
+            longer_ranges,
             scale,
             int8_products,
         )
