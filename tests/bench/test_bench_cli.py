@@ -12,10 +12,26 @@ from latentkv.bench import ceilings as ceilings_module
 from latentkv.bench import linear as linear_module
 from latentkv.bench import mla_decode as mla_decode_module
 from latentkv.bench import shapes
+from latentkv.bench import sparse as sparse_module
 from latentkv.bench.ceilings import CeilingProbe, Ceilings
 from latentkv.bench.shapes import AttentionShape
 from latentkv.errors import RequestError
 from latentkv.models.config import MLAConfig
+
+SPARSE = {
+    "model_type": "deepseek_v32",
+    "hidden_size": 32,
+    "num_attention_heads": 2,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 8,
+    "num_hidden_layers": 1,
+    "index_topk": 8,
+    "index_head_dim": 16,
+    "index_n_heads": 3,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -61,6 +77,26 @@ def test_mla_decode_prints_a_line_for_each_case_and_writes_its_files(tmp_path: P
     assert result.output.count("mla_decode, bf16") == result.output.count("torch matmul") == 2
     assert len(json.loads(json_file.read_text())["rows"]) == 4
     assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_sparse_prints_a_layer_both_ways_and_its_parts_and_writes_its_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(sparse_module, "CeilingProbe", lambda: CeilingProbe(gemm_size=16, buffer_mib=1))
+    monkeypatch.setattr(sparse_module, "FROM_MEMORY", 1)
+    (tmp_path / "config.json").write_text(json.dumps(SPARSE))
+    json_file = tmp_path / "s.json"
+    command = ["sparse", str(tmp_path), "--contexts", "64,128", "--repeats", "1", "--kv-dtype", "int8"]
+    result = CliRunner().invoke(bench_app, [*command, "--json", str(json_file)])
+    assert result.exit_code == 0, result.output
+    assert result.output.count("sparse layer") == result.output.count("scores and choice") == 2
+    rows = json.loads(json_file.read_text())["rows"]
+    assert [(row["context"], row["contender"].strip()) for row in rows[4:]] == [
+        (128, "dense layer"),
+        (128, "sparse layer"),
+        (128, "scores and choice"),
+        (128, "attention to the chosen"),
+    ]
 
 
 def test_linear_prints_a_line_for_each_case_and_writes_its_numbers(tmp_path: Path):

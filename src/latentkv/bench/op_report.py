@@ -9,6 +9,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     from latentkv.bench.linear import LinearReport
     from latentkv.bench.mla_decode import DecodeReport
+    from latentkv.bench.sparse import SparseReport
 
 MLA_DECODE_NOTES = (
     "ms: median ± half the interquartile range, contenders timed in turn, each over enough layers that the cache comes "
@@ -42,6 +43,38 @@ def mla_decode_table(report: DecodeReport) -> Table:
             f"{row.of_read_ceiling:.1%}",
             f"{row.max_error:.1%}",
             f"{row.times_faster_than_torch:.1f}x",
+        )
+    return table
+
+
+SPARSE_NOTES = (
+    "ms: median ± half the interquartile range, contenders timed in turn, each over enough layers that the index keys "
+    "come from memory. A layer is all of its attention, projections included; GB/s counts its bf16 weights, the index "
+    "keys of all tokens and the latents that it reads. faster: than the dense layer."
+)
+
+
+def sparse_table(report: SparseReport) -> Table:
+    """A section for each context."""
+    table = Table(
+        title=f"One decode step of {report.model_type}'s attention to {report.topk:,} tokens, {report.kv_dtype} cache"
+    )
+    table.add_column("context", justify="right")
+    table.add_column("step", no_wrap=True)
+    for title in ("ms", "GFLOP/s", "of bf16 ceiling", "GB/s", "of read ceiling", "faster"):
+        table.add_column(title, justify="right")
+    for index, row in enumerate(report.rows):
+        last = index + 1 == len(report.rows) or report.rows[index + 1].context != row.context
+        table.add_row(
+            f"{row.context:,}",
+            row.contender,
+            f"{row.ms:.2f} ± {row.spread / 2:.0%}",
+            f"{row.gflops:.1f}",
+            f"{row.of_bf16_ceiling:.1%}",
+            f"{row.gbps:.1f}",
+            f"{row.of_read_ceiling:.1%}",
+            f"{row.of_dense_time:.1f}x",
+            end_section=last,
         )
     return table
 

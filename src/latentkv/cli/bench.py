@@ -135,6 +135,38 @@ def mla_decode(
 
 
 @bench_app.command()
+def sparse(
+    model: Annotated[str, typer.Argument(help="Whose attention, as for `latentkv plan`.")] = "deepseek-v3.2",
+    contexts: Contexts = "64k,128k",
+    kv_dtype: KVDtype = "bf16",
+    repeats: Repeats = 10,
+    threads: Threads = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Compare one decode step of a layer of sparse attention with the same layer that reads every token.
+
+    Example: latentkv bench sparse --contexts 64k
+    """
+    from latentkv.bench.op_report import SPARSE_NOTES, sparse_table
+    from latentkv.bench.sparse import measure_sparse
+    from latentkv.plan import as_kv_format, load_config
+
+    require_folder(json_file)
+    config, kv_format = load_config(model), as_kv_format(kv_dtype)
+    with console(stderr=True).status("starting") as status:
+        report = measure_sparse(
+            config,
+            contexts=numbers(contexts),
+            kv_format=kv_format,
+            repeats=repeats,
+            threads=threads,
+            progress=status.update,
+        )
+    _print(sparse_table(report), SPARSE_NOTES, report.environment)
+    save(report, json_file)
+
+
+@bench_app.command()
 def linear(
     size: Annotated[str, typer.Option(help="Outputs x inputs of the matrix.")] = "8192x2048",
     rows: Annotated[str, typer.Option(help="Numbers of rows, with commas between.")] = "1,2,4,8,16,48,64,256,512,2048",
