@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ import torch
 
 from latentkv import ops
 from latentkv.models.batch import Batch
+from latentkv.models.config import ModelConfig
 from latentkv.models.config_reader import read_config
 from latentkv.models.decoder import Decoder
 from latentkv.models.mla import MultiHeadLatentAttention
+from latentkv.ops import reference
 from latentkv.plan import make_plan
 from latentkv.state import PagedCache
 from latentkv.text.bpe_trainer import train_bpe
@@ -59,17 +62,23 @@ def book_tokens() -> list[int]:
     raise AssertionError(f"{BOOKS} holds only {len(ids)} tokens")
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not BOOKS.is_dir(), reason=f"no books at {BOOKS}; set LATENTKV_DATA to the folder that holds them")
-def test_128k_tokens_of_text_are_exact_and_cost_what_plan_says() -> None:
-    config = read_config(CONFIG)
+def loaded(config: ModelConfig) -> tuple[Decoder, PagedCache]:
+    """A random model, and room for the whole text."""
     torch.manual_seed(0)
     decoder = Decoder(config).to(torch.bfloat16).eval()
+    decoder.keep_choices_exact()
     with torch.no_grad():
         for parameter in decoder.parameters():
             if parameter.ndim == 2:  # scores with a spread that makes the softmax choose
                 parameter.mul_(3)
-    cache = PagedCache(config.specs("bf16"), PAGES)
+    return decoder, PagedCache(config.specs("bf16"), PAGES)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not BOOKS.is_dir(), reason=f"no books at {BOOKS}; set LATENTKV_DATA to the folder that holds them")
+def test_128k_tokens_of_text_are_exact_and_cost_what_plan_says() -> None:
+    config = read_config(CONFIG)
+    decoder, cache = loaded(config)
     (predicted,) = (
         row.cache_bytes for row in make_plan("it", config, memory=(), context=CONTEXT).cache if row.this_model
     )
@@ -99,6 +108,48 @@ def test_128k_tokens_of_text_are_exact_and_cost_what_plan_says() -> None:
             assert len(decoded) == config.num_layers
             for layer, ((q, *_), (out, lse)) in enumerate(decoded):
                 _check_decoded(decoder.model.layers[layer].self_attn, q, out, lse, cache.view(layer), pages, index + 1)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not BOOKS.is_dir(), reason=f"no books at {BOOKS}; set LATENTKV_DATA to the folder that holds them")
+def test_of_128k_tokens_of_text_sparse_attention_reads_the_best_and_is_exact() -> None:
+    topk = 512
+    index = {"index_topk": topk, "index_n_heads": 8, "index_head_dim": 16}
+    config = read_config(CONFIG | index | {"model_type": "deepseek_v32"})
+    decoder, cache = loaded(config)
+    ids, pages = book_tokens(), cache.pool.allocate(PAGES)
+    last = (CONTEXT - STEPS) // CHUNK * CHUNK
+    bounds = [*range(0, last + 1, CHUNK), *range(CONTEXT - STEPS, CONTEXT + 1)]
+    with torch.inference_mode(), pytest.MonkeyPatch.context() as patch:
+        chosen, attended = record(patch, ops, "select_slots"), record(patch, ops, "mla_attend")
+        for begin, end in pairwise(bounds):
+            chosen.clear()
+            attended.clear()
+            decoder(Batch.build([ids[begin:end]], [begin], [pages], page_size=64), cache)
+            if begin < last:
+                continue
+            assert len(chosen) == len(attended) == config.num_layers
+            for layer, ((scored, slots), ((q, *_), (out, lse))) in enumerate(zip(chosen, attended, strict=True)):
+                module, state = decoder.model.layers[layer].self_attn, cache.view(layer)
+                for row in {0, (end - begin) // 2, end - begin - 1}:
+                    own = slots[row].long()
+                    _check_chosen(*(t[row] for t in scored[:2]), state, pages, begin + row + 1, own)
+                    cached = state.pages.flatten(0, 1)[own].double()
+                    scores = q[row].double() @ cached.T * module.scale
+                    _assert_close(out[row], scores.softmax(-1) @ cached[:, : module.config.kv_lora_rank])
+                    torch.testing.assert_close(lse[row].double(), scores.logsumexp(-1), atol=1e-4, rtol=1e-4)
+
+
+def _check_chosen(q: Any, weights: Any, state: Any, pages: list[int], length: int, slots: Any) -> None:
+    """The slots of one row hold the tokens of the best scores in float64, but for what float32 sums round."""
+    keys = state.index_keys[torch.tensor(pages)].flatten(0, 1)[:length]
+    scores = reference.index_scores(q, weights, keys)
+    places = {page: index for index, page in enumerate(pages)}
+    tokens = torch.tensor([places[slot // 64] * 64 + slot % 64 for slot in slots.tolist()])
+    assert (tokens.diff() > 0).all()
+    assert int(tokens[-1]) < length
+    left_out = torch.ones(length, dtype=torch.bool).index_fill(0, tokens, False)
+    assert scores[tokens].min() >= scores[left_out].max() - 1e-5 * scores.abs().max()
 
 
 def record(patch: pytest.MonkeyPatch, owner: Any, name: str) -> list[tuple[Any, Any]]:
