@@ -62,10 +62,10 @@ void bind_moe(nb::module_& m) {
   m.def(
       "select_experts",
       recordable(+[](Address logits, Address bias, std::int64_t tokens, std::int64_t experts, std::int64_t chosen,
-                     bool softmax, std::int64_t groups, std::int64_t kept_groups, bool group_max, bool normalize,
+                     bool softmax, std::int64_t groups, std::int64_t kept_groups, float excluded, bool group_max, bool normalize,
                      float scaling, Address ids, Address weights) {
         select_experts({reinterpret_cast<const float*>(logits), reinterpret_cast<const float*>(bias), tokens, experts,
-                        chosen, softmax, groups, kept_groups, group_max, normalize, scaling,
+                        chosen, softmax, groups, kept_groups, excluded, group_max, normalize, scaling,
                         reinterpret_cast<std::int64_t*>(ids), reinterpret_cast<float*>(weights)});
       }),
       nb::call_guard<nb::gil_scoped_release>(), "logits [tokens, experts] -> ids and weights [tokens, chosen].");

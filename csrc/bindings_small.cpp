@@ -56,11 +56,30 @@ void bind_elementwise(nb::module_& m) {
   m.def(
       "gate_heads",
       recordable(+[](Isa isa, Address x, std::ptrdiff_t x_token, std::ptrdiff_t x_head, int dtype, Address gate,
-         std::ptrdiff_t gate_stride, int gate_dtype, bool each, int tokens, int heads, int dim) {
-        elementwise(isa).gate_heads(heads_at(x, x_token, x_head, dtype), matrix(gate, gate_stride, gate_dtype), each,
+         std::ptrdiff_t gate_token, std::ptrdiff_t gate_head, int gate_dtype, bool each, int tokens, int heads, int dim) {
+        elementwise(isa).gate_heads(heads_at(x, x_token, x_head, dtype), heads_at(gate, gate_token, gate_head, gate_dtype), each,
                                     tokens, heads, dim);
       }),
       nb::call_guard<nb::gil_scoped_release>(), "x [tokens, heads, dim] *= sigmoid(gate), a head's or a number's.");
+  m.def(
+      "norm_beside",
+      recordable(+[](Isa isa, Address x, std::ptrdiff_t x_stride, int dtype, Address weight, int weight_dtype, double eps,
+         Address out, int tokens, int dim) {
+        elementwise(isa).norm_beside(matrix(x, x_stride, dtype), reinterpret_cast<const void*>(weight),
+                                     static_cast<DType>(weight_dtype), (float)eps, matrix(out, 2 * dim, dtype), tokens,
+                                     dim);
+      }),
+      nb::call_guard<nb::gil_scoped_release>(), "x [tokens, dim] -> out [tokens, 2 dim], contiguous in x's type.");
+  m.def(
+      "gated_rms_norm",
+      recordable(+[](Isa isa, Address x, std::ptrdiff_t x_stride, int dtype, Address weight, Address down, Address up,
+         int weight_dtype, double eps, int rank, Address out, int tokens, int dim) {
+        elementwise(isa).gated_rms_norm(matrix(x, x_stride, dtype), reinterpret_cast<const void*>(weight),
+                                        reinterpret_cast<const void*>(down), reinterpret_cast<const void*>(up),
+                                        static_cast<DType>(weight_dtype), (float)eps, rank, matrix(out, dim, dtype),
+                                        tokens, dim);
+      }),
+      nb::call_guard<nb::gil_scoped_release>(), "x [tokens, dim] -> out, contiguous in x's type.");
   m.def(
       "silu_mul",
       recordable(+[](Isa isa, Address gate_up, std::ptrdiff_t stride, int dtype, Address out, int tokens, int inner) {

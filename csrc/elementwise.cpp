@@ -36,14 +36,14 @@ void rope(Heads x, Angles angles, Heads out, int tokens, int heads, int half) {
   }
 }
 
-void gate_heads(Heads x, Matrix gate, bool each, int tokens, int heads, int dim) {
+void gate_heads(Heads x, Heads gate, bool each, int tokens, int heads, int dim) {
 #pragma omp parallel for schedule(static) if (forks((std::ptrdiff_t)tokens * heads * dim >= WORTH_A_FORK))
   for (int t = 0; t < tokens; t++)
     for (int h = 0; h < heads; h++)
       for_dtype(x.dtype, [&](auto dtype) {
         constexpr DType X = dtype();
         char* row = at(x, t * x.token_stride + h * x.head_stride);
-        const std::ptrdiff_t first = t * gate.stride + (each ? (std::ptrdiff_t)h * dim : h);
+        const std::ptrdiff_t first = t * gate.token_stride + h * gate.head_stride;
         const vf one = sigmoid(splat(load_one(gate.data, gate.dtype, first)));
         int i = 0;
         for (; i + W <= dim; i += W)
@@ -52,6 +52,56 @@ void gate_heads(Heads x, Matrix gate, bool each, int tokens, int heads, int dim)
           store_one(row, X, i, load_one(row, X, i) *
                                    (each ? sigmoid(splat(load_one(gate.data, gate.dtype, first + i)))[0] : one[0]));
       });
+}
+
+void norm_beside(Matrix x, const void* weight, DType weight_dtype, float eps, Matrix out, int tokens, int dim) {
+#pragma omp parallel for schedule(static) if (forks((std::ptrdiff_t)tokens * dim >= WORTH_A_FORK))
+  for (int t = 0; t < tokens; t++)
+    for_dtype(x.dtype, [&](auto dtype) {
+      const char* row = at(x, t * x.stride);
+      norm_row<dtype()>(row, weight, weight_dtype, dim, eps, at(out, t * out.stride), dtype());
+      std::memcpy(at(out, t * out.stride + dim), row, (std::size_t)dim * (dtype() == DType::f32 ? 4 : 2));
+    });
+}
+
+LATENTKV_INLINE float dot(const void* a, DType a_dtype, std::ptrdiff_t a_at, const void* b, DType b_dtype,
+                          std::ptrdiff_t b_at, int n) {
+  vf sums = {};
+  int i = 0;
+  for (; i + W <= n; i += W) sums = multiply_add(load_any(a, a_dtype, a_at + i), load_any(b, b_dtype, b_at + i), sums);
+  float total = sum(sums);
+  for (; i < n; i++) total += load_one(a, a_dtype, a_at + i) * load_one(b, b_dtype, b_at + i);
+  return total;
+}
+
+// As torch rounds it: what each product gives is of x's type.
+template <DType X>
+void gated_norm_row(const char* x, const void* weight, const void* down, const void* up, DType weight_dtype, float eps,
+                    int rank, int dim, char* y) {
+  norm_row<X>(x, weight, weight_dtype, dim, eps, y, X);
+  float hidden[MAX_RANK];
+  for (int j = 0; j < rank; j++) {
+    const float h = rounded_one(dot(y, X, 0, down, weight_dtype, (std::ptrdiff_t)j * dim, dim), X);
+    hidden[j] = rounded_one(silu_mul(splat(h), splat(1.0f))[0], X);
+  }
+  for (int d = 0; d < dim; d += W) {
+    float gate[W] = {};
+    const int n = dim - d < W ? dim - d : W;
+    for (int i = 0; i < n; i++)
+      gate[i] = rounded_one(dot(hidden, DType::f32, 0, up, weight_dtype, (std::ptrdiff_t)(d + i) * rank, rank), X);
+    store(gate, sigmoid(load(gate)));
+    for (int i = 0; i < n; i++) store_one(y, X, d + i, load_one(y, X, d + i) * gate[i]);
+  }
+}
+
+void gated_rms_norm(Matrix x, const void* weight, const void* down, const void* up, DType weight_dtype, float eps,
+                    int rank, Matrix out, int tokens, int dim) {
+#pragma omp parallel for schedule(static) if (forks((std::ptrdiff_t)tokens * dim >= WORTH_A_FORK))
+  for (int t = 0; t < tokens; t++)
+    for_dtype(x.dtype, [&](auto dtype) {
+      gated_norm_row<dtype()>(at(x, t * x.stride), weight, down, up, weight_dtype, eps, rank, dim,
+                              at(out, t * out.stride));
+    });
 }
 
 template <DType X>
@@ -73,6 +123,6 @@ void silu_mul_rows(Matrix gate_up, Matrix out, int tokens, int inner) {
 
 }  // namespace
 
-const ElementwiseKernels elementwise = {rms_norm, rope, gate_heads, silu_mul_rows};
+const ElementwiseKernels elementwise = {rms_norm, rope, gate_heads, norm_beside, gated_rms_norm, silu_mul_rows};
 
 }  // namespace latentkv::LATENTKV_ISA

@@ -48,7 +48,7 @@ void keep_groups(const Routes& r, float* choice) {
   std::vector<char> kept(r.groups, 0);
   for (std::int64_t i = 0; i < r.kept_groups; i++) kept[largest(worth.data(), kept, r.groups)] = 1;
   for (std::int64_t e = 0; e < r.experts; e++)
-    if (!kept[e / size]) choice[e] = NONE;
+    if (!kept[e / size]) choice[e] = r.excluded;
 }
 
 }  // namespace

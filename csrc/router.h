@@ -12,6 +12,7 @@ struct Routes {
   std::int64_t tokens, experts, chosen;
   bool softmax;                      // else sigmoid
   std::int64_t groups, kept_groups;  // groups of experts, and how many of them a token may choose from; 0: no groups
+  float excluded;  // what experts of other groups count in the choice
   bool group_max;                    // a group is worth its best expert; else the sum of its best two
   bool normalize;
   float scaling;

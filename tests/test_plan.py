@@ -65,6 +65,7 @@ SMALL = {
     "bailing_hybrid": {**LATENT, **MOE, "layer_group_size": 3, "head_dim": 72, "num_nextn_predict_layers": 1},
     "kimi_linear": {**LATENT, **MOE, "q_lora_rank": None, "layer_types": ["linear_attention", *["full_attention"] * 2]},
     "axk1": {**LATENT, **MOE},
+    "axk2": {**LATENT, **MOE, **INDEX, "gated_norm_rank": 5},
     "llama": {"num_key_value_heads": 2, "attention_bias": True, "mlp_bias": True},
     "mistral": {"num_key_value_heads": 1, "head_dim": 16},
     "qwen2": {"num_key_value_heads": 2},

@@ -26,6 +26,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "softmax router": {**CONFIGS["mla"], "model_type": "deepseek_v2", "topk_method": "greedy", "norm_topk_prob": False},
     "gqa": CONFIGS["gqa"],
     "sparse": SPARSE,  # its first steps are dense, those after them are not
+    "sparse, gated": {**SPARSE, "model_type": "axk2", "gated_norm_rank": 4, "n_group": None, "topk_group": None},
     "sparse, shared": {**SPARSE, "model_type": "glm_moe_dsa", "indexer_types": ["full", "shared"]},
 }
 

@@ -62,6 +62,11 @@ MOE = {
 GROUPS = {"n_group": 4, "topk_group": 2}
 # Many heads: where few do, no head often sees anything in many tokens, which then tie.
 INDEX = {"index_topk": 7, "index_head_dim": 14, "index_n_heads": 12}
+AXK2 = (
+    {k: v for k, v in (MLA | MOE).items() if k not in ("n_group", "topk_group")}
+    | INDEX
+    | {"index_head_dim": 16, "gated_norm_rank": 8}
+)
 LONGROPE = {
     "rope_type": "longrope",
     "rope_theta": 10000.0,
@@ -185,6 +190,25 @@ CASES = [
         "glm-flash-groups",
         "glm4_moe_lite",
         MLA | MOE | GROUPS | NO_Q_LORA | {"mlp_layer_types": ["sparse", "dense", "sparse"], "rope_parameters": MSCALE},
+    ),
+    Case("axk2", "axk2", AXK2 | {"rope_parameters": MSCALE}),
+    Case(
+        "axk2-groups",
+        "axk2",
+        AXK2
+        | GROUPS
+        | {
+            "mlp_layer_types": ["sparse", "dense", "sparse"],
+            "attention_bias": True,
+            "norm_topk_prob": False,
+            "tie_word_embeddings": True,
+            "index_topk": 4,
+            "index_head_dim": 14,
+            "gated_norm_rank": 5,
+            "v_head_dim": 20,
+            "num_attention_heads": 5,
+            "num_key_value_heads": 5,
+        },
     ),
     Case("ling3", "bailing_hybrid", BAILING | {"rope_parameters": MSCALE}),
     Case(
@@ -439,9 +463,10 @@ def randomise(model: torch.nn.Module, seed: int = 0) -> None:
     state = model.state_dict()
     for name in sorted(state):
         tensor = state[name]
-        noise = torch.randn(tensor.shape, generator=generator) * (0.3 if "norm" in name or "bias" in name else 0.2)
+        is_norm = "norm" in name and tensor.ndim == 1
+        noise = torch.randn(tensor.shape, generator=generator) * (0.3 if is_norm or "bias" in name else 0.2)
         with torch.no_grad():
-            tensor.copy_(noise + 1 if "norm" in name else noise)
+            tensor.copy_(noise + 1 if is_norm else noise)
 
 
 def save_checkpoint(case: Case, folder: Path) -> PreTrainedModel:

@@ -9,7 +9,7 @@ import torch
 
 from latentkv import kernels
 from latentkv.errors import OpError
-from latentkv.ops import apply_rope, gate_heads, reference, rms_norm, silu_mul
+from latentkv.ops import apply_rope, gate_heads, gated_rms_norm, norm_beside, reference, rms_norm, silu_mul
 
 
 @pytest.fixture(params=kernels.available_isas(), autouse=True)
@@ -45,6 +45,43 @@ def test_rms_norm_of_large_float16_numbers_does_not_overflow() -> None:
 
 def test_rms_norm_keeps_the_dtype_of_x_under_a_float32_weight() -> None:
     assert rms_norm(torch.randn(2, 4).bfloat16(), torch.ones(4), 1e-6).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("shape", [(4, 33), (2, 3, 33)])
+def test_a_norm_beside_what_it_is_of(shape: tuple[int, ...]) -> None:
+    x, weight = torch.randn(*shape), torch.randn(33)
+    assert torch.equal(norm_beside(x, weight, 1e-5), torch.cat([rms_norm(x, weight, 1e-5), x], dim=-1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(("dim", "rank"), [(40, 16), (37, 5), (300, 21)])
+def test_a_norm_that_gates_itself_matches_the_reference_for_each_row_alone(
+    dtype: torch.dtype, dim: int, rank: int
+) -> None:
+    x = torch.randn(6, 2 * dim).to(dtype)[:, :dim]
+    weight, down, up = (torch.randn(*shape).to(dtype) / 3 for shape in ((dim,), (rank, dim), (dim, rank)))
+    gated = gated_rms_norm(x, weight, 1e-5, down, up)
+    assert gated.dtype == dtype
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 2**-5, torch.float64: 1e-13}[dtype]
+    expected = reference.gated_rms_norm(x, weight, 1e-5, down, up)
+    torch.testing.assert_close(gated.double(), expected, atol=tolerance, rtol=tolerance)
+    if kernels.native_isa() is not None and dtype != torch.float64:
+        assert torch.equal(torch.cat([gated_rms_norm(row[None], weight, 1e-5, down, up) for row in x]), gated)
+
+
+def test_a_norm_that_gates_itself_refuses_weights_that_do_not_fit() -> None:
+    with pytest.raises(OpError, match="gated_rms_norm takes"):
+        gated_rms_norm(torch.ones(2, 8), torch.ones(8), 1e-6, torch.ones(3, 8), torch.ones(3, 8))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gate_may_lie_beside_what_else_was_projected_with_it(dtype: torch.dtype) -> None:
+    x, joined = torch.randn(5, 3, 21).to(dtype), torch.randn(5, 3, 40).to(dtype)
+    gate = joined[..., 19:]
+    expected = x.double() * gate.double().sigmoid()
+    for given in (gate, gate.flatten(1)):
+        gated = gate_heads(x.clone(), given)
+        torch.testing.assert_close(gated.double(), expected, atol=1e-2 if dtype == torch.bfloat16 else 1e-6, rtol=1e-2)
 
 
 @pytest.mark.parametrize("interleaved", [True, False])

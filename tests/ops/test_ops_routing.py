@@ -109,3 +109,14 @@ def test_a_nan_score_still_names_experts_that_there_are() -> None:
 def test_what_cannot_be_chosen_is_refused(chosen: int, options: dict[str, Any]) -> None:
     with pytest.raises(OpError, match=r"select_experts takes|correction_bias has shape"):
         select_experts(torch.zeros(1, 8), chosen, scoring="sigmoid", **{"group_score": "max", **options})
+
+
+def test_experts_of_other_groups_may_count_more_than_a_negative_score() -> None:
+    logits, bias = torch.zeros(1, 6), torch.tensor([-0.6, -0.7, -0.8, -0.9, -1.0, -1.1])
+    options: dict[str, Any] = {"scoring": "sigmoid", "group_score": "top2", "num_groups": 3, "topk_group": 1}
+    chosen = {
+        excluded: select_experts(logits, 2, correction_bias=bias, excluded=excluded, **options)[0].tolist()
+        for excluded in (float("-inf"), 0.0)
+    }
+    assert chosen[float("-inf")] == [[0, 1]]
+    assert set(chosen[0.0][0]) <= {2, 3, 4, 5}

@@ -17,12 +17,12 @@ from latentkv.bench.environment import Environment, describe_environment
 from latentkv.bench.timing import Contender, time_interleaved, torch_threads
 from latentkv.errors import OpError, RequestError
 from latentkv.models.batch import Batch
-from latentkv.models.config import IndexerConfig, LayerConfig, MLAConfig, ModelConfig
+from latentkv.models.config import IndexerConfig, LayerConfig, MLAConfig, ModelConfig, RopeConfig
 from latentkv.models.mla import MultiHeadLatentAttention
 from latentkv.models.packing import choose_packing, pack_module
 from latentkv.models.rope import rotary
 from latentkv.ops import reference
-from latentkv.state import KVFormat, LayerState, PagedCache
+from latentkv.state import IndexSpec, KVFormat, LayerState, PagedCache
 
 DENSE, SPARSE = "dense layer", "sparse layer"
 CHOICE, CHOSEN = "  scores and choice", "  attention to the chosen"
@@ -108,7 +108,7 @@ def measure_sparse(
         OpError: another choice than the float64 definition's, so that its time would mean nothing.
     """
     layer = config.layers[0]
-    if layer.own_indexer is None or not isinstance(layer.attention, MLAConfig):
+    if layer.own_indexer is None or layer.rope is None or not isinstance(layer.attention, MLAConfig):
         raise RequestError(f"{config.model_type} reads every token: give a model with an indexer.")
     if not contexts or min(contexts) <= layer.own_indexer.topk:
         raise RequestError(f"contexts must be longer than the {layer.own_indexer.topk} tokens that are chosen.")
@@ -139,13 +139,14 @@ class _Case:
         self.heads, self.mla, self.indexer, self.context = config.num_heads, mla, indexer, context
         self.dense, self.sparse = (_attention(config, layer, mla, own) for own in (None, indexer))
         spec = layer.spec(kv_format)
-        self.latent_bytes, self.key_bytes = spec.tokens.token_bytes, spec.token_bytes - spec.tokens.token_bytes
+        self.key_bytes = cast(IndexSpec, spec.index).token_bytes
+        self.latent_bytes = spec.token_bytes - self.key_bytes
         self.cache = PagedCache([spec] * -(-FROM_MEMORY // (context * self.key_bytes)), -(-context // 64))
         generator = torch.Generator().manual_seed(0)
         order = torch.randperm(self.cache.num_pages, generator=generator).tolist()
         pages = self.cache.pool.allocate(self.cache.num_pages)
         self.batch = Batch.build([[0]], [context - 1], [[pages[i] for i in order]], page_size=self.cache.page_size)
-        self.positions = rotary(layer.rope, torch.tensor([context - 1]), max_context=context)
+        self.positions = rotary(cast(RopeConfig, layer.rope), torch.tensor([context - 1]), max_context=context)
         self.x = torch.randn(1, config.hidden_size, generator=generator).bfloat16()
         self._fill(generator)
         self.q = torch.randn(1, self.heads, mla.kv_lora_rank + mla.qk_rope_head_dim, generator=generator).bfloat16()
@@ -288,6 +289,7 @@ def _attention(
             norm_eps=mla.latent_norm_eps,
             max_context=config.max_positions,
             indexer=indexer,
+            output_gate=mla.output_gate,
         )
     module = module.to(torch.bfloat16).to_empty(device="cpu").requires_grad_(False)
     for name, weight in module.named_parameters():

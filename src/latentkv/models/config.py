@@ -64,7 +64,8 @@ def yarn_mscale(factor: float, mscale: float = 1.0) -> float:
 class MLAConfig:
     """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1). `bias` is on q_a, kv_a and o.
 
-    `output_gate`: what its heads give is multiplied by a sigmoid, one a head or one a number (Ling-3.0); None: not.
+    `output_gate`: what its heads give is multiplied by a sigmoid, one a head or one a number (Ling-3.0); "with queries"
+    is one a number, projected together with the queries, from their latent normed and as it is (A.X-K2); None: not.
     """
 
     kv_lora_rank: int
@@ -74,7 +75,7 @@ class MLAConfig:
     q_lora_rank: int | None = None
     latent_norm_eps: float = 1e-6
     bias: bool = False
-    output_gate: Literal["head", "element"] | None = None
+    output_gate: Literal["head", "element", "with queries"] | None = None
 
 
 @dataclass(frozen=True)
@@ -134,9 +135,10 @@ class MoEConfig:
     """Routed and shared experts (DeepSeekMoE, arXiv 2401.06066; DeepSeek-V3, arXiv 2412.19437, section 2.1.2).
 
     `group_score` says how a group of experts is scored when only `topk_group` of `num_groups` may be used:
-    by its best expert, or by the sum of its best two. `None`: no groups. `gated_shared_size` is the width of a shared
-    expert that each token weights by a sigmoid of its own (Qwen2-MoE); 0: there is none. `swiglu_limit` bounds what the
-    routed experts' activation multiplies, and `shared_swiglu_limit` that of the shared ones (Ling-3.0-flash):
+    by its best expert, or by the sum of its best two. `None`: no groups. `excluded_score` is what the experts of the
+    other groups count in the choice. `gated_shared_size` is the width of a shared expert that each token weights by a
+    sigmoid of its own (Qwen2-MoE); 0: there is none. `swiglu_limit` bounds what the routed experts' activation
+    multiplies, and `shared_swiglu_limit` that of the shared ones (Ling-3.0-flash):
     min(silu(gate), limit) * clamp(up, -limit, limit); None: nothing does.
     """
 
@@ -150,6 +152,7 @@ class MoEConfig:
     group_score: Literal["max", "top2"] | None = None
     num_groups: int = 1
     topk_group: int = 1
+    excluded_score: float = -math.inf
     normalize_weights: bool = False
     scaling_factor: float = 1.0
     post_norm: bool = False
@@ -206,6 +209,9 @@ class LayerConfig:
 class ModelConfig:
     """One decoder-only language model. `source` is the config.json that it was read from, kept for saving.
 
+    `gated_norm_rank`: norms before attention and before experts gate themselves through a bottleneck of this width
+    (A.X-K2); 0: they do not.
+
     What layers may differ in is asked of each of `layers`. `attention`, `rope` and `moe` are for what is done to whole
     models alone: they raise `ConfigError` for a model whose layers differ in them.
     """
@@ -221,6 +227,7 @@ class ModelConfig:
     hidden_act: str = "silu"
     mlp_bias: bool = False
     num_mtp_layers: int = 0
+    gated_norm_rank: int = 0
     embedding_multiplier: float = 1.0
     residual_multiplier: float = 1.0
     logit_multiplier: float = 1.0

@@ -37,6 +37,7 @@ _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "is_encoder_decoder": (None, False),
     "moe_router_enable_expert_bias": (None, True),
     "mla_use_nope": (None, True),
+    "gated_norm_rank": (None, 0),
     "no_kda_lora": (None, True),
     "use_kda_lora": (None, False),
     "use_mla_nope": (None, False),
@@ -152,6 +153,7 @@ def _from_dict(raw: Mapping[str, Any], generation: Mapping[str, Any]) -> ModelCo
         rms_norm_eps=fields.positive("rms_norm_eps", 0.0),
         mlp_bias=fields.flag("mlp_bias"),
         num_mtp_layers=fields.count("num_nextn_predict_layers"),
+        gated_norm_rank=fields.count("gated_norm_rank"),
         # MiniCPM scales its embeddings, residual branches and logits; the keys are absent elsewhere.
         embedding_multiplier=fields.positive("scale_emb", 1.0),
         residual_multiplier=1.0 if scale_depth is None else fields.number("scale_depth") / math.sqrt(len(layers)),
@@ -286,6 +288,8 @@ def _read_attention(fields: Fields, family: Family) -> MLAConfig | GQAConfig:
     heads = fields.size("num_attention_heads")
     bias = fields.flag("attention_bias")
     if family.attention == "mla":
+        if family.query_gate and fields.get("q_lora_rank") is None:
+            raise ConfigError("config.json: q_lora_rank is needed: the output's gate is projected from its latent.")
         v_head_dim = _head_share(fields, heads) if fields.get("v_head_dim") is None else fields.size("v_head_dim")
         return MLAConfig(
             kv_lora_rank=fields.size("kv_lora_rank"),
@@ -297,7 +301,7 @@ def _read_attention(fields: Fields, family: Family) -> MLAConfig | GQAConfig:
             q_lora_rank=None if fields.get("q_lora_rank") is None else fields.size("q_lora_rank"),
             latent_norm_eps=fields.number("latent_norm_eps"),
             bias=bias,
-            output_gate=_read_output_gate(fields) if family.output_gate else None,
+            output_gate=_read_output_gate(fields, family),
         )
     kv_heads = heads if fields.get("num_key_value_heads") is None else fields.size("num_key_value_heads")
     if heads % kv_heads:
@@ -312,7 +316,9 @@ def _read_attention(fields: Fields, family: Family) -> MLAConfig | GQAConfig:
     )
 
 
-def _read_output_gate(fields: Fields) -> Literal["head", "element"]:
+def _read_output_gate(fields: Fields, family: Family) -> Literal["head", "element", "with queries"] | None:
+    if not family.output_gate:
+        return "with queries" if family.query_gate else None
     key = "gated_attention_proj_granularity_type"
     kinds: Mapping[str, Literal["head", "element"]] = {"head_wise": "head", "element_wise": "element"}
     kind = fields.get(key) or "head_wise"
@@ -389,6 +395,7 @@ def _read_moe(fields: Fields, family: Family) -> MoEConfig | None:
         group_score=group_score if topk_group < groups else None,
         num_groups=groups,
         topk_group=topk_group,
+        excluded_score=family.excluded_score if topk_group < groups else -math.inf,
         normalize_weights=fields.flag("norm_topk_prob"),
         scaling_factor=fields.number("routed_scaling_factor"),
         post_norm=family.post_mlp_norm,

@@ -16,7 +16,7 @@ from latentkv.models.forms import Form
 from latentkv.models.gqa import GroupedQueryAttention
 from latentkv.models.indexer import HeadWeights
 from latentkv.models.kda import KimiDeltaAttention
-from latentkv.models.layers import MLP, Embedding, Linear, RMSNorm
+from latentkv.models.layers import MLP, Embedding, GatedRMSNorm, Linear, RMSNorm
 from latentkv.models.mla import MultiHeadLatentAttention
 from latentkv.models.moe import Experts, MoE, Router
 from latentkv.models.packing import Packer
@@ -35,8 +35,8 @@ class DecoderLayer(nn.Module):
             self.mlp = MLP(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         else:
             self.mlp = MoE(config.hidden_size, layer.moe, norm_eps=config.rms_norm_eps, bias=config.mlp_bias)
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = _norm(config, gated=True)
+        self.post_attention_layernorm = _norm(config, gated=layer.moe is not None)
         self.residual_multiplier = config.residual_multiplier
 
     def forward(
@@ -63,6 +63,12 @@ class DecoderLayer(nn.Module):
     def _add(self, x: Tensor, block: Tensor) -> Tensor:
         """The residual stream after a block."""
         return x + block if self.residual_multiplier == 1.0 else x + block * self.residual_multiplier
+
+
+def _norm(config: ModelConfig, *, gated: bool) -> RMSNorm | GatedRMSNorm:
+    if gated and config.gated_norm_rank:
+        return GatedRMSNorm(config.hidden_size, config.gated_norm_rank, config.rms_norm_eps)
+    return RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 
 def _attention(

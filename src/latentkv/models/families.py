@@ -36,6 +36,8 @@ class Family:
         kda: the other layers are Kimi Delta Attention, whose two gates are of low rank, or full; None: there are none.
         group_ends: layers without `layer_types` or lists of their numbers that are latent attention: the last of each
             `layer_group_size`; else every fourth, but the first.
+        query_gate: latent attention is gated, each number by what is projected with the queries.
+        excluded_score: see `MoEConfig`.
         output_gate: config key `gated_attention_proj_granularity_type` says how latent attention is gated.
         rotates: latent attention turns its rotary dimensions; Kimi-Linear leaves them as they are.
         other_architectures: models that bear the `model_type` too, by config key `architectures`: what they are.
@@ -59,6 +61,8 @@ class Family:
     kda: Literal["full", "low rank"] | None = None
     group_ends: bool = False
     output_gate: bool = False
+    query_gate: bool = False
+    excluded_score: float = float("-inf")
     rotates: bool = True
     other_architectures: Mapping[str, str] = field(default_factory=dict[str, str])
     saved_as: str | None = None
@@ -454,6 +458,43 @@ FAMILIES: Mapping[str, Family] = {
         correction_bias_optional=True,
         post_mlp_norm=True,
     ),
+    # The defaults are A.X-K2-Light's.
+    "axk2": Family(
+        "mla",
+        _DEEPSEEK_V3
+        | {
+            "vocab_size": 163840,
+            "hidden_size": 2048,
+            "intermediate_size": 5120,
+            "moe_intermediate_size": 512,
+            "num_hidden_layers": 48,
+            "num_attention_heads": 32,
+            "n_routed_experts": 128,
+            "kv_lora_rank": 128,
+            "q_lora_rank": 384,
+            "qk_rope_head_dim": 32,
+            "v_head_dim": 64,
+            "qk_nope_head_dim": 64,
+            "n_group": None,
+            "topk_group": None,
+            "first_k_dense_replace": 1,
+            "max_position_embeddings": 131072,
+            "bos_token_id": 163691,
+            "eos_token_id": 163691,
+            "num_nextn_predict_layers": 0,
+            "index_topk": 2048,
+            "index_n_heads": 16,
+            "index_head_dim": 128,
+            "indexer_rope_interleave": False,
+            "gated_norm_rank": 16,
+        },
+        rope_interleaved=True,
+        scoring="sigmoid",
+        group_score="top2",
+        correction_bias=True,
+        query_gate=True,
+        excluded_score=0.0,
+    ),
     # A DeepSeek-V3 checkpoint but for names of its config; it states no groups where it has these.
     "sarvam_mla": replace(
         _DEEPSEEK_V3_FAMILY,
@@ -630,7 +671,7 @@ FAMILIES: Mapping[str, Family] = {
     ),
 }
 
-ALIASES: Mapping[str, str] = {"AXK1": "axk1", "youtu_llm": "youtu"}
+ALIASES: Mapping[str, str] = {"AXK1": "axk1", "AXK2": "axk2", "youtu_llm": "youtu"}
 """Names that copies of a checkpoint use for the same model type."""
 
 TEXT_MODEL_OF: Mapping[str, str] = {

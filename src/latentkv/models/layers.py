@@ -24,6 +24,20 @@ class RMSNorm(nn.Module):
         return ops.rms_norm(x, self.weight, self.eps)
 
 
+class GatedRMSNorm(nn.Module):
+    """A norm that gates itself through a bottleneck of `rank` (A.X-K2); its tensors are called as in checkpoints."""
+
+    def __init__(self, dim: int, rank: int, eps: float) -> None:
+        super().__init__()
+        self.norm = RMSNorm(dim, eps)
+        self.W_down = nn.Linear(dim, rank, bias=False)
+        self.W_up = nn.Linear(rank, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., dim] -> [..., dim], in x's dtype."""
+        return ops.gated_rms_norm(x, self.norm.weight, self.norm.eps, self.W_down.weight, self.W_up.weight)
+
+
 class Linear(nn.Linear):
     """`x W^T + b`, W as trained or packed for inference."""
 

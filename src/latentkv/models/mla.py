@@ -49,7 +49,7 @@ class MultiHeadLatentAttention(nn.Module):
         max_context: longest sequence (only longrope depends on it); None: the rope's original length.
         indexer: what selects the tokens that each token reads, which takes a q_lora_rank; None: it reads all.
         shares_selection: the layer has no indexer, and reads what the last one before it has selected.
-        output_gate: what the heads give is multiplied by a sigmoid of x's projection: one a head, or one a number.
+        output_gate: what the heads give is multiplied by a sigmoid, see `MLAConfig`.
 
     Attributes:
         int8_products: whether steps of one token a sequence multiply bytes over an int8 cache, see `ops.mla_attend`.
@@ -76,7 +76,7 @@ class MultiHeadLatentAttention(nn.Module):
         max_context: int | None = None,
         indexer: IndexerConfig | None = None,
         shares_selection: bool = False,
-        output_gate: Literal["head", "element"] | None = None,
+        output_gate: Literal["head", "element", "with queries"] | None = None,
     ) -> None:
         super().__init__()
         self.rope = rope or RopeConfig(dim=qk_rope_head_dim, interleaved=True)
@@ -92,17 +92,20 @@ class MultiHeadLatentAttention(nn.Module):
         self.scale = (qk_nope_head_dim + qk_rope_head_dim) ** -0.5 * self.rope.softmax_factor
         # Cached tokens expanded at a time: bounds memory, whatever the context.
         self.expand_chunk = 4096
-        q_width = num_heads * (qk_nope_head_dim + qk_rope_head_dim)
+        self.gates_with_queries = output_gate == "with queries"
+        q_width = num_heads * (qk_nope_head_dim + qk_rope_head_dim + (v_head_dim if self.gates_with_queries else 0))
+        if self.gates_with_queries and q_lora_rank is None:
+            raise ConfigError("a gate is projected with the queries from their latent: give a q_lora_rank.")
         if q_lora_rank is None:
             self.q_proj = Linear(hidden_size, q_width, bias=False)
         else:
             self.q_a_proj = Linear(hidden_size, q_lora_rank, bias=bias)
             self.q_a_layernorm = RMSNorm(q_lora_rank, norm_eps)
-            self.q_b_proj = Linear(q_lora_rank, q_width, bias=False)
+            self.q_b_proj = Linear(q_lora_rank * (2 if self.gates_with_queries else 1), q_width, bias=False)
         self.kv_a_proj_with_mqa = Linear(hidden_size, kv_lora_rank + qk_rope_head_dim, bias=bias)
         self.kv_a_layernorm = RMSNorm(kv_lora_rank, norm_eps)
         self.kv_b_proj = Linear(kv_lora_rank, num_heads * (qk_nope_head_dim + v_head_dim), bias=False)
-        if output_gate is not None:
+        if output_gate is not None and not self.gates_with_queries:
             gates = num_heads if output_gate == "head" else num_heads * v_head_dim
             self.g_proj = Linear(hidden_size, gates, bias=False)
         self.o_proj = Linear(num_heads * v_head_dim, hidden_size, bias=bias)
@@ -128,22 +131,22 @@ class MultiHeadLatentAttention(nn.Module):
             tokens = torch.arange(x.shape[1], device=x.device)[None]
             positions = rotary(self.rope, tokens, max_context=self.max_context)
         compressed = self._compress_queries(x)
-        q_nope, q_rope = self._project_queries(compressed, positions)
+        q_nope, q_rope, gate = self._project_queries(x, compressed, positions)
         q_rope = self._rotate(q_rope, positions)
         latent, k_rope = self._latents(x, positions)
         if self.indexer is not None:
-            positions.selection.tokens = self.indexer.select_tokens(x, compressed, positions)
+            positions.selection.tokens = self.indexer.select_tokens(x, self._normed(compressed), positions)
         selected = positions.selection.tokens if self.is_sparse else None
         if form == "absorbed":
             q = self._absorb(q_nope.flatten(0, 1), q_rope.flatten(0, 1)).unflatten(0, x.shape[:2])
             keys = torch.cat([latent, k_rope], dim=-1)[:, :, None].expand(-1, -1, self.num_heads, -1)
             values = latent[:, :, None].expand(-1, -1, self.num_heads, -1)
             attended = ops.causal_attention(q, keys, values, scale=self.scale, selected=selected)
-            return self._output(x, self._unabsorb(attended.flatten(0, 1)).unflatten(0, x.shape[:2]))
+            return self._output(gate, self._unabsorb(attended.flatten(0, 1)).unflatten(0, x.shape[:2]))
         k_nope, values = self._expand(latent)
         keys = torch.cat([k_nope, k_rope[:, :, None].expand(-1, -1, self.num_heads, -1)], dim=-1)
         q = torch.cat([q_nope, q_rope], dim=-1)
-        return self._output(x, ops.causal_attention(q, keys, values, scale=self.scale, selected=selected))
+        return self._output(gate, ops.causal_attention(q, keys, values, scale=self.scale, selected=selected))
 
     def attend(
         self,
@@ -168,7 +171,7 @@ class MultiHeadLatentAttention(nn.Module):
             [T, hidden].
         """
         compressed = self._compress_queries(x)
-        q_nope, q_rope = self._project_queries(compressed, positions)
+        q_nope, q_rope, gate = self._project_queries(x, compressed, positions)
         ops.norm_rope_write(
             state.pages,
             batch.slots,
@@ -181,13 +184,13 @@ class MultiHeadLatentAttention(nn.Module):
             kv_format=state.kv_format,
         )
         if self.indexer is not None:
-            positions.selection.tokens = self.indexer.select_slots(x, compressed, positions, batch, state)
+            positions.selection.tokens = self.indexer.select_slots(x, self._normed(compressed), positions, batch, state)
         slots = positions.selection.tokens if self.is_sparse else None
         pieces = batch if slots is None else batch.cut(batch.kv_start + slots.shape[1])
         kinds = self._kinds(form, slots, batch, pieces)
         if len({(kind.form, kind.int8_products) for kind in kinds}) == 1 and kinds[0].form == "absorbed":
             q = self._absorb_and_rotate(q_nope, q_rope, positions)
-            return self._output(x, self._attend_absorbed(q, batch, state, kinds[0], slots), residual)
+            return self._output(gate, self._attend_absorbed(q, batch, state, kinds[0], slots), residual)
         q_rope = self._rotate(q_rope, positions)
         outputs: list[Tensor] = []
         for first, last in runs(kinds):
@@ -200,7 +203,7 @@ class MultiHeadLatentAttention(nn.Module):
             for row in range(first, last):
                 one, rows = pieces.part(row, row + 1)
                 outputs.append(self._attend_expanded(q_nope[rows], q_rope[rows], one, state))
-        return self._output(x, torch.cat(outputs), residual)
+        return self._output(gate, torch.cat(outputs), residual)
 
     def pack(self, packer: Packer) -> None:
         """See `Packable`: W_UK and W_UV a head, beside kv_b_proj, which expands."""
@@ -221,18 +224,37 @@ class MultiHeadLatentAttention(nn.Module):
         return kinds
 
     def _compress_queries(self, x: Tensor) -> Tensor:
-        """The normed latent [..., q_lora_rank] that queries come from; x itself where they have none."""
-        return x if self.config.q_lora_rank is None else self.q_a_layernorm(self.q_a_proj(x))
+        """What queries are projected from: the normed latent [..., q_lora_rank], or x itself where they have none.
 
-    def _project_queries(self, compressed: Tensor, positions: Rotary) -> tuple[Tensor, Tensor]:
-        """q_nope [..., H, Dn] and q_rope [..., H, R], not yet rotated."""
+        Where their gate is projected with them, the latent itself stands beside the normed one.
+        """
+        if self.config.q_lora_rank is None:
+            return x
+        latent = self.q_a_proj(x)
+        if self.gates_with_queries:
+            return ops.norm_beside(latent, self.q_a_layernorm.weight, self.q_a_layernorm.eps)
+        return self.q_a_layernorm(latent)
+
+    def _normed(self, compressed: Tensor) -> Tensor:
+        """The normed latent alone."""
+        return compressed[..., : self.config.q_lora_rank] if self.gates_with_queries else compressed
+
+    def _project_queries(
+        self, x: Tensor, compressed: Tensor, positions: Rotary
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """q_nope [..., H, Dn], q_rope [..., H, R], not yet rotated, and what the output's gate is the sigmoid of."""
         q = (self.q_proj if self.config.q_lora_rank is None else self.q_b_proj)(compressed)
         q = q.view(*q.shape[:-1], self.num_heads, -1)
+        gate = None
+        # Slices and unsqueeze rather than split and unflatten: a decode step is many small calls.
+        nope, width = self.config.qk_nope_head_dim, self.config.qk_nope_head_dim + self.config.qk_rope_head_dim
+        if self.gates_with_queries:
+            q, gate = q[..., :width], q[..., width:]
+        elif self.config.output_gate is not None:
+            gate = self.g_proj(x)
         if positions.query_scale is not None:
             q = q * positions.query_scale[..., None, None].to(q.dtype)
-        # Slices and unsqueeze rather than split and unflatten: a decode step is many small calls.
-        nope = self.config.qk_nope_head_dim
-        return q[..., :nope], q[..., nope:]
+        return q[..., :nope], q[..., nope:], gate
 
     def _rotate(self, q_rope: Tensor, positions: Rotary, out: Tensor | None = None) -> Tensor:
         if not self.rope.dim:
@@ -287,9 +309,9 @@ class MultiHeadLatentAttention(nn.Module):
         k_nope, values = expanded.split([self.config.qk_nope_head_dim, self.config.v_head_dim], dim=-1)
         return k_nope, values
 
-    def _output(self, x: Tensor, heads: Tensor, residual: Tensor | None = None) -> Tensor:
-        if self.config.output_gate is not None:
-            heads = ops.gate_heads(heads, self.g_proj(x))
+    def _output(self, gate: Tensor | None, heads: Tensor, residual: Tensor | None = None) -> Tensor:
+        if gate is not None:
+            heads = ops.gate_heads(heads, gate)
         return self.o_proj(heads.flatten(-2), residual)
 
     def _attend_absorbed(self, q: Tensor, batch: Batch, state: LayerState, kind: _Kind, slots: Tensor | None) -> Tensor:

@@ -42,6 +42,7 @@ class Router(nn.Module):
             group_score=config.group_score,
             num_groups=config.num_groups,
             topk_group=config.topk_group,
+            excluded=config.excluded_score,
             normalize=config.normalize_weights,
             scaling=config.scaling_factor,
         )

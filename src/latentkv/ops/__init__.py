@@ -4,7 +4,7 @@ from latentkv.ops.attention import gqa_attend, mla_attend, mla_decode
 from latentkv.ops.backends import describe_backends
 from latentkv.ops.basic import linear, output_logits
 from latentkv.ops.causal import causal_attention
-from latentkv.ops.elementwise import apply_rope, gate_heads, rms_norm, silu_mul
+from latentkv.ops.elementwise import apply_rope, gate_heads, gated_rms_norm, norm_beside, rms_norm, silu_mul
 from latentkv.ops.headwise import headwise_linear
 from latentkv.ops.index_keys import rotate_first, write_index_keys
 from latentkv.ops.kda import KDAState, KDAWeights, kda_attend, kda_whole
@@ -35,6 +35,7 @@ __all__ = [
     "encode_latents",
     "gate_heads",
     "gated_mlp",
+    "gated_rms_norm",
     "gqa_attend",
     "headwise_linear",
     "index_scores",
@@ -48,6 +49,7 @@ __all__ = [
     "mla_decode",
     "mla_prefill",
     "moe_experts",
+    "norm_beside",
     "norm_rope_write",
     "output_logits",
     "read_latents",

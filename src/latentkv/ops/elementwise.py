@@ -34,6 +34,47 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (weight * normed.to(x.dtype)).to(x.dtype)
 
 
+def norm_beside(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`[rms_norm(x) ; x]`: x [..., D] -> [..., 2D] in its dtype.
+
+    Raises:
+        OpError: weight is not [D].
+    """
+    fast = native.norm_beside(x, weight, eps)
+    return torch.cat([rms_norm(x, weight, eps), x], dim=-1) if fast is None else fast
+
+
+def gated_rms_norm(x: Tensor, weight: Tensor, eps: float, down: Tensor, up: Tensor) -> Tensor:
+    """`y * sigmoid(up silu(down y))` of `y = rms_norm(x)`: a norm that gates itself (A.X-K2).
+
+    Args:
+        x: [..., D].
+        weight: [D], of the norm.
+        eps: of the norm.
+        down: [rank, D].
+        up: [D, rank].
+
+    Returns:
+        x's shape and dtype; the gate is a sigmoid in float32 at least.
+
+    Raises:
+        OpError: the weights do not fit x.
+    """
+    dim, rank = x.shape[-1], down.shape[0]
+    if down.shape != (rank, dim) or up.shape != (dim, rank) or weight.shape != (dim,):
+        raise OpError(
+            f"gated_rms_norm takes weight [{dim}], down [rank, {dim}] and up [{dim}, rank] for x {list(x.shape)}, not "
+            f"{list(weight.shape)}, {list(down.shape)} and {list(up.shape)}"
+        )
+    fast = native.gated_rms_norm(x, weight, eps, down, up)
+    if fast is not None:
+        return fast
+    y = rms_norm(x, weight, eps)
+    hidden = torch.nn.functional.silu(torch.nn.functional.linear(y, down))
+    gate = torch.nn.functional.linear(hidden, up)
+    return (y * gate.to(torch.promote_types(gate.dtype, torch.float32)).sigmoid()).to(y.dtype)
+
+
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool, out: Tensor | None = None) -> Tensor:
     """Rotate pairs of dimensions by each token's angles (RoFormer, arXiv 2104.09864).
 
@@ -88,7 +129,7 @@ def gate_heads(x: Tensor, gate: Tensor) -> Tensor:
 
     Args:
         x: [..., H, D].
-        gate: [..., H], one for each head, or [..., H D], one for each number.
+        gate: [..., H], one for each head, or [..., H D] or [..., H, D], one for each number.
 
     Returns:
         [..., H, D] in x's dtype, computed in float32 at least; x itself, changed, where the kernels compute it.
@@ -97,17 +138,18 @@ def gate_heads(x: Tensor, gate: Tensor) -> Tensor:
         OpError: the shapes do not fit.
     """
     *rows, heads, dim = x.shape
-    if list(gate.shape[:-1]) != rows or gate.shape[-1] not in (heads, heads * dim):
+    if list(gate.shape) not in ([*rows, heads], [*rows, heads * dim], [*rows, heads, dim]):
         raise OpError(
-            f"gate_heads takes x [..., H, D] and gate [..., H] or [..., H D]; these are {list(x.shape)} and "
-            f"{list(gate.shape)}"
+            f"gate_heads takes x [..., H, D] and gate [..., H], [..., H D] or [..., H, D]; these are {list(x.shape)} "
+            f"and {list(gate.shape)}"
         )
     fast = native.gate_heads(x, gate)
     if fast is not None:
         return fast
     require_floats(x=x, gate=gate)
     wide = torch.promote_types(x.dtype, torch.float32)
-    return (x.to(wide) * gate.to(wide).sigmoid().unflatten(-1, (heads, -1))).to(x.dtype)
+    gate = gate if gate.ndim == x.ndim else gate.unflatten(-1, (heads, -1))
+    return (x.to(wide) * gate.to(wide).sigmoid()).to(x.dtype)
 
 
 def silu_mul(gate_up: Tensor, limit: float | None = None) -> Tensor:

@@ -301,6 +301,13 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return weight.double() * x / torch.sqrt(x.square().mean(dim=-1, keepdim=True) + eps)
 
 
+def gated_rms_norm(x: Tensor, weight: Tensor, eps: float, down: Tensor, up: Tensor) -> Tensor:
+    """`y * sigmoid(up silu(down y))` of the normed x, y."""
+    y = rms_norm(x, weight, eps)
+    hidden = y @ down.double().T
+    return y * ((hidden * hidden.sigmoid()) @ up.double().T).sigmoid()
+
+
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool) -> Tensor:
     """Multiply each pair of x [T, ..., R], seen as a complex number, by cos + i sin [T, R/2]."""
     half = x.shape[-1] // 2

@@ -24,6 +24,7 @@ def select_experts(
     group_score: GroupScore | None = None,
     num_groups: int = 1,
     topk_group: int = 1,
+    excluded: float = float("-inf"),
     normalize: bool = False,
     scaling: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
@@ -40,6 +41,7 @@ def select_experts(
             its best expert ("max") or the sum of its best two ("top2").
         num_groups: equal groups of experts that lie together.
         topk_group: how many of them a token may use.
+        excluded: what experts of the other groups count in the choice (A.X-K2: 0, more than a negative score).
         normalize: weights are made to add up to one.
         scaling: what weights are multiplied by in the end.
 
@@ -63,8 +65,8 @@ def select_experts(
         require_shape("correction_bias", correction_bias, (experts,))
     groups = 0 if group_score is None else num_groups
     fast = native.select_experts(
-        logits, experts_per_token, scoring == "softmax", correction_bias, groups, topk_group, group_score == "max",
-        normalize, scaling,
+        logits, experts_per_token, scoring == "softmax", correction_bias, groups, topk_group, excluded,
+        group_score == "max", normalize, scaling,
     )  # fmt: skip
     if fast is not None:
         return fast
@@ -72,7 +74,7 @@ def select_experts(
     scores = logits.softmax(-1) if scoring == "softmax" else logits.sigmoid()
     choice = scores if correction_bias is None else scores + correction_bias
     if group_score is not None:
-        choice = choice.masked_fill(~_allowed(choice, group_score, num_groups, topk_group), float("-inf"))
+        choice = choice.masked_fill(~_allowed(choice, group_score, num_groups, topk_group), excluded)
     ids = choice.topk(experts_per_token, dim=-1).indices
     weights = scores.gather(-1, ids)
     if normalize:

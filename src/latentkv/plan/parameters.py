@@ -196,7 +196,6 @@ def _module(group: TensorGroup) -> str:
 
 
 def _layer(config: ModelConfig, layer: LayerConfig) -> Iterator[TensorGroup]:
-    hidden = config.hidden_size
     attention = layer.attention
     if isinstance(attention, MLAConfig):
         yield from _mla(config, attention)
@@ -206,8 +205,8 @@ def _layer(config: ModelConfig, layer: LayerConfig) -> Iterator[TensorGroup]:
         yield from _gqa(config, attention)
     if layer.own_indexer is not None and isinstance(attention, MLAConfig):
         yield from _indexer(config, attention, layer.own_indexer)
-    yield TensorGroup("norm", "input_layernorm", (hidden,))
-    yield TensorGroup("norm", "post_attention_layernorm", (hidden,))
+    yield from _norm(config, "input_layernorm", gated=True)
+    yield from _norm(config, "post_attention_layernorm", gated=layer.moe is not None)
     if layer.moe is None:
         yield from _mlp("dense mlp", "mlp", config, config.intermediate_size)
     else:
@@ -222,20 +221,31 @@ def _linear(kind: Kind, name: str, out_features: int, in_features: int, bias: bo
 
 def _mla(config: ModelConfig, mla: MLAConfig) -> Iterator[TensorGroup]:
     hidden, heads, rank = config.hidden_size, config.num_heads, mla.kv_lora_rank
-    query_dim = heads * (mla.qk_nope_head_dim + mla.qk_rope_head_dim)
+    query_dim, gated = heads * (mla.qk_nope_head_dim + mla.qk_rope_head_dim), mla.output_gate == "with queries"
     if mla.q_lora_rank is None:
         yield from _linear("attention", "self_attn.q_proj", query_dim, hidden)
     else:
         yield from _linear("attention", "self_attn.q_a_proj", mla.q_lora_rank, hidden, mla.bias)
         yield TensorGroup("norm", "self_attn.q_a_layernorm", (mla.q_lora_rank,))
-        yield from _linear("attention", "self_attn.q_b_proj", query_dim, mla.q_lora_rank)
+        q_b = (query_dim + heads * mla.v_head_dim, 2 * mla.q_lora_rank) if gated else (query_dim, mla.q_lora_rank)
+        yield from _linear("attention", "self_attn.q_b_proj", *q_b)
     yield from _linear("attention", "self_attn.kv_a_proj_with_mqa", rank + mla.qk_rope_head_dim, hidden, mla.bias)
     yield TensorGroup("norm", "self_attn.kv_a_layernorm", (rank,))
     yield from _linear("attention", "self_attn.kv_b_proj", heads * (mla.qk_nope_head_dim + mla.v_head_dim), rank)
-    if mla.output_gate is not None:
+    if mla.output_gate in ("head", "element"):
         gates = heads if mla.output_gate == "head" else heads * mla.v_head_dim
         yield from _linear("attention", "self_attn.g_proj", gates, hidden)
     yield from _linear("attention", "self_attn.o_proj", hidden, heads * mla.v_head_dim, mla.bias)
+
+
+def _norm(config: ModelConfig, name: str, *, gated: bool) -> Iterator[TensorGroup]:
+    hidden, rank = config.hidden_size, config.gated_norm_rank
+    if not gated or not rank:
+        yield TensorGroup("norm", name, (hidden,))
+        return
+    yield TensorGroup("norm", f"{name}.norm", (hidden,))
+    yield TensorGroup("norm", f"{name}.W_down", (rank, hidden))
+    yield TensorGroup("norm", f"{name}.W_up", (hidden, rank))
 
 
 def _kda(config: ModelConfig, kda: KDAConfig) -> Iterator[TensorGroup]:

@@ -11,6 +11,8 @@ from latentkv.ops.native.eligible import isa_for
 MAX_ROW = 16384
 """Numbers of a rotated or cached row at most, as in `csrc/elementwise.h`."""
 
+_LARGEST_RANK = 1024  # csrc/elementwise.h
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor | None:
     """See `elementwise.rms_norm`; x [..., D] contiguous, or [T, D] with rows at any distance."""
@@ -87,13 +89,55 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool, out: T
 def gate_heads(x: Tensor, gate: Tensor) -> Tensor | None:
     """See `elementwise.gate_heads`; x [T, H, D] with whole heads, all shapes fit. It is changed in place."""
     isa = isa_for(x, gate)
-    if isa is None or x.ndim != 3 or x.stride(2) != 1 or gate.stride(1) != 1:
+    if isa is None or x.ndim != 3 or x.stride(2) != 1 or gate.stride(-1) != 1:
         return None
     tokens, heads, dim = x.shape
-    each = gate.shape[1] != heads
-    places = x.data_ptr(), x.stride(0), x.stride(1), DTYPE_CODES[x.dtype], gate.data_ptr(), gate.stride(0)
+    each = gate.ndim == 3 or gate.shape[1] != heads
+    gate_head = gate.stride(1) if gate.ndim == 3 else dim if each else 1
+    places = x.data_ptr(), x.stride(0), x.stride(1), DTYPE_CODES[x.dtype], gate.data_ptr(), gate.stride(0), gate_head
     extension.gate_heads(isa, *places, DTYPE_CODES[gate.dtype], each, tokens, heads, dim)
     return x
+
+
+def norm_beside(x: Tensor, weight: Tensor, eps: float) -> Tensor | None:
+    """See `elementwise.norm_beside`; x [T, D]."""
+    isa = isa_for(x, weight)
+    if isa is None or x.ndim != 2 or x.stride(1) != 1 or weight.shape != x.shape[1:] or not weight.is_contiguous():
+        return None
+    tokens, dim = x.shape
+    out = x.new_empty((tokens, 2 * dim))
+    dtypes = DTYPE_CODES[x.dtype], DTYPE_CODES[weight.dtype]
+    extension.norm_beside(
+        isa, x.data_ptr(), x.stride(0), dtypes[0], weight.data_ptr(), dtypes[1], eps, out.data_ptr(), tokens, dim
+    )
+    return out
+
+
+def gated_rms_norm(x: Tensor, weight: Tensor, eps: float, down: Tensor, up: Tensor) -> Tensor | None:
+    """See `elementwise.gated_rms_norm`; x [T, D], the weights of one dtype."""
+    weights = weight, down, up
+    isa = isa_for(x, *weights)
+    if isa is None or x.ndim != 2 or x.stride(1) != 1 or not all(t.is_contiguous() for t in weights):
+        return None
+    (tokens, dim), rank = x.shape, down.shape[0]
+    if rank > _LARGEST_RANK or len({t.dtype for t in weights}) != 1:
+        return None
+    out = x.new_empty((tokens, dim))
+    places = [t.data_ptr() for t in weights]
+    extension.gated_rms_norm(
+        isa,
+        x.data_ptr(),
+        x.stride(0),
+        DTYPE_CODES[x.dtype],
+        *places,
+        DTYPE_CODES[weight.dtype],
+        eps,
+        rank,
+        out.data_ptr(),
+        tokens,
+        dim,
+    )
+    return out
 
 
 def silu_mul(gate_up: Tensor) -> Tensor | None:
