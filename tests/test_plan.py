@@ -12,6 +12,7 @@ from latentkv.errors import CacheError, ConfigError, RequestError
 from latentkv.models.config_reader import read_config
 from latentkv.models.decoder import Decoder
 from latentkv.models.loading import save_pretrained
+from latentkv.ops import latent_token_bytes
 from latentkv.plan import (
     BUILT_IN,
     Memory,
@@ -121,6 +122,11 @@ def test_weight_bytes_are_those_of_the_decoder_with_its_buffers(model_type):
         ("youtu-llm-2b", 1.96e9, 1.96e9),
         ("mixtral-8x7b", 46.7e9, 12.9e9),
         ("ling-3.0-flash", 124e9, 5.1e9),
+        ("glm-5.2", 744e9, 40e9),
+        ("a.x-k1", 519e9, 32e9),
+        ("a.x-k2-light", 20.3e9, 2.24e9),
+        ("mistral-small-4", 119e9, 6.1e9),
+        ("kimi-k2.5", 1.03e12, 32e9),
     ],
 )
 def test_published_totals(name, total, active):
@@ -163,6 +169,11 @@ def test_deepseek_v3_weighs_what_its_published_files_do():
         ("deepseek-v3", 70_272),
         ("deepseek-v3.2", 70_272 + 15_616),
         ("kimi-k2", 70_272),
+        ("kimi-k2.5", 70_272),
+        ("glm-5.2", 89_856 + 21 * 256),
+        ("a.x-k1", 70_272),
+        ("a.x-k2-light", 15_360 + 12_288),
+        ("mistral-small-4", 23_040),
         ("deepseek-v2-lite", 31_104),
         ("moonlight-16b", 31_104),
         ("glm-4.7-flash", 54_144),
@@ -192,6 +203,13 @@ def test_published_hybrids_keep_a_matrix_a_head_and_three_tokens_of_a_convolutio
     assert own.cache_bytes == bytes_per_token * context + own.bytes_per_sequence
 
 
+def test_index_keys_take_132_bytes_in_a_cache_of_8_bits():
+    for name, layers in {"deepseek-v3.2": 61, "glm-5.2": 21, "a.x-k2-light": 48}.items():
+        dense = latent_token_bytes("int8", load_config(name).attention.kv_lora_rank, load_config(name).rope.dim)
+        own = plan_of(name, kv_dtype="int8").cache[0]
+        assert own.bytes_per_token == dense * load_config(name).num_layers + 132 * layers
+
+
 def test_published_gqa_shapes_cache_keys_and_values_of_their_heads():
     heads = {"qwen3-30b-a3b": 48 * 4, "mixtral-8x7b": 32 * 8, "glm-4.5-air": 46 * 8}
     for name, count in heads.items():
@@ -199,7 +217,7 @@ def test_published_gqa_shapes_cache_keys_and_values_of_their_heads():
 
 
 def test_every_built_in_shape_plans():
-    assert len(BUILT_IN) == 15
+    assert len(BUILT_IN) == 20
     for name in BUILT_IN:
         assert plan_of(name).context == load_config(name).max_positions
 

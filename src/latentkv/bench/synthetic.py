@@ -30,6 +30,8 @@ SYNTHETIC: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "v2-lite-4": ("deepseek-v2-lite", {"num_hidden_layers": 4, "vocab_size": 32768}),
     "v2-lite-8e": ("deepseek-v2-lite", {"n_routed_experts": 8}),
     "youtu-llm-2b": ("youtu-llm-2b", {}),
+    "a.x-k2-light": ("a.x-k2-light", {}),
+    "a.x-k2-light-8": ("a.x-k2-light", {"num_hidden_layers": 8, "vocab_size": 32768}),
     "ling-3.0-tiny": ("ling-3.0-tiny", {}),
     "ling-3.0-tiny-8": ("ling-3.0-tiny", {"num_hidden_layers": 8, "vocab_size": 32768}),
 }
