@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from draft_oracle import CheckedMTPDrafter
-from engine_models import MTP, VOCAB, cache_for, tiny_decoder
+from engine_models import MTP, SPARSE_MTP, VOCAB, cache_for, tiny_decoder
 from offload_cases import store_for
 
 from latentkv.engine import Engine, Request, SamplingParams, mtp
@@ -113,9 +114,10 @@ def test_a_prefix_that_comes_back_from_files_serves_drafts_as_well(tmp_path: Pat
 
 
 @pytest.mark.skipif(len(available_isas()) == 1, reason="the native kernels were not built")
-def test_recorded_steps_draft_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("config", [MTP, SPARSE_MTP], ids=["dense", "sparse"])
+def test_recorded_steps_draft_the_same(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    decoder = Decoder(read_config({**MTP, "q_lora_rank": 24})).bfloat16().eval().requires_grad_(False)
+    decoder = Decoder(read_config({**config, "q_lora_rank": 24})).bfloat16().eval().requires_grad_(False)
     decoder.keep_choices_exact()
     pack_module(decoder, Packing())
 
