@@ -12,6 +12,8 @@ namespace {
 
 // Fewer multiplications than this take less time than waking other threads.
 constexpr std::int64_t WORTH_THREADS = 1 << 20;
+// The same where weights have to come from memory.
+constexpr std::int64_t WORTH_A_FORK = 1 << 17;
 // Bytes that a team may keep for rows that several threads look through together.
 constexpr std::int64_t TEAM_BYTES = 64 << 20;
 
@@ -53,7 +55,7 @@ void weigh_rows(const Matrix& x, int row, const float* weight, float scale, floa
 void weigh_heads(Matrix x, const float* weight, float scale, float* out, int tokens, int dim, int heads) {
   constexpr int ROWS = 4, HEADS = 8;
   const int across = (heads + HEADS - 1) / HEADS, items = (tokens + ROWS - 1) / ROWS * across;
-#pragma omp parallel for schedule(static) if (forks((std::int64_t)tokens * dim * heads >= WORTH_THREADS))
+#pragma omp parallel for schedule(static) if (forks((std::int64_t)tokens * dim * heads >= WORTH_A_FORK))
   for (int item = 0; item < items; item++) {
     const int row = item / across * ROWS, first = item % across * HEADS;
     const int last = first + HEADS < heads ? first + HEADS : heads;
