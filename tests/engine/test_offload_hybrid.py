@@ -1,5 +1,6 @@
 """Prefixes of models with recurrent layers in files: pages come back as far as a snapshot does."""
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -107,6 +108,23 @@ def test_a_damaged_snapshot_is_not_used_and_nothing_is_wrong(tmp_path: Path):
     third = engine_for(tmp_path)
     assert answer(third, TEXT[:30])[1] == 24  # it was written anew
     third.close()
+
+
+def test_a_snapshot_that_is_overwritten_before_it_is_written_is_not_stored(tmp_path: Path):
+    engine = engine_for(tmp_path, slots=2)
+    goes_on = threading.Event()
+    assert engine._scheduler._offload is not None
+    engine._scheduler._offload._writer.submit(goes_on.wait)
+    tokens(engine, ask(TEXT[:30], max_tokens=1))
+    tokens(engine, ask(TEXT[30:60], max_tokens=1))  # its snapshot takes the slot of the first one
+    goes_on.set()
+    engine.close()
+    kept = the_snapshot(tmp_path)
+    again = engine_for(tmp_path)
+    assert answer(again, TEXT[30:60])[1] == 24
+    assert answer(again, TEXT[:30])[1] == 0
+    assert kept.exists()
+    again.close()
 
 
 def test_pages_without_their_snapshot_are_not_gone_on_from(tmp_path: Path):
