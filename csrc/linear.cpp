@@ -2,7 +2,7 @@
 
 #include <omp.h>
 
-#include "linear_inner.h"
+#include "linear_panel.h"
 #include "linear_tile.h"
 #include "scratch.h"
 #include "team.h"
@@ -14,20 +14,8 @@ namespace {
 // Rows of float32 become two rows of bf16, high and low parts, where units are bf16: about 16 bits of each number.
 LATENTKV_INLINE int planes(DType x) { return UNIT == 2 && x == DType::f32 ? 2 : 1; }
 
-// Block b of all blocks of rows: as equal as can be, so that no block is nearly empty.
-struct RowBlock {
-  std::int64_t first, count;
-};
-LATENTKV_INLINE RowBlock row_block(std::int64_t rows, std::int64_t blocks, std::int64_t b) {
-  const std::int64_t size = rows / blocks, larger = rows % blocks;
-  return {b * size + (b < larger ? b : larger), size + (b < larger)};
-}
-
 LATENTKV_INLINE std::int64_t units_of(const Layout& layout) { return layout.padded_ins / UNIT; }
 
-LATENTKV_INLINE bool has_minima(WeightFormat format) {
-  return format == WeightFormat::uint2 || format == WeightFormat::uint4 || format == WeightFormat::uint5;
-}
 // Of a row's activations, which lie behind the units of all rows.
 LATENTKV_INLINE std::int64_t sums_of(const PackedWeight& w, const Layout& layout) {
   return has_minima(w.format) ? layout.groups : 0;
@@ -91,31 +79,6 @@ void sum_groups(const Unit* x, std::int64_t groups, std::int64_t units, int lane
   }
 }
 
-// One block's sums [planes * rows][32] to rows of results.
-void write_rows(const float* sums, int planes, RowBlock rows, std::int64_t out, std::int64_t outs,
-                const LinearOutput& to) {
-  const int valid = outs - out < BLOCK_OUTS ? (int)(outs - out) : BLOCK_OUTS;
-  for (std::int64_t r = rows.first; r < rows.first + rows.count; r++, sums += planes * BLOCK_OUTS) {
-    const std::int64_t y = r * to.stride + out, residual = r * to.residual_stride + out;
-    alignas(64) float row[BLOCK_OUTS];
-    for (int o = 0; o < BLOCK_OUTS; o += W)
-      store(row + o, planes == 2 ? load(sums + o) + load(sums + BLOCK_OUTS + o) : load(sums + o));
-    int o = 0;
-    for (; o + W <= valid; o += W) {
-      vf value = load(row + o);
-      if (to.bias) value += load_any(to.bias, to.bias_dtype, out + o);
-      if (to.residual) value += load_any(to.residual, to.residual_dtype, residual + o);
-      store_any(to.y, to.dtype, y + o, value);
-    }
-    for (; o < valid; o++) {
-      float value = row[o];
-      if (to.bias) value += load_one(to.bias, to.bias_dtype, out + o);
-      if (to.residual) value += load_one(to.residual, to.residual_dtype, residual + o);
-      store_one(to.y, to.dtype, y + o, value);
-    }
-  }
-}
-
 const Product& product_with(WeightFormat format, std::int64_t groups) {
   switch (format) {
     case WeightFormat::int8: return groups > 1 ? product<GroupedInt8Words> : product<Int8Words>;
@@ -133,9 +96,6 @@ const Product& product_with(WeightFormat format, std::int64_t groups) {
   }
 }
 
-// How far ahead of one pass memory is asked for its weights: measured, and codes want twice what bf16 does.
-LATENTKV_INLINE std::int64_t bytes_ahead(WeightFormat format) { return format == WeightFormat::bf16 ? 4096 : 8192; }
-
 // Adds what a block's exceptions contribute to sums [lanes][32] of activations x [units][lanes].
 void add_exceptions(const CompactEnd& end, const Unit* x, int lanes, float* sums) {
   const float stood_for_it = bf16_to_float((bf16)(end.window << 7));
@@ -152,21 +112,6 @@ void add_exceptions(const CompactEnd& end, const Unit* x, int lanes, float* sums
       sum = __builtin_fmaf(activation, bf16_to_float(e.weight), __builtin_fmaf(activation, -stood_for_it, sum));
     }
   }
-}
-
-// A block of outputs; what follows it is fetched meanwhile: an equal part of it during each of so many passes.
-Panel panel_of(const PackedWeight& w, const Layout& layout, const Word* block, std::int64_t fetches) {
-  Panel panel = {};
-  panel.words = block + layout.scale_words;
-  if (layout.scale_words) panel.scales = block;
-  panel.scales_dtype = w.scales;
-  panel.groups = layout.groups;
-  panel.group_words = layout.group_words;
-  panel.words_stride = layout.group_stride();
-  panel.scales_stride = (w.scales == DType::f32 ? 1 : 2) * layout.group_stride();
-  panel.ahead_step = BLOCK_OUTS * sizeof(Word) / fetches;
-  panel.ahead_stride = panel.words_stride * sizeof(Word) / fetches;
-  return panel;
 }
 
 // The same panel as units, the same fetches meanwhile.
@@ -205,21 +150,6 @@ Panel part_of(const Panel& panel, PartSize size, std::int64_t group, std::int64_
   part.continues = group + word > 0;
   part.ends = part.groups == groups && part.group_words == words;
   return part;
-}
-
-// From a panel's first word to its last.
-std::int64_t words_in(const Panel& panel) {
-  return (panel.groups - 1) * panel.words_stride + panel.group_words * BLOCK_OUTS;
-}
-
-// The passes over a block that fetch the next one, the last of `turns`: what comes earlier, many rows of activations push
-// out of the cache again, so earlier passes ask for its first part only. A power of two, so that parts are equal, and so
-// few that a part is whole bytes a unit.
-std::int64_t fetching_turns(std::int64_t turns) {
-  constexpr std::int64_t MOST = 16;
-  std::int64_t fetches = 1;
-  while (2 * fetches <= turns && fetches < MOST) fetches *= 2;
-  return fetches;
 }
 
 // Words that are read together, and how many weights of an output they hold.
@@ -332,10 +262,7 @@ void multiply_rows(const PackedWeight& w, std::int64_t e, const void* packed, DT
         Panel part = decodes ? decode(product, stored) : stored;
         for (std::int64_t turn = 0; turn < turns; turn++) {
           const RowBlock block_rows = row_block(rows, row_blocks(x, rows), first_rows + turn);
-          // One pass over the weights streams through them; several find them in the cache, while the next ones come.
-          const std::int64_t fetch = turn > turns - fetches ? turn - (turns - fetches) : 0;
-          part.ahead = turns == 1 ? (const char*)stored.words + bytes_ahead(w.format)
-                                  : (const char*)(next + words * fetch / fetches);
+          part.ahead = ahead_of(w.format, stored.words, next, words, turn, turns, fetches);
           const int lanes = (int)block_rows.count * per_row;
           const Unit* const units = (const Unit*)packed + block_rows.first * row_units;
           part.sums = group_sums + block_rows.first * per_row * layout.groups + g * lanes;

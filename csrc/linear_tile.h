@@ -9,11 +9,10 @@
 #include <type_traits>
 
 #include "compact.h"
-#include "linear_inner.h"
+#include "linear_codes.h"
+#include "linear_panel.h"
 
 namespace latentkv::LATENTKV_ISA {
-
-using Word = std::uint32_t;
 
 #if defined(__AVX512BF16__)
 using Unit = std::uint32_t;  // two bf16
@@ -28,21 +27,6 @@ constexpr int UNIT = 1;
 constexpr int MAX_ROWS = W == 16 ? 8 : 4;
 LATENTKV_INLINE vf multiply_add(vf sum, vu weights, Unit x) { return multiply_add((vf)weights, splat(x), sum); }
 #endif
-
-// 32 outputs' weights, their words, or the units that `decode_panel` has made of them, beside each other in groups with
-// one scale for each output (null: all are 1).
-struct Panel {
-  const Word* words;
-  const void* scales;
-  DType scales_dtype;
-  const float* sums;  // of the activations of each group [groups][rows], where something is added to all weights
-  int window;  // of compact weights
-  std::int64_t groups, group_words;
-  std::int64_t words_stride, scales_stride;  // from group to group
-  bool continues = false, ends = true;       // a part of a panel: sums hold what the parts before it gave; it is the last
-  const char* ahead;                         // what is fetched meanwhile:
-  std::int64_t ahead_stride, ahead_step;     // bytes from group to group, and from word to word; two lines each time
-};
 
 // How vectors of `words` words, one after the other of each output, become units: unit i of them, 1 / scale times the
 // weights or codes.
@@ -64,21 +48,6 @@ struct Bf16Words : PlainWords {
   }
   LATENTKV_INLINE vu unit(const vu (&w)[1], int i) { return unit(w[0], i); }
 };
-#if defined(__AVX2__)
-typedef std::uint8_t bytes __attribute__((vector_size(4 * W)));
-#if defined(__AVX512F__)
-LATENTKV_INLINE vu shuffle_bytes(vu from, vu order) {
-  return (vu)_mm512_shuffle_epi8((__m512i)from, (__m512i)order);
-}
-LATENTKV_INLINE vu repeated(__m128i quarter) { return (vu)_mm512_broadcast_i32x4(quarter); }
-#else
-LATENTKV_INLINE vu shuffle_bytes(vu from, vu order) {
-  return (vu)_mm256_shuffle_epi8((__m256i)from, (__m256i)order);
-}
-LATENTKV_INLINE vu repeated(__m128i half) { return (vu)_mm256_broadcastsi128_si256(half); }
-#endif
-#endif
-
 // See compact.h. Half of a word is a pair's first weight, the other half its second.
 struct CompactWords {
   static constexpr bool short_groups = false, fetches_pages = true, has_minima = false;
@@ -155,25 +124,11 @@ LATENTKV_INLINE vu byte_of(vu words, int k) {
 }
 #endif
 
-// What codes of 4 bits stand for.
-struct Int4Numbers {
-  static constexpr std::int8_t numbers[16] = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
-};
-struct Fp4Numbers {
-  static constexpr std::int8_t numbers[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};  // twice E2M1's
-};
-struct Nl4Numbers {
-  static constexpr std::int8_t numbers[16] = {-127, -104, -83, -65, -49, -35, -22, -10,
-                                              1,    13,   25,  38,  53,  69,  89,  113};
-};
-
 // Nibble i / 2 of the half i % 2 of each word, looked up in a table of small integers; divided by BYTE_SCALE.
 template <class Table>
 LATENTKV_INLINE vu nibble_of(vu words, int i) {
 #if defined(__AVX2__)
-  const vu table = repeated(_mm_loadu_si128((const __m128i*)Table::numbers));
-  const vu nibbles = (i / 2 % 2 ? words >> 4 : words) & 0x0f0f0f0f;
-  return byte_of(shuffle_bytes(table, nibbles), i % 2 * 2 + i / 4);
+  return byte_of(look_up<Table>((i / 2 % 2 ? words >> 4 : words) & 0x0f0f0f0f), i % 2 * 2 + i / 4);
 #else
   const vu codes = words >> (i % 2 * 16 + i / 2 * 4) & 15;
   vf values;
