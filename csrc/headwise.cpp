@@ -27,7 +27,7 @@ void multiply_head(const PackedWeight& w, Heads x, Heads out, std::int64_t token
     to.dtype = out.dtype;
     to.stride = out.token_stride;
     char* packed = thread_scratch(Scratch::own, packed_input_bytes(w, x.dtype, rows));
-    pack_input(w, in, 0, row_blocks(x.dtype, rows), packed);
+    pack_input(w, in, 0, row_blocks(w, x.dtype, rows), packed);
     multiply(w, head, packed, x.dtype, rows, first, end, to);
   }
 }

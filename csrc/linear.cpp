@@ -2,6 +2,7 @@
 
 #include <omp.h>
 
+#include "linear_int8.h"
 #include "linear_panel.h"
 #include "linear_tile.h"
 #include "scratch.h"
@@ -190,17 +191,21 @@ Layout layout_of(const PackedWeight& w) {
   return layout;
 }
 
-std::int64_t row_blocks(DType x, std::int64_t rows) { return ceil_div(rows * planes(x), MAX_ROWS); }
+std::int64_t row_blocks(const PackedWeight& w, DType x, std::int64_t rows) {
+  return w.rounds_input ? int8_row_blocks(rows) : ceil_div(rows * planes(x), MAX_ROWS);
+}
 
 std::int64_t packed_input_bytes(const PackedWeight& w, DType x, std::int64_t rows) {
+  if (w.rounds_input) return int8_input_bytes(w, rows);
   const Layout layout = layout_of(w);
   return rows * planes(x) * (units_of(layout) + sums_of(w, layout)) * (std::int64_t)sizeof(Unit);
 }
 
 void pack_input(const PackedWeight& w, const LinearInput& in, std::int64_t first_block, std::int64_t end_block,
                 void* packed) {
+  if (w.rounds_input) return int8_pack_input(w, in, first_block, end_block, packed);
   const Layout layout = layout_of(w);
-  const std::int64_t blocks = row_blocks(in.dtype, in.rows), units = units_of(layout), sums = sums_of(w, layout);
+  const std::int64_t blocks = row_blocks(w, in.dtype, in.rows), units = units_of(layout), sums = sums_of(w, layout);
   const int per_row = planes(in.dtype);
   for (std::int64_t b = first_block; b < end_block; b++) {
     const RowBlock rows = row_block(in.rows, blocks, b);
@@ -216,12 +221,14 @@ void pack_input(const PackedWeight& w, const LinearInput& in, std::int64_t first
 
 void multiply(const PackedWeight& w, std::int64_t e, const void* packed, DType x, std::int64_t rows,
               std::int64_t first_block, std::int64_t end_block, const LinearOutput& out) {
-  multiply_rows(w, e, packed, x, rows, 0, row_blocks(x, rows), first_block, end_block, out);
+  multiply_rows(w, e, packed, x, rows, 0, row_blocks(w, x, rows), first_block, end_block, out);
 }
 
 void multiply_rows(const PackedWeight& w, std::int64_t e, const void* packed, DType x, std::int64_t rows,
                    std::int64_t first_rows, std::int64_t end_rows, std::int64_t first_block, std::int64_t end_block,
                    const LinearOutput& out) {
+  if (w.rounds_input)
+    return int8_multiply_rows(w, e, packed, rows, first_rows, end_rows, first_block, end_block, out);
   constexpr std::int64_t AT_ONCE = 1 << 22;   // bytes of activations that pass by each block of outputs from the L3, ..
   constexpr std::int64_t FEWEST = 4;          // .. unless so few turns would read all weights once more
   constexpr std::int64_t WORTH_DECODING = 3;  // turns, for which a block is decoded once
@@ -261,7 +268,7 @@ void multiply_rows(const PackedWeight& w, std::int64_t e, const void* packed, DT
         const Word* const next = stored.ends ? panel.words + block_words : stored.words + words;
         Panel part = decodes ? decode(product, stored) : stored;
         for (std::int64_t turn = 0; turn < turns; turn++) {
-          const RowBlock block_rows = row_block(rows, row_blocks(x, rows), first_rows + turn);
+          const RowBlock block_rows = row_block(rows, row_blocks(w, x, rows), first_rows + turn);
           part.ahead = ahead_of(w.format, stored.words, next, words, turn, turns, fetches);
           const int lanes = (int)block_rows.count * per_row;
           const Unit* const units = (const Unit*)packed + block_rows.first * row_units;
@@ -313,7 +320,7 @@ std::int64_t row_parts(std::int64_t blocks, std::int64_t inputs, int threads) {
 void linear(const PackedWeight& w, const LinearInput& in, const LinearOutput& out) {
   if (in.rows == 0) return;
   void* packed = thread_scratch(Scratch::team, packed_input_bytes(w, in.dtype, in.rows));
-  const std::int64_t blocks = layout_of(w).blocks, inputs = row_blocks(in.dtype, in.rows);
+  const std::int64_t blocks = layout_of(w).blocks, inputs = row_blocks(w, in.dtype, in.rows);
   const bool serial = w.outs * w.ins * in.rows < SERIAL_PRODUCTS || blocks * inputs == 1;
   const int threads = serial ? 1 : omp_get_max_threads();
   const std::int64_t parts = row_parts(blocks, inputs, threads);

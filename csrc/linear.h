@@ -26,21 +26,24 @@ enum class WeightFormat : int {
 
 // `count` stacked matrices [outs, ins]. `group` weights along `ins` share a scale of type `scales`, and what is added to
 // all of them, of the same type (uint*); or it is the number of exceptions that each block of outputs has room for
-// (compact). bf16 has neither.
+// (compact). bf16 has neither. Codes of integers may be multiplied by activations that are rounded to 8 bits.
 struct PackedWeight {
   const std::uint8_t* data;
   WeightFormat format;
   std::int64_t count, outs, ins, group;
   DType scales;
+  bool rounds_input;
 };
 
-// A packed weight as Python numbers its format: the scales' type in the higher bits, bf16 being 0.
+// A packed weight as Python numbers its format: above it the scales' type, bf16 being 0, and whether it rounds its input.
 inline PackedWeight packed_weight(std::uintptr_t data, int format, std::int64_t count, std::int64_t outs,
                                   std::int64_t ins, std::int64_t group) {
-  constexpr int FORMATS = 16;
-  constexpr DType SCALES[] = {DType::bf16, DType::f16, DType::f32};
-  const DType scales = SCALES[format / FORMATS];
-  return {reinterpret_cast<const std::uint8_t*>(data), (WeightFormat)(format % FORMATS), count, outs, ins, group, scales};
+  constexpr int FORMATS = 16, KINDS = 4;
+  constexpr DType SCALES[KINDS] = {DType::bf16, DType::f16, DType::f32};
+  const DType scales = SCALES[format / FORMATS % KINDS];
+  const bool rounds_input = format >= FORMATS * KINDS;
+  const auto* bytes = reinterpret_cast<const std::uint8_t*>(data);
+  return {bytes, (WeightFormat)(format % FORMATS), count, outs, ins, group, scales, rounds_input};
 }
 
 // Rows of activations, `stride` elements apart. Row i is row index[i] of x where an index is given.

@@ -29,7 +29,7 @@ struct Layout {
 Layout layout_of(const PackedWeight& w);
 
 // Activations are packed in blocks of a few rows; all but the number of rows of a block is private to the kernels.
-std::int64_t row_blocks(DType x, std::int64_t rows);
+std::int64_t row_blocks(const PackedWeight& w, DType x, std::int64_t rows);
 std::int64_t packed_input_bytes(const PackedWeight& w, DType x, std::int64_t rows);
 void pack_input(const PackedWeight& w, const LinearInput& in, std::int64_t first_block, std::int64_t end_block,
                 void* packed);

@@ -54,7 +54,7 @@ void pack_rows(const GatedProducts& p, const PackedWeight& w, InputOf input_of, 
   for (std::int64_t i = 0; i < p.num_segments; i++) {
     const Segment& s = p.segments[i];
     const LinearInput in = input_of(s);
-    for (std::int64_t b = 0; b < row_blocks(in.dtype, in.rows); b++)
+    for (std::int64_t b = 0; b < row_blocks(w, in.dtype, in.rows); b++)
       if (turn++ % threads == thread) pack_input(w, in, b, b + 1, packed + packed_input_bytes(w, in.dtype, s.first));
   }
 }

@@ -327,6 +327,28 @@ def test_kernels_without_int8_products_are_named(folders: dict[str, Path]):
         LLM(folders["mla"], kv_dtype="int8", int8_products=True)
 
 
+def test_int8_activations_give_almost_the_same_logits_also_from_mapped_weights(
+    folders: dict[str, Path], tmp_path: Path
+):
+    tokens = list(range(3, 90))
+    options: dict[str, Any] = {"weights": "int8", "dtype": "bf16"}
+    exact = LLM(folders["mla"], **options).logits(tokens)
+    rounded = LLM(folders["mla"], **options, activations="int8").logits(tokens)
+    differences = (rounded - exact).norm(dim=-1) / exact.norm(dim=-1)
+    assert 0 < float(differences.median()) < 0.05  # where a router is undecided, single tokens differ by more
+    for _ in range(2):  # written and mapped
+        mapped = LLM(folders["mla"], **options, activations="int8", packed_dir=tmp_path)
+        assert torch.equal(mapped.logits(tokens), rounded)
+    again = LLM(folders["mla"], **options, packed_dir=tmp_path)
+    assert torch.equal(again.logits(tokens), exact)
+    assert len(list(tmp_path.glob("*"))) == 1  # the same file serves both
+
+
+def test_int8_activations_that_would_meet_no_quantised_weight_are_refused(folders: dict[str, Path]):
+    with pytest.raises(ConfigError, match=r"add weights='int8' or weights='int4', or leave it out"):
+        LLM(folders["mla"], dtype="bf16", activations="int8")
+
+
 def test_a_request_may_use_the_whole_context(model: LLM):
     done = model.generate([5] * 100, SamplingParams(max_tokens=10_000, ignore_eos=True))[0]
     assert (len(done.token_ids), done.finish_reason) == (CONTEXT - 100, "length")

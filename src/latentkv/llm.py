@@ -81,6 +81,8 @@ class LLM:
             weights beside float16, which their kernels do not take).
         weights: "int8" or "int4" quantises the large matrices as they are read, as `latentkv quantize` does once for
             all in a copy of the files; None keeps what the checkpoint stores.
+        activations: "int8" rounds them to 8 bits where they meet quantised weights: faster, and less exact, as
+            docs/quantize.md tells; "exact" takes them as they are.
         kv_dtype: how the cache stores tokens: "fp32", "bf16", "fp16", "int8", "fp8"; "auto" is that of the weights.
         int8_products: decode over an int8 cache in int8 products (AVX-512 VNNI): faster at depth, and less exact, as
             docs/attention.md tells.
@@ -125,6 +127,7 @@ class LLM:
         device: str | torch.device = "cpu",
         dtype: DType | str | torch.dtype | None = None,
         weights: str | None = None,
+        activations: str = "exact",
         kv_dtype: KVFormat | Literal["auto"] = "auto",
         int8_products: bool = False,
         max_context: int | None = None,
@@ -142,6 +145,7 @@ class LLM:
             device=as_device(device),
             dtype=as_dtype(dtype),
             weights=weights,
+            activations=activations,
             kv_dtype=kv_dtype,
             int8_products=int8_products,
             max_context=max_context,

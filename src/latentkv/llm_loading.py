@@ -35,7 +35,7 @@ from latentkv.models.fingerprint import model_fingerprint
 from latentkv.models.kept import load_kept
 from latentkv.models.loading import load_model
 from latentkv.models.mla import MultiHeadLatentAttention
-from latentkv.models.packing import Packing, choose_packing
+from latentkv.models.packing import Packing, choose_packing, require_rounded_input
 from latentkv.models.stored_config import open_checkpoint
 from latentkv.state import KVFormat, PagedCache, PageStore, StoreFolder
 from latentkv.text import Tokenizer
@@ -49,6 +49,7 @@ class LoadOptions:
     device: torch.device
     dtype: torch.dtype | None
     weights: str | None
+    activations: str
     kv_dtype: KVFormat | Literal["auto"]
     int8_products: bool
     max_context: int | None
@@ -90,8 +91,10 @@ def load(model: str | Path | None, options: LoadOptions) -> LoadedModel:
     max_context = context_of(options.max_context, config)
     tokenizer = tokenizer_of(folder, config)
     dtype = dtype_to_run(options.dtype, config, reader, options.device)
-    packing = choose_packing(options.weights, dtype, options.device)
+    packing = choose_packing(options.weights, dtype, options.device, options.activations)
     decoder, packed_file = _decoder(folder, config, reader, packing, dtype, max_context, options)
+    if packing is not None and packing.rounds_input:
+        require_rounded_input(decoder)
     config = decoder.config
     by_mtp = drafts_by_mtp(options.draft, decoder) and options.speculate > 0
     cache = _cache(decoder, by_mtp, max_context, packed_file, folder, options)

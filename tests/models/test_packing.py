@@ -24,7 +24,7 @@ from latentkv.models.packing import Packing, choose_packing
 from latentkv.ops.backends import compact_is_fast
 from latentkv.state import PagedCache
 from latentkv.weights import PackedWeight, quantize_weight
-from latentkv.weights.formats import INT4, INT8, ROUNDED_TO
+from latentkv.weights.formats import INT4, INT8, INTEGER_PRODUCTS, ROUNDED_TO
 from latentkv.weights.policy import choose_scheme
 
 pytestmark = pytest.mark.skipif(kernels.extension is None, reason="the native kernels are not built")
@@ -141,6 +141,38 @@ def test_only_bfloat16_is_packed_unasked() -> None:
     assert choose_packing("int4", torch.float32, cpu) == Packing(INT4, compact=compact_is_fast())
     with kernels.use_isa("torch"):
         assert choose_packing(None, torch.bfloat16, cpu) is None
+
+
+def test_int8_activations_are_for_quantised_weights_and_native_kernels() -> None:
+    cpu = torch.device("cpu")
+    assert choose_packing("int4", torch.bfloat16, cpu, "int8") == Packing(
+        INT4, compact=compact_is_fast(), rounds_input=True
+    )
+    assert choose_packing("int4", torch.bfloat16, cpu, "exact") == choose_packing("int4", torch.bfloat16, cpu)
+    with pytest.raises(ConfigError, match="activations='int4' is not supported: choose exact or int8"):
+        choose_packing("int4", torch.bfloat16, cpu, "int4")
+    with pytest.raises(ConfigError, match=r"add weights='int8' or weights='int4', or leave it out"):
+        choose_packing(None, torch.float32, cpu, "int8")
+    with kernels.use_isa("torch"), pytest.raises(ConfigError, match="unset LATENTKV_ISA"):
+        choose_packing("int4", torch.bfloat16, cpu, "int8")
+
+
+def test_all_quantised_weights_round_their_input_and_no_others() -> None:
+    def packed(packing: Packing) -> dict[str, PackedWeight]:
+        modules = load_model(checkpoint("v3"), packing=packing).named_modules()
+        return {
+            f"{name}.{leaf}": value
+            for name, module in modules
+            for leaf, value in vars(module).items()
+            if isinstance(value, PackedWeight)
+        }
+
+    exact, rounding = packed(Packing(INT4)), packed(Packing(INT4, rounds_input=True))
+    assert {weight.rounds_input for weight in exact.values()} == {False}
+    assert {name: weight.rounds_input for name, weight in rounding.items()} == {
+        name: weight.format in INTEGER_PRODUCTS for name, weight in exact.items()
+    }
+    assert any(weight.rounds_input for weight in rounding.values())
 
 
 def test_quantised_weights_are_refused_where_nothing_can_compute_with_them() -> None:

@@ -17,7 +17,7 @@ from latentkv.bench.timing import Contender, time_interleaved, torch_threads
 from latentkv.bench.torch_linear import torch_products
 from latentkv.errors import OpError, RequestError
 from latentkv.weights import QuantizedWeight, quantize_weight
-from latentkv.weights.formats import BF16, CODE_FORMATS, COMPACT, ROUNDED_TO
+from latentkv.weights.formats import BF16, CODE_FORMATS, COMPACT, INTEGER_PRODUCTS, ROUNDED_TO
 from latentkv.weights.layout import PackedWeight, pack_weight
 from latentkv.weights.rounding import round_plainly
 
@@ -42,7 +42,8 @@ class LinearRow:
     """What one contender did with one number of rows.
 
     Attributes:
-        contender: "linear, FORMAT"; or "torch, FORMAT", torch's own product of the same weights where it has one.
+        contender: "linear, FORMAT", and "linear, FORMAT x int8" with activations of 8 bits; or "torch, FORMAT", torch's
+            own product of the same weights where it has one.
         rows: M, of x.
         us: median microseconds of a product.
         spread: interquartile range over the median.
@@ -118,6 +119,7 @@ def measure_linear(
     rows: Sequence[int] = ROWS,
     formats: Sequence[str] = USUAL_FORMATS,
     group: int | None = None,
+    rounded_input: bool = False,
     repeats: int = 15,
     threads: int | None = None,
     probe: CeilingProbe | None = None,
@@ -131,6 +133,7 @@ def measure_linear(
         rows: numbers of rows M.
         formats: how weights are packed, of `FORMATS`.
         group: weights that share a scale; None: the format's own default, or 32.
+        rounded_input: measure products with activations of 8 bits, too, where a format has them.
         repeats: timed rounds.
         threads: torch threads (None: torch's own number).
         probe: of the ceilings, which are measured in turn with the contenders; None: of the usual size.
@@ -148,7 +151,7 @@ def measure_linear(
         environment = describe_environment(used)
         probe = probe or CeilingProbe()
         progress("packing weights")
-        entries = _entries(out_features, in_features, formats, group)
+        entries = _entries(out_features, in_features, formats, group, rounded_input)
         measured: list[LinearRow] = []
         for m in rows:
             progress(f"{m} rows")
@@ -201,7 +204,7 @@ def _step(entry: LinearEntry, x: Tensor, products: int) -> Callable[[], None]:
 
 
 def _entries(
-    out_features: int, in_features: int, formats: Sequence[str], group: int | None = None
+    out_features: int, in_features: int, formats: Sequence[str], group: int | None = None, rounded_input: bool = False
 ) -> dict[str, LinearEntry]:
     count = -(-ROTATED_BYTES // (2 * out_features * in_features))
     plain = torch.empty(count, out_features, in_features, dtype=torch.bfloat16)
@@ -225,7 +228,10 @@ def _entries(
         one = _quantized(plain[0], name, group)
         exact = one.dequantize()[:_CHECKED_OUTPUTS].double()
         copies = -(-ROTATED_BYTES // one.nbytes)
-        entries[f"linear, {name}"] = _packed_entry(pack_weight(_stacked(one, copies)), exact)
+        packed = pack_weight(_stacked(one, copies))
+        entries[f"linear, {name}"] = _packed_entry(packed, exact)
+        if rounded_input and name in INTEGER_PRODUCTS:
+            entries[f"linear, {name} x int8"] = _packed_entry(packed.rounding_input(), exact)
         products = torch_products(one, copies)
         if products is not None:
             entries[f"torch, {name}"] = LinearEntry(

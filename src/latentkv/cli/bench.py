@@ -177,6 +177,9 @@ def linear(
         int | None,
         typer.Option(help="Weights that share a scale: 32, 64 or 128.", show_default="a row in int8, 128 in int4"),
     ] = None,
+    rounded_input: Annotated[
+        bool, typer.Option("--rounded-input", help="Measure products with activations of 8 bits, too.")
+    ] = False,
     repeats: Repeats = 15,
     threads: Threads = None,
     json_file: JsonFile = None,
@@ -197,6 +200,7 @@ def linear(
             rows=numbers(rows),
             formats=[as_packed_format(name.strip()) for name in formats.split(",")],
             group=group,
+            rounded_input=rounded_input,
             repeats=repeats,
             threads=threads,
             progress=status.update,

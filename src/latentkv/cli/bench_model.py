@@ -10,6 +10,7 @@ import typer
 from latentkv.cli.bench_options import JsonFile, Repeats, Threads, numbers, require_folder, save
 from latentkv.cli.options import (
     MODEL_FORMS,
+    ActivationsOption,
     Int8ProductsOption,
     NoPackedDirOption,
     PackedDirBytesOption,
@@ -35,6 +36,7 @@ def model(
     weights: Annotated[
         str | None, typer.Option(help="Quantise while loading: int8 or int4.", show_default="as stored")
     ] = None,
+    activations: ActivationsOption = "exact",
     kv_dtype: Annotated[str, typer.Option(help="Of the cache: auto, bf16, fp8, int8, fp16 or fp32.")] = "auto",
     int8_products: Int8ProductsOption = False,
     threads: Threads = None,
@@ -76,6 +78,7 @@ def model(
                 model,
                 dtype=dtype,
                 weights=weights,
+                activations=activations,
                 kv_dtype="auto" if kv_dtype == "auto" else as_kv_format(kv_dtype),
                 int8_products=int8_products,
                 max_context=max(*prompt_lens, *depth_lens) + new_tokens,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from latentkv.cli.options import (
+    ActivationsOption,
     CacheBytesOption,
     DeviceOption,
     DtypeOption,
@@ -63,6 +64,7 @@ def chat(
     repetition_penalty: PenaltyOption = 1.0,
     seed: SeedOption = None,
     weights: WeightsOption = None,
+    activations: ActivationsOption = "exact",
     kv_dtype: KVDtypeOption = "auto",
     int8_products: Int8ProductsOption = False,
     dtype: DtypeOption = None,
@@ -90,7 +92,7 @@ def chat(
         seed=seed,
     )
     llm = ModelChoice(
-        *(model, device, dtype, weights, kv_dtype, int8_products, max_context, kv_cache_bytes),
+        *(model, device, dtype, weights, activations, kv_dtype, int8_products, max_context, kv_cache_bytes),
         packed_dir=packed_dir,
         no_packed_dir=no_packed_dir,
         packed_dir_bytes=packed_dir_bytes,

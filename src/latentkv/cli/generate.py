@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from latentkv.cli.options import (
+    ActivationsOption,
     CacheBytesOption,
     CacheDirBytesOption,
     CacheDirOption,
@@ -66,6 +67,7 @@ def generate(
     ] = None,
     token_ids: Annotated[bool, typer.Option("--token-ids", help="The prompt is token ids, like 1 17 42.")] = False,
     weights: WeightsOption = None,
+    activations: ActivationsOption = "exact",
     kv_dtype: KVDtypeOption = "auto",
     int8_products: Int8ProductsOption = False,
     dtype: DtypeOption = None,
@@ -103,7 +105,7 @@ def generate(
         structure=read_structure(json_schema, regex, choice, grammar),
     )
     llm = ModelChoice(
-        *(model, device, dtype, weights, kv_dtype, int8_products, max_context, kv_cache_bytes),
+        *(model, device, dtype, weights, activations, kv_dtype, int8_products, max_context, kv_cache_bytes),
         cache_dir=cache_dir,
         cache_dir_bytes=cache_dir_bytes,
         packed_dir=packed_dir,

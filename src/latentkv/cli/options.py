@@ -33,6 +33,9 @@ WeightsOption = Annotated[
         help="Quantise the weights as they are read: int8 or int4.", show_default="as the checkpoint stores them"
     ),
 ]
+ActivationsOption = Annotated[
+    str, typer.Option(help="int8: round them to 8 bits where they meet quantised weights; faster, less exact.")
+]
 KVDtypeOption = Annotated[str, typer.Option(help="Of the cache: bf16, fp8, int8, fp16, fp32 or auto (as the weights).")]
 Int8ProductsOption = Annotated[
     bool, typer.Option("--int8-products", help="With --kv-dtype int8: decode faster at depth, less exactly.")
@@ -88,6 +91,7 @@ class ModelChoice:
     device: str
     dtype: str | None
     weights: str | None
+    activations: str
     kv_dtype: str
     int8_products: bool
     max_context: str | None
@@ -111,6 +115,7 @@ class ModelChoice:
                 device=self.device,
                 dtype=self.dtype,
                 weights=self.weights,
+                activations=self.activations,
                 kv_dtype="auto" if self.kv_dtype == "auto" else as_kv_format(self.kv_dtype),
                 int8_products=self.int8_products,
                 max_context=None if self.max_context is None else parse_tokens(self.max_context),

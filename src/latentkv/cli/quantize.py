@@ -70,7 +70,10 @@ def quantize(
     Example: latentkv quantize deepseek-ai/DeepSeek-V2-Lite v2-lite-q4_k.gguf --type q4_k --calibrate book.txt
     """
 
+    import torch
+
     from latentkv.checkpoint.source import resolve_model
+    from latentkv.ops.backends import why_not_native
     from latentkv.quantize import column_importance
 
     use_threads(threads)
@@ -89,6 +92,8 @@ def quantize(
     measured = None
     if passage is not None and before is not None:
         measured = {"text": str(text), "before": asdict(before), "after": asdict(_perplexity(target, passage))}
+        if why_not_native(torch.device("cpu")) is None:
+            measured["after, int8 activations"] = asdict(_perplexity(target, passage, activations="int8"))
         if not kind:
             _add_to_report(target, measured)
     if as_json:
@@ -170,11 +175,11 @@ def _passage(path: Path, num_bytes: int, option: str) -> str:
     return passage
 
 
-def _perplexity(folder: Path, passage: str) -> Perplexity:
+def _perplexity(folder: Path, passage: str, activations: str = "exact") -> Perplexity:
     from latentkv import LLM
 
     with console(stderr=True).status(f"Perplexity of {folder.name}"):
-        return LLM(folder, packed_dir=None).perplexity(passage)
+        return LLM(folder, packed_dir=None, activations=activations).perplexity(passage)
 
 
 @contextmanager
@@ -213,6 +218,12 @@ def _print_report(
             f"perplexity  {before['perplexity']:.4g} before, {after['perplexity']:.4g} after "
             f"({after['bits_per_byte'] - before['bits_per_byte']:+.4f} bits a byte; {before['tokens']:,} tokens)"
         )
+        rounded = measured.get("after, int8 activations")
+        if rounded is not None:
+            out.print(
+                f"            {rounded['perplexity']:.4g} with --activations int8 "
+                f"({rounded['bits_per_byte'] - before['bits_per_byte']:+.4f} bits a byte)"
+            )
     for note in notes:
         out.print(f"note: {note}")
     figures = "--json prints them" if target.suffix == ".gguf" else target / REPORT_FILE

@@ -10,6 +10,7 @@ import typer
 
 from latentkv.cli.options import (
     MODEL_FORMS,
+    ActivationsOption,
     CacheBytesOption,
     CacheDirBytesOption,
     CacheDirOption,
@@ -54,6 +55,7 @@ def serve(
         list[str] | None, typer.Option(help="A web page's origin that browsers let in; repeatable.")
     ] = None,
     weights: WeightsOption = None,
+    activations: ActivationsOption = "exact",
     kv_dtype: KVDtypeOption = "auto",
     int8_products: Int8ProductsOption = False,
     dtype: DtypeOption = None,
@@ -108,7 +110,7 @@ def serve(
         )
     listening = bind(host, port)
     choice = ModelChoice(
-        *(model, device, dtype, weights, kv_dtype, int8_products, max_context, kv_cache_bytes),
+        *(model, device, dtype, weights, activations, kv_dtype, int8_products, max_context, kv_cache_bytes),
         cache_dir=cache_dir,
         cache_dir_bytes=cache_dir_bytes,
         packed_dir=packed_dir,

@@ -104,7 +104,7 @@ def kept_key(config: ModelConfig, identity: str, packing: Packing, dtype: torch.
         identity.encode(),
         repr(config).encode(),
         json.dumps(dict(config.source), sort_keys=True).encode(),
-        repr((packing, dtype, torch.__version__, kernels.current_isa())).encode(),
+        repr((replace(packing, rounds_input=False), dtype, torch.__version__, kernels.current_isa())).encode(),
         program_digest(),
     )
     return sha256(b"".join(sha256(part).digest() for part in parts)).digest()

@@ -18,6 +18,15 @@ from latentkv.weights.policy import choose_scheme
 
 Weight = Tensor | QuantizedWeight
 
+EXACT = "exact"
+ACTIVATIONS = (EXACT, "int8")
+"""What may be said of activations."""
+
+_NO_QUANTISED_WEIGHTS = (
+    "activations='int8' are multiplied by quantised weights, and this model would run without any: "
+    "add weights='int8' or weights='int4', or leave it out."
+)
+
 
 @dataclass(frozen=True)
 class Packing:
@@ -27,11 +36,13 @@ class Packing:
         format: what the large matrices are rounded to, as `weights/policy.py` tells; None: they stay as they are.
         group: weights that share a scale; None: the format's default.
         compact: keep what stays bfloat16 in 12 bits, without loss (`weights/compact.py`).
+        rounds_input: activations are rounded to 8 bits where they meet quantised weights (`weights/activations.py`).
     """
 
     format: CodeFormat | None = None
     group: int | None = None
     compact: bool = False
+    rounds_input: bool = False
 
 
 @runtime_checkable
@@ -63,7 +74,7 @@ class Packer:
         """The weights `names` of this module or its children, their rows joined in this order; they are dropped."""
         shapes = [self.module.get_parameter(name).shape for name in names]
         rows = sum(shape[-2] for shape in shapes)
-        packed = self.made(
+        packed = self._made(
             "+".join(names),
             (*shapes[0][:-2], rows, shapes[0][-1]),
             lambda: join_rows([self._stored(name) for name in names]),
@@ -77,14 +88,14 @@ class Packer:
         """The weight `name`, packed as the checkpoint has it or in the format of `as_name`; the module keeps it."""
         weight = self.module.get_parameter(name).detach()
         quantized = self.quantized.get(self.prefix + name)
-        return self.made(as_name, weight.shape, lambda: quantized or self._in_format(weight, as_name))
+        return self._made(as_name, weight.shape, lambda: quantized or self._in_format(weight, as_name))
 
     def pack(self, name: str, weight: Tensor) -> PackedWeight:
         """A weight that a module made of others, packed as it is; `name` is its own in the module."""
-        return self.made(name, weight.shape, weight.contiguous)
+        return self._made(name, weight.shape, weight.contiguous)
 
     def made(self, name: str, shape: Sequence[int], weight: Callable[[], Weight]) -> PackedWeight:
-        """What `weight` gives, packed; all of a module's packed weights come from here.
+        """What `weight` gives, packed; all of a module's packed weights come from here, whatever they round.
 
         Args:
             name: of the packed weight in the module, one that no other has.
@@ -97,6 +108,10 @@ class Packer:
         """The weight `name` as a tensor; the module keeps it."""
         quantized = self.quantized.get(self.prefix + name)
         return self.module.get_parameter(name).detach() if quantized is None else quantized.dequantize()
+
+    def _made(self, name: str, shape: Sequence[int], weight: Callable[[], Weight]) -> PackedWeight:
+        packed = self.made(name, shape, weight)
+        return packed.rounding_input() if self.packing.rounds_input else packed
 
     def _stored(self, name: str) -> Weight:
         full = self.prefix + name
@@ -117,7 +132,9 @@ PackerOf = Callable[[Packing, nn.Module, str, Mapping[str, QuantizedWeight]], Pa
 """What gives the packer of a module: `Packer` itself, or another that is made as it is."""
 
 
-def choose_packing(weights: str | None, dtype: torch.dtype, device: torch.device) -> Packing | None:
+def choose_packing(
+    weights: str | None, dtype: torch.dtype, device: torch.device, activations: str = EXACT
+) -> Packing | None:
     """How to pack a model whose hidden states have `dtype` on `device`; None: not at all, torch computes.
 
     Packing bf16 changes no weight, so it is done wherever the native kernels run. The kernels take activations in bf16
@@ -127,20 +144,37 @@ def choose_packing(weights: str | None, dtype: torch.dtype, device: torch.device
         weights: name of a format to round to, or None (as the checkpoint stores them).
         dtype: of the hidden states.
         device: where the model runs.
+        activations: "int8" rounds them to 8 bits where they meet quantised weights; "exact" takes them as they are.
 
     Raises:
-        ConfigError: quantised weights are asked for, but cannot be had here.
+        ConfigError: quantised weights or int8 activations are asked for, but cannot be had here.
     """
+    if activations not in ACTIVATIONS:
+        raise ConfigError(f"activations={activations!r} is not supported: choose {' or '.join(ACTIVATIONS)}.")
+    rounds_input = activations != EXACT
+    if rounds_input and (reason := why_not_native(device)) is not None:
+        raise ConfigError(f"activations={activations!r} needs the native kernels, which {reason}.")
     if weights is not None and weights not in ROUNDED_TO:
         raise ConfigError(f"weights={weights!r} is not supported: choose {' or '.join(ROUNDED_TO)}.")
     native = why_not_native(device) is None
+    if weights is None and native and dtype == torch.bfloat16:
+        return Packing(compact=compact_is_fast(), rounds_input=rounds_input)
     if weights is None:
-        return Packing(compact=compact_is_fast()) if native and dtype == torch.bfloat16 else None
+        if rounds_input:
+            raise ConfigError(_NO_QUANTISED_WEIGHTS)
+        return None
     if not native:
         raise ConfigError(f"weights={weights!r} needs the native kernels, which {why_not_native(device)}.")
     if dtype not in (torch.bfloat16, torch.float32):
         raise ConfigError(f"weights={weights!r} runs with dtype bf16 or fp32, not {str(dtype).removeprefix('torch.')}.")
-    return Packing(ROUNDED_TO[weights], compact=compact_is_fast())
+    return Packing(ROUNDED_TO[weights], compact=compact_is_fast(), rounds_input=rounds_input)
+
+
+def require_rounded_input(module: nn.Module) -> None:
+    """Raise `ConfigError` where no packed weight in `module` rounds its input: to ask for that would be in vain."""
+    found = (value for each in module.modules() for value in vars(each).values() if isinstance(value, PackedWeight))
+    if not any(weight.rounds_input for weight in found):
+        raise ConfigError(_NO_QUANTISED_WEIGHTS)
 
 
 def pack_module(

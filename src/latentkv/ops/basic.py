@@ -9,6 +9,7 @@ from latentkv.checks import FLOATS, require, require_floats, require_same_dtype,
 from latentkv.errors import OpError
 from latentkv.kernels import DTYPE_CODES, native_isa
 from latentkv.ops.native import linear as native
+from latentkv.weights.activations import round_to_int8
 from latentkv.weights.layout import PackedWeight, unpack_weight
 
 _NATIVE_X = (torch.bfloat16, torch.float32)
@@ -28,8 +29,9 @@ def linear(
     """`x W^T + bias + residual`: x [..., D], weight [O, D], bias [O], residual [..., O] -> [..., O].
 
     With a packed weight the sum, the bias and the residual are added in float32 and rounded once. Weights count as what
-    was packed, exactly; bfloat16 x is taken as it is, float32 x to 16 bits of each number (2^-17 of it). A row's result
-    does not depend, bit for bit, on the other rows or the number of threads.
+    was packed, exactly; bfloat16 x is taken as it is, float32 x to 16 bits of each number (2^-17 of it); or, where the
+    weight rounds its input, both as `weights.activations.round_to_int8` makes them. A row's result does not depend, bit
+    for bit, on the other rows or the number of threads.
 
     Args:
         x: bfloat16 or float32 for a packed weight, else the weight's dtype.
@@ -103,6 +105,8 @@ def _packed_linear(
     ):
         require_floats(x=x, bias=bias, residual=residual)
         wide = torch.promote_types(x.dtype, torch.float32)
+        if weight.rounds_input:
+            x = round_to_int8(x, weight.group)
         out = torch.nn.functional.linear(
             x.to(wide), unpack_weight(weight).to(wide), None if bias is None else bias.to(wide)
         )

@@ -31,7 +31,7 @@ from torch.nn import functional
 
 from latentkv.checks import require
 from latentkv.weights import compact as compact_layout
-from latentkv.weights.formats import BF16, CODE_FORMATS, COMPACT
+from latentkv.weights.formats import BF16, CODE_FORMATS, COMPACT, INTEGER_PRODUCTS
 from latentkv.weights.weight import QuantizedWeight, require_quantized
 
 BLOCK_OUTS = 32
@@ -53,6 +53,7 @@ class PackedWeight:
         in_features: D.
         group: weights along D that share a scale, or exceptions that each block has room for (compact).
         scales: dtype of scales and minima.
+        rounds_input: whether activations are rounded to 8 bits for its products (`weights/activations.py`).
     """
 
     data: Tensor
@@ -62,6 +63,7 @@ class PackedWeight:
     in_features: int
     group: int
     scales: torch.dtype = torch.bfloat16
+    rounds_input: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -73,6 +75,10 @@ class PackedWeight:
         size = self.nbytes // self.count
         part = self.data[index * size : (index + 1) * size]
         return replace(self, data=part, count=1)
+
+    def rounding_input(self) -> PackedWeight:
+        """The same weight with `rounds_input`, where its products are those of integers; else itself."""
+        return replace(self, rounds_input=True) if self.format in INTEGER_PRODUCTS else self
 
 
 def pack_weight(weight: Tensor | QuantizedWeight, *, compact: bool = False) -> PackedWeight:

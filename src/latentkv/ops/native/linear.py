@@ -12,11 +12,13 @@ from latentkv.weights.formats import KERNEL_NUMBERS
 from latentkv.weights.layout import PackedWeight
 
 _SCALES = (torch.bfloat16, torch.float16, torch.float32)
+_FORMATS, _KINDS_OF_SCALES = 16, 4
 
 
 def format_code(weight: PackedWeight) -> int:
     """How a weight is packed, as `csrc/linear.h` numbers it."""
-    return KERNEL_NUMBERS[weight.format] + 16 * _SCALES.index(weight.scales)
+    kind = _SCALES.index(weight.scales) + _KINDS_OF_SCALES * weight.rounds_input
+    return KERNEL_NUMBERS[weight.format] + _FORMATS * kind
 
 
 def linear(

@@ -23,6 +23,9 @@ CODE_FORMATS: Mapping[str, CodeFormat] = {
 ROUNDED_TO: Mapping[str, CodeFormat] = {form.name: form for form in (INT8, INT4)}
 """Those that weights are rounded to where somebody asks for it."""
 
+INTEGER_PRODUCTS = CODE_FORMATS.keys() - {FP8.name}
+"""Those whose codes stand for integers, so that activations of 8 bits are multiplied by them exactly."""
+
 KERNEL_NUMBERS: Mapping[str, int] = {
     BF16: 0,
     COMPACT: 3,
@@ -48,6 +51,7 @@ __all__ = [
     "INT5",
     "INT6",
     "INT8",
+    "INTEGER_PRODUCTS",
     "KERNEL_NUMBERS",
     "NL4",
     "ROUNDED_TO",
