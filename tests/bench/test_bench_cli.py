@@ -87,7 +87,7 @@ def test_sparse_prints_a_layer_both_ways_and_its_parts_and_writes_its_numbers(
     (tmp_path / "config.json").write_text(json.dumps(SPARSE))
     json_file = tmp_path / "s.json"
     command = ["sparse", str(tmp_path), "--contexts", "64,128", "--repeats", "1", "--kv-dtype", "int8"]
-    result = CliRunner().invoke(bench_app, [*command, "--json", str(json_file)])
+    result = run_here("bench", *command, "--json", json_file)
     assert result.exit_code == 0, result.output
     assert result.output.count("sparse layer") == result.output.count("scores and choice") == 2
     rows = json.loads(json_file.read_text())["rows"]
