@@ -9,7 +9,7 @@ from engine_models import VOCAB, cache_for
 from offload_cases import ask, forget, settle, store_for, tokens
 from workloads import Foreseen, alone, decoder
 
-from latentkv.engine import Engine, offload
+from latentkv.engine import Engine, offload, snapshots
 from latentkv.errors import CacheError
 
 KIND = "kimi"
@@ -19,6 +19,7 @@ TEXT = [(5 * i * i + i + 3) % VOCAB for i in range(64)]
 @pytest.fixture(autouse=True)
 def _files_of_short_prefixes_too(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(offload, "MIN_PAGES", 1)
+    monkeypatch.setattr(snapshots, "LEAST_PAGES", 1)
     yield
 
 

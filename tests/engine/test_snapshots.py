@@ -1,11 +1,13 @@
 """Where a text with recurrent layers can be gone on from, and that it is the state of exactly that token."""
 
+from collections.abc import Iterator
+
 import pytest
 from engine_models import VOCAB, cache_for, tiny_decoder
 from offload_cases import ask, tokens
 from workloads import Foreseen, alone, decoder
 
-from latentkv.engine import Engine, Request, SamplingParams, Sequence
+from latentkv.engine import Engine, Request, SamplingParams, Sequence, snapshots
 from latentkv.engine.drafts import Wish
 from latentkv.engine.runner import Runner
 from latentkv.engine.scoring import sequence_logits, text_nats
@@ -17,6 +19,12 @@ from latentkv.state import PagedCache
 
 KIND = "hybrid mla"
 TEXT = [(7 * i * i + 3 * i + 5) % VOCAB for i in range(64)]  # 8 pages
+
+
+@pytest.fixture(autouse=True)
+def _short_prompts_too(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(snapshots, "LEAST_PAGES", 1)
+    yield
 
 
 def naive(prompt: list[int], count: int) -> list[int]:
@@ -44,6 +52,20 @@ def test_a_prompt_is_gone_on_from_at_its_last_page_and_nowhere_before():
     assert hits(engine, TEXT[:24]) == 16
     assert hits(engine, [*TEXT[:29], 9, 9, 9, 9, 9]) == 24
     assert hits(engine, [*TEXT[:20], 9, 9, 9, 9, 9]) == 16
+
+
+def test_a_prompt_of_which_little_is_new_is_read_in_one_step_and_has_no_snapshot_of_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(snapshots, "LEAST_PAGES", 3)
+    engine = engine_for()
+    assert hits(engine, TEXT[:23], 1) == 0 and engine.counters.steps == 1
+    assert hits(engine, TEXT[:23], 1) == 0 and engine.counters.steps == 2
+    assert hits(engine, TEXT[:30], 1) == 0 and engine.counters.steps == 4
+    assert hits(engine, TEXT[:47], 1) == 24 and engine.counters.steps == 5
+    assert hits(engine, TEXT[:47], 1) == 24
+    assert hits(engine, TEXT[:50], 1) == 24 and engine.counters.steps == 8
+    assert hits(engine, TEXT[:50], 1) == 48
 
 
 def test_long_prompts_are_gone_on_from_every_so_many_pages():

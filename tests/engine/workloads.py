@@ -17,7 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from offload_cases import BLOCK, forget, settle, store_for
 from torch import Tensor
 
-from latentkv.engine import Engine, Request, SamplingParams, Sequence, offload, sample
+from latentkv.engine import Engine, Request, SamplingParams, Sequence, offload, sample, snapshots
 from latentkv.engine.adaptive import AdaptiveDrafter
 from latentkv.engine.drafts import NGramDrafter, Wish
 from latentkv.kernels import Isa, available_isas, use_isa
@@ -264,6 +264,7 @@ class HybridWorkload(Workload):
         pages=st.integers(6, 14),
         slots=st.integers(1, 6),
         every=st.integers(1, 3),
+        least=st.integers(1, 3),
         step_tokens=st.integers(1, 40),
         max_running=st.sampled_from([2, 4, 256]),
         drafter=st.sampled_from(list(DRAFTERS)),
@@ -276,12 +277,15 @@ class HybridWorkload(Workload):
         pages: int,
         slots: int,
         every: int,
+        least: int,
         step_tokens: int,
         max_running: int,
         drafter: str,
         most_drafted: int,
     ) -> None:
         self.kind, self.isa = kind, isa
+        self.patch = pytest.MonkeyPatch()
+        self.patch.setattr(snapshots, "LEAST_PAGES", least)
         if not decoder(kind).mtp and drafter in ("MTP", "adaptive"):
             drafter = "n-gram"
         self.cache = cache_for(decoder(self.kind), pages, num_slots=slots, most_drafted=most_drafted)
@@ -307,6 +311,13 @@ class HybridWorkload(Workload):
             super().one_step()
         self.what_is_known_stays()
 
+    def teardown(self) -> None:
+        try:
+            super().teardown()
+        finally:
+            if hasattr(self, "engine"):
+                self.patch.undo()
+
     def what_is_known_stays(self) -> None:
         """Pages and snapshots that can be found hold the same bytes as ever."""
         prefixes, seen = self.engine._scheduler.prefixes, self.seen
@@ -330,13 +341,17 @@ class StoredHybridWorkload(StoredWorkload):
         pages=st.integers(6, 14),
         slots=st.integers(1, 6),
         every=st.integers(1, 3),
+        least=st.integers(1, 3),
         step_tokens=st.integers(1, 40),
         drafter=st.sampled_from(["none", "n-gram", "foreseen"]),
         stored=st.integers(3, 24),
     )
-    def start(self, kind: str, pages: int, slots: int, every: int, step_tokens: int, drafter: str, stored: int) -> None:
+    def start(
+        self, kind: str, pages: int, slots: int, every: int, least: int, step_tokens: int, drafter: str, stored: int
+    ) -> None:
         self.kind, self.slots = kind, slots
         self.prepare(pages, drafter, stored, {"step_tokens": step_tokens, "snapshot_every": every})
+        self.patch.setattr(snapshots, "LEAST_PAGES", least)
 
     def new_cache(self) -> PagedCache:
         return cache_for(decoder(self.kind), self.pages, num_slots=self.slots)
