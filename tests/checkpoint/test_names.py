@@ -81,3 +81,29 @@ def test_two_tensors_of_the_same_meaning_are_refused():
     both = [*PUBLISHED, "model.layers.0._orig_mod.self_attn.q_proj.weight"]
     with pytest.raises(CheckpointError, match=r"are both model\.layers\.0\.self_attn\.q_proj\.weight: remove one"):
         text_model_names(both)
+
+
+def test_names_of_ling_3_mean_what_everybodys_do():
+    published = {
+        "model.word_embeddings.weight": "model.embed_tokens.weight",
+        "model.layers.0.attention.q_conv1d.weight": "model.layers.0.self_attn.q_conv1d.weight",
+        "model.layers.0.attention.o_proj.weight": "model.layers.0.self_attn.o_proj.weight",
+        "model.layers.1.attention.dense.weight": "model.layers.1.self_attn.o_proj.weight",
+        "model.layers.1.attention.g_proj.weight": "model.layers.1.self_attn.g_proj.weight",
+        "model.layers.1.mlp.gate.expert_bias": "model.layers.1.mlp.gate.e_score_correction_bias",
+        "model.layers.2.final_layernorm.weight": "model.layers.2.shared_head.norm.weight",
+        "model.norm.weight": "model.norm.weight",
+        "lm_head.weight": "lm_head.weight",
+    }
+    assert text_model_names(published) == {known: name for name, known in published.items()}
+
+
+def test_dense_and_shared_blocks_of_kimi_linear_may_be_called_as_transformers_writes_them():
+    for block in ("mlp", "block_sparse_moe"):
+        stored = f"model.layers.0.{block}.gate_proj.weight", f"model.layers.1.{block}.shared_experts.up_proj.weight"
+        names = text_model_names([*stored, "model.layers.1.block_sparse_moe.experts.3.w2.weight"])
+        assert list(names) == [
+            "model.layers.0.mlp.gate_proj.weight",
+            "model.layers.1.mlp.shared_experts.up_proj.weight",
+            "model.layers.1.mlp.experts.3.down_proj.weight",
+        ]

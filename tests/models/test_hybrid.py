@@ -192,6 +192,18 @@ def test_what_heads_give_is_gated_before_the_output_projection(gate: Any, rope: 
         torch.testing.assert_close(gated(x, form=form).unflatten(-1, (3, 10)), expected)
 
 
+@pytest.mark.parametrize("name", ["ling3", "kimi-linear"])
+def test_rates_may_be_stored_as_a_list_or_with_sizes_of_one_around(name: str, tmp_path: Path) -> None:
+    folder, expected = reference(name)
+    tensors = load_file(folder / "model.safetensors")
+    for key, tensor in tensors.items():
+        if key.endswith("A_log"):
+            tensors[key] = tensor.flatten() if tensor.ndim > 1 else tensor.view(1, 1, -1, 1)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    assert error(run(load_model(tmp_path), [69]), expected) <= TOLERANCE
+
+
 def test_without_rotation_positions_change_nothing() -> None:
     angles = rotary(RopeConfig(8, kind="none"), torch.tensor([0, 5, 10**6]), max_context=1)
     assert torch.equal(angles.cos, torch.ones(3, 4)) and torch.equal(angles.sin, torch.zeros(3, 4))

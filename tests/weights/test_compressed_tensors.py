@@ -303,6 +303,13 @@ HIGH = [
     "model.layers.0.self_attn.kv_a_proj_with_mqa.weight",
     "model.layers.0.self_attn.kv_b_proj.weight",
     "model.layers.0.self_attn.q_proj.bias",
+    "model.layers.0.self_attn.b_proj.weight",
+    "model.layers.0.self_attn.f_a_proj.weight",
+    "model.layers.0.self_attn.g_b_proj.weight",
+    "model.layers.0.self_attn.g_proj.weight",  # of so few rows it is latent attention's, a number a head
+    "model.layers.0.self_attn.q_conv1d.weight",
+    "model.layers.0.self_attn.A_log",
+    "model.layers.0.self_attn.dt_bias",
     "model.layers.3.mlp.gate.weight",
     "model.layers.3.mlp.gate.e_score_correction_bias",
     "model.layers.61.eh_proj.weight",
@@ -315,6 +322,7 @@ LOW = [
     "model.layers.0.self_attn.k_proj.weight",
     "model.layers.0.self_attn.v_proj.weight",
     "model.layers.0.self_attn.o_proj.weight",
+    "model.layers.0.self_attn.f_proj.weight",
     "model.layers.0.mlp.down_proj.weight",
     "model.layers.3.mlp.shared_experts.gate_proj.weight",
     "model.layers.3.mlp.experts.17.up_proj.weight",
@@ -330,6 +338,10 @@ def test_routers_norms_embeddings_and_latent_projections_stay_and_the_rest_is_qu
         assert choose_scheme(name, (256, 256), INT4) == WeightScheme(INT4, 128), name
         assert choose_scheme(name, (256, 256), INT4, 32) == WeightScheme(INT4, 32), name
         assert choose_scheme(name, (256, 256), INT8) == WeightScheme(INT8, None), name
+
+
+def test_the_output_gate_of_a_recurrent_layer_is_quantised_as_its_other_projections_are():
+    assert choose_scheme("model.layers.0.self_attn.g_proj.weight", (2048, 256), INT4) == WeightScheme(INT4, 128)
 
 
 def test_the_output_head_never_gets_less_than_int8():

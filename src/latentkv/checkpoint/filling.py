@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import cast
 
@@ -19,6 +19,7 @@ _NAMED_AT_MOST = 3
 # Published MTP layers repeat the embedding and the output head, which they share with the model.
 _SHARED_BY_MTP = (".embed_tokens.weight", ".shared_head.head.weight")
 _OF_INDEXER = ".self_attn.indexer."
+_RATES = ".A_log"
 
 
 class Match:
@@ -56,7 +57,8 @@ class Match:
         targets = {part: view for name, tensor in state.items() for part, view in self._views(name, tensor)}
         for part in sorted(targets, key=lambda part: self._order.get(self._sources.get(part, ""), -1)):
             if part in self._sources:
-                targets[part].copy_(self._reader.read(self._sources[part], dtype=targets[part].dtype))
+                stored = self._reader.read(self._sources[part], dtype=targets[part].dtype)
+                targets[part].copy_(stored.view_as(targets[part]) if part.endswith(_RATES) else stored)
             else:
                 targets[part].zero_()
 
@@ -206,12 +208,17 @@ def _refuse_unexpected(unexpected: list[str], reader: Tensors) -> None:
 def _refuse_misshapen(sources: Mapping[str, str], targets: Mapping[str, Tensor], reader: Tensors) -> None:
     wrong: list[str] = []
     for name, source in sources.items():
-        if reader.shape(source) != tuple(targets[name].shape):
+        if _without_ones(name, reader.shape(source)) != _without_ones(name, targets[name].shape):
             wrong.append(f"{source} (expected {list(targets[name].shape)}, found {list(reader.shape(source))})")
         elif reason := reader.why_unreadable(source):
             wrong.append(reason)
     if wrong:
         raise CheckpointError(f"{reader.folder} does not fit its config.json: {_listed(wrong)}")
+
+
+def _without_ones(name: str, shape: Sequence[int]) -> tuple[int, ...]:
+    """A shape; that of a recurrence's rates, a number a head, which checkpoints have as [H] and as [1, 1, H, 1]."""
+    return tuple(size for size in shape if size > 1) if name.endswith(_RATES) else tuple(shape)
 
 
 def _refuse_untied_head(found: Mapping[str, str], targets: Mapping[str, Tensor], reader: Tensors) -> None:
