@@ -120,6 +120,18 @@ def test_a_layer_has_memory_of_its_own_in_its_own_shape():
     assert cache.format == "fp16"
 
 
+def test_bytes_in_use_and_bytes_that_can_be_found_again_are_those_of_pages_and_slots():
+    cache = PagedCache(SPECS["recurrent"], 4, page_size=8, num_slots=3)
+    page = 8 * cache.bytes_per_token
+    cache.pool.keep(cache.pool.allocate(2)[1], lambda page: None)
+    slot = cache.slots.allocate()
+    cache.slots.snapshot(slot, lambda: None)
+    assert cache.used_bytes == 2 * page + cache.sequence_bytes and cache.kept_bytes == cache.sequence_bytes
+    cache.pool.free([0, 1])
+    cache.slots.free(slot)
+    assert (cache.used_bytes, cache.kept_bytes) == (0, page + cache.sequence_bytes)
+
+
 def test_check_finds_storage_that_is_not_what_the_formula_says():
     cache = PagedCache(SPECS["latent"], 4)
     cache.view(0).pages.data = torch.zeros(4, 64, 80, dtype=torch.bfloat16)

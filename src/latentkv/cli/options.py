@@ -149,10 +149,11 @@ def cache_summary(llm: LLM) -> str:
     from latentkv.plan.sizes import format_bytes
 
     own, mha = llm.cache.bytes_per_token, mha_bytes(llm.config)
-    room = llm.cache.num_pages * llm.cache.page_size
+    room, slots = llm.cache.num_pages * llm.cache.page_size, llm.cache.num_slots
+    states = f" and {slots} recurrent states of {format_bytes(llm.cache.sequence_bytes)}" if slots else ""
     return (
         f"cache: {own:,} bytes a token (bf16 MHA of this model: {mha:,}, {mha / own:.1f}x), "
-        f"{format_bytes(llm.cache.allocated_bytes)} for {room:,} tokens"
+        f"{format_bytes(llm.cache.allocated_bytes)} for {room:,} tokens{states}"
     )
 
 

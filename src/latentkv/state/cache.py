@@ -130,6 +130,17 @@ class PagedCache:
         return sum(tensor.untyped_storage().nbytes() for tensor in (*self.storage, *self.slot_storage))
 
     @property
+    def used_bytes(self) -> int:
+        """Bytes of the pages and slots that sequences hold."""
+        slots = self.slots.num_slots - self.slots.free_slots if self.slots else 0
+        return self._bytes_of(self.num_pages - self.pool.free_pages, slots)
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes of the free pages and slots in which something can still be found."""
+        return self._bytes_of(self.pool.kept_pages, self.slots.num_snapshots if self.slots else 0)
+
+    @property
     def storage(self) -> list[Tensor]:
         """What lies in pages: all tensors, layer by layer, each [N, ...]."""
         return [tensor for state in self._layers for tensor in state.tensors]
@@ -161,6 +172,9 @@ class PagedCache:
     def slot_parts(self, slot: Slot) -> list[memoryview]:
         """The memory of `slot` (of a cache on the CPU) as bytes, layer by layer."""
         return [memoryview(rows[slot.index]) for rows in self._slots_as_bytes]
+
+    def _bytes_of(self, pages: int, slots: int) -> int:
+        return pages * self.page_size * self.bytes_per_token + slots * self.sequence_bytes
 
     @cached_property
     def _as_bytes(self) -> list[NDArray[np.uint8]]:
