@@ -32,7 +32,11 @@ def parameters(shape: str) -> int:
 
 
 @pytest.mark.parametrize(
-    ("shape", "billions"), [("v2-lite", 15.71), ("v2-lite-4", 1.97), ("v2-lite-8e", 3.11), ("youtu-llm-2b", 1.96)]
+    ("shape", "billions"),
+    [
+        *(("v2-lite", 15.71), ("v2-lite-4", 1.97), ("v2-lite-8e", 3.11), ("youtu-llm-2b", 1.96)),
+        *(("ling-3.0-tiny", 7.893), ("ling-3.0-tiny-8", 2.382)),
+    ],
 )
 def test_shapes_have_as_many_parameters_as_published(shape: str, billions: float):
     assert parameters(shape) / 1e9 == pytest.approx(billions, abs=0.006)
@@ -86,3 +90,20 @@ def test_quantised_weights_are_drawn_as_they_are_stored(tmp_path: Path, weights:
     assert drawn is not None
     assert drawn.dequantize().std() == pytest.approx(plain.config.initializer_range, rel=0.05)
     assert reader.quantized("model.layers.0.self_attn.kv_a_proj_with_mqa.weight") is None
+
+
+@pytest.mark.parametrize("weights", [None, "int4"])
+def test_a_hybrid_of_random_weights_loads_and_runs(tmp_path: Path, weights: str | None):
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": 32, "head_dim": 32}
+    shape = {"num_hidden_layers": 4, "num_experts": 16, "moe_shared_expert_intermediate_size": 32, "kv_lora_rank": 32}
+    others = {
+        "q_lora_rank": 32,
+        "partial_rotary_factor": None,
+        "num_attention_heads": 2,
+        "vocab_size": 50,
+        "eos_token_id": 49,
+    }
+    config = {**synthetic_config("ling-3.0-tiny"), **sizes, **shape, **others}
+    write_synthetic(config, tmp_path, weights=None if weights is None else ROUNDED_TO[weights])
+    llm = LLM(tmp_path, kv_cache_bytes=10**7, max_context=256)
+    assert llm.logits([1, 2, 3]).isfinite().all()

@@ -121,7 +121,7 @@ def make_model(
     v2-lite and youtu-llm-2b are DeepSeek-V2-Lite (15.7 B parameters; 31 GB in bf16, 9 GB in int4) and Youtu-LLM-2B;
     v2-lite-4 has the first 4 layers and a vocabulary of 32,768 (1.97 B), v2-lite-8e all 27 layers with 8 of the 64
     experts (3.11 B). ling-3.0-tiny is Ling-3.0-tiny (7.89 B), a hybrid; ling-3.0-tiny-8 has its first 8 layers and the
-    same small vocabulary (2.5 B).
+    same small vocabulary (2.38 B).
 
     Example: latentkv bench make-model v2-lite-4 models/v2-lite-4
     """
