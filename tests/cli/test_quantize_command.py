@@ -7,6 +7,7 @@ import json
 import pytest
 
 from latentkv import LLM
+from latentkv.llm_options import embedded_model
 
 TEXT = "The whale swam on, and the harpooner watched it from the mast.\n" * 4
 
@@ -27,6 +28,19 @@ def test_a_model_is_quantised_and_the_report_printed(latentkv, model_folder, tmp
     assert again.exit_code == 0, again.stderr
     printed = json.loads(again.stdout)
     assert printed["total"] == saved["total"] and printed["perplexity"] == measured
+
+
+def test_what_int8_activations_would_cost_is_said_of_a_copy_that_runs_on_its_codes(latentkv, tmp_path):
+    (tmp_path / "text.txt").write_text(TEXT)
+    asked = ("--weights", "int4", "--text", tmp_path / "text.txt")
+    result = latentkv("quantize", embedded_model(), tmp_path / "out", *asked)
+    assert result.exit_code == 0, result.stderr
+    assert "with --activations int8" in result.stdout
+    measured = json.loads((tmp_path / "out" / "quantization_report.json").read_text())["perplexity"]
+    exact, rounded = measured["after"], measured["after, int8 activations"]
+    assert exact != rounded
+    assert rounded["perplexity"] == LLM(tmp_path / "out", activations="int8").perplexity(TEXT).perplexity
+    assert rounded["perplexity"] == pytest.approx(exact["perplexity"], rel=0.01)
 
 
 def test_no_more_of_the_text_is_read_than_asked(latentkv, model_folder, tmp_path):

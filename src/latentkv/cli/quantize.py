@@ -70,10 +70,7 @@ def quantize(
     Example: latentkv quantize deepseek-ai/DeepSeek-V2-Lite v2-lite-q4_k.gguf --type q4_k --calibrate book.txt
     """
 
-    import torch
-
     from latentkv.checkpoint.source import resolve_model
-    from latentkv.ops.backends import why_not_native
     from latentkv.quantize import column_importance
 
     use_threads(threads)
@@ -91,9 +88,7 @@ def quantize(
         report, notes = write(importance, on_progress)
     measured = None
     if passage is not None and before is not None:
-        measured = {"text": str(text), "before": asdict(before), "after": asdict(_perplexity(target, passage))}
-        if why_not_native(torch.device("cpu")) is None:
-            measured["after, int8 activations"] = asdict(_perplexity(target, passage, activations="int8"))
+        measured = {"text": str(text), "before": asdict(before), **_perplexities_after(target, passage)}
         if not kind:
             _add_to_report(target, measured)
     if as_json:
@@ -175,11 +170,26 @@ def _passage(path: Path, num_bytes: int, option: str) -> str:
     return passage
 
 
-def _perplexity(folder: Path, passage: str, activations: str = "exact") -> Perplexity:
+def _perplexity(folder: Path, passage: str) -> Perplexity:
     from latentkv import LLM
 
     with console(stderr=True).status(f"Perplexity of {folder.name}"):
-        return LLM(folder, packed_dir=None, activations=activations).perplexity(passage)
+        return LLM(folder, packed_dir=None).perplexity(passage)
+
+
+def _perplexities_after(target: Path, passage: str) -> dict[str, Any]:
+    """Of the copy, and with activations of 8 bits where it runs on quantised weights (a float32 model does not)."""
+    from latentkv import LLM
+    from latentkv.models.packing import packed_weights
+
+    with console(stderr=True).status(f"Perplexity of {target.name}"):
+        exact = LLM(target, packed_dir=None)
+        measured = {"after": asdict(exact.perplexity(passage))}
+        if any(weight.rounding_input().rounds_input for weight in packed_weights(exact.decoder)):
+            del exact
+            rounded = LLM(target, packed_dir=None, activations="int8")
+            measured["after, int8 activations"] = asdict(rounded.perplexity(passage))
+    return measured
 
 
 @contextmanager

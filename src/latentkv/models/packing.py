@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol, runtime_checkable
 
@@ -170,10 +170,15 @@ def choose_packing(
     return Packing(ROUNDED_TO[weights], compact=compact_is_fast(), rounds_input=rounds_input)
 
 
+def packed_weights(module: nn.Module) -> Iterator[PackedWeight]:
+    """All packed weights in a module."""
+    for each in module.modules():
+        yield from (value for value in vars(each).values() if isinstance(value, PackedWeight))
+
+
 def require_rounded_input(module: nn.Module) -> None:
     """Raise `ConfigError` where no packed weight in `module` rounds its input: to ask for that would be in vain."""
-    found = (value for each in module.modules() for value in vars(each).values() if isinstance(value, PackedWeight))
-    if not any(weight.rounds_input for weight in found):
+    if not any(weight.rounds_input for weight in packed_weights(module)):
         raise ConfigError(_NO_QUANTISED_WEIGHTS)
 
 
