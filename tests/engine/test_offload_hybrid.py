@@ -23,10 +23,12 @@ def _files_of_short_prefixes_too(monkeypatch: pytest.MonkeyPatch) -> Iterator[No
     yield
 
 
-def engine_for(folder: Path, *, slots: int = 6, every: int = 64, max_bytes: int = 1 << 20, **options) -> Engine:
-    cache = cache_for(decoder(KIND), 40, num_slots=slots)
+def engine_for(
+    folder: Path, *, slots: int = 6, every: int = 64, most_drafted: int = 5, max_bytes: int = 1 << 20, **options
+) -> Engine:
+    cache = cache_for(decoder(KIND), 40, num_slots=slots, most_drafted=most_drafted)
     store = store_for(folder, cache, max_bytes=max_bytes)
-    return Engine(decoder(KIND), cache, store=store, snapshot_every=every, **options)
+    return Engine(decoder(KIND), cache, store=store, snapshot_every=every, most_drafted=max(most_drafted, 1), **options)
 
 
 def answer(engine: Engine, prompt: list[int], count: int = 3) -> tuple[list[int], int]:
@@ -91,6 +93,13 @@ def test_drafts_that_wait_beside_a_snapshot_are_stored_with_it(tmp_path: Path):
         assert answer(again, [*prompt, *got, 4])[1] == 24
         again.close()
     assert waited > 1, "no snapshot was made of a draft"
+
+
+def test_what_is_stored_does_not_depend_on_how_long_drafts_may_be(tmp_path: Path):
+    for most_drafted, hits in ((2, 0), (0, 24), (5, 24)):
+        engine = engine_for(tmp_path, most_drafted=most_drafted)
+        assert answer(engine, TEXT[:30], 1)[1] == hits
+        engine.close()
 
 
 def test_a_damaged_snapshot_is_not_used_and_nothing_is_wrong(tmp_path: Path):

@@ -242,7 +242,8 @@ class StoredWorkload(Workload):
     @invariant()
     def no_more_is_stored_than_may_be(self) -> None:
         if hasattr(self, "engine"):
-            files = [path for path in Path(self.folder.name).iterdir() if path.name[-5:] in (".page", "state")]
+            settle(self.engine)
+            files = [path for path in Path(self.folder.name).iterdir() if path.suffix in (".page", ".state")]
             assert sum(-(-path.stat().st_size // BLOCK) * BLOCK for path in files) <= self.max_bytes
 
     def teardown(self) -> None:

@@ -399,12 +399,11 @@ class Engine:
 
 
 def _require_room_for_drafts(cache: PagedCache, most_drafted: int) -> None:
-    for spec in cache.specs:
-        if spec.recurrent and spec.recurrent.most_drafted < most_drafted:
-            raise CacheError(
-                f"Recurrent layers have room for drafts of {spec.recurrent.most_drafted} tokens, not {most_drafted}: "
-                "make the cache of ModelConfig.specs with most_drafted."
-            )
+    if cache.slots and cache.most_drafted < most_drafted:
+        raise CacheError(
+            f"Recurrent layers have room for drafts of {cache.most_drafted} tokens, not {most_drafted}: "
+            "make the cache of ModelConfig.specs with most_drafted."
+        )
 
 
 def _never(token: int) -> bool:

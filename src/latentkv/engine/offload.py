@@ -82,7 +82,7 @@ class Offload:
         while len(keys) < wanted and (key := self._key(sequence, len(keys))) in self._store:
             keys.append(key)
         slot = sequence.slot
-        while slot and len(keys) > known and keys[-1].snapshot() not in self._store:
+        while slot and len(keys) > known and self._store.snapshot_key(keys[-1]) is None:
             keys.pop()
         self._counters.store_queries += (wanted - known) * self._page_size
         if len(keys) > known:
@@ -133,7 +133,7 @@ class Offload:
             snapshot = self._prefixes.snapshot(page)
             if snapshot and index < self._stored[sequence].num_offered:
                 key = self._key(sequence, index)
-                if key.snapshot() not in self._store and not self._offer_snapshot(key, page, snapshot):
+                if self._store.snapshot_key(key) is None and not self._offer_snapshot(key, page, snapshot):
                     return
 
     def forget(self, sequence: Sequence) -> None:
@@ -201,7 +201,8 @@ class Offload:
             )
 
     def _touch(self, keys: list[PageKey]) -> None:
-        self._store.touch([*keys, keys[-1].snapshot()])
+        snapshot = self._store.snapshot_key(keys[-1])
+        self._store.touch(keys if snapshot is None else [*keys, snapshot])
 
     def _load(self, keys: list[PageKey], pages: list[int], slot: Slot | None, is_wanted: Callable[[], bool]) -> int:
         known = len(keys) - len(pages)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -169,9 +170,20 @@ class PagedCache:
         """The memory of `page` (of a cache on the CPU) as bytes, layer by layer."""
         return [memoryview(rows[page]) for rows in self._as_bytes]
 
-    def slot_parts(self, slot: Slot) -> list[memoryview]:
-        """The memory of `slot` (of a cache on the CPU) as bytes, layer by layer."""
-        return [memoryview(rows[slot.index]) for rows in self._slots_as_bytes]
+    def slot_parts(self, slot: Slot, waiting: int) -> list[memoryview]:
+        """The memory of `slot` and `waiting` drafted tokens in it (of a cache on the CPU) as bytes, layer by layer."""
+        tensors: list[Tensor] = []
+        for state in self._layers:
+            if state.recurrent:
+                matrices, conv, *pending = (tensor[slot.index] for tensor in state.recurrent)
+                tensors += [matrices, conv, *(tensor[:waiting] for tensor in pending if waiting)]
+        rows: list[Any] = [tensor.flatten().view(torch.uint8).numpy() for tensor in tensors]
+        return [memoryview(row) for row in rows]
+
+    @property
+    def most_drafted(self) -> int:
+        """Tokens of a draft that can wait beside a recurrent state."""
+        return min((spec.recurrent.most_drafted for spec in self.specs if spec.recurrent), default=0)
 
     def _bytes_of(self, pages: int, slots: int) -> int:
         return pages * self.page_size * self.bytes_per_token + slots * self.sequence_bytes
@@ -180,12 +192,6 @@ class PagedCache:
     def _as_bytes(self) -> list[NDArray[np.uint8]]:
         """The storage, each tensor [N, bytes of a page]."""
         return [tensor.view(torch.uint8).flatten(1).numpy() for tensor in self.storage]
-
-    @cached_property
-    def _slots_as_bytes(self) -> list[NDArray[np.uint8]]:
-        """The storage of slots, each tensor [S, bytes of a slot]."""
-        tensors = [tensor for tensor in self.slot_storage if tensor.numel()]
-        return [tensor.flatten(1).view(torch.uint8).numpy() for tensor in tensors]
 
     def check(self) -> None:
         """Prove the invariants: every page and slot is free xor held, and the storage is what the formula says.

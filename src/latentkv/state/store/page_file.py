@@ -9,8 +9,8 @@
 | as said | the page's state, layer by layer: its tokens, then what the layer keeps once a page |
 | 4 | CRC-32 of all before it |
 
-A snapshot of recurrent states has such a file too, with the digest of the page at whose end it is and no tokens: its
-state is how many tokens wait beside it (8 bytes), then the slot, layer by layer.
+A snapshot of recurrent states has such a file too, with the digest of the page at whose end it is and one token id, -1
+less the number of tokens that wait beside the state: matrices, convolutions and these tokens, layer by layer.
 
 Whoever reads a file knows all of its head, so nothing in a file is ever interpreted: it is compared.
 """

@@ -14,7 +14,7 @@ class PageKey:
 
     Attributes:
         parent: digest of the page before it; of a text's first page the root, which stands for model, format and salt.
-        tokens: the page's own token ids, 4 bytes each, little endian; a snapshot has none.
+        tokens: the page's own token ids, 4 bytes each, little endian; of a snapshot a number below 0 (`snapshot`).
         depth: how many pages come before it.
         digest: SHA-256 of `parent` and `tokens`, and so of all that the page's numbers depend on.
     """
@@ -33,9 +33,14 @@ class PageKey:
         """Of the page after this one."""
         return self._of(self.digest, tokens, self.depth + 1)
 
-    def snapshot(self) -> PageKey:
-        """Of the snapshot at the end of this page."""
-        return self.next([])
+    def snapshot(self, waiting: int) -> PageKey:
+        """Of the snapshot at the end of this page, if so many tokens wait beside its state: no token has such an id."""
+        return self.next([-1 - waiting])
+
+    @property
+    def is_snapshot(self) -> bool:
+        """Whether it is of a snapshot."""
+        return len(self.tokens) == 4 and self.tokens[3] > 127
 
     @classmethod
     def _of(cls, parent: bytes, tokens: Sequence[int], depth: int) -> PageKey:

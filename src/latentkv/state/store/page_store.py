@@ -6,7 +6,6 @@ import hmac
 import logging
 import math
 import os
-import struct
 import threading
 import time
 from collections import deque
@@ -20,6 +19,7 @@ from latentkv.errors import CacheError
 from latentkv.files import open_regular
 from latentkv.state.cache import PagedCache
 from latentkv.state.slots import Slot
+from latentkv.state.spec import LayerSpec
 from latentkv.state.store.folder import StoreFolder, open_private
 from latentkv.state.store.page_file import VERSION, DamagedPageError, file_bytes, read_page, write_page
 from latentkv.state.store.page_key import PageKey
@@ -32,8 +32,6 @@ _AHEAD = 16
 
 _STEP = 1000
 """Nanoseconds by which a page counts as used before the one it follows: of a text the end is removed first."""
-
-_WAITING = struct.Struct("<Q")
 
 
 class PageStore:
@@ -61,7 +59,7 @@ class PageStore:
             raise CacheError("A GPU's cache cannot be stored in files: leave cache_dir out, or use device='cpu'.")
         least = in_blocks(file_bytes(cache.page_size, cache.page_bytes))
         if cache.slots:
-            least += in_blocks(file_bytes(0, _WAITING.size + cache.sequence_bytes))
+            least += in_blocks(file_bytes(1, cache.sequence_bytes))
         if least > max_bytes:
             what = "page with a snapshot" if cache.slots else "page"
             raise CacheError(
@@ -71,7 +69,7 @@ class PageStore:
         self._cache = cache
         self._folder = folder
         self._model = hmac.digest(
-            self._folder.secret, repr((VERSION, fingerprint, cache.specs, cache.page_size)).encode(), "sha256"
+            self._folder.secret, repr((VERSION, fingerprint, _stored_of(cache), cache.page_size)).encode(), "sha256"
         )
         self._prefix = self._model[:8].hex() + "-"
         self._guard = threading.Lock()  # of the files known
@@ -166,8 +164,12 @@ class PageStore:
             OSError: it cannot be written; nothing of it is left.
         """
         waiting = (key.depth + 1) * self.page_size - slot.num_tokens
-        parts = [memoryview(_WAITING.pack(waiting)), *self._cache.slot_parts(slot)]
-        return self._save(key.snapshot(), parts, is_valid)
+        return self._save(key.snapshot(waiting), self._cache.slot_parts(slot, waiting), is_valid)
+
+    def snapshot_key(self, key: PageKey) -> PageKey | None:
+        """The key of the stored snapshot at the end of a page, as far as this process knows; None: there is none."""
+        keys = map(key.snapshot, range(self._cache.most_drafted + 1))
+        return next((each for each in keys if each in self), None)
 
     def _save(self, key: PageKey, parts: list[memoryview], is_valid: Callable[[], bool]) -> int:
         name, size = self._name(key), file_bytes(len(key.tokens) // 4, sum(part.nbytes for part in parts))
@@ -226,15 +228,17 @@ class PageStore:
         Returns:
             Whether it could be had; if not, the slot is as it was.
         """
-        into = self._cache.slot_parts(slot)
-        waiting, read = bytearray(_WAITING.size), [bytearray(part.nbytes) for part in into]
-        file = self._open(key.snapshot())
-        if file is None or not self._read(file, key.snapshot(), [memoryview(waiting), *map(memoryview, read)]):
-            return False
-        for part, content in zip(into, read, strict=True):
-            part[:] = content
-        slot.num_tokens = (key.depth + 1) * self.page_size - _WAITING.unpack(waiting)[0]
-        return True
+        for waiting in range(self._cache.most_drafted + 1):
+            own = key.snapshot(waiting)
+            file = self._open(own) if own in self else None
+            into = self._cache.slot_parts(slot, waiting)
+            read = [memoryview(bytearray(part.nbytes)) for part in into]
+            if file is not None and self._read(file, own, read):
+                for part, content in zip(into, read, strict=True):
+                    part[:] = content
+                slot.num_tokens = (key.depth + 1) * self.page_size - waiting
+                return True
+        return False
 
     def touch(self, keys: Sequence[PageKey]) -> None:
         """Count the pages of a text, from its first page on, as used now."""
@@ -261,7 +265,7 @@ class PageStore:
         self._folder.unlock()
 
     def _name(self, key: PageKey) -> str:
-        return f"{self._prefix}{key.digest.hex()}.{'page' if key.tokens else 'state'}"
+        return f"{self._prefix}{key.digest.hex()}.{'state' if key.is_snapshot else 'page'}"
 
     def _use_of_next(self, key: PageKey) -> int | None:
         """When a page that is stored now counts as used: just before the one it follows; None: that one is missing."""
@@ -362,3 +366,11 @@ class PageStore:
             path.unlink()
         with self._guard:
             self._files.remove(file.name)
+
+
+def _stored_of(cache: PagedCache) -> list[LayerSpec]:
+    """What is stored of each layer: it does not depend on how long drafts may be."""
+    return [
+        replace(spec, recurrent=replace(spec.recurrent, most_drafted=0)) if spec.recurrent else spec
+        for spec in cache.specs
+    ]
