@@ -21,7 +21,7 @@ from latentkv.models.config import GQAConfig
 from latentkv.models.config_reader import read_config
 from latentkv.models.decoder import Decoder
 from latentkv.models.loading import save_pretrained
-from latentkv.models.packing import Packing, pack_module
+from latentkv.models.packing import Packing, pack_module, packed_weights
 from latentkv.state import PagedCache
 from latentkv.weights.formats import INT4, INT8
 
@@ -103,6 +103,22 @@ def test_every_case_has_a_row_for_each_contender(llm: LLM, tmp_path: Path):
     assert "96 B a token" in model_facts(report)
     plot_decode([report, report], tmp_path / "decode.png")
     assert (tmp_path / "decode.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.skipif(current_isa() == "torch", reason="the native kernels do not run here")
+def test_the_mha_twin_takes_activations_as_the_model_does(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    twins: list[Decoder] = []
+    monkeypatch.setattr(module, "mha_twin", lambda *given: twins.append(mha_twin(*given)) or twins[-1])
+    for activations in ("exact", "int8"):
+        llm = LLM(folder, weights="int8", activations=activations)
+        asked: dict[str, Any] = {"weights": "int8", "activations": activations, "mha": True, "probe": PROBE}
+        measure_model(llm, name="tiny", prompts=[3], depths=[], new_tokens=1, repeats=1, **asked)
+    exact, rounding = (
+        [weight.rounds_input for weight in packed_weights(twin.model.layers[0].get_submodule("self_attn"))]
+        for twin in twins
+    )
+    assert not any(exact)
+    assert any(rounding)
 
 
 @pytest.mark.skipif(current_isa() == "torch", reason="the native kernels do not run here")

@@ -9,7 +9,7 @@ from torch import Tensor
 from latentkv import kernels
 from latentkv.ops import gated_mlp, linear, moe_experts, reference
 from latentkv.weights.activations import round_to_int8
-from latentkv.weights.formats import INT8, INTEGER_PRODUCTS
+from latentkv.weights.formats import CODE_FORMATS, INT8, INTEGER_PRODUCTS
 from latentkv.weights.layout import PackedWeight, pack_weight
 from latentkv.weights.weight import QuantizedWeight
 from quantised_weights import quantised
@@ -41,7 +41,8 @@ def weights(*shape: int, fmt: str, group: int | None, seed: int = 0) -> tuple[Pa
 def assert_close(out: Tensor, x: Tensor, packed: PackedWeight, weight: Tensor) -> None:
     """Float32 sums of the products with rounded activations; of each run they are exact."""
     rounded = round_to_int8(x, packed.group).double()
-    size = rounded.abs() @ (weight.abs() + weight.abs().amax()).T  # codes less the middle one, and what is added back
+    has_minima = CODE_FORMATS[packed.format].has_minima  # what is added to all codes, and nearly cancels
+    size = rounded.abs() @ (weight.abs() + (weight.abs().amax() if has_minima else 0)).T
     assert ((out.double() - reference.linear(rounded, weight)).abs() <= 2e-6 * size).all()
 
 
@@ -153,7 +154,10 @@ def test_experts_and_mlps_round_both_of_their_inputs(isa: kernels.Isa, fmt: str,
     with kernels.use_isa(isa):
         out = moe_experts(x, ids, chosen, gate_up, down)
         single = gated_mlp(x, gate_up.matrix(1), down.matrix(1))
-    # Where a rounding falls otherwise, the intermediate differs by one step of its run.
+    # Where a number of an intermediate lies between two integers, a token may differ by a step of its run, but few do.
+    largest = of_all.abs().amax()
     step = reference.silu_mul(reference.linear(x, wide[0])).abs().amax() / 127 * narrow.abs().amax()
-    assert (out.double() - expected).abs().amax() <= 2 * step
-    assert (single.double() - of_all[:, 1]).abs().amax() <= 2 * step
+    for found, wanted in ((out, expected), (single, of_all[:, 1])):
+        differences = (found.double() - wanted).abs().amax(1)
+        assert differences.amax() <= 2 * step
+        assert (differences <= 1e-5 * largest).sum() >= 4

@@ -21,7 +21,7 @@ from latentkv.bench.timing import Timing, time_once, torch_threads
 from latentkv.errors import RequestError
 from latentkv.llm import LLM
 from latentkv.models.config import MLAConfig, ModelConfig
-from latentkv.models.packing import choose_packing
+from latentkv.models.packing import EXACT, choose_packing
 from latentkv.ops.native.recording import kernel_seconds
 from latentkv.plan.parameters import count_parameters
 from latentkv.state import PagedCache, sequence_bytes
@@ -149,6 +149,7 @@ def measure_model(
     repeats: int = 5,
     threads: int | None = None,
     weights: str | None = None,
+    activations: str = EXACT,
     mha: bool = False,
     transformers: bool = False,
     peers: Sequence[str] = (),
@@ -167,6 +168,7 @@ def measure_model(
         repeats: timed rounds.
         threads: torch threads (None: torch's own number).
         weights: how `llm` was asked to quantise its weights.
+        activations: how it was asked to take activations; the MHA twin takes them so, too.
         mha: measure the same model with multi-head attention, too.
         transformers: measure the checkpoint in transformers, too.
         peers: commands that start other programs (`OtherProgram`).
@@ -189,7 +191,9 @@ def measure_model(
         peak_rss = peak_rss_bytes()  # before anything that is not ours takes memory
         sizes = weight_bytes_read(llm.decoder), llm.cache.bytes_per_token, sequence_bytes(llm.config.specs("bf16"))
         entries = {LATENTKV: Entry(own, llm.config, *sizes)}
-        notes = _add_peers(entries, llm, weights, mha, transformers, peers, max(c.tokens for c in cases), stack)
+        notes = _add_peers(
+            entries, llm, weights, activations, mha, transformers, peers, max(c.tokens for c in cases), stack
+        )
         progress("comparing logits")
         agreement = compare_logits(entries)
         probe = probe or CeilingProbe()
@@ -233,6 +237,7 @@ def _add_peers(
     entries: dict[str, Entry],
     llm: LLM,
     weights: str | None,
+    activations: str,
     mha: bool,
     transformers: bool,
     peers: Sequence[str],
@@ -242,7 +247,7 @@ def _add_peers(
     """Fill `entries`; gives notes of what could not be had."""
     notes: list[str] = []
     if mha:
-        entries[MHA] = _mha_entry(llm, weights, deepest)
+        entries[MHA] = _mha_entry(llm, weights, activations, deepest)
     if transformers and isinstance(llm.config.cached_attention, MLAConfig):
         try:
             entries[TRANSFORMERS] = Entry(TransformersModel(llm.folder), llm.config)
@@ -255,8 +260,8 @@ def _add_peers(
     return notes
 
 
-def _mha_entry(llm: LLM, weights: str | None, deepest: int) -> Entry:
-    packing = choose_packing(weights, llm.decoder.dtype, torch.device("cpu"))
+def _mha_entry(llm: LLM, weights: str | None, activations: str, deepest: int) -> Entry:
+    packing = choose_packing(weights, llm.decoder.dtype, torch.device("cpu"), activations)
     twin = mha_twin(llm.decoder, packing)
     specs = twin.config.specs("fp32" if llm.decoder.dtype == torch.float32 else "bf16")
     cache = PagedCache(specs, -(-(deepest + 64) // llm.cache.page_size) + 1)

@@ -91,6 +91,7 @@ def model(
             repeats=repeats,
             threads=threads,
             weights=weights,
+            activations=activations,
             mha=mha,
             transformers=transformers,
             peers=peer or (),

@@ -151,20 +151,19 @@ def choose_packing(
     """
     if activations not in ACTIVATIONS:
         raise ConfigError(f"activations={activations!r} is not supported: choose {' or '.join(ACTIVATIONS)}.")
-    rounds_input = activations != EXACT
-    if rounds_input and (reason := why_not_native(device)) is not None:
-        raise ConfigError(f"activations={activations!r} needs the native kernels, which {reason}.")
+    rounds_input, why_not = activations != EXACT, why_not_native(device)
+    if rounds_input and why_not is not None:
+        raise ConfigError(f"activations={activations!r} needs the native kernels, which {why_not}.")
     if weights is not None and weights not in ROUNDED_TO:
         raise ConfigError(f"weights={weights!r} is not supported: choose {' or '.join(ROUNDED_TO)}.")
-    native = why_not_native(device) is None
-    if weights is None and native and dtype == torch.bfloat16:
+    if weights is None and why_not is None and dtype == torch.bfloat16:
         return Packing(compact=compact_is_fast(), rounds_input=rounds_input)
     if weights is None:
         if rounds_input:
             raise ConfigError(_NO_QUANTISED_WEIGHTS)
         return None
-    if not native:
-        raise ConfigError(f"weights={weights!r} needs the native kernels, which {why_not_native(device)}.")
+    if why_not is not None:
+        raise ConfigError(f"weights={weights!r} needs the native kernels, which {why_not}.")
     if dtype not in (torch.bfloat16, torch.float32):
         raise ConfigError(f"weights={weights!r} runs with dtype bf16 or fp32, not {str(dtype).removeprefix('torch.')}.")
     return Packing(ROUNDED_TO[weights], compact=compact_is_fast(), rounds_input=rounds_input)
