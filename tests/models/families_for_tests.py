@@ -449,6 +449,9 @@ CASES = [
     ),
 ]
 
+FIRST_CASES = list({case.model_type: case for case in reversed(CASES)}.values())
+"""One of each family, for what its other cases, which differ in their config's values, would only repeat."""
+
 
 def build(case: Case) -> PreTrainedModel:
     """The transformers model of a case (Mistral 4's text model is not among AutoModelForCausalLM's)."""

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from families_for_tests import CASES, Case
+from families_for_tests import FIRST_CASES, Case
 from gguf import GGMLQuantizationType as Type
 from safetensors.torch import load_file, save_file
 from test_packing import checkpoint, logits
@@ -35,7 +35,7 @@ from latentkv.weights.packed_folder import PackedFolder
 pytestmark = pytest.mark.skipif(kernels.extension is None, reason="the native kernels are not built")
 
 BF16 = Packing()
-by_name = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+by_name = pytest.mark.parametrize("case", FIRST_CASES, ids=lambda case: case.name)
 
 
 @pytest.fixture

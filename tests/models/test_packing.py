@@ -8,7 +8,7 @@ from tempfile import TemporaryDirectory
 
 import pytest
 import torch
-from families_for_tests import CASES, VOCAB, Case, save_checkpoint
+from families_for_tests import CASES, FIRST_CASES, VOCAB, Case, save_checkpoint
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -68,8 +68,11 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float)
     assert float((actual - expected).abs().max() / expected.abs().max()) <= tolerance
 
 
-@by_name
-@pytest.mark.parametrize("compact", [False, True])
+@pytest.mark.parametrize(
+    ("case", "compact"),
+    [(case, False) for case in CASES] + [(case, True) for case in FIRST_CASES],
+    ids=lambda value: value.name if isinstance(value, Case) else "compact" if value else "plain",
+)
 def test_packing_changes_no_logits(case: Case, compact: bool) -> None:
     folder = checkpoint(case.name)
     packed = load_model(folder, packing=Packing(compact=compact))
