@@ -16,7 +16,7 @@ struct Int8Codes {
 
   explicit Int8Codes(float scale) : scale(scale) {}
   vf many(const char* p) const {
-    return __builtin_convertvector(__builtin_convertvector(load_as<vb>(p), vi), vf) * scale;
+    return __builtin_convertvector(load_s8(p), vf) * scale;
   }
   float one(const char* p) const { return load_as<std::int8_t>(p) * scale; }
 };
@@ -28,7 +28,7 @@ struct E4m3Codes {
 
   explicit E4m3Codes(float scale) : scale(scale) {}
   vf many(const char* p) const {
-    const vu code = __builtin_convertvector(load_as<vub>(p), vu);
+    const vu code = load_u8(p);
     return (vf)((code & 0x7f) << 20 | (code & 0x80) << 24) * 0x1p120f * scale;
   }
   float one(const char* p) const {

@@ -7,14 +7,12 @@
 #include "attention_tile.h"
 #include "attention_vectors.h"
 
-#if defined(__AVX512F__)
-
 namespace latentkv::LATENTKV_ISA {
 
 template <int TILE_>
 class LaneSoftmax {
  public:
-  static constexpr int TILE = TILE_, LANES = 16;
+  static constexpr int TILE = TILE_, LANES = 16;  // query vectors that are scored together: whole registers
 
  protected:
   // For groups of at most `vectors` query vectors.
@@ -28,12 +26,12 @@ class LaneSoftmax {
 
   float* scores(int token, int v) { return scores_ + (std::ptrdiff_t)token * stride_ + v; }
 
-  // Scores of 16 query vectors -> weights exp(scale * score - peak), the new peaks and totals, and what the sums so far
+  // Scores of W query vectors -> weights exp(scale * score - peak), the new peaks and totals, and what the sums so far
   // are rescaled by.
   void soften(int v, int tokens, const State& state) {
     const vi from = load_as<vi>(ranges_.from + v), to = load_as<vi>(ranges_.to + v);
     bool all = true;
-    for (int i = 0; i < LANES; i++) all = all && from[i] == 0 && to[i] == tokens;
+    for (int i = 0; i < W; i++) all = all && from[i] == 0 && to[i] == tokens;
     const vf none = splat(-INFINITY);
     vf peaks[2] = {none, none};
     for (int t = 0; t < tokens; t++) {
@@ -58,7 +56,7 @@ class LaneSoftmax {
   }
 
   const Attention& a_;
-  int vectors_;  // whole registers
+  int vectors_;  // a multiple of LANES
   int stride_;   // of a token's scores: an odd number of lines, or a vector's would share a few sets of the L1 cache
   float* scores_;   // [TILE, stride]; then weights
   float* rescale_;  // [vectors]
@@ -66,5 +64,3 @@ class LaneSoftmax {
 };
 
 }  // namespace latentkv::LATENTKV_ISA
-
-#endif

@@ -119,7 +119,7 @@ def test_changing_any_tensor_changes_the_logits_beyond_the_tolerance(case: Case)
 
 
 def _slopes(decoder: Decoder, direction: torch.Tensor) -> dict[str, float]:
-    """How steeply the logits, along a direction in which each counts about 1, rise with each parameter that they can."""
+    """How steeply the logits, along a direction that counts each about once, rise with each parameter."""
     decoder.requires_grad_(True)
     logits = decoder.logits(decoder.forward_train(torch.tensor([IDS])))[0]
     (logits * direction).sum().div(direction.numel() ** 0.5).backward()
