@@ -10,6 +10,7 @@
 
 #include "attention_bf16.h"
 #include "attention_float.h"
+#include "attention_float_lanes.h"
 #include "attention_int8.h"
 #include "attention_lanes.h"
 #include "attention_packed.h"
@@ -222,6 +223,10 @@ void attend(const Attention& a) {
       default: return attend_pages<Bf16Rows>(a);
     }
   }
+#endif
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  if (FloatLanesEngine<bf16>::takes(a)) return attend_with<FloatLanesEngine<bf16>>(a);
+  if (FloatLanesEngine<float>::takes(a)) return attend_with<FloatLanesEngine<float>>(a);
 #endif
   attend_with<RowsEngine<FloatArithmetic>>(a);
 }
