@@ -87,9 +87,20 @@ void pack_row(const void* row, DType dtype, std::int64_t ins, const Layout& layo
         *out = word;
       }
       out[0] = __builtin_bit_cast(Word, run.scale);
-      out[rows] = (Word)run.sum;
+      out[rows] = product.is_lifted ? (Word)run.sum : __builtin_bit_cast(Word, run.scale * (float)run.sum);
       out += 2 * rows;
     }
+}
+
+// The same panel with a word for each quad.
+Panel decode(const Int8Product& product, const Panel& panel) {
+  Panel decoded = panel;
+  decoded.group_words = panel.group_words / product.pack_words * product.pack_codes / 4;
+  decoded.words_stride = decoded.group_words * BLOCK_OUTS;
+  Word* const quads = (Word*)thread_scratch(Scratch::panel, panel.groups * decoded.words_stride * sizeof(Word));
+  product.decode(panel, quads);
+  decoded.words = quads;
+  return decoded;
 }
 
 }  // namespace
@@ -120,6 +131,7 @@ void int8_multiply_rows(const PackedWeight& w, std::int64_t e, const void* packe
                         std::int64_t end_block, const LinearOutput& out) {
   constexpr std::int64_t AT_ONCE = 1 << 20;  // bytes of activations that pass by each block of outputs
   constexpr std::int64_t FEWEST = 4;         // turns, that all weights are read for once more
+  constexpr std::int64_t WORTH_DECODING = 3;  // turns
   const Layout layout = layout_of(w);
   const std::int64_t turns = end_rows - first_rows, blocks = int8_row_blocks(rows), words_of_row = row_words(layout);
   const std::int64_t bytes = turns * INT8_ROWS * words_of_row * (std::int64_t)sizeof(Word);
@@ -129,17 +141,20 @@ void int8_multiply_rows(const PackedWeight& w, std::int64_t e, const void* packe
     int8_multiply_rows(w, e, packed, rows, middle, end_rows, first_block, end_block, out);
     return;
   }
-  const Int8Tile* const tiles = product_with(w.format).tiles;
+  const Int8Product& product = product_with(w.format);
+  const bool decodes = turns >= WORTH_DECODING && product.tiles_of_quads;
+  const Int8Tile* const tiles = decodes ? product.tiles_of_quads : product.tiles;
   const Word* const units = (const Word*)packed;
   const std::int64_t fetches = fetching_turns(turns), block_words = layout.block_stride();
   float* const sums = (float*)thread_scratch(Scratch::sums, INT8_ROWS * BLOCK_OUTS * sizeof(float));
   for (std::int64_t o = first_block; o < end_block; o++) {
     const Word* block = (const Word*)w.data + (e * layout.blocks + o) * block_words;
-    Panel panel = panel_of(w, layout, block, fetches);
-    const std::int64_t words = words_in(panel);
+    const Panel stored = panel_of(w, layout, block, fetches);
+    const std::int64_t words = words_in(stored);
+    Panel panel = decodes ? decode(product, stored) : stored;
     for (std::int64_t turn = 0; turn < turns; turn++) {
       const RowBlock block_rows = row_block(rows, blocks, first_rows + turn);
-      panel.ahead = ahead_of(w.format, panel.words, panel.words + block_words, words, turn, turns, fetches);
+      panel.ahead = ahead_of(w.format, stored.words, stored.words + block_words, words, turn, turns, fetches);
       tiles[block_rows.count - 1](panel, units + block_rows.first * words_of_row, sums);
       write_rows(sums, 1, block_rows, o * BLOCK_OUTS, w.outs, out);
     }

@@ -61,12 +61,44 @@ struct TableQuads {
   LATENTKV_INLINE vu quad(const vu (&w)[1], int i) { return look_up<Table>(w[0] >> (4 * i) & 0x0f0f0f0f); }
 };
 
+// The same codes where each quad has been made a word of its own, which takes time with codes of other widths than 4 bits.
+template <class Decoder>
+struct DecodedQuads : Decoder {
+  static constexpr int quads = Decoder::quads < 4 ? Decoder::quads : 4, words = quads;
+  LATENTKV_INLINE vu quad(const vu (&w)[words], int i) { return w[i]; }
+};
+template <class Decoder>
+constexpr bool is_decoded = false;
+template <class Decoder>
+constexpr bool is_decoded<DecodedQuads<Decoder>> = true;
+
+// A panel's words to quads [groups][quads][32]; those of the next panel, which follow them, are fetched meanwhile.
+template <class Decoder>
+void decode_quads(const Panel& panel, Word* quads) {
+  constexpr int WORDS = Decoder::words, QUADS = Decoder::quads;
+  const std::int64_t packs = panel.group_words / WORDS, ahead = panel.groups * panel.words_stride;
+  for (std::int64_t g = 0; g < panel.groups; g++) {
+    const Word* words = panel.words + g * panel.words_stride;
+    for (std::int64_t i = 0; i < packs; i++, words += WORDS * BLOCK_OUTS, quads += QUADS * BLOCK_OUTS) {
+      for (int k = 0; k < WORDS * BLOCK_OUTS; k += 16) __builtin_prefetch(words + ahead + k, 0, 2);
+      for (int v = 0; v < BLOCK_OUTS; v += W) {
+        vu w[WORDS];
+#pragma GCC unroll 8
+        for (int k = 0; k < WORDS; k++) w[k] = load_as<vu>(words + k * BLOCK_OUTS + v);
+#pragma GCC unroll 8
+        for (int q = 0; q < QUADS; q++) {
+          const vu quad = Decoder::quad(w, q);
+          std::memcpy(quads + q * BLOCK_OUTS + v, &quad, sizeof quad);
+        }
+      }
+    }
+  }
+}
+
 // Sums of the products of quads of codes, as `Decoder` has them, with quads of activations.
 #if defined(__AVX512BF16__)
 template <class Decoder>
 struct QuadSums {
-  // Signed codes as unsigned ones: 128 more.
-  static constexpr int lift = Decoder::is_signed ? 128 : Decoder::middle;
   vi sums{};
   __attribute__((always_inline)) void add(vu codes, Word x) {
     sums = (vi)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)codes, _mm512_set1_epi32((int)x));
@@ -93,7 +125,6 @@ LATENTKV_INLINE vu with_signs(vu x, vu codes) { return (vu)_mm256_sign_epi8((__m
 #endif
 template <class Decoder>
 struct QuadSums {
-  static constexpr int lift = Decoder::middle;
   // Quads whose sums of two products fit into 16 bits; sizes of signed codes times activations are 127 at most.
   static constexpr int fit = 32767 / (2 * 127 * Decoder::highest), most = RUN / 4;
   static_assert(fit >= 1);
@@ -107,6 +138,8 @@ struct QuadSums {
       sums += madd_halves(products);
     else
       halves = add_halves(halves, products);
+    // One after the other: GCC would add up products first, for which there are no registers.
+    if (fit > 2) asm("" : "+x"(halves));
   }
   // After so many quads of a pack.
   __attribute__((always_inline)) void widen_after(int quads) {
@@ -120,7 +153,6 @@ struct QuadSums {
 #else
 template <class Decoder>
 struct QuadSums {
-  static constexpr int lift = Decoder::middle;
   vi sums{};
   __attribute__((always_inline)) void add(vu codes, Word x) {
     for (int byte = 0; byte < 4; byte++) {
@@ -133,14 +165,22 @@ struct QuadSums {
 };
 #endif
 
-// sums [R][32] = the rows times the panel. Of each run: its quads [quads][R], the rows' scales and the sums of their
-// numbers.
+// By how much codes are multiplied as more than what they stand for. A sum of products that is too large by 128 times
+// that of the activations is put right in integers: next to it, a float32 would have no room for the result. Less is put
+// right with a group's minimum.
+template <class Decoder>
+constexpr int lift = MULTIPLIES_UNSIGNED && Decoder::is_signed ? 128 : 0;
+template <class Decoder>
+constexpr int offset = Decoder::has_minima ? 0 : Decoder::middle;
+
+// sums [R][32] = the rows times the panel. Of each run: its quads [quads][R], the rows' scales and, times the scale but
+// for codes that are lifted, the sums of their numbers.
 template <class Decoder, int R>
 void multiply_int8(const Panel& panel, const Word* x, float* sums) {
   constexpr int V = W <= 8 && R <= 2 ? 4 : 2, WORDS = Decoder::words, QUADS = Decoder::quads;
   constexpr std::int64_t RUN_PACKS = RUN / (4 * QUADS);
   using Sums = QuadSums<Decoder>;
-  static_assert(Sums::lift >= 0);
+  constexpr bool HAS_OFFSET = Decoder::has_minima || offset<Decoder> != 0;
   const std::int64_t packs = panel.group_words / WORDS;
   const auto pass = [&](int first, auto fetches) __attribute__((always_inline)) {
     vf total[R][V] = {};
@@ -185,8 +225,8 @@ void multiply_int8(const Panel& panel, const Word* x, float* sums) {
 #pragma GCC unroll 8
         for (int r = 0; r < R; r++) {
           const float scale = __builtin_bit_cast(float, quads[r]);
-          const std::int32_t sum = (std::int32_t)quads[R + r], lifted = Sums::lift * sum;
-          if (Decoder::has_minima) activations[r] += scale * (float)sum;
+          const std::int32_t lifted = lift<Decoder> ? lift<Decoder> * (std::int32_t)quads[R + r] : 0;
+          if (HAS_OFFSET) activations[r] += __builtin_bit_cast(float, quads[R + r]);
 #pragma GCC unroll 4
           for (int v = 0; v < V; v++) {
             const vf exact = __builtin_convertvector(of_run[r][v].total() - lifted, vf);
@@ -199,12 +239,11 @@ void multiply_int8(const Panel& panel, const Word* x, float* sums) {
       for (int v = 0; v < V; v++) {
         const std::int64_t at = g * panel.scales_stride + first + v * W;
         const vf scale = load_any(panel.scales, panel.scales_dtype, at);
-        const vf minimum = Decoder::has_minima
-                               ? load_any(panel.scales, panel.scales_dtype, at + BLOCK_OUTS) + (float)Decoder::middle * scale
-                               : vf{};
+        const vf minimum = Decoder::has_minima ? load_any(panel.scales, panel.scales_dtype, at + BLOCK_OUTS)
+                                               : scale * (float)-offset<Decoder>;
 #pragma GCC unroll 8
         for (int r = 0; r < R; r++) {
-          if (Decoder::has_minima) total[r][v] = multiply_add(splat(activations[r]), minimum, total[r][v]);
+          if (HAS_OFFSET) total[r][v] = multiply_add(splat(activations[r]), minimum, total[r][v]);
           total[r][v] = multiply_add(of_group[r][v], scale, total[r][v]);
         }
       }
@@ -214,7 +253,7 @@ void multiply_int8(const Panel& panel, const Word* x, float* sums) {
 #pragma GCC unroll 4
       for (int v = 0; v < V; v++) store(sums + r * BLOCK_OUTS + first + v * W, total[r][v]);
   };
-  pass(0, std::true_type{});
+  pass(0, std::bool_constant<!is_decoded<Decoder>>{});
   for (int first = V * W; first < BLOCK_OUTS; first += V * W) pass(first, std::false_type{});
 }
 
@@ -230,12 +269,23 @@ struct Int8Tiles<Decoder, 0, R...> {
 // What can be done with a panel, and which code of a run is met by each byte of its quads.
 struct Int8Product {
   const Int8Tile* tiles;
+  const Int8Tile* tiles_of_quads;  // as `decode` gives them; null where that does not pay
+  void (*decode)(const Panel&, Word* quads);
   int pack_codes, pack_words;
+  bool is_lifted;
   std::uint8_t order[RUN];
 };
 template <class Decoder>
 constexpr Int8Product int8_product_of() {
-  Int8Product product = {Int8Tiles<Decoder, INT8_ROWS>::for_rows, 4 * Decoder::quads, Decoder::words, {}};
+  Int8Product product = {};
+  product.tiles = Int8Tiles<Decoder, INT8_ROWS>::for_rows;
+  if constexpr (Decoder::words > 1 || Decoder::quads > 2) {
+    product.tiles_of_quads = Int8Tiles<DecodedQuads<Decoder>, INT8_ROWS>::for_rows;
+    product.decode = decode_quads<Decoder>;
+  }
+  product.pack_codes = 4 * Decoder::quads;
+  product.pack_words = Decoder::words;
+  product.is_lifted = lift<Decoder> != 0;
   for (int i = 0; i < RUN; i++) {
     const int pack = i / product.pack_codes * product.pack_codes, within = i - pack;
     product.order[i] = (std::uint8_t)(pack + Decoder::code(within / 4, within % 4));
