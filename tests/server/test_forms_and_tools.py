@@ -63,10 +63,15 @@ def with_tools(tmp_path_factory: pytest.TempPathFactory) -> Generator[Live]:
         yield server
 
 
-@pytest.fixture
-def tool_client(with_tools: Live) -> Generator[openai.OpenAI]:
+@pytest.fixture(scope="module")
+def openai_client_with_tools(with_tools: Live) -> Generator[openai.OpenAI]:
     with openai.OpenAI(base_url=f"{with_tools.url}/v1", api_key="unused", max_retries=0, timeout=30) as client:
         yield client
+
+
+@pytest.fixture
+def tool_client(openai_client_with_tools: openai.OpenAI, with_tools: Live) -> Generator[openai.OpenAI]:
+    yield openai_client_with_tools
     with_tools.wait_until_free()
 
 

@@ -103,6 +103,7 @@ class ServeClient:
         self._http = httpx2.AsyncClient(
             base_url=url,
             headers=headers,
+            verify=not url.startswith("http:"),  # reading the system's certificates takes longer than a request
             timeout=httpx2.Timeout(None, connect=_CONNECT_SECONDS),
             limits=httpx2.Limits(
                 max_connections=None, max_keepalive_connections=None, keepalive_expiry=_KEEP_IDLE_SECONDS
