@@ -72,8 +72,8 @@ void bind_moe(nb::module_& m) {
   m.def(
       "moe_experts",
       recordable(+[](Isa isa, Address gate_up, int gate_up_format, std::int64_t gate_up_group, Address down, int down_format,
-         std::int64_t down_group, std::int64_t experts, std::int64_t dim, std::int64_t inner, Address x,
-         std::int64_t x_stride, int dtype, std::int64_t tokens, Address ids, Address weights, std::int64_t chosen,
+         std::int64_t down_group, std::int64_t experts, std::int64_t zero_experts, std::int64_t dim, std::int64_t inner,
+         Address x, std::int64_t x_stride, int dtype, std::int64_t tokens, Address ids, Address weights, std::int64_t chosen,
          Address out, Address residual, int residual_dtype, double limit) -> std::int64_t {
         GatedProducts all{};
         all.gate_up = packed_weight(gate_up, gate_up_format, experts, 2 * inner, dim, gate_up_group);
@@ -83,14 +83,14 @@ void bind_moe(nb::module_& m) {
         all.chosen = chosen;
         all.out = output(out, dim, dtype, residual, residual_dtype);
         const auto* choices = reinterpret_cast<const std::int64_t*>(ids);
-        const std::int64_t bad = first_unknown(choices, tokens * chosen, experts);
+        const std::int64_t bad = first_unknown(choices, tokens * chosen, experts + zero_experts);
         if (bad >= 0) return bad;
         in_passes(all, [&](std::int64_t first, GatedProducts& p) {
           Routing& r = routing();
           r.sort(choices + first * chosen, p.x.rows, chosen, experts);
           p.segments = r.segments.data();
           p.num_segments = static_cast<std::int64_t>(r.segments.size());
-          p.rows = p.x.rows * chosen;
+          p.rows = static_cast<std::int64_t>(r.token_of_row.size());
           p.token_of_row = r.token_of_row.data();
           p.row_of_choice = r.row_of_choice.data();
           p.weights = reinterpret_cast<const float*>(weights) + first * chosen;

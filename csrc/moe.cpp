@@ -25,7 +25,7 @@ Temporaries allocate(const GatedProducts& p) {
   const std::int64_t x = whole_lines(packed_input_bytes(p.gate_up, p.x.dtype, p.rows));
   const std::int64_t inner = whole_lines(p.rows * p.down.ins * size_of(p.x.dtype));
   const std::int64_t packed = whole_lines(packed_input_bytes(p.down, p.x.dtype, p.rows));
-  const std::int64_t products = p.token_of_row ? p.rows * p.down.outs * 4 : 0;
+  const std::int64_t products = p.row_of_choice ? p.rows * p.down.outs * 4 : 0;
   char* base = thread_scratch(Scratch::team, x + inner + packed + products);
   return {base, base + x, base + x + inner, (float*)(base + x + inner + packed)};
 }
@@ -33,7 +33,7 @@ Temporaries allocate(const GatedProducts& p) {
 LinearInput rows_of(const GatedProducts& p, const Segment& s) {
   LinearInput in = p.x;
   in.rows = s.rows;
-  if (p.token_of_row) {
+  if (p.row_of_choice) {
     in.index = p.token_of_row + s.first;
   } else {
     in.x = (const char*)p.x.x + s.first * p.x.stride * size_of(p.x.dtype);
@@ -94,7 +94,7 @@ void activate(const GatedProducts& p, const Temporaries& t, const Segment& s, st
 // 32 columns of a segment's products.
 void project(const GatedProducts& p, const Temporaries& t, const Segment& s, std::int64_t block) {
   LinearOutput to = p.out;
-  if (p.token_of_row) {
+  if (p.row_of_choice) {
     to = {t.products + s.first * p.down.outs, DType::f32, p.down.outs, nullptr, DType::f32, nullptr, DType::f32, 0};
   } else {
     to.y = (char*)p.out.y + s.first * p.out.stride * size_of(p.out.dtype);
@@ -104,22 +104,29 @@ void project(const GatedProducts& p, const Temporaries& t, const Segment& s, std
   multiply(p.down, s.expert, packed, p.x.dtype, s.rows, block, block + 1, to);
 }
 
-// A token's result: its products in the order of its choices, added in float32 and rounded once.
+// A token's result: what its choices give in their order, added in float32 and rounded once.
 void combine(const GatedProducts& p, const Temporaries& t, std::int64_t token) {
   const std::int64_t outs = p.down.outs;
   const LinearOutput& to = p.out;
-  const auto product = [&](std::int64_t k) { return t.products + p.row_of_choice[token * p.chosen + k] * outs; };
+  const std::int32_t* rows = p.row_of_choice + token * p.chosen;
+  const float* weights = p.weights + token * p.chosen;
   std::int64_t o = 0;
   for (; o + W <= outs; o += W) {
     vf sum = to.residual ? load_any(to.residual, to.residual_dtype, token * to.residual_stride + o) : vf{};
-    for (std::int64_t k = 0; k < p.chosen; k++)
-      sum = multiply_add(load(product(k) + o), splat(p.weights[token * p.chosen + k]), sum);
+    for (std::int64_t k = 0; k < p.chosen; k++) {
+      const vf given =
+          rows[k] < 0 ? load_any(p.x.x, p.x.dtype, token * p.x.stride + o) : load(t.products + rows[k] * outs + o);
+      sum = multiply_add(given, splat(weights[k]), sum);
+    }
     store_any(to.y, to.dtype, token * to.stride + o, sum);
   }
   for (; o < outs; o++) {
     float sum = to.residual ? load_one(to.residual, to.residual_dtype, token * to.residual_stride + o) : 0;
-    for (std::int64_t k = 0; k < p.chosen; k++)
-      sum = __builtin_fmaf(product(k)[o], p.weights[token * p.chosen + k], sum);
+    for (std::int64_t k = 0; k < p.chosen; k++) {
+      const float given =
+          rows[k] < 0 ? load_one(p.x.x, p.x.dtype, token * p.x.stride + o) : t.products[rows[k] * outs + o];
+      sum = __builtin_fmaf(given, weights[k], sum);
+    }
     store_one(to.y, to.dtype, token * to.stride + o, sum);
   }
 }
@@ -148,7 +155,7 @@ void gated(const GatedProducts& p) {
 #pragma omp for schedule(dynamic, run_of(out_items))
     for (std::int64_t i = 0; i < out_items; i++)
       project(p, t, p.segments[i / out_blocks], i % out_blocks);
-    if (p.token_of_row) {
+    if (p.row_of_choice) {
 #pragma omp for schedule(static)
       for (std::int64_t token = 0; token < p.x.rows; token++) combine(p, t, token);
     }

@@ -17,8 +17,9 @@ struct GatedProducts {
   LinearInput x;               // the tokens
   const Segment* segments;
   std::int64_t num_segments, rows;    // rows of all segments
-  const std::int32_t* token_of_row;   // null: row i is token i, and its product is its result
-  const std::int32_t* row_of_choice;  // [tokens, chosen]
+  const std::int32_t* token_of_row;   // [rows]
+  // [tokens, chosen]; -1: a zero expert's, which gives the token itself. Null: row i is token i, its product is its result.
+  const std::int32_t* row_of_choice;
   const float* weights;               // [tokens, chosen], by which a token's products are multiplied before they are added
   std::int64_t chosen;
   LinearOutput out;  // of each token; no bias

@@ -14,15 +14,20 @@ std::int64_t first_unknown(const std::int64_t* ids, std::int64_t n, std::int64_t
 void Routing::sort(const std::int64_t* ids, std::int64_t tokens, std::int64_t chosen, std::int64_t experts) {
   const std::int64_t choices = tokens * chosen;
   std::vector<std::int32_t> next(experts + 1, 0);
-  for (std::int64_t i = 0; i < choices; i++) next[ids[i] + 1]++;
+  for (std::int64_t i = 0; i < choices; i++)
+    if (ids[i] < experts) next[ids[i] + 1]++;
   segments.clear();
   for (std::int64_t e = 0; e < experts; e++) {
     cut(e, next[e], next[e + 1]);
     next[e + 1] += next[e];
   }
-  token_of_row.resize(choices);
+  token_of_row.resize(next[experts]);
   row_of_choice.resize(choices);
   for (std::int64_t i = 0; i < choices; i++) {
+    if (ids[i] >= experts) {
+      row_of_choice[i] = -1;
+      continue;
+    }
     const std::int32_t row = next[ids[i]]++;
     token_of_row[row] = (std::int32_t)(i / chosen);
     row_of_choice[i] = row;

@@ -9,10 +9,11 @@ namespace latentkv {
 
 struct Routing {
   std::vector<Segment> segments;
-  std::vector<std::int32_t> token_of_row;   // [tokens * chosen], rows in sorted order
-  std::vector<std::int32_t> row_of_choice;  // [tokens, chosen], the inverse
+  std::vector<std::int32_t> token_of_row;   // of the choices of experts that compute, in sorted order
+  std::vector<std::int32_t> row_of_choice;  // [tokens, chosen], the inverse; -1: a zero expert's
 
-  // Choices ids [tokens, chosen]; an expert's rows keep the order of the tokens.
+  // Choices ids [tokens, chosen]; an expert's rows keep the order of the tokens. Zero experts, numbered after the others,
+  // have no rows.
   void sort(const std::int64_t* ids, std::int64_t tokens, std::int64_t chosen, std::int64_t experts);
 
   // Every token to the one expert there is.

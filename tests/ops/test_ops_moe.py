@@ -36,6 +36,19 @@ def test_bf16_experts_are_summed_in_float32_weights() -> None:
     torch.testing.assert_close(out.double(), expected, atol=0.5, rtol=0.05)
 
 
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_zero_experts_give_tokens_back_and_gradients_are_right(tokens: int) -> None:
+    x, ids, weights, gate_up, down = experts(tokens, 3, 3, dim=4, inner=2, dtype=torch.float64)
+    ids = torch.stack([torch.randperm(7, generator=torch.Generator().manual_seed(t))[:3] for t in range(tokens)])
+    for chosen in (ids, ids % 4 + 3):  # also none but zero experts
+        out = moe_experts(x, chosen, weights, gate_up, down, num_zero_experts=4)
+        torch.testing.assert_close(
+            out, reference.moe_experts(x, chosen, weights, gate_up, down), atol=1e-12, rtol=1e-12
+        )
+    leaves = [t[:5].requires_grad_() for t in (x, weights, gate_up, down)]
+    assert torch.autograd.gradcheck(lambda x, w, g, d: moe_experts(x, ids[:5], w, g, d, num_zero_experts=4), leaves)
+
+
 def test_gradients_are_right_and_experts_without_tokens_get_zero() -> None:
     x, ids, weights, gate_up, down = experts(3, 2, 4, dim=3, inner=2, dtype=torch.float64)
     ids = ids % 3  # the last expert sees nothing

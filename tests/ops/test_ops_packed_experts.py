@@ -131,6 +131,37 @@ def test_limits_bound_what_is_multiplied(dtype: torch.dtype) -> None:
     assert_close(out, reference.linear(inner, alone[1][0]), inner.abs() @ alone[1][0].abs().T)
 
 
+@every_format
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_zero_experts_give_tokens_back(fmt: str, group: int | None, dtype: torch.dtype) -> None:
+    dim, inner = 50, 32
+    gate_up, exact_gate_up = weights(3, 2 * inner, dim, fmt=fmt, group=group, seed=1)
+    down, exact_down = weights(3, dim, inner, fmt=fmt, group=group, seed=2)
+    x, (ids, scales) = numbers(40, dim + 5, seed=3, dtype=dtype)[:, 5:], choices(40, 4, 9)
+    residual = numbers(40, dim, seed=4, dtype=dtype)
+    # Some choose experts, some zero experts, and some both; then all choose zero experts.
+    assert {int(n) for n in (ids < 3).sum(1)} == {0, 1, 2, 3}
+    for chosen in (ids, ids % 6 + 3):
+        out = moe_experts(x, chosen, scales, gate_up, down, residual=residual, num_zero_experts=6)
+        expected = reference.moe_experts(x, chosen, scales, exact_gate_up, exact_down)
+        own = experts_size(x, chosen.clamp(max=2), scales * (chosen < 3), exact_gate_up, exact_down)
+        given = x.double().abs() * (scales * (chosen >= 3)).double().sum(1, keepdim=True)
+        assert_close(out, expected + residual.double(), own + 2**-9 * given)
+    alone = moe_experts(x[7:8], ids[7:8], scales[7:8], gate_up, down, num_zero_experts=6)
+    together = moe_experts(x, ids, scales, gate_up, down, num_zero_experts=6)
+    assert kernels.native_isa() is None or torch.equal(alone, together[7:8])
+
+
+def test_a_token_of_zero_experts_alone_is_multiplied_by_their_weights_whatever_the_experts_hold() -> None:
+    gate_up, down = weights(3, 64, 40)[0], weights(3, 40, 32)[0]
+    x = numbers(2, 40, seed=1)
+    x[1, 7] = float("nan")  # and nothing of it reaches the other
+    ids, scales = torch.tensor([[3, 4], [0, 3]]), torch.tensor([[0.25, 0.5], [1.0, 1.0]])
+    out = moe_experts(x, ids, scales, gate_up, down, num_zero_experts=2)
+    assert torch.equal(out[0], (0.75 * x[0].float()).bfloat16())
+    assert out[1].isnan().all()
+
+
 def test_all_tokens_may_choose_one_expert_and_others_none() -> None:
     gate_up, exact_gate_up = weights(5, 64, 40, seed=1)
     down, exact_down = weights(5, 40, 32, seed=2)
@@ -260,6 +291,8 @@ def test_what_does_not_fit_is_refused() -> None:
     for bad, message in [(4, "expert 4 of only 3"), (-1, "expert -1; experts count from 0")]:
         with pytest.raises(OpError, match=message):
             moe_experts(x, torch.full((2, 2), bad), scales, gate_up, down)
+    with pytest.raises(OpError, match="expert 4 of only 4"):
+        moe_experts(x, torch.full((2, 2), 4), scales, gate_up, down, num_zero_experts=1)
     with pytest.raises(OpError, match="moe_experts takes gate_up"):
         moe_experts(numbers(2, 41, seed=1), ids, scales, gate_up, down)
     with pytest.raises(OpError, match="moe_experts takes gate_up"):

@@ -154,6 +154,12 @@ def test_experts_and_mlps_round_both_of_their_inputs(isa: kernels.Isa, fmt: str,
     with kernels.use_isa(isa):
         out = moe_experts(x, ids, chosen, gate_up, down)
         single = gated_mlp(x, gate_up.matrix(1), down.matrix(1))
+        # A zero expert gives what was not rounded.
+        beside = moe_experts(x, torch.stack([ids[:, 0], ids[:, 0] + 3], 1), chosen, gate_up, down, num_zero_experts=3)
+        alone = moe_experts(x, ids[:, :1], chosen[:, :1], gate_up, down)
+        none = moe_experts(x, ids + 3, chosen, gate_up, down, num_zero_experts=3)
+    torch.testing.assert_close(beside, alone + chosen[:, 1:] * x, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(none, chosen.sum(1, keepdim=True) * x, atol=1e-6, rtol=1e-6)
     # Where a number of an intermediate lies between two integers, a token may differ by a step of its run, but few do.
     largest = of_all.abs().amax()
     step = reference.silu_mul(reference.linear(x, wide[0])).abs().amax() / 127 * narrow.abs().amax()

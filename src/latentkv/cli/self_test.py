@@ -135,9 +135,9 @@ def _merge_states(device: torch.device, dtype: torch.dtype, generator: torch.Gen
 
 def _moe_experts(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     x, weights = _random((6, 32), dtype, generator), torch.rand(6, 2, generator=generator)
-    ids = torch.stack([torch.randperm(4, generator=generator)[:2] for _ in range(6)])
+    ids = torch.stack([torch.randperm(6, generator=generator)[:2] for _ in range(6)])
     gate_up, down = _random((4, 48, 32), dtype, generator) / 6, _random((4, 32, 24), dtype, generator) / 5
-    got = ops.moe_experts(*(t.to(device) for t in (x, ids, weights, gate_up, down)))
+    got = ops.moe_experts(*(t.to(device) for t in (x, ids, weights, gate_up, down)), num_zero_experts=2)
     return got, reference.moe_experts(x, ids, weights, gate_up, down)
 
 
@@ -160,10 +160,10 @@ def _packed_linear(fmt: str) -> Case:
 
 def _packed_moe_experts(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     x, weights = _random((6, 32), dtype, generator), torch.rand(6, 2, generator=generator)
-    ids = torch.stack([torch.randperm(4, generator=generator)[:2] for _ in range(6)])
+    ids = torch.stack([torch.randperm(6, generator=generator)[:2] for _ in range(6)])
     gate_up = _random((4, 48, 32), torch.bfloat16, generator) / 6
     down = _random((4, 32, 24), torch.bfloat16, generator) / 5
-    got = ops.moe_experts(x, ids, weights, pack_weight(gate_up), pack_weight(down))
+    got = ops.moe_experts(x, ids, weights, pack_weight(gate_up), pack_weight(down), num_zero_experts=2)
     return got, reference.moe_experts(x, ids, weights, gate_up, down)
 
 

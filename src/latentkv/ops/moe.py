@@ -23,6 +23,7 @@ def moe_experts(
     *,
     residual: Tensor | None = None,
     limit: float | None = None,
+    num_zero_experts: int = 0,
 ) -> Tensor:
     """`sum_k weights[t, k] * down_e (silu(gate_e x_t) * up_e x_t)`, e = expert_ids[t, k] (arXiv 2401.06066, eq. 3).
 
@@ -33,12 +34,13 @@ def moe_experts(
 
     Args:
         x: [T, D] tokens; bfloat16 or float32 for packed weights.
-        expert_ids: [T, K] integers in [0, E).
+        expert_ids: [T, K] integers in [0, E + num_zero_experts).
         weights: [T, K] what each chosen expert's output is multiplied by.
         gate_up: [E, 2I, D]; the first I rows are the gate's.
         down: [E, D, I], packed if gate_up is.
         residual: [T, D] added to the sum before it is rounded, or None.
         limit: of the activation, see `silu_mul`.
+        num_zero_experts: numbered from E on, each gives a token back as it is (arXiv 2509.01322, section 2.1).
 
     Returns:
         [T, D] in x's dtype; the weighted sum is taken in the wider of the experts' and the weights' dtype.
@@ -56,23 +58,25 @@ def moe_experts(
     if expert_ids.numel() == 0:
         return torch.zeros_like(x) if residual is None else residual.to(x.dtype, copy=True)
     if isinstance(gate_up, PackedWeight) and isinstance(down, PackedWeight):
-        fast = native.moe_experts(x, expert_ids, weights, gate_up, down, residual, limit)
+        fast = native.moe_experts(x, expert_ids, weights, gate_up, down, residual, limit, num_zero_experts)
         if fast is not None:
             return fast
     require_floats(x=x, weights=weights, residual=residual)
     if isinstance(gate_up, Tensor) and isinstance(down, Tensor):
         require_same_dtype("moe_experts", x=x, gate_up=gate_up, down=down)
     # On a GPU, its kernels do not wait to read the choices; elsewhere they are checked.
-    counts = _tokens_per_expert(expert_ids, num_experts) if expert_ids.is_cpu else None
+    choices = num_experts + num_zero_experts
+    counts = _tokens_per_expert(expert_ids, choices) if expert_ids.is_cpu else None
     if isinstance(gate_up, Tensor) and isinstance(down, Tensor) and limit is None:
-        fast = triton.moe_experts(x, expert_ids, weights, gate_up, down, residual)
+        fast = triton.moe_experts(x, expert_ids, weights, gate_up, down, residual, num_zero_experts)
         if fast is not None:
             return fast
-    counts = counts or _tokens_per_expert(expert_ids, num_experts)
+    counts = counts or _tokens_per_expert(expert_ids, choices)
     order = torch.argsort(expert_ids.reshape(-1), stable=True)
-    sorted_x = x[order // expert_ids.shape[1]]
-    experts = zip(sorted_x.split(counts), _matrices(gate_up), _matrices(down), strict=True)
+    sorted_x = x[order // expert_ids.shape[1]].split(counts)
+    experts = zip(sorted_x[:num_experts], _matrices(gate_up), _matrices(down), strict=True)
     outputs = [_gated(tokens, into, out, limit) for tokens, into, out in experts if tokens.shape[0]]
+    outputs += sorted_x[num_experts:]
     chosen = torch.cat(outputs)[torch.argsort(order)].view(*expert_ids.shape, -1)
     result = (chosen * weights.unsqueeze(-1)).sum(dim=1)
     return (result if residual is None else result + residual).to(x.dtype)

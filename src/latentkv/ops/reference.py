@@ -332,12 +332,14 @@ def gate_heads(x: Tensor, gate: Tensor) -> Tensor:
 def moe_experts(
     x: Tensor, expert_ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, limit: float = float("inf")
 ) -> Tensor:
-    """Token by token: the weighted sum of its K experts, each `down (silu(gate x) * up x)`."""
+    """Token by token: the weighted sum of its K experts, each `down (silu(gate x) * up x)`; from E on each gives x."""
     out = torch.zeros_like(x, dtype=torch.float64)
     for t, ids in enumerate(expert_ids.tolist()):
         for k, e in enumerate(ids):
-            inner = silu_mul(gate_up[e].double() @ x[t].double(), limit)
-            out[t] += weights[t, k].double() * (down[e].double() @ inner)
+            given = x[t].double()
+            if e < len(gate_up):
+                given = down[e].double() @ silu_mul(gate_up[e].double() @ given, limit)
+            out[t] += weights[t, k].double() * given
     return out
 
 

@@ -84,7 +84,9 @@ def other_launches(shared: SharedMemory, dtype: torch.dtype, formats: Sequence[K
     yield elementwise.merge_states(*states, *states, *states)
     ids, scales = torch.zeros(3, 2, dtype=torch.int64), torch.zeros(3, 2)
     experts = torch.zeros(4, 128, 64, dtype=dtype), torch.zeros(4, 64, 64, dtype=dtype)
-    yield from moe.moe_experts(x[:, :64], ids, scales, *experts, None, torch.zeros(3, 64, dtype=dtype))
+    for zero_experts in (0, 2):
+        out = torch.zeros(3, 64, dtype=dtype)
+        yield from moe.moe_experts(x[:, :64], ids, scales, *experts, None, out, num_zero_experts=zero_experts)
 
 
 def main(target: str, extent: str) -> None:

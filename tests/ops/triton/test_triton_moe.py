@@ -47,6 +47,18 @@ def test_all_tokens_may_choose_one_expert_and_others_none_and_a_residual_is_adde
     torch.testing.assert_close(run(moe_experts, *case, residual=residual).double(), expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 2**-7)])
+def test_zero_experts_give_tokens_back(run: Run, dtype: torch.dtype, tolerance: float) -> None:
+    x, _, _, gate_up, down = experts(20, 1, 3, 70, 9, dtype)
+    x, residual = torch.cat([x, x], dim=1)[:, :70], torch.randn(20, 70).to(dtype)  # rows of a wider tensor
+    ids = torch.stack([torch.randperm(8)[:3] for _ in range(20)])
+    weights = torch.rand(20, 3)
+    for chosen in (ids, ids % 5 + 3):  # also none but zero experts
+        out = run(moe_experts, x, chosen, weights, gate_up, down, residual=residual, num_zero_experts=5)
+        expected = reference.moe_experts(x, chosen, weights, gate_up, down) + residual.double()
+        torch.testing.assert_close(out.double(), expected, atol=tolerance * expected.abs().max().item(), rtol=tolerance)
+
+
 def test_not_a_number_stays_with_its_token(run: Run) -> None:
     case = experts(9, 2, 3, 12, 9, torch.float32)
     case[0][4, 7] = float("nan")

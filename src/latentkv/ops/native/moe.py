@@ -23,6 +23,7 @@ def moe_experts(
     down: PackedWeight,
     residual: Tensor | None,
     limit: float | None,
+    num_zero_experts: int,
 ) -> Tensor | None:
     """See `moe.moe_experts`; all shapes fit."""
     isa = isa_for(x, weights) if residual is None else isa_for(x, weights, residual)
@@ -40,6 +41,7 @@ def moe_experts(
         *_memory(gate_up),
         *_memory(down),
         gate_up.count,
+        num_zero_experts,
         dim,
         down.in_features,
         x.data_ptr(),
@@ -54,7 +56,7 @@ def moe_experts(
         limit or 0.0,
     )
     if bad >= 0:
-        raise_unknown_expert(int(expert_ids.view(-1)[bad]), gate_up.count)
+        raise_unknown_expert(int(expert_ids.view(-1)[bad]), gate_up.count + num_zero_experts)
     return out
 
 

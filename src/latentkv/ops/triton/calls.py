@@ -162,7 +162,13 @@ def _writes(kv_pages: Tensor, slots: Tensor, latents: Tensor, k_rope: Tensor) ->
 
 
 def moe_experts(
-    x: Tensor, expert_ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, residual: Tensor | None
+    x: Tensor,
+    expert_ids: Tensor,
+    weights: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    residual: Tensor | None,
+    num_zero_experts: int,
 ) -> Tensor | None:
     """See `moe.moe_experts`; shapes are checked, and expert ids on a CPU. None: not computed."""
     numbers = (x, gate_up, down) if residual is None else (x, gate_up, down, residual)
@@ -176,6 +182,8 @@ def moe_experts(
 
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     residual = None if residual is None else residual.contiguous()
-    for launch in moe.moe_experts(x, expert_ids, weights.contiguous(), gate_up, down, residual, out):
+    for launch in moe.moe_experts(
+        x, expert_ids, weights.contiguous(), gate_up, down, residual, out, num_zero_experts=num_zero_experts
+    ):
         launch.run()
     return out

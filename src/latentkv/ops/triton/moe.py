@@ -17,7 +17,15 @@ _ADDED_NUMBERS = 1024
 
 
 def moe_experts(
-    x: Tensor, expert_ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, residual: Tensor | None, out: Tensor
+    x: Tensor,
+    expert_ids: Tensor,
+    weights: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    residual: Tensor | None,
+    out: Tensor,
+    *,
+    num_zero_experts: int = 0,
 ) -> list[Launch]:
     """What fills out [T, D], to be run in order; see `moe.moe_experts`. Shapes are checked, expert ids are not.
 
@@ -58,8 +66,15 @@ def moe_experts(
         Launch(
             kernels.add_choices_kernel,
             (tokens, -(-dim // added)),
-            (parts, out if residual is None else residual, out),
-            {"CHOSEN": chosen, "DIM": dim, "BLOCK": added, "HAS_RESIDUAL": residual is not None},
+            (parts, x, x.stride(0), expert_ids.contiguous(), weights, out if residual is None else residual, out),
+            {
+                "EXPERTS": experts,
+                "CHOSEN": chosen,
+                "DIM": dim,
+                "BLOCK": added,
+                "HAS_RESIDUAL": residual is not None,
+                "HAS_ZERO_EXPERTS": num_zero_experts > 0,
+            },
         ),
     ]
 

@@ -97,20 +97,34 @@ def down_kernel(
 @triton.jit
 def add_choices_kernel(
     parts,
+    x,
+    x_row,
+    expert_ids,
+    weights,
     residual,
     out,
+    EXPERTS: tl.constexpr,
     CHOSEN: tl.constexpr,
     DIM: tl.constexpr,
     BLOCK: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
+    HAS_ZERO_EXPERTS: tl.constexpr,
 ):
-    """BLOCK numbers of one token: its choices in their order, then the residual."""
+    """BLOCK numbers of one token: its choices in their order (of zero experts: the token), then the residual."""
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     known = columns < DIM
     total = tl.zeros((BLOCK,), tl.float32)
-    for choice in range(0, CHOSEN):
-        total += tl.load(parts + (token * CHOSEN + choice) * DIM + columns, mask=known, other=0.0)
+    for k in range(0, CHOSEN):
+        choice = token * CHOSEN + k
+        computes = True
+        if HAS_ZERO_EXPERTS:
+            computes = tl.load(expert_ids + choice) < EXPERTS
+        if computes:
+            total += tl.load(parts + choice * DIM + columns, mask=known, other=0.0)
+        else:
+            own_x = tl.load(x + token * x_row + columns, mask=known, other=0.0).to(tl.float32)
+            total += own_x * tl.load(weights + choice).to(tl.float32)
     if HAS_RESIDUAL:
         total += tl.load(residual + token * DIM + columns, mask=known, other=0.0).to(tl.float32)
     tl.store(out + token * DIM + columns, rounded(total, out.dtype.element_ty), mask=known)
