@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from latentkv.checkpoint import CheckpointReader
+from latentkv.checkpoint.names import text_model_names
 from latentkv.errors import CacheError, ConfigError, RequestError
 from latentkv.models.config_reader import read_config
 from latentkv.models.decoder import Decoder
@@ -60,6 +61,14 @@ SMALL = {
     "glm_moe_dsa": {**LATENT, **MOE, **INDEX, "index_topk_freq": 2, "num_nextn_predict_layers": 1},
     "kimi_k2": {**LATENT, **MOE, "num_nextn_predict_layers": 0},
     "glm4_moe_lite": {**LATENT, **MOE, "num_nextn_predict_layers": 1},
+    "longcat_flash": {
+        **LATENT,
+        **MOE,
+        "n_shared_experts": 0,
+        "num_layers": 2,
+        "zero_expert_num": 3,
+        "attention_bias": True,
+    },
     "minicpm3": LATENT,
     "youtu": {**LATENT, "tie_word_embeddings": True},
     "mistral4": {**LATENT, **MOE},
@@ -127,12 +136,22 @@ def test_weight_bytes_are_those_of_the_decoder_with_its_buffers(model_type):
         ("a.x-k2-light", 20.3e9, 2.24e9),
         ("mistral-small-4", 119e9, 6.1e9),
         ("kimi-k2.5", 1.03e12, 32e9),
+        ("longcat-flash", 560e9, 27e9),
     ],
 )
 def test_published_totals(name, total, active):
     config = load_config(name)
     assert count_parameters(config) == pytest.approx(total, rel=0.005)
     assert count_active_parameters(config) == pytest.approx(active, rel=0.025)
+
+
+def test_zero_experts_take_part_without_parameters():
+    # LongCat-Flash activates 18.6 to 31.3 billion parameters a token, by how many of its 12 choices compute.
+    config = load_config("longcat-flash")
+    routed = 28 * 3 * 2048 * 6144
+    used = count_active_parameters(config)
+    assert used - 8 * routed == pytest.approx(18.6e9, rel=0.01)
+    assert used + 4 * routed == pytest.approx(31.3e9, rel=0.01)
 
 
 # Qwen's authors count the whole embedding as active, GLM's neither that nor the output head.
@@ -173,6 +192,7 @@ def test_deepseek_v3_weighs_what_its_published_files_do():
         ("glm-5.2", 89_856 + 21 * 256),
         ("a.x-k1", 70_272),
         ("a.x-k2-light", 15_360 + 12_288),
+        ("longcat-flash", 64_512),
         ("mistral-small-4", 23_040),
         ("deepseek-v2-lite", 31_104),
         ("moonlight-16b", 31_104),
@@ -217,7 +237,7 @@ def test_published_gqa_shapes_cache_keys_and_values_of_their_heads():
 
 
 def test_every_built_in_shape_plans():
-    assert len(BUILT_IN) == 20
+    assert len(BUILT_IN) == 21
     for name in BUILT_IN:
         assert plan_of(name).context == load_config(name).max_positions
 
@@ -291,7 +311,8 @@ def test_weights_dtype_is_the_checkpoints_unless_given():
 
 @pytest.mark.parametrize(("fmt", "group"), [("int8", None), ("int8", 32), ("int4", None), ("int4", 32)])
 @pytest.mark.parametrize(
-    "model_type", ["deepseek_v3", "deepseek_v32", "minicpm3", "llama", "qwen2_moe", "bailing_hybrid", "kimi_linear"]
+    "model_type",
+    ["deepseek_v3", "deepseek_v32", "minicpm3", "llama", "qwen2_moe", "bailing_hybrid", "kimi_linear", "longcat_flash"],
 )
 def test_quantised_weights_are_counted_as_their_files_hold_them(tmp_path, model_type, fmt, group):
     sizes = {"hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 256}
@@ -301,7 +322,9 @@ def test_quantised_weights_are_counted_as_their_files_hold_them(tmp_path, model_
     reader, copy = CheckpointReader(tmp_path / "out"), read_config(tmp_path / "out")
     plan = make_plan("copy", copy, memory=())
     assert plan.weights_dtype == fmt
-    assert plan.weights_bytes == sum(reader.nbytes(name) for name in reader.names)
+    # What transformers wants of zero experts is none of the model's.
+    known = text_model_names(reader.names).values()
+    assert plan.weights_bytes == sum(reader.nbytes(name) for name in known)
     if group is None:
         assert weight_bytes(config, fmt) == plan.weights_bytes
 

@@ -47,6 +47,13 @@ CONFIG = {
     "eos_token_id": 2,
     "dtype": "bfloat16",
 }
+LONGCAT = CONFIG | {
+    "model_type": "longcat_flash",
+    "num_layers": 1,
+    "q_lora_rank": 16,
+    "n_shared_experts": 0,
+    "zero_expert_num": 4,
+}
 # Answers as benchmarks/llama_cpp/peer.py does, with the logits of a file and made-up times.
 PEER = """
 import json, sys
@@ -253,6 +260,18 @@ def test_step_work_counted_by_hand():
     assert weight_bytes_read(decoder) == 2 * (used + norms)
 
 
+def test_step_work_beside_zero_experts_is_an_average():
+    config = read_config(LONGCAT)
+    # Of two choices among 4 experts and 4 zero experts one computes; the router knows all 8, in float32.
+    attention = 32 * 16 + 16 * 32 + 32 * 24 + 16 * 48 + 32 * 32
+    used = 2 * (attention + 3 * 32 * 48) + 3 * 32 * 24 + 32 * 8 + 50 * 32
+    assert decode_flops(config, 9) == 2 * used + 2 * 2 * 2 * (2 * 16 + 8) * 10
+    decoder = Decoder(config).bfloat16()
+    decoder.keep_choices_exact()
+    norms = 2 * (2 * 32 + 16 + 16) + 32
+    assert weight_bytes_read(decoder) == 2 * (used + norms) + 2 * 32 * 8 + 4 * 8
+
+
 def test_packed_weights_count_once_and_as_they_are_stored():
     config = replace(read_config(CONFIG), hidden_size=128, vocab_size=64)
     plain, packed = Decoder(config).bfloat16(), Decoder(config).bfloat16()
@@ -282,6 +301,14 @@ def test_the_twin_shares_all_but_attention_and_runs():
     assert logits.isfinite().all()
     with pytest.raises(RequestError, match="no latent attention"):
         mha_config(twin.config)
+
+
+@torch.inference_mode()
+def test_the_twin_shares_experts_at_the_end_of_a_shortcut():
+    decoder = Decoder(read_config(LONGCAT)).bfloat16().eval()
+    twin = mha_twin(decoder, None)
+    assert twin.model.layers[1].shortcut is decoder.model.layers[1].shortcut is not None
+    assert OwnDecoder(twin, PagedCache(twin.config.specs("bf16"), 2)).logits([1, 2, 3]).isfinite().all()
 
 
 def test_agreement_leaves_out_the_twin(llm: LLM):

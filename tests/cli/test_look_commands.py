@@ -160,6 +160,11 @@ LATENT = {
             {**LATENT, "n_routed_experts": 8, "index_topk": 1024, "index_n_heads": 4, "index_head_dim": 24},
             "sparse: 1,024 tokens selected by 4 index heads of 24 in 2 layers",
         ),
+        (
+            "longcat_flash",
+            {**LATENT, "num_layers": 2, "n_routed_experts": 8, "zero_expert_num": 4, "moe_topk": 3},
+            "3 of 8 routed and 4 zero experts (softmax) and 0 shared, of width 24, in 2 layers, beside dense blocks",
+        ),
     ],
 )
 def test_inspect_tells_what_models_with_experts_attend_with(latentkv, tmp_path, model_type, changes, words):

@@ -61,6 +61,17 @@ SPARSE = {
     "index_head_dim": 16,
     "index_n_heads": 12,
 }
+LONGCAT = {
+    **MLA,
+    "model_type": "longcat_flash",
+    "architectures": ["LongcatFlashForCausalLM"],
+    "num_layers": 1,
+    "q_lora_rank": 24,
+    "n_shared_experts": 0,
+    "zero_expert_num": 5,
+    "num_experts_per_tok": 3,
+    "norm_topk_prob": False,
+}
 CONFIGS = {"mla": MLA, "gqa": GQA}
 MTP = {**MLA, "num_nextn_predict_layers": 1}
 SPARSE_MTP = {**SPARSE, "num_nextn_predict_layers": 1}
@@ -75,7 +86,11 @@ BAILING = {**_HYBRID, "model_type": "bailing_hybrid", "layer_group_size": 2, "nu
 KIMI = {**_HYBRID, "model_type": "kimi_linear", "layer_types": ["linear_attention", "full_attention"]}
 for _config in (BAILING, KIMI):
     del _config["architectures"]
-_KINDS = {"bailing mtp": BAILING, "kimi": KIMI} | CONFIGS | {"mtp": MTP, "sparse": SPARSE, "sparse mtp": SPARSE_MTP}
+_KINDS = (
+    {"bailing mtp": BAILING, "kimi": KIMI, "longcat": LONGCAT}
+    | CONFIGS
+    | {"mtp": MTP, "sparse": SPARSE, "sparse mtp": SPARSE_MTP}
+)
 
 
 def tiny_decoder(kind: str) -> Decoder:

@@ -49,7 +49,7 @@ def gate(monkeypatch: pytest.MonkeyPatch):
     opened.set()
 
 
-@pytest.mark.parametrize("kind", ["mla", "gqa", "sparse"])
+@pytest.mark.parametrize("kind", ["mla", "gqa", "sparse", "longcat"])
 def test_a_prefix_comes_back_after_a_restart_and_only_the_rest_is_read_by_the_model(kind: str, tmp_path: Path):
     first = engine_for(tmp_path, kind=kind)
     expected = naive(first.runner.decoder, PROMPT, 6)

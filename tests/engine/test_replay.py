@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from engine_models import CONFIGS, SPARSE
+from engine_models import CONFIGS, LONGCAT, SPARSE
 
 from latentkv.engine import replay as module
 from latentkv.engine.runner import Runner
@@ -25,6 +25,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "mla": {**CONFIGS["mla"], "q_lora_rank": 24},
     "softmax router": {**CONFIGS["mla"], "model_type": "deepseek_v2", "topk_method": "greedy", "norm_topk_prob": False},
     "gqa": CONFIGS["gqa"],
+    "longcat": LONGCAT,
     "sparse": SPARSE,  # its first steps are dense, those after them are not
     "sparse, gated": {**SPARSE, "model_type": "axk2", "gated_norm_rank": 4, "n_group": None, "topk_group": None},
     "sparse, shared": {**SPARSE, "model_type": "glm_moe_dsa", "indexer_types": ["full", "shared"]},

@@ -92,6 +92,16 @@ KIMI_LINEAR = HYBRID | {
     "linear_num_heads": 2,
     "linear_head_dim": 16,
 }
+LONGCAT = {k: v for k, v in MLA.items() if k not in ("num_hidden_layers", "intermediate_size")} | {
+    "num_layers": 2,
+    "ffn_hidden_size": 64,
+    "expert_ffn_hidden_size": 24,
+    "n_routed_experts": 7,
+    "zero_expert_num": 4,
+    "moe_topk": 3,
+    "head_dim": 8,  # of the rotary part
+    "routed_scaling_factor": 1.7,
+}
 GQA = BASE | {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 8}
 
 SHALLOW = {k: v for k, v in GQA.items() if k != "head_dim"} | {"num_hidden_layers": 2}
@@ -249,6 +259,32 @@ CASES = [
             "n_shared_experts": 2,
         },
     ),
+    Case(
+        "longcat",
+        "longcat_flash",
+        LONGCAT | {"rope_parameters": MSCALE},
+        # As published; transformers knows no other.
+        saved={"mla_scale_q_lora": True, "mla_scale_kv_lora": True, "zero_expert_type": "identity"},
+    ),
+    Case(
+        "longcat-mostly-zero-experts",
+        "longcat_flash",
+        LONGCAT
+        | {
+            "num_layers": 1,
+            "n_routed_experts": 3,
+            "zero_expert_num": 6,
+            "moe_topk": 5,
+            "attention_bias": True,
+            "tie_word_embeddings": True,
+            "kv_lora_rank": 17,
+            "v_head_dim": 24,
+            "num_attention_heads": 5,
+            "num_key_value_heads": 5,
+            "rms_norm_eps": 1e-6,
+        },
+    ),
+    Case("longcat-no-zero-experts", "longcat_flash", LONGCAT | {"num_layers": 1, "zero_expert_num": 0}),
     Case(
         "minicpm3",
         "minicpm3",

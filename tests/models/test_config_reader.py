@@ -135,6 +135,9 @@ def test_an_absent_key_takes_the_default_of_transformers(model_type: str) -> Non
         kinds = getattr(theirs, "mlp_layer_types", None)
         first = getattr(theirs, "first_k_dense_replace", int(model_type == "deepseek_ocr2_text"))
         sparse = [k == "sparse" for k in kinds] if kinds else [i >= first for i in range(ours.num_layers)]
+        if model_type == "longcat_flash":  # each of its layers is two
+            sparse = [False, True] * theirs.num_layers
+            assert ours.moe.num_zero_experts == theirs.zero_expert_num
         assert [layer.moe is not None for layer in ours.layers] == sparse
     recurrent = [layer.attention for layer in ours.layers if isinstance(layer.attention, KDAConfig)]
     for kda in recurrent:

@@ -86,6 +86,7 @@ def test_nothing_large_is_left_unpacked(case: Case) -> None:
     # The embedding is looked up, not multiplied by; float32 routers and what else must be exact are kept as they are.
     routers = (
         "mlp.gate.weight",
+        "shortcut.gate.weight",
         "mlp.shared_expert_gate.weight",
         "indexer.weights_proj.weight",
         "W_down.weight",
@@ -96,7 +97,7 @@ def test_nothing_large_is_left_unpacked(case: Case) -> None:
 
 
 @pytest.mark.parametrize("fmt", ["int8", "int4"])
-@pytest.mark.parametrize("name", ["v2-groups", "v3", "v32", "mistral4", "llama-gqa", "mixtral", "qwen2-moe"])
+@pytest.mark.parametrize("name", ["v2-groups", "v3", "v32", "longcat", "mistral4", "llama-gqa", "mixtral", "qwen2-moe"])
 def test_quantised_weights_give_the_logits_of_their_dequantised_values(name: str, fmt: str) -> None:
     folder = checkpoint(name)
     rounded = load_model(folder)

@@ -132,6 +132,7 @@ MOE_CHANGES = {
     "routed_scaling_factor": 1.1,
     "num_experts_per_tok": 2,
     "num_experts_per_token": 2,
+    "moe_topk": 2,
 }
 CHANGES = {
     "rms_norm_eps": 0.05,
@@ -143,6 +144,8 @@ CHANGES = {
     "index_topk": 9,
     "kda_safe_gate": None,
     "kda_lower_bound": -3.0,
+    "mla_scale_q_lora": None,
+    "mla_scale_kv_lora": None,
 }
 ROPE_CHANGES = {
     "factor": 5.0,

@@ -18,7 +18,10 @@ from latentkv.weights.formats import BF16, COMPACT
 
 
 def weight_bytes_read(decoder: Decoder) -> int:
-    """Bytes of weights that decoding one token of one sequence reads: as they are stored, and of its experts alone."""
+    """Bytes of weights that decoding one token of one sequence reads: as they are stored, and of its experts alone.
+
+    Zero experts among them have no weights; all are taken to be chosen equally often.
+    """
     moe = decoder.config.moe
     unused = {
         id(module.kv_b_proj)
@@ -31,7 +34,7 @@ def weight_bytes_read(decoder: Decoder) -> int:
             continue  # of an embedding one row is read
         stored = sum(weight.nbytes for weight in _own_weights(module))
         if isinstance(module, Experts) and moe is not None:
-            stored = stored * moe.experts_per_token // moe.num_experts
+            stored = stored * moe.experts_per_token // moe.num_choices
         total += stored
     return total
 
@@ -106,8 +109,10 @@ def _expanded(attention: MLAConfig | GQAConfig) -> int:
 
 def _weights_used(config: ModelConfig) -> int:
     """Numbers of the matrices that a token is multiplied with."""
-    return sum(
-        prod(group.shape) * group.used
-        for group in tensor_groups(config)
-        if len(group.shape) > 1 or (group.kind == "embedding" and config.tie_word_embeddings)
+    return round(
+        sum(
+            prod(group.shape) * group.used
+            for group in tensor_groups(config)
+            if len(group.shape) > 1 or (group.kind == "embedding" and config.tie_word_embeddings)
+        )
     )

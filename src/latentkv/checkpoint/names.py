@@ -1,27 +1,29 @@
 """What a tensor is called in a published checkpoint, and what it is called in the decoder.
 
-A decoder's names are the Hugging Face names but for five things: routed experts are fused into one tensor a layer, the
+A decoder's names are the Hugging Face names but for six things: routed experts are fused into one tensor a layer, the
 short convolutions of q, k and v are one, multi-token-prediction layers are `mtp.{k}.*` instead of
-`model.layers.{num_layers + k}.*`, A.X-K1's post-MLP norm belongs to the MLP, and what Mixtral and Ling-3.0 call
-otherwise (`block_sparse_moe.experts.0.w1`, `attention.dense`) is called as everybody else's.
+`model.layers.{num_layers + k}.*`, A.X-K1's post-MLP norm belongs to the MLP, experts at the end of a shortcut are
+`shortcut.*` instead of `mlp.*`, and what Mixtral, Ling-3.0 and LongCat-Flash call otherwise
+(`block_sparse_moe.experts.0.w1`, `attention.dense`, `self_attn.1`) is called as everybody else's.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from typing import Literal
 
 from torch import Tensor
 
+from latentkv.checkpoint.paired_names import as_paired, from_paired, is_paired
 from latentkv.errors import CheckpointError
 
 ExpertNames = Literal["one by one", "fused", "mixtral"]
 """How a checkpoint has routed experts: one by one, stacked, or one by one under Mixtral's names."""
 
-NameStyle = Literal["usual", "bailing"]
-"""Whose names a checkpoint has for what is not an expert: everybody's, or those of Ling-3.0."""
+NameStyle = Literal["usual", "bailing", "paired"]
+"""Whose names a checkpoint has for what is not an expert: everybody's, or those of Ling-3.0 or LongCat-Flash."""
 
 _MTP = re.compile(r"mtp\.(\d+)\.(layer\.|norm\.|)(.+)")
 _MTP_PARTS = {"layer.": "", "norm.": "shared_head.norm.", "": ""}
@@ -39,6 +41,7 @@ _BAILING = {
 _BAILING_EMBEDDING = "word_embeddings.weight"
 _TAPS, _CONVOLUTIONS = ".conv_taps", ("q_conv1d", "k_conv1d", "v_conv1d")
 _POST_NORM, _PUBLISHED_POST_NORM = ".mlp.post_mlp_layernorm.", ".post_mlp_layernorm."
+_SHORTCUT, _PUBLISHED_SHORTCUT = ".shortcut.", ".mlp."
 
 # Up to the layers of one of a checkpoint's models: what stands before tells which of them.
 _BEFORE_LAYERS = re.compile(r"((?:[^.]+\.)*?)layers\.\d+\.")
@@ -74,7 +77,7 @@ def published_name(name: str, num_layers: int) -> str:
     if match := _MTP.fullmatch(name):
         k, part, rest = match.groups()
         name = f"model.layers.{num_layers + int(k)}.{_MTP_PARTS[part]}{rest}"
-    return name.replace(_POST_NORM, _PUBLISHED_POST_NORM)
+    return name.replace(_POST_NORM, _PUBLISHED_POST_NORM).replace(_SHORTCUT, _PUBLISHED_SHORTCUT)
 
 
 def published_parts(
@@ -112,6 +115,7 @@ def export_names(
     num_layers: int,
     experts: ExpertNames = "one by one",
     style: NameStyle = "usual",
+    num_zero_experts: int = 0,
 ) -> Iterator[tuple[str, Tensor]]:
     """The (name, tensor) pairs to save a decoder in its published layout, which transformers loads.
 
@@ -120,12 +124,24 @@ def export_names(
         num_layers: of the decoder, MTP layers not counted.
         experts: how the layout has routed experts.
         style: whose names it has for the rest.
+        num_zero_experts: of each layer that has experts.
     """
     for name, tensor in state.items():
-        fused = (published_name(name, num_layers),) if experts == "fused" else ()
-        for part, view in published_parts(name, tensor, num_layers, fused):
+        published = published_name(name, num_layers)
+        fused = (published,) if experts == "fused" else ()
+        parts = published_parts(name, tensor, num_layers, fused)
+        for part, view in (*parts, *_parts_of_zero_experts(published, tensor, num_zero_experts)):
             known_as = _as_mixtral(part) if experts == "mixtral" else part
-            yield _as_bailing(known_as) if style == "bailing" else known_as, view
+            yield _STYLES[style](known_as), view
+
+
+def _parts_of_zero_experts(published: str, tensor: Tensor, count: int) -> Iterator[tuple[str, Tensor]]:
+    """The weights into experts that compute nothing, without which transformers 5.23 loads no others; zeros."""
+    stem, _, leaf = published.rpartition(".")
+    if leaf == "gate_up_proj":
+        for expert in range(len(tensor), len(tensor) + count):
+            for part in ("gate_proj", "up_proj"):
+                yield f"{stem}.{expert}.{part}.weight", tensor.new_zeros(tensor.shape[1] // 2, tensor.shape[2])
 
 
 def _as_bailing(name: str) -> str:
@@ -133,6 +149,13 @@ def _as_bailing(name: str) -> str:
     for theirs, ours in reversed(_BAILING.items()):
         name = name.replace(ours, theirs)
     return name.replace(_EMBEDDING, _BAILING_EMBEDDING)
+
+
+_STYLES: Mapping[NameStyle, Callable[[str], str]] = {
+    "usual": lambda name: name,
+    "bailing": _as_bailing,
+    "paired": as_paired,
+}
 
 
 def _from_bailing(name: str) -> str:
@@ -172,6 +195,9 @@ def text_model_names(names: Iterable[str], *, nested: bool = False, tied: bool =
         CheckpointError: two tensors mean the same.
     """
     plain = {name: _from_bailing(_without_wrappers(name)) for name in names if not name.endswith("rotary_emb.inv_freq")}
+    if is_paired(plain.values()):
+        meant = from_paired(plain.values())
+        plain = {name: meant[known_as] for name, known_as in plain.items() if known_as in meant}
     prefix = _text_prefix(plain.values())
     head = max((n.removesuffix(_HEAD) for n in plain.values() if _is_head(n, prefix)), key=len, default="")
     parent = prefix.removesuffix("model.")

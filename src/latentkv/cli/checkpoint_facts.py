@@ -63,6 +63,7 @@ class CheckpointFacts:
         parameters_stored: of the main model; they should be `parameters`, which its config implies.
         recurrent: the layers of Kimi Delta Attention, beside those of `attention`.
         problem: why it will not load, in the words of what would refuse it; None where the headers say nothing against.
+        shortcut_layers: of `moe_layers` those whose experts stand beside a dense block, at the end of a shortcut.
         notes: what of the files is not honoured, or not kept as it is.
     """
 
@@ -83,6 +84,7 @@ class CheckpointFacts:
     tied_embeddings: bool
     moe: dict[str, Any] | None
     moe_layers: int
+    shortcut_layers: int
     sliding_window_layers: int
     indexer: dict[str, Any] | None
     indexer_layers: int
@@ -136,6 +138,7 @@ def read_facts(folder: Path) -> CheckpointFacts:
         tied_embeddings=config.tie_word_embeddings,
         moe=asdict(config.moe) if config.moe else None,
         moe_layers=sum(layer.moe is not None for layer in config.layers),
+        shortcut_layers=sum(layer.shortcut == "ends" for layer in config.layers),
         sliding_window_layers=sum(layer.sliding_window is not None for layer in config.layers),
         indexer=asdict(indexers[0]) if indexers else None,
         indexer_layers=len(indexers),

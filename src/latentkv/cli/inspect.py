@@ -112,9 +112,11 @@ def _experts(facts: CheckpointFacts) -> str:
     groups = f", from {moe['topk_group']} of {moe['num_groups']} groups" if moe["group_score"] else ""
     gated = moe["gated_shared_size"]
     shared = f"a gated one of {gated:,}" if gated else f"{moe['num_shared_experts']} shared"
+    none = f" and {zero} zero experts" if (zero := moe["num_zero_experts"]) else ""
+    beside = ", beside dense blocks" if facts.shortcut_layers else ""
     return (
-        f"{moe['experts_per_token']} of {moe['num_experts']} routed ({moe['scoring']}{groups}) and "
-        f"{shared}, of width {moe['intermediate_size']:,}, in {facts.moe_layers} layers"
+        f"{moe['experts_per_token']} of {moe['num_experts']} routed{none} ({moe['scoring']}{groups}) and "
+        f"{shared}, of width {moe['intermediate_size']:,}, in {facts.moe_layers} layers{beside}"
     )
 
 

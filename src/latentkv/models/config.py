@@ -66,6 +66,8 @@ class MLAConfig:
 
     `output_gate`: what its heads give is multiplied by a sigmoid, one a head or one a number (Ling-3.0); "with queries"
     is one a number, projected together with the queries, from their latent normed and as it is (A.X-K2); None: not.
+    `q_lora_scale` multiplies queries, and `kv_lora_scale` the normed latent before it is cached (LongCat-Flash, arXiv
+    2509.01322, section 2.3: the variance of a full projection).
     """
 
     kv_lora_rank: int
@@ -76,6 +78,8 @@ class MLAConfig:
     latent_norm_eps: float = 1e-6
     bias: bool = False
     output_gate: Literal["head", "element", "with queries"] | None = None
+    q_lora_scale: float = 1.0
+    kv_lora_scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -139,7 +143,9 @@ class MoEConfig:
     other groups count in the choice. `gated_shared_size` is the width of a shared expert that each token weights by a
     sigmoid of its own (Qwen2-MoE); 0: there is none. `swiglu_limit` bounds what the routed experts' activation
     multiplies, and `shared_swiglu_limit` that of the shared ones (Ling-3.0-flash):
-    min(silu(gate), limit) * clamp(up, -limit, limit); None: nothing does.
+    min(silu(gate), limit) * clamp(up, -limit, limit); None: nothing does. `num_zero_experts` more that the router
+    chooses among, numbered from `num_experts` on, give a token back as it is (LongCat-Flash, arXiv 2509.01322, section
+    2.1). `exact_router`: the router's weight is float32, whatever the model's dtype.
     """
 
     num_experts: int
@@ -158,6 +164,18 @@ class MoEConfig:
     post_norm: bool = False
     swiglu_limit: float | None = None
     shared_swiglu_limit: float | None = None
+    num_zero_experts: int = 0
+    exact_router: bool = False
+
+    @property
+    def num_choices(self) -> int:
+        """What the router chooses among: experts that compute, and those that do not."""
+        return self.num_experts + self.num_zero_experts
+
+    @property
+    def computed_per_token(self) -> float:
+        """Of a token's choices those that compute, on average: each expert is taken to be chosen as often as any."""
+        return self.experts_per_token * self.num_experts / self.num_choices
 
 
 @dataclass(frozen=True)
@@ -168,6 +186,9 @@ class LayerConfig:
         attention: which, and its sizes.
         rope: rotary embedding of its queries and keys; None: it knows order without.
         moe: its routed and shared experts; None: a dense feed-forward block.
+        shortcut: what a layer's dense feed-forward block reads, experts of the next one read too, and add to what that
+            gives in the end (ScMoE, arXiv 2404.05019; LongCat-Flash). "begins" in the first of the two, "ends" in the
+            second, whose `moe` stands beside a dense block of its own; None: neither.
         sliding_window: a token sees at most this many tokens, itself included; None: all.
         indexer: what selects the tokens that latent attention reads; None: it reads all.
         shares_selection: the layer reads what the last indexer before it has selected, instead of having one.
@@ -179,6 +200,12 @@ class LayerConfig:
     sliding_window: int | None = None
     indexer: IndexerConfig | None = None
     shares_selection: bool = False
+    shortcut: Literal["begins", "ends"] | None = None
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether its feed-forward block is dense; experts may stand beside that where a shortcut ends."""
+        return self.moe is None or self.shortcut == "ends"
 
     @property
     def own_indexer(self) -> IndexerConfig | None:

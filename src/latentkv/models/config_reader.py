@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -45,6 +46,11 @@ _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "scale_router_input": (None, False),
     "up_proj_norm": (None, False),
     "value_norm": (None, False),
+    "router_bias": (None, False),
+    "zero_expert_type": (None, "identity"),
+    "attention_method": (None, "mla", "MLA"),
+    "ngram_vocab_size_ratio": (None, 0),
+    "oe_vocab_size_ratio": (None, 0),
 }
 
 # Other names of a router's activation: dots.llm1 names that of DeepSeek-V3 by its bias.
@@ -56,8 +62,10 @@ _INDEXER_LETTERS = {"F": "full", "S": "shared"}
 # product of these that is the size of a tensor stays within 64 bits.
 _LARGEST: Mapping[str, int] = {
     "num_hidden_layers": 4096,
+    "num_layers": 2048,
     "num_nextn_predict_layers": 64,
     "n_routed_experts": 65_536,
+    "zero_expert_num": 65_536,
     "n_shared_experts": 65_536,
     "num_attention_heads": 65_536,
     "num_key_value_heads": 65_536,
@@ -152,7 +160,7 @@ def _from_dict(raw: Mapping[str, Any], generation: Mapping[str, Any]) -> ModelCo
         layers=layers,
         rms_norm_eps=fields.positive("rms_norm_eps", 0.0),
         mlp_bias=fields.flag("mlp_bias"),
-        num_mtp_layers=fields.count("num_nextn_predict_layers"),
+        num_mtp_layers=0 if family.paired else fields.count("num_nextn_predict_layers"),
         gated_norm_rank=fields.count("gated_norm_rank"),
         # MiniCPM scales its embeddings, residual branches and logits; the keys are absent elsewhere.
         embedding_multiplier=fields.positive("scale_emb", 1.0),
@@ -269,9 +277,13 @@ def _refuse_quantization(*described: Any) -> None:
 
 
 def _read_layers(fields: Fields, family: Family) -> tuple[LayerConfig, ...]:
-    num_layers = fields.size("num_hidden_layers")
     attention, moe = _read_attention(fields, family), _read_moe(fields, family)
     rope = read_rope(fields, family, attention)
+    if family.paired:
+        fields.size("n_routed_experts")  # a layer whose experts are all zero experts is none
+        layer = LayerConfig(attention, rope, shortcut="begins")
+        return (layer, replace(layer, moe=moe, shortcut="ends")) * fields.size("num_layers")
+    num_layers = fields.size("num_hidden_layers")
     sparse = _sparse_layers(fields, num_layers) if moe else (False,) * num_layers
     if family.kda is not None:
         return read_hybrid_layers(fields, family, LayerConfig(attention, rope, moe), sparse)
@@ -302,6 +314,8 @@ def _read_attention(fields: Fields, family: Family) -> MLAConfig | GQAConfig:
             latent_norm_eps=fields.number("latent_norm_eps"),
             bias=bias,
             output_gate=_read_output_gate(fields, family),
+            q_lora_scale=_read_lora_scale(fields, "q_lora"),
+            kv_lora_scale=_read_lora_scale(fields, "kv_lora"),
         )
     kv_heads = heads if fields.get("num_key_value_heads") is None else fields.size("num_key_value_heads")
     if heads % kv_heads:
@@ -314,6 +328,13 @@ def _read_attention(fields: Fields, family: Family) -> MLAConfig | GQAConfig:
         qk_norm=family.qk_norm if isinstance(family.qk_norm, bool) else fields.flag(family.qk_norm),
         qk_norm_per_head=family.qk_norm_per_head,
     )
+
+
+def _read_lora_scale(fields: Fields, lora: str) -> float:
+    """What makes up for a bottleneck's rank, where the config says that something does."""
+    if not fields.flag(f"mla_scale_{lora}"):
+        return 1.0
+    return math.sqrt(fields.size("hidden_size") / fields.size(f"{lora}_rank"))
 
 
 def _read_output_gate(fields: Fields, family: Family) -> Literal["head", "element", "with queries"] | None:
@@ -373,16 +394,18 @@ def _read_moe(fields: Fields, family: Family) -> MoEConfig | None:
     if family.scoring is None or not fields.count("n_routed_experts"):
         return None
     experts, chosen = fields.size("n_routed_experts"), fields.size("num_experts_per_tok")
+    zero_experts = fields.count("zero_expert_num")
     group_score = family.group_score
     if group_score == "topk_method":
         group_score = "max" if fields.get("topk_method") == "group_limited_greedy" else None
     groups = (fields.count("n_group") or 1) if group_score else 1
     topk_group = fields.size("topk_group") if groups > 1 else 1
-    if experts % groups or topk_group > groups or chosen > experts // groups * topk_group:
+    choices = experts + zero_experts
+    if choices % groups or topk_group > groups or chosen > choices // groups * topk_group:
         raise ConfigError(
-            f"config.json: cannot choose {chosen} of {experts} experts from {topk_group} of {groups} groups."
+            f"config.json: cannot choose {chosen} of {choices} experts from {topk_group} of {groups} groups."
         )
-    if group_score == "top2" and groups > 1 and experts // groups < 2:
+    if group_score == "top2" and groups > 1 and choices // groups < 2:
         raise ConfigError(f"config.json: n_group={groups} leaves groups of one expert; they need two or more.")
     return MoEConfig(
         num_experts=experts,
@@ -399,6 +422,8 @@ def _read_moe(fields: Fields, family: Family) -> MoEConfig | None:
         normalize_weights=fields.flag("norm_topk_prob"),
         scaling_factor=fields.number("routed_scaling_factor"),
         post_norm=family.post_mlp_norm,
+        num_zero_experts=zero_experts,
+        exact_router=family.exact_router,
     )
 
 

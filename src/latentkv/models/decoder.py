@@ -26,17 +26,22 @@ from latentkv.weights import PackedWeight
 
 
 class DecoderLayer(nn.Module):
-    """Norm, attention, residual; norm, feed-forward (dense or experts), residual."""
+    """Norm, attention, residual; norm, feed-forward (dense or experts), residual; experts at the end of a shortcut."""
 
     def __init__(self, config: ModelConfig, layer: LayerConfig, *, max_context: int) -> None:
         super().__init__()
         self.self_attn = _attention(config, layer, max_context)
-        if layer.moe is None:
+        experts = None
+        if layer.moe is not None:
+            experts = MoE(config.hidden_size, layer.moe, norm_eps=config.rms_norm_eps, bias=config.mlp_bias)
+        if layer.is_dense or experts is None:
             self.mlp = MLP(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+            self.shortcut = experts
         else:
-            self.mlp = MoE(config.hidden_size, layer.moe, norm_eps=config.rms_norm_eps, bias=config.mlp_bias)
+            self.mlp, self.shortcut = experts, None
+        self.begins_shortcut = layer.shortcut == "begins"
         self.input_layernorm = _norm(config, gated=True)
-        self.post_attention_layernorm = _norm(config, gated=layer.moe is not None)
+        self.post_attention_layernorm = _norm(config, gated=not layer.is_dense)
         self.residual_multiplier = config.residual_multiplier
 
     def forward(
@@ -50,7 +55,8 @@ class DecoderLayer(nn.Module):
         """[B, S, hidden] whole sequences, or with a batch and the layer's state [T, hidden] new tokens."""
         if batch is None or state is None:
             x = self._add(x, self.self_attn(self.input_layernorm(x), positions))
-            return self._add(x, self.mlp(self.post_attention_layernorm(x)))
+            h = self.post_attention_layernorm(x)
+            return self._follow_shortcut(h, self._add(x, self.mlp(h)), positions)
         # Blocks add the residual stream themselves, which saves a rounding, unless they are to be multiplied first.
         plain = self.residual_multiplier == 1.0
         h, residual = self.input_layernorm(x), x if plain else None
@@ -58,7 +64,18 @@ class DecoderLayer(nn.Module):
         x = block if plain else self._add(x, block)
         h, residual = self.post_attention_layernorm(x), x if plain else None
         block = self.mlp(h, residual)
-        return block if plain else self._add(x, block)
+        return self._follow_shortcut(h, block if plain else self._add(x, block), positions)
+
+    def _follow_shortcut(self, h: Tensor, x: Tensor, positions: Rotary) -> Tensor:
+        """x, with what the experts at a shortcut's end give; where one begins, h is left for them."""
+        if self.begins_shortcut:
+            positions.shortcut.x = h
+        if self.shortcut is None:
+            return x
+        begun, positions.shortcut.x = positions.shortcut.x, None
+        if begun is None:
+            raise ConfigError("experts at the end of a shortcut need a layer before them in which one begins.")
+        return self.shortcut(begun, x)
 
     def _add(self, x: Tensor, block: Tensor) -> Tensor:
         """The residual stream after a block."""
@@ -93,6 +110,8 @@ def _attention(
             indexer=layer.indexer,
             shares_selection=layer.shares_selection,
             output_gate=attention.output_gate,
+            q_lora_scale=attention.q_lora_scale,
+            kv_lora_scale=attention.kv_lora_scale,
         )
     if layer.rope is None:
         raise ConfigError("grouped-query attention without rotary embedding is not supported: give its layers a rope.")
@@ -316,10 +335,12 @@ class Decoder(nn.Module):
     def keep_choices_exact(self) -> None:
         """Hold in float32 after a cast what decides between near-equal experts or tokens, or whose errors add up.
 
-        That is every router's correction bias, the projection of the weights of every indexer's heads, and what
-        recurrent layers forget by.
+        That is every router's correction bias, and its weight where that is trained so, the projection of the weights
+        of every indexer's heads, and what recurrent layers forget by.
         """
         for layer in self.moe_layers():
+            if layer.config.exact_router:
+                layer.gate.float()
             if layer.gate.e_score_correction_bias is not None:
                 layer.gate.e_score_correction_bias = layer.gate.e_score_correction_bias.float()
         for module in self.modules():

@@ -41,6 +41,9 @@ class Family:
         output_gate: config key `gated_attention_proj_granularity_type` says how latent attention is gated.
         rotates: latent attention turns its rotary dimensions; Kimi-Linear leaves them as they are.
         other_architectures: models that bear the `model_type` too, by config key `architectures`: what they are.
+        paired: each of the `num_layers` of its config is two here, and a shortcut leads from the first to experts that
+            the second adds (LongCat-Flash). Its modules of further tokens are of another kind and not read.
+        exact_router: see `MoEConfig`.
         rotary_share: of a head, where config key `partial_rotary_factor` leaves it open; None: heads are whole.
         sliding_layers: which have the sliding window where `layer_types` does not say: those from number
             `max_window_layers` on, every one, or those of even number below `max_window_layers`.
@@ -65,6 +68,8 @@ class Family:
     excluded_score: float = float("-inf")
     rotates: bool = True
     other_architectures: Mapping[str, str] = field(default_factory=dict[str, str])
+    paired: bool = False
+    exact_router: bool = False
     saved_as: str | None = None
     qkv_bias: bool | str = "attention_bias"
     qk_norm: bool | str = False
@@ -514,6 +519,45 @@ FAMILIES: Mapping[str, Family] = {
             "num_nextn_predict_layers": 0,
         },
     ),
+    "longcat_flash": Family(
+        "mla",
+        _COMMON
+        | {
+            "vocab_size": 131072,
+            "hidden_size": 6144,
+            "intermediate_size": 12288,
+            "moe_intermediate_size": 2048,
+            "num_layers": 28,
+            "num_attention_heads": 64,
+            "n_routed_experts": 512,
+            "zero_expert_num": 256,
+            "routed_scaling_factor": 6.0,
+            "kv_lora_rank": 512,
+            "q_lora_rank": 1536,
+            "qk_rope_head_dim": 64,
+            "v_head_dim": 128,
+            "qk_nope_head_dim": 128,
+            "mla_scale_q_lora": True,
+            "mla_scale_kv_lora": True,
+            "num_experts_per_tok": 12,
+            "norm_topk_prob": False,
+            "max_position_embeddings": 131072,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 10000000.0,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
+        rope_interleaved=True,
+        scoring="softmax",
+        correction_bias=True,
+        normalizes_weights=False,
+        name_style="paired",
+        paired=True,
+        exact_router=True,
+        other_architectures={
+            "LongcatFlashNgramForCausalLM": "LongCat-Flash-Lite, which adds embeddings of n-grams to those of tokens",
+        },
+    ),
     "llama": Family("gqa", _LLAMA),
     "mistral": Family(
         "gqa",
@@ -687,7 +731,9 @@ SPELLINGS: Mapping[str, tuple[str, ...]] = {
     "n_routed_experts": ("num_experts", "num_local_experts"),
     "n_shared_experts": ("num_shared_experts",),
     "n_group": ("num_expert_group",),
-    "num_experts_per_tok": ("num_experts_per_token",),
+    "num_experts_per_tok": ("num_experts_per_token", "moe_topk"),
+    "intermediate_size": ("ffn_hidden_size",),
+    "moe_intermediate_size": ("expert_ffn_hidden_size",),
     "norm_topk_prob": ("moe_renormalize",),
     "max_position_embeddings": ("model_max_length",),
     "scoring_func": ("score_function", "moe_router_activation_func"),

@@ -21,7 +21,7 @@ from latentkv.models.packing import Packer, PackerOf, Packing, pack_module, take
 from latentkv.models.stored_config import DTYPE_NAMES, open_checkpoint, stored_dtype
 
 _EMBEDDING = "model.embed_tokens.weight"
-_EXACT = ("e_score_correction_bias", "expert_bias", "A_log", "dt_bias", "_conv1d.weight")
+_EXACT = ("e_score_correction_bias", "expert_bias", "router.classifier.weight", "A_log", "dt_bias", "_conv1d.weight")
 """Ends of the names of what is stored in float32, whatever the rest is stored in."""
 
 
@@ -186,6 +186,7 @@ def save_pretrained(decoder: Decoder, folder: Path | str, *, dtype: torch.dtype 
         num_layers=decoder.config.num_layers,
         experts=family.expert_names,
         style=family.name_style,
+        num_zero_experts=max((layer.moe.num_zero_experts for layer in decoder.config.layers if layer.moe), default=0),
     )
     cast = ((name, t if name.endswith(_EXACT) else t.to(dtype)) for name, t in tensors)
     write_checkpoint(folder, cast, config)

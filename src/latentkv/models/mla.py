@@ -50,6 +50,8 @@ class MultiHeadLatentAttention(nn.Module):
         indexer: what selects the tokens that each token reads, which takes a q_lora_rank; None: it reads all.
         shares_selection: the layer has no indexer, and reads what the last one before it has selected.
         output_gate: what the heads give is multiplied by a sigmoid, see `MLAConfig`.
+        q_lora_scale: what queries are multiplied by.
+        kv_lora_scale: what the normed latent is multiplied by before it is cached.
 
     Attributes:
         int8_products: whether steps of one token a sequence multiply bytes over an int8 cache, see `ops.mla_attend`.
@@ -77,6 +79,8 @@ class MultiHeadLatentAttention(nn.Module):
         indexer: IndexerConfig | None = None,
         shares_selection: bool = False,
         output_gate: Literal["head", "element", "with queries"] | None = None,
+        q_lora_scale: float = 1.0,
+        kv_lora_scale: float = 1.0,
     ) -> None:
         super().__init__()
         self.rope = rope or RopeConfig(dim=qk_rope_head_dim, interleaved=True)
@@ -85,11 +89,22 @@ class MultiHeadLatentAttention(nn.Module):
                 f"rope has {self.rope.dim} dimensions, qk_rope_head_dim is {qk_rope_head_dim}; make them equal."
             )
         self.config = MLAConfig(
-            kv_lora_rank, qk_nope_head_dim, qk_rope_head_dim, v_head_dim, q_lora_rank, norm_eps, bias, output_gate
+            kv_lora_rank,
+            qk_nope_head_dim,
+            qk_rope_head_dim,
+            v_head_dim,
+            q_lora_rank,
+            norm_eps,
+            bias,
+            output_gate,
+            q_lora_scale,
+            kv_lora_scale,
         )
         self.num_heads = num_heads
+        self.kv_lora_scale = kv_lora_scale
         self.max_context = max_context or self.rope.original_max_positions
-        self.scale = (qk_nope_head_dim + qk_rope_head_dim) ** -0.5 * self.rope.softmax_factor
+        # Queries are multiplied by keys alone: what scales all of a query scales the softmax, and is rounded nowhere.
+        self.scale = (qk_nope_head_dim + qk_rope_head_dim) ** -0.5 * self.rope.softmax_factor * q_lora_scale
         # Cached tokens expanded at a time: bounds memory, whatever the context.
         self.expand_chunk = 4096
         self.gates_with_queries = output_gate == "with queries"
@@ -176,7 +191,7 @@ class MultiHeadLatentAttention(nn.Module):
             state.pages,
             batch.slots,
             self.kv_a_proj_with_mqa(x),
-            self.kv_a_layernorm.weight,
+            self._latent_weight(),
             self.kv_a_layernorm.eps,
             positions.cos,
             positions.sin,
@@ -206,7 +221,10 @@ class MultiHeadLatentAttention(nn.Module):
         return self._output(gate, torch.cat(outputs), residual)
 
     def pack(self, packer: Packer) -> None:
-        """See `Packable`: W_UK and W_UV a head, beside kv_b_proj, which expands."""
+        """See `Packable`: W_UK and W_UV a head, beside kv_b_proj, which expands; a scale in the weight of a norm."""
+        if self.kv_lora_scale != 1.0:
+            self.kv_a_layernorm.weight = nn.Parameter(self._latent_weight().detach(), requires_grad=False)
+            self.kv_lora_scale = 1.0
         w_uk, w_uv = self._split_up_projection(packer.plain("kv_b_proj.weight"))
         self.absorb_key = packer.pack("absorb_key", w_uk.transpose(1, 2))
         self.absorb_value = packer.pack("absorb_value", w_uv)
@@ -268,7 +286,18 @@ class MultiHeadLatentAttention(nn.Module):
             [self.config.kv_lora_rank, self.config.qk_rope_head_dim], dim=-1
         )
         k_rope = ops.apply_rope(k_rope, positions.cos, positions.sin, interleaved=self.rope.interleaved)
-        return self.kv_a_layernorm(latent), k_rope
+        return ops.rms_norm(latent, self._latent_weight(), self.kv_a_layernorm.eps), k_rope
+
+    def _latent_weight(self) -> Tensor:
+        """What latents are multiplied by once they are normed, [L].
+
+        A scale is a factor of it, in float32: a bfloat16 weight would be rounded once more, the latents are rounded but
+        once. The shared key beside them is not scaled, so neither softmax nor kv_b_proj could take the scale over.
+        """
+        weight = self.kv_a_layernorm.weight
+        if self.kv_lora_scale == 1.0:
+            return weight
+        return weight.to(torch.promote_types(weight.dtype, torch.float32)) * self.kv_lora_scale
 
     def _split_up_projection(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """W_UK [H, Dn, L] and W_UV [H, Dv, L], views of kv_b_proj's weight."""

@@ -17,19 +17,22 @@ class Router(nn.Module):
     """Scores tokens against experts, in float32 whatever the model's dtype."""
 
     packed: PackedWeight | None = None
+    is_packed: bool = False
 
     def __init__(self, hidden_size: int, config: MoEConfig) -> None:
         super().__init__()
         self.config = config
-        self.weight = nn.Parameter(torch.empty(config.num_experts, hidden_size))
+        self.weight = nn.Parameter(torch.empty(config.num_choices, hidden_size))
         self.e_score_correction_bias: Tensor | None
-        bias = torch.zeros(config.num_experts, dtype=torch.float32) if config.correction_bias else None
+        bias = torch.zeros(config.num_choices, dtype=torch.float32) if config.correction_bias else None
         self.register_buffer("e_score_correction_bias", bias)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """[T, hidden] -> expert ids [T, K] and weights [T, K] float32."""
         if self.packed is not None:
             logits = ops.linear(x, self.packed, out_dtype=torch.float32)
+        elif self.is_packed:
+            logits = ops.weigh_heads(x, self.weight, 1.0)
         else:
             with torch.autocast(x.device.type, enabled=False):
                 logits = functional.linear(x.float(), self.weight.float())
@@ -51,6 +54,9 @@ class Router(nn.Module):
         """See `Packable`; a float32 router stays as it is, for packing would round it."""
         if self.weight.dtype == torch.bfloat16:
             self.packed = packer("weight")
+        elif self.config.exact_router:
+            self.weight = nn.Parameter(packer.plain("weight").to(self.weight.dtype), requires_grad=False)
+            self.is_packed = True
 
 
 class Experts(nn.Module):
@@ -63,6 +69,7 @@ class Experts(nn.Module):
         super().__init__()
         experts, width = config.num_experts, config.intermediate_size
         self.limit = config.swiglu_limit
+        self.num_zero_experts = config.num_zero_experts
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * width, hidden_size))
         self.down_proj = nn.Parameter(torch.empty(experts, hidden_size, width))
 
@@ -70,7 +77,16 @@ class Experts(nn.Module):
         """[T, hidden] -> weighted sum of each token's experts, [T, hidden], plus the residual."""
         gate_up = self.gate_up_proj if self.gate_up is None else self.gate_up
         down = self.down_proj if self.down is None else self.down
-        return ops.moe_experts(x, expert_ids, weights, gate_up, down, residual=residual, limit=self.limit)
+        return ops.moe_experts(
+            x,
+            expert_ids,
+            weights,
+            gate_up,
+            down,
+            residual=residual,
+            limit=self.limit,
+            num_zero_experts=self.num_zero_experts,
+        )
 
     def pack(self, packer: Packer) -> None:
         """See `Packable`."""
@@ -80,7 +96,8 @@ class Experts(nn.Module):
 class MoE(nn.Module):
     """Routed experts plus shared ones (DeepSeekMoE, arXiv 2401.06066).
 
-    In training, `expert_counts` [E] int64 holds how many tokens the last forward sent to each expert (None before it).
+    In training, `expert_counts` [E] int64 holds how many tokens the last forward sent to each expert, zero experts
+    included (None before it).
     """
 
     def __init__(self, hidden_size: int, config: MoEConfig, *, norm_eps: float, bias: bool = False) -> None:
@@ -103,7 +120,7 @@ class MoE(nn.Module):
         tokens = x.flatten(0, -2)
         expert_ids, weights = self.gate(tokens)
         if self.training:
-            self.expert_counts = torch.bincount(expert_ids.flatten(), minlength=self.config.num_experts)
+            self.expert_counts = torch.bincount(expert_ids.flatten(), minlength=self.config.num_choices)
         # What the experts' products are added to, in one sum: the shared experts', and the residual if no norm follows.
         base = None if self.config.post_norm else residual
         if self.config.num_shared_experts:

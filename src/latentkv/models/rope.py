@@ -10,19 +10,21 @@ import torch
 from torch import Tensor
 
 from latentkv.models.config import RopeConfig, yarn_mscale
-from latentkv.models.selection import Selection
+from latentkv.models.selection import Selection, Shortcut
 
 
 class Rotary(NamedTuple):
     """What one step's positions mean: cos and sin [..., R/2] float32, and the query's scale [...] or None.
 
-    `selection` is which tokens they read; it is empty when a step begins, and layers fill it in.
+    `selection` is which tokens they read, and `shortcut` what experts of a later layer read; both are empty when a step
+    begins, and layers fill them in.
     """
 
     cos: Tensor
     sin: Tensor
     query_scale: Tensor | None
     selection: Selection
+    shortcut: Shortcut
 
 
 def rotary(config: RopeConfig, positions: Tensor, *, max_context: int) -> Rotary:
@@ -43,7 +45,7 @@ def rotary(config: RopeConfig, positions: Tensor, *, max_context: int) -> Rotary
     if config.query_scaling_beta is not None:
         steps = torch.floor(positions.to(torch.float32) / config.original_max_positions)
         scale = 1 + config.query_scaling_beta * torch.log1p(steps)
-    return Rotary((angles.cos() * factor).float(), (angles.sin() * factor).float(), scale, Selection())
+    return Rotary((angles.cos() * factor).float(), (angles.sin() * factor).float(), scale, Selection(), Shortcut())
 
 
 @cache

@@ -14,3 +14,14 @@ class Selection:
 
     def __init__(self) -> None:
         self.tokens: Tensor | None = None
+
+
+class Shortcut:
+    """What a layer's feed-forward block read, for the experts of the next one (ScMoE, arXiv 2404.05019).
+
+    Attributes:
+        x: [T, hidden], or of whole sequences [B, S, hidden]; None: no shortcut has begun.
+    """
+
+    def __init__(self) -> None:
+        self.x: Tensor | None = None

@@ -38,7 +38,7 @@ _TORCH_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "f
 
 @dataclass(frozen=True)
 class TensorGroup:
-    """`count` tensors of one shape, of which each token uses `used`.
+    """`count` tensors of one shape, of which each token uses `used`, on average.
 
     `linear` marks the weights that an fp8 checkpoint quantises; `buffer` those that are not trained by gradient;
     `exact` those that are float32 whatever the rest is.
@@ -48,7 +48,7 @@ class TensorGroup:
     name: str
     shape: tuple[int, ...]
     count: int = 1
-    used: int = 1
+    used: float = 1
     linear: bool = False
     buffer: bool = False
     exact: bool = False
@@ -86,8 +86,12 @@ def count_parameters(config: ModelConfig) -> int:
 
 
 def count_active_parameters(config: ModelConfig) -> int:
-    """Parameters that take part for one token: of the routed experts those chosen, of the embedding its row."""
-    return sum(g.used * g.numel for g in tensor_groups(config) if not g.buffer)
+    """Parameters that take part for one token: of the routed experts those chosen, of the embedding its row.
+
+    Where zero experts are among the choices, that is an average, all experts being chosen equally often: with 256 of
+    them beside 512, 8 of 12 choices compute (LongCat-Flash, arXiv 2509.01322, section 2.1, whose router is held to it).
+    """
+    return round(sum(g.used * g.numel for g in tensor_groups(config) if not g.buffer))
 
 
 def count_mtp_parameters(config: ModelConfig) -> int:
@@ -206,10 +210,10 @@ def _layer(config: ModelConfig, layer: LayerConfig) -> Iterator[TensorGroup]:
     if layer.own_indexer is not None and isinstance(attention, MLAConfig):
         yield from _indexer(config, attention, layer.own_indexer)
     yield from _norm(config, "input_layernorm", gated=True)
-    yield from _norm(config, "post_attention_layernorm", gated=layer.moe is not None)
-    if layer.moe is None:
+    yield from _norm(config, "post_attention_layernorm", gated=not layer.is_dense)
+    if layer.is_dense:
         yield from _mlp("dense mlp", "mlp", config, config.intermediate_size)
-    else:
+    if layer.moe is not None:
         yield from _moe(config, layer.moe)
 
 
@@ -293,10 +297,10 @@ def _mlp(kind: Kind, name: str, config: ModelConfig, intermediate: int) -> Itera
 
 
 def _moe(config: ModelConfig, moe: MoEConfig) -> Iterator[TensorGroup]:
-    hidden, experts, used, width = config.hidden_size, moe.num_experts, moe.experts_per_token, moe.intermediate_size
-    yield TensorGroup("router", "mlp.gate", (experts, hidden))
+    hidden, experts, used, width = config.hidden_size, moe.num_experts, moe.computed_per_token, moe.intermediate_size
+    yield TensorGroup("router", "mlp.gate", (moe.num_choices, hidden), exact=moe.exact_router)
     if moe.correction_bias:
-        yield TensorGroup("router", "mlp.gate.e_score_correction_bias", (experts,), buffer=True)
+        yield TensorGroup("router", "mlp.gate.e_score_correction_bias", (moe.num_choices,), buffer=True)
     yield TensorGroup("routed experts", "mlp.experts.gate_up_proj", (width, hidden), 2 * experts, 2 * used, linear=True)
     yield TensorGroup("routed experts", "mlp.experts.down_proj", (hidden, width), experts, used, linear=True)
     if moe.num_shared_experts:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from latentkv.checkpoint.names import published_name
 from latentkv.errors import TokenizerError
 from latentkv.llm_options import tokenizer_of
 from latentkv.models.layers import Linear
@@ -82,11 +83,12 @@ class _Squares:
                 module.register_forward_pre_hook(lambda _, given: self.add(f"{name}.weight", given[0].flatten(0, -2)))
             ]
         if isinstance(module, Experts):
-            return [module.register_forward_pre_hook(lambda _, given: self._add_experts(name, module, *given[:2]))]
+            known_as = published_name(name, num_layers=0)  # no number of a layer in it changes
+            return [module.register_forward_pre_hook(lambda _, given: self._add_experts(known_as, module, *given[:2]))]
         return []
 
     def _add_experts(self, name: str, experts: Experts, x: Tensor, expert_ids: Tensor) -> None:
-        for expert in expert_ids.unique().tolist():
+        for expert in expert_ids[expert_ids < len(experts.gate_up_proj)].unique().tolist():
             rows = x[(expert_ids == expert).any(-1)]
             gate, up = functional.linear(rows, experts.gate_up_proj[expert]).chunk(2, dim=-1)
             for leaf in ("gate_proj", "up_proj"):

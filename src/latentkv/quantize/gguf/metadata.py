@@ -222,6 +222,8 @@ def _what_is_of_hybrids(config: ModelConfig) -> str | None:
         return "the gate of its latent attention is not written"
     if config.rope.kind == "none":
         return "attention without rotary embedding is not written"
+    if any(layer.shortcut for layer in config.layers):
+        return "experts beside dense blocks are not written"
     if any(layer.moe and (layer.moe.swiglu_limit or layer.moe.shared_swiglu_limit) for layer in config.layers):
         return "limits of activations are not written"
     return None
