@@ -3,6 +3,7 @@
 import pytest
 
 from latentkv.checkpoint.names import text_model_names
+from latentkv.checkpoint.paired_names import as_paired
 from latentkv.errors import CheckpointError
 
 PUBLISHED = [
@@ -96,6 +97,39 @@ def test_names_of_ling_3_mean_what_everybodys_do():
         "lm_head.weight": "lm_head.weight",
     }
     assert text_model_names(published) == {known: name for name, known in published.items()}
+
+
+def test_a_layer_of_longcat_flash_is_two():
+    published = {
+        "model.embed_tokens.weight": "model.embed_tokens.weight",
+        "model.layers.3.input_layernorm.0.weight": "model.layers.6.input_layernorm.weight",
+        "model.layers.3.self_attn.0.q_a_proj.weight": "model.layers.6.self_attn.q_a_proj.weight",
+        "model.layers.3.self_attn.1.q_a_proj.bias": "model.layers.7.self_attn.q_a_proj.bias",
+        "model.layers.3.post_attention_layernorm.1.weight": "model.layers.7.post_attention_layernorm.weight",
+        "model.layers.3.mlps.0.up_proj.weight": "model.layers.6.mlp.up_proj.weight",
+        "model.layers.3.mlps.1.down_proj.weight": "model.layers.7.mlp.down_proj.weight",
+        "model.layers.3.mlp.router.classifier.weight": "model.layers.7.mlp.gate.weight",
+        "model.layers.3.mlp.router.e_score_correction_bias": "model.layers.7.mlp.gate.e_score_correction_bias",
+        "model.layers.3.mlp.experts.12.gate_proj.weight": "model.layers.7.mlp.experts.12.gate_proj.weight",
+        "model.layers.3.mlp.experts.12.down_proj.weight": "model.layers.7.mlp.experts.12.down_proj.weight",
+        "model.norm.weight": "model.norm.weight",
+        "lm_head.weight": "lm_head.weight",
+    }
+    ignored = [
+        "model.layers.3.mlp.experts.13.gate_proj.weight",
+        "model.layers.3.mlp.experts.13.up_proj.weight",
+        "model.mtp.layers.0.self_attn.0.q_a_proj.weight",
+        "model.mtp.norm.weight",
+    ]
+    assert text_model_names([*ignored, *published]) == {known: name for name, known in published.items()}
+    assert {name: as_paired(known) for name, known in published.items()} == {name: name for name in published}
+    outer = {f"base_model.{name}" if "model." in name else name: known for name, known in published.items()}
+    assert text_model_names(outer) == {known: name for name, known in outer.items()}
+
+
+def test_without_pairs_experts_without_an_end_are_experts():
+    names = ["model.layers.0.self_attn.q_proj.weight", "model.layers.0.mlp.experts.3.up_proj.weight", "model.mtp.x"]
+    assert list(text_model_names(names)) == names
 
 
 def test_dense_and_shared_blocks_of_kimi_linear_may_be_called_as_transformers_writes_them():

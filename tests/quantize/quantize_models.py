@@ -42,6 +42,17 @@ CONFIG: dict[str, Any] = {
 }
 
 
+LONGCAT: dict[str, Any] = {
+    "model_type": "longcat_flash",
+    "architectures": ["LongcatFlashForCausalLM"],
+    "num_layers": 1,
+    "n_shared_experts": 0,
+    "zero_expert_num": 3,
+    "num_experts_per_tok": 3,
+}
+"""What makes another family of `CONFIG`."""
+
+
 def random_decoder(**changes: Any) -> Decoder:
     torch.manual_seed(0)
     decoder = Decoder(read_config(CONFIG | changes))

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from quantize_models import save_random
+from gguf_checks import copied_tokenizer
+from quantize_models import LONGCAT, save_random
 from torch import Tensor
 from torch.nn import functional
 
@@ -60,6 +61,22 @@ def test_an_expert_counts_what_is_routed_to_it() -> None:
         assert torch.allclose(found[f"{name}.up_proj.weight"], as_importance(rows), rtol=1e-3)
         inside = as_importance(functional.silu(gate) * up)
         assert torch.allclose(found[f"{name}.down_proj.weight"], inside, rtol=2e-2, atol=1e-2)
+
+
+def test_experts_at_the_end_of_a_shortcut_have_the_names_that_a_copy_looks_for(tmp_path: Path) -> None:
+    words = load_tokenizer(EMBEDDED_MODEL).needed_size
+    source = save_random(tmp_path / "source", **LONGCAT, vocab_size=words)
+    found = column_importance(copied_tokenizer(EMBEDDED_MODEL, source), TEXT)
+    experts = {name for name in found if ".experts." in name}
+    assert experts and all(name.startswith("model.layers.1.mlp.experts.") for name in experts)
+    assert {int(name.split(".")[5]) for name in experts} <= set(range(4))  # zero experts have no weights
+    assert "model.layers.1.mlp.down_proj.weight" in found
+    quantize_checkpoint(source, tmp_path / "out", "int4", importance=found)
+    name = next(name for name in experts if "up_proj" in name)
+    stored = name.replace("layers.1", "layers.0")
+    expected = quantize_weight(CheckpointReader(source).read(stored), "int4", 64, found[name])
+    copy = CheckpointReader(tmp_path / "out").quantized(stored)
+    assert copy is not None and torch.equal(copy.codes, expected.codes)
 
 
 def test_a_model_without_words_cannot_be_calibrated(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from gguf_checks import copied_tokenizer, save
-from quantize_models import CONFIG, edit_config, random_decoder, save_random, stored
+from quantize_models import CONFIG, LONGCAT, edit_config, random_decoder, save_random, stored
 from safetensors.torch import save_file
 
 from forked_program import RETURN_WHAT_IS_FREED, run_forked
@@ -77,6 +77,27 @@ def test_quantising_while_loading_gives_the_same_model(source, tmp_path, fmt):
     quantize_checkpoint(source, tmp_path / "out", fmt)
     on_the_fly, copied = LLM(source, weights=fmt), LLM(tmp_path / "out")
     assert torch.equal(on_the_fly.logits(list(range(40))), copied.logits(list(range(40))))
+
+
+def test_layers_that_are_two_are_quantised_under_their_own_names_and_run(tmp_path):
+    source = save_random(tmp_path / "source", **LONGCAT)
+    quantize_checkpoint(source, tmp_path / "out", "int4")
+    reader = CheckpointReader(tmp_path / "out")
+    assert set(reader.names) == set(CheckpointReader(source).names)
+    layer = "model.layers.0."
+    for name in ("self_attn.1.o_proj", "mlps.0.up_proj", "mlps.1.down_proj", "mlp.experts.3.gate_proj"):
+        assert reader.scheme(f"{layer}{name}.weight").format == INT4, name
+    for name in ("self_attn.0.kv_b_proj", "mlp.router.classifier", "mlp.experts.4.gate_proj"):  # of a zero expert
+        assert reader.scheme(f"{layer}{name}.weight") is None, name
+    assert reader.dtype(f"{layer}mlp.router.classifier.weight") == torch.float32
+    tokens = list(range(40))
+    copied = LLM(tmp_path / "out").logits(tokens)
+    assert 0 < (LLM(source).logits(tokens) - copied).norm() / copied.norm() < 0.5
+    if why_not_native(torch.device("cpu")) is None:
+        assert torch.equal(LLM(source, weights="int4").logits(tokens), copied)
+        rounded = LLM(tmp_path / "out", activations="int8").logits(tokens)
+        differences = (rounded - copied).norm(dim=-1) / copied.norm(dim=-1)
+        assert 0 < float(differences.median()) < 0.05
 
 
 def test_transformers_loads_the_copy(source, tmp_path):
