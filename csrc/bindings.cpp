@@ -10,9 +10,9 @@ namespace nb = nanobind;
 namespace latentkv {
 void bind_attention(nb::module_& m);
 void bind_index(nb::module_& m);
-void bind_kda(nb::module_& m);
 void bind_linear(nb::module_& m);
 void bind_moe(nb::module_& m);
+void bind_recurrent(nb::module_& m);
 void bind_small(nb::module_& m);
 }  // namespace latentkv
 
@@ -38,8 +38,8 @@ NB_MODULE(_native, m) {
         "End the calling thread's team of OpenMP threads.");
   latentkv::bind_attention(m);
   latentkv::bind_index(m);
-  latentkv::bind_kda(m);
   latentkv::bind_linear(m);
   latentkv::bind_moe(m);
+  latentkv::bind_recurrent(m);
   latentkv::bind_small(m);
 }

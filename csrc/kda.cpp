@@ -7,18 +7,14 @@
 
 #include <omp.h>
 
-#include "rows.h"
+#include "recurrence_rows.h"
 #include "scratch.h"
 #include "team.h"
 
 namespace latentkv::LATENTKV_ISA {
 namespace {
 
-constexpr int CHUNK = 16;           // rows that are made ready together
-constexpr int VECTORS = 4;          // of columns, that are passed over together
-constexpr int COLUMNS = VECTORS * W;
 constexpr float L2_EPS = 1e-6f;
-constexpr std::int64_t SERIAL_NUMBERS = 1 << 15;  // of matrices, below which starting threads takes longer
 
 // log(1 + exp(x)): log(1 + u) = 2 artanh(u / (2 + u)), whose series converges fast up to u = 1.
 LATENTKV_INLINE vf softplus(vf x) {
@@ -26,16 +22,6 @@ LATENTKV_INLINE vf softplus(vf x) {
   vf p = splat(1.0f / 17);
   for (int n = 15; n > 0; n -= 2) p = p * square + 1.0f / (float)n;
   return (x > 0.0f ? x : vf{}) + 2.0f * z * p;
-}
-
-LATENTKV_INLINE const char* at(const Matrix& m, std::int64_t row, std::int64_t column) {
-  return (const char*)m.data + (row * m.stride + column) * sizeof_dtype(m.dtype);
-}
-
-// n numbers as floats, and zeros up to `padded`.
-LATENTKV_INLINE void read_row(const void* x, DType dtype, int n, float* out, int padded) {
-  convert_row(x, dtype, n, out, DType::f32);
-  for (int i = n; i < padded; i++) out[i] = 0;
 }
 
 // Columns first .. first + COLUMNS - 1 of a token's step. `from` is where they lie, `s` [D, COLUMNS] where they go.
@@ -64,10 +50,10 @@ class Head {
  public:
   Head(const KdaWeights& weights, int heads, int dim, int head)
       : w_(weights), heads_(heads), dim_(dim), head_(head), width_((std::int64_t)heads * dim) {
-    padded_ = (dim + COLUMNS - 1) / COLUMNS * COLUMNS;
+    padded_ = padded(dim);
     float* next = (float*)thread_scratch(Scratch::own, floats(dim) * sizeof(float));
     const auto take = [&](std::int64_t n) { return (next += n * padded_) - n * padded_; };
-    matrix_ = take(dim);
+    matrix_ = {take(dim), dim};
     taps_ = take(3 * KDA_TAPS);
     raw_ = take(3 * (KDA_PAST + CHUNK));
     query_ = take(CHUNK), key_ = take(CHUNK), value_ = take(CHUNK), decay_ = take(CHUNK), out_ = take(CHUNK);
@@ -95,8 +81,7 @@ class Head {
     if (matrix && dim_ == padded_) {
       from_ = matrix;  // passed over where it lies
     } else {
-      for (int i = 0; i < dim_; i++)
-        for (int j = 0; j < padded_; j++) *cell(i, j) = matrix && j < dim_ ? matrix[i * dim_ + j] : 0;
+      matrix_.fill(matrix);
     }
   }
 
@@ -128,17 +113,14 @@ class Head {
   }
 
   static std::int64_t floats(int dim) {
-    const std::int64_t padded = (dim + COLUMNS - 1) / COLUMNS * COLUMNS;
-    return padded * (dim + 3 * KDA_TAPS + 3 * (KDA_PAST + CHUNK) + 5 * CHUNK + 4);
+    return (std::int64_t)padded(dim) * (dim + 3 * KDA_TAPS + 3 * (KDA_PAST + CHUNK) + 5 * CHUNK + 4);
   }
 
  private:
   float* raw(int row, int part) const { return raw_ + (3 * row + part) * padded_; }
-  // The matrix lies by blocks of columns.
-  float* cell(int i, int j) const { return matrix_ + (j / COLUMNS * dim_ + i) * COLUMNS + j % COLUMNS; }
   // A part of the matrix with what was put off.
   vf settled(int i, int j) const {
-    return multiply_add(splat(key_before_[i]), LATENTKV_ISA::load(change_before_ + j), LATENTKV_ISA::load(cell(i, j)));
+    return multiply_add(splat(key_before_[i]), LATENTKV_ISA::load(change_before_ + j), LATENTKV_ISA::load(matrix_.cell(i, j)));
   }
   static void copy(const float* from, float* to, int n) { std::memmove(to, from, (std::size_t)n * 4); }
 
@@ -181,7 +163,7 @@ class Head {
 
   // n rows, over a block of columns.
   void pass_over(int column, int n) {
-    float* s = cell(0, column);
+    float* s = matrix_.cell(0, column);
     float* change = change_before_ + column;
     for (int t = 0; t < n; t++) {
       const std::ptrdiff_t row = t * padded_;
@@ -224,7 +206,8 @@ class Head {
   float rate_;
   bool put_off_ = false;         // the last row's change is not in the matrix yet
   const float* from_ = nullptr;  // where the matrix lies before the first row; then in the scratch
-  float *matrix_, *taps_, *raw_, *query_, *key_, *value_, *decay_, *out_, *key_before_, *change_before_, *bias_, *norm_;
+  Blocks matrix_;
+  float *taps_, *raw_, *query_, *key_, *value_, *decay_, *out_, *key_before_, *change_before_, *bias_, *norm_;
   float key_query_[CHUNK], beta_[CHUNK];
 };
 
@@ -236,7 +219,7 @@ KdaRows drafts_of(const KdaState& state, std::int64_t slot, std::int64_t heads, 
 }
 
 void attend_head(const KdaWeights& weights, const KdaRows& rows, const Matrix& gate, const KdaState& state,
-                 const KdaBatch& batch, const Matrix& out, int heads, int dim, int b, int h) {
+                 const SlotBatch& batch, const Matrix& out, int heads, int dim, int b, int h) {
   const std::int64_t first = batch.q_start[b], count = batch.q_start[b + 1] - first, slot = batch.slot_ids[b];
   const std::int64_t width = (std::int64_t)heads * dim, mine = (std::int64_t)h * dim;
   const bool begins = count && batch.stop[first] == 1;
@@ -261,7 +244,7 @@ void attend_head(const KdaWeights& weights, const KdaRows& rows, const Matrix& g
   }
 }
 
-void attend(const KdaWeights& weights, const KdaRows& rows, Matrix gate, const KdaState& state, const KdaBatch& batch,
+void attend(const KdaWeights& weights, const KdaRows& rows, Matrix gate, const KdaState& state, const SlotBatch& batch,
             Matrix out, int heads, int dim) {
   const std::int64_t items = (std::int64_t)batch.sequences * heads;
 #pragma omp parallel for schedule(dynamic, 1) if (forks(items > 1 && items * dim * dim >= SERIAL_NUMBERS))

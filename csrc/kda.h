@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "elementwise.h"
+#include "recurrence.h"
 
 namespace latentkv {
 
@@ -38,23 +39,11 @@ struct KdaState {
   std::int64_t slots, most;
 };
 
-struct KdaBatch {
-  const std::int32_t* q_start;    // [B + 1]
-  const std::int32_t* stop;       // [T]; 1: the row is its sequence's first
-  const std::int32_t* slot_ids;   // [B]
-  const std::int32_t* pending;    // [B], rows that wait and are tokens after all
-  const std::int32_t* committed;  // [B], rows that change the state; those after them wait
-  int sequences;
-};
-
 struct KdaKernels {
   // out [T, W] = norm(o) * sigmoid(output_gate)
-  void (*attend)(const KdaWeights&, const KdaRows&, Matrix output_gate, const KdaState&, const KdaBatch&, Matrix out,
+  void (*attend)(const KdaWeights&, const KdaRows&, Matrix output_gate, const KdaState&, const SlotBatch&, Matrix out,
                  int heads, int dim);
 };
 LATENTKV_TABLE(KdaKernels, kda)
-
-// The first sequence of T rows whose numbers name what there is not, or a slot that another has; -1: none.
-std::int64_t first_unfit(const KdaState& state, const KdaBatch& batch, std::int64_t rows);
 
 }  // namespace latentkv

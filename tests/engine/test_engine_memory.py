@@ -20,7 +20,10 @@ def test_the_default_cache_is_one_context_in_whole_pages_or_half_of_the_free_mem
 
 
 def test_the_default_cache_has_a_context_and_slots_beside_it():
-    specs = [LayerSpec(LatentSpec(20, 8, "fp32")), LayerSpec(None, recurrent=RecurrentSpec(2, 16, 16, 96))]
+    specs = [
+        LayerSpec(LatentSpec(20, 8, "fp32")),
+        LayerSpec(None, recurrent=RecurrentSpec(((2, 16, 16), (3, 96)), ((96,),))),
+    ]
     slot = specs[1].sequence_bytes
     for context in (64, 64 * 8, 64 * 100):
         room = default_cache_bytes(specs, context, 10**12)

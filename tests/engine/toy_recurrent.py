@@ -31,7 +31,8 @@ class ToyRecurrent(nn.Module):
             self.register_parameter(name, nn.Parameter(torch.randn(shape) * (0.7 if name == "output" else 0.4)))
 
     def spec(self, most_drafted: int) -> LayerSpec:
-        return LayerSpec(None, recurrent=RecurrentSpec(HEADS, KEY, VALUE, CHANNELS, most_drafted=most_drafted))
+        kept, waiting = ((HEADS, KEY, VALUE), (3, CHANNELS)), ((CHANNELS,), (HEADS, KEY), (HEADS,))
+        return LayerSpec(None, recurrent=RecurrentSpec(kept, waiting, most_drafted))
 
     def forward(self, x: Tensor, positions: Rotary | None = None) -> Tensor:
         """[B, S, hidden], whole sequences."""
@@ -53,15 +54,16 @@ class ToyRecurrent(nn.Module):
         uses = zip(batch.slot_ids.tolist(), batch.pending.tolist(), batch.committed.tolist(), strict=True)
         for b, (slot, pending, committed) in enumerate(uses):
             first, last = bounds[b : b + 2]
-            waiting = (memory.pending_conv[slot], memory.pending_decay[slot], memory.pending_beta[slot])
+            waiting = [each[slot] for each in memory.waiting]
             begins = int(batch.stop[first]) == 1
             assert not (begins and pending) and 0 < committed <= last - first
-            now = self.start() if begins else (memory.matrices[slot], memory.conv[slot])
+            matrices, conv = memory.kept
+            now = self.start() if begins else (matrices[slot], conv[slot])
             if pending:
                 _, now = self.run(now, *(each[:pending] for each in waiting))
             out, now = self.run(now, *(each[first : first + committed] for each in inputs))
             outputs.append(out)
-            memory.matrices[slot], memory.conv[slot] = now
+            matrices[slot], conv[slot] = now
             drafted = [each[first + committed : last] for each in inputs]
             if len(drafted[0]):
                 outputs.append(self.run(now, *drafted)[0])

@@ -25,9 +25,9 @@ SPECS = {
         LayerSpec(LatentSpec(16, 8, "fp16"), IndexSpec(6, torch.float16), LastStateSpec(10, torch.bfloat16)),
     ],
     "recurrent": [
-        LayerSpec(None, recurrent=RecurrentSpec(3, 4, 6, 42, most_drafted=2)),
+        LayerSpec(None, recurrent=RecurrentSpec(((3, 4, 6), (3, 42)), ((42,), (3, 4), (3,)), most_drafted=2)),
         LayerSpec(LatentSpec(30, 8, "fp16")),
-        LayerSpec(None, recurrent=RecurrentSpec(2, 4, 5, 30, conv_width=3)),
+        LayerSpec(None, recurrent=RecurrentSpec(((2, 4, 5), (2, 30)), ((7, 2),))),
     ],
 }
 
@@ -69,14 +69,14 @@ def test_slots_take_a_quarter_of_a_cache_or_are_eight_but_leave_half_of_it_and_a
 def test_recurrent_layers_keep_float32_states_for_each_slot_and_nothing_for_tokens():
     cache = PagedCache(SPECS["recurrent"], 3, page_size=8, num_slots=5)
     first, second, third = states = [cache.view(index) for index in range(3)]
-    assert [tuple(tensor.shape) for tensor in first.recurrent] == [
+    assert [tuple(tensor.shape) for tensor in first.recurrent.tensors] == [
         (5, 3, 4, 6),
         (5, 3, 42),
         (5, 2, 42),
         (5, 2, 3, 4),
         (5, 2, 3),
     ]
-    assert third.recurrent.conv.shape == (5, 2, 30) and third.recurrent.pending_beta.shape == (5, 0, 2)
+    assert [tuple(tensor.shape) for tensor in third.recurrent.tensors] == [(5, 2, 4, 5), (5, 2, 30), (5, 0, 7, 2)]
     assert second.recurrent is None and [len(state.tensors) for state in states] == [0, 1, 0]
     assert all(tensor.dtype == torch.float32 for tensor in cache.slot_storage)
     assert cache.format == "fp16" and cache.bytes_per_token == second.pages.nbytes // 24

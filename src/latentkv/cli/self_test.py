@@ -118,6 +118,28 @@ def _kda_attend(device: torch.device, dtype: torch.dtype, generator: torch.Gener
     return got, expected
 
 
+def _lightning_attend(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    tokens, dim = 5, 24
+    width = _HEADS * dim
+    qkv, gate = (_random((tokens, n), dtype, generator) for n in (3 * width, width))
+    angles = 100 * torch.rand(tokens, dim // 4, generator=generator)
+    rows = qkv, gate, angles.cos(), angles.sin()
+    norms = [_random((n,), dtype, generator) for n in (dim, dim, width)]
+    log_decay, matrices = -torch.rand(_HEADS, generator=generator), torch.zeros(1, _HEADS, dim, dim)
+    got = ops.lightning_attend(
+        *(t.to(device) for t in rows),
+        ops.LightningWeights(log_decay.to(device), *(norm.to(device) for norm in norms), 1e-6, _HEADS),
+        ops.LightningState(matrices.to(device), torch.zeros(1, 0, 2, width, device=device)),
+        q_start=torch.tensor([0, tokens], dtype=torch.int32),
+        stop=torch.arange(1, tokens + 1, dtype=torch.int32),
+        slot_ids=torch.tensor([0], dtype=torch.int32),
+        pending=torch.tensor([0], dtype=torch.int32),
+        committed=torch.tensor([tokens], dtype=torch.int32),
+    )
+    weights = ops.LightningWeights(log_decay, *norms, 1e-6, _HEADS)
+    return got, reference.lightning(*rows, **weights._asdict(), matrices=matrices[0])[0]
+
+
 def _mla_prefill(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     q, k = _random((4, _HEADS, 24), dtype, generator), _random((19, _HEADS, 24), dtype, generator)
     v, kv_start = _random((19, _HEADS, 16), dtype, generator), torch.tensor([0, 13, 19], dtype=torch.int32)
@@ -209,6 +231,7 @@ _CASES: Mapping[str, Case] = {
     "gqa_attend": _gqa_attend,
     "select_slots": _select_slots,
     "kda_attend": _kda_attend,
+    "lightning_attend": _lightning_attend,
     "mla_prefill": _mla_prefill,
     "merge_states": _merge_states,
     "moe_experts": _moe_experts,

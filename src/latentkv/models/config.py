@@ -9,11 +9,12 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 
 from latentkv.errors import ConfigError
+from latentkv.ops.kda import TAPS
 from latentkv.ops.kv_formats import FLOAT_DTYPES
 from latentkv.state.spec import IndexSpec, KeyValueSpec, KVFormat, LastStateSpec, LatentSpec, LayerSpec, RecurrentSpec
 
@@ -99,6 +100,50 @@ class KDAConfig:
     norm_eps: float
     lower_bound: float | None
     low_rank_gates: bool
+    name: ClassVar[str] = "Kimi Delta Attention"
+    short_name: ClassVar[str] = "KDA"
+
+    def spec(self, most_drafted: int) -> RecurrentSpec:
+        """Keeps a matrix a head, and what the convolutions have read last; the inputs of both, and beta, may wait."""
+        heads, dim = self.num_heads, self.head_dim
+        channels = 3 * heads * dim
+        return RecurrentSpec(
+            ((heads, dim, dim), (TAPS - 1, channels)), ((channels,), (heads, dim), (heads,)), most_drafted
+        )
+
+
+@dataclass(frozen=True)
+class LightningConfig:
+    """Lightning attention (arXiv 2401.04658) as Ling-2.5 and 2.6 have it: a matrix a head that forgets at a fixed pace.
+
+    Attributes:
+        num_heads: H.
+        head_dim: D, of queries, keys and values.
+        norm_eps: of the norms of queries, keys and what the heads give.
+        num_groups: what the heads give is normed in so many groups of H D / num_groups numbers.
+        decay_scale: of this layer; head h forgets a factor of exp(-decay_scale * slope_h) at each token.
+    """
+
+    num_heads: int
+    head_dim: int
+    norm_eps: float
+    num_groups: int
+    decay_scale: float
+    name: ClassVar[str] = "lightning attention"
+    short_name: ClassVar[str] = "lightning"
+
+    @property
+    def log_decay(self) -> tuple[float, ...]:
+        """Of each head: its slope is ALiBi's (arXiv 2108.12409, section 3, and its code for other numbers than 2^n)."""
+        power = 2 ** (self.num_heads.bit_length() - 1)
+        slopes = [2 ** (-8 * h / power) for h in range(1, power + 1)]
+        slopes += [2 ** (-4 * h / power) for h in range(1, 2 * (self.num_heads - power), 2)]
+        return tuple(-self.decay_scale * slope for slope in slopes)
+
+    def spec(self, most_drafted: int) -> RecurrentSpec:
+        """Keeps a matrix a head; keys and values may wait."""
+        heads, dim = self.num_heads, self.head_dim
+        return RecurrentSpec(((heads, dim, dim),), ((2, heads * dim),), most_drafted)
 
 
 @dataclass(frozen=True)
@@ -130,7 +175,10 @@ class GQAConfig:
     qk_norm_per_head: bool = True
 
 
-AttentionConfig = MLAConfig | GQAConfig | KDAConfig
+RecurrentConfig = KDAConfig | LightningConfig
+"""The kinds of attention that keep something of each sequence, and nothing of each token."""
+
+AttentionConfig = MLAConfig | GQAConfig | RecurrentConfig
 """The kinds of attention."""
 
 
@@ -221,10 +269,8 @@ class LayerConfig:
         if self.own_indexer is not None:
             index = IndexSpec(self.own_indexer.head_dim, FLOAT_DTYPES.get(kv_format, torch.int8))
         attention = self.attention
-        if isinstance(attention, KDAConfig):
-            heads, dim = attention.num_heads, attention.head_dim
-            recurrent = RecurrentSpec(heads, dim, dim, 3 * heads * dim, most_drafted=most_drafted)
-            return LayerSpec(None, last_state=last_state, recurrent=recurrent)
+        if isinstance(attention, RecurrentConfig):
+            return LayerSpec(None, last_state=last_state, recurrent=attention.spec(most_drafted))
         if isinstance(attention, MLAConfig):
             tokens = LatentSpec(attention.kv_lora_rank, attention.qk_rope_head_dim, kv_format)
         else:
@@ -273,11 +319,13 @@ class ModelConfig:
     def mtp_layer(self) -> LayerConfig:
         """The layer of each MTP module: like the model's last one, but its indexer, if any, is always its own.
 
-        Its activations have no limits, which are listed for the model's own layers (Ling-3.0-flash).
+        It attends as the last layer that is not recurrent. Its activations have no limits, which are listed for the
+        model's own layers (Ling-3.0-flash).
         """
+        attends = next(layer for layer in reversed(self.layers) if not isinstance(layer.attention, RecurrentConfig))
         moe = self.layers[-1].moe
         moe = None if moe is None else replace(moe, swiglu_limit=None, shared_swiglu_limit=None)
-        return replace(self.layers[-1], shares_selection=False, moe=moe)
+        return replace(attends, shares_selection=False, moe=moe)
 
     @cached_property
     def attention(self) -> MLAConfig | GQAConfig:
@@ -287,21 +335,33 @@ class ModelConfig:
 
     @cached_property
     def cached_attention(self) -> MLAConfig | GQAConfig:
-        """The attention of all layers that keep something of each token: all but those of Kimi Delta Attention."""
-        found = [layer.attention for layer in self.layers if not isinstance(layer.attention, KDAConfig)]
+        """The attention of all layers that keep something of each token: all but recurrent ones."""
+        found = [layer.attention for layer in self.layers if not isinstance(layer.attention, RecurrentConfig)]
         if not found:
             raise ConfigError(f"No layer of this {self.model_type} model reads past tokens; that is not supported.")
         return self._same("attention", found)
 
     @property
+    def recurrent(self) -> RecurrentConfig | None:
+        """The attention of the first recurrent layer; the others may forget at another pace. None: there is none."""
+        found = (layer.attention for layer in self.layers if isinstance(layer.attention, RecurrentConfig))
+        return next(found, None)
+
+    @property
     def num_recurrent_layers(self) -> int:
-        """Layers of Kimi Delta Attention."""
-        return sum(isinstance(layer.attention, KDAConfig) for layer in self.layers)
+        """Layers that keep something of each sequence, and nothing of each token."""
+        return sum(isinstance(layer.attention, RecurrentConfig) for layer in self.layers)
 
     @cached_property
     def rope(self) -> RopeConfig:
-        """The rotary embedding of all layers that have one."""
-        return self._same("rotary embedding", [layer.rope for layer in self.layers if layer.rope is not None])
+        """The rotary embedding of all layers that have one, whose angles are the same.
+
+        Recurrent layers may pair dimensions otherwise: this is how the others do.
+        """
+        ropes = [(layer.rope, layer.attention) for layer in self.layers if layer.rope is not None]
+        paired = [rope for rope, attention in ropes if not isinstance(attention, RecurrentConfig)]
+        self._same("angles", [replace(rope, interleaved=False) for rope, _ in ropes])
+        return self._same("rotary embedding", paired)
 
     @cached_property
     def moe(self) -> MoEConfig | None:

@@ -6,22 +6,20 @@ import torch
 from torch import Tensor, nn
 
 from latentkv import ops
-from latentkv.errors import CacheError
-from latentkv.models.batch import Batch
 from latentkv.models.config import KDAConfig
-from latentkv.models.forms import Form
 from latentkv.models.layers import Linear, RMSNorm
 from latentkv.models.packing import Packer
+from latentkv.models.recurrent import RecurrentAttention, SlotUses
 from latentkv.models.rope import Rotary
 from latentkv.ops.kda import TAPS
-from latentkv.state import LayerState
+from latentkv.state import RecurrentState
 from latentkv.weights import PackedWeight
 
 EXACT = ("A_log", "dt_bias", "conv_taps")
 """Parameters that stay float32 whatever the model's dtype: a decay rounded to bf16 forgets at another pace."""
 
 
-class KimiDeltaAttention(nn.Module):
+class KimiDeltaAttention(RecurrentAttention):
     """One layer of H heads of D dimensions, W = H D.
 
     `forward` runs whole sequences (differentiable), `attend` goes on from the states in a cache's slots.
@@ -67,47 +65,9 @@ class KimiDeltaAttention(nn.Module):
         """Whole sequences without a cache: [B, S, hidden] -> [B, S, hidden]; it knows order without positions."""
         return self.o_proj(ops.kda_whole(*self._project(x), self._weights))
 
-    def attend(
-        self,
-        x: Tensor,
-        positions: Rotary,
-        batch: Batch,
-        state: LayerState,
-        residual: Tensor | None = None,
-        form: Form | None = None,
-    ) -> Tensor:
-        """Go on from the states that the sequences have in their slots, and leave the new ones there.
-
-        Args:
-            x: [T, hidden], the new tokens of all sequences, ragged.
-            positions: of the T tokens; it knows order without.
-            batch: whose they are, and how many of each count.
-            state: this layer's recurrent states.
-            residual: [T, hidden] that the result is added to.
-            form: of latent attention; this one has no other.
-
-        Returns:
-            [T, hidden].
-
-        Raises:
-            CacheError: the cache has no recurrent states, or the batch names no slots.
-        """
-        slots, pending, committed = batch.slot_ids, batch.pending, batch.committed
-        if state.recurrent is None or slots is None or pending is None or committed is None:
-            raise CacheError(
-                "a recurrent layer needs a cache of ModelConfig.specs and a batch that was built with slots"
-            )
-        out = ops.kda_attend(
-            *self._project(x),
-            self._weights,
-            ops.KDAState(*state.recurrent),
-            q_start=batch.q_start,
-            stop=batch.stop,
-            slot_ids=slots,
-            pending=pending,
-            committed=committed,
-        )
-        return self.o_proj(out, residual)
+    def recur(self, x: Tensor, positions: Rotary, memory: RecurrentState, uses: SlotUses) -> Tensor:
+        """See `RecurrentAttention`."""
+        return ops.kda_attend(*self._project(x), self._weights, ops.KDAState(*memory.tensors), **uses)
 
     def pack(self, packer: Packer) -> None:
         """See `Packable`: what is quantised alike is one product."""

@@ -16,6 +16,7 @@ from latentkv.ops.kv_formats import (
     latent_token_bytes,
     storage_dtype,
 )
+from latentkv.ops.lightning import LightningState, LightningWeights, lightning_attend, lightning_whole
 from latentkv.ops.moe import gated_mlp, moe_experts
 from latentkv.ops.pages import norm_rope_write, read_latents, write_latents
 from latentkv.ops.prefill import mla_prefill
@@ -27,6 +28,8 @@ __all__ = [
     "KDAState",
     "KDAWeights",
     "KVFormat",
+    "LightningState",
+    "LightningWeights",
     "apply_rope",
     "best_tokens",
     "causal_attention",
@@ -43,6 +46,8 @@ __all__ = [
     "kda_whole",
     "latent_payload_bytes",
     "latent_token_bytes",
+    "lightning_attend",
+    "lightning_whole",
     "linear",
     "merge_states",
     "mla_attend",

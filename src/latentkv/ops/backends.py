@@ -73,6 +73,7 @@ def describe_backends(device: torch.device, dtype: torch.dtype) -> dict[str, str
         "apply_rope": native,
         "norm_rope_write": native,
         "kda_attend": f"{native}, in float32",
+        "lightning_attend": f"{native}, in float32",
         "gate_heads": native,
         "select_experts": "native",
         "write_index_keys": native,

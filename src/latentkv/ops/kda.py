@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from latentkv.checks import require, require_floats, require_integers, require_same_dtype, require_shape
-from latentkv.errors import OpError
+from latentkv.checks import require, require_floats, require_same_dtype, require_shape
 from latentkv.ops.native import kda as native
+from latentkv.ops.recurrence import Memory, raise_unfit, require_memory, require_uses, run_in_slots
 
 TAPS = 4
 """Tokens that the short convolution reads, the newest included."""
@@ -101,41 +101,26 @@ def kda_attend(
     Raises:
         OpError: shapes or dtypes do not fit together, or a number names what there is not.
     """
-    rows, sequences = qkv.shape[0], q_start.shape[0] - 1
     _require_shapes(qkv, gate, beta, output_gate, weights, state)
-    for name, numbers, size in (
-        ("q_start", q_start, sequences + 1),
-        ("stop", stop, rows),
-        ("slot_ids", slot_ids, sequences),
-        ("pending", pending, sequences),
-        ("committed", committed, sequences),
-    ):
-        require_integers(name, numbers)
-        require_shape(name, numbers, (size,))
+    require_uses(len(qkv), q_start=q_start, stop=stop, slot_ids=slot_ids, pending=pending, committed=committed)
     indices = q_start, stop, slot_ids, pending, committed
     fast = native.kda_attend(qkv, gate, beta, output_gate, weights, state, indices)
     if fast is not None:
         out, bad = fast
         if bad >= 0:
-            raise OpError(_why_unfit(bad))
+            raise_unfit(bad)
         return out
-    bounds, begun, slots, accepted, kept = (numbers.tolist() for numbers in indices)
-    if (bad := _first_unfit(state, rows, bounds, slots, accepted, kept)) is not None:
-        raise OpError(_why_unfit(bad))
+
+    def step(kept: Memory, row: Memory, new: int | None) -> tuple[Tensor, Memory]:
+        matrix, past = kept
+        rows, gates, betas = row
+        window = torch.cat([past, rows])
+        o, matrix = _recur(*_make_ready(window, gates.flatten(1), betas, weights), matrix)
+        given = o if new is None else _finish(o, output_gate[new : new + 1], weights)
+        return given, (matrix, window[1:])
+
     out = torch.empty_like(output_gate, dtype=qkv.dtype)
-    for b, slot in enumerate(slots):
-        own = slice(bounds[b], bounds[b + 1])
-        begins = own.stop > own.start and begun[own.start] == 1
-        out[own] = _attend_one(
-            (qkv[own], gate[own], beta[own]),
-            output_gate[own],
-            weights,
-            KDAState(*(tensor[slot] for tensor in state)),
-            accepted=0 if begins else accepted[b],
-            committed=kept[b],
-            begins=begins,
-        )
-    return out
+    return run_in_slots(step, (qkv, gate, beta), state[:2], state[2:], out, indices)
 
 
 def kda_whole(qkv: Tensor, gate: Tensor, beta: Tensor, output_gate: Tensor, weights: KDAWeights) -> Tensor:
@@ -161,45 +146,6 @@ def kda_whole(qkv: Tensor, gate: Tensor, beta: Tensor, output_gate: Tensor, weig
     ready = _make_ready(torch.cat([past, qkv.to(wide)], dim=1), gate.to(wide), beta.to(wide), weights)
     o, _ = _recur(*ready, qkv.new_zeros(qkv.shape[0], heads, dim, dim, dtype=wide))
     return _finish(o, output_gate, weights).to(qkv.dtype)
-
-
-def _attend_one(
-    rows: tuple[Tensor, Tensor, Tensor],
-    output_gate: Tensor,
-    weights: KDAWeights,
-    slot: KDAState,
-    *,
-    accepted: int,
-    committed: int,
-    begins: bool,
-) -> Tensor:
-    """One sequence: its rows of qkv, gate and beta -> [T, W].
-
-    Token by token from the first step on: torch's exponentials differ in a bit with where in a tensor a number lies.
-    """
-    waiting = tuple(tensor.flatten(1)[:accepted] for tensor in slot[2:])
-    qkv, gate, beta = (torch.cat([old, new.to(old.dtype)]) for old, new in zip(waiting, rows, strict=True))
-    window = torch.cat([torch.zeros_like(slot.conv) if begins else slot.conv, qkv])
-    matrix = torch.zeros_like(slot.matrices) if begins else slot.matrices.clone()
-    outputs: list[Tensor] = []
-    for t in range(len(qkv)):
-        if t == accepted + committed:
-            _store(slot, matrix, window, t)
-        own = slice(t, t + 1)
-        o, matrix = _recur(*_make_ready(window[t : t + TAPS], gate[own], beta[own], weights), matrix)
-        if t >= accepted:
-            outputs.append(_finish(o, output_gate[t - accepted : t - accepted + 1], weights))
-    if accepted + committed == len(qkv):
-        _store(slot, matrix, window, len(qkv))
-    drafts = len(rows[0]) - committed
-    for tensor, new in zip(slot[2:], (qkv, gate, beta), strict=True):
-        tensor.flatten(1)[:drafts] = new[accepted + committed :]
-    return torch.cat(outputs) if outputs else output_gate
-
-
-def _store(slot: KDAState, matrix: Tensor, window: Tensor, tokens: int) -> None:
-    slot.matrices.copy_(matrix)
-    slot.conv.copy_(window[tokens : tokens + TAPS - 1])
 
 
 def _make_ready(
@@ -255,9 +201,7 @@ def _require_shapes(
     require_shape("pending_qkv", state.pending_qkv, (slots, drafts, 3 * width))
     require_shape("pending_gate", state.pending_gate.flatten(2), (slots, drafts, width))
     require_shape("pending_beta", state.pending_beta, (slots, drafts, heads))
-    for name, tensor in zip(KDAState._fields, state, strict=True):
-        require(tensor.dtype is torch.float32, f"{name} must be float32, not {tensor.dtype}: its errors add up")
-        require(tensor.is_contiguous(), f"{name} must be contiguous: it is written in place")
+    require_memory(**state._asdict())
 
 
 def _require_weights(qkv: Tensor, weights: KDAWeights) -> None:
@@ -269,28 +213,3 @@ def _require_weights(qkv: Tensor, weights: KDAWeights) -> None:
     for name in ("taps", "log_rate", "gate_bias"):
         dtype = getattr(weights, name).dtype
         require(dtype in (torch.float32, torch.float64), f"{name} must be float32, not {dtype}: its errors add up")
-
-
-def _first_unfit(
-    state: KDAState, rows: int, bounds: list[int], slots: list[int], pending: list[int], committed: list[int]
-) -> int | None:
-    """The first sequence whose numbers name what there is not, or a slot that another has."""
-    most = state.pending_qkv.shape[1]
-    for b, slot in enumerate(slots):
-        first, last = bounds[b], bounds[b + 1]
-        fits = (
-            0 <= first <= last <= rows
-            and 0 <= slot < state.matrices.shape[0]
-            and 0 <= pending[b] <= most
-            and 0 <= committed[b] <= last - first <= committed[b] + most
-        )
-        if not fits or slot in slots[:b]:
-            return b
-    return None
-
-
-def _why_unfit(sequence: int) -> str:
-    return (
-        f"sequence {sequence} has rows, a slot, pending or committed rows that there are not, or a slot that another "
-        "sequence has: q_start, slot_ids, pending and committed must fit the rows and the state"
-    )

@@ -252,6 +252,53 @@ def kda(
     return torch.stack(outs, dim=1).flatten(1) * output_gate.double().sigmoid(), torch.stack(after)
 
 
+def lightning(
+    qkv: Tensor,
+    output_gate: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    log_decay: Tensor,
+    query_norm: Tensor,
+    key_norm: Tensor,
+    output_norm: Tensor,
+    norm_eps: float,
+    num_groups: int,
+    matrices: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Lightning attention over the T tokens of one sequence, see `lightning.lightning_attend`.
+
+    Args:
+        qkv: [T, 3 H D].
+        output_gate: [T, H D].
+        cos: [T, R / 2], of a head's first R dimensions, which are turned in halves.
+        sin: [T, R / 2].
+        log_decay: [H], below 0.
+        query_norm: [D].
+        key_norm: [D].
+        output_norm: [H D].
+        norm_eps: of the norms.
+        num_groups: of heads' dimensions that are normed together.
+        matrices: [H, D, D] before the first token.
+
+    Returns:
+        [T, H D] and the matrices [H, D, D] after the last token.
+    """
+    heads, dim, turned = log_decay.shape[0], query_norm.shape[0], 2 * cos.shape[1]
+    q, k, v = qkv.double().unflatten(-1, (3, heads, dim)).unbind(1)
+    q, k = rms_norm(q, query_norm, norm_eps), rms_norm(k, key_norm, norm_eps)
+    q, k = (
+        torch.cat([apply_rope(t[..., :turned], cos, sin, interleaved=False), t[..., turned:]], dim=-1) for t in (q, k)
+    )
+    state, decay, rows = matrices.double(), log_decay.double().exp()[:, None, None], list[Tensor]()
+    for t in range(len(qkv)):
+        state = decay * state + torch.einsum("hi,hj->hij", k[t], v[t])
+        rows.append(torch.einsum("hi,hij->hj", q[t] * dim**-0.5, state))
+    o = torch.stack(rows).flatten(1).unflatten(-1, (num_groups, -1))
+    normed = o / torch.sqrt(o.square().mean(dim=-1, keepdim=True) + norm_eps)
+    return normed.flatten(1) * output_norm.double() * output_gate.double().sigmoid(), state
+
+
 def mla_prefill(
     q: Tensor, k: Tensor, v: Tensor, q_start: Tensor, kv_start: Tensor, *, scale: float, causal: bool = True
 ) -> tuple[Tensor, Tensor]:

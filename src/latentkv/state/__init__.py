@@ -6,6 +6,7 @@
 from latentkv.state.cache import LEAST_SLOTS, SLOTS_SHARE, PagedCache
 from latentkv.state.pages import PagePool
 from latentkv.state.prefix import KnownPage, PrefixIndex
+from latentkv.state.recurrent import RecurrentSpec, RecurrentState
 from latentkv.state.slots import Slot, SlotPool
 from latentkv.state.spec import (
     PAGE_SIZE,
@@ -16,8 +17,6 @@ from latentkv.state.spec import (
     LatentSpec,
     LayerSpec,
     LayerState,
-    RecurrentSpec,
-    RecurrentState,
     bytes_per_token,
     mha_bytes_per_token,
     page_bytes,

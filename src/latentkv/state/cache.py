@@ -149,7 +149,7 @@ class PagedCache:
     @property
     def slot_storage(self) -> list[Tensor]:
         """What lies in slots: all tensors, layer by layer, each [S, ...]."""
-        return [tensor for state in self._layers if state.recurrent for tensor in state.recurrent]
+        return [tensor for state in self._layers if state.recurrent for tensor in state.recurrent.tensors]
 
     def pages_for(self, tokens: int) -> int:
         """How many pages `tokens` tokens fill, the last one perhaps in part."""
@@ -175,8 +175,8 @@ class PagedCache:
         tensors: list[Tensor] = []
         for state in self._layers:
             if state.recurrent:
-                matrices, conv, *pending = (tensor[slot.index] for tensor in state.recurrent)
-                tensors += [matrices, conv, *(tensor[:waiting] for tensor in pending if waiting)]
+                tensors += [tensor[slot.index] for tensor in state.recurrent.kept]
+                tensors += [tensor[slot.index, :waiting] for tensor in state.recurrent.waiting if waiting]
         rows: list[Any] = [tensor.flatten().view(torch.uint8).numpy() for tensor in tensors]
         return [memoryview(row) for row in rows]
 

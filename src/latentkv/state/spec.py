@@ -15,6 +15,7 @@ from torch import Tensor
 from latentkv.errors import CacheError
 from latentkv.ops.index_keys import SCALE_BYTES, can_be_int8
 from latentkv.ops.kv_formats import FLOAT_DTYPES, KVFormat, latent_token_bytes, storage_dtype
+from latentkv.state.recurrent import RecurrentSpec, RecurrentState
 
 __all__ = [
     "PAGE_SIZE",
@@ -25,8 +26,6 @@ __all__ = [
     "LatentSpec",
     "LayerSpec",
     "LayerState",
-    "RecurrentSpec",
-    "RecurrentState",
     "bytes_per_token",
     "mha_bytes_per_token",
     "page_bytes",
@@ -142,70 +141,6 @@ class LastStateSpec:
     def allocate(self, num_pages: int, device: torch.device | str = "cpu") -> Tensor:
         """Zeroed states [N, hidden_size]."""
         return torch.zeros(num_pages, self.hidden_size, dtype=self.dtype, device=device)
-
-
-class RecurrentState(NamedTuple):
-    """The memory of one recurrent layer, to be read and written in place: S slots, each one sequence's; all float32.
-
-    A slot's state is that of the sequence's first tokens. The few tokens that may come after them wait in the slot as
-    inputs of the recurrence: a draft is read before it is known which of its tokens are right (`models.batch.Batch`
-    says how many count).
-
-    Attributes:
-        matrices: [S, H, Dk, Dv], the state after the last token that it has taken in.
-        conv: [S, conv_width - 1, C], what the convolution has read last, the oldest first.
-        pending_conv: [S, K, C], of the tokens that wait: what the convolution reads, the first token's row first.
-        pending_decay: [S, K, H, Dk], what their decay is computed of.
-        pending_beta: [S, K, H], what is computed of how much of them is written.
-    """
-
-    matrices: Tensor
-    conv: Tensor
-    pending_conv: Tensor
-    pending_decay: Tensor
-    pending_beta: Tensor
-
-
-@dataclass(frozen=True)
-class RecurrentSpec:
-    """The state of a gated delta rule with a short convolution (KDA: arXiv 2510.26692), the same for every length.
-
-    Attributes:
-        num_heads: H.
-        key_dim: Dk.
-        value_dim: Dv.
-        conv_channels: C, what the convolution reads of a token.
-        conv_width: tokens that it reads, the newest included.
-        most_drafted: K, tokens of the longest draft.
-    """
-
-    num_heads: int
-    key_dim: int
-    value_dim: int
-    conv_channels: int
-    conv_width: int = 4
-    most_drafted: int = 0
-
-    @property
-    def sequence_bytes(self) -> int:
-        """Bytes of one sequence."""
-        state = self.num_heads * self.key_dim * self.value_dim + (self.conv_width - 1) * self.conv_channels
-        return 4 * (state + self.most_drafted * (self.conv_channels + self.num_heads * (self.key_dim + 1)))
-
-    def allocate(self, num_slots: int, device: torch.device | str = "cpu") -> RecurrentState:
-        """Zeroed memory of `num_slots` sequences."""
-        heads, drafted, channels = self.num_heads, self.most_drafted, self.conv_channels
-
-        def zeros(*shape: int) -> Tensor:
-            return torch.zeros(num_slots, *shape, dtype=torch.float32, device=device)
-
-        return RecurrentState(
-            matrices=zeros(heads, self.key_dim, self.value_dim),
-            conv=zeros(self.conv_width - 1, channels),
-            pending_conv=zeros(drafted, channels),
-            pending_decay=zeros(drafted, heads, self.key_dim),
-            pending_beta=zeros(drafted, heads),
-        )
 
 
 class LayerState(NamedTuple):
