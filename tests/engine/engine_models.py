@@ -86,8 +86,9 @@ BAILING = {**_HYBRID, "model_type": "bailing_hybrid", "layer_group_size": 2, "nu
 KIMI = {**_HYBRID, "model_type": "kimi_linear", "layer_types": ["linear_attention", "full_attention"]}
 for _config in (BAILING, KIMI):
     del _config["architectures"]
+LING25 = {**BAILING, "architectures": ["BailingMoeV2_5ForCausalLM"], "group_norm_size": 2}
 _KINDS = (
-    {"bailing mtp": BAILING, "kimi": KIMI, "longcat": LONGCAT}
+    {"bailing mtp": BAILING, "kimi": KIMI, "ling25 mtp": LING25, "longcat": LONGCAT}
     | CONFIGS
     | {"mtp": MTP, "sparse": SPARSE, "sparse mtp": SPARSE_MTP}
 )

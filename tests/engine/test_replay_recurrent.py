@@ -61,6 +61,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "kimi": KIMI,
     "kimi without rotary dimensions": KIMI | {"qk_rope_head_dim": 0},
 }
+MODELS["ling25"] = BAILING | {"architectures": ["BailingMoeV2_5ForCausalLM"], "group_norm_size": 2, "q_lora_rank": 12}
 PAGES = [[3, 0, 5], [1, 7, 2], [4, 6, 8]]
 
 
@@ -122,7 +123,7 @@ def test_quantised_caches_are_recorded_too(kv_format: KVFormat) -> None:
 
 
 @pytest.mark.parametrize("recorded", [False, True])
-@pytest.mark.parametrize("model", ["bailing", "kimi"])
+@pytest.mark.parametrize("model", ["bailing", "kimi", "ling25"])
 def test_drafts_that_are_accepted_in_part_give_the_bits_of_single_tokens(model: str, recorded: bool) -> None:
     decoder = packed_decoder(MODELS[model])
     single, drafted = Text(decoder, "bf16", recorded=False), Text(decoder, "bf16", recorded=recorded)
@@ -143,8 +144,9 @@ def test_drafts_that_are_accepted_in_part_give_the_bits_of_single_tokens(model: 
     assert [key[:2] for key in steps] == ([(3, 8)] if recorded else [])
 
 
-def test_a_prompt_cut_anywhere_gives_the_same_bits_in_recurrent_layers() -> None:
-    decoder = packed_decoder(BAILING)
+@pytest.mark.parametrize("model", ["bailing", "ling25"])
+def test_a_prompt_cut_anywhere_gives_the_same_bits_in_recurrent_layers(model: str) -> None:
+    decoder = packed_decoder(MODELS[model])
     texts = [Text(decoder, "bf16", recorded=False) for _ in range(2)]
     for counts in ([14, 20, 7],):
         whole = texts[0].read(counts).split(counts)

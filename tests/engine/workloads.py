@@ -37,7 +37,7 @@ PROMPTS = [
 ]
 
 
-HYBRIDS = ["hybrid mtp", "bailing mtp", "kimi"]
+HYBRIDS = ["hybrid mtp", "bailing mtp", "kimi", "ling25 mtp"]
 decoder = functools.cache(tiny_decoder)
 
 

@@ -255,7 +255,6 @@ def test_published_keys_of_kimi_linear_are_read() -> None:
 @pytest.mark.parametrize(
     "raw, message",
     [
-        (LING | {"architectures": ["BailingMoeV2_5ForCausalLM"]}, "Ling-2.6.*lightning"),
         (LING | {"no_kda_lora": False}, "no_kda_lora"),
         (LING | {"gated_attention_proj_granularity_type": "x"}, "head_wise and element_wise"),
         (LING | {"num_hidden_layers": 13}, "layer_group_size=6"),

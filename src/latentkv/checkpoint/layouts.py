@@ -64,7 +64,7 @@ _OTHER_NAMES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"\.switch_mlp\.", "MLX's layout of experts (switch_mlp)"),
         (r"(^|\.)blk\.\d+\.attn_", "GGUF's names"),
         (r"(^|\.)tok_embeddings\.|\.attention\.w[qkvo]\.", "the names of the developer's own code (consolidated)"),
-        (r"\.self_attention\.linear_qkv\.|\.word_embeddings\.", "Megatron's names"),
+        (r"\.self_attention\.linear_qkv\.|(^|\.)embedding\.word_embeddings\.", "Megatron's names"),
     )
 )
 

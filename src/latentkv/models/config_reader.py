@@ -14,7 +14,15 @@ from latentkv.checkpoint.locate import CONFIG_FILE, holds_weights
 from latentkv.checkpoint.wrapper import config_levels, outermost
 from latentkv.errors import ConfigError
 from latentkv.json_files import read_json
-from latentkv.models.config import GQAConfig, IndexerConfig, LayerConfig, MLAConfig, ModelConfig, MoEConfig
+from latentkv.models.config import (
+    GQAConfig,
+    IndexerConfig,
+    LayerConfig,
+    MLAConfig,
+    ModelConfig,
+    MoEConfig,
+    RecurrentConfig,
+)
 from latentkv.models.families import ALIASES, FAMILIES, SPELLINGS, TEXT_MODEL_OF, Family, family_of
 from latentkv.models.fields import read_flag, read_number, read_positive, shown
 from latentkv.models.hybrid_reader import read_hybrid_layers
@@ -147,7 +155,7 @@ def _from_dict(raw: Mapping[str, Any], generation: Mapping[str, Any]) -> ModelCo
     hidden_size = fields.size("hidden_size")
     bos_token_id, eos_token_ids = _token_ids(levels, family, generation, vocab_size=fields.size("vocab_size"))
     layers, scale_depth = _read_layers(fields, family), fields.get("scale_depth")
-    rotating = [layer.rope for layer in layers if layer.rope is not None]
+    rotating = [layer.rope for layer in layers if layer.rope and not isinstance(layer.attention, RecurrentConfig)]
     if not rotating:
         raise ConfigError("config.json: no layer reads past tokens; that is not supported.")
     return ModelConfig(
@@ -285,7 +293,7 @@ def _read_layers(fields: Fields, family: Family) -> tuple[LayerConfig, ...]:
         return (layer, replace(layer, moe=moe, shortcut="ends")) * fields.size("num_layers")
     num_layers = fields.size("num_hidden_layers")
     sparse = _sparse_layers(fields, num_layers) if moe else (False,) * num_layers
-    if family.kda is not None:
+    if family.recurrent is not None:
         return read_hybrid_layers(fields, family, LayerConfig(attention, rope, moe), sparse)
     windows = _sliding_windows(fields, family, num_layers)
     indexer = _read_indexer(fields, attention) if isinstance(attention, MLAConfig) else None

@@ -11,15 +11,17 @@ from torch import Tensor, nn
 from latentkv import ops
 from latentkv.errors import ConfigError
 from latentkv.models.batch import Batch
-from latentkv.models.config import KDAConfig, LayerConfig, MLAConfig, ModelConfig
+from latentkv.models.config import KDAConfig, LayerConfig, LightningConfig, MLAConfig, ModelConfig
 from latentkv.models.forms import Form
 from latentkv.models.gqa import GroupedQueryAttention
 from latentkv.models.indexer import HeadWeights
 from latentkv.models.kda import KimiDeltaAttention
 from latentkv.models.layers import MLP, Embedding, GatedRMSNorm, Linear, RMSNorm
+from latentkv.models.lightning import LightningAttention
 from latentkv.models.mla import MultiHeadLatentAttention
 from latentkv.models.moe import Experts, MoE, Router
 from latentkv.models.packing import Packer
+from latentkv.models.recurrent import RecurrentAttention
 from latentkv.models.rope import Rotary, rotary
 from latentkv.state import LayerState, PagedCache
 from latentkv.weights import PackedWeight
@@ -90,10 +92,12 @@ def _norm(config: ModelConfig, *, gated: bool) -> RMSNorm | GatedRMSNorm:
 
 def _attention(
     config: ModelConfig, layer: LayerConfig, max_context: int
-) -> MultiHeadLatentAttention | GroupedQueryAttention | KimiDeltaAttention:
+) -> MultiHeadLatentAttention | GroupedQueryAttention | RecurrentAttention:
     attention = layer.attention
     if isinstance(attention, KDAConfig):
         return KimiDeltaAttention(config.hidden_size, attention)
+    if isinstance(attention, LightningConfig):
+        return LightningAttention(config.hidden_size, attention)
     if isinstance(attention, MLAConfig):
         return MultiHeadLatentAttention(
             config.hidden_size,

@@ -33,14 +33,16 @@ class Family:
         output_bias: whether config key `attention_bias` is about the output projection of grouped-query attention, too.
         qk_norm_per_head: see `GQAConfig`.
         name_style: whose names published and transformers checkpoints have for the rest.
-        kda: the other layers are Kimi Delta Attention, whose two gates are of low rank, or full; None: there are none.
+        recurrent: what the other layers of a hybrid are: Kimi Delta Attention, whose two gates are full matrices or of
+            low rank, or lightning attention; None: there are none.
         group_ends: layers without `layer_types` or lists of their numbers that are latent attention: the last of each
             `layer_group_size`; else every fourth, but the first.
         query_gate: latent attention is gated, each number by what is projected with the queries.
         excluded_score: see `MoEConfig`.
         output_gate: config key `gated_attention_proj_granularity_type` says how latent attention is gated.
         rotates: latent attention turns its rotary dimensions; Kimi-Linear leaves them as they are.
-        other_architectures: models that bear the `model_type` too, by config key `architectures`: what they are.
+        variants: families that bear the `model_type` too, by what config key `architectures` names.
+        other_architectures: models that bear it and are not supported, likewise: what they are.
         paired: each of the `num_layers` of its config is two here, and a shortcut leads from the first to experts that
             the second adds (LongCat-Flash). Its modules of further tokens are of another kind and not read.
         exact_router: see `MoEConfig`.
@@ -61,12 +63,13 @@ class Family:
     expert_size: str = "moe_intermediate_size"
     expert_names: ExpertNames = "one by one"
     name_style: NameStyle = "usual"
-    kda: Literal["full", "low rank"] | None = None
+    recurrent: Literal["kda", "kda, low rank", "lightning"] | None = None
     group_ends: bool = False
     output_gate: bool = False
     query_gate: bool = False
     excluded_score: float = float("-inf")
     rotates: bool = True
+    variants: Mapping[str, Family] = field(default_factory=dict[str, "Family"])
     other_architectures: Mapping[str, str] = field(default_factory=dict[str, str])
     paired: bool = False
     exact_router: bool = False
@@ -181,6 +184,50 @@ _DEEPSEEK_V2_FAMILY = Family(
     group_score="topk_method",
     normalizes_weights=False,
     topk_methods=frozenset({"greedy", "group_limited_greedy"}),
+)
+
+# Of Ling-2.5, Ring-2.5 and Ling-2.6, which transformers 5.23 has not: the defaults are those of the publisher's own
+# configuration (github.com/inclusionAI/Ring-V2.5, models/configuration_bailing_moe_v2_5.py), whose router normalises.
+_BAILING_LIGHTNING = Family(
+    "mla",
+    _COMMON
+    | {
+        "vocab_size": 157184,
+        "hidden_size": 2048,
+        "intermediate_size": 5120,
+        "moe_intermediate_size": 512,
+        "num_hidden_layers": 20,
+        "num_attention_heads": 16,
+        "n_shared_experts": 1,
+        "n_routed_experts": 256,
+        "routed_scaling_factor": 1.0,
+        "kv_lora_rank": 512,
+        "q_lora_rank": None,
+        "qk_rope_head_dim": 64,
+        "v_head_dim": 128,
+        "qk_nope_head_dim": 128,
+        "n_group": 8,
+        "topk_group": 4,
+        "num_experts_per_tok": 8,
+        "first_k_dense_replace": 1,
+        "norm_topk_prob": True,
+        "max_position_embeddings": 32768,
+        "rope_theta": 600000.0,
+        "eos_token_id": 156892,
+        "head_dim": 128,
+        "layer_group_size": 5,
+        "group_norm_size": 4,
+        "partial_rotary_factor": 0.5,
+        "slope_layer_offset": 0,  # a key of LatentKV's own, see `models.hybrid_reader`
+    },
+    rope_interleaved=True,
+    scoring="sigmoid",
+    group_score="top2",
+    correction_bias=True,
+    topk_methods=frozenset({"noaux_tc"}),
+    name_style="bailing",
+    recurrent="lightning",
+    group_ends=True,
 )
 
 FAMILIES: Mapping[str, Family] = {
@@ -307,12 +354,12 @@ FAMILIES: Mapping[str, Family] = {
         correction_bias=True,
         topk_methods=frozenset({"noaux_tc"}),
         name_style="bailing",
-        kda="full",
+        recurrent="kda",
         group_ends=True,
         output_gate=True,
+        variants={"BailingMoeV2_5ForCausalLM": _BAILING_LIGHTNING},
         other_architectures={
-            "BailingMoeV2_5ForCausalLM": "Ling-2.5, Ring-2.5 and Ling-2.6, whose linear layers are lightning attention",
-            "BailingMoeLinearV2ForCausalLM": "Ring-2.0-linear, whose linear layers are lightning attention",
+            "BailingMoeLinearV2ForCausalLM": "Ring-2.0-linear, whose other layers are grouped-query attention",
         },
     ),
     "kimi_linear": Family(
@@ -350,7 +397,7 @@ FAMILIES: Mapping[str, Family] = {
         group_score="top2",
         correction_bias=True,
         expert_names="mixtral",
-        kda="low rank",
+        recurrent="kda, low rank",
         rotates=False,
     ),
     "minicpm3": Family(
@@ -743,12 +790,14 @@ SPELLINGS: Mapping[str, tuple[str, ...]] = {
 
 
 def family_of(model_type: str, config: Mapping[str, Any]) -> Family:
-    """The family of a text model: its `model_type`'s, with what keys of its config change in it.
+    """The family of a text model: its `model_type`'s, or a variant of it, with what keys of its config change in it.
 
     DeepSeek-VL2 calls itself deepseek_v2 and routes as DeepSeek-V3 does; with `use_mla: false` (DeepSeek-VL2-Tiny,
     DeepSeek-OCR) attention is Llama's, which rotates halves of a head.
     """
-    family = FAMILIES[model_type]
+    family, named = FAMILIES[model_type], config.get("architectures")
+    if isinstance(named, list):
+        family = next((family.variants[name] for name in named if name in family.variants), family)
     routes_as_v3 = config.get("topk_method") == "noaux_tc" and config.get("scoring_func") == "sigmoid"
     if family.scoring == "softmax" and routes_as_v3:
         router = _DEEPSEEK_V3_FAMILY

@@ -1,4 +1,4 @@
-"""The layers of a model that mixes Kimi Delta Attention with latent attention: which are which, and what differs."""
+"""The layers of a model that mixes recurrent ones with latent attention: which are which, and what differs."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from latentkv.errors import ConfigError
-from latentkv.models.config import KDAConfig, LayerConfig, MoEConfig
-from latentkv.models.fields import read_number, shown
+from latentkv.models.config import KDAConfig, LayerConfig, LightningConfig, MoEConfig
+from latentkv.models.fields import read_number, read_optional, shown
 from latentkv.ops.kda import TAPS
 
 if TYPE_CHECKING:
@@ -18,6 +18,17 @@ if TYPE_CHECKING:
 _KINDS = ("full_attention", "linear_attention")
 _NESTED = "linear_attn_config"
 """Kimi-Linear's own place for what concerns its linear layers; layers count from 1 there."""
+
+# What lightning layers might be otherwise, with the values that they have in every published model, or are meant.
+_ALWAYS: Mapping[str, tuple[Any, ...]] = {
+    "use_qk_norm": (None, True),
+    "linear_rope": (None, True),
+    "linear_silu": (None, False),
+    "use_linear_silu": (None, False),
+    "use_bias": (None, False),
+    "use_qkv_bias": (None, False),
+    "gated_attention_proj_granularity_type": (None,),
+}
 
 
 def read_hybrid_layers(
@@ -37,14 +48,17 @@ def read_hybrid_layers(
     nested = fields.get(_NESTED) or {}
     if not isinstance(nested, Mapping):
         raise ConfigError(f"config.json: {_NESTED} must be an object, not {shown(nested)}.")
-    recurrent = replace(latent, attention=_read_kda(fields, family, nested), rope=None)
+    if family.recurrent == "lightning":
+        recurrent = _read_lightning(fields, latent, len(sparse))
+    else:
+        recurrent = [replace(latent, attention=_read_kda(fields, family, nested), rope=None)] * len(sparse)
     kinds = _kinds(fields, family, nested, len(sparse))
     routed = _limits(fields, "expert_swiglu_limit_list", sparse)
     shared = _limits(fields, "share_expert_swiglu_limit_list", sparse)
     _require_shared_width(fields, latent.moe)
     layers: list[LayerConfig] = []
     for i, kind in enumerate(kinds):
-        layer = latent if kind == "full_attention" else recurrent
+        layer = latent if kind == "full_attention" else recurrent[i]
         moe = latent.moe if sparse[i] else None
         if moe is not None:
             moe = replace(moe, swiglu_limit=routed[i], shared_swiglu_limit=shared[i])
@@ -57,7 +71,7 @@ def _read_kda(fields: Fields, family: Family, nested: Mapping[str, Any]) -> KDAC
     taps = _size(fields, nested, "short_conv_kernel_size", "linear_conv_kernel_dim", "short_conv_kernel_size")
     if taps != TAPS:
         raise ConfigError(f"config.json: short convolutions of {taps} tokens are not supported; only {TAPS} are.")
-    safe = family.kda == "full" and fields.flag("kda_safe_gate")
+    safe = family.recurrent == "kda" and fields.flag("kda_safe_gate")
     bound = fields.number("kda_lower_bound") if safe else None
     if bound is not None and not -80 <= bound < 0:
         raise ConfigError(f"config.json: kda_lower_bound must be below 0 and at least -80, not {bound}.")
@@ -66,8 +80,61 @@ def _read_kda(fields: Fields, family: Family, nested: Mapping[str, Any]) -> KDAC
         head_dim=_size(fields, nested, "head_dim", "linear_head_dim", "head_dim"),
         norm_eps=fields.positive("rms_norm_eps", 0.0),
         lower_bound=bound,
-        low_rank_gates=family.kda == "low rank",
+        low_rank_gates=family.recurrent == "kda, low rank",
     )
+
+
+def _read_lightning(fields: Fields, latent: LayerConfig, num_layers: int) -> list[LayerConfig]:
+    """Each layer as if it were lightning attention: from layer to layer it forgets more slowly.
+
+    The pace of layer i of N is that of 1 - i / (N - 1) + 1e-5: so SGLang and vLLM compute it, which the model cards
+    name, and the publisher's training code, which counts from 1 and subtracts 1. The modelling file beside the weights
+    subtracts 1 from i, which there counts from 0: `slope_layer_offset` -1 in config.json does the same.
+    """
+    for key, allowed in _ALWAYS.items():
+        if fields.get(key) not in allowed:
+            raise ConfigError(
+                f"config.json: {key}={shown(fields.get(key))} is not supported with lightning attention; only "
+                f"{allowed[-1]!r} is."
+            )
+    heads, dim, groups = (fields.size(key) for key in ("num_attention_heads", "head_dim", "group_norm_size"))
+    key = "num_kv_heads_for_linear_attn"
+    if fields.get(key) not in (None, heads):
+        raise ConfigError(f"config.json: {key}={shown(fields.get(key))} is not supported; only {heads} is.")
+    if heads * dim % groups:
+        raise ConfigError(f"config.json: group_norm_size={groups} groups cannot share {heads * dim} numbers evenly.")
+    rope, offset = latent.rope, fields.get("slope_layer_offset")
+    if rope is None or _turned(fields, dim) != rope.dim:
+        raise ConfigError(
+            f"config.json: lightning attention turns {_turned(fields, dim)} of {dim} dimensions and latent attention "
+            f"qk_rope_head_dim={rope.dim if rope else 0}; that is not supported, only as many of both is."
+        )
+    if offset not in (0, -1):
+        raise ConfigError(f"config.json: slope_layer_offset must be 0 or -1, not {shown(offset)}.")
+    halves = replace(rope, interleaved=False)
+    return [
+        replace(
+            latent,
+            rope=halves,
+            attention=LightningConfig(
+                num_heads=heads,
+                head_dim=dim,
+                norm_eps=fields.positive("rms_norm_eps", 0.0),
+                num_groups=groups,
+                decay_scale=1 - (i + offset) / max(num_layers - 1, 1) + 1e-5,
+            ),
+        )
+        for i in range(num_layers)
+    ]
+
+
+def _turned(fields: Fields, head_dim: int) -> int:
+    """Dimensions of a head of lightning attention that are turned."""
+    if fields.get("rotary_dim") is not None:
+        return fields.size("rotary_dim")
+    key = "partial_rotary_factor"
+    scaling = fields.raw.get("rope_scaling") or fields.raw.get("rope_parameters") or {}
+    return int(head_dim * (read_optional(scaling.get(key, fields.get(key)), key) or 1.0))
 
 
 def _size(fields: Fields, nested: Mapping[str, Any], inner: str, *keys: str) -> int:

@@ -132,7 +132,7 @@ def _rotary_dim(fields: Fields, family: Family, params: Mapping[str, Any], atten
         return int(attention.head_dim * share)
     dim = attention.qk_rope_head_dim if isinstance(attention, MLAConfig) else attention.head_dim
     heads = (attention.qk_nope_head_dim + dim, dim) if isinstance(attention, MLAConfig) else (dim,)
-    if family.kda and fields.get("head_dim") is not None:  # of the other layers; Ling-3.0 means its share of that
+    if family.recurrent and fields.get("head_dim") is not None:  # of the other layers; Ling-3.0 means its share of that
         heads = (*heads, fields.size("head_dim"))
     if share not in (None, 1) and not any(round(head * share) == dim for head in heads):
         raise ConfigError(f"config.json: {key}={share} does not match {dim} rotary dimensions.")

@@ -16,7 +16,7 @@ from latentkv.weights.weight import GROUP_SIZES
 # input (eh_proj), through which all information passes.
 _QUANTISED = re.compile(
     r"model\.layers\.\d+\."
-    r"(self_attn\.(q_proj|q_b_proj|k_proj|v_proj|f_proj|g_proj|o_proj|indexer\.(wq_b|wk))\.weight"
+    r"(self_attn\.(q_proj|q_b_proj|k_proj|v_proj|query_key_value|f_proj|g_proj|o_proj|indexer\.(wq_b|wk))\.weight"
     r"|mlp\.((experts\.\d+|shared_experts?)\.)?(gate_proj|up_proj|down_proj)\.weight"
     r"|mlp\.experts\.(gate_up_proj|down_proj))"
 )
