@@ -154,13 +154,14 @@ def test_zero_experts_take_part_without_parameters():
     assert used + 4 * routed == pytest.approx(31.3e9, rel=0.01)
 
 
-# Qwen's authors count the whole embedding as active, GLM's neither that nor the output head.
+# Qwen's and Ling-2.6's authors count the whole embedding as active, GLM's neither that nor the output head.
 @pytest.mark.parametrize(
     ("name", "total", "active", "embeddings"),
     [
         ("qwen3-30b-a3b", 30.5e9, 3.3e9, 1),
         ("glm-4.5-air", 106e9, 12e9, -1),
         ("kimi-linear-48b", 49e9, 3.1e9, 0),
+        ("ling-2.6-flash", 104e9, 7.4e9, 1),
     ],
 )
 def test_published_totals_that_count_embeddings_otherwise(name, total, active, embeddings):
@@ -223,6 +224,12 @@ def test_published_hybrids_keep_a_matrix_a_head_and_three_tokens_of_a_convolutio
     assert own.cache_bytes == bytes_per_token * context + own.bytes_per_sequence
 
 
+def test_lightning_attention_keeps_a_matrix_a_head_and_nothing_else_beside_four_layers_of_latents():
+    own = plan_of("ling-2.6-flash").cache[0]
+    assert own.attention == "lightning and MLA"
+    assert (own.bytes_per_token, own.bytes_per_sequence) == (4 * 576 * 2, 28 * 32 * 128 * 128 * 4)
+
+
 def test_index_keys_take_132_bytes_in_a_cache_of_8_bits():
     for name, layers in {"deepseek-v3.2": 61, "glm-5.2": 21, "a.x-k2-light": 48}.items():
         dense = latent_token_bytes("int8", load_config(name).attention.kv_lora_rank, load_config(name).rope.dim)
@@ -243,7 +250,7 @@ def test_every_built_in_shape_plans():
 
 
 @pytest.mark.parametrize("kv_dtype", ["bf16", "fp8", "int8", "fp32"])
-@pytest.mark.parametrize("name", ["minicpm3-4b", "ling-3.0-tiny"])
+@pytest.mark.parametrize("name", ["minicpm3-4b", "ling-3.0-tiny", "ling-2.6-flash"])
 def test_the_plan_is_what_the_cache_allocates(name, kv_dtype):
     config = load_config(name)
     own = make_plan("m", config, memory=(), context=100, batch=2, kv_dtype=kv_dtype).cache[0]

@@ -94,7 +94,7 @@ def test_from_a_file_comes_what_comes_from_its_folder(name: str, pre: str | None
 
 NOT_WRITTEN = (
     *("minicpm3-4b", "deepseek-v3.2", "glm-5.2", "glm-4.5-air", "mixtral-8x7b", "qwen3-30b-a3b", "mistral-small-4"),
-    *("a.x-k1", "a.x-k2-light", "kimi-linear-48b", "ling-3.0-flash", "ling-3.0-tiny", "longcat-flash"),
+    *("a.x-k1", "a.x-k2-light", "kimi-linear-48b", "ling-3.0-flash", "ling-3.0-tiny", "ling-2.6-flash", "longcat-flash"),
 )
 OTHERS = [
     ({"attention_bias": True}, "attention bias is True, and the file would say False"),
@@ -127,6 +127,10 @@ def test_what_gguf_cannot_say_is_refused_by_name(changes: dict[str, Any], words:
     ("changes", "words"),
     [
         ({"layer_group_size": 2}, "1 layers of Kimi Delta Attention"),
+        (
+            {"layer_group_size": 2, "architectures": ["BailingMoeV2_5ForCausalLM"], "partial_rotary_factor": 1.0},
+            "1 layers of lightning attention",
+        ),
         ({"layer_types": ["full_attention"] * 2}, "the gate of its latent attention"),
         ({"model_type": "kimi_linear", "layer_types": ["full_attention"] * 2}, "without rotary embedding"),
         ({"model_type": "longcat_flash", "num_layers": 1, "q_lora_rank": 16}, "experts beside dense blocks"),

@@ -8,7 +8,7 @@ from math import prod
 
 from torch import Tensor, nn
 
-from latentkv.models.config import GQAConfig, KDAConfig, LayerConfig, MLAConfig, ModelConfig
+from latentkv.models.config import GQAConfig, KDAConfig, LayerConfig, MLAConfig, ModelConfig, RecurrentConfig
 from latentkv.models.decoder import Decoder
 from latentkv.models.mla import MultiHeadLatentAttention
 from latentkv.models.moe import Experts
@@ -73,13 +73,14 @@ def prefill_flops(config: ModelConfig, tokens: int) -> int:
     attended = 0
     for layer in config.layers:
         attention = layer.attention
-        attended += _recurrent(attention) * tokens if isinstance(attention, KDAConfig) else _expanded(attention) * pairs
+        recurrent = isinstance(attention, RecurrentConfig)
+        attended += _recurrent(attention) * tokens if recurrent else _expanded(attention) * pairs
     return 2 * ((_weights_used(config) - head) * tokens + head + attended)
 
 
 def _attended(layer: LayerConfig, heads: int, tokens: int) -> int:
     """Products of one query with `tokens` cached ones, of which an indexer selects some."""
-    if isinstance(layer.attention, KDAConfig):
+    if isinstance(layer.attention, RecurrentConfig):
         return _recurrent(layer.attention)
     indexer, pair = layer.indexer, heads * _absorbed(layer.attention)
     if indexer is None or tokens <= indexer.topk:
@@ -88,9 +89,9 @@ def _attended(layer: LayerConfig, heads: int, tokens: int) -> int:
     return pair * indexer.topk + scored
 
 
-def _recurrent(kda: KDAConfig) -> int:
-    """Products of a token with a matrix a head: its decay, what it gives for the key and for the query, its change."""
-    return 4 * kda.num_heads * kda.head_dim**2
+def _recurrent(attention: RecurrentConfig) -> int:
+    """Products of a token with a matrix a head: decay, change, what it gives for the query, and in KDA for the key."""
+    return (4 if isinstance(attention, KDAConfig) else 3) * attention.num_heads * attention.head_dim**2
 
 
 def _absorbed(attention: MLAConfig | GQAConfig) -> int:

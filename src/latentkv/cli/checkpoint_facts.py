@@ -11,7 +11,7 @@ from typing import Any
 from latentkv.checkpoint.names import layer_of, tensor_kind, text_model_names
 from latentkv.checkpoint.tensors import Tensors
 from latentkv.errors import CheckpointError
-from latentkv.models.config import KDAConfig, MLAConfig, ModelConfig
+from latentkv.models.config import MLAConfig, ModelConfig
 from latentkv.models.loading import match_weights
 from latentkv.models.stored_config import DTYPE_NAMES, open_checkpoint, stored_dtype
 from latentkv.plan import count_active_parameters, count_mtp_parameters, count_parameters, mha_bytes
@@ -61,7 +61,7 @@ class CheckpointFacts:
     Attributes:
         dtype: that the model runs in where no other is asked for.
         parameters_stored: of the main model; they should be `parameters`, which its config implies.
-        recurrent: the layers of Kimi Delta Attention, beside those of `attention`.
+        recurrent: the first of the recurrent layers, beside those of `attention`: its kind, and its sizes.
         problem: why it will not load, in the words of what would refuse it; None where the headers say nothing against.
         shortcut_layers: of `moe_layers` those whose experts stand beside a dense block, at the end of a shortcut.
         notes: what of the files is not honoured, or not kept as it is.
@@ -117,7 +117,7 @@ def read_facts(folder: Path) -> CheckpointFacts:
     tensors = tuple(_tensor_facts(reader, config))
     main = [t for t in tensors if t.kind not in ("mtp", "other") and not t.name.endswith(_BUFFERS)]
     indexers = [layer.own_indexer for layer in config.layers if layer.own_indexer is not None]
-    recurrent = [layer.attention for layer in config.layers if isinstance(layer.attention, KDAConfig)]
+    recurrent = config.recurrent
     attention = config.cached_attention
     kind = "MLA" if isinstance(attention, MLAConfig) else "GQA"
     return CheckpointFacts(
@@ -127,8 +127,8 @@ def read_facts(folder: Path) -> CheckpointFacts:
         problem=_problem(config, reader),
         notes=reader.notes,
         attention={"kind": kind, **asdict(attention)},
-        recurrent=asdict(recurrent[0]) if recurrent else None,
-        recurrent_layers=len(recurrent),
+        recurrent={"kind": recurrent.name, **asdict(recurrent)} if recurrent else None,
+        recurrent_layers=config.num_recurrent_layers,
         num_layers=config.num_layers,
         num_heads=config.num_heads,
         hidden_size=config.hidden_size,

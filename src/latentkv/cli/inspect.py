@@ -49,7 +49,7 @@ def _print_facts(facts: CheckpointFacts) -> None:
     if facts.recurrent is not None:
         others = facts.num_layers - facts.recurrent_layers
         out.print(
-            f"            in {others} layers; Kimi Delta Attention in the other {facts.recurrent_layers}: "
+            f"            in {others} layers; {facts.recurrent['kind']} in the other {facts.recurrent_layers}: "
             f"{facts.recurrent['num_heads']} heads of {facts.recurrent['head_dim']}"
         )
     tied = ", shared with the output head" if facts.tied_embeddings else ""

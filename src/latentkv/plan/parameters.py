@@ -16,7 +16,16 @@ from latentkv.checkpoint.quantization import quantization_method
 from latentkv.checkpoint.shard import entry_bytes
 from latentkv.checkpoint.wrapper import outermost
 from latentkv.errors import ConfigError
-from latentkv.models.config import GQAConfig, IndexerConfig, KDAConfig, LayerConfig, MLAConfig, ModelConfig, MoEConfig
+from latentkv.models.config import (
+    GQAConfig,
+    IndexerConfig,
+    KDAConfig,
+    LayerConfig,
+    LightningConfig,
+    MLAConfig,
+    ModelConfig,
+    MoEConfig,
+)
 from latentkv.models.stored_config import stored_dtype
 from latentkv.ops.kda import TAPS
 from latentkv.weights.files import awq, gptq, modelopt
@@ -205,6 +214,8 @@ def _layer(config: ModelConfig, layer: LayerConfig) -> Iterator[TensorGroup]:
         yield from _mla(config, attention)
     elif isinstance(attention, KDAConfig):
         yield from _kda(config, attention)
+    elif isinstance(attention, LightningConfig):
+        yield from _lightning(config, attention)
     else:
         yield from _gqa(config, attention)
     if layer.own_indexer is not None and isinstance(attention, MLAConfig):
@@ -267,6 +278,16 @@ def _kda(config: ModelConfig, kda: KDAConfig) -> Iterator[TensorGroup]:
     yield TensorGroup("attention", "self_attn.A_log", (kda.num_heads,), exact=True)
     yield TensorGroup("attention", "self_attn.dt_bias", (width,), exact=True)
     yield TensorGroup("norm", "self_attn.o_norm", (kda.head_dim,))
+    yield from _linear("attention", "self_attn.o_proj", hidden, width)
+
+
+def _lightning(config: ModelConfig, lightning: LightningConfig) -> Iterator[TensorGroup]:
+    hidden, width = config.hidden_size, lightning.num_heads * lightning.head_dim
+    yield from _linear("attention", "self_attn.query_key_value", 3 * width, hidden)
+    yield TensorGroup("norm", "self_attn.query_layernorm", (lightning.head_dim,))
+    yield TensorGroup("norm", "self_attn.key_layernorm", (lightning.head_dim,))
+    yield from _linear("attention", "self_attn.g_proj", width, hidden)
+    yield TensorGroup("norm", "self_attn.g_norm", (width,))
     yield from _linear("attention", "self_attn.o_proj", hidden, width)
 
 

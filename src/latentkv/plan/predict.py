@@ -191,7 +191,7 @@ def _head_dims(attention: MLAConfig | GQAConfig) -> tuple[int, int]:
 def _own_attention(config: ModelConfig) -> tuple[str, int | None]:
     attention = config.cached_attention
     if isinstance(attention, MLAConfig):
-        return "KDA and MLA" if config.num_recurrent_layers else "MLA", None
+        return f"{config.recurrent.short_name} and MLA" if config.recurrent else "MLA", None
     heads = attention.num_kv_heads
     return _grouped_name(heads, config.num_heads), heads
 

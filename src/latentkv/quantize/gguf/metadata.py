@@ -216,8 +216,8 @@ def require_said(config: ModelConfig, metadata: ConfigMetadata, shapes: Mapping[
 
 def _what_is_of_hybrids(config: ModelConfig) -> str | None:
     attention = config.cached_attention
-    if config.num_recurrent_layers:
-        return f"its {config.num_recurrent_layers} layers of Kimi Delta Attention are not written"
+    if config.recurrent is not None:
+        return f"its {config.num_recurrent_layers} layers of {config.recurrent.name} are not written"
     if isinstance(attention, MLAConfig) and attention.output_gate is not None:
         return "the gate of its latent attention is not written"
     if config.rope.kind == "none":
