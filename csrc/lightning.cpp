@@ -32,7 +32,7 @@ LATENTKV_INLINE void pass(const float* from, std::ptrdiff_t from_stride, float* 
   for (int j = 0; j < VECTORS; j++) store(out + j * W, o[j]);
 }
 
-// One head of one call.
+// What a call reads and gives, all heads of it.
 struct Inputs {
   const LightningWeights& weights;
   Matrix qkv;

@@ -87,9 +87,9 @@ def _read_kda(fields: Fields, family: Family, nested: Mapping[str, Any]) -> KDAC
 def _read_lightning(fields: Fields, latent: LayerConfig, num_layers: int) -> list[LayerConfig]:
     """Each layer as if it were lightning attention: from layer to layer it forgets more slowly.
 
-    The pace of layer i of N is that of 1 - i / (N - 1) + 1e-5: so SGLang and vLLM compute it, which the model cards
-    name, and the publisher's training code, which counts from 1 and subtracts 1. The modelling file beside the weights
-    subtracts 1 from i, which there counts from 0: `slope_layer_offset` -1 in config.json does the same.
+    The pace of layer i of N is 1 - i / (N - 1) + 1e-5 times a head's: so SGLang, vLLM and the publisher's training code
+    compute it, which counts from 1 and subtracts 1. The modelling file that the publisher gives out subtracts 1 from i,
+    which there counts from 0: `slope_layer_offset` -1 in config.json does the same.
     """
     for key, allowed in _ALWAYS.items():
         if fields.get(key) not in allowed:
