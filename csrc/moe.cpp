@@ -84,7 +84,7 @@ void activate(const GatedProducts& p, const Temporaries& t, const Segment& s, st
     const float* row_up = ups + r * 2 * BLOCK_OUTS + skipped;
     if (p.limit > 0)
       for (int i = 0; i < BLOCK_OUTS; i += W)
-        store(gate + i, limited_silu_mul(load(gate + i), load(row_up + i), p.limit));
+        store(gate + i, limited_silu_mul(load(gate + i), load(row_up + i), p.limit, p.bounds_gate));
     else
       for (int i = 0; i < BLOCK_OUTS; i += W) store(gate + i, silu_mul(load(gate + i), load(row_up + i)));
     convert_row(gate, DType::f32, valid, t.inner + ((s.first + r) * inner + column) * size_of(p.x.dtype), p.x.dtype);

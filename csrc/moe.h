@@ -24,6 +24,7 @@ struct GatedProducts {
   std::int64_t chosen;
   LinearOutput out;  // of each token; no bias
   float limit;       // 0: none
+  bool bounds_gate;  // before silu, else what silu gives
 };
 
 struct MoeKernels {

@@ -121,11 +121,13 @@ LATENTKV_INLINE vf sigmoid(vf x) {
 // silu(gate) * up.
 LATENTKV_INLINE vf silu_mul(vf gate, vf up) { return gate * sigmoid(gate) * up; }
 
-// min(silu(gate), limit) * clamp(up, -limit, limit); NaN stays NaN.
-LATENTKV_INLINE vf limited_silu_mul(vf gate, vf up, float limit) {
-  const vf most = splat(limit), silu = gate * sigmoid(gate);
-  const vf bounded = up > most ? most : up < -most ? -most : up;
-  return (silu > most ? most : silu) * bounded;
+// silu(min(gate, limit)) or min(silu(gate), limit), times clamp(up, -limit, limit); NaN stays NaN.
+LATENTKV_INLINE vf limited_silu_mul(vf gate, vf up, float limit, bool bounds_gate) {
+  const vf most = splat(limit);
+  if (bounds_gate) gate = gate > most ? most : gate;
+  vf silu = gate * sigmoid(gate);
+  if (!bounds_gate) silu = silu > most ? most : silu;
+  return silu * (up > most ? most : up < -most ? -most : up);
 }
 
 }  // namespace latentkv::LATENTKV_ISA

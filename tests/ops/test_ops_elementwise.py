@@ -9,7 +9,7 @@ import torch
 
 from latentkv import kernels
 from latentkv.errors import OpError
-from latentkv.ops import apply_rope, gate_heads, gated_rms_norm, norm_beside, reference, rms_norm, silu_mul
+from latentkv.ops import SwigluLimit, apply_rope, gate_heads, gated_rms_norm, norm_beside, reference, rms_norm, silu_mul
 
 
 @pytest.fixture(params=kernels.available_isas(), autouse=True)
@@ -199,14 +199,17 @@ def test_what_does_not_fit_is_refused() -> None:
         silu_mul(torch.zeros(2, 3))
 
 
+@pytest.mark.parametrize("limit", [SwigluLimit(1.5), SwigluLimit(1.5, bounds_gate=True)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_silu_mul_with_a_limit_bounds_both_factors(dtype: torch.dtype) -> None:
+def test_silu_mul_with_a_limit_bounds_both_factors(dtype: torch.dtype, limit: SwigluLimit) -> None:
     gate_up = (torch.randn(5, 66) * 4).to(dtype)
-    out = silu_mul(gate_up, 1.5)
+    out = silu_mul(gate_up, limit)
     tolerance = {torch.float32: 1e-6, torch.bfloat16: 2**-6, torch.float64: 1e-14}[dtype]
-    torch.testing.assert_close(out.double(), reference.silu_mul(gate_up, 1.5), atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(out.double(), reference.silu_mul(gate_up, limit), atol=tolerance, rtol=tolerance)
     assert out.abs().max() <= 1.5**2 and out.dtype == dtype
     assert not torch.equal(out, silu_mul(gate_up))
+    other = silu_mul(gate_up, limit._replace(bounds_gate=not limit.bounds_gate))
+    assert float((out - other).abs().max()) > 0.2  # silu(1.5) = 1.23
 
 
 @pytest.mark.parametrize("each", [False, True])

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from latentkv import kernels
 from latentkv.errors import OpError
-from latentkv.ops import gated_mlp, headwise_linear, moe_experts, reference
+from latentkv.ops import SwigluLimit, gated_mlp, headwise_linear, moe_experts, reference
 from latentkv.weights.layout import PackedWeight, pack_weight
 from quantised_weights import quantised
 
@@ -114,20 +114,21 @@ def test_experts_match_the_reference(fmt: str, group: int | None, dtype: torch.d
         assert_close(added, expected + residual.double(), size)
 
 
+@pytest.mark.parametrize("limit", [SwigluLimit(0.05), SwigluLimit(0.05, bounds_gate=True)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_limits_bound_what_is_multiplied(dtype: torch.dtype) -> None:
+def test_limits_bound_what_is_multiplied(dtype: torch.dtype, limit: SwigluLimit) -> None:
     gate_up, exact_gate_up = weights(6, 2 * 72, 96, seed=1)
     down, exact_down = weights(6, 96, 72, seed=2)
     x, (ids, scales) = numbers(70, 96, seed=3, dtype=dtype), choices(70, 2, 6)
     case = x, ids, scales, exact_gate_up, exact_down
-    expected = reference.moe_experts(*case, limit=0.05)
-    assert_close(moe_experts(x, ids, scales, gate_up, down, limit=0.05), expected, experts_size(*case))
+    expected = reference.moe_experts(*case, limit=limit)
+    assert_close(moe_experts(x, ids, scales, gate_up, down, limit=limit), expected, experts_size(*case))
     assert (reference.moe_experts(*case) - expected).abs().max() > 0.05
-    unpacked = moe_experts(x, ids, scales, exact_gate_up.to(dtype), exact_down.to(dtype), limit=0.05)
+    unpacked = moe_experts(x, ids, scales, exact_gate_up.to(dtype), exact_down.to(dtype), limit=limit)
     assert_close(unpacked, expected, 4 * experts_size(*case))
     one, alone = weights(1, 2 * 72, 96, seed=4), weights(1, 96, 72, seed=5)
-    inner = reference.silu_mul(reference.linear(x, one[1][0]), 0.05)
-    out = gated_mlp(x, one[0], alone[0], limit=0.05)
+    inner = reference.silu_mul(reference.linear(x, one[1][0]), limit)
+    out = gated_mlp(x, one[0], alone[0], limit=limit)
     assert_close(out, reference.linear(inner, alone[1][0]), inner.abs() @ alone[1][0].abs().T)
 
 

@@ -16,6 +16,7 @@ import torch
 from latentkv.errors import ConfigError
 from latentkv.ops.kda import TAPS
 from latentkv.ops.kv_formats import FLOAT_DTYPES
+from latentkv.ops.swiglu_limit import SwigluLimit
 from latentkv.state.spec import IndexSpec, KeyValueSpec, KVFormat, LastStateSpec, LatentSpec, LayerSpec, RecurrentSpec
 
 T = TypeVar("T")
@@ -190,10 +191,9 @@ class MoEConfig:
     by its best expert, or by the sum of its best two. `None`: no groups. `excluded_score` is what the experts of the
     other groups count in the choice. `gated_shared_size` is the width of a shared expert that each token weights by a
     sigmoid of its own (Qwen2-MoE); 0: there is none. `swiglu_limit` bounds what the routed experts' activation
-    multiplies, and `shared_swiglu_limit` that of the shared ones (Ling-3.0-flash):
-    min(silu(gate), limit) * clamp(up, -limit, limit); None: nothing does. `num_zero_experts` more that the router
-    chooses among, numbered from `num_experts` on, give a token back as it is (LongCat-Flash, arXiv 2509.01322, section
-    2.1). `exact_router`: the router's weight is float32, whatever the model's dtype.
+    multiplies, and `shared_swiglu_limit` that of the shared ones; None: nothing does. `num_zero_experts` more that the
+    router chooses among, numbered from `num_experts` on, give a token back as it is (LongCat-Flash, arXiv 2509.01322,
+    section 2.1). `exact_router`: the router's weight is float32, whatever the model's dtype.
     """
 
     num_experts: int
@@ -210,8 +210,8 @@ class MoEConfig:
     normalize_weights: bool = False
     scaling_factor: float = 1.0
     post_norm: bool = False
-    swiglu_limit: float | None = None
-    shared_swiglu_limit: float | None = None
+    swiglu_limit: SwigluLimit | None = None
+    shared_swiglu_limit: SwigluLimit | None = None
     num_zero_experts: int = 0
     exact_router: bool = False
 
@@ -285,6 +285,8 @@ class ModelConfig:
     `gated_norm_rank`: norms before attention and before experts gate themselves through a bottleneck of this width
     (A.X-K2); 0: they do not.
 
+    `swiglu_limit`: of the activations of dense layers; those of experts have their own.
+
     What layers may differ in is asked of each of `layers`. `attention`, `rope` and `moe` are for what is done to whole
     models alone: they raise `ConfigError` for a model whose layers differ in them.
     """
@@ -301,6 +303,7 @@ class ModelConfig:
     mlp_bias: bool = False
     num_mtp_layers: int = 0
     gated_norm_rank: int = 0
+    swiglu_limit: SwigluLimit | None = None
     embedding_multiplier: float = 1.0
     residual_multiplier: float = 1.0
     logit_multiplier: float = 1.0

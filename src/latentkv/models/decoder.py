@@ -37,7 +37,8 @@ class DecoderLayer(nn.Module):
         if layer.moe is not None:
             experts = MoE(config.hidden_size, layer.moe, norm_eps=config.rms_norm_eps, bias=config.mlp_bias)
         if layer.is_dense or experts is None:
-            self.mlp = MLP(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+            limit = config.swiglu_limit
+            self.mlp = MLP(config.hidden_size, config.intermediate_size, bias=config.mlp_bias, limit=limit)
             self.shortcut = experts
         else:
             self.mlp, self.shortcut = experts, None

@@ -10,6 +10,7 @@ from latentkv.errors import ConfigError
 from latentkv.models.config import KDAConfig, LayerConfig, LightningConfig, MoEConfig
 from latentkv.models.fields import read_number, read_optional, shown
 from latentkv.ops.kda import TAPS
+from latentkv.ops.swiglu_limit import SwigluLimit
 
 if TYPE_CHECKING:
     from latentkv.models.config_reader import Fields
@@ -176,7 +177,7 @@ def _listed_kinds(nested: Mapping[str, Any], num_layers: int) -> list[str]:
     return [_KINDS[number in lists[1]] for number in range(1, num_layers + 1)]
 
 
-def _limits(fields: Fields, key: str, sparse: Sequence[bool]) -> list[float | None]:
+def _limits(fields: Fields, key: str, sparse: Sequence[bool]) -> list[SwigluLimit | None]:
     """The limit of each layer's activations, 0 and null for none; transformers has no such limits."""
     values = fields.get(key)
     if values is None:
@@ -187,7 +188,7 @@ def _limits(fields: Fields, key: str, sparse: Sequence[bool]) -> list[float | No
     for layer, limit in enumerate(limits[: len(sparse)]):
         if limit and (limit < 0 or not sparse[layer]):
             raise ConfigError(f"config.json: {key} gives layer {layer} the limit {limit}, which has no meaning there.")
-    return [limit or None for limit in limits]
+    return [SwigluLimit(limit) if limit else None for limit in limits]
 
 
 def _require_shared_width(fields: Fields, moe: MoEConfig | None) -> None:

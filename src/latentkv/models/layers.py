@@ -68,7 +68,7 @@ class MLP(nn.Module):
     down: PackedWeight | None = None
 
     def __init__(
-        self, hidden_size: int, intermediate_size: int, *, bias: bool = False, limit: float | None = None
+        self, hidden_size: int, intermediate_size: int, *, bias: bool = False, limit: ops.SwigluLimit | None = None
     ) -> None:
         super().__init__()
         self.has_bias = bias

@@ -23,6 +23,7 @@ from latentkv.ops.prefill import mla_prefill
 from latentkv.ops.routing import select_experts
 from latentkv.ops.sparse import best_tokens, index_scores, select_slots, weigh_heads
 from latentkv.ops.states import merge_states
+from latentkv.ops.swiglu_limit import SwigluLimit
 
 __all__ = [
     "KDAState",
@@ -30,6 +31,7 @@ __all__ = [
     "KVFormat",
     "LightningState",
     "LightningWeights",
+    "SwigluLimit",
     "apply_rope",
     "best_tokens",
     "causal_attention",

@@ -8,6 +8,7 @@ from torch import Tensor
 from latentkv.checks import require_floats
 from latentkv.errors import OpError
 from latentkv.ops.native import elementwise as native
+from latentkv.ops.swiglu_limit import SwigluLimit
 from latentkv.ops.triton import calls as triton
 
 
@@ -152,12 +153,12 @@ def gate_heads(x: Tensor, gate: Tensor) -> Tensor:
     return (x.to(wide) * gate.to(wide).sigmoid()).to(x.dtype)
 
 
-def silu_mul(gate_up: Tensor, limit: float | None = None) -> Tensor:
+def silu_mul(gate_up: Tensor, limit: SwigluLimit | None = None) -> Tensor:
     """`silu(gate) * up` of gate_up [..., 2I], the gate first -> [..., I] in its dtype (SwiGLU, arXiv 2002.05202).
 
     Args:
         gate_up: both, side by side.
-        limit: min(silu(gate), limit) * clamp(up, -limit, limit), as Ling-3.0-flash has it; None: no limit.
+        limit: l: min(silu(gate), l) * clamp(up, -l, l), or silu(min(gate, l)) in front; None: no limit.
 
     Raises:
         OpError: the last dimension is odd.
@@ -169,5 +170,9 @@ def silu_mul(gate_up: Tensor, limit: float | None = None) -> Tensor:
     if gate_up.shape[-1] % 2:
         raise OpError(f"silu_mul takes gate and up of one width side by side, not {list(gate_up.shape)}")
     gate, up = gate_up.chunk(2, dim=-1)
-    activated = torch.nn.functional.silu(gate)
-    return activated * up if limit is None else activated.clamp(max=limit) * up.clamp(-limit, limit)
+    if limit is None:
+        return torch.nn.functional.silu(gate) * up
+    most, up = limit.value, up.clamp(-limit.value, limit.value)
+    if limit.bounds_gate:
+        return torch.nn.functional.silu(gate.clamp(max=most)) * up
+    return torch.nn.functional.silu(gate).clamp(max=most) * up

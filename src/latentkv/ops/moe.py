@@ -10,6 +10,7 @@ from latentkv.errors import OpError
 from latentkv.ops.basic import linear
 from latentkv.ops.elementwise import silu_mul
 from latentkv.ops.native import moe as native
+from latentkv.ops.swiglu_limit import SwigluLimit
 from latentkv.ops.triton import calls as triton
 from latentkv.weights.layout import PackedWeight
 
@@ -22,7 +23,7 @@ def moe_experts(
     down: Tensor | PackedWeight,
     *,
     residual: Tensor | None = None,
-    limit: float | None = None,
+    limit: SwigluLimit | None = None,
     num_zero_experts: int = 0,
 ) -> Tensor:
     """`sum_k weights[t, k] * down_e (silu(gate_e x_t) * up_e x_t)`, e = expert_ids[t, k] (arXiv 2401.06066, eq. 3).
@@ -88,7 +89,7 @@ def gated_mlp(
     down: PackedWeight,
     *,
     residual: Tensor | None = None,
-    limit: float | None = None,
+    limit: SwigluLimit | None = None,
 ) -> Tensor:
     """`down (silu(gate x) * up x) + residual` (SwiGLU, arXiv 2002.05202).
 
@@ -160,7 +161,7 @@ def _matrices(weight: Tensor | PackedWeight) -> list[Tensor | PackedWeight]:
     return list(weight.unbind())
 
 
-def _gated(x: Tensor, gate_up: Tensor | PackedWeight, down: Tensor | PackedWeight, limit: float | None) -> Tensor:
+def _gated(x: Tensor, gate_up: Tensor | PackedWeight, down: Tensor | PackedWeight, limit: SwigluLimit | None) -> Tensor:
     """In the weights' dtype; packed: in float32 at least, the intermediate rounded to x's dtype as the kernels do."""
     if isinstance(gate_up, Tensor):
         return linear(silu_mul(linear(x, gate_up), limit), down)

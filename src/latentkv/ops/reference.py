@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from latentkv.ops.kv_formats import SCALE_GROUP, KVFormat
+from latentkv.ops.swiglu_limit import SwigluLimit
 
 NEG_INF = float("-inf")
 
@@ -365,10 +366,14 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool) -> Ten
     return torch.stack([turned.real, turned.imag], dim=-1 if interleaved else -2).flatten(-2)
 
 
-def silu_mul(gate_up: Tensor, limit: float = float("inf")) -> Tensor:
-    """`gate * sigmoid(gate) * up`, side by side in [..., 2I]; each factor at most the limit, `up` at least minus it."""
+def silu_mul(gate_up: Tensor, limit: SwigluLimit | None = None) -> Tensor:
+    """`gate * sigmoid(gate) * up`, side by side in [..., 2I]; bounded where there is a limit (`swiglu_limit.py`)."""
     gate, up = gate_up.double().chunk(2, dim=-1)
-    return (gate * gate.sigmoid()).clamp(max=limit) * up.clamp(-limit, limit)
+    if limit is None:
+        return gate * gate.sigmoid() * up
+    before, after = (limit.value, float("inf")) if limit.bounds_gate else (float("inf"), limit.value)
+    gate = gate.clamp(max=before)
+    return (gate * gate.sigmoid()).clamp(max=after) * up.clamp(-limit.value, limit.value)
 
 
 def gate_heads(x: Tensor, gate: Tensor) -> Tensor:
@@ -377,7 +382,7 @@ def gate_heads(x: Tensor, gate: Tensor) -> Tensor:
 
 
 def moe_experts(
-    x: Tensor, expert_ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, limit: float = float("inf")
+    x: Tensor, expert_ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, limit: SwigluLimit | None = None
 ) -> Tensor:
     """Token by token: the weighted sum of its K experts, each `down (silu(gate x) * up x)`; from E on each gives x."""
     out = torch.zeros_like(x, dtype=torch.float64)

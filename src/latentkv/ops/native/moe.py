@@ -9,6 +9,7 @@ from latentkv.errors import OpError
 from latentkv.kernels import DTYPE_CODES, extension
 from latentkv.ops.native.eligible import isa_for
 from latentkv.ops.native.linear import format_code
+from latentkv.ops.swiglu_limit import SwigluLimit
 from latentkv.weights.layout import PackedWeight
 
 X_DTYPES = (torch.bfloat16, torch.float32)
@@ -22,7 +23,7 @@ def moe_experts(
     gate_up: PackedWeight,
     down: PackedWeight,
     residual: Tensor | None,
-    limit: float | None,
+    limit: SwigluLimit | None,
     num_zero_experts: int,
 ) -> Tensor | None:
     """See `moe.moe_experts`; all shapes fit."""
@@ -53,7 +54,7 @@ def moe_experts(
         expert_ids.shape[1],
         out.data_ptr(),
         *_residual(residual),
-        limit or 0.0,
+        *_limit(limit),
     )
     if bad >= 0:
         raise_unknown_expert(int(expert_ids.view(-1)[bad]), gate_up.count + num_zero_experts)
@@ -61,7 +62,7 @@ def moe_experts(
 
 
 def gated_mlp(
-    x: Tensor, gate_up: PackedWeight, down: PackedWeight, residual: Tensor | None, limit: float | None
+    x: Tensor, gate_up: PackedWeight, down: PackedWeight, residual: Tensor | None, limit: SwigluLimit | None
 ) -> Tensor | None:
     """See `moe.gated_mlp`, for x [T, D]; all shapes fit."""
     isa = isa_for(x) if residual is None else isa_for(x, residual)
@@ -86,7 +87,7 @@ def gated_mlp(
         tokens,
         out.data_ptr(),
         *_residual(residual),
-        limit or 0.0,
+        *_limit(limit),
     )
     return out
 
@@ -100,6 +101,10 @@ def raise_unknown_expert(expert: int, num_experts: int) -> None:
 
 def _memory(weight: PackedWeight) -> tuple[int, int, int]:
     return weight.data.data_ptr(), format_code(weight), weight.group
+
+
+def _limit(limit: SwigluLimit | None) -> tuple[float, bool]:
+    return (0.0, False) if limit is None else (limit.value, limit.bounds_gate)
 
 
 def _residual(residual: Tensor | None) -> tuple[int, int]:
