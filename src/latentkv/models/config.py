@@ -227,6 +227,21 @@ class MoEConfig:
 
 
 @dataclass(frozen=True)
+class HyperConnectionConfig:
+    """Several residual streams (mHC, arXiv 2512.24880), which each block reads as one and writes to all.
+
+    Attributes:
+        num_streams: how many; the embedding begins each of them, and their mean is what is normed last.
+        eps: added to sums and weights, see `ops.mix_streams`.
+        sinkhorn_iterations: by which the matrix that mixes them is made doubly stochastic.
+    """
+
+    num_streams: int
+    eps: float
+    sinkhorn_iterations: int
+
+
+@dataclass(frozen=True)
 class LayerConfig:
     """One decoder layer.
 
@@ -285,6 +300,7 @@ class ModelConfig:
     `gated_norm_rank`: norms before attention and before experts gate themselves through a bottleneck of this width
     (A.X-K2); 0: they do not.
 
+    `hyper_connections`: the residual streams, where there are several.
     `swiglu_limit`: of the activations of dense layers; those of experts have their own.
 
     What layers may differ in is asked of each of `layers`. `attention`, `rope` and `moe` are for what is done to whole
@@ -303,6 +319,7 @@ class ModelConfig:
     mlp_bias: bool = False
     num_mtp_layers: int = 0
     gated_norm_rank: int = 0
+    hyper_connections: HyperConnectionConfig | None = None
     swiglu_limit: SwigluLimit | None = None
     embedding_multiplier: float = 1.0
     residual_multiplier: float = 1.0

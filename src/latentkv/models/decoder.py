@@ -14,6 +14,7 @@ from latentkv.models.batch import Batch
 from latentkv.models.config import KDAConfig, LayerConfig, LightningConfig, MLAConfig, ModelConfig
 from latentkv.models.forms import Form
 from latentkv.models.gqa import GroupedQueryAttention
+from latentkv.models.hyper_connections import HyperConnection
 from latentkv.models.indexer import HeadWeights
 from latentkv.models.kda import KimiDeltaAttention
 from latentkv.models.layers import MLP, Embedding, GatedRMSNorm, Linear, RMSNorm
@@ -28,7 +29,10 @@ from latentkv.weights import PackedWeight
 
 
 class DecoderLayer(nn.Module):
-    """Norm, attention, residual; norm, feed-forward (dense or experts), residual; experts at the end of a shortcut."""
+    """Norm, attention, residual; norm, feed-forward (dense or experts), residual; experts at the end of a shortcut.
+
+    Where the model has several residual streams, a hyper-connection takes the residual's place around each block.
+    """
 
     def __init__(self, config: ModelConfig, layer: LayerConfig, *, max_context: int) -> None:
         super().__init__()
@@ -46,6 +50,10 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = _norm(config, gated=True)
         self.post_attention_layernorm = _norm(config, gated=not layer.is_dense)
         self.residual_multiplier = config.residual_multiplier
+        self.attn_hc = self.ffn_hc = None
+        if config.hyper_connections is not None:
+            sizes = config.hidden_size, config.hyper_connections, config.rms_norm_eps
+            self.attn_hc, self.ffn_hc = HyperConnection(*sizes), HyperConnection(*sizes)
 
     def forward(
         self,
@@ -55,7 +63,20 @@ class DecoderLayer(nn.Module):
         state: LayerState | None = None,
         form: Form | None = None,
     ) -> Tensor:
-        """[B, S, hidden] whole sequences, or with a batch and the layer's state [T, hidden] new tokens."""
+        """[B, S, hidden] whole sequences, or with a batch and the layer's state [T, hidden] new tokens.
+
+        Where the model has n residual streams, x and the result are [..., n, hidden].
+        """
+        if self.attn_hc is not None and self.ffn_hc is not None:
+            h, mix = self.attn_hc.read(x)
+            h = self.input_layernorm(h)
+            if batch is None or state is None:
+                block = self.self_attn(h, positions)
+            else:
+                block = self.self_attn.attend(h, positions, batch, state, None, form)
+            x = self.attn_hc.write(x, block, mix)
+            h, mix = self.ffn_hc.read(x)
+            return self.ffn_hc.write(x, self.mlp(self.post_attention_layernorm(h)), mix)
         if batch is None or state is None:
             x = self._add(x, self.self_attn(self.input_layernorm(x), positions))
             h = self.post_attention_layernorm(x)
@@ -201,7 +222,7 @@ class Decoder(nn.Module):
             if isinstance(module, Experts):
                 nn.init.normal_(module.gate_up_proj, std=std)
                 nn.init.normal_(module.down_proj, std=std)
-            if isinstance(module, KimiDeltaAttention):
+            if isinstance(module, KimiDeltaAttention | HyperConnection):
                 module.reset_parameters()
 
     def forward(self, batch: Batch, cache: PagedCache, *, form: Form | None = None) -> Tensor:
@@ -218,8 +239,8 @@ class Decoder(nn.Module):
         return self.run_layers(*self.inputs(batch), batch, cache, form=form)
 
     def inputs(self, batch: Batch) -> tuple[Tensor, Rotary]:
-        """Embeddings [T, hidden] and rotary angles of the new tokens."""
-        return self.embed(batch.input_ids), self._rotary(batch.positions)
+        """Embeddings [T, hidden], one for each residual stream where there are several, and rotary angles."""
+        return self._streams(self.embed(batch.input_ids)), self._rotary(batch.positions)
 
     def run_layers(
         self, x: Tensor, positions: Rotary, batch: Batch, cache: PagedCache, *, form: Form | None = None
@@ -227,15 +248,15 @@ class Decoder(nn.Module):
         """`forward` from what `inputs` gives on."""
         for index, layer in enumerate(self.model.layers):
             x = layer(x, positions, batch, cache.view(index), form)
-        return self.model.norm(x)
+        return self._normed(x)
 
     def forward_train(self, input_ids: Tensor) -> Tensor:
         """Whole causal sequences without a cache, differentiable: ids [B, S] -> final hidden states [B, S, hidden]."""
-        x = self.embed(input_ids)
+        x = self._streams(self.embed(input_ids))
         positions = self.angles(input_ids.shape[1])
         for layer in self.model.layers:
             x = layer(x, positions)
-        return self.model.norm(x)
+        return self._normed(x)
 
     def angles(self, length: int) -> Rotary:
         """Rotary angles of whole sequences of `length` tokens, [1, length, ...]."""
@@ -341,7 +362,7 @@ class Decoder(nn.Module):
         """Hold in float32 after a cast what decides between near-equal experts or tokens, or whose errors add up.
 
         That is every router's correction bias, and its weight where that is trained so, the projection of the weights
-        of every indexer's heads, and what recurrent layers forget by.
+        of every indexer's heads, what recurrent layers forget by, and what residual streams are mixed by.
         """
         for layer in self.moe_layers():
             if layer.config.exact_router:
@@ -351,12 +372,23 @@ class Decoder(nn.Module):
         for module in self.modules():
             if isinstance(module, HeadWeights):
                 module.float()
-            if isinstance(module, KimiDeltaAttention):
+            if isinstance(module, KimiDeltaAttention | HyperConnection):
                 module.keep_exact()
 
     def drop_mtp_modules(self, *, keep: Container[int]) -> None:
         """Leave out the MTP modules that a checkpoint turned out not to have."""
         self.mtp = nn.ModuleList(module for index, module in enumerate(self.mtp) if index in keep)
+
+    def _streams(self, x: Tensor) -> Tensor:
+        """What the first layer reads of embeddings [..., hidden]: each residual stream begins with them."""
+        streams = self.config.hyper_connections
+        if streams is None:
+            return x
+        return x.unsqueeze(-2).expand(*x.shape[:-1], streams.num_streams, -1).contiguous()
+
+    def _normed(self, x: Tensor) -> Tensor:
+        """Final hidden states [..., hidden] of what the last layer gives."""
+        return self.model.norm(x if self.config.hyper_connections is None else ops.collapse_streams(x))
 
     def _rotary(self, positions: Tensor) -> Rotary:
         return rotary(self.rope, positions, max_context=self.max_context)

@@ -6,6 +6,7 @@ from latentkv.ops.basic import linear, output_logits
 from latentkv.ops.causal import causal_attention
 from latentkv.ops.elementwise import apply_rope, gate_heads, gated_rms_norm, norm_beside, rms_norm, silu_mul
 from latentkv.ops.headwise import headwise_linear
+from latentkv.ops.hyper_connections import StreamMix, collapse_streams, expand_streams, mix_streams
 from latentkv.ops.index_keys import rotate_first, write_index_keys
 from latentkv.ops.kda import KDAState, KDAWeights, kda_attend, kda_whole
 from latentkv.ops.kv_formats import (
@@ -31,13 +32,16 @@ __all__ = [
     "KVFormat",
     "LightningState",
     "LightningWeights",
+    "StreamMix",
     "SwigluLimit",
     "apply_rope",
     "best_tokens",
     "causal_attention",
+    "collapse_streams",
     "decode_latents",
     "describe_backends",
     "encode_latents",
+    "expand_streams",
     "gate_heads",
     "gated_mlp",
     "gated_rms_norm",
@@ -52,6 +56,7 @@ __all__ = [
     "lightning_whole",
     "linear",
     "merge_states",
+    "mix_streams",
     "mla_attend",
     "mla_decode",
     "mla_prefill",

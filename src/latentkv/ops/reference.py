@@ -349,6 +349,31 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return weight.double() * x / torch.sqrt(x.square().mean(dim=-1, keepdim=True) + eps)
 
 
+def mix_streams(
+    streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, *, norm_eps: float, eps: float, iterations: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """How a token's n streams [n, D] are mixed (mHC, arXiv 2512.24880): pre [n], post [n], comb [n, n]."""
+    n = len(streams)
+    f = streams.double().flatten()
+    m = fn.double() @ (f / torch.sqrt(f.square().mean() + norm_eps))
+    m = m * scale.double().repeat_interleave(torch.tensor([n, n, n * n])) + base.double()
+    comb = m[2 * n :].view(n, n).softmax(dim=1) + eps
+    for i in range(iterations):
+        comb = comb / (comb.sum(dim=1)[:, None] + eps) if i else comb
+        comb = comb / (comb.sum(dim=0)[None] + eps)
+    return m[:n].sigmoid() + eps, 2 * m[n : 2 * n].sigmoid(), comb
+
+
+def collapse_streams(streams: Tensor, weights: Tensor) -> Tensor:
+    """What a block reads of a token's streams [n, D], each with its weight [n]."""
+    return weights.double() @ streams.double()
+
+
+def expand_streams(streams: Tensor, block: Tensor, post: Tensor, comb: Tensor) -> Tensor:
+    """A token's streams [n, D] after a block that gave [D]: `comb[j, k]` is what stream j counts in stream k."""
+    return torch.outer(post.double(), block.double()) + comb.double().T @ streams.double()
+
+
 def gated_rms_norm(x: Tensor, weight: Tensor, eps: float, down: Tensor, up: Tensor) -> Tensor:
     """`y * sigmoid(up silu(down y))` of the normed x, y."""
     y = rms_norm(x, weight, eps)
