@@ -244,7 +244,7 @@ def test_published_gqa_shapes_cache_keys_and_values_of_their_heads():
 
 
 def test_every_built_in_shape_plans():
-    assert len(BUILT_IN) == 21
+    assert len(BUILT_IN) == 22
     for name in BUILT_IN:
         assert plan_of(name).context == load_config(name).max_positions
 

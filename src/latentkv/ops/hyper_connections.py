@@ -32,9 +32,9 @@ def mix_streams(
     """The mix of manifold-constrained hyper-connections (mHC, arXiv 2512.24880).
 
     Of m = fn f, f the streams of a token side by side, divided by the root of their mean square:
-    pre = sigmoid(m[:n] scale[0] + base[:n]) + eps, post = 2 sigmoid(m[n:2n] scale[1] + base[n:2n]), and comb, the rows of
-    softmax(m[2n:] scale[2] + base[2n:]) + eps, is made doubly stochastic (Sinkhorn and Knopp): its columns are divided
-    by their sums + eps, then `iterations` - 1 times its rows and its columns.
+    pre = sigmoid(m[:n] scale[0] + base[:n]) + eps, post = 2 sigmoid(m[n:2n] scale[1] + base[n:2n]), and comb, the
+    rows of softmax(m[2n:] scale[2] + base[2n:]) + eps, is made doubly stochastic (Sinkhorn and Knopp): its columns
+    are divided by their sums + eps, then `iterations` - 1 times its rows and its columns.
 
     Args:
         streams: [..., n, D].
@@ -46,8 +46,8 @@ def mix_streams(
         iterations: 1 or more.
 
     Returns:
-        In float32, of float64 streams in float64. Where the kernels compute, a token's mix depends on its streams alone,
-        bit for bit; so does what the other two functions give.
+        In float32, of float64 streams in float64. Where the kernels compute, a token's mix depends on its streams
+        alone, bit for bit; so does what the other two functions give.
 
     Raises:
         OpError: shapes or dtypes do not fit.
@@ -69,7 +69,8 @@ def mix_streams(
         m = functional.linear(normed, fn.to(wide))
     sizes = [count, count, count * count]
     pre, post, comb = (
-        part * factor + shift for part, factor, shift in zip(m.split(sizes, -1), scale.to(wide), base.split(sizes), strict=True)
+        part * factor + shift
+        for part, factor, shift in zip(m.split(sizes, -1), scale.to(wide), base.split(sizes), strict=True)
     )
     comb = comb.unflatten(-1, (count, count)).softmax(-1) + eps
     comb = comb / (comb.sum(-2, keepdim=True) + eps)
