@@ -123,21 +123,25 @@ def _lightning_attend(device: torch.device, dtype: torch.dtype, generator: torch
     width = _HEADS * dim
     qkv, gate = (_random((tokens, n), dtype, generator) for n in (3 * width, width))
     angles = 100 * torch.rand(tokens, dim // 4, generator=generator)
-    rows = qkv, gate, angles.cos(), angles.sin()
+    cos, sin = angles.cos(), angles.sin()
     norms = [_random((n,), dtype, generator) for n in (dim, dim, width)]
-    log_decay, matrices = -torch.rand(_HEADS, generator=generator), torch.zeros(1, _HEADS, dim, dim)
+    log_decay = -torch.rand(_HEADS, generator=generator)
     got = ops.lightning_attend(
-        *(t.to(device) for t in rows),
-        ops.LightningWeights(log_decay.to(device), *(norm.to(device) for norm in norms), 1e-6, _HEADS),
-        ops.LightningState(matrices.to(device), torch.zeros(1, 0, 2, width, device=device)),
+        qkv.to(device),
+        gate.to(device),
+        cos.to(device),
+        sin.to(device),
+        ops.LightningWeights._make([*(t.to(device) for t in (log_decay, *norms)), 1e-6, _HEADS]),
+        ops.LightningState._make(torch.zeros(1, *s, device=device) for s in ((_HEADS, dim, dim), (0, 2, width))),
         q_start=torch.tensor([0, tokens], dtype=torch.int32),
         stop=torch.arange(1, tokens + 1, dtype=torch.int32),
         slot_ids=torch.tensor([0], dtype=torch.int32),
         pending=torch.tensor([0], dtype=torch.int32),
         committed=torch.tensor([tokens], dtype=torch.int32),
     )
-    weights = ops.LightningWeights(log_decay, *norms, 1e-6, _HEADS)
-    return got, reference.lightning(*rows, **weights._asdict(), matrices=matrices[0])[0]
+    weights = ops.LightningWeights._make([log_decay, *norms, 1e-6, _HEADS])
+    matrices = torch.zeros(_HEADS, dim, dim)
+    return got, reference.lightning(qkv, gate, cos, sin, **weights._asdict(), matrices=matrices)[0]
 
 
 def _mla_prefill(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> tuple[Tensor, Tensor]:

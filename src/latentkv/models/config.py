@@ -380,7 +380,7 @@ class ModelConfig:
         """
         ropes = [(layer.rope, layer.attention) for layer in self.layers if layer.rope is not None]
         paired = [rope for rope, attention in ropes if not isinstance(attention, RecurrentConfig)]
-        self._same("angles", [replace(rope, interleaved=False) for rope, _ in ropes])
+        self._same("rotary embedding", [replace(rope, interleaved=False) for rope, _ in ropes])
         return self._same("rotary embedding", paired)
 
     @cached_property
