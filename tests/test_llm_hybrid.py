@@ -22,6 +22,11 @@ MODELS = {
         "linear_head_dim": 16,
     },
 }
+MODELS["ling25"] = MODELS["bailing"] | {
+    "architectures": ["BailingMoeV2_5ForCausalLM"],
+    "head_dim": 32,
+    "group_norm_size": 2,
+}
 
 
 @pytest.fixture(scope="module", params=MODELS)

@@ -208,7 +208,7 @@ class Parrot:
 
 
 @pytest.mark.skipif(len(available_isas()) == 1, reason="the native kernels were not built")
-@pytest.mark.parametrize("kind", ["bailing mtp", "kimi"])
+@pytest.mark.parametrize("kind", ["bailing mtp", "kimi", "ling25 mtp"])
 def test_recorded_steps_with_drafts_choose_the_tokens_of_single_steps(kind: str):
     model = tiny_decoder(kind).bfloat16()
     model.keep_choices_exact()
