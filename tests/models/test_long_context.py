@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from latentkv import ops
-from latentkv.models.batch import Batch
+from latentkv.models.batch import Batch, SlotUse
 from latentkv.models.config import ModelConfig
 from latentkv.models.config_reader import read_config
 from latentkv.models.decoder import Decoder
@@ -138,6 +138,41 @@ def test_of_128k_tokens_of_text_sparse_attention_reads_the_best_and_is_exact() -
                     scores = q[row].double() @ cached.T * module.scale
                     _assert_close(out[row], scores.softmax(-1) @ cached[:, : module.config.kv_lora_rank])
                     torch.testing.assert_close(lse[row].double(), scores.logsumexp(-1), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not BOOKS.is_dir(), reason=f"no books at {BOOKS}; set LATENTKV_DATA to the folder that holds them")
+def test_of_128k_tokens_of_text_recurrent_states_forget_exactly_what_they_should() -> None:
+    hybrid = {"model_type": "bailing_hybrid", "num_hidden_layers": 4, "layer_group_size": 4, "head_dim": 16}
+    config = read_config({key: value for key, value in CONFIG.items() if key != "rope_scaling"} | hybrid)
+    decoder, _ = loaded(config)
+    cache = PagedCache(config.specs("bf16"), PAGES, num_slots=1)
+    ids, pages = book_tokens(), cache.pool.allocate(PAGES)
+    last = (CONTEXT - STEPS) // CHUNK * CHUNK
+    bounds = [*range(0, last + 1, CHUNK), *range(CONTEXT - STEPS, CONTEXT + 1)]
+    with torch.inference_mode(), pytest.MonkeyPatch.context() as patch:
+        recurred, attended = record(patch, ops, "kda_attend"), record(patch, ops, "mla_attend")
+        for begin, end in pairwise(bounds):
+            attended.clear()
+            slots = [SlotUse(slot=0, pending=0, committed=end - begin)]
+            decoder(Batch.build([ids[begin:end]], [begin], [pages], page_size=64, slots=slots), cache)
+            if end - begin == 1:
+                ((q, *_), (out, lse)), attention = attended[0], decoder.model.layers[3].self_attn
+                _check_decoded(attention, q, out, lse, cache.view(3), pages, end)
+        for layer in range(3):
+            calls = recurred[layer::3]
+            assert len(calls) == len(bounds) - 1
+            *_, weights, state = calls[-1][0]
+            inputs = [torch.cat(parts) for parts in zip(*(args[:4] for args, _ in calls), strict=True)]
+            out = torch.cat([result for _, result in calls]).double()
+            expected, matrices = reference.kda(
+                *inputs,
+                **weights._asdict(),
+                matrices=torch.zeros_like(state.matrices[0]),
+                past=torch.zeros_like(state.conv[0]),
+            )
+            torch.testing.assert_close(out, expected, atol=1e-5, rtol=2**-8)
+            torch.testing.assert_close(state.matrices[0].double(), matrices, atol=2e-6, rtol=1e-5)
 
 
 def _check_chosen(q: Any, weights: Any, state: Any, pages: list[int], length: int, slots: Any) -> None:

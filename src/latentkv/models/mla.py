@@ -286,6 +286,8 @@ class MultiHeadLatentAttention(nn.Module):
             [self.config.kv_lora_rank, self.config.qk_rope_head_dim], dim=-1
         )
         k_rope = ops.apply_rope(k_rope, positions.cos, positions.sin, interleaved=self.rope.interleaved)
+        if self.kv_lora_scale == 1.0:
+            return self.kv_a_layernorm(latent), k_rope  # which healing takes into the projection
         return ops.rms_norm(latent, self._latent_weight(), self.kv_a_layernorm.eps), k_rope
 
     def _latent_weight(self) -> Tensor:
