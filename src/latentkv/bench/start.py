@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from typing import IO, cast
 
 from latentkv.bench.environment import Environment, describe_environment
+from latentkv.errors import RequestError
 
-_PROMPT = "It was a dark night"
+_PROMPT = ["--token-ids", "1 2 3"]  # which every model takes, with a tokenizer or without
 _MAIN = "from latentkv.cli.app import main; main()"
 
 
@@ -55,9 +56,9 @@ def measure_start(
         progress: called with what is going on.
 
     Raises:
-        subprocess.CalledProcessError: a start fails.
+        RequestError: a start fails; it says what the command said.
     """
-    generate = [sys.executable, "-c", _MAIN, "generate", _PROMPT, "--max-tokens", "1"]
+    generate = [sys.executable, "-c", _MAIN, "generate", *_PROMPT, "--max-tokens", "1"]
     generate += [] if model is None else ["--model", model]
     found: dict[str, list[tuple[float, float]]] = {}
     with tempfile.TemporaryDirectory(prefix="latentkv-start-") as folder:
@@ -82,13 +83,16 @@ def measure_start(
 def _run(command: Sequence[str]) -> tuple[float, float]:
     """Seconds to the first byte of output, and of the process on all cores."""
     before, started = os.times(), time.perf_counter()
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
-        output = cast("IO[bytes]", process.stdout)
-        output.read(1)
-        seconds = time.perf_counter() - started
-        output.read()
-    if process.returncode:
-        raise subprocess.CalledProcessError(process.returncode, list(command))
+    with tempfile.TemporaryFile() as said:
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said) as process:
+            output = cast("IO[bytes]", process.stdout)
+            output.read(1)
+            seconds = time.perf_counter() - started
+            output.read()
+        if process.returncode:
+            said.seek(0)
+            words = said.read().decode(errors="replace").strip().removeprefix("error: ")
+            raise RequestError(words or f"`latentkv generate` ended with exit code {process.returncode}.")
     after = os.times()
     used = after.children_user + after.children_system - before.children_user - before.children_system
     return seconds, used
