@@ -166,6 +166,15 @@ void store_int8_key(const float* key, int dim, unsigned char* out) {
   std::memcpy(out + dim, &scale, 4);
 }
 
+void store_key(float* key, const KeyRows& to, unsigned char* out) {
+  if (to.format == RowFormat::int8) {
+    hadamard_row(key, to.dim);
+    store_int8_key(key, to.dim, out);
+  } else {
+    convert_row(key, DType::f32, to.dim, out, (DType)to.format);
+  }
+}
+
 int write_index_keys(KeyRows to, Matrix k, const void* weight, const void* bias, DType weight_dtype, float eps,
                      Angles angles) {
   const int bad = first_bad_slot(to);
@@ -181,12 +190,71 @@ int write_index_keys(KeyRows to, Matrix k, const void* weight, const void* bias,
                  angles.interleaved);
       round_row(row, to.rope_dim, dtype());
     });
-    unsigned char* out = to.pages + to.slots[t] * to.row_bytes;
-    if (to.format == RowFormat::int8) {
-      hadamard_row(row, to.dim);
-      store_int8_key(row, to.dim, out);
-    } else {
-      convert_row(row, DType::f32, to.dim, out, (DType)to.format);
+    store_key(row, to, to.pages + to.slots[t] * to.row_bytes);
+  }
+  return -1;
+}
+
+LATENTKV_INLINE unsigned char* ring_row(const PoolRows& to, std::int64_t page, int offset) {
+  const std::ptrdiff_t row = 2 * to.keys.dim * (to.ring_dtype == DType::f32 ? 4 : 2);
+  return to.rings + (page * to.ring + offset % to.ring) * row;
+}
+
+// The key of the pool that ends at `offset`, from the ring.
+void pool_key(const PoolRows& to, std::int64_t page, int offset, float* key) {
+  const int dim = to.keys.dim;
+  for (int d = 0; d < dim; d += W) {
+    const int n = dim - d < W ? dim - d : W;
+    vf gates[MAX_POOL], most = {};
+    alignas(64) float part[W] = {};
+    const auto take = [&](int i, int from) {
+      convert_row(ring_row(to, page, offset - to.pool + 1 + i) + (from + d) * (to.ring_dtype == DType::f32 ? 4 : 2),
+                  to.ring_dtype, n, part, DType::f32);
+      return load(part);
+    };
+    for (int i = 0; i < to.pool; i++) {
+      gates[i] = take(i, dim);
+      alignas(64) float ape[W] = {};
+      std::memcpy(ape, to.ape + (std::ptrdiff_t)i * dim + d, n * sizeof(float));
+      gates[i] += load(ape);
+      most = i ? maximum(most, gates[i]) : gates[i];
+    }
+    vf weights = {}, sum = {};
+    for (int i = 0; i < to.pool; i++) {
+      const vf weight = exp(gates[i] - most);
+      weights += weight;
+      sum += weight * take(i, 0);
+    }
+    store(part, sum / weights);
+    std::memcpy(key + d, part, n * sizeof(float));
+  }
+}
+
+int write_pooled_keys(PoolRows to, Matrix k, Matrix gate, const void* weight, const void* bias, DType weight_dtype,
+                      float eps) {
+  const KeyRows& keys = to.keys;
+  const int bad = first_bad_slot(keys), half = keys.dim * (to.ring_dtype == DType::f32 ? 4 : 2);
+  if (bad >= 0) return bad;
+  const auto page_of = [&](int t) { return keys.slots[t] / to.page_size; };
+  // A page's tokens are one after the other, and only they write to it.
+#pragma omp parallel for schedule(dynamic) if (forks(keys.tokens >= WORTH_A_FORK))
+  for (int first = 0; first < keys.tokens; first++) {
+    const std::int64_t page = page_of(first);
+    if (first && page_of(first - 1) == page) continue;
+    for (int t = first; t < keys.tokens && page_of(t) == page; t++) {
+      alignas(64) float row[MAX_ROW];
+      const int offset = (int)(keys.slots[t] % to.page_size);
+      unsigned char* waiting = ring_row(to, page, offset);
+      for_dtype(k.dtype, [&](auto dtype) {
+        layer_norm_row<dtype()>(row_at(k, t), weight, bias, weight_dtype, keys.dim, eps, row);
+        round_row(row, keys.dim, dtype());
+      });
+      convert_row(row, DType::f32, keys.dim, waiting, to.ring_dtype);
+      convert_row(row_at(gate, t), gate.dtype, keys.dim, row, DType::f32);
+      convert_row(row, DType::f32, keys.dim, waiting + half, to.ring_dtype);
+      if ((offset + 1) % to.pool) continue;
+      pool_key(to, page, offset, row);
+      store_key(row, keys, keys.pages + (page * (to.page_size / to.pool) + offset / to.pool) * keys.row_bytes);
     }
   }
   return -1;
@@ -194,6 +262,6 @@ int write_index_keys(KeyRows to, Matrix k, const void* weight, const void* bias,
 
 }  // namespace
 
-const CacheWriteKernels cache_write = {write, norm_rope_write, write_index_keys};
+const CacheWriteKernels cache_write = {write, norm_rope_write, write_index_keys, write_pooled_keys};
 
 }  // namespace latentkv::LATENTKV_ISA

@@ -25,6 +25,19 @@ struct KeyRows {
   int tokens, dim, rope_dim;
 };
 
+// Where the keys of pools go, of which one lies in each `pool` tokens of a page (GLM-5.3-Flash): pool j of page p at
+// pages + (p * page_size / pool + j) * row_bytes. Tokens of open pools wait in their page's ring, [ring, 2 dim] numbers
+// of ring_dtype, key and gate, at the place of their offset in the page modulo `ring`.
+struct PoolRows {
+  KeyRows keys;  // num_slots: of tokens; rope_dim 0
+  unsigned char* rings;
+  DType ring_dtype;
+  int ring, page_size, pool;
+  const float* ape;  // [pool, dim], added to the gates
+};
+
+constexpr int MAX_POOL = 64;
+
 // All return the first token whose slot is not in the cache (nothing is written then), or -1.
 struct CacheWriteKernels {
   // latents [T, L] and k_rope [T, R]
@@ -34,6 +47,10 @@ struct CacheWriteKernels {
   // k [T, dim] layer-normed, rounded to k's type, its first rope_dim numbers rotated and rounded again
   int (*write_index_keys)(KeyRows to, Matrix k, const void* weight, const void* bias, DType weight_dtype, float eps,
                           Angles angles);
+  // k [T, dim] likewise, but never rotated, and gate [T, dim]; a pool's key is written with its last token: the mean of
+  // their keys, weighted number by number by the softmax of gate + ape
+  int (*write_pooled_keys)(PoolRows to, Matrix k, Matrix gate, const void* weight, const void* bias, DType weight_dtype,
+                           float eps);
 };
 LATENTKV_TABLE(CacheWriteKernels, cache_write)
 

@@ -67,7 +67,7 @@ void weigh_heads(Matrix x, const float* weight, float scale, float* out, int tok
   }
 }
 
-// One row's tokens, and how many pieces they are cut into.
+// One row's keys: its tokens, or pools of them.
 struct Row {
   int first = 0, last = 0;
   const std::int32_t* pages = nullptr;
@@ -78,7 +78,7 @@ struct Row {
 Row row_of(const IndexChoice& c, int t) {
   int b = 0;
   while (c.q_start[b + 1] <= t) b++;
-  return {c.start ? c.start[t] : 0, c.stop[t], c.pages + b * c.pages_row};
+  return {c.start ? c.start[t] : 0, c.stop[t] / c.pool, c.pages + b * c.pages_row};
 }
 
 LATENTKV_INLINE std::int32_t slot_of(const IndexChoice& c, const Row& row, int token) {
@@ -130,7 +130,7 @@ void choose_by_row(const IndexChoice& c, int threads) {
     place(memory);
     for (int t; (t = __atomic_fetch_add(&claimed, 1, __ATOMIC_RELAXED)) < c.rows;) {
       const Row row = row_of(c, t);
-      std::int32_t* slots = c.slots + (std::ptrdiff_t)t * c.count;
+      std::int32_t* slots = c.slots + t * c.width();
       if (row.tokens() <= c.count) {
         choose_all(c, row, slots);
         continue;
@@ -178,7 +178,7 @@ void choose_by_part(const IndexChoice& c, int threads, int part_tokens) {
   place(memory);
   for (int t = 0, p = 0; t < c.rows; t++) {
     SharedRows& own = rows[t];
-    own = {row_of(c, t), c.slots + (std::ptrdiff_t)t * c.count, parts + p, 0, c.count, 0, 0};
+    own = {row_of(c, t), c.slots + t * c.width(), parts + p, 0, c.count, 0, 0};
     if (own.row.tokens() <= c.count) {
       choose_all(c, own.row, own.slots);
       continue;
@@ -222,6 +222,22 @@ void choose_by_part(const IndexChoice& c, int threads, int part_tokens) {
   }
 }
 
+// Each chosen pool as its tokens, and the tokens after the last pool.
+void expand_pools(const IndexChoice& c, int t) {
+  const Row row = row_of(c, t);
+  std::int32_t* slots = c.slots + t * c.width();
+  const int pools = row.tokens() < c.count ? row.tokens() : c.count;
+  for (int i = pools - 1; i >= 0; i--) {  // from the last on: what is read still stands there
+    const std::int32_t first = slots[i] * c.pool;
+    for (int j = 0; j < c.pool; j++) slots[i * c.pool + j] = first + j;
+  }
+  int filled = pools * c.pool;
+  const int size = c.page_size * c.pool;
+  for (int s = row.last * c.pool; c.open_pool && s < c.stop[t]; s++)
+    slots[filled++] = row.pages[s / size] * size + s % size;
+  for (; filled < c.width(); filled++) slots[filled] = -1;
+}
+
 template <class A>
 void choose_with(const IndexChoice& c) {
   std::int64_t tokens = 0;
@@ -234,8 +250,11 @@ void choose_with(const IndexChoice& c) {
   // How the work is cut changes no result.
   const std::int64_t wanted = tokens / (4 * threads) + 1;
   const int part_tokens = (int)(wanted < 256 ? 256 : (wanted + 47) / 48 * 48);
-  if (threads > 1 && c.rows < 4 * threads && tokens * 8 <= TEAM_BYTES) return choose_by_part<A>(c, threads, part_tokens);
-  choose_by_row<A>(c, threads < c.rows ? threads : c.rows);
+  if (threads > 1 && c.rows < 4 * threads && tokens * 8 <= TEAM_BYTES)
+    choose_by_part<A>(c, threads, part_tokens);
+  else
+    choose_by_row<A>(c, threads < c.rows ? threads : c.rows);
+  for (int t = 0; c.pool > 1 && t < c.rows; t++) expand_pools(c, t);
 }
 
 void choose(const IndexChoice& c) {

@@ -21,6 +21,20 @@ MODELS = {
         "linear_num_heads": 2,
         "linear_head_dim": 16,
     },
+    "glm5": _LINEAR
+    | {
+        "model_type": "glm5_next_text",
+        "layer_types": ["linear_attention", "indexed_attention"],
+        "q_lora_rank": 24,
+        "qk_rope_head_dim": 0,
+        "linear_num_heads": 2,
+        "linear_head_dim": 16,
+        "index_topk": 64,
+        "index_kpool": 4,
+        "index_head_dim": 16,
+        "index_n_heads": 4,
+        "hc_mult": 2,
+    },
 }
 MODELS["ling25"] = MODELS["bailing"] | {
     "architectures": ["BailingMoeV2_5ForCausalLM"],

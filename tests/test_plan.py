@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -74,6 +75,17 @@ SMALL = {
     "mistral4": {**LATENT, **MOE},
     "bailing_hybrid": {**LATENT, **MOE, "layer_group_size": 3, "head_dim": 72, "num_nextn_predict_layers": 1},
     "kimi_linear": {**LATENT, **MOE, "q_lora_rank": None, "layer_types": ["linear_attention", *["full_attention"] * 2]},
+    "glm5_next_text": {
+        **LATENT,
+        **MOE,
+        **INDEX,
+        "qk_rope_head_dim": 0,
+        "layer_types": ["linear_attention", "indexed_attention", "indexed_attention"],
+        "indexer_types": ["full", "full", "shared"],
+        "linear_num_heads": 2,
+        "linear_head_dim": 16,
+        "hc_mult": 3,
+    },
     "axk1": {**LATENT, **MOE},
     "axk2": {**LATENT, **MOE, **INDEX, "gated_norm_rank": 5},
     "llama": {"num_key_value_heads": 2, "attention_bias": True, "mlp_bias": True},
@@ -171,6 +183,14 @@ def test_published_totals_that_count_embeddings_otherwise(name, total, active, e
     assert counted == pytest.approx(active, rel=0.025)
 
 
+def test_glm_5_3_flash_has_its_published_parameters_with_the_module_that_is_not_run():
+    config = load_config("glm-5.3-flash")
+    attending = config.layers[43]
+    assert attending.indexer is not None
+    with_module = count_parameters(replace(config, layers=(*config.layers, attending))) + 2 * config.hidden_size**2
+    assert with_module == pytest.approx(321e9, rel=0.005)
+
+
 def test_deepseek_v3_weighs_what_its_published_files_do():
     # 163 files, 688,586,727,753 bytes with their headers; they repeat embedding and head for the MTP layer, in bf16.
     config = load_config("deepseek-v3")
@@ -210,7 +230,12 @@ def test_published_shapes_cache_this_many_bytes_a_token(name, bytes_per_token):
 
 @pytest.mark.parametrize(
     ("name", "bytes_per_token", "layers", "heads"),
-    [("ling-3.0-tiny", 6_912, 18, 16), ("ling-3.0-flash", 8_064, 35, 32), ("kimi-linear-48b", 8_064, 20, 32)],
+    [
+        ("ling-3.0-tiny", 6_912, 18, 16),
+        ("ling-3.0-flash", 8_064, 35, 32),
+        ("kimi-linear-48b", 8_064, 20, 32),
+        ("glm-5.3-flash", 11_264 + 11 * 64, 34, 64),
+    ],
 )
 def test_published_hybrids_keep_a_matrix_a_head_and_three_tokens_of_a_convolution_beside(
     name, bytes_per_token, layers, heads
@@ -244,7 +269,7 @@ def test_published_gqa_shapes_cache_keys_and_values_of_their_heads():
 
 
 def test_every_built_in_shape_plans():
-    assert len(BUILT_IN) == 22
+    assert len(BUILT_IN) == 23
     for name in BUILT_IN:
         assert plan_of(name).context == load_config(name).max_positions
 

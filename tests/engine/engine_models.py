@@ -84,20 +84,35 @@ _HYBRID = {
 }
 BAILING = {**_HYBRID, "model_type": "bailing_hybrid", "layer_group_size": 2, "num_nextn_predict_layers": 1}
 KIMI = {**_HYBRID, "model_type": "kimi_linear", "layer_types": ["linear_attention", "full_attention"]}
-for _config in (BAILING, KIMI):
+GLM5 = {
+    **_HYBRID,
+    "model_type": "glm5_next_text",
+    "layer_types": ["linear_attention", "indexed_attention"],
+    "q_lora_rank": 24,
+    "qk_rope_head_dim": 0,
+    "index_topk": 8,
+    "index_kpool": 4,
+    "index_head_dim": 16,
+    "index_n_heads": 12,
+    "hc_mult": 2,
+    "hc_sinkhorn_iters": 3,
+    "swiglu_limit": 1.5,
+}
+POOLED = {**GLM5, "layer_types": ["indexed_attention"] * 2, "index_kpool": 2, "indexer_types": ["full", "shared"]}
+for _config in (BAILING, KIMI, GLM5, POOLED):
     del _config["architectures"]
 LING25 = {**BAILING, "architectures": ["BailingMoeV2_5ForCausalLM"], "group_norm_size": 2}
-_KINDS = (
-    {"bailing mtp": BAILING, "kimi": KIMI, "ling25 mtp": LING25, "longcat": LONGCAT}
-    | CONFIGS
-    | {"mtp": MTP, "sparse": SPARSE, "sparse mtp": SPARSE_MTP}
-)
+_HYBRIDS = {"bailing mtp": BAILING, "kimi": KIMI, "ling25 mtp": LING25, "glm5": GLM5, "pooled": POOLED}
+_KINDS = _HYBRIDS | {"longcat": LONGCAT} | CONFIGS | {"mtp": MTP, "sparse": SPARSE, "sparse mtp": SPARSE_MTP}
 
 
 def tiny_decoder(kind: str) -> Decoder:
     """A model of a kind; "hybrid ..." has a toy recurrent layer as its first."""
     torch.manual_seed(0)
     decoder = Decoder(read_config(_KINDS[kind.removeprefix("hybrid ")])).eval()
+    for name, parameter in decoder.named_parameters():
+        if name.endswith(("_hc.fn", "_hc.base", "_compress_ape")):
+            torch.nn.init.normal_(parameter, std=0.5)
     if kind.startswith("hybrid"):
         decoder.model.layers[0].self_attn = ToyRecurrent(decoder.config.hidden_size)
     return decoder.requires_grad_(False)
@@ -106,13 +121,14 @@ def tiny_decoder(kind: str) -> Decoder:
 def cache_for(
     decoder: Decoder, num_pages: int, page_size: int = 8, *, num_slots: int = 6, most_drafted: int = 5
 ) -> PagedCache:
-    """A cache whose slots hold garbage."""
+    """A cache whose slots and rings hold garbage."""
     config = decoder.config
     specs = list(config.specs("fp32", mtp=decoder.dtype if decoder.mtp else None, most_drafted=most_drafted))
     for index, layer in enumerate(decoder.model.layers):
         if isinstance(layer.self_attn, ToyRecurrent):
             specs[index] = layer.self_attn.spec(most_drafted)
     cache = PagedCache(specs, num_pages, page_size=page_size, num_slots=num_slots)
-    for tensor in cache.slot_storage:
+    rings = [ring for index in range(len(specs)) if (ring := cache.view(index).rings) is not None]
+    for tensor in (*cache.slot_storage, *rings):
         tensor.fill_(float("nan"))
     return cache

@@ -55,7 +55,8 @@ def forget(engine: Engine) -> None:
     """Use all free pages and slots for something else."""
     pool = engine.cache.pool
     pages = pool.allocate(pool.free_pages)
-    for tensor in engine.cache.storage:
+    rings = [ring for index in range(len(engine.cache.specs)) if (ring := engine.cache.view(index).rings) is not None]
+    for tensor in (*engine.cache.storage, *rings):
         tensor[pages] = float("nan")
     pool.free(pages)
     slots = engine.cache.slots

@@ -49,6 +49,20 @@ KIMI = SIZES | {
     "linear_num_heads": 2,
     "linear_head_dim": 16,
 }
+GLM5 = SIZES | {
+    "model_type": "glm5_next",
+    "layer_types": ["linear_attention", "indexed_attention"] * 2,
+    "qk_rope_head_dim": 0,
+    "q_lora_rank": 12,
+    "linear_num_heads": 2,
+    "linear_head_dim": 16,
+    "index_topk": 4,
+    "index_kpool": 2,
+    "index_head_dim": 16,
+    "index_n_heads": 3,
+    "hc_mult": 2,
+    "swiglu_limit": 0.1,
+}
 MODELS: dict[str, dict[str, Any]] = {
     "bailing": BAILING,
     "bailing, limited, q LoRA": BAILING
@@ -60,6 +74,13 @@ MODELS: dict[str, dict[str, Any]] = {
     },
     "kimi": KIMI,
     "kimi without rotary dimensions": KIMI | {"qk_rope_head_dim": 0},
+    "glm5": GLM5,
+    "glm5 that reads whole pools alone, shared": GLM5
+    | {
+        "layer_types": ["linear_attention", "indexed_attention", "indexed_attention", "linear_attention"],
+        "indexer_types": ["full", "full", "shared", "full"],
+        "index_kpool_always_select_tail": False,
+    },
 }
 MODELS["ling25"] = BAILING | {"architectures": ["BailingMoeV2_5ForCausalLM"], "group_norm_size": 2, "q_lora_rank": 12}
 PAGES = [[3, 0, 5], [1, 7, 2], [4, 6, 8]]
@@ -114,7 +135,7 @@ def test_recorded_steps_give_the_same_bits(model: str, format_: Any) -> None:
 
 @pytest.mark.parametrize("kv_format", ["int8", "fp8"])
 def test_quantised_caches_are_recorded_too(kv_format: KVFormat) -> None:
-    for config in (BAILING, MODELS["kimi without rotary dimensions"]):
+    for config in (BAILING, MODELS["kimi without rotary dimensions"], GLM5):
         decoder = packed_decoder(config)
         plain, recorded = (Text(decoder, kv_format, recorded=asked) for asked in (False, True))
         for counts in ([5, 9, 3], *[[1, 1, 1]] * 3):
@@ -123,7 +144,7 @@ def test_quantised_caches_are_recorded_too(kv_format: KVFormat) -> None:
 
 
 @pytest.mark.parametrize("recorded", [False, True])
-@pytest.mark.parametrize("model", ["bailing", "kimi", "ling25"])
+@pytest.mark.parametrize("model", ["bailing", "kimi", "glm5", "ling25"])
 def test_drafts_that_are_accepted_in_part_give_the_bits_of_single_tokens(model: str, recorded: bool) -> None:
     decoder = packed_decoder(MODELS[model])
     single, drafted = Text(decoder, "bf16", recorded=False), Text(decoder, "bf16", recorded=recorded)
@@ -144,7 +165,7 @@ def test_drafts_that_are_accepted_in_part_give_the_bits_of_single_tokens(model: 
     assert [key[:2] for key in steps] == ([(3, 8)] if recorded else [])
 
 
-@pytest.mark.parametrize("model", ["bailing", "ling25"])
+@pytest.mark.parametrize("model", ["bailing", "glm5", "ling25"])
 def test_a_prompt_cut_anywhere_gives_the_same_bits_in_recurrent_layers(model: str) -> None:
     decoder = packed_decoder(MODELS[model])
     texts = [Text(decoder, "bf16", recorded=False) for _ in range(2)]

@@ -37,7 +37,7 @@ PROMPTS = [
 ]
 
 
-HYBRIDS = ["hybrid mtp", "bailing mtp", "kimi", "ling25 mtp"]
+HYBRIDS = ["hybrid mtp", "bailing mtp", "kimi", "ling25 mtp", "glm5"]
 decoder = functools.cache(tiny_decoder)
 
 

@@ -8,7 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, Mistral4ForCausalLM, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Glm5NextConfig,
+    Glm5NextForConditionalGeneration,
+    Mistral4ForCausalLM,
+    PreTrainedModel,
+)
 
 VOCAB = 96
 ORIGINAL = 16  # original_max_position_embeddings: every scaled branch is reached within 37 tokens
@@ -92,6 +99,23 @@ KIMI_LINEAR = HYBRID | {
     "linear_num_heads": 2,
     "linear_head_dim": 16,
 }
+# Transformers has the text model inside a wrapper alone.
+GLM5 = (
+    {k: v for k, v in (MLA | MOE).items() if k not in ("qk_rope_head_dim", "first_k_dense_replace")}
+    | INDEX
+    | {
+        "num_hidden_layers": 5,
+        "pad_token_id": 0,
+        "linear_num_heads": 2,
+        "linear_head_dim": 16,
+        "index_topk": 8,
+        "index_kpool": 4,
+        "swiglu_limit": 0.4,
+    }
+)
+TOWER = {"depth": 1, "num_heads": 2} | dict.fromkeys(
+    ("hidden_size", "intermediate_size", "projection_intermediate_size"), 16
+)
 LONGCAT = {k: v for k, v in MLA.items() if k not in ("num_hidden_layers", "intermediate_size")} | {
     "num_layers": 2,
     "ffn_hidden_size": 64,
@@ -116,6 +140,7 @@ class Case:
     model_type: str
     config: dict[str, Any]
     saved: dict[str, Any] = field(default_factory=dict)
+    attention: str = "eager"
 
 
 CASES = [
@@ -258,6 +283,34 @@ CASES = [
             "num_key_value_heads": 4,
             "n_shared_experts": 2,
         },
+    ),
+    Case("glm5", "glm5_next", GLM5),
+    Case(
+        "glm5-shared",
+        "glm5_next",
+        GLM5
+        | GROUPS
+        | {
+            "layer_types": ["linear_attention", "indexed_attention", "indexed_attention", "full_attention"],
+            "indexer_types": ["full", "full", "shared", "full"],
+            "mlp_layer_types": ["sparse", "dense", "sparse", "sparse"],
+            "num_hidden_layers": 4,
+            "linear_lower_bound": None,
+            "linear_num_heads": 3,
+            "linear_head_dim": 8,
+            "index_topk": 6,
+            "index_kpool": 2,
+            "index_head_dim": 8,
+            "hc_mult": 3,
+            "hc_sinkhorn_iters": 3,
+            "hc_eps": 1e-3,
+            "attention_bias": True,
+            "norm_topk_prob": False,
+            "n_shared_experts": 2,
+            "num_attention_heads": 5,
+            "num_key_value_heads": 5,
+        },
+        saved={"tie_word_embeddings": True},
     ),
     Case(
         "longcat",
@@ -490,8 +543,13 @@ FIRST_CASES = list({case.model_type: case for case in reversed(CASES)}.values())
 
 
 def build(case: Case) -> PreTrainedModel:
-    """The transformers model of a case (Mistral 4's text model is not among AutoModelForCausalLM's)."""
-    config = AutoConfig.for_model(case.model_type, attn_implementation="eager", **case.config)
+    """The transformers model of a case (two text models are not among AutoModelForCausalLM's)."""
+    if case.model_type == "glm5_next":
+        text, tied = dict(case.config), case.saved.get("tie_word_embeddings", False)
+        tower = TOWER | {"out_hidden_size": text["hidden_size"]}
+        wrapped = Glm5NextConfig(text_config=text, vision_config=tower, tie_word_embeddings=tied)
+        return Glm5NextForConditionalGeneration._from_config(wrapped, attn_implementation=case.attention)
+    config = AutoConfig.for_model(case.model_type, attn_implementation=case.attention, **case.config)
     kind = Mistral4ForCausalLM if case.model_type == "mistral4" else AutoModelForCausalLM
     return kind._from_config(config) if kind is Mistral4ForCausalLM else kind.from_config(config)
 
@@ -509,12 +567,17 @@ def randomise(model: torch.nn.Module, seed: int = 0) -> None:
 
 
 def save_checkpoint(case: Case, folder: Path) -> PreTrainedModel:
-    """Write the case's checkpoint and return the transformers model that it was written from."""
+    """Write the case's checkpoint and return the transformers model that it was written from.
+
+    The config of a text model that transformers wraps is written flat.
+    """
     model = build(case).eval()
     randomise(model)
     model.tie_weights()
     model.save_pretrained(folder)
-    if case.saved:
-        path = folder / "config.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | case.saved))
+    path = folder / "config.json"
+    saved = json.loads(path.read_text())
+    if "text_config" in saved:
+        saved = saved["text_config"] | {"model_type": case.model_type}
+    path.write_text(json.dumps(saved | case.saved))
     return model

@@ -25,7 +25,7 @@ from latentkv.models.mla import MultiHeadLatentAttention
 from latentkv.models.rope import rotary
 from latentkv.state import PagedCache
 
-HYBRIDS = [case for case in CASES if case.model_type in ("bailing_hybrid", "kimi_linear")]
+HYBRIDS = [case for case in CASES if case.model_type in ("bailing_hybrid", "kimi_linear", "glm5_next")]
 by_name = pytest.mark.parametrize("case", HYBRIDS, ids=lambda case: case.name)
 
 
@@ -68,14 +68,17 @@ def test_a_step_without_slots_is_refused() -> None:
         decoder(batch, cache)
 
 
+MIXES = ("_hc.fn", "_hc.base", "_hc.scale", "weights_proj.weight", "index_kpool_compress_ape")
+
+
 @by_name
-def test_what_forgets_stays_float32_in_a_bf16_model(case: Case) -> None:
+def test_what_forgets_or_mixes_stays_float32_in_a_bf16_model(case: Case) -> None:
     decoder = load_model(reference(case.name)[0], dtype=torch.bfloat16)
     for name, parameter in decoder.named_parameters():
-        assert parameter.dtype == (torch.float32 if name.endswith(EXACT) else torch.bfloat16), name
+        assert parameter.dtype == (torch.float32 if name.endswith(EXACT + MIXES) else torch.bfloat16), name
     exact = load_model(reference(case.name)[0]).state_dict()
     for name, parameter in decoder.named_parameters():
-        if name.endswith(EXACT):
+        if name.endswith(EXACT + MIXES):
             assert torch.equal(parameter, exact[name])
 
 
@@ -247,7 +250,7 @@ def test_published_keys_of_kimi_linear_are_read() -> None:
     }
     config = read_config(KIMI | published)
     assert [i + 1 for i, layer in enumerate(config.layers) if isinstance(layer.attention, MLAConfig)] == full
-    assert config.layers[0].attention == KDAConfig(16, 64, 1e-5, None, low_rank_gates=True)
+    assert config.layers[0].attention == KDAConfig(16, 64, 1e-5, None, low_rank_gates=True, rates_around=True)
     assert config.rope.kind == "none" and config.max_positions == 1234
     assert config.moe is not None and config.moe.experts_per_token == 6
 

@@ -144,6 +144,11 @@ CHANGES = {
     "index_topk": 9,
     "kda_safe_gate": None,
     "kda_lower_bound": -3.0,
+    "linear_lower_bound": -3.0,
+    "swiglu_limit": 0.7,
+    "hc_eps": 0.05,
+    "hc_sinkhorn_iters": 1,
+    "index_kpool_always_select_tail": None,
     "mla_scale_q_lora": None,
     "mla_scale_kv_lora": None,
 }
@@ -194,7 +199,8 @@ def _changes(saved: dict[str, Any], *, moe: bool) -> Iterator[dict[str, Any]]:
     }.get(saved["model_type"], set())
     if saved.get("kda_safe_gate") is False:
         unread = unread | {"kda_lower_bound"}
-    for key, value in (CHANGES | (MOE_CHANGES if moe else {})).items():
+    pool = saved.get("index_kpool")
+    for key, value in (CHANGES | (MOE_CHANGES if moe else {}) | ({"index_topk": pool} if pool else {})).items():
         if saved.get(key) is not None and key not in unread:
             yield {key: not saved[key] if value is None else value}
     rope = saved.get("rope_parameters", {"rope_type": "default"})

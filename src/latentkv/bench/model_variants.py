@@ -49,6 +49,7 @@ def mha_twin(decoder: Decoder, packing: Packing | None) -> Decoder:
         layer = twin.model.layers[index]
         layer.self_attn = _random(layer.get_submodule("self_attn"), decoder, packing, f"model.layers.{index}.self_attn")
         layer.mlp, layer.shortcut = own.mlp, own.shortcut
+        layer.attn_hc, layer.ffn_hc = own.attn_hc, own.ffn_hc
         layer.input_layernorm, layer.post_attention_layernorm = own.input_layernorm, own.post_attention_layernorm
     twin.model.embed_tokens, twin.model.norm = decoder.model.embed_tokens, decoder.model.norm
     twin.packed_embedding = decoder.packed_embedding

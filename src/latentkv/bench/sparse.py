@@ -108,6 +108,10 @@ def measure_sparse(
         OpError: another choice than the float64 definition's, so that its time would mean nothing.
     """
     layer = config.layers[0]
+    if any(each.indexer and each.indexer.pool for each in config.layers):
+        raise RequestError(
+            f"{config.model_type} chooses pools of tokens, which is not timed here: give a model with a key a token."
+        )
     if layer.own_indexer is None or layer.rope is None or not isinstance(layer.attention, MLAConfig):
         raise RequestError(f"{config.model_type} reads every token: give a model with an indexer.")
     if not contexts or min(contexts) <= layer.own_indexer.topk:

@@ -83,10 +83,10 @@ def _attended(layer: LayerConfig, heads: int, tokens: int) -> int:
     if isinstance(layer.attention, RecurrentConfig):
         return _recurrent(layer.attention)
     indexer, pair = layer.indexer, heads * _absorbed(layer.attention)
-    if indexer is None or tokens <= indexer.topk:
+    if indexer is None or tokens <= indexer.all_read:
         return pair * tokens
-    scored = 0 if layer.shares_selection else indexer.num_heads * indexer.head_dim * tokens
-    return pair * indexer.topk + scored
+    scored = 0 if layer.shares_selection else indexer.num_heads * indexer.head_dim * (tokens // (indexer.pool or 1))
+    return pair * min(indexer.most_read, tokens) + scored
 
 
 def _recurrent(attention: RecurrentConfig) -> int:

@@ -1,10 +1,11 @@
 """What a tensor is called in a published checkpoint, and what it is called in the decoder.
 
-A decoder's names are the Hugging Face names but for six things: routed experts are fused into one tensor a layer, the
+A decoder's names are the Hugging Face names but for seven things: routed experts are fused into one tensor a layer, the
 short convolutions of q, k and v are one, multi-token-prediction layers are `mtp.{k}.*` instead of
 `model.layers.{num_layers + k}.*`, A.X-K1's post-MLP norm belongs to the MLP, experts at the end of a shortcut are
-`shortcut.*` instead of `mlp.*`, and what Mixtral, Ling-3.0 and LongCat-Flash call otherwise
-(`block_sparse_moe.experts.0.w1`, `attention.dense`, `self_attn.1`) is called as everybody else's.
+`shortcut.*` instead of `mlp.*`, hyper-connections and the gate of pools are modules (`attn_hc.fn` for `hc_attn_fn`),
+and what Mixtral, Ling-3.0 and LongCat-Flash call otherwise (`block_sparse_moe.experts.0.w1`, `attention.dense`,
+`self_attn.1`) is called as everybody else's.
 """
 
 from __future__ import annotations
@@ -40,6 +41,8 @@ _BAILING = {
 """What layers of Ling-3.0 call otherwise, in the order in which it is renamed."""
 _BAILING_EMBEDDING = "word_embeddings.weight"
 _TAPS, _CONVOLUTIONS = ".conv_taps", ("q_conv1d", "k_conv1d", "v_conv1d")
+_HYPER_CONNECTION = re.compile(r"\.(attn|ffn)_hc\.(fn|base|scale)$")
+_POOL_GATE = ".index_kpool_compress_gate"
 _POST_NORM, _PUBLISHED_POST_NORM = ".mlp.post_mlp_layernorm.", ".post_mlp_layernorm."
 _SHORTCUT, _PUBLISHED_SHORTCUT = ".shortcut.", ".mlp."
 
@@ -64,6 +67,7 @@ _KINDS: Mapping[str, str] = {
     "mlp.gate.": "router",
     "mlp.": "dense mlp",
     "eh_proj": "mtp input",
+    ".hc_": "hyper-connections",
 }
 
 
@@ -77,6 +81,9 @@ def published_name(name: str, num_layers: int) -> str:
     if match := _MTP.fullmatch(name):
         k, part, rest = match.groups()
         name = f"model.layers.{num_layers + int(k)}.{_MTP_PARTS[part]}{rest}"
+    if name.endswith(f"{_POOL_GATE}.weight"):
+        name = name.removesuffix(".weight")
+    name = _HYPER_CONNECTION.sub(r".hc_\1_\2", name)
     return name.replace(_POST_NORM, _PUBLISHED_POST_NORM).replace(_SHORTCUT, _PUBLISHED_SHORTCUT)
 
 
@@ -142,6 +149,11 @@ def _parts_of_zero_experts(published: str, tensor: Tensor, count: int) -> Iterat
         for expert in range(len(tensor), len(tensor) + count):
             for part in ("gate_proj", "up_proj"):
                 yield f"{stem}.{expert}.{part}.weight", tensor.new_zeros(tensor.shape[1] // 2, tensor.shape[2])
+
+
+def inside_wrapper(name: str) -> str:
+    """What a text model's tensor is called where the text model lies in a wrapper, beside a vision tower."""
+    return re.sub(r"^model\.", "model.language_model.", name)
 
 
 def _as_bailing(name: str) -> str:

@@ -62,6 +62,7 @@ class CheckpointFacts:
         dtype: that the model runs in where no other is asked for.
         parameters_stored: of the main model; they should be `parameters`, which its config implies.
         recurrent: the first of the recurrent layers, beside those of `attention`: its kind, and its sizes.
+        residual_streams: how many, and how they are mixed; None: there is one.
         problem: why it will not load, in the words of what would refuse it; None where the headers say nothing against.
         shortcut_layers: of `moe_layers` those whose experts stand beside a dense block, at the end of a shortcut.
         notes: what of the files is not honoured, or not kept as it is.
@@ -90,6 +91,7 @@ class CheckpointFacts:
     indexer_layers: int
     selection_sharing_layers: int
     rope: dict[str, Any]
+    residual_streams: dict[str, Any] | None
     parameters: int
     active_parameters: int
     parameters_stored: int
@@ -144,6 +146,7 @@ def read_facts(folder: Path) -> CheckpointFacts:
         indexer_layers=len(indexers),
         selection_sharing_layers=sum(layer.shares_selection for layer in config.layers),
         rope=asdict(config.rope),
+        residual_streams=asdict(config.hyper_connections) if config.hyper_connections else None,
         parameters=count_parameters(config),
         active_parameters=count_active_parameters(config),
         parameters_stored=sum(math.prod(t.shape) for t in main),

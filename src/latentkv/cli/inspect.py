@@ -58,6 +58,8 @@ def _print_facts(facts: CheckpointFacts) -> None:
         f"{facts.intermediate_size:,}, vocabulary {facts.vocab_size:,}{tied}"
     )
     out.print(f"Experts     {_experts(facts)}")
+    if streams := facts.residual_streams:
+        out.print(f"Residual    {streams['num_streams']} streams, mixed around each block (hyper-connections)")
     out.print(f"Context     {facts.max_context:,} tokens; {_rope(facts)}")
     used = facts.active_parameters
     share = f", {format_count(used)} of them used for each token" if used < facts.parameters else ""
@@ -92,8 +94,9 @@ def _attention(facts: CheckpointFacts) -> str:
     query = f"q_lora_rank {shape['q_lora_rank']}" if shape["q_lora_rank"] else "no q_lora"
     sparse = ""
     if indexer := facts.indexer:
+        pools = f" in pools of {indexer['pool']}" if indexer["pool"] else ""
         sparse = (
-            f"; sparse: {indexer['topk']:,} tokens selected by {indexer['num_heads']} index heads of "
+            f"; sparse: {indexer['topk']:,} tokens{pools} selected by {indexer['num_heads']} index heads of "
             f"{indexer['head_dim']} in {facts.indexer_layers} layers"
         )
         sparse += f", shared with {shared} more" if (shared := facts.selection_sharing_layers) else ""

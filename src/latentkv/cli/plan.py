@@ -26,9 +26,8 @@ def plan(
             help=f"{MODEL_FORMS[0].upper()}{MODEL_FORMS[1:]} (only its config is fetched), or a built-in shape: "
             "deepseek-v2-lite, deepseek-v2, deepseek-v3, deepseek-v3.2, kimi-k2, kimi-k2.5, glm-4.7-flash, glm-5.2, "
             "mistral-small-4, a.x-k1, a.x-k2-light, minicpm3-4b, youtu-llm-2b, moonlight-16b, ling-3.0-tiny, "
-            "ling-3.0-flash, ling-2.6-flash, kimi-linear-48b, longcat-flash, qwen3-30b-a3b, mixtral-8x7b, glm-4.5-air. "
-            "None: the "
-            "caches of all with MLA.",
+            "ling-3.0-flash, ling-2.6-flash, kimi-linear-48b, glm-5.3-flash, longcat-flash, qwen3-30b-a3b, "
+            "mixtral-8x7b, glm-4.5-air. None: the caches of all with MLA.",
         ),
     ] = None,
     context: Annotated[

@@ -399,9 +399,9 @@ class Engine:
 
 
 def _require_room_for_drafts(cache: PagedCache, most_drafted: int) -> None:
-    if cache.slots and cache.most_drafted < most_drafted:
+    if cache.longest_draft < most_drafted:
         raise CacheError(
-            f"Recurrent layers have room for drafts of {cache.most_drafted} tokens, not {most_drafted}: "
+            f"The cache has room for drafts of {cache.longest_draft} tokens, not {most_drafted}: "
             "make the cache of ModelConfig.specs with most_drafted."
         )
 

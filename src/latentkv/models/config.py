@@ -17,7 +17,16 @@ from latentkv.errors import ConfigError
 from latentkv.ops.kda import TAPS
 from latentkv.ops.kv_formats import FLOAT_DTYPES
 from latentkv.ops.swiglu_limit import SwigluLimit
-from latentkv.state.spec import IndexSpec, KeyValueSpec, KVFormat, LastStateSpec, LatentSpec, LayerSpec, RecurrentSpec
+from latentkv.state.spec import (
+    IndexSpec,
+    KeyValueSpec,
+    KVFormat,
+    LastStateSpec,
+    LatentSpec,
+    LayerSpec,
+    RecurrentSpec,
+    RingSpec,
+)
 
 T = TypeVar("T")
 
@@ -93,7 +102,8 @@ class KDAConfig:
         head_dim: D, of queries, keys and values.
         norm_eps: of the norm of what the heads give.
         lower_bound: of the logarithm of the decay, a factor of its sigmoid; None: minus a softplus, without bound.
-        low_rank_gates: the forget and the output gate are products of two matrices of rank D (Kimi-Linear), else one.
+        low_rank_gates: the forget and the output gate are products of two matrices of rank D, else one.
+        rates_around: checkpoints have its rates as [1, 1, H, 1] (Kimi-Linear), else as [H].
     """
 
     num_heads: int
@@ -101,6 +111,7 @@ class KDAConfig:
     norm_eps: float
     lower_bound: float | None
     low_rank_gates: bool
+    rates_around: bool = False
     name: ClassVar[str] = "Kimi Delta Attention"
     short_name: ClassVar[str] = "KDA"
 
@@ -153,12 +164,27 @@ class IndexerConfig:
 
     Each token reads the `topk` best of those it sees, by the scores of `num_heads` heads of `head_dim` dimensions.
     `interleaved` is about the indexer's own rotary pairs: DeepSeek-V3.2 pairs them otherwise than its attention does.
+
+    Where there is a `pool`, tokens are scored by pools of so many, each with one key (GLM-5.3-Flash): of those that it
+    sees whole, a token reads the `topk` / `pool` best, and with `open_pool` the tokens after them, itself the last.
     """
 
     num_heads: int
     head_dim: int
     topk: int
     interleaved: bool = False
+    pool: int | None = None
+    open_pool: bool = True
+
+    @property
+    def most_read(self) -> int:
+        """Tokens that a token reads at most."""
+        return self.topk + (self.pool - 1 if self.pool and self.open_pool else 0)
+
+    @property
+    def all_read(self) -> int:
+        """Of so many tokens or fewer, a token reads all that it sees."""
+        return self.most_read if self.open_pool or self.pool in (None, 1) else 0
 
 
 @dataclass(frozen=True)
@@ -278,11 +304,15 @@ class LayerConfig:
     def spec(self, kv_format: KVFormat, last_state: LastStateSpec | None = None, *, most_drafted: int = 0) -> LayerSpec:
         """What the layer keeps, its tokens stored in `kv_format`; where that has 8 bits, an indexer's keys are int8.
 
-        A recurrent layer keeps room for drafts of `most_drafted` tokens; the others need none.
+        A recurrent layer keeps room for drafts of `most_drafted` tokens, and so does one that selects pools of tokens;
+        the others need none.
         """
-        index = None
+        index = ring = None
         if self.own_indexer is not None:
-            index = IndexSpec(self.own_indexer.head_dim, FLOAT_DTYPES.get(kv_format, torch.int8))
+            dim, pool = self.own_indexer.head_dim, self.own_indexer.pool
+            index = IndexSpec(dim, FLOAT_DTYPES.get(kv_format, torch.int8), pool or 1)
+            if pool is not None:
+                ring = RingSpec(dim, pool + most_drafted, FLOAT_DTYPES.get(kv_format, torch.bfloat16))
         attention = self.attention
         if isinstance(attention, RecurrentConfig):
             return LayerSpec(None, last_state=last_state, recurrent=attention.spec(most_drafted))
@@ -290,7 +320,7 @@ class LayerConfig:
             tokens = LatentSpec(attention.kv_lora_rank, attention.qk_rope_head_dim, kv_format)
         else:
             tokens = KeyValueSpec(attention.num_kv_heads, attention.head_dim, kv_format)
-        return LayerSpec(tokens, index, last_state)
+        return LayerSpec(tokens, index, last_state, ring=ring)
 
 
 @dataclass(frozen=True)
@@ -401,7 +431,7 @@ class ModelConfig:
         Args:
             kv_format: how tokens are stored.
             mtp: dtype of the hidden states, where the first MTP module is to draft: its layer comes last.
-            most_drafted: tokens of the longest draft: recurrent layers keep room for them.
+            most_drafted: tokens of the longest draft, for which some layers keep room.
         """
         specs = tuple(layer.spec(kv_format, most_drafted=most_drafted) for layer in self.layers)
         return specs if mtp is None else (*specs, self.mtp_layer.spec(kv_format, LastStateSpec(self.hidden_size, mtp)))

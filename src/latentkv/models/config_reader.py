@@ -16,7 +16,7 @@ from latentkv.errors import ConfigError
 from latentkv.json_files import read_json
 from latentkv.models.config import (
     GQAConfig,
-    IndexerConfig,
+    HyperConnectionConfig,
     LayerConfig,
     MLAConfig,
     ModelConfig,
@@ -24,9 +24,11 @@ from latentkv.models.config import (
     RecurrentConfig,
 )
 from latentkv.models.families import ALIASES, FAMILIES, SPELLINGS, TEXT_MODEL_OF, Family, family_of
-from latentkv.models.fields import read_flag, read_number, read_positive, shown
+from latentkv.models.fields import names_layers, read_flag, read_number, read_positive, shown
 from latentkv.models.hybrid_reader import read_hybrid_layers
+from latentkv.models.indexer_reader import read_indexer, sharing_layers
 from latentkv.models.rope_reader import longest_context, read_rope
+from latentkv.ops.swiglu_limit import SwigluLimit
 from latentkv.token_ids import read_token_id, read_token_ids
 
 TIED = "tie_word_embeddings"
@@ -47,6 +49,9 @@ _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "moe_router_enable_expert_bias": (None, True),
     "mla_use_nope": (None, True),
     "gated_norm_rank": (None, 0),
+    "hc_mult": (None, 0),
+    "index_kpool": (None, 0, 1),
+    "swiglu_limit": (None,),
     "no_kda_lora": (None, True),
     "use_kda_lora": (None, False),
     "use_mla_nope": (None, False),
@@ -63,8 +68,6 @@ _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
 
 # Other names of a router's activation: dots.llm1 names that of DeepSeek-V3 by its bias.
 _SCORINGS = {"noaux_tc": "sigmoid"}
-
-_INDEXER_LETTERS = {"F": "full", "S": "shared"}
 
 # No model has more; a damaged file may say so, and every layer costs memory before the first weight is read. Any
 # product of these that is the size of a tensor stays within 64 bits.
@@ -85,6 +88,8 @@ _LARGEST: Mapping[str, int] = {
     "index_head_dim": 65_536,
     "max_position_embeddings": 2**31,
     "sliding_window": 2**31,
+    "hc_mult": 16,
+    "hc_sinkhorn_iters": 1000,
 }
 _LARGEST_SIZE = 2**24
 
@@ -168,8 +173,10 @@ def _from_dict(raw: Mapping[str, Any], generation: Mapping[str, Any]) -> ModelCo
         layers=layers,
         rms_norm_eps=fields.positive("rms_norm_eps", 0.0),
         mlp_bias=fields.flag("mlp_bias"),
-        num_mtp_layers=0 if family.paired else fields.count("num_nextn_predict_layers"),
+        num_mtp_layers=fields.count("num_nextn_predict_layers") if family.mtp else 0,
         gated_norm_rank=fields.count("gated_norm_rank"),
+        hyper_connections=_hyper_connections(fields),
+        swiglu_limit=_swiglu_limit(fields),
         # MiniCPM scales its embeddings, residual branches and logits; the keys are absent elsewhere.
         embedding_multiplier=fields.positive("scale_emb", 1.0),
         residual_multiplier=1.0 if scale_depth is None else fields.number("scale_depth") / math.sqrt(len(layers)),
@@ -293,11 +300,12 @@ def _read_layers(fields: Fields, family: Family) -> tuple[LayerConfig, ...]:
         return (layer, replace(layer, moe=moe, shortcut="ends")) * fields.size("num_layers")
     num_layers = fields.size("num_hidden_layers")
     sparse = _sparse_layers(fields, num_layers) if moe else (False,) * num_layers
-    if family.recurrent is not None:
-        return read_hybrid_layers(fields, family, LayerConfig(attention, rope, moe), sparse)
+    indexer = read_indexer(fields, family, attention) if isinstance(attention, MLAConfig) else None
+    hybrid = family.recurrent is not None
+    shares = sharing_layers(fields, num_layers, first_is_full=not hybrid) if indexer else (False,) * num_layers
+    if hybrid:
+        return read_hybrid_layers(fields, family, LayerConfig(attention, rope, moe, indexer=indexer), sparse, shares)
     windows = _sliding_windows(fields, family, num_layers)
-    indexer = _read_indexer(fields, attention) if isinstance(attention, MLAConfig) else None
-    shares = _sharing_layers(fields, num_layers) if indexer else (False,) * num_layers
     return tuple(
         LayerConfig(attention, rope, moe if has_experts else None, window, indexer, shared)
         for has_experts, window, shared in zip(sparse, windows, shares, strict=True)
@@ -319,7 +327,9 @@ def _read_attention(fields: Fields, family: Family) -> MLAConfig | GQAConfig:
             ),
             v_head_dim=v_head_dim,
             q_lora_rank=None if fields.get("q_lora_rank") is None else fields.size("q_lora_rank"),
-            latent_norm_eps=fields.number("latent_norm_eps"),
+            latent_norm_eps=fields.number(
+                "rms_norm_eps" if fields.get("latent_norm_eps") is None else "latent_norm_eps"
+            ),
             bias=bias,
             output_gate=_read_output_gate(fields, family),
             q_lora_scale=_read_lora_scale(fields, "q_lora"),
@@ -354,41 +364,6 @@ def _read_output_gate(fields: Fields, family: Family) -> Literal["head", "elemen
     if kind not in kinds:
         raise ConfigError(f"config.json: {key}={shown(kind)} is not supported; {' and '.join(kinds)} are.")
     return kinds[kind]
-
-
-def _read_indexer(fields: Fields, attention: MLAConfig) -> IndexerConfig | None:
-    if fields.get("index_topk") is None:
-        return None
-    head_dim = fields.size("index_head_dim")
-    if attention.q_lora_rank is None:
-        raise ConfigError("config.json: index_topk needs a q_lora_rank, from whose latent the indexer's queries come.")
-    if head_dim < attention.qk_rope_head_dim:
-        raise ConfigError(
-            f"config.json: index_head_dim={head_dim} has no room for qk_rope_head_dim={attention.qk_rope_head_dim} "
-            "rotary dimensions."
-        )
-    return IndexerConfig(
-        num_heads=fields.size("index_n_heads"),
-        head_dim=head_dim,
-        topk=fields.size("index_topk"),
-        interleaved=fields.flag("indexer_rope_interleave"),
-    )
-
-
-def _sharing_layers(fields: Fields, num_layers: int) -> tuple[bool, ...]:
-    """Which layers have no indexer, and read what the last one before them has selected (arXiv 2603.12201)."""
-    kinds, key = fields.get("indexer_types"), "indexer_types"
-    if kinds is None and (pattern := fields.get("index_topk_pattern")) is not None:
-        key = "index_topk_pattern"
-        kinds = [_INDEXER_LETTERS.get(letter) for letter in pattern] if isinstance(pattern, str) else pattern
-    if kinds is None:
-        every, offset = fields.count("index_topk_freq") or 1, fields.count("index_skip_topk_offset")
-        kinds = ["shared" if max(i - offset + 1, 0) % every else "full" for i in range(num_layers)]
-    if not _names_layers(kinds, num_layers, ("full", "shared")) or kinds[0] == "shared":
-        raise ConfigError(
-            f"config.json: {key} must name 'full' or 'shared' for each of {num_layers} layers, the first one 'full'."
-        )
-    return tuple(kind == "shared" for kind in kinds)
 
 
 def _head_share(fields: Fields, heads: int) -> int:
@@ -430,9 +405,24 @@ def _read_moe(fields: Fields, family: Family) -> MoEConfig | None:
         normalize_weights=fields.flag("norm_topk_prob"),
         scaling_factor=fields.number("routed_scaling_factor"),
         post_norm=family.post_mlp_norm,
+        swiglu_limit=_swiglu_limit(fields),
+        shared_swiglu_limit=_swiglu_limit(fields),
         num_zero_experts=zero_experts,
         exact_router=family.exact_router,
     )
+
+
+def _swiglu_limit(fields: Fields) -> SwigluLimit | None:
+    """What bounds activations of the whole model; 0 and null: nothing."""
+    if not fields.get("swiglu_limit"):
+        return None
+    return SwigluLimit(fields.positive("swiglu_limit", 0.0), bounds_gate=True)
+
+
+def _hyper_connections(fields: Fields) -> HyperConnectionConfig | None:
+    if fields.get("hc_mult") is None:
+        return None
+    return HyperConnectionConfig(fields.size("hc_mult"), fields.number("hc_eps"), fields.size("hc_sinkhorn_iters"))
 
 
 def _sparse_layers(fields: Fields, num_layers: int) -> tuple[bool, ...]:
@@ -445,15 +435,11 @@ def _sparse_layers(fields: Fields, num_layers: int) -> tuple[bool, ...]:
             raise ConfigError(f"config.json: mlp_only_layers must be a list of layers' numbers, not {shown(dense)}.")
         sparse = (i >= first and i % every == 0 and (i + 1) % step == 0 for i in range(num_layers))
         return tuple(is_sparse and i not in dense for i, is_sparse in enumerate(sparse))
-    if not _names_layers(kinds, num_layers, ("dense", "sparse")):
+    if not names_layers(kinds, num_layers, ("dense", "sparse")):
         raise ConfigError(
             f"config.json: mlp_layer_types must name 'dense' or 'sparse' for each of {num_layers} layers."
         )
     return tuple(kind == "sparse" for kind in kinds)
-
-
-def _names_layers(kinds: Any, num_layers: int, allowed: Sequence[str]) -> bool:
-    return isinstance(kinds, list) and len(kinds) == num_layers and all(kind in allowed for kind in kinds)
 
 
 def _sliding_windows(fields: Fields, family: Family, num_layers: int) -> tuple[int | None, ...]:
@@ -463,7 +449,7 @@ def _sliding_windows(fields: Fields, family: Family, num_layers: int) -> tuple[i
             raise ConfigError(f"config.json: sliding_window={window!r} is not supported with latent attention.")
         return (None,) * num_layers
     kinds = fields.raw.get("layer_types")
-    if kinds is not None and not _names_layers(kinds, num_layers, ("full_attention", "sliding_attention")):
+    if kinds is not None and not names_layers(kinds, num_layers, ("full_attention", "sliding_attention")):
         raise ConfigError(
             f"config.json: layer_types must name each of {num_layers} layers 'full_attention' or 'sliding_attention'."
         )

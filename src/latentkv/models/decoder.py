@@ -15,7 +15,7 @@ from latentkv.models.config import KDAConfig, LayerConfig, LightningConfig, MLAC
 from latentkv.models.forms import Form
 from latentkv.models.gqa import GroupedQueryAttention
 from latentkv.models.hyper_connections import HyperConnection
-from latentkv.models.indexer import HeadWeights
+from latentkv.models.indexer import HeadWeights, Indexer
 from latentkv.models.kda import KimiDeltaAttention
 from latentkv.models.layers import MLP, Embedding, GatedRMSNorm, Linear, RMSNorm
 from latentkv.models.lightning import LightningAttention
@@ -362,7 +362,8 @@ class Decoder(nn.Module):
         """Hold in float32 after a cast what decides between near-equal experts or tokens, or whose errors add up.
 
         That is every router's correction bias, and its weight where that is trained so, the projection of the weights
-        of every indexer's heads, what recurrent layers forget by, and what residual streams are mixed by.
+        of every indexer's heads, what recurrent layers forget by, and what pools of index keys and residual streams
+        are mixed by.
         """
         for layer in self.moe_layers():
             if layer.config.exact_router:
@@ -372,7 +373,7 @@ class Decoder(nn.Module):
         for module in self.modules():
             if isinstance(module, HeadWeights):
                 module.float()
-            if isinstance(module, KimiDeltaAttention | HyperConnection):
+            if isinstance(module, KimiDeltaAttention | HyperConnection | Indexer):
                 module.keep_exact()
 
     def drop_mtp_modules(self, *, keep: Container[int]) -> None:

@@ -35,16 +35,22 @@ class Family:
         name_style: whose names published and transformers checkpoints have for the rest.
         recurrent: what the other layers of a hybrid are: Kimi Delta Attention, whose two gates are full matrices or of
             low rank, or lightning attention; None: there are none.
+        kda_bound: config keys of what bounds the decay of Kimi Delta Attention: the bound, and the flag that says
+            whether there is one (None: there is where the bound is not null); None: it is never bounded.
+        rates_around: checkpoints have its rates, a number a head, with sizes of one around (Kimi-Linear).
         group_ends: layers without `layer_types` or lists of their numbers that are latent attention: the last of each
             `layer_group_size`; else every fourth, but the first.
+        part_of_group: the last layers may be no whole group.
         query_gate: latent attention is gated, each number by what is projected with the queries.
         excluded_score: see `MoEConfig`.
         output_gate: config key `gated_attention_proj_granularity_type` says how latent attention is gated.
         rotates: latent attention turns its rotary dimensions; Kimi-Linear leaves them as they are.
+        mtp: modules that predict further tokens are run; else what files hold of them is left out.
+        wrapper: transformers knows it inside a wrapper of this type alone; None: by itself.
         variants: families that bear the `model_type` too, by what config key `architectures` names.
         other_architectures: models that bear it and are not supported, likewise: what they are.
         paired: each of the `num_layers` of its config is two here, and a shortcut leads from the first to experts that
-            the second adds (LongCat-Flash). Its modules of further tokens are of another kind and not read.
+            the second adds (LongCat-Flash).
         exact_router: see `MoEConfig`.
         rotary_share: of a head, where config key `partial_rotary_factor` leaves it open; None: heads are whole.
         sliding_layers: which have the sliding window where `layer_types` does not say: those from number
@@ -64,11 +70,16 @@ class Family:
     expert_names: ExpertNames = "one by one"
     name_style: NameStyle = "usual"
     recurrent: Literal["kda", "kda, low rank", "lightning"] | None = None
+    kda_bound: tuple[str, str | None] | None = None
+    rates_around: bool = False
     group_ends: bool = False
+    part_of_group: bool = False
     output_gate: bool = False
     query_gate: bool = False
     excluded_score: float = float("-inf")
     rotates: bool = True
+    mtp: bool = True
+    wrapper: str | None = None
     variants: Mapping[str, Family] = field(default_factory=dict[str, "Family"])
     other_architectures: Mapping[str, str] = field(default_factory=dict[str, str])
     paired: bool = False
@@ -355,6 +366,7 @@ FAMILIES: Mapping[str, Family] = {
         topk_methods=frozenset({"noaux_tc"}),
         name_style="bailing",
         recurrent="kda",
+        kda_bound=("kda_lower_bound", "kda_safe_gate"),
         group_ends=True,
         output_gate=True,
         variants={"BailingMoeV2_5ForCausalLM": _BAILING_LIGHTNING},
@@ -398,7 +410,65 @@ FAMILIES: Mapping[str, Family] = {
         correction_bias=True,
         expert_names="mixtral",
         recurrent="kda, low rank",
+        rates_around=True,
         rotates=False,
+    ),
+    # GLM-5.3-Flash; its checkpoints with a vision tower nest it in a glm5_next.
+    "glm5_next_text": Family(
+        "mla",
+        _COMMON
+        | {
+            "vocab_size": 154880,
+            "hidden_size": 4096,
+            "intermediate_size": 12288,
+            "moe_intermediate_size": 2048,
+            "num_hidden_layers": 45,
+            "num_attention_heads": 64,
+            "n_shared_experts": 1,
+            "n_routed_experts": 288,
+            "routed_scaling_factor": 2.5,
+            "kv_lora_rank": 512,
+            "q_lora_rank": 1536,
+            "qk_rope_head_dim": 0,
+            "v_head_dim": 256,
+            "qk_nope_head_dim": 256,
+            "n_group": 1,
+            "topk_group": 1,
+            "num_experts_per_tok": 8,
+            "first_k_dense_replace": 3,
+            "norm_topk_prob": True,
+            "max_position_embeddings": 1048576,
+            "rms_norm_eps": 1e-5,
+            "latent_norm_eps": None,  # that of the other norms
+            "num_nextn_predict_layers": 0,
+            "linear_head_dim": 128,
+            "linear_num_heads": 64,
+            "linear_conv_kernel_dim": 4,
+            "linear_lower_bound": -5.0,
+            "layer_group_size": 4,  # a key of LatentKV's own: in transformers this is no choice
+            "index_topk": 2048,
+            "index_n_heads": 32,
+            "index_head_dim": 128,
+            "index_topk_freq": 1,
+            "index_skip_topk_offset": 2,
+            "index_kpool": 16,
+            "index_kpool_always_select_tail": True,
+            "swiglu_limit": 10.0,
+            "hc_mult": 4,
+            "hc_eps": 1e-6,
+            "hc_sinkhorn_iters": 20,
+        },
+        scoring="sigmoid",
+        group_score="top2",
+        correction_bias=True,
+        topk_methods=frozenset({"noaux_tc"}),
+        recurrent="kda, low rank",
+        kda_bound=("linear_lower_bound", None),
+        group_ends=True,
+        part_of_group=True,
+        rotates=False,
+        mtp=False,
+        wrapper="glm5_next",
     ),
     "minicpm3": Family(
         "mla",
@@ -599,6 +669,7 @@ FAMILIES: Mapping[str, Family] = {
         correction_bias=True,
         normalizes_weights=False,
         name_style="paired",
+        mtp=False,
         paired=True,
         exact_router=True,
         other_architectures={
@@ -762,7 +833,7 @@ FAMILIES: Mapping[str, Family] = {
     ),
 }
 
-ALIASES: Mapping[str, str] = {"AXK1": "axk1", "AXK2": "axk2", "youtu_llm": "youtu"}
+ALIASES: Mapping[str, str] = {"AXK1": "axk1", "AXK2": "axk2", "youtu_llm": "youtu", "glm5_next": "glm5_next_text"}
 """Names that copies of a checkpoint use for the same model type."""
 
 TEXT_MODEL_OF: Mapping[str, str] = {

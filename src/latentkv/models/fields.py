@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from latentkv.errors import ConfigError
@@ -57,3 +58,8 @@ def shown(value: Any) -> str:
     """A value as a sentence can hold it."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:60]}..."
+
+
+def names_layers(kinds: Any, num_layers: int, allowed: Sequence[str]) -> bool:
+    """Whether this is a list that says of each layer one of the allowed kinds."""
+    return isinstance(kinds, list) and len(kinds) == num_layers and all(kind in allowed for kind in kinds)

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from latentkv.models.families import Family
 
 _KINDS = ("full_attention", "linear_attention")
+_OTHER_NAMES = {"indexed_attention": "full_attention"}
+"""GLM-5.3's word for latent attention that has an indexer."""
 _NESTED = "linear_attn_config"
 """Kimi-Linear's own place for what concerns its linear layers; layers count from 1 there."""
 
@@ -33,7 +35,7 @@ _ALWAYS: Mapping[str, tuple[Any, ...]] = {
 
 
 def read_hybrid_layers(
-    fields: Fields, family: Family, latent: LayerConfig, sparse: Sequence[bool]
+    fields: Fields, family: Family, latent: LayerConfig, sparse: Sequence[bool], shares: Sequence[bool]
 ) -> tuple[LayerConfig, ...]:
     """Every layer of the model.
 
@@ -42,6 +44,7 @@ def read_hybrid_layers(
         family: of the model.
         latent: a layer of latent attention with experts.
         sparse: which layers have experts.
+        shares: which layers read what an indexer before them has selected, if they are latent attention.
 
     Raises:
         ConfigError: a field is missing, out of range or not supported.
@@ -49,20 +52,29 @@ def read_hybrid_layers(
     nested = fields.get(_NESTED) or {}
     if not isinstance(nested, Mapping):
         raise ConfigError(f"config.json: {_NESTED} must be an object, not {shown(nested)}.")
+    plain = replace(latent, indexer=None)
     if family.recurrent == "lightning":
-        recurrent = _read_lightning(fields, latent, len(sparse))
+        recurrent = _read_lightning(fields, plain, len(sparse))
     else:
-        recurrent = [replace(latent, attention=_read_kda(fields, family, nested), rope=None)] * len(sparse)
+        recurrent = [replace(plain, attention=_read_kda(fields, family, nested), rope=None)] * len(sparse)
     kinds = _kinds(fields, family, nested, len(sparse))
     routed = _limits(fields, "expert_swiglu_limit_list", sparse)
     shared = _limits(fields, "share_expert_swiglu_limit_list", sparse)
     _require_shared_width(fields, latent.moe)
     layers: list[LayerConfig] = []
     for i, kind in enumerate(kinds):
-        layer = latent if kind == "full_attention" else recurrent[i]
+        layer = replace(latent, shares_selection=shares[i]) if kind == "full_attention" else recurrent[i]
+        if layer.shares_selection and (not i or kinds[i - 1] != "full_attention"):
+            raise ConfigError(
+                f"config.json: layer {i} is to share what the layer before it has selected, which selects nothing."
+            )
         moe = latent.moe if sparse[i] else None
         if moe is not None:
-            moe = replace(moe, swiglu_limit=routed[i], shared_swiglu_limit=shared[i])
+            moe = replace(
+                moe,
+                swiglu_limit=routed[i] or moe.swiglu_limit,
+                shared_swiglu_limit=shared[i] or moe.shared_swiglu_limit,
+            )
         layers.append(replace(layer, moe=moe))
     return tuple(layers)
 
@@ -72,17 +84,30 @@ def _read_kda(fields: Fields, family: Family, nested: Mapping[str, Any]) -> KDAC
     taps = _size(fields, nested, "short_conv_kernel_size", "linear_conv_kernel_dim", "short_conv_kernel_size")
     if taps != TAPS:
         raise ConfigError(f"config.json: short convolutions of {taps} tokens are not supported; only {TAPS} are.")
-    safe = family.recurrent == "kda" and fields.flag("kda_safe_gate")
-    bound = fields.number("kda_lower_bound") if safe else None
-    if bound is not None and not -80 <= bound < 0:
-        raise ConfigError(f"config.json: kda_lower_bound must be below 0 and at least -80, not {bound}.")
     return KDAConfig(
         num_heads=_size(fields, nested, "num_heads", "linear_num_heads", "num_attention_heads"),
         head_dim=_size(fields, nested, "head_dim", "linear_head_dim", "head_dim"),
         norm_eps=fields.positive("rms_norm_eps", 0.0),
-        lower_bound=bound,
+        lower_bound=_lower_bound(fields, family, nested),
         low_rank_gates=family.recurrent == "kda, low rank",
+        rates_around=family.rates_around,
     )
+
+
+def _lower_bound(fields: Fields, family: Family, nested: Mapping[str, Any]) -> float | None:
+    """What bounds the logarithm of the decay; None: nothing does."""
+    if family.kda_bound is None:
+        return None
+    key, flag = family.kda_bound
+    if flag is not None and not fields.flag(flag):
+        return None
+    value = nested["gate_lower_bound"] if "gate_lower_bound" in nested else fields.get(key)
+    if value is None and nested and nested.get("safe_gate", True):
+        value = -5.0
+    bound = None if value is None else read_number(value, key)
+    if bound is not None and not -80 <= bound < 0:
+        raise ConfigError(f"config.json: {key} must be below 0 and at least -80, not {bound}.")
+    return bound
 
 
 def _read_lightning(fields: Fields, latent: LayerConfig, num_layers: int) -> list[LayerConfig]:
@@ -147,6 +172,8 @@ def _size(fields: Fields, nested: Mapping[str, Any], inner: str, *keys: str) -> 
 
 def _kinds(fields: Fields, family: Family, nested: Mapping[str, Any], num_layers: int) -> list[str]:
     kinds = fields.get("layer_types")
+    if isinstance(kinds, list):
+        kinds = [_OTHER_NAMES.get(kind, kind) if isinstance(kind, str) else kind for kind in kinds]
     if kinds is not None:
         if not isinstance(kinds, list) or len(kinds) != num_layers or any(kind not in _KINDS for kind in kinds):
             raise ConfigError(f"config.json: layer_types must name each of {num_layers} layers {' or '.join(_KINDS)}.")
@@ -154,7 +181,7 @@ def _kinds(fields: Fields, family: Family, nested: Mapping[str, Any], num_layers
     if "full_attn_layers" in nested and "kda_layers" in nested:
         return _listed_kinds(nested, num_layers)
     every = fields.size("layer_group_size") if family.group_ends else 4
-    if family.group_ends and num_layers % every:
+    if family.group_ends and not family.part_of_group and num_layers % every:
         raise ConfigError(
             f"config.json: {num_layers} layers are no whole number of groups of layer_group_size={every}: "
             "give layer_types, which say what the last ones are."

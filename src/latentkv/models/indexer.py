@@ -1,4 +1,7 @@
-"""The indexer of sparse attention (DeepSeek-V3.2, arXiv 2512.02556, section 2.1): which tokens each token reads."""
+"""The indexer of sparse attention (DeepSeek-V3.2, arXiv 2512.02556, section 2.1): which tokens each token reads.
+
+That of GLM-5.3-Flash selects pools of tokens, which have one key each.
+"""
 
 from __future__ import annotations
 
@@ -35,20 +38,25 @@ class Indexer(nn.Module):
         q_lora_rank: of the latent that the layer's queries come from, and these.
         rope_dim: R; the first R dimensions of queries and keys are rotated, by the layer's own angles.
         config: sizes.
-
-    Attributes:
-        topk: how many tokens each token reads.
     """
 
     def __init__(self, hidden_size: int, q_lora_rank: int, rope_dim: int, config: IndexerConfig) -> None:
         super().__init__()
         self.config = config
-        self.topk = config.topk
         self.rope_dim = rope_dim
         self.wq_b = Linear(q_lora_rank, config.num_heads * config.head_dim, bias=False)
         self.wk = Linear(hidden_size, config.head_dim, bias=False)
         self.k_norm = nn.LayerNorm(config.head_dim, eps=1e-6)
         self.weights_proj = HeadWeights(hidden_size, config.num_heads, bias=False)
+        if config.pool is not None:
+            self.index_kpool_compress_gate = Linear(hidden_size, config.head_dim, bias=False)
+            self.index_kpool_compress_ape = nn.Parameter(torch.zeros(config.pool, config.head_dim))
+
+    def keep_exact(self) -> None:
+        """Hold in float32 after a cast what pools are weighted by."""
+        if self.config.pool is not None:
+            ape = self.index_kpool_compress_ape
+            self.index_kpool_compress_ape = nn.Parameter(ape.detach().float(), ape.requires_grad)
 
     @torch.no_grad()
     def select_slots(
@@ -64,29 +72,21 @@ class Indexer(nn.Module):
             state: the layer's.
 
         Returns:
-            [T, topk] int32 as `ops.select_slots` gives it; None where every token reads all that it sees.
+            [T, most that is read] int32 as `ops.select_slots` gives it; None where every token reads all that it sees.
 
         Raises:
             CacheError: the cache keeps no keys for this layer.
         """
         if state.index_keys is None:
             raise CacheError("sparse attention needs a cache with index keys: make it of ModelConfig.specs")
-        ops.write_index_keys(
-            state.index_keys,
-            batch.slots,
-            self.wk(x),
-            self.k_norm.weight,
-            self.k_norm.bias,
-            self.k_norm.eps,
-            positions.cos,
-            positions.sin,
-            interleaved=self.config.interleaved,
-        )
-        if max(batch.kv_lens) - batch.kv_start <= self.topk:
+        config = self.config
+        self._write_keys(x, positions, batch, state.index_keys, state.rings)
+        if max(batch.kv_lens) - batch.kv_start <= config.all_read:
             return None
         q = self._queries(compressed)
-        turned, cos, sin = q[..., : self.rope_dim], positions.cos.unsqueeze(1), positions.sin.unsqueeze(1)
-        ops.apply_rope(turned, cos, sin, interleaved=self.config.interleaved, out=turned)
+        if self.rope_dim:
+            turned, cos, sin = q[..., : self.rope_dim], positions.cos.unsqueeze(1), positions.sin.unsqueeze(1)
+            ops.apply_rope(turned, cos, sin, interleaved=config.interleaved, out=turned)
         return ops.select_slots(
             q,
             self.weights_proj(x),
@@ -94,9 +94,22 @@ class Indexer(nn.Module):
             batch.block_table,
             batch.q_start,
             batch.stop,
-            topk=self.topk,
+            topk=config.topk,
             start=batch.start,
+            pool=config.pool or 1,
+            open_pool=config.open_pool,
         )
+
+    def _write_keys(self, x: Tensor, positions: Rotary, batch: Batch, keys: Tensor, rings: Tensor | None) -> None:
+        norm = self.k_norm.weight, self.k_norm.bias, self.k_norm.eps
+        if self.config.pool is None:
+            angles = positions.cos, positions.sin
+            ops.write_index_keys(keys, batch.slots, self.wk(x), *norm, *angles, interleaved=self.config.interleaved)
+            return
+        if rings is None:
+            raise CacheError("pools of tokens need a cache with rings: make it of ModelConfig.specs")
+        gate = self.index_kpool_compress_gate(x)
+        ops.write_pooled_keys(keys, rings, batch.slots, self.wk(x), gate, *norm, self.index_kpool_compress_ape)
 
     @torch.no_grad()
     def select_tokens(self, x: Tensor, compressed: Tensor, positions: Rotary) -> Tensor | None:
@@ -110,15 +123,30 @@ class Indexer(nn.Module):
         Returns:
             [B, S, S] bool; None where every token reads all that it sees.
         """
-        length = x.shape[1]
-        if length <= self.topk:
+        length, config = x.shape[1], self.config
+        if length <= config.all_read:
             return None
-        cos, sin, interleaved = positions.cos, positions.sin, self.config.interleaved
-        q = ops.rotate_first(self._queries(compressed), cos.unsqueeze(-2), sin.unsqueeze(-2), interleaved)
-        keys = ops.rotate_first(self.k_norm(self.wk(x)), cos, sin, interleaved)
+        cos, sin = positions.cos, positions.sin
+        q = ops.rotate_first(self._queries(compressed), cos.unsqueeze(-2), sin.unsqueeze(-2), config.interleaved)
+        keys = ops.rotate_first(self.k_norm(self.wk(x)), cos, sin, config.interleaved)
+        pool = config.pool or 1
+        if config.pool is not None:
+            wide, whole = torch.promote_types(x.dtype, torch.float32), length // pool * pool
+            members = keys[:, :whole], self.index_kpool_compress_gate(x)[:, :whole]
+            keys = ops.pool_keys(*(t.unflatten(1, (-1, pool)).to(wide) for t in members), self.index_kpool_compress_ape)
         weights = self.weights_proj(x.flatten(0, 1)).unflatten(0, x.shape[:2])
-        scores = [ops.index_scores(*row, range(1, length + 1)) for row in zip(q, weights, keys, strict=True)]
-        return ops.best_tokens(torch.stack(scores), self.topk).tril()
+        ends = [(t + 1) // pool for t in range(length)]
+        scores = [ops.index_scores(*row, ends) for row in zip(q, weights, keys, strict=True)]
+        best = ops.best_tokens(torch.stack(scores), min(config.topk // pool, keys.shape[1]))
+        return best.tril() if pool == 1 else self._tokens_of(best, pool, length)
+
+    def _tokens_of(self, best: Tensor, pool: int, length: int) -> Tensor:
+        """The tokens [B, S, S] of the best pools [B, S, S // pool], and those after the pools that a token sees."""
+        tokens = torch.arange(length, device=best.device)
+        stop = (tokens[:, None] + 1) // pool * pool
+        selected = nn.functional.pad(best.repeat_interleave(pool, dim=-1), (0, length - best.shape[-1] * pool))
+        selected &= tokens < stop
+        return selected | ((tokens >= stop) & (tokens <= tokens[:, None])) if self.config.open_pool else selected
 
     def _queries(self, compressed: Tensor) -> Tensor:
         """[..., q_lora_rank] -> [..., H, D], not yet rotated."""

@@ -55,8 +55,7 @@ class KimiDeltaAttention(RecurrentAttention):
             self.f_proj = Linear(hidden_size, width, bias=False)
             self.g_proj = Linear(hidden_size, width, bias=False)
         self.b_proj = Linear(hidden_size, heads, bias=False)
-        # Checkpoints with gates of low rank have it so.
-        self.A_log = nn.Parameter(torch.zeros(1, 1, heads, 1) if config.low_rank_gates else torch.zeros(heads))
+        self.A_log = nn.Parameter(torch.zeros(1, 1, heads, 1) if config.rates_around else torch.zeros(heads))
         self.dt_bias = nn.Parameter(torch.zeros(width))
         self.o_norm = RMSNorm(dim, config.norm_eps)
         self.o_proj = Linear(width, hidden_size, bias=False)

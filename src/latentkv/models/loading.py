@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from latentkv.checkpoint.filling import Match, match_parameters
-from latentkv.checkpoint.names import export_names
+from latentkv.checkpoint.names import export_names, inside_wrapper
 from latentkv.checkpoint.tensors import Tensors
 from latentkv.checkpoint.wrapper import text_config
 from latentkv.checkpoint.writer import write_checkpoint
@@ -21,7 +21,11 @@ from latentkv.models.packing import Packer, PackerOf, Packing, pack_module, take
 from latentkv.models.stored_config import DTYPE_NAMES, open_checkpoint, stored_dtype
 
 _EMBEDDING = "model.embed_tokens.weight"
-_EXACT = ("e_score_correction_bias", "expert_bias", "router.classifier.weight", "A_log", "dt_bias", "_conv1d.weight")
+_EXACT = (
+    *("e_score_correction_bias", "expert_bias", "router.classifier.weight", "index_kpool_compress_ape"),
+    *("A_log", "dt_bias", "_conv1d.weight"),
+    *(f".hc_{block}_{part}" for block in ("attn", "ffn") for part in ("fn", "base", "scale")),
+)
 """Ends of the names of what is stored in float32, whatever the rest is stored in."""
 
 
@@ -189,4 +193,8 @@ def save_pretrained(decoder: Decoder, folder: Path | str, *, dtype: torch.dtype 
         num_zero_experts=max((layer.moe.num_zero_experts for layer in decoder.config.layers if layer.moe), default=0),
     )
     cast = ((name, t if name.endswith(_EXACT) else t.to(dtype)) for name, t in tensors)
+    if family.wrapper is not None:
+        shared = {key: config[key] for key in ("dtype", "tie_word_embeddings")}
+        config = {"model_type": family.wrapper, **shared, "text_config": config}
+        cast = ((inside_wrapper(name), t) for name, t in cast)
     write_checkpoint(folder, cast, config)

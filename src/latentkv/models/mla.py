@@ -125,6 +125,8 @@ class MultiHeadLatentAttention(nn.Module):
             self.g_proj = Linear(hidden_size, gates, bias=False)
         self.o_proj = Linear(num_heads * v_head_dim, hidden_size, bias=bias)
         self.is_sparse = indexer is not None
+        # Of so many tokens or fewer a sparse layer reads all that it sees.
+        self.all_read = 0 if indexer is None else indexer.all_read
         self.indexer = None
         if indexer is not None and not shares_selection:
             if q_lora_rank is None:
@@ -201,7 +203,7 @@ class MultiHeadLatentAttention(nn.Module):
         if self.indexer is not None:
             positions.selection.tokens = self.indexer.select_slots(x, self._normed(compressed), positions, batch, state)
         slots = positions.selection.tokens if self.is_sparse else None
-        pieces = batch if slots is None else batch.cut(batch.kv_start + slots.shape[1])
+        pieces = batch if slots is None else batch.cut(batch.kv_start + self.all_read)
         kinds = self._kinds(form, slots, batch, pieces)
         if len({(kind.form, kind.int8_products) for kind in kinds}) == 1 and kinds[0].form == "absorbed":
             q = self._absorb_and_rotate(q_nope, q_rope, positions)
@@ -236,7 +238,7 @@ class MultiHeadLatentAttention(nn.Module):
         kinds: list[_Kind] = []
         rows = accumulate(pieces.query_lens)
         for row, new, end in zip(rows, pieces.query_lens, pieces.kv_lens, strict=True):
-            sparse = slots is not None and end - pieces.kv_start > slots.shape[1]
+            sparse = slots is not None and end - pieces.kv_start > self.all_read
             chosen: Form = "absorbed" if sparse else form or choose_form(self.config, new, end)
             kinds.append(_Kind(chosen, self.int8_products and new == 1 and row in decoded, sparse))
         return kinds
@@ -357,7 +359,7 @@ class MultiHeadLatentAttention(nn.Module):
             kv_format=state.kv_format,
             start=batch.start,
             slots=slots,
-            only_longer_ranges=slots is not None,
+            only_longer_ranges=slots is not None and self.all_read > 0,
             int8_products=kind.int8_products,
         )
         return self._unabsorb(attended)

@@ -7,7 +7,7 @@ from latentkv.ops.causal import causal_attention
 from latentkv.ops.elementwise import apply_rope, gate_heads, gated_rms_norm, norm_beside, rms_norm, silu_mul
 from latentkv.ops.headwise import headwise_linear
 from latentkv.ops.hyper_connections import StreamMix, collapse_streams, expand_streams, mix_streams
-from latentkv.ops.index_keys import rotate_first, write_index_keys
+from latentkv.ops.index_keys import pool_keys, rotate_first, write_index_keys, write_pooled_keys
 from latentkv.ops.kda import KDAState, KDAWeights, kda_attend, kda_whole
 from latentkv.ops.kv_formats import (
     KVFormat,
@@ -64,6 +64,7 @@ __all__ = [
     "norm_beside",
     "norm_rope_write",
     "output_logits",
+    "pool_keys",
     "read_latents",
     "rms_norm",
     "rotate_first",
@@ -74,4 +75,5 @@ __all__ = [
     "weigh_heads",
     "write_index_keys",
     "write_latents",
+    "write_pooled_keys",
 ]

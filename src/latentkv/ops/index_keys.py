@@ -1,5 +1,8 @@
 """The small keys by which sparse attention selects tokens (DeepSeek-V3.2, arXiv 2512.02556): written, stored, read.
 
+Where pools of tokens are selected (GLM-5.3-Flash), a pool has one key, and the keys of the tokens of a pool that is not
+whole yet wait in a ring.
+
 They are stored as floats, or as int8: a key times the orthogonal Hadamard matrix, which spreads what stands out over
 all its numbers and changes no product of two vectors that are both rotated so, as 8-bit codes with one float32 scale.
 """
@@ -58,13 +61,103 @@ def write_index_keys(
     require_integers("slots", slots)
     require_shape("slots", slots, (tokens,))
     require_shape("cos", cos, (tokens, None))
-    size = key_pages.shape[0] * key_pages.shape[1]
+    _require_inside(slots, key_pages.shape[0] * key_pages.shape[1])
+    keys = rotate_first(functional.layer_norm(k, (dim,), norm_weight, norm_bias, eps), cos, sin, interleaved)
+    _store(key_pages, slots.long(), keys)
+
+
+def write_pooled_keys(
+    key_pages: Tensor,
+    rings: Tensor,
+    slots: Tensor,
+    k: Tensor,
+    gate: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+    ape: Tensor,
+) -> None:
+    """Norm T tokens' index keys, and store the keys of the pools that end with one of them (GLM-5.3-Flash).
+
+    Each G tokens of a page are a pool. Its key is the mean of theirs, weighted number by number by the softmax of their
+    gates + ape, from what the page's ring keeps: a token's key and gate lie there at its offset in the page modulo the
+    ring's length. So a pool's key does not depend on how its tokens were cut into steps, bit for bit. As many tokens as
+    the ring is longer than a pool may be written and then replaced: a draft leaves no trace.
+
+    Args:
+        key_pages: [N, P / G, D], or [N, P / G, D + 4] int8; changed in place.
+        rings: [N, ring, 2 D] floats; changed in place. A ring is as long as a pool, or longer.
+        slots: [T] int64, page * P + offset of each token, all different; a page's are next to each other, in order.
+        k: [T, D] projected keys.
+        gate: [T, D].
+        norm_weight: [D].
+        norm_bias: [D].
+        eps: of the norm.
+        ape: [G, D] float32, of a pool's tokens.
+
+    Raises:
+        OpError: shapes or dtypes do not fit, or a slot lies outside the cache.
+    """
+    arguments = key_pages, rings, slots, k, gate, norm_weight, norm_bias, eps, ape
+    if native.write_pooled_keys(*arguments):
+        return
+    require_shape("k", k, (None, None))
+    (tokens, dim), pool = k.shape, ape.shape[0]
+    check_key_pages(key_pages, dim)
+    pages, page_size = key_pages.shape[0], key_pages.shape[1] * pool
+    require_floats(k=k, gate=gate, norm_weight=norm_weight, norm_bias=norm_bias, ape=ape, rings=rings)
+    require_shape("gate", gate, (tokens, dim))
+    require_shape("ape", ape, (None, dim))
+    require_shape("rings", rings, (pages, None, 2 * dim))
+    require(rings.shape[1] >= pool, f"a ring of {rings.shape[1]} tokens does not hold a pool of {pool}")
+    require_integers("slots", slots)
+    require_shape("slots", slots, (tokens,))
+    _require_inside(slots, pages * page_size)
+    keys = functional.layer_norm(k, (dim,), norm_weight, norm_bias, eps)
+    rows, slots, ring = torch.cat([keys, gate], dim=-1).to(rings.dtype), slots.long(), rings.shape[1]
+    waiting = rings.view(-1, 2 * dim)
+    ends = (slots % pool == pool - 1).nonzero()[:, 0]
+    # A pool's tokens are rows of this step, or wait in the ring.
+    before = torch.arange(pool - 1, -1, -1, device=slots.device)
+    members, places = (ends[:, None] - before).clamp(min=0), slots[ends][:, None] - before
+    is_new = (slots[members] == places).unsqueeze(-1)
+    stored = torch.where(is_new, rows[members], waiting[_ring_places(places, ring, page_size)])
+    stored = stored.to(torch.promote_types(rings.dtype, torch.float32))
+    if len(ends):
+        _store(key_pages, slots[ends] // pool, pool_keys(stored[..., :dim], stored[..., dim:], ape))
+    # Of the rows that would lie in one place the last stays.
+    after = slots + ring
+    later = (torch.arange(tokens, device=slots.device) + ring).clamp(max=tokens - 1)
+    stays = (slots[later] != after) | (after // page_size != slots // page_size)
+    waiting.index_copy_(0, _ring_places(slots[stays], ring, page_size), rows[stays])
+
+
+def pool_keys(keys: Tensor, gates: Tensor, ape: Tensor) -> Tensor:
+    """The keys [..., D] of pools of G tokens: the mean of theirs, weighted by the softmax of gates + ape.
+
+    Args:
+        keys: [..., G, D].
+        gates: [..., G, D]; each number has a softmax of its own over the tokens.
+        ape: [G, D].
+    """
+    return ((gates + ape).softmax(dim=-2) * keys).sum(dim=-2)
+
+
+def _ring_places(slots: Tensor, ring: int, page_size: int) -> Tensor:
+    """Where what waits of tokens lies, of all pages' rings one after the other."""
+    return slots // page_size * ring + slots % page_size % ring
+
+
+def _require_inside(slots: Tensor, size: int) -> None:
     outside = ((slots < 0) | (slots >= size)) if slots.is_cpu else slots[:0]
     if bool(outside.any()):
         raise OpError(f"slot {int(slots[outside][0])} is not one of the cache's {size} token slots")
-    keys = rotate_first(functional.layer_norm(k, (dim,), norm_weight, norm_bias, eps), cos, sin, interleaved)
+
+
+def _store(key_pages: Tensor, places: Tensor, keys: Tensor) -> None:
+    """Keys [n, D] into pages, one at each place."""
     rows = encode_keys(keys) if key_pages.dtype == torch.int8 else keys.to(key_pages.dtype)
-    key_pages.view(-1, key_pages.shape[2]).index_copy_(0, slots.long(), rows)
+    key_pages.view(-1, key_pages.shape[2]).index_copy_(0, places, rows)
 
 
 def check_key_pages(key_pages: Tensor, dim: int) -> None:

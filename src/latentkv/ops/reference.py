@@ -105,6 +105,16 @@ def index_keys(
     return torch.cat([apply_rope(k[:, :width], cos, sin, interleaved=interleaved), k[:, width:]], dim=1)
 
 
+def pooled_index_keys(keys: Tensor, gates: Tensor, ape: Tensor) -> Tensor:
+    """The keys [S // G, D] of the whole pools of G tokens of one sequence: normed keys and gates [S, D], ape [G, D]."""
+    pools = list[Tensor]()
+    for first in range(0, len(keys) // len(ape) * len(ape), len(ape)):
+        own = slice(first, first + len(ape))
+        weights = (gates[own].double() + ape.double()).exp()
+        pools.append((weights / weights.sum(dim=0) * keys[own].double()).sum(dim=0))
+    return torch.stack(pools) if pools else keys.new_zeros(0, keys.shape[1]).double()
+
+
 def hadamard(x: Tensor) -> Tensor:
     """Rows x [..., D] times Sylvester's matrix, whose entry (i, j) is -1 to the number of bits that i and j share."""
     bits = torch.arange(x.shape[-1])

@@ -72,6 +72,8 @@ def best_tokens(scores: Tensor, count: int) -> Tensor:
 
     NaN counts as the highest.
     """
+    if not count:
+        return torch.zeros_like(scores, dtype=torch.bool)
     scores = scores.nan_to_num(nan=float("inf"), posinf=float("inf"), neginf=float("-inf"))
     least = scores.topk(count, dim=-1, sorted=False).values.amin(-1, keepdim=True)
     above, equal = scores > least, scores == least
@@ -88,25 +90,33 @@ def select_slots(
     *,
     topk: int,
     start: Tensor | None = None,
+    pool: int = 1,
+    open_pool: bool = True,
 ) -> Tensor:
     """The cache slots of the `topk` tokens of the highest index score among those that each row sees.
 
     Row t of sequence b sees tokens start[t] <= s < stop[t] of that sequence; where they are `topk` or fewer it selects
     all of them, and nothing is scored. Rows are laid out as in `mla_attend`, which takes the result as its `slots`.
 
+    Where a key stands for a pool of G tokens (GLM-5.3-Flash), token s is in pool s // G of its sequence. A row selects
+    all tokens of the `topk` / G best of the pools that it sees whole, and those after them where `open_pool` says so.
+
     Args:
         q: [T, H, D] rotated index queries.
         weights: [T, H] float32, of each row's heads.
-        key_pages: [N, P, D] or int8 [N, P, D + 4], as `write_index_keys` leaves them; new tokens are written before the
-            call. What no row sees may hold anything.
+        key_pages: [N, P, D] or int8 [N, P, D + 4], as `write_index_keys` leaves them, or of pools [N, P / G, ...], as
+            `write_pooled_keys` does; new tokens are written before the call. What no row sees may hold anything.
         block_table: [B, M] page numbers; entries past a sequence's pages may hold anything.
         q_start: [B + 1] int, from 0 to T.
         stop: [T] int.
-        topk: K.
-        start: [T] int, None = 0.
+        topk: K, a multiple of G.
+        start: [T] int, None = 0, which it is for pools.
+        pool: G.
+        open_pool: whether a row reads the tokens after the last pool that it sees whole.
 
     Returns:
-        [T, K] int32 in order of position; as many are -1 as a row sees too few tokens for.
+        [T, K] int32 in order of position, or [T, K + G - 1] of pools with those that are open; as many are -1 as a row
+        sees too few tokens for.
 
     Raises:
         OpError: shapes or dtypes do not fit, or the pages do not cover what a row sees.
@@ -122,25 +132,43 @@ def select_slots(
     for name, numbers in (("block_table", block_table), ("q_start", q_start), ("stop", stop)):
         require_integers(name, numbers)
     require(topk > 0, f"select_slots selects one token or more, not topk={topk}")
+    require(topk % pool == 0, f"select_slots selects whole pools of {pool} tokens, not topk={topk}")
     if start is not None:
         require_shape("start", start, (rows,))
         require_integers("start", start)
-    fast = native.select_slots(q, weights, key_pages, block_table, q_start, start, stop, topk)
+        require(pool == 1, "pools are counted from a sequence's first token: leave start out")
+    fast = native.select_slots(q, weights, key_pages, block_table, q_start, start, stop, topk, pool, open_pool)
     if fast is not None:
         return fast
     if key_pages.dtype == torch.int8:
         q = hadamard(q).to(q.dtype)
     stops: list[int] = stop.tolist()
     starts: list[int] = [0] * rows if start is None else start.tolist()
-    seen = list(zip(starts, stops, strict=True))
-    slots = torch.full((rows, topk), -1, dtype=torch.int32, device=q.device)
+    seen = [(begin, end // pool) for begin, end in zip(starts, stops, strict=True)]
+    slots = torch.full((rows, topk // pool), -1, dtype=torch.int32, device=q.device)
     for b, (first, last) in enumerate(pairwise(row_bounds(q_start, rows))):
         block = max(1, SCORE_NUMBERS // max([1, *stops[first:last]]))
         for begin in range(first, last, block):
             own = slice(begin, min(begin + block, last))
-            selected = _select(q[own], weights[own], key_pages, block_table[b], seen[own], topk)
+            selected = _select(q[own], weights[own], key_pages, block_table[b], seen[own], topk // pool)
             slots[own, : selected.shape[1]] = selected
-    return slots
+    return slots if pool == 1 else _expand_pools(slots, key_pages, block_table, q_start, stop, pool, open_pool)
+
+
+def _expand_pools(
+    pools: Tensor, key_pages: Tensor, block_table: Tensor, q_start: Tensor, stop: Tensor, pool: int, open_pool: bool
+) -> Tensor:
+    """Slots [T, K + G - 1] of the tokens of pools [T, K / G], and of those after the last whole one."""
+    page_size, each = key_pages.shape[1] * pool, torch.arange(pool, device=pools.device)
+    tokens = (pools[..., None] * pool + each).masked_fill(pools[..., None] < 0, -1).flatten(1)
+    if open_pool:
+        owner = torch.repeat_interleave(torch.arange(len(block_table), device=pools.device), q_start.long().diff())
+        last = stop.long()[:, None] // pool * pool + each[:-1]
+        is_open = last < stop[:, None]
+        pages = block_table.long()[owner[:, None], torch.where(is_open, last // page_size, 0)]
+        tokens = torch.cat([tokens, torch.where(is_open, pages * page_size + last % page_size, -1)], dim=1)
+    order = (tokens < 0).sort(dim=1, stable=True).indices
+    return tokens.gather(1, order).int()
 
 
 def _select(

@@ -37,7 +37,16 @@ from latentkv.weights.formats import FP4, FP8, INT4, INT8, ROUNDED_TO, CodeForma
 from latentkv.weights.policy import choose_scheme
 
 Kind = Literal[
-    "embedding", "attention", "dense mlp", "shared experts", "routed experts", "router", "norm", "lm head", "mtp"
+    "embedding",
+    "attention",
+    "dense mlp",
+    "shared experts",
+    "routed experts",
+    "router",
+    "norm",
+    "hyper-connections",
+    "lm head",
+    "mtp",
 ]
 _FLOAT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 WEIGHT_DTYPES = (*_FLOAT_BYTES, FP8.name, FP4.name, *ROUNDED_TO)
@@ -220,6 +229,8 @@ def _layer(config: ModelConfig, layer: LayerConfig) -> Iterator[TensorGroup]:
         yield from _gqa(config, attention)
     if layer.own_indexer is not None and isinstance(attention, MLAConfig):
         yield from _indexer(config, attention, layer.own_indexer)
+    for block in ("attn", "ffn"):
+        yield from _hyper_connection(config, f"hc_{block}")
     yield from _norm(config, "input_layernorm", gated=True)
     yield from _norm(config, "post_attention_layernorm", gated=not layer.is_dense)
     if layer.is_dense:
@@ -298,6 +309,19 @@ def _indexer(config: ModelConfig, mla: MLAConfig, indexer: IndexerConfig) -> Ite
     yield TensorGroup("norm", "self_attn.indexer.k_norm", (indexer.head_dim,))
     yield TensorGroup("norm", "self_attn.indexer.k_norm.bias", (indexer.head_dim,))
     yield TensorGroup("attention", "self_attn.indexer.weights_proj", (indexer.num_heads, config.hidden_size))
+    if indexer.pool is not None:
+        gate = "self_attn.indexer.index_kpool_compress_gate"
+        yield TensorGroup("attention", gate, (indexer.head_dim, config.hidden_size))
+        ape = "self_attn.indexer.index_kpool_compress_ape"
+        yield TensorGroup("attention", ape, (indexer.pool, indexer.head_dim), exact=True)
+
+
+def _hyper_connection(config: ModelConfig, name: str) -> Iterator[TensorGroup]:
+    if config.hyper_connections is None:
+        return
+    n = config.hyper_connections.num_streams
+    for part, shape in (("fn", ((2 + n) * n, n * config.hidden_size)), ("base", ((2 + n) * n,)), ("scale", (3,))):
+        yield TensorGroup("hyper-connections", f"{name}_{part}", shape, exact=True)
 
 
 def _gqa(config: ModelConfig, gqa: GQAConfig) -> Iterator[TensorGroup]:

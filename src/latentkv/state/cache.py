@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
@@ -121,6 +122,11 @@ class PagedCache:
         return page_bytes(self.specs, self.page_size)
 
     @property
+    def kept_page_bytes(self) -> int:
+        """Of these, what is kept of a full page."""
+        return sum(spec.kept_page_bytes(self.page_size) for spec in self.specs)
+
+    @property
     def sequence_bytes(self) -> int:
         """Bytes of one sequence's recurrent states in all layers."""
         return sequence_bytes(self.specs)
@@ -128,7 +134,8 @@ class PagedCache:
     @property
     def allocated_bytes(self) -> int:
         """Bytes that the storage really takes: page_bytes * num_pages + sequence_bytes * num_slots, exactly."""
-        return sum(tensor.untyped_storage().nbytes() for tensor in (*self.storage, *self.slot_storage))
+        rings = [state.rings for state in self._layers if state.rings is not None]
+        return sum(tensor.untyped_storage().nbytes() for tensor in (*self.storage, *self.slot_storage, *rings))
 
     @property
     def used_bytes(self) -> int:
@@ -143,7 +150,7 @@ class PagedCache:
 
     @property
     def storage(self) -> list[Tensor]:
-        """What lies in pages: all tensors, layer by layer, each [N, ...]."""
+        """What is kept of full pages: all tensors, layer by layer, each [N, ...]."""
         return [tensor for state in self._layers for tensor in state.tensors]
 
     @property
@@ -167,7 +174,7 @@ class PagedCache:
         return self._layers[layer]
 
     def page_parts(self, page: int) -> list[memoryview]:
-        """The memory of `page` (of a cache on the CPU) as bytes, layer by layer."""
+        """The memory of a full `page` (of a cache on the CPU) as bytes, layer by layer."""
         return [memoryview(rows[page]) for rows in self._as_bytes]
 
     def slot_parts(self, slot: Slot, waiting: int) -> list[memoryview]:
@@ -184,6 +191,12 @@ class PagedCache:
     def most_drafted(self) -> int:
         """Tokens of a draft that can wait beside a recurrent state."""
         return min((spec.recurrent.most_drafted for spec in self.specs if spec.recurrent), default=0)
+
+    @property
+    def longest_draft(self) -> float:
+        """Tokens of a draft that every layer has room for; infinity where each is as good as another."""
+        rooms = [spec.ring.rows - spec.index.pool for spec in self.specs if spec.ring and spec.index]
+        return min([*rooms, *(spec.recurrent.most_drafted for spec in self.specs if spec.recurrent)], default=math.inf)
 
     def _bytes_of(self, pages: int, slots: int) -> int:
         return pages * self.page_size * self.bytes_per_token + slots * self.sequence_bytes

@@ -26,6 +26,7 @@ __all__ = [
     "LatentSpec",
     "LayerSpec",
     "LayerState",
+    "RingSpec",
     "bytes_per_token",
     "mha_bytes_per_token",
     "page_bytes",
@@ -95,7 +96,8 @@ class KeyValueSpec:
 class IndexSpec:
     """The keys by which tokens are selected (DeepSeek-V3.2, arXiv 2512.02556): dim numbers of `dtype` per token.
 
-    int8 keys have a float32 scale each (`ops.index_keys`).
+    int8 keys have a float32 scale each (`ops.index_keys`). Where `pool` is more than 1 a key stands for so many tokens
+    (GLM-5.3-Flash).
 
     Raises:
         CacheError: int8 keys whose `dim` is no power of two.
@@ -103,6 +105,7 @@ class IndexSpec:
 
     dim: int
     dtype: torch.dtype
+    pool: int = 1
 
     def __post_init__(self) -> None:
         if self.dtype == torch.int8 and not can_be_int8(self.dim):
@@ -113,17 +116,56 @@ class IndexSpec:
 
     @property
     def row(self) -> int:
-        """Numbers of `dtype` that a token takes."""
+        """Numbers of `dtype` that a key takes."""
         return self.dim + (SCALE_BYTES if self.dtype == torch.int8 else 0)
 
     @property
     def token_bytes(self) -> int:
-        """Bytes of one token."""
-        return self.row * self.dtype.itemsize
+        """Bytes of one token: its key's, or its share of its pool's, rounded up."""
+        return -(-self.row * self.dtype.itemsize // self.pool)
+
+    def page_bytes(self, page_size: int) -> int:
+        """Bytes of the keys of a page of `page_size` tokens."""
+        return page_size // self.pool * self.row * self.dtype.itemsize
 
     def allocate(self, num_pages: int, page_size: int, device: torch.device | str = "cpu") -> Tensor:
-        """Zeroed keys [N, P, row]."""
-        return torch.zeros(num_pages, page_size, self.row, dtype=self.dtype, device=device)
+        """Zeroed keys [N, P / pool, row].
+
+        Raises:
+            CacheError: a page is no whole number of pools.
+        """
+        if page_size % self.pool:
+            raise CacheError(
+                f"pages of {page_size} tokens hold no whole number of pools of {self.pool}: "
+                "make pages of a multiple of it"
+            )
+        return torch.zeros(num_pages, page_size // self.pool, self.row, dtype=self.dtype, device=device)
+
+
+@dataclass(frozen=True)
+class RingSpec:
+    """What waits of a page's last tokens until their pool is whole, of each a key and a gate of `dim` numbers.
+
+    It is of no use once the page is full, and so it is in no file.
+
+    Attributes:
+        dim: of a key.
+        rows: tokens, as many as a pool has and a draft may add.
+        dtype: of the numbers.
+    """
+
+    dim: int
+    rows: int
+    dtype: torch.dtype
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one page."""
+        return self.rows * 2 * self.dim * self.dtype.itemsize
+
+    def allocate(self, num_pages: int, device: torch.device | str = "cpu") -> Tensor:
+        """Zeroed rings [N, rows, 2 dim]."""
+        return torch.zeros(num_pages, self.rows, 2 * self.dim, dtype=self.dtype, device=device)
 
 
 @dataclass(frozen=True)
@@ -149,9 +191,10 @@ class LayerState(NamedTuple):
     Attributes:
         token_pages: [N, P, ...], a row for each token, where the spec has any.
         token_format: how a row stores its token.
-        index_keys: [N, P, row], where the spec has any.
+        index_keys: [N, P, row], or a row for each pool of tokens, where the spec has any.
         last_states: [N, hidden_size], where the spec has any.
         recurrent: of each sequence, where the spec has any.
+        rings: [N, rows, 2 dim], where the spec has any.
     """
 
     token_pages: Tensor | None
@@ -159,6 +202,7 @@ class LayerState(NamedTuple):
     index_keys: Tensor | None = None
     last_states: Tensor | None = None
     recurrent: RecurrentState | None = None
+    rings: Tensor | None = None
 
     @property
     def pages(self) -> Tensor:
@@ -180,7 +224,7 @@ class LayerState(NamedTuple):
 
     @property
     def tensors(self) -> list[Tensor]:
-        """What lies in pages, each [N, ...]."""
+        """What is kept of full pages, each [N, ...]."""
         return [tensor for tensor in (self.token_pages, self.index_keys, self.last_states) if tensor is not None]
 
 
@@ -193,12 +237,14 @@ class LayerSpec:
         index: of each token, too, where the layer selects the tokens that it attends to.
         last_state: of each page, where the layer is an MTP module's: whoever shares the page goes on reading from it.
         recurrent: of each sequence, where the layer is recurrent.
+        ring: of each page that is not full, where index keys are those of pools.
     """
 
     tokens: LatentSpec | KeyValueSpec | None
     index: IndexSpec | None = None
     last_state: LastStateSpec | None = None
     recurrent: RecurrentSpec | None = None
+    ring: RingSpec | None = None
 
     @property
     def token_bytes(self) -> int:
@@ -212,8 +258,13 @@ class LayerSpec:
 
     def page_bytes(self, page_size: int) -> int:
         """Bytes of one page of `page_size` tokens."""
-        per_page = 0 if self.last_state is None else self.last_state.page_bytes
-        return page_size * self.token_bytes + per_page
+        return self.kept_page_bytes(page_size) + (0 if self.ring is None else self.ring.page_bytes)
+
+    def kept_page_bytes(self, page_size: int) -> int:
+        """Of these, what is kept of a full page."""
+        tokens = 0 if self.tokens is None else page_size * self.tokens.token_bytes
+        index = 0 if self.index is None else self.index.page_bytes(page_size)
+        return tokens + index + (0 if self.last_state is None else self.last_state.page_bytes)
 
     def allocate(
         self, num_pages: int, page_size: int, device: torch.device | str = "cpu", *, num_slots: int = 0
@@ -223,7 +274,8 @@ class LayerSpec:
         keys = None if self.index is None else self.index.allocate(num_pages, page_size, device)
         states = None if self.last_state is None else self.last_state.allocate(num_pages, device)
         recurrent = None if self.recurrent is None else self.recurrent.allocate(num_slots, device)
-        return LayerState(pages, None if self.tokens is None else self.tokens.format, keys, states, recurrent)
+        rings = None if self.ring is None else self.ring.allocate(num_pages, device)
+        return LayerState(pages, None if self.tokens is None else self.tokens.format, keys, states, recurrent, rings)
 
 
 def bytes_per_token(layers: Iterable[LayerSpec]) -> int:

@@ -15,6 +15,7 @@ _FORMATS = {**DTYPE_CODES, torch.int8: 3}
 """How keys are stored, as `csrc/dtypes.h` numbers the formats of rows."""
 
 _LARGEST_DIM = 1024  # csrc/index.h
+_LARGEST_POOL = 64  # csrc/cache_write.h
 
 
 def write_index_keys(
@@ -76,6 +77,72 @@ def write_index_keys(
     return True
 
 
+def write_pooled_keys(
+    key_pages: Tensor,
+    rings: Tensor,
+    slots: Tensor,
+    k: Tensor,
+    gate: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    ape: Tensor,
+) -> bool:
+    """See `index_keys.write_pooled_keys`; whether it wrote."""
+    isa = isa_for(k, gate, weight, bias, ape, rings)
+    if isa is None or k.ndim != 2 or ape.ndim != 2 or rings.ndim != 3 or not _holds_keys(key_pages, k.shape[1]):
+        return False
+    (tokens, dim), pool, ring = k.shape, ape.shape[0], rings.shape[1]
+    if (
+        gate.shape != k.shape
+        or gate.dtype is not k.dtype
+        or k.stride(1) != 1
+        or gate.stride(1) != 1
+        or weight.shape != (dim,)
+        or bias.shape != (dim,)
+        or weight.dtype is not bias.dtype
+        or ape.shape[1] != dim
+        or ape.dtype is not torch.float32
+        or rings.shape[0] != key_pages.shape[0]
+        or rings.shape[2] != 2 * dim
+        or not 0 < pool <= min(ring, _LARGEST_POOL)
+        or not all(t.is_contiguous() for t in (weight, bias, ape, rings, slots))
+        or slots.dtype is not torch.int64
+        or slots.shape != (tokens,)
+        or not slots.is_cpu
+    ):
+        return False
+    page_size = key_pages.shape[1] * pool
+    bad = extension.write_pooled_keys(
+        isa,
+        key_pages.data_ptr(),
+        rings.data_ptr(),
+        DTYPE_CODES[rings.dtype],
+        ring,
+        slots.data_ptr(),
+        key_pages.shape[2] * key_pages.dtype.itemsize,
+        key_pages.shape[0] * page_size,
+        page_size,
+        pool,
+        _FORMATS[key_pages.dtype],
+        tokens,
+        dim,
+        k.data_ptr(),
+        k.stride(0),
+        gate.data_ptr(),
+        gate.stride(0),
+        DTYPE_CODES[k.dtype],
+        weight.data_ptr(),
+        bias.data_ptr(),
+        DTYPE_CODES[weight.dtype],
+        eps,
+        ape.data_ptr(),
+    )
+    if bad >= 0:
+        raise OpError(f"slot {int(slots[bad])} is not one of the cache's {key_pages.shape[0] * page_size} token slots")
+    return True
+
+
 def weigh_heads(x: Tensor, weight: Tensor, scale: float) -> Tensor | None:
     """See `sparse.weigh_heads`."""
     isa = isa_for(x, weight)
@@ -109,6 +176,8 @@ def select_slots(
     start: Tensor | None,
     stop: Tensor,
     topk: int,
+    pool: int,
+    open_pool: bool,
 ) -> Tensor | None:
     """See `sparse.select_slots`, which has checked shapes.
 
@@ -125,7 +194,7 @@ def select_slots(
     table, bounds, ends, *begins = (as_int32(t) for t in numbers)
     if table is None or bounds is None or ends is None or None in begins:
         return None
-    slots = torch.empty((rows, topk), dtype=torch.int32)
+    slots = torch.empty((rows, topk + (pool - 1 if open_pool else 0)), dtype=torch.int32)
     try:
         extension.select_slots(
             isa,
@@ -139,7 +208,7 @@ def select_slots(
             _FORMATS[key_pages.dtype],
             key_pages.shape[2] * key_pages.dtype.itemsize,
             key_pages.shape[0],
-            key_pages.shape[1],
+            key_pages.shape[1] * pool,
             table.data_ptr(),
             table.stride(0),
             table.shape[1],
@@ -150,7 +219,9 @@ def select_slots(
             rows,
             heads,
             dim,
-            topk,
+            topk // pool,
+            pool,
+            open_pool,
             slots.data_ptr(),
         )
     except ValueError as error:

@@ -57,7 +57,7 @@ class PageStore:
     def __init__(self, folder: StoreFolder, max_bytes: int, fingerprint: bytes, cache: PagedCache) -> None:
         if not all(tensor.is_cpu for tensor in cache.storage):
             raise CacheError("A GPU's cache cannot be stored in files: leave cache_dir out, or use device='cpu'.")
-        least = in_blocks(file_bytes(cache.page_size, cache.page_bytes))
+        least = in_blocks(file_bytes(cache.page_size, cache.kept_page_bytes))
         if cache.slots:
             least += in_blocks(file_bytes(1, cache.sequence_bytes))
         if least > max_bytes:
@@ -105,7 +105,7 @@ class PageStore:
     @property
     def page_bytes(self) -> int:
         """Bytes of a page's state."""
-        return self._cache.page_bytes
+        return self._cache.kept_page_bytes
 
     @property
     def num_pages(self) -> int:
@@ -371,6 +371,6 @@ class PageStore:
 def _stored_of(cache: PagedCache) -> list[LayerSpec]:
     """What is stored of each layer: it does not depend on how long drafts may be."""
     return [
-        replace(spec, recurrent=replace(spec.recurrent, most_drafted=0)) if spec.recurrent else spec
+        replace(spec, recurrent=spec.recurrent and replace(spec.recurrent, most_drafted=0), ring=None)
         for spec in cache.specs
     ]
