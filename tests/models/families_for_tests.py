@@ -110,6 +110,7 @@ GLM5 = (
         "linear_head_dim": 16,
         "index_topk": 8,
         "index_kpool": 4,
+        "index_head_dim": 16,
         "swiglu_limit": 0.4,
     }
 )

@@ -77,6 +77,37 @@ def _select_slots(device: torch.device, dtype: torch.dtype, generator: torch.Gen
     return ops.select_slots(*(t.to(device) for t in args), topk=5), reference.select_slots(*args, topk=5).double()
 
 
+def _pooled_keys(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Of a page of tokens, in pools of 4."""
+    dim, pool = 24, 4
+    k, gate, *norm = (_random(shape, dtype, generator) for shape in ((_PAGE, dim), (_PAGE, dim), (dim,), (dim,)))
+    ape, slots = _random((pool, dim), torch.float32, generator), torch.arange(_PAGE, 2 * _PAGE)
+    keys = torch.zeros(2, _PAGE // pool, dim, dtype=dtype, device=device)
+    rings = torch.zeros(2, pool, 2 * dim, dtype=dtype, device=device)
+    arguments = (t.to(device) for t in (slots, k, gate, *norm))
+    ops.write_pooled_keys(keys, rings, *arguments, 1e-6, ape.to(device))
+    none = torch.zeros(_PAGE, 0)
+    normed = reference.index_keys(k, *norm, 1e-6, none, none, interleaved=False)
+    return keys[1], reference.pooled_index_keys(normed, gate, ape)
+
+
+def _residual_streams(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Read by a block that gives twice what it reads, and written."""
+    count, dim = 3, 24
+    rows = (2 + count) * count
+    streams = _random((4, count, dim), dtype, generator)
+    fn, base, scale = (_random(s, torch.float32, generator) * 0.2 for s in ((rows, count * dim), (rows,), (3,)))
+    options = {"norm_eps": 1e-5, "eps": 1e-6, "iterations": 5}
+    own = streams.to(device)
+    mix = ops.mix_streams(own, fn.to(device), base.to(device), scale.to(device), **options)
+    got = ops.expand_streams(own, 2 * ops.collapse_streams(own, mix.pre), mix)
+    expected: list[Tensor] = []
+    for token in streams:
+        pre, post, comb = reference.mix_streams(token, fn, base, scale, **options)
+        expected.append(reference.expand_streams(token, 2 * reference.collapse_streams(token, pre), post, comb))
+    return got, torch.stack(expected)
+
+
 def _gqa_attend(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     q = _random((4, 2 * _HEADS, 16), dtype, generator)
     pages = _random((4, _PAGE, 2, _HEADS, 16), dtype, generator)
@@ -234,6 +265,8 @@ _CASES: Mapping[str, Case] = {
     "mla_attend": _mla_attend,
     "gqa_attend": _gqa_attend,
     "select_slots": _select_slots,
+    "write_pooled_keys": _pooled_keys,
+    "expand_streams": _residual_streams,
     "kda_attend": _kda_attend,
     "lightning_attend": _lightning_attend,
     "mla_prefill": _mla_prefill,

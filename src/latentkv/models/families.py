@@ -842,6 +842,7 @@ TEXT_MODEL_OF: Mapping[str, str] = {
     "deepseek_vl_v2": "deepseek_v2",
     "deepseek_ocr": "deepseek_v2",
     "deepseek_ocr2": "deepseek_ocr2_text",
+    "glm5_next": "glm5_next_text",
 }
 """What a wrapper's text model is where that does not say."""
 
