@@ -14,6 +14,7 @@ from latentkv.errors import ConfigError
 from latentkv.models.config import GQAConfig, KDAConfig, MLAConfig
 from latentkv.models.config_reader import read_config
 from latentkv.models.families import FAMILIES
+from latentkv.ops import SwigluLimit
 
 V2_LITE = {  # in the style of DeepSeek-V2-Lite's published config.json, transcribed
     "architectures": ["DeepseekV2ForCausalLM"],
@@ -143,10 +144,24 @@ def test_an_absent_key_takes_the_default_of_transformers(model_type: str) -> Non
     for kda in recurrent:
         assert (kda.num_heads, kda.head_dim) == (theirs.linear_num_heads, theirs.linear_head_dim)
         assert kda.norm_eps == theirs.rms_norm_eps
-        assert kda.lower_bound == getattr(theirs, "kda_lower_bound", None)
+        bound = "linear_lower_bound" if model_type == "glm5_next_text" else "kda_lower_bound"
+        assert kda.lower_bound == getattr(theirs, bound, None)
     if recurrent:
-        kinds = ["linear_attention" if layer.rope is None else "full_attention" for layer in ours.layers]
-        assert kinds == theirs.layer_types
+        attends = [layer.rope is not None for layer in ours.layers]
+        assert attends == [kind != "linear_attention" for kind in theirs.layer_types]
+    for indexer in (layer.indexer for layer in ours.layers if layer.indexer is not None):
+        assert (indexer.num_heads, indexer.head_dim) == (theirs.index_n_heads, theirs.index_head_dim)
+        assert (indexer.topk, indexer.pool) == (theirs.index_topk, getattr(theirs, "index_kpool", None))
+        assert indexer.open_pool == getattr(theirs, "index_kpool_always_select_tail", True)
+    streams = ours.hyper_connections
+    assert (streams is None) == (not hasattr(theirs, "hc_mult"))
+    if streams is not None:
+        assert (streams.num_streams, streams.eps) == (theirs.hc_mult, theirs.hc_eps)
+        assert streams.sinkhorn_iterations == theirs.hc_sinkhorn_iters
+        assert ours.swiglu_limit == SwigluLimit(theirs.swiglu_limit, bounds_gate=True)
+        assert ours.moe is not None and ours.layers[-1].moe is not None
+        limits = ours.layers[-1].moe.swiglu_limit, ours.layers[-1].moe.shared_swiglu_limit
+        assert limits == (ours.swiglu_limit, ours.swiglu_limit)
 
 
 def test_a_text_model_inside_a_wrapper_is_read() -> None:

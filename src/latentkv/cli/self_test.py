@@ -80,14 +80,15 @@ def _select_slots(device: torch.device, dtype: torch.dtype, generator: torch.Gen
 def _pooled_keys(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Of a page of tokens, in pools of 4."""
     dim, pool = 24, 4
-    k, gate, *norm = (_random(shape, dtype, generator) for shape in ((_PAGE, dim), (_PAGE, dim), (dim,), (dim,)))
+    k, gate = (_random((_PAGE, dim), dtype, generator) for _ in range(2))
+    weight, bias = (_random((dim,), dtype, generator) for _ in range(2))
     ape, slots = _random((pool, dim), torch.float32, generator), torch.arange(_PAGE, 2 * _PAGE)
     keys = torch.zeros(2, _PAGE // pool, dim, dtype=dtype, device=device)
     rings = torch.zeros(2, pool, 2 * dim, dtype=dtype, device=device)
-    arguments = (t.to(device) for t in (slots, k, gate, *norm))
-    ops.write_pooled_keys(keys, rings, *arguments, 1e-6, ape.to(device))
+    own = [t.to(device) for t in (slots, k, gate, weight, bias, ape)]
+    ops.write_pooled_keys(keys, rings, own[0], own[1], own[2], own[3], own[4], 1e-6, own[5])
     none = torch.zeros(_PAGE, 0)
-    normed = reference.index_keys(k, *norm, 1e-6, none, none, interleaved=False)
+    normed = reference.index_keys(k, weight, bias, 1e-6, none, none, interleaved=False)
     return keys[1], reference.pooled_index_keys(normed, gate, ape)
 
 
@@ -97,13 +98,13 @@ def _residual_streams(device: torch.device, dtype: torch.dtype, generator: torch
     rows = (2 + count) * count
     streams = _random((4, count, dim), dtype, generator)
     fn, base, scale = (_random(s, torch.float32, generator) * 0.2 for s in ((rows, count * dim), (rows,), (3,)))
-    options = {"norm_eps": 1e-5, "eps": 1e-6, "iterations": 5}
     own = streams.to(device)
-    mix = ops.mix_streams(own, fn.to(device), base.to(device), scale.to(device), **options)
+    mixed_by = fn.to(device), base.to(device), scale.to(device)
+    mix = ops.mix_streams(own, *mixed_by, norm_eps=1e-5, eps=1e-6, iterations=5)
     got = ops.expand_streams(own, 2 * ops.collapse_streams(own, mix.pre), mix)
     expected: list[Tensor] = []
     for token in streams:
-        pre, post, comb = reference.mix_streams(token, fn, base, scale, **options)
+        pre, post, comb = reference.mix_streams(token, fn, base, scale, norm_eps=1e-5, eps=1e-6, iterations=5)
         expected.append(reference.expand_streams(token, 2 * reference.collapse_streams(token, pre), post, comb))
     return got, torch.stack(expected)
 

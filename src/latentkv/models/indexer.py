@@ -132,8 +132,9 @@ class Indexer(nn.Module):
         pool = config.pool or 1
         if config.pool is not None:
             wide, whole = torch.promote_types(x.dtype, torch.float32), length // pool * pool
-            members = keys[:, :whole], self.index_kpool_compress_gate(x)[:, :whole]
-            keys = ops.pool_keys(*(t.unflatten(1, (-1, pool)).to(wide) for t in members), self.index_kpool_compress_ape)
+            gates = self.index_kpool_compress_gate(x)
+            keys, gates = (t[:, :whole].unflatten(1, (-1, pool)).to(wide) for t in (keys, gates))
+            keys = ops.pool_keys(keys, gates, self.index_kpool_compress_ape)
         weights = self.weights_proj(x.flatten(0, 1)).unflatten(0, x.shape[:2])
         ends = [(t + 1) // pool for t in range(length)]
         scores = [ops.index_scores(*row, ends) for row in zip(q, weights, keys, strict=True)]

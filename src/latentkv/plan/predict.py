@@ -115,9 +115,15 @@ def make_plan(
     mla = config.cached_attention if isinstance(config.cached_attention, MLAConfig) else None
 
     def row(
-        attention: str, kv_heads: int | None, own: KVFormat | None, per_token: int, per_sequence: int = 0
+        attention: str,
+        kv_heads: int | None,
+        own: KVFormat | None,
+        per_token: int,
+        per_page: int | None = None,
+        per_sequence: int = 0,
     ) -> CacheRow:
-        cache = batch * (-(-context // PAGE_SIZE) * PAGE_SIZE * per_token + per_sequence)
+        page = per_token * PAGE_SIZE if per_page is None else per_page
+        cache = batch * (-(-context // PAGE_SIZE) * page + per_sequence)
         room = {m.name: m.free - weights - batch * per_sequence for m in memory}
         return CacheRow(
             attention=attention,
@@ -129,11 +135,13 @@ def make_plan(
             cache_bytes=cache,
             ratio_to_mha=per_token / mha_bytes(config),
             fits={m.name: weights + cache <= m.free for m in memory},
-            longest_context={name: _longest_context(free, batch, per_token) for name, free in room.items()},
+            longest_context={name: _longest_context(free, batch, page) for name, free in room.items()},
         )
 
     specs = config.specs(kv_format)
-    rows = [row(*_own_attention(config), kv_format, bytes_per_token(specs), sequence_bytes(specs))]
+    # Some pages keep more than their tokens.
+    sizes = bytes_per_token(specs), page_bytes(specs), sequence_bytes(specs)
+    rows = [row(*_own_attention(config), kv_format, *sizes)]
     for name, heads in _compared_with(config):
         rows.append(row(name, heads, None, mha_bytes_per_token(config.num_layers, heads, qk_dim, v_dim)))
     return Plan(
@@ -230,6 +238,6 @@ def _mtp_page_bytes(config: ModelConfig, kv_dtype: KVFormat) -> int:
     return page_bytes(config.specs(kv_dtype, mtp=stored_dtype(config))) - page_bytes(config.specs(kv_dtype))
 
 
-def _longest_context(room: int, batch: int, bytes_per_token: int) -> int:
-    """Tokens that each of `batch` sequences can have in `room` bytes, in whole pages."""
-    return max(0, room // (batch * bytes_per_token * PAGE_SIZE)) * PAGE_SIZE
+def _longest_context(room: int, batch: int, page: int) -> int:
+    """Tokens that each of `batch` sequences can have in `room` bytes, in whole pages of so many bytes."""
+    return max(0, room // (batch * page)) * PAGE_SIZE
