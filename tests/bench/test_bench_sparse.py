@@ -64,6 +64,7 @@ def test_a_wrong_choice_is_never_timed(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"contexts": []}, "longer than the 8"),
         ({"contexts": [8]}, "longer than the 8"),
         ({"config": read_config({"model_type": "llama"}), "contexts": [100]}, "reads every token"),
+        ({"config": read_config({"model_type": "glm5_next"}), "contexts": [9000]}, "pools of tokens"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(asked: dict[str, Any], named: str) -> None:

@@ -224,6 +224,8 @@ def _what_is_of_hybrids(config: ModelConfig) -> str | None:
         return "attention without rotary embedding is not written"
     if any(layer.shortcut for layer in config.layers):
         return "experts beside dense blocks are not written"
+    if config.hyper_connections is not None:
+        return "several residual streams are not written"
     if any(layer.moe and (layer.moe.swiglu_limit or layer.moe.shared_swiglu_limit) for layer in config.layers):
         return "limits of activations are not written"
     return None
