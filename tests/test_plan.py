@@ -70,6 +70,14 @@ SMALL = {
         "zero_expert_num": 3,
         "attention_bias": True,
     },
+    "hy_v4": {
+        **LATENT,
+        **MOE,
+        **INDEX,
+        "mlp_layer_types": ["dense", "sparse", "sparse"],
+        "hc_mult": 3,
+        "num_nextn_predict_layers": 1,
+    },
     "minicpm3": LATENT,
     "youtu": {**LATENT, "tie_word_embeddings": True},
     "mistral4": {**LATENT, **MOE},
@@ -347,7 +355,17 @@ def test_weights_dtype_is_the_checkpoints_unless_given():
 @pytest.mark.parametrize(("fmt", "group"), [("int8", None), ("int8", 32), ("int4", None), ("int4", 32)])
 @pytest.mark.parametrize(
     "model_type",
-    ["deepseek_v3", "deepseek_v32", "minicpm3", "llama", "qwen2_moe", "bailing_hybrid", "kimi_linear", "longcat_flash"],
+    [
+        "deepseek_v3",
+        "deepseek_v32",
+        "minicpm3",
+        "llama",
+        "qwen2_moe",
+        "bailing_hybrid",
+        "kimi_linear",
+        "longcat_flash",
+        "hy_v4",
+    ],
 )
 def test_quantised_weights_are_counted_as_their_files_hold_them(tmp_path, model_type, fmt, group):
     sizes = {"hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 256}

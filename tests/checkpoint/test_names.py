@@ -2,6 +2,7 @@
 
 import pytest
 
+from latentkv.checkpoint.hy_names import as_hy
 from latentkv.checkpoint.names import text_model_names
 from latentkv.checkpoint.paired_names import as_paired
 from latentkv.errors import CheckpointError
@@ -141,3 +142,26 @@ def test_dense_and_shared_blocks_of_kimi_linear_may_be_called_as_transformers_wr
             "model.layers.1.mlp.shared_experts.up_proj.weight",
             "model.layers.1.mlp.experts.3.down_proj.weight",
         ]
+
+
+def test_what_hy4_calls_otherwise_is_called_as_everybody_elses():
+    published = {
+        "model.embed_tokens.weight": "model.embed_tokens.weight",
+        "model.hc_pre.hc_head.hc_head_base": "model.hc_head.base",
+        "model.layers.1.hc_pre.hc_attn_layer.hc_fn": "model.layers.1.hc_attn_fn",
+        "model.layers.1.hc_pre.hc_mlp_layer.hc_scale": "model.layers.1.hc_ffn_scale",
+        "model.layers.1.mlp.experts.gate_up_proj": "model.layers.1.mlp.experts.gate_up_proj",
+        "model.layers.1.mlp.shared_experts.gate_proj.weight": "model.layers.1.mlp.shared_experts.gate_proj.weight",
+        "model.layers.1.self_attn.learnable_sink_param": "model.layers.1.self_attn.sinks",
+        "model.layers.1.self_attn.linear_gate.weight": "model.layers.1.self_attn.g_proj.weight",
+        "model.norm.weight": "model.norm.weight",
+        "lm_head.weight": "lm_head.weight",
+    }
+    known = {known_as: name for name, known_as in published.items()}
+    further = ["model.mtp_layers.0.self_attn.linear_gate.weight", "model.mtp_layers.0.eh_proj.weight"]
+    assert text_model_names([*further, *published]) == known
+    assert {name: as_hy(known_as) for name, known_as in published.items()} == {name: name for name in published}
+    renamed = [name.replace("experts.gate_proj", "experts.linear_gate") for name in published]  # as transformers does
+    assert text_model_names(renamed) == {
+        known_as: name for name, known_as in zip(renamed, published.values(), strict=True)
+    }

@@ -165,6 +165,16 @@ LATENT = {
             {**LATENT, "num_layers": 2, "n_routed_experts": 8, "zero_expert_num": 4, "moe_topk": 3},
             "3 of 8 routed and 4 zero experts (softmax) and 0 shared, of width 24, in 2 layers, beside dense blocks",
         ),
+        (
+            "hy_v4",
+            {**LATENT, "q_lora_rank": 12, "n_routed_experts": 8, "index_n_heads": 4, "index_head_dim": 24},
+            "gated by element, a sink a head; sparse: 2,048 tokens selected by 4 index heads of 24 in 2 layers",
+        ),
+        (
+            "hy_v4",
+            {**LATENT, "q_lora_rank": 12, "n_routed_experts": 8, "index_n_heads": 4, "hc_mult": 3},
+            "3 streams, added to by each block (hyper-connections)",
+        ),
     ],
 )
 def test_inspect_tells_what_models_with_experts_attend_with(latentkv, tmp_path, model_type, changes, words):

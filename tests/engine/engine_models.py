@@ -72,6 +72,14 @@ LONGCAT = {
     "num_experts_per_tok": 3,
     "norm_topk_prob": False,
 }
+HY4 = {
+    **SPARSE,
+    "model_type": "hy_v4",
+    "architectures": ["HYV4ForCausalLM"],
+    "indexer_types": ["full", "shared"],
+    "hc_mult": 2,
+    "swiglu_limit": 1.5,
+}
 CONFIGS = {"mla": MLA, "gqa": GQA}
 MTP = {**MLA, "num_nextn_predict_layers": 1}
 SPARSE_MTP = {**SPARSE, "num_nextn_predict_layers": 1}
@@ -103,7 +111,9 @@ for _config in (BAILING, KIMI, GLM5, POOLED):
     del _config["architectures"]
 LING25 = {**BAILING, "architectures": ["BailingMoeV2_5ForCausalLM"], "group_norm_size": 2}
 _HYBRIDS = {"bailing mtp": BAILING, "kimi": KIMI, "ling25 mtp": LING25, "glm5": GLM5, "pooled": POOLED}
-_KINDS = _HYBRIDS | {"longcat": LONGCAT} | CONFIGS | {"mtp": MTP, "sparse": SPARSE, "sparse mtp": SPARSE_MTP}
+_KINDS = (
+    _HYBRIDS | {"longcat": LONGCAT} | CONFIGS | {"mtp": MTP, "sparse": SPARSE, "hy4": HY4, "sparse mtp": SPARSE_MTP}
+)
 
 
 def tiny_decoder(kind: str) -> Decoder:

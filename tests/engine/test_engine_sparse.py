@@ -11,7 +11,7 @@ from latentkv.engine import Engine
 from latentkv.engine.drafts import NGramDrafter
 from latentkv.errors import CacheError
 
-KINDS = ["sparse", "pooled"]  # the second selects pools, in layers that share what is selected
+KINDS = ["sparse", "pooled", "hy4"]  # the second selects pools, in layers that share what is selected
 PROMPT = [(7 * i + i * i) % 60 for i in range(20)]
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from engine_models import CONFIGS, LONGCAT, SPARSE
+from engine_models import CONFIGS, HY4, LONGCAT, SPARSE
 
 from latentkv.engine import replay as module
 from latentkv.engine.runner import Runner
@@ -140,6 +140,14 @@ def test_a_step_on_torch_does_not_end_recording() -> None:
 def test_the_result_of_a_step_outlives_the_next() -> None:
     hidden, _ = decode(packed_decoder(MODELS["mla"]), "bf16", [5], 3)
     assert len({tuple(row.flatten().tolist()) for row in hidden}) == 3
+
+
+def test_a_model_with_sinks_runs_its_steps_unrecorded_and_says_why() -> None:
+    decoder = packed_decoder(HY4)
+    hidden, runner = decode(decoder, "bf16", [3, 20], 8)
+    again, _ = decode(decoder, "bf16", [3, 20], 8)
+    assert "is computed by torch" in (runner.replay.why_not or "")
+    assert torch.equal(torch.stack(hidden), torch.stack(again))
 
 
 def test_models_that_torch_computes_say_why_they_are_not_recorded() -> None:

@@ -127,6 +127,13 @@ LONGCAT = {k: v for k, v in MLA.items() if k not in ("num_hidden_layers", "inter
     "head_dim": 8,  # of the rotary part
     "routed_scaling_factor": 1.7,
 }
+HY = (
+    {k: v for k, v in (MLA | MOE).items() if k != "first_k_dense_replace"}
+    | INDEX
+    | {"num_hidden_layers": 4, "pad_token_id": 0, "hc_mult": 3, "swiglu_limit": 0.4, "rms_norm_eps": 1e-3}
+)
+# transformers turns halves of heads, the published weights pairs: see docs/models.md.
+AS_TRANSFORMERS = {"rope_interleave": False}
 GQA = BASE | {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 8}
 
 SHALLOW = {k: v for k, v in GQA.items() if k != "head_dim"} | {"num_hidden_layers": 2}
@@ -339,6 +346,30 @@ CASES = [
         },
     ),
     Case("longcat-no-zero-experts", "longcat_flash", LONGCAT | {"num_layers": 1, "zero_expert_num": 0}),
+    Case("hy4", "hy_v4", HY | {"rope_parameters": MSCALE}, saved=AS_TRANSFORMERS),
+    Case(
+        "hy4-groups",
+        "hy_v4",
+        HY
+        | GROUPS
+        | {
+            "num_attention_heads": 5,
+            "num_key_value_heads": 5,
+            "v_head_dim": 24,
+            "kv_lora_rank": 17,
+            "n_shared_experts": 2,
+            "norm_topk_prob": False,
+            "attention_bias": True,
+            "hc_mult": 2,
+            "hc_magnitude": 1.3,
+            "hc_eps": 0.05,
+            "num_hidden_layers": 3,
+            "mlp_layer_types": ["sparse", "dense", "sparse"],
+            "indexer_types": ["full", "shared", "full"],
+            "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
+        },
+        saved=AS_TRANSFORMERS,
+    ),
     Case(
         "minicpm3",
         "minicpm3",

@@ -11,7 +11,7 @@ import pytest
 from transformers import AutoConfig
 
 from latentkv.errors import ConfigError
-from latentkv.models.config import GQAConfig, KDAConfig, MLAConfig
+from latentkv.models.config import GQAConfig, HyperConnectionConfig, KDAConfig, MLAConfig
 from latentkv.models.config_reader import read_config
 from latentkv.models.families import FAMILIES
 from latentkv.ops import SwigluLimit
@@ -157,11 +157,15 @@ def test_an_absent_key_takes_the_default_of_transformers(model_type: str) -> Non
     assert (streams is None) == (not hasattr(theirs, "hc_mult"))
     if streams is not None:
         assert (streams.num_streams, streams.eps) == (theirs.hc_mult, theirs.hc_eps)
-        assert streams.sinkhorn_iterations == theirs.hc_sinkhorn_iters
-        assert ours.swiglu_limit == SwigluLimit(theirs.swiglu_limit, bounds_gate=True)
+        if isinstance(streams, HyperConnectionConfig):
+            assert streams.sinkhorn_iterations == theirs.hc_sinkhorn_iters
+        else:
+            assert streams.magnitude == theirs.hc_magnitude
+        limit = SwigluLimit(theirs.swiglu_limit, bounds_gate=True)
+        everywhere = None if model_type == "hy_v4" else limit  # there of routed experts alone
         assert ours.moe is not None and ours.layers[-1].moe is not None
         limits = ours.layers[-1].moe.swiglu_limit, ours.layers[-1].moe.shared_swiglu_limit
-        assert limits == (ours.swiglu_limit, ours.swiglu_limit)
+        assert (*limits, ours.swiglu_limit) == (limit, everywhere, everywhere)
 
 
 def test_a_text_model_inside_a_wrapper_is_read() -> None:

@@ -72,7 +72,7 @@ def test_mapped_weights_are_those_that_are_packed_anew(case: Case, folder: Packe
 
 
 @pytest.mark.parametrize("packing", [Packing(compact=True), Packing(INT8), Packing(INT4), Packing(INT4, 32)], ids=str)
-@pytest.mark.parametrize("name", ["v3", "longcat", "llama-gqa"])
+@pytest.mark.parametrize("name", ["v3", "longcat", "hy4", "llama-gqa"])
 def test_so_are_they_in_every_format(name: str, packing: Packing, folder: PackedFolder) -> None:
     model = checkpoint(name)
     expected = load_model(model, packing=packing, dtype=torch.bfloat16)

@@ -146,11 +146,12 @@ CHANGES = {
     "kda_lower_bound": -3.0,
     "linear_lower_bound": -3.0,
     "swiglu_limit": 0.7,
-    "hc_eps": 0.05,
     "hc_sinkhorn_iters": 1,
     "index_kpool_always_select_tail": None,
     "mla_scale_q_lora": None,
     "mla_scale_kv_lora": None,
+    "hc_eps": 0.3,
+    "hc_magnitude": 1.0,
 }
 ROPE_CHANGES = {
     "factor": 5.0,

@@ -26,7 +26,9 @@ from latentkv.state import IndexSpec, LatentSpec, LayerSpec, PagedCache
 IDS = torch.randint(3, VOCAB, (97,), generator=torch.Generator().manual_seed(4)).tolist()
 PAGE = 16
 TOLERANCE = 1e-4  # of the largest logit, as of every family
-SPARSE_CASES = [case for case in CASES if case.name in ("v32", "glm-dsa-types", "axk2")]  # test_parity.py has all
+SPARSE_CASES = [
+    case for case in CASES if case.name in ("v32", "glm-dsa-types", "axk2", "hy4")
+]  # test_parity.py has all
 
 
 @pytest.fixture(scope="module", params=SPARSE_CASES, ids=lambda case: case.name)

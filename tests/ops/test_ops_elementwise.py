@@ -9,7 +9,17 @@ import torch
 
 from latentkv import kernels
 from latentkv.errors import OpError
-from latentkv.ops import SwigluLimit, apply_rope, gate_heads, gated_rms_norm, norm_beside, reference, rms_norm, silu_mul
+from latentkv.ops import (
+    SwigluLimit,
+    apply_rope,
+    gate_heads,
+    gated_rms_norm,
+    norm_beside,
+    reference,
+    rms_norm,
+    silu_mul,
+    sink_heads,
+)
 
 
 @pytest.fixture(params=kernels.available_isas(), autouse=True)
@@ -243,3 +253,26 @@ def test_gate_heads_has_gradients() -> None:
 def test_gates_that_do_not_fit_are_refused(gate: tuple[int, ...]) -> None:
     with pytest.raises(OpError, match="gate_heads"):
         gate_heads(torch.randn(4, 3, 7), torch.randn(gate))
+
+
+@pytest.mark.parametrize("shape", [(9, 3, 20), (2, 5, 3, 16), (1, 1, 7)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_sink_is_one_more_number_in_the_sum_of_a_softmax(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    wide = torch.promote_types(dtype, torch.float32)
+    x, lse, sinks = torch.randn(shape).to(dtype), torch.randn(shape[:-1]).to(wide) * 3, torch.randn(shape[-2]) * 3
+    expected = reference.sink_heads(x, lse, sinks)
+    got = sink_heads(x, lse, sinks)
+    assert got.dtype == dtype
+    tolerance = {torch.float32: 1e-6, torch.bfloat16: 2**-7, torch.float64: 1e-14}[dtype]
+    torch.testing.assert_close(got.double(), expected, atol=tolerance, rtol=tolerance)
+
+
+def test_sinks_leave_nothing_of_what_read_nothing_and_must_fit_the_heads() -> None:
+    x, lse = torch.randn(2, 3, 8), torch.tensor([[0.0, 50.0, float("-inf")]] * 2)
+    got = sink_heads(x.clone(), lse, torch.tensor([0.0, -50.0, 0.0]))
+    torch.testing.assert_close(got[:, :2], x[:, :2] * torch.tensor([0.5, 1.0])[:, None])
+    assert not got[:, 2].any()
+    with pytest.raises(OpError, match="sinks has shape"):
+        sink_heads(x, lse, torch.zeros(2))
+    with pytest.raises(OpError, match="lse has shape"):
+        sink_heads(x, lse[:1], torch.zeros(3))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from latentkv.errors import OpError
-from latentkv.ops import StreamMix, collapse_streams, expand_streams, mix_streams, reference
+from latentkv.ops import StreamMix, collapse_streams, expand_streams, gate_streams, mix_streams, reference
 from latentkv.ops.native.recording import Recording
 
 pytestmark = pytest.mark.usefixtures("isa")
@@ -114,3 +114,41 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
         collapse_streams(streams, mix.pre[:1])
     with pytest.raises(OpError, match="block has shape"):
         expand_streams(streams, block[:, 1:], mix)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize(("count", "dim"), [(4, 48), (2, 7), (3, 33), (1, 16)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_independent_streams_are_gated_by_the_definition(dtype: torch.dtype, count: int, dim: int, groups: int) -> None:
+    streams, rows = torch.randn(5, count, dim).to(dtype), groups * count
+    weights = torch.randn(rows, count * dim) * 0.3, torch.randn(rows), torch.randn(groups)
+    options = {"norm_eps": 1e-3, "eps": 1e-2, "magnitude": 1.7}
+    gates = gate_streams(streams, *weights, **options)
+    assert len(gates) == groups
+    for t in range(5):
+        expected = reference.gate_streams(streams[t], *weights, **options)
+        for got, wanted in zip(gates, expected, strict=True):
+            assert got.dtype == torch.promote_types(dtype, torch.float32)
+            torch.testing.assert_close(got[t].double(), wanted, atol=2e-5, rtol=2e-5)
+
+
+def test_gates_of_a_token_have_the_same_bits_alone_and_among_others_and_gradients(isa: str) -> None:
+    streams, fn, base, scale = torch.randn(9, 3, 40), torch.randn(6, 120) * 0.3, torch.randn(6), torch.randn(2)
+    options = {"norm_eps": 1e-3, "eps": 1e-2, "magnitude": 1.7}
+    if isa != "torch":
+        with torch.inference_mode():
+            together = gate_streams(streams, fn, base, scale, **options)
+            for t in range(9):
+                alone = gate_streams(streams[t : t + 1], fn, base, scale, **options)
+                assert all(torch.equal(a[0], b[t]) for a, b in zip(alone, together, strict=True))
+    inputs = [tensor.requires_grad_() for tensor in (streams, fn, base, scale)]
+    sum(gate.square().sum() for gate in gate_streams(*inputs, **options)).backward()
+    assert all(tensor.grad is not None and tensor.grad.any() for tensor in inputs)
+
+
+def test_gates_of_shapes_that_do_not_fit_are_refused() -> None:
+    streams, fn, base = torch.randn(2, 3, 8), torch.randn(6, 24), torch.zeros(6)
+    with pytest.raises(OpError, match="one scale or two, not 3"):
+        gate_streams(streams, fn, base, torch.ones(3), norm_eps=1e-6, eps=1e-6)
+    with pytest.raises(OpError, match="fn has shape"):
+        gate_streams(streams, fn, base, torch.ones(1), norm_eps=1e-6, eps=1e-6)

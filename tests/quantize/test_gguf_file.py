@@ -135,6 +135,7 @@ def test_what_gguf_cannot_say_is_refused_by_name(changes: dict[str, Any], words:
         ({"layer_types": ["full_attention"] * 2}, "the gate of its latent attention"),
         ({"model_type": "kimi_linear", "layer_types": ["full_attention"] * 2}, "without rotary embedding"),
         ({"model_type": "longcat_flash", "num_layers": 1, "q_lora_rank": 16}, "experts beside dense blocks"),
+        ({"model_type": "hy_v4", "q_lora_rank": 16}, "the gate of its latent attention"),
     ],
 )
 def test_hybrids_and_parts_of_them_are_refused_by_name(changes: dict[str, Any], words: str, tmp_path: Path) -> None:

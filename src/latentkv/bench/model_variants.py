@@ -52,6 +52,7 @@ def mha_twin(decoder: Decoder, packing: Packing | None) -> Decoder:
         layer.attn_hc, layer.ffn_hc = own.attn_hc, own.ffn_hc
         layer.input_layernorm, layer.post_attention_layernorm = own.input_layernorm, own.post_attention_layernorm
     twin.model.embed_tokens, twin.model.norm = decoder.model.embed_tokens, decoder.model.norm
+    twin.model.hc_head = decoder.model.hc_head
     twin.packed_embedding = decoder.packed_embedding
     if not decoder.config.tie_word_embeddings:
         twin.lm_head = decoder.lm_head

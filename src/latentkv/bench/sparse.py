@@ -294,13 +294,16 @@ def _attention(
             max_context=config.max_positions,
             indexer=indexer,
             output_gate=mla.output_gate,
+            sinks=mla.sinks,
         )
     module = module.to(torch.bfloat16).to_empty(device="cpu").requires_grad_(False)
     for name, weight in module.named_parameters():
         generator = torch.Generator().manual_seed(crc32(name.encode()))
         weight.normal_(generator=generator).mul_(weight.shape[-1] ** -0.5 if weight.ndim == 2 else 1)
+    module.keep_exact()
     if module.indexer is not None:
         module.indexer.weights_proj.float()
+        module.indexer.keep_exact()
     weights = sum(weight.numel() for weight in module.parameters() if weight.ndim == 2)
     packing = choose_packing(None, torch.bfloat16, torch.device("cpu"))
     if packing is not None:

@@ -4,8 +4,8 @@ A decoder's names are the Hugging Face names but for seven things: routed expert
 short convolutions of q, k and v are one, multi-token-prediction layers are `mtp.{k}.*` instead of
 `model.layers.{num_layers + k}.*`, A.X-K1's post-MLP norm belongs to the MLP, experts at the end of a shortcut are
 `shortcut.*` instead of `mlp.*`, hyper-connections and the gate of pools are modules (`attn_hc.fn` for `hc_attn_fn`),
-and what Mixtral, Ling-3.0 and LongCat-Flash call otherwise (`block_sparse_moe.experts.0.w1`, `attention.dense`,
-`self_attn.1`) is called as everybody else's.
+and what Mixtral, Ling-3.0, LongCat-Flash and Hy4 call otherwise (`block_sparse_moe.experts.0.w1`, `attention.dense`,
+`self_attn.1`, `linear_gate`) is called as everybody else's.
 """
 
 from __future__ import annotations
@@ -17,14 +17,15 @@ from typing import Literal
 
 from torch import Tensor
 
+from latentkv.checkpoint.hy_names import as_hy, from_hy, predicts_further
 from latentkv.checkpoint.paired_names import as_paired, from_paired, is_paired
 from latentkv.errors import CheckpointError
 
 ExpertNames = Literal["one by one", "fused", "mixtral"]
 """How a checkpoint has routed experts: one by one, stacked, or one by one under Mixtral's names."""
 
-NameStyle = Literal["usual", "bailing", "paired"]
-"""Whose names a checkpoint has for what is not an expert: everybody's, or those of Ling-3.0 or LongCat-Flash."""
+NameStyle = Literal["usual", "bailing", "paired", "hy"]
+"""Whose names a checkpoint has for what is not an expert: everybody's, or those of Ling-3.0, LongCat-Flash or Hy4."""
 
 _MTP = re.compile(r"mtp\.(\d+)\.(layer\.|norm\.|)(.+)")
 _MTP_PARTS = {"layer.": "", "norm.": "shared_head.norm.", "": ""}
@@ -52,7 +53,7 @@ _BEFORE_LAYERS = re.compile(r"((?:[^.]+\.)*?)layers\.\d+\.")
 _TEXT_AMONG_OTHERS = re.compile(r"language|text|llm|thinker")
 _WRAPPER = re.compile(r"_\w*mod(ule)?")
 _EMBEDDING, _HEAD = "embed_tokens.weight", "lm_head.weight"
-_PARTS_OF_TEXT = ("embed_tokens.", "layers.", "norm.")
+_PARTS_OF_TEXT = ("embed_tokens.", "layers.", "norm.", "hc_head.")
 
 # A tensor is of the first kind of which its published name contains the mark.
 _KINDS: Mapping[str, str] = {
@@ -167,6 +168,7 @@ _STYLES: Mapping[NameStyle, Callable[[str], str]] = {
     "usual": lambda name: name,
     "bailing": _as_bailing,
     "paired": as_paired,
+    "hy": as_hy,
 }
 
 
@@ -206,7 +208,11 @@ def text_model_names(names: Iterable[str], *, nested: bool = False, tied: bool =
     Raises:
         CheckpointError: two tensors mean the same.
     """
-    plain = {name: _from_bailing(_without_wrappers(name)) for name in names if not name.endswith("rotary_emb.inv_freq")}
+    plain = {
+        name: from_hy(_from_bailing(_without_wrappers(name)))
+        for name in names
+        if not name.endswith("rotary_emb.inv_freq") and not predicts_further(name)
+    }
     if is_paired(plain.values()):
         meant = from_paired(plain.values())
         plain = {name: meant[known_as] for name, known_as in plain.items() if known_as in meant}

@@ -59,7 +59,8 @@ def _print_facts(facts: CheckpointFacts) -> None:
     )
     out.print(f"Experts     {_experts(facts)}")
     if streams := facts.residual_streams:
-        out.print(f"Residual    {streams['num_streams']} streams, mixed around each block (hyper-connections)")
+        how = "mixed around each block" if "sinkhorn_iterations" in streams else "added to by each block"
+        out.print(f"Residual    {streams['num_streams']} streams, {how} (hyper-connections)")
     out.print(f"Context     {facts.max_context:,} tokens; {_rope(facts)}")
     used = facts.active_parameters
     share = f", {format_count(used)} of them used for each token" if used < facts.parameters else ""
@@ -101,6 +102,7 @@ def _attention(facts: CheckpointFacts) -> str:
         )
         sparse += f", shared with {shared} more" if (shared := facts.selection_sharing_layers) else ""
     gate = f", gated by {shape['output_gate']}" if shape["output_gate"] else ""
+    gate += ", a sink a head" if shape["sinks"] else ""
     return (
         f"MLA: {facts.num_heads} heads, kv_lora_rank {shape['kv_lora_rank']}, {query}, head dims "
         f"{shape['qk_nope_head_dim']} nope + {shape['qk_rope_head_dim']} rope, {shape['v_head_dim']} value"

@@ -109,6 +109,25 @@ def _residual_streams(device: torch.device, dtype: torch.dtype, generator: torch
     return got, torch.stack(expected)
 
 
+def _independent_streams(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """What streams are read by, and written by."""
+    count, dim = 3, 24
+    streams = _random((4, count, dim), dtype, generator)
+    sizes = (2 * count, count * dim), (2 * count,), (2,)
+    weights = [_random(size, torch.float32, generator) * 0.2 for size in sizes]
+    fixed = {"norm_eps": 1e-5, "eps": 1e-6, "magnitude": 2.0}
+    got = ops.gate_streams(streams.to(device), *(t.to(device) for t in weights), **fixed)
+    expected = [torch.stack(reference.gate_streams(token, *weights, **fixed)) for token in streams]
+    return torch.stack(got, dim=1), torch.stack(expected)
+
+
+def _sink_heads(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    x = _random((4, _HEADS, 20), dtype, generator)
+    lse, sinks = (_random(size, torch.float32, generator) for size in ((4, _HEADS), (_HEADS,)))
+    expected = reference.sink_heads(x, lse, sinks)  # first: a kernel may change x
+    return ops.sink_heads(*(t.to(device) for t in (x, lse, sinks))), expected
+
+
 def _gqa_attend(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     q = _random((4, 2 * _HEADS, 16), dtype, generator)
     pages = _random((4, _PAGE, 2, _HEADS, 16), dtype, generator)
@@ -268,6 +287,8 @@ _CASES: Mapping[str, Case] = {
     "select_slots": _select_slots,
     "write_pooled_keys": _pooled_keys,
     "expand_streams": _residual_streams,
+    "gate_streams": _independent_streams,
+    "sink_heads": _sink_heads,
     "kda_attend": _kda_attend,
     "lightning_attend": _lightning_attend,
     "mla_prefill": _mla_prefill,

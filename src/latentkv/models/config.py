@@ -78,7 +78,8 @@ class MLAConfig:
     `output_gate`: what its heads give is multiplied by a sigmoid, one a head or one a number (Ling-3.0); "with queries"
     is one a number, projected together with the queries, from their latent normed and as it is (A.X-K2); None: not.
     `q_lora_scale` multiplies queries, and `kv_lora_scale` the normed latent before it is cached (LongCat-Flash, arXiv
-    2509.01322, section 2.3: the variance of a full projection).
+    2509.01322, section 2.3: the variance of a full projection). `sinks`: each head has a learned number in the sum that
+    its softmax divides by (Hy4).
     """
 
     kv_lora_rank: int
@@ -91,6 +92,7 @@ class MLAConfig:
     output_gate: Literal["head", "element", "with queries"] | None = None
     q_lora_scale: float = 1.0
     kv_lora_scale: float = 1.0
+    sinks: bool = False
 
 
 @dataclass(frozen=True)
@@ -164,6 +166,8 @@ class IndexerConfig:
 
     Each token reads the `topk` best of those it sees, by the scores of `num_heads` heads of `head_dim` dimensions.
     `interleaved` is about the indexer's own rotary pairs: DeepSeek-V3.2 pairs them otherwise than its attention does.
+    `rotates_last`: they are its last dimensions, else its first. `norm_eps`: of the norm of its keys, whose weights are
+    float32 whatever the model's dtype where it has an `exact_norm`.
 
     Where there is a `pool`, tokens are scored by pools of so many, each with one key (GLM-5.3-Flash): of those that it
     sees whole, a token reads the `topk` / `pool` best, and with `open_pool` the tokens after them, itself the last.
@@ -173,6 +177,9 @@ class IndexerConfig:
     head_dim: int
     topk: int
     interleaved: bool = False
+    rotates_last: bool = False
+    norm_eps: float = 1e-6
+    exact_norm: bool = False
     pool: int | None = None
     open_pool: bool = True
 
@@ -268,6 +275,21 @@ class HyperConnectionConfig:
 
 
 @dataclass(frozen=True)
+class IndependentHyperConnectionConfig:
+    """Several residual streams that are not mixed (iHC, Hy4): each block reads a sum of them and is added to all.
+
+    Attributes:
+        num_streams: how many; the embedding begins each of them, and a sum of them is what is normed last.
+        eps: added to what they count in sums, and to what blocks count in them.
+        magnitude: what a block counts in a stream at most.
+    """
+
+    num_streams: int
+    eps: float
+    magnitude: float
+
+
+@dataclass(frozen=True)
 class LayerConfig:
     """One decoder layer.
 
@@ -332,6 +354,7 @@ class ModelConfig:
 
     `hyper_connections`: the residual streams, where there are several.
     `swiglu_limit`: of the activations of dense layers; those of experts have their own.
+    `exact_head`: the output head is float32, whatever the model's dtype.
 
     What layers may differ in is asked of each of `layers`. `attention`, `rope` and `moe` are for what is done to whole
     models alone: they raise `ConfigError` for a model whose layers differ in them.
@@ -349,8 +372,9 @@ class ModelConfig:
     mlp_bias: bool = False
     num_mtp_layers: int = 0
     gated_norm_rank: int = 0
-    hyper_connections: HyperConnectionConfig | None = None
+    hyper_connections: HyperConnectionConfig | IndependentHyperConnectionConfig | None = None
     swiglu_limit: SwigluLimit | None = None
+    exact_head: bool = False
     embedding_multiplier: float = 1.0
     residual_multiplier: float = 1.0
     logit_multiplier: float = 1.0

@@ -17,6 +17,7 @@ from latentkv.json_files import read_json
 from latentkv.models.config import (
     GQAConfig,
     HyperConnectionConfig,
+    IndependentHyperConnectionConfig,
     LayerConfig,
     MLAConfig,
     ModelConfig,
@@ -176,7 +177,8 @@ def _from_dict(raw: Mapping[str, Any], generation: Mapping[str, Any]) -> ModelCo
         num_mtp_layers=fields.count("num_nextn_predict_layers") if family.mtp else 0,
         gated_norm_rank=fields.count("gated_norm_rank"),
         hyper_connections=_hyper_connections(fields),
-        swiglu_limit=_swiglu_limit(fields),
+        swiglu_limit=None if family.limits_routed else _swiglu_limit(fields),
+        exact_head=family.exact_head,
         # MiniCPM scales its embeddings, residual branches and logits; the keys are absent elsewhere.
         embedding_multiplier=fields.positive("scale_emb", 1.0),
         residual_multiplier=1.0 if scale_depth is None else fields.number("scale_depth") / math.sqrt(len(layers)),
@@ -300,7 +302,7 @@ def _read_layers(fields: Fields, family: Family) -> tuple[LayerConfig, ...]:
         return (layer, replace(layer, moe=moe, shortcut="ends")) * fields.size("num_layers")
     num_layers = fields.size("num_hidden_layers")
     sparse = _sparse_layers(fields, num_layers) if moe else (False,) * num_layers
-    indexer = read_indexer(fields, family, attention) if isinstance(attention, MLAConfig) else None
+    indexer = read_indexer(fields, family, attention, rope) if isinstance(attention, MLAConfig) else None
     hybrid = family.recurrent is not None
     shares = sharing_layers(fields, num_layers, first_is_full=not hybrid) if indexer else (False,) * num_layers
     if hybrid:
@@ -334,6 +336,7 @@ def _read_attention(fields: Fields, family: Family) -> MLAConfig | GQAConfig:
             output_gate=_read_output_gate(fields, family),
             q_lora_scale=_read_lora_scale(fields, "q_lora"),
             kv_lora_scale=_read_lora_scale(fields, "kv_lora"),
+            sinks=family.sinks,
         )
     kv_heads = heads if fields.get("num_key_value_heads") is None else fields.size("num_key_value_heads")
     if heads % kv_heads:
@@ -356,6 +359,8 @@ def _read_lora_scale(fields: Fields, lora: str) -> float:
 
 
 def _read_output_gate(fields: Fields, family: Family) -> Literal["head", "element", "with queries"] | None:
+    if family.element_gate:
+        return "element"
     if not family.output_gate:
         return "with queries" if family.query_gate else None
     key = "gated_attention_proj_granularity_type"
@@ -406,7 +411,7 @@ def _read_moe(fields: Fields, family: Family) -> MoEConfig | None:
         scaling_factor=fields.number("routed_scaling_factor"),
         post_norm=family.post_mlp_norm,
         swiglu_limit=_swiglu_limit(fields),
-        shared_swiglu_limit=_swiglu_limit(fields),
+        shared_swiglu_limit=None if family.limits_routed else _swiglu_limit(fields),
         num_zero_experts=zero_experts,
         exact_router=family.exact_router,
     )
@@ -419,10 +424,13 @@ def _swiglu_limit(fields: Fields) -> SwigluLimit | None:
     return SwigluLimit(fields.positive("swiglu_limit", 0.0), bounds_gate=True)
 
 
-def _hyper_connections(fields: Fields) -> HyperConnectionConfig | None:
+def _hyper_connections(fields: Fields) -> HyperConnectionConfig | IndependentHyperConnectionConfig | None:
     if fields.get("hc_mult") is None:
         return None
-    return HyperConnectionConfig(fields.size("hc_mult"), fields.number("hc_eps"), fields.size("hc_sinkhorn_iters"))
+    streams, eps = fields.size("hc_mult"), fields.number("hc_eps")
+    if fields.get("hc_magnitude") is not None:
+        return IndependentHyperConnectionConfig(streams, eps, fields.number("hc_magnitude"))
+    return HyperConnectionConfig(streams, eps, fields.size("hc_sinkhorn_iters"))
 
 
 def _sparse_layers(fields: Fields, num_layers: int) -> tuple[bool, ...]:

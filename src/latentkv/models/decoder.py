@@ -11,13 +11,22 @@ from torch import Tensor, nn
 from latentkv import ops
 from latentkv.errors import ConfigError
 from latentkv.models.batch import Batch
-from latentkv.models.config import KDAConfig, LayerConfig, LightningConfig, MLAConfig, ModelConfig
+from latentkv.models.config import (
+    HyperConnectionConfig,
+    IndependentHyperConnectionConfig,
+    KDAConfig,
+    LayerConfig,
+    LightningConfig,
+    MLAConfig,
+    ModelConfig,
+)
 from latentkv.models.forms import Form
 from latentkv.models.gqa import GroupedQueryAttention
 from latentkv.models.hyper_connections import HyperConnection
+from latentkv.models.independent_hyper_connections import HyperHead, IndependentHyperConnection
 from latentkv.models.indexer import HeadWeights, Indexer
 from latentkv.models.kda import KimiDeltaAttention
-from latentkv.models.layers import MLP, Embedding, GatedRMSNorm, Linear, RMSNorm
+from latentkv.models.layers import MLP, Embedding, GatedRMSNorm, Linear, OutputHead, RMSNorm
 from latentkv.models.lightning import LightningAttention
 from latentkv.models.mla import MultiHeadLatentAttention
 from latentkv.models.moe import Experts, MoE, Router
@@ -26,6 +35,16 @@ from latentkv.models.recurrent import RecurrentAttention
 from latentkv.models.rope import Rotary, rotary
 from latentkv.state import LayerState, PagedCache
 from latentkv.weights import PackedWeight
+
+_WITH_EXACT_PARTS = (
+    KimiDeltaAttention,
+    HyperConnection,
+    IndependentHyperConnection,
+    HyperHead,
+    Indexer,
+    MultiHeadLatentAttention,
+    OutputHead,
+)
 
 
 class DecoderLayer(nn.Module):
@@ -52,8 +71,7 @@ class DecoderLayer(nn.Module):
         self.residual_multiplier = config.residual_multiplier
         self.attn_hc = self.ffn_hc = None
         if config.hyper_connections is not None:
-            sizes = config.hidden_size, config.hyper_connections, config.rms_norm_eps
-            self.attn_hc, self.ffn_hc = HyperConnection(*sizes), HyperConnection(*sizes)
+            self.attn_hc, self.ffn_hc = (_connection(config, config.hyper_connections) for _ in range(2))
 
     def forward(
         self,
@@ -106,6 +124,14 @@ class DecoderLayer(nn.Module):
         return x + block if self.residual_multiplier == 1.0 else x + block * self.residual_multiplier
 
 
+def _connection(
+    config: ModelConfig, kind: HyperConnectionConfig | IndependentHyperConnectionConfig
+) -> HyperConnection | IndependentHyperConnection:
+    if isinstance(kind, HyperConnectionConfig):
+        return HyperConnection(config.hidden_size, kind, config.rms_norm_eps)
+    return IndependentHyperConnection(config.hidden_size, kind, config.rms_norm_eps)
+
+
 def _norm(config: ModelConfig, *, gated: bool) -> RMSNorm | GatedRMSNorm:
     if gated and config.gated_norm_rank:
         return GatedRMSNorm(config.hidden_size, config.gated_norm_rank, config.rms_norm_eps)
@@ -138,6 +164,7 @@ def _attention(
             output_gate=attention.output_gate,
             q_lora_scale=attention.q_lora_scale,
             kv_lora_scale=attention.kv_lora_scale,
+            sinks=attention.sinks,
         )
     if layer.rope is None:
         raise ConfigError("grouped-query attention without rotary embedding is not supported: give its layers a rope.")
@@ -179,6 +206,10 @@ class Trunk(nn.Module):
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, layer, max_context=max_context) for layer in config.layers)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        streams = config.hyper_connections
+        self.hc_head = None
+        if isinstance(streams, IndependentHyperConnectionConfig):
+            self.hc_head = HyperHead(config.hidden_size, streams, config.rms_norm_eps)
 
 
 class Decoder(nn.Module):
@@ -203,7 +234,7 @@ class Decoder(nn.Module):
         self.rope = config.rope  # a step has one set of angles
         self.model = Trunk(config, max_context=self.max_context)
         if not config.tie_word_embeddings:
-            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.lm_head = OutputHead(config.hidden_size, config.vocab_size, exact=config.exact_head)
         self.mtp = nn.ModuleList(MTPModule(config, max_context=self.max_context) for _ in range(config.num_mtp_layers))
         self.reset_parameters()
 
@@ -222,7 +253,7 @@ class Decoder(nn.Module):
             if isinstance(module, Experts):
                 nn.init.normal_(module.gate_up_proj, std=std)
                 nn.init.normal_(module.down_proj, std=std)
-            if isinstance(module, KimiDeltaAttention | HyperConnection):
+            if isinstance(module, KimiDeltaAttention | HyperConnection | IndependentHyperConnection | HyperHead):
                 module.reset_parameters()
 
     def forward(self, batch: Batch, cache: PagedCache, *, form: Form | None = None) -> Tensor:
@@ -324,9 +355,11 @@ class Decoder(nn.Module):
         """
         if self.config.logit_multiplier != 1.0:
             hidden = hidden * self.config.logit_multiplier
+        weight = self.output_weight
         if torch.is_grad_enabled() or hidden.dtype == torch.float32:
-            return ops.linear(hidden, self.output_weight).float()
-        return ops.output_logits(hidden, self.output_weight)
+            hidden = hidden if isinstance(weight, PackedWeight) else hidden.to(weight.dtype)
+            return ops.linear(hidden, weight).float()
+        return ops.output_logits(hidden, weight)
 
     @property
     def output_weight(self) -> Tensor | PackedWeight:
@@ -345,6 +378,8 @@ class Decoder(nn.Module):
         yield "model.embed_tokens", self.model.embed_tokens
         yield from ((f"model.layers.{index}", layer) for index, layer in enumerate(self.model.layers))
         yield "model.norm", self.model.norm
+        if self.model.hc_head is not None:
+            yield "model.hc_head", self.model.hc_head
         if not self.config.tie_word_embeddings:
             yield "lm_head", self.lm_head
         yield from ((f"mtp.{index}", module) for index, module in enumerate(self.mtp))
@@ -362,8 +397,8 @@ class Decoder(nn.Module):
         """Hold in float32 after a cast what decides between near-equal experts or tokens, or whose errors add up.
 
         That is every router's correction bias, and its weight where that is trained so, the projection of the weights
-        of every indexer's heads, what recurrent layers forget by, and what pools of index keys and residual streams
-        are mixed by.
+        of every indexer's heads, what recurrent layers forget by, what pools of index keys and residual streams are
+        mixed by, and sinks, norms of index keys and the output head where those are trained so.
         """
         for layer in self.moe_layers():
             if layer.config.exact_router:
@@ -373,7 +408,7 @@ class Decoder(nn.Module):
         for module in self.modules():
             if isinstance(module, HeadWeights):
                 module.float()
-            if isinstance(module, KimiDeltaAttention | HyperConnection | Indexer):
+            if isinstance(module, _WITH_EXACT_PARTS):
                 module.keep_exact()
 
     def drop_mtp_modules(self, *, keep: Container[int]) -> None:
@@ -389,7 +424,9 @@ class Decoder(nn.Module):
 
     def _normed(self, x: Tensor) -> Tensor:
         """Final hidden states [..., hidden] of what the last layer gives."""
-        return self.model.norm(x if self.config.hyper_connections is None else ops.collapse_streams(x))
+        if self.config.hyper_connections is None:
+            return self.model.norm(x)
+        return self.model.norm(ops.collapse_streams(x) if self.model.hc_head is None else self.model.hc_head(x))
 
     def _rotary(self, positions: Tensor) -> Rotary:
         return rotary(self.rope, positions, max_context=self.max_context)

@@ -44,6 +44,12 @@ class Family:
         query_gate: latent attention is gated, each number by what is projected with the queries.
         excluded_score: see `MoEConfig`.
         output_gate: config key `gated_attention_proj_granularity_type` says how latent attention is gated.
+        element_gate: latent attention is gated, each number by what is projected for it.
+        sinks: see `MLAConfig`.
+        indexer_like_attention: an indexer rotates its last dimensions, in the pairs of its attention's queries unless
+            config key `indexer_rope_interleave` says in which, and norms its keys in float32 by `rms_norm_eps` (Hy4).
+        limits_routed: config key `swiglu_limit` is about routed experts alone.
+        exact_head: see `ModelConfig`.
         rotates: latent attention turns its rotary dimensions; Kimi-Linear leaves them as they are.
         mtp: modules that predict further tokens are run; else what files hold of them is left out.
         wrapper: transformers knows it inside a wrapper of this type alone; None: by itself.
@@ -77,6 +83,11 @@ class Family:
     output_gate: bool = False
     query_gate: bool = False
     excluded_score: float = float("-inf")
+    element_gate: bool = False
+    sinks: bool = False
+    indexer_like_attention: bool = False
+    limits_routed: bool = False
+    exact_head: bool = False
     rotates: bool = True
     mtp: bool = True
     wrapper: str | None = None
@@ -469,6 +480,60 @@ FAMILIES: Mapping[str, Family] = {
         rotates=False,
         mtp=False,
         wrapper="glm5_next",
+    ),
+    # Hy4-preview.
+    "hy_v4": Family(
+        "mla",
+        _COMMON
+        | {
+            "vocab_size": 120832,
+            "hidden_size": 2816,
+            "intermediate_size": 6912,
+            "moe_intermediate_size": 768,
+            "num_hidden_layers": 34,
+            "num_attention_heads": 32,
+            "n_shared_experts": 1,
+            "n_routed_experts": 256,
+            "routed_scaling_factor": 2.827,
+            "kv_lora_rank": 512,
+            "q_lora_rank": 1536,
+            "qk_rope_head_dim": 64,
+            "v_head_dim": 256,
+            "qk_nope_head_dim": 192,
+            "n_group": 1,
+            "topk_group": 1,
+            "num_experts_per_tok": 8,
+            "first_k_dense_replace": 1,
+            "norm_topk_prob": True,
+            "max_position_embeddings": 262144,
+            "initializer_range": 0.006,
+            "rms_norm_eps": 1e-5,
+            "bos_token_id": 120000,
+            "eos_token_id": 120025,
+            # A key that transformers 5.23 has not: it turns halves of heads, for which the published weights are not.
+            "rope_interleave": True,
+            "index_topk": 2048,
+            "index_n_heads": 16,
+            "index_head_dim": 128,
+            "index_topk_freq": 4,
+            "index_skip_topk_offset": 2,
+            "swiglu_limit": 10.0,
+            "hc_mult": 4,
+            "hc_eps": 1e-6,
+            "hc_magnitude": 2.0,
+        },
+        rope_interleaved=None,
+        scoring="sigmoid",
+        group_score="top2",
+        correction_bias=True,
+        expert_names="fused",
+        name_style="hy",
+        element_gate=True,
+        sinks=True,
+        indexer_like_attention=True,
+        limits_routed=True,
+        exact_head=True,
+        mtp=False,
     ),
     "minicpm3": Family(
         "mla",

@@ -36,7 +36,7 @@ class Indexer(nn.Module):
     Args:
         hidden_size: width of the residual stream.
         q_lora_rank: of the latent that the layer's queries come from, and these.
-        rope_dim: R; the first R dimensions of queries and keys are rotated, by the layer's own angles.
+        rope_dim: R; the first or last R dimensions of queries and keys are rotated, by the layer's own angles.
         config: sizes.
     """
 
@@ -46,14 +46,16 @@ class Indexer(nn.Module):
         self.rope_dim = rope_dim
         self.wq_b = Linear(q_lora_rank, config.num_heads * config.head_dim, bias=False)
         self.wk = Linear(hidden_size, config.head_dim, bias=False)
-        self.k_norm = nn.LayerNorm(config.head_dim, eps=1e-6)
+        self.k_norm = nn.LayerNorm(config.head_dim, eps=config.norm_eps)
         self.weights_proj = HeadWeights(hidden_size, config.num_heads, bias=False)
         if config.pool is not None:
             self.index_kpool_compress_gate = Linear(hidden_size, config.head_dim, bias=False)
             self.index_kpool_compress_ape = nn.Parameter(torch.zeros(config.pool, config.head_dim))
 
     def keep_exact(self) -> None:
-        """Hold in float32 after a cast what pools are weighted by."""
+        """Hold in float32 after a cast what pools are weighted by, and the norm of keys where it is trained so."""
+        if self.config.exact_norm:
+            self.k_norm.float()
         if self.config.pool is not None:
             ape = self.index_kpool_compress_ape
             self.index_kpool_compress_ape = nn.Parameter(ape.detach().float(), ape.requires_grad)
@@ -101,10 +103,10 @@ class Indexer(nn.Module):
         )
 
     def _write_keys(self, x: Tensor, positions: Rotary, batch: Batch, keys: Tensor, rings: Tensor | None) -> None:
-        norm = self.k_norm.weight, self.k_norm.bias, self.k_norm.eps
+        norm = self._rotated_first(self.k_norm.weight), self._rotated_first(self.k_norm.bias), self.k_norm.eps
         if self.config.pool is None:
-            angles = positions.cos, positions.sin
-            ops.write_index_keys(keys, batch.slots, self.wk(x), *norm, *angles, interleaved=self.config.interleaved)
+            k, angles = self._rotated_first(self.wk(x)), (positions.cos, positions.sin)
+            ops.write_index_keys(keys, batch.slots, k, *norm, *angles, interleaved=self.config.interleaved)
             return
         if rings is None:
             raise CacheError("pools of tokens need a cache with rings: make it of ModelConfig.specs")
@@ -128,7 +130,9 @@ class Indexer(nn.Module):
             return None
         cos, sin = positions.cos, positions.sin
         q = ops.rotate_first(self._queries(compressed), cos.unsqueeze(-2), sin.unsqueeze(-2), config.interleaved)
-        keys = ops.rotate_first(self.k_norm(self.wk(x)), cos, sin, config.interleaved)
+        keys = self.wk(x)
+        normed = self.k_norm(keys.to(self.k_norm.weight.dtype)).to(keys.dtype)
+        keys = ops.rotate_first(self._rotated_first(normed), cos, sin, config.interleaved)
         pool = config.pool or 1
         if config.pool is not None:
             wide, whole = torch.promote_types(x.dtype, torch.float32), length // pool * pool
@@ -152,4 +156,8 @@ class Indexer(nn.Module):
     def _queries(self, compressed: Tensor) -> Tensor:
         """[..., q_lora_rank] -> [..., H, D], not yet rotated."""
         q = self.wq_b(compressed)
-        return q.view(*q.shape[:-1], self.config.num_heads, -1)
+        return self._rotated_first(q.view(*q.shape[:-1], self.config.num_heads, -1))
+
+    def _rotated_first(self, x: Tensor) -> Tensor:
+        """Of x [..., D] the dimensions that are rotated, then the others: products do not depend on their order."""
+        return x.roll(self.rope_dim, -1) if self.config.rotates_last else x

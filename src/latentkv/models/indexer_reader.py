@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from latentkv.errors import ConfigError
-from latentkv.models.config import IndexerConfig, MLAConfig
+from latentkv.models.config import IndexerConfig, MLAConfig, RopeConfig
 from latentkv.models.fields import names_layers
 from latentkv.state.spec import PAGE_SIZE
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 _INDEXER_LETTERS = {"F": "full", "S": "shared"}
 
 
-def read_indexer(fields: Fields, family: Family, attention: MLAConfig) -> IndexerConfig | None:
+def read_indexer(fields: Fields, family: Family, attention: MLAConfig, rope: RopeConfig) -> IndexerConfig | None:
     """The indexer of the layers that have one; None: every token reads all that it sees.
 
     Raises:
@@ -44,13 +45,23 @@ def read_indexer(fields: Fields, family: Family, attention: MLAConfig) -> Indexe
             f"config.json: index_kpool={pool} must divide index_topk={topk}, and the {PAGE_SIZE} tokens of a "
             "cache's page."
         )
-    return IndexerConfig(
+    indexer = IndexerConfig(
         num_heads=fields.size("index_n_heads"),
         head_dim=head_dim,
         topk=topk,
         interleaved=fields.flag("indexer_rope_interleave"),
         pool=pool,
         open_pool=pool is None or fields.flag("index_kpool_always_select_tail"),
+    )
+    if not family.indexer_like_attention:
+        return indexer
+    stated = fields.get("indexer_rope_interleave") is not None
+    return replace(
+        indexer,
+        interleaved=indexer.interleaved if stated else rope.interleaved,
+        rotates_last=True,
+        norm_eps=fields.positive("rms_norm_eps", 0.0),
+        exact_norm=True,
     )
 
 

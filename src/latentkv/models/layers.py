@@ -52,6 +52,24 @@ class Linear(nn.Linear):
         self.packed = packer("weight")
 
 
+class OutputHead(Linear):
+    """The projection to logits; an `exact` one is float32 whatever the model's dtype, unless it is quantised."""
+
+    def __init__(self, in_features: int, out_features: int, *, exact: bool = False) -> None:
+        super().__init__(in_features, out_features, bias=False)
+        self.exact = exact
+
+    def pack(self, packer: Packer) -> None:
+        """See `Packable`; where nothing is to be quantised an exact one stays as it is, for packing would round it."""
+        if not self.exact or packer.quantises("weight"):
+            super().pack(packer)
+
+    def keep_exact(self) -> None:
+        """Hold the weight in float32 after a cast, where it is trained so."""
+        if self.exact:
+            self.float()
+
+
 class Embedding(nn.Embedding):
     """A vector for each token; without storage it is not initialised, for which torch's compiler would be loaded."""
 

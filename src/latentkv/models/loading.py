@@ -24,7 +24,7 @@ _EMBEDDING = "model.embed_tokens.weight"
 _EXACT = (
     *("e_score_correction_bias", "expert_bias", "router.classifier.weight", "index_kpool_compress_ape"),
     *("A_log", "dt_bias", "_conv1d.weight"),
-    *(f".hc_{block}_{part}" for block in ("attn", "ffn") for part in ("fn", "base", "scale")),
+    *(f".hc{block}_{part}" for block in ("", "_head", "_attn", "_ffn") for part in ("fn", "base", "scale")),
 )
 """Ends of the names of what is stored in float32, whatever the rest is stored in."""
 
@@ -192,7 +192,12 @@ def save_pretrained(decoder: Decoder, folder: Path | str, *, dtype: torch.dtype 
         style=family.name_style,
         num_zero_experts=max((layer.moe.num_zero_experts for layer in decoder.config.layers if layer.moe), default=0),
     )
-    cast = ((name, t if name.endswith(_EXACT) else t.to(dtype)) for name, t in tensors)
+    exact = (*_EXACT, ".learnable_sink_param")
+    if decoder.config.exact_head:
+        exact = (*exact, "lm_head.weight")
+    if any(layer.indexer and layer.indexer.exact_norm for layer in decoder.config.layers):
+        exact = (*exact, ".indexer.k_norm.weight", ".indexer.k_norm.bias")
+    cast = ((name, t if name.endswith(exact) else t.to(dtype)) for name, t in tensors)
     if family.wrapper is not None:
         shared = {key: config[key] for key in ("dtype", "tie_word_embeddings")}
         config = {"model_type": family.wrapper, **shared, "text_config": config}

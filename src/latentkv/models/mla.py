@@ -52,6 +52,7 @@ class MultiHeadLatentAttention(nn.Module):
         output_gate: what the heads give is multiplied by a sigmoid, see `MLAConfig`.
         q_lora_scale: what queries are multiplied by.
         kv_lora_scale: what the normed latent is multiplied by before it is cached.
+        sinks: each head has a learned number in the sum that its softmax divides by, see `ops.sink_heads`.
 
     Attributes:
         int8_products: whether steps of one token a sequence multiply bytes over an int8 cache, see `ops.mla_attend`.
@@ -81,6 +82,7 @@ class MultiHeadLatentAttention(nn.Module):
         output_gate: Literal["head", "element", "with queries"] | None = None,
         q_lora_scale: float = 1.0,
         kv_lora_scale: float = 1.0,
+        sinks: bool = False,
     ) -> None:
         super().__init__()
         self.rope = rope or RopeConfig(dim=qk_rope_head_dim, interleaved=True)
@@ -99,6 +101,7 @@ class MultiHeadLatentAttention(nn.Module):
             output_gate,
             q_lora_scale,
             kv_lora_scale,
+            sinks,
         )
         self.num_heads = num_heads
         self.kv_lora_scale = kv_lora_scale
@@ -124,6 +127,7 @@ class MultiHeadLatentAttention(nn.Module):
             gates = num_heads if output_gate == "head" else num_heads * v_head_dim
             self.g_proj = Linear(hidden_size, gates, bias=False)
         self.o_proj = Linear(num_heads * v_head_dim, hidden_size, bias=bias)
+        self.sinks = nn.Parameter(torch.zeros(num_heads)) if sinks else None
         self.is_sparse = indexer is not None
         # Of so many tokens or fewer a sparse layer reads all that it sees.
         self.all_read = 0 if indexer is None else indexer.all_read
@@ -158,12 +162,13 @@ class MultiHeadLatentAttention(nn.Module):
             q = self._absorb(q_nope.flatten(0, 1), q_rope.flatten(0, 1)).unflatten(0, x.shape[:2])
             keys = torch.cat([latent, k_rope], dim=-1)[:, :, None].expand(-1, -1, self.num_heads, -1)
             values = latent[:, :, None].expand(-1, -1, self.num_heads, -1)
-            attended = ops.causal_attention(q, keys, values, scale=self.scale, selected=selected)
+            attended = ops.causal_attention(q, keys, values, scale=self.scale, selected=selected, sinks=self.sinks)
             return self._output(gate, self._unabsorb(attended.flatten(0, 1)).unflatten(0, x.shape[:2]))
         k_nope, values = self._expand(latent)
         keys = torch.cat([k_nope, k_rope[:, :, None].expand(-1, -1, self.num_heads, -1)], dim=-1)
         q = torch.cat([q_nope, q_rope], dim=-1)
-        return self._output(gate, ops.causal_attention(q, keys, values, scale=self.scale, selected=selected))
+        attended = ops.causal_attention(q, keys, values, scale=self.scale, selected=selected, sinks=self.sinks)
+        return self._output(gate, attended)
 
     def attend(
         self,
@@ -348,7 +353,7 @@ class MultiHeadLatentAttention(nn.Module):
         return self.o_proj(heads.flatten(-2), residual)
 
     def _attend_absorbed(self, q: Tensor, batch: Batch, state: LayerState, kind: _Kind, slots: Tensor | None) -> Tensor:
-        attended, _ = ops.mla_attend(
+        attended, lse = ops.mla_attend(
             q,
             state.pages,
             batch.block_table,
@@ -362,7 +367,7 @@ class MultiHeadLatentAttention(nn.Module):
             only_longer_ranges=slots is not None and self.all_read > 0,
             int8_products=kind.int8_products,
         )
-        return self._unabsorb(attended)
+        return self._sink(self._unabsorb(attended), lse)
 
     def _attend_expanded(self, q_nope: Tensor, q_rope: Tensor, batch: Batch, state: LayerState) -> Tensor:
         """One sequence in expanded form: the cache is expanded a chunk at a time, the parts merged by log-sum-exp.
@@ -380,7 +385,16 @@ class MultiHeadLatentAttention(nn.Module):
         _, (out, lse) = next(parts)  # every row sees something of the first chunk
         for rows, part in parts:
             out[rows], lse[rows] = ops.merge_states(out[rows], lse[rows], *part)
-        return out.to(q.dtype)
+        return self._sink(out, lse).to(q.dtype)
+
+    def _sink(self, heads: Tensor, lse: Tensor) -> Tensor:
+        """What heads give [T, H, Dv], of scores of this log-sum-exp [T, H], with their sinks."""
+        return heads if self.sinks is None else ops.sink_heads(heads, lse, self.sinks)
+
+    def keep_exact(self) -> None:
+        """Hold in float32 after a cast what the sums of softmaxes have in them."""
+        if self.sinks is not None:
+            self.sinks = nn.Parameter(self.sinks.detach().float(), self.sinks.requires_grad)
 
     def _attend_chunk(
         self, q: Tensor, block_table: Tensor, state: LayerState, begin: int, end: int, past: int

@@ -109,6 +109,10 @@ class Packer:
         quantized = self.quantized.get(self.prefix + name)
         return self.module.get_parameter(name).detach() if quantized is None else quantized.dequantize()
 
+    def quantises(self, name: str) -> bool:
+        """Whether the weight `name` is quantised, by the checkpoint or by what is asked for."""
+        return self.packing.format is not None or self.prefix + name in self.quantized
+
     def _made(self, name: str, shape: Sequence[int], weight: Callable[[], Weight]) -> PackedWeight:
         packed = self.made(name, shape, weight)
         return packed.rounding_input() if self.packing.rounds_input else packed

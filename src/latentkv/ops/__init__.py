@@ -4,9 +4,9 @@ from latentkv.ops.attention import gqa_attend, mla_attend, mla_decode
 from latentkv.ops.backends import describe_backends
 from latentkv.ops.basic import linear, output_logits
 from latentkv.ops.causal import causal_attention
-from latentkv.ops.elementwise import apply_rope, gate_heads, gated_rms_norm, norm_beside, rms_norm, silu_mul
+from latentkv.ops.elementwise import apply_rope, gate_heads, gated_rms_norm, norm_beside, rms_norm, silu_mul, sink_heads
 from latentkv.ops.headwise import headwise_linear
-from latentkv.ops.hyper_connections import StreamMix, collapse_streams, expand_streams, mix_streams
+from latentkv.ops.hyper_connections import StreamMix, collapse_streams, expand_streams, gate_streams, mix_streams
 from latentkv.ops.index_keys import pool_keys, rotate_first, write_index_keys, write_pooled_keys
 from latentkv.ops.kda import KDAState, KDAWeights, kda_attend, kda_whole
 from latentkv.ops.kv_formats import (
@@ -43,6 +43,7 @@ __all__ = [
     "encode_latents",
     "expand_streams",
     "gate_heads",
+    "gate_streams",
     "gated_mlp",
     "gated_rms_norm",
     "gqa_attend",
@@ -71,6 +72,7 @@ __all__ = [
     "select_experts",
     "select_slots",
     "silu_mul",
+    "sink_heads",
     "storage_dtype",
     "weigh_heads",
     "write_index_keys",

@@ -13,7 +13,15 @@ BLOCK = 128
 LONGEST_KEPT = 2048
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, selected: Tensor | None = None) -> Tensor:
+def causal_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    selected: Tensor | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
     """Every token reads itself and the tokens before it.
 
     In bf16 on a CPU, torch's flash attention spends most of its time outside matrix products; keeping the
@@ -25,10 +33,13 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, selected:
         v: [B, S, H, Dv].
         scale: softmax scale.
         selected: [B, S, S] bool, which tokens (last) each token reads; none after it. None: all.
+        sinks: [H], see `ops.sink_heads`; None: there are none.
 
     Returns:
         [B, S, H, Dv] in q's dtype.
     """
+    if sinks is not None:
+        return _attend_with_sinks(q, k, v, scale, selected, sinks)
     kept = torch.is_grad_enabled() and q.device.type == "cpu" and q.dtype == torch.bfloat16
     if kept and selected is None and q.shape[1] <= LONGEST_KEPT:
         return _BlockedCausal.apply(q, k, v, scale)  # pyright: ignore[reportReturnType]
@@ -38,6 +49,21 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, selected:
     mask = None if selected is None else selected[:, None]
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale)
     return out.transpose(1, 2)[..., :value_dim]
+
+
+def _attend_with_sinks(q: Tensor, k: Tensor, v: Tensor, scale: float, selected: Tensor | None, sinks: Tensor) -> Tensor:
+    """With a token before all others whose score is the head's sink, and whose value is zero."""
+    batch, length = q.shape[:2]
+    # One more dimension, 1 in queries and 0 in keys, in which the sink's key has the score.
+    k, q = F.pad(k, (0, 1)), F.pad(q, (0, 1), value=1.0)
+    sink = F.pad((sinks / scale).to(k.dtype)[None, None, :, None], (k.shape[-1] - 1, 0)).expand(batch, 1, -1, -1)
+    k, v = torch.cat([sink, k], dim=1), torch.cat([torch.zeros_like(v[:, :1]), v], dim=1)
+    if selected is None:
+        selected = torch.ones(1, length, length, dtype=torch.bool, device=q.device).tril()
+    mask = F.pad(selected, (1, 0), value=True)[:, None]
+    width, value_dim = max(q.shape[-1], v.shape[-1]), v.shape[-1]
+    q, k, v = (F.pad(x, (0, width - x.shape[-1])).transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).transpose(1, 2)[..., :value_dim]
 
 
 class _BlockedCausal(torch.autograd.Function):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from latentkv.checks import require_floats
+from latentkv.checks import require_floats, require_shape
 from latentkv.errors import OpError
 from latentkv.ops.native import elementwise as native
 from latentkv.ops.swiglu_limit import SwigluLimit
@@ -151,6 +151,27 @@ def gate_heads(x: Tensor, gate: Tensor) -> Tensor:
     wide = torch.promote_types(x.dtype, torch.float32)
     gate = gate if gate.ndim == x.ndim else gate.unflatten(-1, (heads, -1))
     return (x.to(wide) * gate.to(wide).sigmoid()).to(x.dtype)
+
+
+def sink_heads(x: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
+    """`x * sigmoid(lse - sink)`: what heads give, had each one more token to read, of score `sink` and without a value.
+
+    That token only adds exp(sink) to what the softmax divides by (a learned sink: arXiv 2309.17453, section 3.3; Hy4).
+
+    Args:
+        x: [..., H, D].
+        lse: [..., H], natural log of sum exp(score) of what was read.
+        sinks: [H].
+
+    Returns:
+        [..., H, D] in x's dtype, computed in float32 at least; x itself, changed, where the kernels compute it.
+
+    Raises:
+        OpError: the shapes do not fit.
+    """
+    require_shape("lse", lse, tuple(x.shape[:-1]))
+    require_shape("sinks", sinks, (x.shape[-2],))
+    return gate_heads(x, lse - sinks)
 
 
 def silu_mul(gate_up: Tensor, limit: SwigluLimit | None = None) -> Tensor:

@@ -9,7 +9,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from latentkv.checks import require, require_floats, require_shape
+from latentkv.ops.elementwise import gate_heads, rms_norm
 from latentkv.ops.native import hyper_connections as native
+from latentkv.ops.native import sparse
 
 
 class StreamMix(NamedTuple):
@@ -78,6 +80,58 @@ def mix_streams(
         comb = comb / (comb.sum(-1, keepdim=True) + eps)
         comb = comb / (comb.sum(-2, keepdim=True) + eps)
     return StreamMix(pre.sigmoid() + eps, 2 * post.sigmoid(), comb)
+
+
+def gate_streams(
+    streams: Tensor,
+    fn: Tensor,
+    base: Tensor,
+    scale: Tensor,
+    *,
+    norm_eps: float,
+    eps: float,
+    magnitude: float = 1.0,
+) -> tuple[Tensor, ...]:
+    """What independent hyper-connections (iHC, Hy4) read streams by, and write them by: a sigmoid for each stream.
+
+    Of m = fn f, f as in `mix_streams`: sigmoid(m[:n] scale[0] + base[:n]) + eps, and where there is a second scale
+    magnitude * sigmoid(m[n:] scale[1] + base[n:]) + eps.
+
+    Args:
+        streams: [..., n, D].
+        fn: [g n, n D] float32.
+        base: [g n] float32.
+        scale: [g] float32, g being 1 or 2.
+        norm_eps: added to the mean square.
+        eps: see above.
+        magnitude: see above.
+
+    Returns:
+        g tensors [..., n] in float32, of float64 streams in float64. Where the kernels compute, those of a token depend
+        on its streams alone, bit for bit.
+
+    Raises:
+        OpError: shapes or dtypes do not fit.
+    """
+    count, dim = streams.shape[-2:]
+    groups = scale.shape[0]
+    require(groups in (1, 2), f"gate_streams takes one scale or two, not {groups}")
+    require_shape("fn", fn, (groups * count, count * dim))
+    require_shape("base", base, (groups * count,))
+    require_floats(streams=streams, fn=fn, base=base, scale=scale)
+    wide = torch.promote_types(streams.dtype, torch.float32)
+    flat = streams.flatten(-2).to(wide)
+    # Each by what depends on its own row alone: an op of torch may round it otherwise in another place.
+    normed = rms_norm(flat, flat.new_ones(count * dim), norm_eps)
+    m = sparse.weigh_heads(normed.view(-1, count * dim), fn.to(wide), 1.0)
+    if m is None:
+        with torch.autocast(streams.device.type, enabled=False):
+            m = functional.linear(normed, fn.to(wide))
+    m = m.view(-1, groups, count) * scale.to(wide).unsqueeze(-1) + base.to(wide).view(groups, count)
+    most = m.new_ones(m.shape)
+    most[:, 1:] = magnitude
+    gates = (gate_heads(most, m) + eps).transpose(0, 1).contiguous()
+    return tuple(gate.view(streams.shape[:-1]) for gate in gates)
 
 
 def collapse_streams(streams: Tensor, weights: Tensor | None = None) -> Tensor:

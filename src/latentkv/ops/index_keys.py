@@ -62,7 +62,8 @@ def write_index_keys(
     require_shape("slots", slots, (tokens,))
     require_shape("cos", cos, (tokens, None))
     _require_inside(slots, key_pages.shape[0] * key_pages.shape[1])
-    keys = rotate_first(functional.layer_norm(k, (dim,), norm_weight, norm_bias, eps), cos, sin, interleaved)
+    normed = functional.layer_norm(k.to(norm_weight.dtype), (dim,), norm_weight, norm_bias, eps).to(k.dtype)
+    keys = rotate_first(normed, cos, sin, interleaved)
     _store(key_pages, slots.long(), keys)
 
 

@@ -374,6 +374,16 @@ def mix_streams(
     return m[:n].sigmoid() + eps, 2 * m[n : 2 * n].sigmoid(), comb
 
 
+def gate_streams(
+    streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, *, norm_eps: float, eps: float, magnitude: float
+) -> list[Tensor]:
+    """What a token's n streams [n, D] are read by and, with a second scale, written by (iHC): [n] each."""
+    n, f = len(streams), streams.double().flatten()
+    m = fn.double() @ (f / torch.sqrt(f.square().mean() + norm_eps))
+    m = m * scale.double().repeat_interleave(n) + base.double()
+    return [(magnitude if i else 1) * part.sigmoid() + eps for i, part in enumerate(m.split(n))]
+
+
 def collapse_streams(streams: Tensor, weights: Tensor) -> Tensor:
     """What a block reads of a token's streams [n, D], each with its weight [n]."""
     return weights.double() @ streams.double()
@@ -414,6 +424,11 @@ def silu_mul(gate_up: Tensor, limit: SwigluLimit | None = None) -> Tensor:
 def gate_heads(x: Tensor, gate: Tensor) -> Tensor:
     """`x * sigmoid(gate)` of x [..., H, D] and gate [..., H] or [..., H D]."""
     return x.double() * gate.double().sigmoid().unflatten(-1, (x.shape[-2], -1))
+
+
+def sink_heads(x: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
+    """What heads gave, [..., H, D], had exp(sink) been in the sum of their softmax, whose logarithm lse [..., H] is."""
+    return x.double() * (lse.double().exp() / (lse.double().exp() + sinks.double().exp()))[..., None]
 
 
 def moe_experts(

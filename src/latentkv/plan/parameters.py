@@ -18,6 +18,7 @@ from latentkv.checkpoint.wrapper import outermost
 from latentkv.errors import ConfigError
 from latentkv.models.config import (
     GQAConfig,
+    IndependentHyperConnectionConfig,
     IndexerConfig,
     KDAConfig,
     LayerConfig,
@@ -92,8 +93,10 @@ def tensor_groups(config: ModelConfig, *, mtp: bool = False) -> Iterator[TensorG
     for layer in config.layers:
         yield from _layer(config, layer)
     yield TensorGroup("norm", "norm", (hidden,))
+    if isinstance(config.hyper_connections, IndependentHyperConnectionConfig):
+        yield from _hyper_connection(config, "hc_head", rows=1, scales=1)
     if not config.tie_word_embeddings:
-        yield TensorGroup("lm head", "lm_head", (config.vocab_size, hidden))
+        yield TensorGroup("lm head", "lm_head", (config.vocab_size, hidden), exact=config.exact_head)
     for _ in range(config.num_mtp_layers if mtp else 0):
         yield from _mtp_layer(config)
 
@@ -151,7 +154,8 @@ def weight_bytes(config: ModelConfig, dtype: str) -> int:
 
 
 def _tensor_bytes(group: TensorGroup, dtype: str, config: ModelConfig, stored: PackedSchemes | None) -> int:
-    if group.buffer or group.exact:
+    # An output head is quantised like any other.
+    if group.buffer or (group.exact and (group.kind != "lm head" or dtype not in ROUNDED_TO)):
         return 4 * group.numel
     if dtype in _FLOAT_BYTES:
         return _FLOAT_BYTES[dtype] * group.numel
@@ -229,8 +233,11 @@ def _layer(config: ModelConfig, layer: LayerConfig) -> Iterator[TensorGroup]:
         yield from _gqa(config, attention)
     if layer.own_indexer is not None and isinstance(attention, MLAConfig):
         yield from _indexer(config, attention, layer.own_indexer)
-    for block in ("attn", "ffn"):
-        yield from _hyper_connection(config, f"hc_{block}")
+    if (streams := config.hyper_connections) is not None:
+        independent = isinstance(streams, IndependentHyperConnectionConfig)
+        rows, scales = (2, 2) if independent else (2 + streams.num_streams, 3)
+        for block in ("attn", "ffn"):
+            yield from _hyper_connection(config, f"hc_{block}", rows=rows, scales=scales)
     yield from _norm(config, "input_layernorm", gated=True)
     yield from _norm(config, "post_attention_layernorm", gated=not layer.is_dense)
     if layer.is_dense:
@@ -262,6 +269,15 @@ def _mla(config: ModelConfig, mla: MLAConfig) -> Iterator[TensorGroup]:
         gates = heads if mla.output_gate == "head" else heads * mla.v_head_dim
         yield from _linear("attention", "self_attn.g_proj", gates, hidden)
     yield from _linear("attention", "self_attn.o_proj", hidden, heads * mla.v_head_dim, mla.bias)
+    if mla.sinks:
+        yield TensorGroup("attention", "self_attn.sinks", (heads,), exact=True)
+
+
+def _hyper_connection(config: ModelConfig, name: str, *, rows: int, scales: int) -> Iterator[TensorGroup]:
+    """Of so many rows for each stream."""
+    n = config.hyper_connections.num_streams if config.hyper_connections else 0
+    for part, shape in (("fn", (rows * n, n * config.hidden_size)), ("base", (rows * n,)), ("scale", (scales,))):
+        yield TensorGroup("hyper-connections", f"{name}_{part}", shape, exact=True)
 
 
 def _norm(config: ModelConfig, name: str, *, gated: bool) -> Iterator[TensorGroup]:
@@ -306,22 +322,14 @@ def _indexer(config: ModelConfig, mla: MLAConfig, indexer: IndexerConfig) -> Ite
     queries = indexer.num_heads * indexer.head_dim
     yield from _linear("attention", "self_attn.indexer.wq_b", queries, mla.q_lora_rank or 0)
     yield from _linear("attention", "self_attn.indexer.wk", indexer.head_dim, config.hidden_size)
-    yield TensorGroup("norm", "self_attn.indexer.k_norm", (indexer.head_dim,))
-    yield TensorGroup("norm", "self_attn.indexer.k_norm.bias", (indexer.head_dim,))
+    for name in ("k_norm", "k_norm.bias"):
+        yield TensorGroup("norm", f"self_attn.indexer.{name}", (indexer.head_dim,), exact=indexer.exact_norm)
     yield TensorGroup("attention", "self_attn.indexer.weights_proj", (indexer.num_heads, config.hidden_size))
     if indexer.pool is not None:
         gate = "self_attn.indexer.index_kpool_compress_gate"
         yield TensorGroup("attention", gate, (indexer.head_dim, config.hidden_size))
         ape = "self_attn.indexer.index_kpool_compress_ape"
         yield TensorGroup("attention", ape, (indexer.pool, indexer.head_dim), exact=True)
-
-
-def _hyper_connection(config: ModelConfig, name: str) -> Iterator[TensorGroup]:
-    if config.hyper_connections is None:
-        return
-    n = config.hyper_connections.num_streams
-    for part, shape in (("fn", ((2 + n) * n, n * config.hidden_size)), ("base", ((2 + n) * n,)), ("scale", (3,))):
-        yield TensorGroup("hyper-connections", f"{name}_{part}", shape, exact=True)
 
 
 def _gqa(config: ModelConfig, gqa: GQAConfig) -> Iterator[TensorGroup]:

@@ -10,11 +10,11 @@ from latentkv.weights.formats import INT8, CodeFormat
 from latentkv.weights.weight import GROUP_SIZES
 
 # Linear layers that are read whole for every token, and whose errors average out. Everything else stays as it is:
-# embeddings, norms, routers and their biases, the weights of an indexer's heads, what pools of index keys and residual
-# streams are mixed by (index_kpool_compress_*, hc_*), what recurrences forget and write by (b_proj, A_log, dt_bias, the
-# taps of convolutions), and the projections to and from the latents (kv_a_proj_with_mqa, kv_b_proj, q_a_proj), of gates
-# of low rank (f_a_proj, f_b_proj, g_a_proj, g_b_proj) and of the multi-token-prediction input (eh_proj), through which
-# all information passes.
+# embeddings, norms, routers and their biases, the weights of an indexer's heads, the sinks of softmaxes, what pools of
+# index keys and residual streams are mixed by (index_kpool_compress_*, hc_*), what recurrences forget and write by
+# (b_proj, A_log, dt_bias, the taps of convolutions), and the projections to and from the latents (kv_a_proj_with_mqa,
+# kv_b_proj, q_a_proj), of gates of low rank (f_a_proj, f_b_proj, g_a_proj, g_b_proj) and of the multi-token-prediction
+# input (eh_proj), through which all information passes.
 _QUANTISED = re.compile(
     r"model\.layers\.\d+\."
     r"(self_attn\.(q_proj|q_b_proj|k_proj|v_proj|query_key_value|f_proj|g_proj|o_proj|indexer\.(wq_b|wk))\.weight"
