@@ -139,7 +139,7 @@ struct QuadSums {
     else
       halves = add_halves(halves, products);
     // One after the other: GCC would add up products first, for which there are no registers.
-    if (fit > 2) asm("" : "+x"(halves));
+    if (fit > 2) asm("" : "+v"(halves));
   }
   // After so many quads of a pack.
   __attribute__((always_inline)) void widen_after(int quads) {

@@ -17,5 +17,5 @@ def test_starts_are_measured_beside_import_torch() -> None:
 
 @pytest.mark.slow
 def test_a_start_that_fails_says_what_the_command_said(tmp_path: Path) -> None:
-    with pytest.raises(RequestError, match="^no folder"):
+    with pytest.raises(RequestError, match=r"^no folder"):
         measure_start(str(tmp_path / "nothing"), name="nothing", repeats=1)
