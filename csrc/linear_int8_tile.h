@@ -15,6 +15,12 @@ namespace latentkv::LATENTKV_ISA {
 constexpr int RUN = 32;  // activations that share a scale, at most
 constexpr int INT8_ROWS = W == 16 ? 8 : 4;
 
+// Measured with AVX2, where a block has few rows and few registers; not elsewhere.
+#if defined(__AVX2__) && !defined(__AVX512F__)
+constexpr bool DECODES_ONCE = true;
+#else
+constexpr bool DECODES_ONCE = false;
+#endif
 #if defined(__AVX512BF16__)
 constexpr bool MULTIPLIES_UNSIGNED = true;
 #else
@@ -279,7 +285,7 @@ template <class Decoder>
 constexpr Int8Product int8_product_of() {
   Int8Product product = {};
   product.tiles = Int8Tiles<Decoder, INT8_ROWS>::for_rows;
-  if constexpr (Decoder::words > 1 || Decoder::quads > 2) {
+  if constexpr (DECODES_ONCE && (Decoder::words > 1 || Decoder::quads > 2)) {
     product.tiles_of_quads = Int8Tiles<DecodedQuads<Decoder>, INT8_ROWS>::for_rows;
     product.decode = decode_quads<Decoder>;
   }

@@ -17,7 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from offload_cases import BLOCK, forget, settle, store_for
 from torch import Tensor
 
-from latentkv.engine import Engine, Request, SamplingParams, Sequence, offload, sample, snapshots
+from latentkv.engine import Engine, Request, SamplingParams, Sequence, adaptive, engine, offload, sample, snapshots
 from latentkv.engine.adaptive import AdaptiveDrafter
 from latentkv.engine.drafts import NGramDrafter, Wish
 from latentkv.kernels import Isa, available_isas, use_isa
@@ -86,6 +86,25 @@ DRAFTERS = {
 }
 
 
+class Clock:
+    """Each look at it comes a millisecond after the last: what adapts to speeds does the same in every run."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def perf_counter(self) -> float:
+        self.now += 1e-3
+        return self.now
+
+
+def with_steady_clock() -> pytest.MonkeyPatch:
+    """Lets engines and drafters look at a clock of this kind until it is undone."""
+    patch, clock = pytest.MonkeyPatch(), Clock()
+    for module in (engine, adaptive):
+        patch.setattr(module, "time", clock)
+    return patch
+
+
 @dataclass
 class Asked:
     prompt: tuple[int, ...]
@@ -108,6 +127,7 @@ class Workload(RuleBasedStateMachine):
         most_drafted=st.integers(1, 5),
     )
     def start(self, pages: int, step_tokens: int, max_running: int, drafter: str, most_drafted: int) -> None:
+        self.patch = with_steady_clock()
         self.cache = cache_for(decoder(self.kind), pages)
         self.engine = Engine(
             decoder(self.kind),
@@ -170,8 +190,11 @@ class Workload(RuleBasedStateMachine):
     def teardown(self) -> None:
         if not hasattr(self, "engine"):
             return
-        self.finish()
-        self.nothing_is_held()
+        try:
+            self.finish()
+            self.nothing_is_held()
+        finally:
+            self.patch.undo()
 
     def nothing_is_held(self) -> None:
         assert self.cache.pool.free_pages == self.cache.num_pages
@@ -253,7 +276,6 @@ class StoredWorkload(Workload):
             if hasattr(self, "engine"):
                 self.engine.close()
                 self.folder.cleanup()
-                self.patch.undo()
 
 
 class HybridWorkload(Workload):
@@ -285,7 +307,7 @@ class HybridWorkload(Workload):
         most_drafted: int,
     ) -> None:
         self.kind, self.isa = kind, isa
-        self.patch = pytest.MonkeyPatch()
+        self.patch = with_steady_clock()
         self.patch.setattr(snapshots, "LEAST_PAGES", least)
         if not decoder(kind).mtp and drafter in ("MTP", "adaptive"):
             drafter = "n-gram"
@@ -311,13 +333,6 @@ class HybridWorkload(Workload):
         with use_isa(self.isa):
             super().one_step()
         self.what_is_known_stays()
-
-    def teardown(self) -> None:
-        try:
-            super().teardown()
-        finally:
-            if hasattr(self, "engine"):
-                self.patch.undo()
 
     def what_is_known_stays(self) -> None:
         """Pages and snapshots that can be found hold the same bytes as ever."""

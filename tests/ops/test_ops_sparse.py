@@ -223,6 +223,7 @@ def test_the_weights_of_heads_are_those_of_the_definition_for_each_row_alone(dty
     assert weights.dtype == torch.float32
     torch.testing.assert_close(weights.double(), 0.5 * reference.linear(x, weight), atol=1e-5, rtol=1e-5)
     assert all(torch.equal(weigh_heads(x[t : t + 1], weight, 0.5), weights[t : t + 1]) for t in range(7))
+    assert weigh_heads(x[:0], weight, 0.5).shape == (0, 11)
 
 
 def test_attention_to_all_slots_is_attention_to_the_range() -> None:

@@ -124,3 +124,21 @@ def test_a_copy_takes_each_weights_own_and_is_told_from_another(tmp_path: Path) 
         assert found is not None and found.group == 64 and torch.equal(found.codes, expected.codes), name
     with pytest.raises(CheckpointError, match="exists and is not empty"):
         quantize_checkpoint(source, tmp_path / "out", "int4")
+
+
+def test_an_expert_with_a_limit_counts_what_the_limit_leaves(tmp_path: Path) -> None:
+    hybrid = {"model_type": "bailing_hybrid", "architectures": None, "layer_group_size": 2, "head_dim": 16}
+    limits = {"expert_swiglu_limit_list": [0, 0.05]}
+    words = load_tokenizer(EMBEDDED_MODEL).needed_size
+    source = save_random(tmp_path / "source", torch.float32, **hybrid, **limits, vocab_size=words)
+    found = column_importance(copied_tokenizer(EMBEDDED_MODEL, source), TEXT)
+    decoder, seen = load_model(source), list[tuple[Tensor, Tensor]]()
+    experts = decoder.model.layers[1].mlp.experts
+    experts.register_forward_pre_hook(lambda _, given: seen.append((given[0], given[1])))
+    with torch.inference_mode():
+        decoder.forward_train(torch.tensor([load_tokenizer(source).encode(TEXT)]))
+    ((x, ids),) = seen
+    expert = int(ids[0, 0])
+    gate, up = functional.linear(x[(ids == expert).any(1)], experts.gate_up_proj[expert]).chunk(2, -1)
+    inside = as_importance(functional.silu(gate).clamp(max=0.05) * up.clamp(-0.05, 0.05))
+    assert torch.allclose(found[f"model.layers.1.mlp.experts.{expert}.down_proj.weight"], inside, rtol=1e-3)

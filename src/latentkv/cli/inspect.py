@@ -116,7 +116,7 @@ def _experts(facts: CheckpointFacts) -> str:
         return "none, every layer is dense"
     groups = f", from {moe['topk_group']} of {moe['num_groups']} groups" if moe["group_score"] else ""
     gated = moe["gated_shared_size"]
-    shared = f"a gated one of {gated:,}" if gated else f"{moe['num_shared_experts']} shared"
+    shared = f"a gated one of {gated:,}" if gated else f"{moe['num_shared_experts'] or 'none'} shared"
     none = f" and {zero} zero experts" if (zero := moe["num_zero_experts"]) else ""
     beside = ", beside dense blocks" if facts.shortcut_layers else ""
     return (

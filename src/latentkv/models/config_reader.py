@@ -21,15 +21,14 @@ from latentkv.models.config import (
     LayerConfig,
     MLAConfig,
     ModelConfig,
-    MoEConfig,
     RecurrentConfig,
 )
 from latentkv.models.families import ALIASES, FAMILIES, SPELLINGS, TEXT_MODEL_OF, Family, family_of
 from latentkv.models.fields import names_layers, read_flag, read_number, read_positive, shown
 from latentkv.models.hybrid_reader import read_hybrid_layers
 from latentkv.models.indexer_reader import read_indexer, sharing_layers
+from latentkv.models.moe_reader import read_moe, read_swiglu_limit, sparse_layers
 from latentkv.models.rope_reader import longest_context, read_rope
-from latentkv.ops.swiglu_limit import SwigluLimit
 from latentkv.token_ids import read_token_id, read_token_ids
 
 TIED = "tie_word_embeddings"
@@ -52,7 +51,7 @@ _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "gated_norm_rank": (None, 0),
     "hc_mult": (None, 0),
     "index_kpool": (None, 0, 1),
-    "swiglu_limit": (None,),
+    "swiglu_limit": (None, 0),
     "no_kda_lora": (None, True),
     "use_kda_lora": (None, False),
     "use_mla_nope": (None, False),
@@ -177,7 +176,7 @@ def _from_dict(raw: Mapping[str, Any], generation: Mapping[str, Any]) -> ModelCo
         num_mtp_layers=fields.count("num_nextn_predict_layers") if family.mtp else 0,
         gated_norm_rank=fields.count("gated_norm_rank"),
         hyper_connections=_hyper_connections(fields),
-        swiglu_limit=None if family.limits_routed else _swiglu_limit(fields),
+        swiglu_limit=None if family.limits_routed else read_swiglu_limit(fields),
         exact_head=family.exact_head,
         # MiniCPM scales its embeddings, residual branches and logits; the keys are absent elsewhere.
         embedding_multiplier=fields.positive("scale_emb", 1.0),
@@ -294,14 +293,14 @@ def _refuse_quantization(*described: Any) -> None:
 
 
 def _read_layers(fields: Fields, family: Family) -> tuple[LayerConfig, ...]:
-    attention, moe = _read_attention(fields, family), _read_moe(fields, family)
+    attention, moe = _read_attention(fields, family), read_moe(fields, family)
     rope = read_rope(fields, family, attention)
     if family.paired:
         fields.size("n_routed_experts")  # a layer whose experts are all zero experts is none
         layer = LayerConfig(attention, rope, shortcut="begins")
         return (layer, replace(layer, moe=moe, shortcut="ends")) * fields.size("num_layers")
     num_layers = fields.size("num_hidden_layers")
-    sparse = _sparse_layers(fields, num_layers) if moe else (False,) * num_layers
+    sparse = sparse_layers(fields, num_layers) if moe else (False,) * num_layers
     indexer = read_indexer(fields, family, attention, rope) if isinstance(attention, MLAConfig) else None
     hybrid = family.recurrent is not None
     shares = sharing_layers(fields, num_layers, first_is_full=not hybrid) if indexer else (False,) * num_layers
@@ -378,52 +377,6 @@ def _head_share(fields: Fields, heads: int) -> int:
     return hidden_size // heads
 
 
-def _read_moe(fields: Fields, family: Family) -> MoEConfig | None:
-    if family.scoring is None or not fields.count("n_routed_experts"):
-        return None
-    experts, chosen = fields.size("n_routed_experts"), fields.size("num_experts_per_tok")
-    zero_experts = fields.count("zero_expert_num")
-    group_score = family.group_score
-    if group_score == "topk_method":
-        group_score = "max" if fields.get("topk_method") == "group_limited_greedy" else None
-    groups = (fields.count("n_group") or 1) if group_score else 1
-    topk_group = fields.size("topk_group") if groups > 1 else 1
-    choices = experts + zero_experts
-    if choices % groups or topk_group > groups or chosen > choices // groups * topk_group:
-        raise ConfigError(
-            f"config.json: cannot choose {chosen} of {choices} experts from {topk_group} of {groups} groups."
-        )
-    if group_score == "top2" and groups > 1 and choices // groups < 2:
-        raise ConfigError(f"config.json: n_group={groups} leaves groups of one expert; they need two or more.")
-    return MoEConfig(
-        num_experts=experts,
-        experts_per_token=chosen,
-        intermediate_size=fields.size(family.expert_size),
-        num_shared_experts=fields.count("n_shared_experts"),
-        gated_shared_size=fields.count("shared_expert_intermediate_size"),
-        scoring=family.scoring,
-        correction_bias=family.correction_bias,
-        group_score=group_score if topk_group < groups else None,
-        num_groups=groups,
-        topk_group=topk_group,
-        excluded_score=family.excluded_score if topk_group < groups else -math.inf,
-        normalize_weights=fields.flag("norm_topk_prob"),
-        scaling_factor=fields.number("routed_scaling_factor"),
-        post_norm=family.post_mlp_norm,
-        swiglu_limit=_swiglu_limit(fields),
-        shared_swiglu_limit=None if family.limits_routed else _swiglu_limit(fields),
-        num_zero_experts=zero_experts,
-        exact_router=family.exact_router,
-    )
-
-
-def _swiglu_limit(fields: Fields) -> SwigluLimit | None:
-    """What bounds activations of the whole model; 0 and null: nothing."""
-    if not fields.get("swiglu_limit"):
-        return None
-    return SwigluLimit(fields.positive("swiglu_limit", 0.0), bounds_gate=True)
-
-
 def _hyper_connections(fields: Fields) -> HyperConnectionConfig | IndependentHyperConnectionConfig | None:
     if fields.get("hc_mult") is None:
         return None
@@ -431,23 +384,6 @@ def _hyper_connections(fields: Fields) -> HyperConnectionConfig | IndependentHyp
     if fields.get("hc_magnitude") is not None:
         return IndependentHyperConnectionConfig(streams, eps, fields.number("hc_magnitude"))
     return HyperConnectionConfig(streams, eps, fields.size("hc_sinkhorn_iters"))
-
-
-def _sparse_layers(fields: Fields, num_layers: int) -> tuple[bool, ...]:
-    """Which layers have experts."""
-    kinds = fields.get("mlp_layer_types")
-    if kinds is None:
-        first, every = fields.count("first_k_dense_replace"), fields.count("moe_layer_freq") or 1
-        step, dense = fields.count("decoder_sparse_step") or 1, fields.get("mlp_only_layers") or []
-        if not isinstance(dense, list) or not all(type(index) is int for index in dense):
-            raise ConfigError(f"config.json: mlp_only_layers must be a list of layers' numbers, not {shown(dense)}.")
-        sparse = (i >= first and i % every == 0 and (i + 1) % step == 0 for i in range(num_layers))
-        return tuple(is_sparse and i not in dense for i, is_sparse in enumerate(sparse))
-    if not names_layers(kinds, num_layers, ("dense", "sparse")):
-        raise ConfigError(
-            f"config.json: mlp_layer_types must name 'dense' or 'sparse' for each of {num_layers} layers."
-        )
-    return tuple(kind == "sparse" for kind in kinds)
 
 
 def _sliding_windows(fields: Fields, family: Family, num_layers: int) -> tuple[int | None, ...]:

@@ -53,5 +53,4 @@ class HyperConnection(nn.Module):
 
     def keep_exact(self) -> None:
         """Hold in float32 after a cast what all streams are mixed by."""
-        for name, parameter in list(self.named_parameters()):
-            self.register_parameter(name, nn.Parameter(parameter.detach().float(), parameter.requires_grad))
+        self.float()

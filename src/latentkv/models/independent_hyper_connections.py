@@ -47,8 +47,7 @@ class _Gates(nn.Module):
 
     def keep_exact(self) -> None:
         """Hold in float32 after a cast what streams are read and written by."""
-        for name, parameter in list(self.named_parameters()):
-            self.register_parameter(name, nn.Parameter(parameter.detach().float(), parameter.requires_grad))
+        self.float()
 
 
 class IndependentHyperConnection(_Gates):

@@ -42,7 +42,8 @@ def weigh_heads(x: Tensor, weight: Tensor, scale: float) -> Tensor:
     with torch.autocast(x.device.type, enabled=False):
         # Row by row: of a product of matrices each row's rounding depends on how many there are; and copied, because
         # BLAS may round differently by alignment.
-        return torch.stack([torch.mv(weight, row.to(weight.dtype, copy=True)) for row in x]) * scale
+        rows = [torch.mv(weight, row.to(weight.dtype, copy=True)) for row in x]
+        return torch.stack(rows) * scale if rows else weight.new_empty(0, len(weight))
 
 
 def index_scores(q: Tensor, weights: Tensor, keys: Tensor, stop: Sequence[int]) -> Tensor:

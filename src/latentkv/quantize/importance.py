@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from latentkv import ops
 from latentkv.checkpoint.names import published_name
 from latentkv.errors import TokenizerError
 from latentkv.llm_options import tokenizer_of
@@ -90,10 +91,10 @@ class _Squares:
     def _add_experts(self, name: str, experts: Experts, x: Tensor, expert_ids: Tensor) -> None:
         for expert in expert_ids[expert_ids < len(experts.gate_up_proj)].unique().tolist():
             rows = x[(expert_ids == expert).any(-1)]
-            gate, up = functional.linear(rows, experts.gate_up_proj[expert]).chunk(2, dim=-1)
+            given = ops.silu_mul(functional.linear(rows, experts.gate_up_proj[expert]), experts.limit)
             for leaf in ("gate_proj", "up_proj"):
                 self.add(f"{name}.{expert}.{leaf}.weight", rows)
-            self.add(f"{name}.{expert}.down_proj.weight", functional.silu(gate) * up)
+            self.add(f"{name}.{expert}.down_proj.weight", given)
 
     def means(self) -> dict[str, Tensor]:
         """Mean squares, made to have the mean 1."""
