@@ -163,7 +163,7 @@ LATENT = {
         (
             "longcat_flash",
             {**LATENT, "num_layers": 2, "n_routed_experts": 8, "zero_expert_num": 4, "moe_topk": 3},
-            "3 of 8 routed and 4 zero experts (softmax) and 0 shared, of width 24, in 2 layers, beside dense blocks",
+            "3 of 8 routed and 4 zero experts (softmax) and none shared, of width 24, in 2 layers, beside dense blocks",
         ),
         (
             "hy_v4",
