@@ -25,6 +25,8 @@ from typing import TYPE_CHECKING, Any
 import hypothesis
 import pytest
 
+from thinning import covering
+
 if TYPE_CHECKING:
     from latentkv import LLM
     from live_server import Live
@@ -80,17 +82,35 @@ def pytest_collection() -> Generator[None, object, object]:
         atexit.register(gc.unfreeze)  # Triton's library looks at the end whether all is given back
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
+NOT_USUAL = {"slow", "gpu", "rank", "client", "mutation"}
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest chooses by marks, and pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Where tests run side by side, those of a file stay together, and those that share a server or a browser do.
 
     The browser's, which wait the longest, come first: at the end, nothing would be left to do meanwhile.
     """
+    _thin_out(items)
     for item in items:
         if item.get_closest_marker("xdist_group") is None:
             used = [SHARED[name] for name in getattr(item, "fixturenames", ()) if name in SHARED]
             item.add_marker(pytest.mark.xdist_group(used[0] if used else item.path.name))
     items.sort(key=lambda item: "browser" not in getattr(item, "fixturenames", ()))
+
+
+def _thin_out(items: list[pytest.Item]) -> None:
+    """Mark as slow what tests marked `thin` can spare."""
+    of_test: dict[tuple[str, int], list[Any]] = {}
+    for item in items:
+        mark = item.get_closest_marker("thin")
+        if mark is not None and not any(item.get_closest_marker(name) for name in NOT_USUAL):
+            key = item.nodeid.partition("[")[0], mark.kwargs["meet"]
+            of_test.setdefault(key, []).append(item)
+    for (_, meet), same in of_test.items():
+        for item, taken in zip(same, covering([item.callspec.indices for item in same], meet), strict=True):
+            if not taken:
+                item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="module")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from transformers import (
     AutoConfig,
@@ -572,6 +574,19 @@ CASES = [
 
 FIRST_CASES = list({case.model_type: case for case in reversed(CASES)}.values())
 """One of each family, for what its other cases, which differ in their config's values, would only repeat."""
+
+KINDS = ["v3", "v32", "glm5", "longcat", "hy4", "kimi-linear", "llama-gqa", "qwen2-moe"]
+"""One of each way in which layers keep their weights."""
+
+
+def slow_but(cases: Iterable[Case], usual: Collection[str]) -> list[Any]:
+    """Parameters of a test: all cases, of which the default run takes those that are named."""
+    return [pytest.param(case, marks=() if case.name in usual else pytest.mark.slow) for case in cases]
+
+
+FIRST_NAMES = {case.name for case in FIRST_CASES}
+by_family = pytest.mark.parametrize("case", slow_but(CASES, FIRST_NAMES), ids=lambda case: case.name)
+"""Every case, for what a family's cases should do alike: the default run takes the first of each family."""
 
 
 def build(case: Case) -> PreTrainedModel:

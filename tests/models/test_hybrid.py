@@ -23,6 +23,7 @@ from latentkv.models.kda import EXACT, KimiDeltaAttention
 from latentkv.models.loading import load_model
 from latentkv.models.mla import MultiHeadLatentAttention
 from latentkv.models.rope import rotary
+from latentkv.models.stored_config import open_checkpoint
 from latentkv.state import PagedCache
 
 HYBRIDS = [case for case in CASES if case.model_type in ("bailing_hybrid", "kimi_linear", "glm5_next")]
@@ -51,11 +52,11 @@ def test_a_prompt_cut_anywhere_does_so_in_every_form(case: Case, form: str | Non
 @by_name
 @pytest.mark.parametrize("kv_format", ["fp32", "int8", "fp8"])
 def test_a_cache_in_every_format_serves_the_layers_that_have_one(case: Case, kv_format: str) -> None:
-    folder, _ = reference(case.name)
-    specs = load_model(folder).config.specs(kv_format)  # pyright: ignore[reportArgumentType]
+    config, _ = open_checkpoint(reference(case.name)[0])
+    specs = config.specs(kv_format)  # pyright: ignore[reportArgumentType]
     cache = PagedCache(specs, 3, page_size=16, num_slots=2)
     cache.check()
-    kinds = [layer.attention for layer in load_model(folder).config.layers]
+    kinds = [layer.attention for layer in config.layers]
     assert [spec.recurrent is None for spec in specs] == [isinstance(kind, MLAConfig) for kind in kinds]
     assert [spec.tokens is None for spec in specs] == [isinstance(kind, KDAConfig) for kind in kinds]
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from families_for_tests import FIRST_CASES, Case
+from families_for_tests import FIRST_CASES, KINDS, Case, slow_but
 from gguf import GGMLQuantizationType as Type
 from safetensors.torch import load_file, save_file
 from test_packing import checkpoint, logits
@@ -35,7 +35,7 @@ from latentkv.weights.packed_folder import PackedFolder
 pytestmark = pytest.mark.skipif(kernels.extension is None, reason="the native kernels are not built")
 
 BF16 = Packing()
-by_name = pytest.mark.parametrize("case", FIRST_CASES, ids=lambda case: case.name)
+by_kind = pytest.mark.parametrize("case", slow_but(FIRST_CASES, KINDS), ids=lambda case: case.name)
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def assert_same(actual: Decoder, expected: Decoder) -> None:
     assert [name for name, _ in actual.named_modules()] == [name for name, _ in expected.named_modules()]
 
 
-@by_name
+@by_kind
 def test_mapped_weights_are_those_that_are_packed_anew(case: Case, folder: PackedFolder) -> None:
     model = checkpoint(case.name)
     expected = load_model(model, packing=Packing())
@@ -71,8 +71,14 @@ def test_mapped_weights_are_those_that_are_packed_anew(case: Case, folder: Packe
     assert [file.path.stat().st_ino for file in folder.files()] == written
 
 
-@pytest.mark.parametrize("packing", [Packing(compact=True), Packing(INT8), Packing(INT4), Packing(INT4, 32)], ids=str)
-@pytest.mark.parametrize("name", ["v3", "longcat", "hy4", "llama-gqa"])
+@pytest.mark.parametrize(
+    ("name", "packing"),
+    [
+        *(("v3", packing) for packing in (Packing(compact=True), Packing(INT8), Packing(INT4, 32))),
+        *((name, Packing(INT4)) for name in ("v3", "longcat", "hy4", "llama-gqa")),
+    ],
+    ids=str,
+)
 def test_so_are_they_in_every_format(name: str, packing: Packing, folder: PackedFolder) -> None:
     model = checkpoint(name)
     expected = load_model(model, packing=packing, dtype=torch.bfloat16)

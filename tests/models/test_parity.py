@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from families_for_tests import CASES, VOCAB, Case, save_checkpoint
+from families_for_tests import CASES, FIRST_NAMES, VOCAB, Case, by_family, save_checkpoint, slow_but
 
 from latentkv.models.batch import Batch, SlotUse
 from latentkv.models.decoder import Decoder
@@ -26,7 +26,7 @@ IDS = torch.randint(3, VOCAB, (PREFILL + STEPS,), generator=torch.Generator().ma
 MLA_CASES = [case for case in CASES if "kv_lora_rank" in case.config]
 FOLDERS = TemporaryDirectory(prefix="latentkv-models-")  # removed when the process ends
 by_name = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-by_name_mla = pytest.mark.parametrize("case", MLA_CASES, ids=lambda case: case.name)
+by_family_mla = pytest.mark.parametrize("case", slow_but(MLA_CASES, FIRST_NAMES), ids=lambda case: case.name)
 
 
 @cache
@@ -71,7 +71,7 @@ def test_prefill_and_decode_through_the_cache_give_transformers_logits(case: Cas
     assert torch.equal(logits.argmax(-1), expected.argmax(-1))
 
 
-@by_name_mla
+@by_family_mla
 @pytest.mark.parametrize("form", ["absorbed", "expanded"])
 def test_each_form_gives_transformers_logits(case: Case, form: str) -> None:
     folder, expected = reference(case.name)
@@ -80,7 +80,7 @@ def test_each_form_gives_transformers_logits(case: Case, form: str) -> None:
     assert torch.equal(logits.argmax(-1), expected.argmax(-1))
 
 
-@by_name_mla
+@by_family_mla
 def test_expansion_in_small_chunks_over_a_chunked_prefill_gives_transformers_logits(case: Case) -> None:
     folder, expected = reference(case.name)
     decoder = load_model(folder)
@@ -91,7 +91,7 @@ def test_expansion_in_small_chunks_over_a_chunked_prefill_gives_transformers_log
     assert torch.equal(logits.argmax(-1), expected.argmax(-1))
 
 
-@by_name
+@by_family
 def test_whole_sequences_without_a_cache_give_transformers_logits(case: Case) -> None:
     folder, expected = reference(case.name)
     decoder = load_model(folder)
@@ -100,7 +100,7 @@ def test_whole_sequences_without_a_cache_give_transformers_logits(case: Case) ->
     assert error(logits, expected) <= TOLERANCE
 
 
-@by_name
+@by_family
 def test_changing_any_tensor_changes_the_logits_beyond_the_tolerance(case: Case) -> None:
     folder, expected = reference(case.name)
     decoder = load_model(folder)
@@ -175,7 +175,7 @@ ROPE_FIELDS = {
 }
 
 
-@by_name
+@by_family
 def test_changing_any_meaningful_config_field_changes_the_logits(case: Case, tmp_path: Path) -> None:
     folder, expected = reference(case.name)
     saved, loaded = json.loads((folder / "config.json").read_text()), load_model(folder)

@@ -22,6 +22,7 @@ def case(tokens: int, count: int, dim: int, dtype: torch.dtype = torch.float32) 
     return torch.randn(tokens, count, dim).to(dtype), *weights, torch.randn(tokens, dim).to(dtype)
 
 
+@pytest.mark.thin(meet=2)
 @pytest.mark.parametrize(("count", "dim"), [(4, 48), (2, 7), (3, 33), (1, 16), (16, 5)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_each_token_is_read_and_written_by_the_definition(dtype: torch.dtype, count: int, dim: int) -> None:
@@ -116,6 +117,7 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
         expand_streams(streams, block[:, 1:], mix)
 
 
+@pytest.mark.thin(meet=2)
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize(("count", "dim"), [(4, 48), (2, 7), (3, 33), (1, 16)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

@@ -60,6 +60,7 @@ def assert_close(out: Tensor, x: Tensor, weight: Tensor, added: tuple[Tensor, ..
     assert ((out.double() - expected).abs() <= TOLERANCE[x.dtype] * size).all()
 
 
+@pytest.mark.thin(meet=2)
 @every_isa
 @every_format
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ops_cases import Paged, assert_meets_bar, mla_case, token_slots
+from torch import Tensor
 
 from latentkv.errors import OpError
 from latentkv.ops import KVFormat, mla_attend, mla_decode, reference
@@ -29,10 +31,24 @@ def assert_matches_reference(case: Paged, latent_dim: int, scale: float = 0.1, *
     assert_meets_bar(mla_attend(*case.args, **options), reference.mla_attend(*case.args, **options))
 
 
+@cache
+def shape_case(heads: int, steps: int, rank: int) -> tuple[Paged, tuple[Tensor, Tensor]]:
+    """A case, and the reference's result: the same for every instruction set."""
+    case = mla_case([steps] * 3, [steps, 33, 70], heads=heads, latent_dim=rank, rope_dim=64, page_size=32, seed=heads)
+    return case, reference.mla_attend(*case.args, latent_dim=rank, scale=(rank + 64) ** -0.5)
+
+
+@cache
+def long_case() -> tuple[Paged, tuple[Tensor, Tensor]]:
+    """Likewise, of several chunks and blocks of rows."""
+    case = mla_case([70, 1], [2300, 1025], heads=128, latent_dim=16, rope_dim=8, page_size=48, dtype=torch.float32)
+    return case, reference.mla_attend(*case.args, latent_dim=16, scale=3.0)
+
+
 @pytest.mark.parametrize(("heads", "steps", "rank"), SHAPES)
 def test_mla_attend_meets_the_bar_on_every_shape(heads: int, steps: int, rank: int) -> None:
-    case = mla_case([steps] * 3, [steps, 33, 70], heads=heads, latent_dim=rank, rope_dim=64, page_size=32, seed=heads)
-    assert_matches_reference(case, rank, (rank + 64) ** -0.5)
+    case, expected = shape_case(heads, steps, rank)
+    assert_meets_bar(mla_attend(*case.args, latent_dim=rank, scale=(rank + 64) ** -0.5), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
@@ -49,9 +65,8 @@ def test_mla_attend_reads_every_length_from_one_token_to_a_page_and_one(page_siz
 
 
 def test_float32_results_are_accurate_to_float32_over_several_chunks_and_blocks() -> None:
-    case = mla_case([70, 1], [2300, 1025], heads=128, latent_dim=16, rope_dim=8, page_size=48, dtype=torch.float32)
+    case, (expected, expected_lse) = long_case()
     out, lse = mla_attend(*case.args, latent_dim=16, scale=3.0)
-    expected, expected_lse = reference.mla_attend(*case.args, latent_dim=16, scale=3.0)
     torch.testing.assert_close(out.double(), expected, atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(lse.double(), expected_lse, atol=1e-6, rtol=1e-6)
 

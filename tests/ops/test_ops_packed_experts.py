@@ -98,6 +98,7 @@ def expected_of_experts(
     return x, ids, scales, reference.moe_experts(*case), experts_size(*case)
 
 
+@pytest.mark.thin(meet=2)
 @every_format
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(("dim", "inner"), [(96, 64), (50, 7), (33, 72)])
@@ -230,6 +231,7 @@ def test_no_tokens_give_no_rows() -> None:
     assert headwise_linear(numbers(0, 3, 40, seed=1), gate_up).shape == (0, 3, 64)
 
 
+@pytest.mark.thin(meet=2)
 @every_format
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(("dim", "inner", "outs"), [(96, 64, 96), (50, 7, 33)])
@@ -256,6 +258,7 @@ def test_a_row_of_a_gated_mlp_does_not_depend_on_the_others_or_on_the_threads(is
     assert torch.equal(gated_mlp(x[550:551], gate_up, down), whole[550:551])
 
 
+@pytest.mark.thin(meet=2)
 @every_format
 @pytest.mark.parametrize(("heads", "outs", "dim"), [(1, 1, 1), (3, 33, 40), (16, 64, 32)])
 def test_headwise_linear_multiplies_slices_into_slices(

@@ -72,6 +72,7 @@ def row_bytes(pages: torch.Tensor) -> torch.Tensor:
     return pages.flatten(0, 1).view(torch.uint8)
 
 
+@pytest.mark.thin(meet=2)
 @pytest.mark.parametrize("fmt", KV_FORMATS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("latent_dim", "rope_dim"), [(512, 64), (20, 6), (200, 0), (129, 16)])
@@ -112,6 +113,7 @@ def test_a_latent_that_is_no_number_stays_in_its_group(fmt: KVFormat, bad: float
         assert read[0, 128:256].isnan().all()
 
 
+@pytest.mark.thin(meet=2)
 @pytest.mark.parametrize("fmt", [*KV_FORMATS, None])
 @pytest.mark.parametrize("interleaved", [True, False])
 @pytest.mark.parametrize("tokens", [0, 1, 45])

@@ -28,6 +28,7 @@ def ragged(
     return q, k, v, q_start, kv_start
 
 
+@pytest.mark.thin(meet=2)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize(

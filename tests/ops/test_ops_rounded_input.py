@@ -50,6 +50,7 @@ def test_all_formats_of_integers_are_tried() -> None:
     assert {fmt.split()[0] for fmt, _ in FORMATS} == INTEGER_PRODUCTS
 
 
+@pytest.mark.thin(meet=2)
 @every_isa
 @every_format
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

@@ -72,6 +72,7 @@ def test_float32_is_accurate_to_float32_over_several_chunks(run: Run) -> None:
         torch.testing.assert_close(actual.double(), exact, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.thin(meet=1)
 @pytest.mark.parametrize("kv_format", ["int8", "fp8"])
 @pytest.mark.parametrize(
     ("latent_dim", "rope_dim", "dtype"),
@@ -165,6 +166,7 @@ def test_int64_numbers_beyond_int32_are_left_to_torch_which_refuses_them(run: Ru
     assert lse.isneginf().all()
 
 
+@pytest.mark.thin(meet=2)
 @pytest.mark.parametrize("kv_format", FORMATS)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("tokens", [1, 30])

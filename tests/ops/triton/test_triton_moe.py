@@ -22,6 +22,7 @@ def experts(tokens: int, chosen: int, count: int, dim: int, inner: int, dtype: t
     return x.to(dtype), ids, weights, gate_up.to(dtype), down.to(dtype)
 
 
+@pytest.mark.thin(meet=1)
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 2**-7), (torch.float16, 2**-10)]
 )

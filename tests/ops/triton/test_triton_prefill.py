@@ -27,6 +27,7 @@ def ragged(
     return q, k, v, *(torch.tensor([0, *accumulate(lens)]) for lens in (q_lens, kv_lens))
 
 
+@pytest.mark.thin(meet=2)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize(

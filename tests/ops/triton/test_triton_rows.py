@@ -37,6 +37,7 @@ def test_rms_norm_rounds_the_normed_numbers_before_the_weight_as_checkpoints_wer
     assert same.float().mean() > 0.999  # a GPU's square root may turn a number that lies between two
 
 
+@pytest.mark.thin(meet=2)
 @pytest.mark.parametrize("interleaved", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("heads", [1, 5, 17])

@@ -29,6 +29,7 @@ def row_bytes(pages: torch.Tensor) -> torch.Tensor:
     return pages.flatten(0, 1).view(torch.uint8)
 
 
+@pytest.mark.thin(meet=1)
 @pytest.mark.parametrize("fmt", KV_FORMATS)
 @pytest.mark.parametrize(
     ("dtype", "latent_dim", "rope_dim"),
@@ -77,6 +78,7 @@ def test_a_latent_that_is_no_number_stays_in_its_group(run: Run, fmt: KVFormat, 
         assert read[0, 128:256].isnan().all()
 
 
+@pytest.mark.thin(meet=1)
 @pytest.mark.parametrize("fmt", [None, *KV_FORMATS])
 @pytest.mark.parametrize("interleaved", [True, False])
 def test_norm_rope_write_equals_its_three_steps(run: Run, fmt: KVFormat | None, interleaved: bool) -> None:
