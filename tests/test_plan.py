@@ -352,6 +352,7 @@ def test_weights_dtype_is_the_checkpoints_unless_given():
     assert make_plan("small", small_config("llama", dtype="float32"), memory=()).weights_dtype == "fp32"
 
 
+@pytest.mark.thin(meet=1)
 @pytest.mark.parametrize(("fmt", "group"), [("int8", None), ("int8", 32), ("int4", None), ("int4", 32)])
 @pytest.mark.parametrize(
     "model_type",

@@ -13,6 +13,7 @@ from latentkv.bench import linear as linear_module
 from latentkv.bench import mla_decode as mla_decode_module
 from latentkv.bench import shapes
 from latentkv.bench import sparse as sparse_module
+from latentkv.bench import speculation as speculation_module
 from latentkv.bench.ceilings import CeilingProbe, Ceilings
 from latentkv.bench.shapes import AttentionShape
 from latentkv.errors import RequestError
@@ -108,7 +109,10 @@ def test_linear_prints_a_line_for_each_case_and_writes_its_numbers(tmp_path: Pat
     assert json.loads(json_file.read_text())["in_features"] == 128
 
 
-def test_speculation_prints_a_line_for_each_way_of_drafting_and_writes_its_numbers(tmp_path: Path):
+def test_speculation_prints_a_line_for_each_way_of_drafting_and_writes_its_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(speculation_module, "_SEEDS", range(1))
     json_file = tmp_path / "s.json"
     command = ["speculation", "--new-tokens", "6", "--repeats", "1", "--speculate", "2", "--temperatures", "0.8"]
     result = run_here("bench", *command, "--json", json_file)

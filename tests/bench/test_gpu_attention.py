@@ -32,6 +32,7 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     if torch.cuda.is_available():
         pytest.skip("with a GPU here, Triton does not interpret")
     patch_language_once(monkeypatch)
+    monkeypatch.setattr(module, "PAGE_SIZE", 16)  # whole pages are written, which the interpreter is slow at
     with use_isa("triton"):
         yield
 

@@ -34,7 +34,7 @@ def hidden_states(kind: str, isa: Isa) -> torch.Tensor:
 
 @needs_triton
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU here, Triton does not interpret")
-@pytest.mark.parametrize("kind", ["mla", "gqa"])
+@pytest.mark.parametrize("kind", ["mla", pytest.param("gqa", marks=pytest.mark.slow)])
 def test_a_model_reads_and_decodes_the_same_on_tritons_kernels(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     patch_language_once(monkeypatch)
     launched: set[str] = set()

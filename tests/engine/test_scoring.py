@@ -33,6 +33,7 @@ def brute_nats(decoder: Decoder, tokens: list[int], context: int) -> float:
     return total
 
 
+@pytest.mark.thin(meet=1)
 @pytest.mark.parametrize("context", [2, 3, 16, 17, 64, 100, 101, 128])
 def test_text_nats_equal_the_brute_force(decoder: Decoder, context: int):
     expected = brute_nats(decoder, TOKENS, context)

@@ -82,7 +82,10 @@ def contents(file: Path) -> dict[str, Any]:
     return said | tensors
 
 
-@pytest.mark.parametrize(("name", "pre"), [("v3-groups", None), ("llama", "gpt-2"), ("qwen2", "none")])
+@pytest.mark.parametrize(
+    ("name", "pre"),
+    [("v3-groups", None), pytest.param("llama", "gpt-2", marks=pytest.mark.slow), ("qwen2", "none")],
+)
 def test_from_a_file_comes_what_comes_from_its_folder(name: str, pre: str | None, tmp_path: Path) -> None:
     shape = {"hidden_size": 256, "vocab_size": read_config(EMBEDDED_MODEL).vocab_size}
     folder = copied_tokenizer(EMBEDDED_MODEL, save(tmp_path / "source", **MODELS[name], **shape))

@@ -137,6 +137,7 @@ def is_valid(schema: dict[str, Any], text: str) -> bool:
     return jsonschema_rs.Draft202012Validator(schema, validate_formats=True).is_valid(json.loads(text))
 
 
+@pytest.mark.thin(meet=1)
 @pytest.mark.usefixtures("trials_shared")
 @pytest.mark.parametrize("name", SCHEMAS)
 def test_json_holds_to_its_schema(compiler: GrammarCompiler, tokenizer: Tokenizer, name: str) -> None:
@@ -145,6 +146,7 @@ def test_json_holds_to_its_schema(compiler: GrammarCompiler, tokenizer: Tokenize
         assert is_valid(SCHEMAS[name], text), text
 
 
+@pytest.mark.thin(meet=1)
 @pytest.mark.usefixtures("trials_shared")
 @pytest.mark.parametrize("pattern", REGEXES)
 def test_a_text_matches_its_regex(compiler: GrammarCompiler, tokenizer: Tokenizer, pattern: str) -> None:

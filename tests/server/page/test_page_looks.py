@@ -93,7 +93,7 @@ def test_the_theme_is_the_systems_until_the_switch_says_otherwise(server: PageSe
     assert page.run(BACKGROUND) == light
 
 
-@pytest.mark.parametrize("width", [320, 390, 768, 1280])
+@pytest.mark.parametrize("width", [320, *(pytest.param(width, marks=pytest.mark.slow) for width in (390, 768)), 1280])
 def test_nothing_scrolls_sideways(server: PageServer, page: Page, width: int):
     page.open(width=width, height=700)
     show_everything(server, page)
