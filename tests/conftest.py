@@ -69,6 +69,9 @@ def pytest_xdist_auto_num_workers() -> int | None:
 SHARED = {"live": "server", "reference": "server", "client": "server", "browser": "browser"}
 """Fixtures that take long to make, and the group of tests that share one."""
 
+FORKING = {"run_forked", "ForkedProgram", "server_process"}
+"""What a module has that starts programs as copies of one process, which takes seconds to start itself."""
+
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Generator[None, object, object]:
@@ -87,16 +90,20 @@ NOT_USUAL = {"slow", "gpu", "rank", "client", "mutation"}
 
 @pytest.hookimpl(tryfirst=True)  # before pytest chooses by marks, and pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where tests run side by side, those of a file stay together, and those that share a server or a browser do.
+    """Where tests run side by side, those of a file stay together, and those that share what takes long to make do.
 
-    The browser's, which wait the longest, come first: at the end, nothing would be left to do meanwhile.
+    The browser's and those that start programs, which wait the longest, come first: at the end, nothing would be left to
+    do meanwhile.
     """
     _thin_out(items)
+    groups: dict[pytest.Item, str] = {}
     for item in items:
+        used = [SHARED[name] for name in getattr(item, "fixturenames", ()) if name in SHARED]
+        forks = not vars(getattr(item, "module", None) or object).keys().isdisjoint(FORKING)
+        groups[item] = used[0] if used else "forks" if forks else item.path.name
         if item.get_closest_marker("xdist_group") is None:
-            used = [SHARED[name] for name in getattr(item, "fixturenames", ()) if name in SHARED]
-            item.add_marker(pytest.mark.xdist_group(used[0] if used else item.path.name))
-    items.sort(key=lambda item: "browser" not in getattr(item, "fixturenames", ()))
+            item.add_marker(pytest.mark.xdist_group(groups[item]))
+    items.sort(key=lambda item: groups[item] not in ("browser", "forks"))
 
 
 def _thin_out(items: list[pytest.Item]) -> None:
@@ -108,7 +115,8 @@ def _thin_out(items: list[pytest.Item]) -> None:
             key = item.nodeid.partition("[")[0], mark.kwargs["meet"]
             of_test.setdefault(key, []).append(item)
     for (_, meet), same in of_test.items():
-        for item, taken in zip(same, covering([item.callspec.indices for item in same], meet), strict=True):
+        cases = [{name: repr(value) for name, value in item.callspec.params.items()} for item in same]
+        for item, taken in zip(same, covering(cases, meet), strict=True):
             if not taken:
                 item.add_marker(pytest.mark.slow)
 

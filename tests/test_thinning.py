@@ -25,3 +25,11 @@ def test_what_cannot_meet_is_not_asked_for() -> None:
     assert covering([{"a": 0}, {"a": 1}], 2) == [True, True]
     assert covering([{"a": 0, "b": 0}, {"a": 1, "b": 1}, {"a": 1, "b": 1}], 2) == [True, True, False]
     assert covering([], 1) == []
+
+
+@pytest.mark.thin(meet=1)
+@pytest.mark.parametrize("a", range(3))
+@pytest.mark.parametrize(("b", "c"), [(1, 2), (3, 2), (3, 4)])
+def test_of_this_one_three_are_taken(request: pytest.FixtureRequest, a: int, b: int, c: int) -> None:
+    same = [item for item in request.session.items if item.nodeid.startswith(request.node.nodeid.partition("[")[0])]
+    assert len(same) <= 3

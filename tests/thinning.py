@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
 
-def covering(cases: Sequence[Mapping[str, int]], meet: int) -> list[bool]:
+def covering(cases: Sequence[Mapping[str, Hashable]], meet: int) -> list[bool]:
     """Whether to take each case, so that whatever values of `meet` parameters meet in one do so in one that is taken.
 
     Args:
-        cases: the number of its value for each parameter.
+        cases: the value of each parameter.
         meet: 1: every value is taken; 2: every two values of two parameters.
     """
     met = [set(combinations(sorted(case.items()), min(meet, len(case)))) for case in cases]
