@@ -9,6 +9,7 @@ namespace nb = nanobind;
 
 namespace latentkv {
 void bind_attention(nb::module_& m);
+void bind_choice(nb::module_& m);
 void bind_hyper(nb::module_& m);
 void bind_index(nb::module_& m);
 void bind_linear(nb::module_& m);
@@ -38,6 +39,7 @@ NB_MODULE(_native, m) {
   m.def("release_team", &latentkv::release_team, nb::call_guard<nb::gil_scoped_release>(),
         "End the calling thread's team of OpenMP threads.");
   latentkv::bind_attention(m);
+  latentkv::bind_choice(m);
   latentkv::bind_hyper(m);
   latentkv::bind_index(m);
   latentkv::bind_linear(m);

@@ -69,8 +69,12 @@ def pytest_xdist_auto_num_workers() -> int | None:
 SHARED = {"live": "server", "reference": "server", "client": "server", "browser": "browser"}
 """Fixtures that take long to make, and the group of tests that share one."""
 
-FORKING = {"run_forked", "ForkedProgram", "server_process"}
-"""What a module has that starts programs as copies of one process, which takes seconds to start itself."""
+MODULES = {
+    "forks": {"run_forked", "ForkedProgram", "server_process"},
+    "families": {"save_checkpoint", "FIRST_CASES"},
+}
+"""What modules have that start programs as copies of one process, which takes seconds to start itself, or that read
+checkpoints of every family, which are written once; and the group of their tests."""
 
 
 @pytest.hookimpl(wrapper=True)
@@ -92,18 +96,19 @@ NOT_USUAL = {"slow", "gpu", "rank", "client", "mutation"}
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Where tests run side by side, those of a file stay together, and those that share what takes long to make do.
 
-    The browser's and those that start programs, which wait the longest, come first: at the end, nothing would be left to
-    do meanwhile.
+    The browser's and those that start programs, which wait the longest, come first: at the end, nothing would be left
+    to do meanwhile.
     """
     _thin_out(items)
     groups: dict[pytest.Item, str] = {}
     for item in items:
         used = [SHARED[name] for name in getattr(item, "fixturenames", ()) if name in SHARED]
-        forks = not vars(getattr(item, "module", None) or object).keys().isdisjoint(FORKING)
-        groups[item] = used[0] if used else "forks" if forks else item.path.name
+        held = vars(getattr(item, "module", None) or object).keys()
+        used += [group for group, names in MODULES.items() if not names.isdisjoint(held)]
+        groups[item] = used[0] if used else item.path.name
         if item.get_closest_marker("xdist_group") is None:
             item.add_marker(pytest.mark.xdist_group(groups[item]))
-    items.sort(key=lambda item: groups[item] not in ("browser", "forks"))
+    items.sort(key=lambda item: groups[item] not in ("browser", *MODULES))
 
 
 def _thin_out(items: list[pytest.Item]) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from engine_models import VOCAB, cache_for, tiny_decoder
 
-from latentkv.engine import Engine, Event, Request, SamplingParams, Structure, sample
+from latentkv.engine import Engine, Event, NextToken, Request, SamplingParams, Structure, sample
 from latentkv.engine.constraint import blocked_tokens
 from latentkv.errors import RequestError
 
@@ -136,7 +136,7 @@ def test_min_tokens_holds_back_the_end_but_never_leaves_nothing_to_choose():
     blocked[CLOSE] = False
     params = SamplingParams(min_tokens=5, temperature=1)
     for seed in range(5):
-        assert sample(logits, params, seed=seed, tokens=[1], end_ids={CLOSE}, prompt_len=1, blocked=blocked) == CLOSE
+        assert sample(logits[None], [NextToken(params, seed, [1], 1, {CLOSE}, blocked)]) == [CLOSE]
 
 
 def test_a_structure_that_no_token_can_complete_ends_that_request_alone():

@@ -17,7 +17,18 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from offload_cases import BLOCK, forget, settle, store_for
 from torch import Tensor
 
-from latentkv.engine import Engine, Request, SamplingParams, Sequence, adaptive, engine, offload, sample, snapshots
+from latentkv.engine import (
+    Engine,
+    NextToken,
+    Request,
+    SamplingParams,
+    Sequence,
+    adaptive,
+    engine,
+    offload,
+    sample,
+    snapshots,
+)
 from latentkv.engine.adaptive import AdaptiveDrafter
 from latentkv.engine.drafts import NGramDrafter, Wish
 from latentkv.kernels import Isa, available_isas, use_isa
@@ -55,7 +66,7 @@ def alone(kind: str, prompt: tuple[int, ...], count: int, temperature: float = 0
     params = SamplingParams(temperature=temperature)
     tokens = list(prompt)
     for _ in range(count):
-        tokens.append(sample(logits_after(kind, tuple(tokens)), params, seed=seed, tokens=tokens))
+        tokens += sample(logits_after(kind, tuple(tokens))[None], [NextToken(params, seed, tokens)])
     return tokens[len(prompt) :]
 
 

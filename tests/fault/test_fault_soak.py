@@ -19,11 +19,11 @@ import torch
 
 from latentkv import LLM, SamplingParams
 from latentkv.completion import TextOutput
-from latentkv.engine import sample
+from latentkv.engine import NextToken, sample
 from server_process import ServerProcess, server_process
 
 CLIENTS = 32
-LONGEST = 48
+LONGEST = 32
 PROMPTS = [
     "It was a dark night",
     "The whale",
@@ -59,7 +59,7 @@ def answers() -> list[list[int]]:
         with torch.inference_mode():
             logits = llm.decoder.logits(llm.decoder.forward_train(torch.tensor([tokens]))[0]).float()
         for at in range(first, len(tokens)):
-            assert sample(logits[at - 1], params, seed=seed or 0, tokens=tokens[:at]) == tokens[at]
+            assert sample(logits[at - 1 : at], [NextToken(params, seed or 0, tokens[:at])]) == [tokens[at]]
         answers.append(said.token_ids)
     return answers
 

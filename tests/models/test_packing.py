@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
 import torch
-from families_for_tests import CASES, FIRST_CASES, KINDS, VOCAB, Case, by_family, save_checkpoint, slow_but
+from families_for_tests import CASES, FIRST_CASES, KINDS, VOCAB, Case, by_family, slow_but
 from safetensors.torch import load_file, save_file
+from test_parity import reference
 from torch import nn
 
 from latentkv import kernels
@@ -37,8 +39,7 @@ FOLDERS = TemporaryDirectory(prefix="latentkv-models-")  # removed when the proc
 @cache
 def checkpoint(name: str) -> Path:
     """A checkpoint whose weights bfloat16 holds exactly, stored in float32."""
-    folder = Path(FOLDERS.name) / name
-    save_checkpoint(next(case for case in CASES if case.name == name), folder)
+    folder = Path(shutil.copytree(reference(name)[0], Path(FOLDERS.name) / name))
     weights = {key: tensor.bfloat16().float() for key, tensor in load_file(folder / "model.safetensors").items()}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     return folder

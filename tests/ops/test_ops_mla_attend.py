@@ -45,6 +45,7 @@ def long_case() -> tuple[Paged, tuple[Tensor, Tensor]]:
     return case, reference.mla_attend(*case.args, latent_dim=16, scale=3.0)
 
 
+@pytest.mark.thin(meet=2)
 @pytest.mark.parametrize(("heads", "steps", "rank"), SHAPES)
 def test_mla_attend_meets_the_bar_on_every_shape(heads: int, steps: int, rank: int) -> None:
     case, expected = shape_case(heads, steps, rank)
@@ -71,6 +72,7 @@ def test_float32_results_are_accurate_to_float32_over_several_chunks_and_blocks(
     torch.testing.assert_close(lse.double(), expected_lse, atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.thin(meet=2)
 @pytest.mark.parametrize(
     ("kv_format", "dtype", "latent_dim", "rope_dim"),
     [  # every two meet
@@ -125,6 +127,7 @@ def test_a_query_that_is_not_finite_shows(heads: int, kv_format: KVFormat | None
         assert out[0, 0].isfinite().all()
 
 
+@pytest.mark.thin(meet=2)
 @pytest.mark.parametrize(
     ("heads", "latent_dim", "rope_dim", "kv_format"),
     [  # every two meet

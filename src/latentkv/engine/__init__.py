@@ -3,7 +3,7 @@
 from latentkv.engine.constraint import Constraint, ConstraintState
 from latentkv.engine.engine import Engine, Event, FinishReason
 from latentkv.engine.request import Request
-from latentkv.engine.sampler import TokenLogprobs, sample
+from latentkv.engine.sampler import NextToken, TokenLogprobs, sample
 from latentkv.engine.sampling_params import SamplingParams
 from latentkv.engine.sequence import Sequence
 from latentkv.engine.structure import Structure
@@ -14,6 +14,7 @@ __all__ = [
     "Engine",
     "Event",
     "FinishReason",
+    "NextToken",
     "Request",
     "SamplingParams",
     "Sequence",

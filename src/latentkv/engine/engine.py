@@ -11,6 +11,7 @@ from functools import partial
 from itertools import accumulate, count
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from latentkv.engine.constraint import ConstraintState, blocked_tokens
@@ -18,7 +19,7 @@ from latentkv.engine.drafts import Drafter, Wish
 from latentkv.engine.pace import Pace
 from latentkv.engine.request import Request
 from latentkv.engine.runner import PREFILL_CHUNK, Runner
-from latentkv.engine.sampler import TokenLogprobs, sample, token_logprobs
+from latentkv.engine.sampler import NextToken, TokenLogprobs, sample, token_logprobs
 from latentkv.engine.scheduler import MAX_RUNNING, Scheduler, Share
 from latentkv.engine.sequence import Sequence
 from latentkv.engine.snapshots import EVERY
@@ -235,9 +236,7 @@ class Engine:
         rows = [row for each in asked for row in range(ends[each] - 1 - len(each.draft), ends[each])]
         events: list[Event] = []
         if rows:
-            logits = self.runner.logits_on_host(take_rows(hidden, rows)).split([1 + len(each.draft) for each in asked])
-            for sequence, own in zip(asked, logits, strict=True):
-                events += self._choose(sequence, own)
+            events = self._choose(asked, self.runner.logits_on_host(take_rows(hidden, rows)))
         if self._drafter:
             seconds = time.perf_counter() - began
             ended = {event.index for event in events if event.finish_reason}
@@ -299,8 +298,35 @@ class Engine:
             inbox = self._inboxes.pop(event.index) if event.finish_reason else self._inboxes[event.index]
             inbox.append(event)
 
-    def _choose(self, sequence: Sequence, logits: Tensor) -> list[Event]:
-        """Append the next token, and further ones as long as the draft has foreseen them.
+    def _choose(self, asked: SequenceOf[Sequence], logits: Tensor) -> list[Event]:
+        """Append the next tokens: those of all sequences are chosen together, as if every draft were right.
+
+        Args:
+            asked: the sequences.
+            logits: those [T, V] that follow the last token of each, and then those that follow the tokens of its draft.
+        """
+        own = logits.split([1 + len(each.draft) for each in asked])
+        # What a structure allows after a token of a draft is known once that has been accepted.
+        rows = [part[:1] if self._jobs[each.index].state else part for each, part in zip(asked, own, strict=True)]
+        together = logits if sum(map(len, rows)) == len(logits) else torch.cat(rows)
+        tokens = iter(
+            sample(
+                together,
+                [
+                    self._next_token(self._jobs[each.index], [*each.tokens, *each.draft[:i]] if i else each.tokens)
+                    for each, part in zip(asked, rows, strict=True)
+                    for i in range(len(part))
+                ],
+            )
+        )
+        return [
+            event
+            for each, part, chosen in zip(asked, own, rows, strict=True)
+            for event in self._append(each, part, [next(tokens) for _ in chosen])
+        ]
+
+    def _append(self, sequence: Sequence, logits: Tensor, chosen: SequenceOf[int]) -> list[Event]:
+        """Append the token that was chosen, and further ones as long as the draft has foreseen them.
 
         Noise depends on the position alone, so a foreseen token is the one that would be chosen without a draft.
         """
@@ -308,7 +334,8 @@ class Engine:
         draft, sequence.draft = sequence.draft, []
         events: list[Event] = []
         for i, row in enumerate(logits):
-            event = self._choose_one(job, row)
+            token = chosen[i] if i < len(chosen) else sample(row[None], [self._next_token(job, sequence.tokens)])[0]
+            event = self._take(job, row, token)
             events.append(event)
             if event.finish_reason or i == len(draft) or draft[i] != event.token_id:
                 break
@@ -328,29 +355,25 @@ class Engine:
             sequence,
             hidden,
             most,
-            choose=lambda draft, logits: self._sample(job, [*sequence.tokens, *draft], logits),
+            choose=lambda draft, logits: sample(
+                logits[None], [self._next_token(job, [*sequence.tokens, *draft], foreseen=True)]
+            )[0],
             drafted=drafted,
             accepted=len(hidden) - 1 if drafted else 0,
         )
 
-    def _sample(self, job: _Job, tokens: list[int], logits: Tensor, blocked: Tensor | None = None) -> int:
-        request = job.request
-        prompt_len = len(request.prompt_token_ids)
-        return sample(
-            logits,
-            request.params,
-            seed=request.seed,
-            tokens=tokens,
-            prompt_len=prompt_len,
-            end_ids=job.end_ids,
-            blocked=blocked,
+    def _next_token(self, job: _Job, tokens: SequenceOf[int], *, foreseen: bool = False) -> NextToken:
+        """What decides which token follows `tokens`; a draft, which is `foreseen`, need not hold to the structure."""
+        request, state = job.request, job.state
+        blocked = None if state is None or foreseen else blocked_tokens(state, job.end_ids, torch.device("cpu"))
+        return NextToken(
+            request.params, request.seed, tokens, len(request.prompt_token_ids), end_ids=job.end_ids, blocked=blocked
         )
 
-    def _choose_one(self, job: _Job, logits: Tensor) -> Event:
+    def _take(self, job: _Job, logits: Tensor, token: int) -> Event:
+        """Append a token that was chosen from these logits [V]."""
         params, tokens, state = job.request.params, job.sequence.tokens, job.state
         prompt_len = len(job.request.prompt_token_ids)
-        blocked = None if state is None else blocked_tokens(state, job.end_ids, logits.device)
-        token = self._sample(job, tokens, logits, blocked)
         tokens.append(token)
         logprobs = None if params.logprobs is None else token_logprobs(logits[None], [token], params.logprobs)[0]
         reason: FinishReason | None = None

@@ -1,11 +1,11 @@
-"""Choosing the next token from float32 logits.
+"""Choosing the next tokens from float32 logits.
 
-Order: structure -> bias -> repetition, presence and frequency penalties -> no end yet -> temperature -> top_k ->
-top_p -> min_p -> choice (the order of transformers, with what it lacks at the front). What a structure forbids is -inf
-from the beginning, and nothing that follows makes it finite again; the filters choose among what it allows.
+Order: structure -> bias -> repetition, presence and frequency penalties -> no end yet, which are edits of some logits;
+then the choice of all rows at once (`ops/choice.py`): temperature -> top_k -> top_p -> min_p -> noise. It is the order
+of transformers, with what it lacks at the front. What a structure forbids is -inf from the beginning, and nothing that
+follows makes it finite again; the filters choose among what it allows.
 
-The choice is the Gumbel-max trick: argmax(logits + noise) is distributed as softmax(logits). The noise is a pure
-function of (seed, position): a request's text depends neither on the rest of the batch nor on how the steps were cut.
+A request's text depends neither on the rest of the batch nor on how the steps were cut.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from latentkv import ops
 from latentkv.engine.sampling_params import SamplingParams
 
 
@@ -37,20 +37,11 @@ class TokenLogprobs:
     top: dict[int, float] = field(default_factory=dict)
 
 
-def sample(
-    logits: Tensor,
-    params: SamplingParams,
-    *,
-    seed: int,
-    tokens: Sequence[int],
-    prompt_len: int | None = None,
-    end_ids: Collection[int] = (),
-    blocked: Tensor | None = None,
-) -> int:
-    """The token that follows `tokens`.
+@dataclass(frozen=True)
+class NextToken:
+    """What decides, beside the logits, which token follows.
 
-    Args:
-        logits: [V] float32, raw.
+    Attributes:
         params: how to choose.
         seed: of the request; with the position (the length of `tokens`) it decides the noise.
         tokens: prompt and text so far, what the repetition penalty looks at.
@@ -58,24 +49,48 @@ def sample(
         end_ids: tokens that may not be chosen before `params.min_tokens`, unless a structure leaves no others.
         blocked: [V] bool, tokens that a structure forbids; not all of them.
     """
-    text = tokens[len(tokens) if prompt_len is None else prompt_len :]
-    if blocked is not None:
-        logits = logits.masked_fill(blocked, -math.inf)
+
+    params: SamplingParams
+    seed: int
+    tokens: Sequence[int]
+    prompt_len: int | None = None
+    end_ids: Collection[int] = ()
+    blocked: Tensor | None = None
+
+
+def sample(logits: Tensor, asked: Sequence[NextToken]) -> list[int]:
+    """The tokens that follow.
+
+    Args:
+        logits: [T, V] float32, raw; they stay as they are.
+        asked: T of them.
+    """
+    edited = [_edit(row, each) for row, each in zip(logits, asked, strict=True)]
+    if any(row is not None for row in edited):
+        logits = torch.stack([own if row is None else row for own, row in zip(logits, edited, strict=True)])
+    return ops.choose_tokens(logits, [_rule(each) for each in asked])
+
+
+def _edit(logits: Tensor, asked: NextToken) -> Tensor | None:
+    """The row with what is forbidden, biased and penalised; None where nothing is."""
+    params, tokens = asked.params, asked.tokens
+    raw = logits
+    text = tokens[len(tokens) if asked.prompt_len is None else asked.prompt_len :]
+    if asked.blocked is not None:
+        logits = logits.masked_fill(asked.blocked, -math.inf)
     logits = add_bias(logits, params.logit_bias)
     logits = penalize_repetition(logits, tokens, params.repetition_penalty)
     logits = penalize_text(logits, text, params.presence_penalty, params.frequency_penalty)
-    if len(text) < params.min_tokens and end_ids:
-        others = logits.index_fill(0, torch.tensor(sorted(end_ids), device=logits.device), -math.inf)
-        if blocked is None or others.max() > -math.inf:
+    if len(text) < params.min_tokens and asked.end_ids:
+        others = logits.index_fill(0, torch.tensor(sorted(asked.end_ids), device=logits.device), -math.inf)
+        if asked.blocked is None or others.max() > -math.inf:
             logits = others
-    if params.greedy:
-        return int(logits.argmax())
-    logits = scale_temperature(logits, params.temperature)
-    logits = keep_top_k(logits, params.top_k)
-    logits = keep_top_p(logits, params.top_p)
-    logits = keep_min_p(logits, params.min_p)
-    noise = gumbel_noise(seed, len(tokens), logits.shape[-1])
-    return int((logits + noise.to(logits.device)).argmax())
+    return None if logits is raw else logits
+
+
+def _rule(asked: NextToken) -> ops.ChoiceRule:
+    params = asked.params
+    return ops.ChoiceRule(asked.seed, len(asked.tokens), params.temperature, params.top_k, params.top_p, params.min_p)
 
 
 def token_logprobs(logits: Tensor, token_ids: Sequence[int], count: int) -> list[TokenLogprobs]:
@@ -110,43 +125,3 @@ def penalize_repetition(logits: Tensor, tokens: Sequence[int], penalty: float) -
     seen = torch.tensor(sorted(set(tokens)), dtype=torch.int64, device=logits.device)
     scores = logits[seen]
     return logits.index_copy(0, seen, torch.where(scores > 0, scores / penalty, scores * penalty))
-
-
-def scale_temperature(logits: Tensor, temperature: float) -> Tensor:
-    """(logits - max) / temperature in float64: the best token stays at 0, so that no temperature overflows."""
-    logits = logits.double()
-    return (logits - logits.max()) / temperature
-
-
-def keep_top_k(logits: Tensor, k: int) -> Tensor:
-    """All but the `k` largest logits become -inf (ties with the k-th stay); 0 keeps all."""
-    if k == 0 or k >= logits.shape[-1]:
-        return logits
-    return logits.masked_fill(logits < logits.topk(k).values[-1], -math.inf)
-
-
-def keep_top_p(logits: Tensor, p: float) -> Tensor:
-    """Keep the fewest likeliest tokens whose probability reaches `p`; the rest become -inf (arXiv 1904.09751)."""
-    if p == 1:
-        return logits
-    probs = logits.softmax(-1)
-    # Tokens below (1 - p) / V together weigh less than 1 - p: the nucleus is full before them, so few need sorting.
-    floor = min((1 - p) / logits.shape[-1], float(probs.max()))
-    candidates = (probs >= floor).nonzero().squeeze(-1)
-    ordered, order = probs[candidates].sort(descending=True, stable=True)
-    kept = candidates[order[ordered.cumsum(0) - ordered < p]]
-    return torch.full_like(logits, -math.inf).index_copy(0, kept, logits[kept])
-
-
-def keep_min_p(logits: Tensor, p: float) -> Tensor:
-    """Tokens less than `p` times as likely as the likeliest become -inf (arXiv 2407.01082); 0 keeps all."""
-    if p == 0:
-        return logits
-    return logits.masked_fill(logits < logits.max() + math.log(p), -math.inf)
-
-
-def gumbel_noise(seed: int, position: int, size: int) -> Tensor:
-    """[size] float64 Gumbel noise that depends on `seed` and `position` alone (Philox, a counter-based generator)."""
-    philox = np.random.Philox(key=np.array([seed, position], dtype=np.uint64))
-    uniform = np.random.Generator(philox).random(size)
-    return torch.from_numpy(-np.log(-np.log(np.maximum(uniform, np.finfo(np.float64).tiny))))

@@ -4,6 +4,7 @@ from latentkv.ops.attention import gqa_attend, mla_attend, mla_decode
 from latentkv.ops.backends import describe_backends
 from latentkv.ops.basic import linear, output_logits
 from latentkv.ops.causal import causal_attention
+from latentkv.ops.choice import ChoiceRule, choose_tokens
 from latentkv.ops.elementwise import apply_rope, gate_heads, gated_rms_norm, norm_beside, rms_norm, silu_mul, sink_heads
 from latentkv.ops.headwise import headwise_linear
 from latentkv.ops.hyper_connections import StreamMix, collapse_streams, expand_streams, gate_streams, mix_streams
@@ -27,6 +28,7 @@ from latentkv.ops.states import merge_states
 from latentkv.ops.swiglu_limit import SwigluLimit
 
 __all__ = [
+    "ChoiceRule",
     "KDAState",
     "KDAWeights",
     "KVFormat",
@@ -37,6 +39,7 @@ __all__ = [
     "apply_rope",
     "best_tokens",
     "causal_attention",
+    "choose_tokens",
     "collapse_streams",
     "decode_latents",
     "describe_backends",

@@ -21,10 +21,10 @@ from latentkv.ops.triton.targets import compile_for
 BF16, FP32, FP16 = torch.bfloat16, torch.float32, torch.float16
 
 # heads, L, R, dtype, format, what rows read
-SOME_ATTENTION = [(16, 512, 64, BF16, "fp8", "range")]
+SOME_ATTENTION = [(16, 512, 64, BF16, "bf16", "range")]
 MORE_ATTENTION = [
     (128, 512, 64, BF16, "bf16", "range"),
-    (16, 512, 64, BF16, "bf16", "range"),
+    (16, 512, 64, BF16, "fp8", "range"),
     (16, 512, 64, BF16, "bf16", "window"),
     (16, 512, 64, BF16, "int8", "slots"),
     (128, 512, 64, BF16, "fp8", "range"),
