@@ -22,6 +22,13 @@ def server():
         yield fake
 
 
+@pytest.fixture(scope="module")
+def unasked():
+    """One for tests that ask nothing of it."""
+    with running() as fake:
+        yield fake
+
+
 def bench(url: str, *options: object) -> Result:
     lengths = ["--prompt-tokens", 50, "--output-tokens", 4]
     return run_here("bench", "serve", url, *lengths, *options)
@@ -220,8 +227,8 @@ def test_a_server_that_is_not_there_is_one_sentence(unused_url: str):
         (["--plot", "/no/such/folder/s.png"], "/no/such/folder"),
     ],
 )
-def test_bad_options_are_one_sentence_before_anything_is_sent(server: FakeServer, options: list[str], named: str):
-    result = bench(server.url, *options)
+def test_bad_options_are_one_sentence_before_anything_is_sent(unasked: FakeServer, options: list[str], named: str):
+    result = bench(unasked.url, *options)
     assert result.exit_code == 2, result.output
     assert result.stderr.startswith("error: ") and named in result.stderr
-    assert server.bodies == []
+    assert unasked.bodies == []

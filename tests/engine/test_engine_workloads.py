@@ -5,10 +5,10 @@ from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, run_state_machine_as_test
 from workloads import HybridWorkload, StoredHybridWorkload, StoredWorkload, Workload
 
-Workload.TestCase.settings = settings(max_examples=15, stateful_step_count=25, deadline=None)
+Workload.TestCase.settings = settings(max_examples=10, stateful_step_count=25, deadline=None)
 HybridWorkload.TestCase.settings = settings(max_examples=8, stateful_step_count=25, deadline=None)
 StoredHybridWorkload.TestCase.settings = settings(max_examples=8, stateful_step_count=25, deadline=None)
-StoredWorkload.TestCase.settings = settings(max_examples=15, stateful_step_count=30, deadline=None)
+StoredWorkload.TestCase.settings = settings(max_examples=10, stateful_step_count=30, deadline=None)
 TestWorkload = Workload.TestCase
 TestHybridWorkload = HybridWorkload.TestCase
 TestStoredHybridWorkload = StoredHybridWorkload.TestCase

@@ -191,6 +191,7 @@ def test_line_09_a_body_that_is_too_large_is_a_413_whether_it_says_so_or_not() -
         chunks = (b"x" * 5_000 for _ in range(10))
         connection.request("POST", "/v1/completions", chunks, {"Transfer-Encoding": "chunked"}, encode_chunked=True)
         assert connection.getresponse().status == 413
+        connection.close()
 
 
 def test_line_19_bodies_that_are_too_many_together_are_a_503_and_when_to_come_again() -> None:

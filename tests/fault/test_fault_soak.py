@@ -23,7 +23,7 @@ from latentkv.engine import NextToken, sample
 from server_process import ServerProcess, server_process
 
 CLIENTS = 32
-LONGEST = 32
+LONGEST = 24
 PROMPTS = [
     "It was a dark night",
     "The whale",

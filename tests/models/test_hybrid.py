@@ -34,6 +34,7 @@ CUTS = [[1, 68], [63, 6], [64, 1, 4], [65, 4], [1, 62, 1, 1, 4]]
 FORMS = ["absorbed", "expanded", None]
 
 
+@pytest.mark.thin(meet=1)
 @by_name
 @pytest.mark.parametrize(("cuts", "form"), [(cuts, FORMS[i % 3]) for i, cuts in enumerate(CUTS)], ids=str)
 def test_a_prompt_cut_anywhere_gives_transformers_logits(case: Case, cuts: list[int], form: str | None) -> None:

@@ -44,6 +44,7 @@ def reference(name: str) -> tuple[Path, Tensor]:
 CUTS = [[1, 68], [63, 6], [64, 1, 4], [65, 4], [37, *[1] * 32]]
 
 
+@pytest.mark.thin(meet=1)
 @by_name
 @pytest.mark.parametrize(
     ("cuts", "form"), [(cuts, ["absorbed", "expanded", None][i % 3]) for i, cuts in enumerate(CUTS)], ids=str

@@ -55,6 +55,7 @@ def reference_of(name: str) -> tuple[Path, torch.Tensor]:
         return folder, model(torch.tensor([IDS])).logits[0]
 
 
+@pytest.mark.thin(meet=1)
 @pytest.mark.parametrize("form", ["absorbed", "expanded", None])
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_ways_to_select_pools_give_transformers_logits(name: str, form: str | None) -> None:

@@ -73,6 +73,7 @@ def error(logits: torch.Tensor, expected: torch.Tensor) -> float:
     return float((logits - expected).abs().max() / expected.abs().max())
 
 
+@pytest.mark.thin(meet=1)
 @pytest.mark.parametrize(("cut", "form"), [(1, None), (63, "absorbed"), (64, "expanded"), (65, None)])
 def test_a_prompt_cut_anywhere_and_32_steps_give_transformers_logits(
     reference: tuple[Path, torch.Tensor], cut: int, form: Form | None

@@ -101,7 +101,8 @@ class LimitBody:
                     else None
                 )
                 if refused:
-                    await _discard(receive)
+                    if message.get("more_body", False):
+                        await _discard(receive)
                     # The one kind of error that passes through the reading of a body as it is.
                     raise HTTPException(refused.status, refused.message, headers=refused.headers)
             return message

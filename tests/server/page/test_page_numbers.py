@@ -9,8 +9,9 @@ NOTE_PAUSES = """
 window.pauses = [];
 const wait = window.setTimeout;
 window.setTimeout = (callback, milliseconds, ...more) => {
-  if (String(callback).includes("#read")) pauses.push(milliseconds);
-  return wait(callback, milliseconds, ...more);
+  const counted = String(callback).includes("#read");
+  if (counted) pauses.push(milliseconds);
+  return wait(callback, counted ? milliseconds / 10 : milliseconds, ...more);
 };
 """
 WIDTHS = "return [...document.querySelectorAll(arguments[0])].map((bar) => bar.getBoundingClientRect().width)"
