@@ -129,6 +129,51 @@ def test_int8_products_and_other_numbers_of_threads_are_recorded_too(monkeypatch
     assert torch.equal(torch.stack(more), torch.stack(plain))
 
 
+def test_steps_of_any_number_of_sequences_give_the_bits_of_plain_ones_whatever_was_recorded_between(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """All recordings share their memory, the inputs and the intermediates."""
+    decoder, lens = packed_decoder(MODELS["mla"]), [9, 4, 20, 7, 11, 3, 15, 8, 6, 13]
+    counts = [3, 10, 1, 10, 3, 9, 1, 10]
+
+    def run() -> tuple[list[torch.Tensor], Runner]:
+        cache = PagedCache(decoder.config.specs("bf16"), 80, page_size=8)
+        runner = Runner(decoder, cache)
+        sequences = [
+            Sequence(i, [(7 * i + t) % 60 for t in range(n)], cache.pool.allocate(6)) for i, n in enumerate(lens)
+        ]
+        for sequence in sequences:
+            runner.read([sequence], [sequence.num_uncached])
+        hidden: list[torch.Tensor] = []
+        for step, count in enumerate(counts):
+            for sequence in sequences[:count]:
+                sequence.tokens.append((5 * step + sequence.index) % 60)
+            hidden.append(runner.read(sequences[:count], [1] * count))
+        return hidden, runner
+
+    recorded, runner = run()
+    assert [key[0] for key in runner.replay._steps] == [3, 9, 1, 10]  # pyright: ignore[reportPrivateUsage]
+    monkeypatch.setattr(module, "MOST_STEPS", 2)
+    few, runner = run()
+    assert [key[0] for key in runner.replay._steps] == [1, 10]  # pyright: ignore[reportPrivateUsage]
+    monkeypatch.setattr(module, "MOST_ROWS", 0)
+    plain, _ = run()
+    for own, again, expected in zip(recorded, few, plain, strict=True):
+        assert torch.equal(own, expected)
+        assert torch.equal(again, expected)
+
+
+def test_steps_of_prompts_are_not_recorded() -> None:
+    decoder = packed_decoder(MODELS["mla"])
+    cache = PagedCache(decoder.config.specs("bf16"), 40, page_size=8)
+    runner = Runner(decoder, cache)
+    sequence = Sequence(0, list(range(1, 60)), cache.pool.allocate(8))
+    sequence.draft = [5]  # whatever else a step has
+    for count in (20, 30, module.MOST_EACH + 1):
+        runner.read([sequence], [count])
+    assert not runner.replay._steps  # pyright: ignore[reportPrivateUsage]
+
+
 def test_a_step_on_torch_does_not_end_recording() -> None:
     decoder = packed_decoder(MODELS["mla"])
     with use_isa("torch"):

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
 from latentkv.engine.drafts import Drafter, Wish
-from latentkv.engine.replay import MOST_ROWS
 from latentkv.engine.sequence import Sequence
 
 PLAIN_EVERY = 32
 """Steps of which one drafts nothing, to measure what a step without drafts takes."""
 
+_SHORT = 8  # rows of a step
 _FADING = 0.95  # of the memory of acceptance, at every draft
 _TRYING = 0.1, 0.01  # of the time goes into drafts by drafters that do not pay, at first and later
 
@@ -87,8 +87,10 @@ class AdaptiveDrafter:
         """Learn of what a step took in which every sequence read one token and its draft."""
         sequences, drafted = len(wishes), sum(wish.drafted for wish in wishes)
         size = sequences, drafted
-        if sum(size) <= MOST_ROWS and size not in self._recorded:
-            self._recorded.add(size)  # the first step of a size takes longer, for it is recorded
+        if sum(size) <= _SHORT and size not in self._recorded:
+            self._recorded.add(
+                size
+            )  # the first step of a size takes longer, for it is recorded: where it is short, this shows
         elif drafted == 0:
             # Few, for they are rare where drafts pay, and must keep up with a machine that slows down.
             self._plain.setdefault(sequences, _Recent(seconds, most=3)).add(seconds)

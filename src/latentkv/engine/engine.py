@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import abc, deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -305,37 +305,40 @@ class Engine:
             asked: the sequences.
             logits: those [T, V] that follow the last token of each, and then those that follow the tokens of its draft.
         """
-        own = logits.split([1 + len(each.draft) for each in asked])
-        # What a structure allows after a token of a draft is known once that has been accepted.
-        rows = [part[:1] if self._jobs[each.index].state else part for each, part in zip(asked, own, strict=True)]
-        together = logits if sum(map(len, rows)) == len(logits) else torch.cat(rows)
-        tokens = iter(
-            sample(
-                together,
-                [
-                    self._next_token(self._jobs[each.index], [*each.tokens, *each.draft[:i]] if i else each.tokens)
-                    for each, part in zip(asked, rows, strict=True)
-                    for i in range(len(part))
-                ],
-            )
-        )
-        return [
-            event
-            for each, part, chosen in zip(asked, own, rows, strict=True)
-            for event in self._append(each, part, [next(tokens) for _ in chosen])
-        ]
+        wanted: list[NextToken] = []
+        rows: list[int] = []
+        firsts = [0, *accumulate(1 + len(each.draft) for each in asked)]
+        for each, first in zip(asked, firsts, strict=False):
+            job = self._jobs[each.index]
+            # What a structure allows after a token of a draft is known once that has been accepted.
+            for i in range(1 if job.state else 1 + len(each.draft)):
+                wanted.append(self._next_token(job, [*each.tokens, *each.draft[:i]] if i else each.tokens))
+                rows.append(first + i)
+        chosen = sample(logits if len(rows) == len(logits) else logits[rows], wanted)
+        tokens = dict(zip(rows, chosen, strict=True))
+        pairs = zip(asked, firsts, strict=False)
+        return [event for each, first in pairs for event in self._append(each, logits, first, tokens)]
 
-    def _append(self, sequence: Sequence, logits: Tensor, chosen: SequenceOf[int]) -> list[Event]:
+    def _append(self, sequence: Sequence, logits: Tensor, first: int, tokens: Mapping[int, int]) -> list[Event]:
         """Append the token that was chosen, and further ones as long as the draft has foreseen them.
 
         Noise depends on the position alone, so a foreseen token is the one that would be chosen without a draft.
+
+        Args:
+            sequence: that the tokens belong to.
+            logits: of all sequences.
+            first: its first row of them.
+            tokens: chosen for rows; one that is missing is chosen now.
         """
         job = self._jobs[sequence.index]
         draft, sequence.draft = sequence.draft, []
         events: list[Event] = []
-        for i, row in enumerate(logits):
-            token = chosen[i] if i < len(chosen) else sample(row[None], [self._next_token(job, sequence.tokens)])[0]
-            event = self._take(job, row, token)
+        for i in range(1 + len(draft)):
+            own = slice(first + i, first + i + 1)
+            token = tokens.get(first + i)
+            if token is None:
+                token = sample(logits[own], [self._next_token(job, sequence.tokens)])[0]
+            event = self._take(job, logits, own, token)
             events.append(event)
             if event.finish_reason or i == len(draft) or draft[i] != event.token_id:
                 break
@@ -370,12 +373,12 @@ class Engine:
             request.params, request.seed, tokens, len(request.prompt_token_ids), end_ids=job.end_ids, blocked=blocked
         )
 
-    def _take(self, job: _Job, logits: Tensor, token: int) -> Event:
-        """Append a token that was chosen from these logits [V]."""
+    def _take(self, job: _Job, logits: Tensor, row: slice, token: int) -> Event:
+        """Append a token that was chosen from a row of these logits [T, V]."""
         params, tokens, state = job.request.params, job.sequence.tokens, job.state
         prompt_len = len(job.request.prompt_token_ids)
         tokens.append(token)
-        logprobs = None if params.logprobs is None else token_logprobs(logits[None], [token], params.logprobs)[0]
+        logprobs = None if params.logprobs is None else token_logprobs(logits[row], [token], params.logprobs)[0]
         reason: FinishReason | None = None
         if token in job.end_ids or job.ends_text(token):
             reason = "stop"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -12,11 +12,18 @@ from latentkv.kernels import current_isa
 from latentkv.models.batch import Batch
 from latentkv.models.forms import Form
 from latentkv.models.rope import Rotary
+from latentkv.ops.native.arena import Arena
 from latentkv.ops.native.recording import NotRecordableError, Recording
 from latentkv.state import PagedCache
 
-MOST_ROWS = 8
-"""Larger steps are not recorded: each recording keeps its intermediates, some 70 kB a row and layer of V2-Lite."""
+MOST_ROWS = 256
+"""Larger steps are not recorded: what Python takes is little beside what they compute."""
+
+MOST_EACH = 8
+"""Tokens of a sequence, which decodes: the next and a draft. No step of a prompt is like another."""
+
+MOST_STEPS = 128
+"""Recordings that are kept, each of a number of sequences and rows; those used last."""
 
 
 class Layers(Protocol):
@@ -58,7 +65,9 @@ class Replay:
         self.layers = layers
         self.cache = cache
         self.why_not = why_not
-        self._steps: dict[tuple[int, int, str], _Step] = {}
+        self._steps: dict[tuple[int, int, str], _Step] = {}  # the one that was used last comes last
+        self._arena = Arena()
+        self._inputs: dict[str, Tensor] = {}
 
     def hidden(self, batch: Batch, inputs: Callable[[Batch], tuple[Tensor, Rotary]]) -> Tensor | None:
         """Final hidden states [T, hidden] of a small batch, or None where it cannot be recorded.
@@ -70,30 +79,36 @@ class Replay:
         rows, isa = sum(batch.query_lens), current_isa()
         if self.why_not is not None or rows > MOST_ROWS or isa in ("torch", "triton"):
             return None
-        if min(batch.kv_lens) == 1:  # a first token takes the expanded form
+        # A first token takes the expanded form.
+        if max(batch.query_lens) > MOST_EACH or min(batch.kv_lens) == 1:
             return None
         x, positions = inputs(batch)
         key = len(batch.query_lens), rows, isa
-        step = self._steps.get(key)
+        step = self._steps.pop(key, None)
         if step is None:
             step = self._record(x, positions, batch)
             if step is None:
                 return None
-            self._steps[key] = step
+            if len(self._steps) >= MOST_STEPS:
+                del self._steps[next(iter(self._steps))]
         else:
             self._fill(step, x, positions, batch)
             step.recording.run()
+        self._steps[key] = step
         return step.hidden.clone()
 
     def _record(self, x: Tensor, positions: Rotary, batch: Batch) -> _Step | None:
         """Run the step for the first time; it reads the inputs from memory of its own."""
-        own = replace(batch, **{field.name: _copy(getattr(batch, field.name)) for field in fields(batch)})
+        own = replace(
+            batch, **{field.name: self._own(field.name, getattr(batch, field.name)) for field in fields(batch)}
+        )
         sequences, pages = len(batch.query_lens), self.cache.num_pages
-        table = batch.block_table.new_zeros(sequences, pages)
+        table = self._room("block_table", batch.block_table.new_empty(sequences, pages))
         own = replace(own, block_table=table, kv_lens=(pages * self.cache.page_size,) * sequences)
         table[:, : batch.block_table.shape[1]] = batch.block_table
-        x, positions = x.clone(), positions._replace(cos=positions.cos.clone(), sin=positions.sin.clone())
-        recording = Recording()
+        x = self._own("x", x)
+        positions = positions._replace(cos=self._own("cos", positions.cos), sin=self._own("sin", positions.sin))
+        recording = Recording(self._arena)
         try:
             with recording.record():
                 hidden = self.layers(x, positions, own, self.cache, form="absorbed")
@@ -101,6 +116,18 @@ class Replay:
             self.why_not = str(error)
             return None
         return _Step(x, positions, own, recording, hidden)
+
+    def _own(self, name: str, value: Any) -> Any:
+        """A copy of what is given to a step, in memory that all steps share; a value that is no tensor is itself."""
+        return self._room(name, value).copy_(value) if isinstance(value, Tensor) and name != "block_table" else value
+
+    def _room(self, name: str, value: Tensor) -> Tensor:
+        """The first rows, as many as `value` has, of memory that is as large as the largest step's so far."""
+        room = self._inputs.get(name)
+        if room is None or len(room) < len(value):
+            room = value.new_zeros(1 << (len(value) - 1).bit_length(), *value.shape[1:])
+            self._inputs[name] = room
+        return room[: len(value)]
 
     def _fill(self, step: _Step, x: Tensor, positions: Rotary, batch: Batch) -> None:
         own = step.batch
@@ -118,7 +145,3 @@ class Replay:
         ):
             if filled is not None and new is not None:
                 filled.copy_(new)
-
-
-def _copy(value: object) -> object:
-    return value.clone() if isinstance(value, Tensor) else value

@@ -57,6 +57,13 @@ class NextToken:
     end_ids: Collection[int] = ()
     blocked: Tensor | None = None
 
+    @property
+    def edits(self) -> bool:
+        """Whether logits may change before the choice."""
+        params = self.params
+        penalises = params.repetition_penalty != 1 or params.presence_penalty != 0 or params.frequency_penalty != 0
+        return self.blocked is not None or bool(params.logit_bias) or penalises or params.min_tokens > 0
+
 
 def sample(logits: Tensor, asked: Sequence[NextToken]) -> list[int]:
     """The tokens that follow.
@@ -65,16 +72,18 @@ def sample(logits: Tensor, asked: Sequence[NextToken]) -> list[int]:
         logits: [T, V] float32, raw; they stay as they are.
         asked: T of them.
     """
-    edited = [_edit(row, each) for row, each in zip(logits, asked, strict=True)]
-    if any(row is not None for row in edited):
-        logits = torch.stack([own if row is None else row for own, row in zip(logits, edited, strict=True)])
+    raw = logits
+    for row, each in enumerate(asked):
+        if each.edits:
+            if logits is raw:
+                logits = raw.clone()
+            logits[row] = _edit(raw[row], each)
     return ops.choose_tokens(logits, [_rule(each) for each in asked])
 
 
-def _edit(logits: Tensor, asked: NextToken) -> Tensor | None:
-    """The row with what is forbidden, biased and penalised; None where nothing is."""
+def _edit(logits: Tensor, asked: NextToken) -> Tensor:
+    """The row with what is forbidden, biased and penalised."""
     params, tokens = asked.params, asked.tokens
-    raw = logits
     text = tokens[len(tokens) if asked.prompt_len is None else asked.prompt_len :]
     if asked.blocked is not None:
         logits = logits.masked_fill(asked.blocked, -math.inf)
@@ -85,7 +94,7 @@ def _edit(logits: Tensor, asked: NextToken) -> Tensor | None:
         others = logits.index_fill(0, torch.tensor(sorted(asked.end_ids), device=logits.device), -math.inf)
         if asked.blocked is None or others.max() > -math.inf:
             logits = others
-    return None if logits is raw else logits
+    return logits
 
 
 def _rule(asked: NextToken) -> ops.ChoiceRule:

@@ -94,9 +94,8 @@ class Batch:
             for owned, start, end in zip(pages, starts, kv_lens, strict=True)
             for p in range(start, end)
         ]
-        table = torch.zeros(len(pages), max(len(owned) for owned in pages), dtype=torch.int32)
-        for row, owned in enumerate(pages):
-            table[row, : len(owned)] = torch.tensor(owned, dtype=torch.int32)
+        width = max(len(owned) for owned in pages)
+        table = torch.tensor([[*owned, *[0] * (width - len(owned))] for owned in pages], dtype=torch.int32)
 
         def on_device(numbers: Sequence[int], dtype: torch.dtype) -> Tensor:
             return to_device(torch.tensor(numbers, dtype=dtype), device)

@@ -1,7 +1,7 @@
 """Native calls recorded once and run again, without the Python that led to them.
 
 A decode step makes the same calls on the same memory for every token, if it is written so: `Recording.record` sees to
-it that nothing else is computed meanwhile, and keeps what was allocated.
+it that nothing else is computed meanwhile, and that what is allocated lies in memory that stays.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from latentkv.errors import OpError
 from latentkv.kernels import extension
+from latentkv.ops.native.arena import Arena, Lease
 
 _BRINGS_NUMBERS = {"aten::lift_fresh"}  # torch.tensor's, whose memory nothing fills again
 _ALLOCATES = {"aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty", "aten::new_empty_strided"}
@@ -25,11 +26,16 @@ class NotRecordableError(OpError):
 
 
 class Recording:
-    """The native calls of one block of code, and the memory that they use."""
+    """The native calls of one block of code, and the memory that they use.
 
-    def __init__(self) -> None:
+    Args:
+        arena: where what the block allocates is to lie; other recordings may have it too, as long as nothing of one is
+            read any more when another runs. None: an arena of its own.
+    """
+
+    def __init__(self, arena: Arena | None = None) -> None:
         self._calls = extension.Recording()
-        self._kept: list[Tensor] = []
+        self._arena = arena or Arena()
 
     @contextmanager
     def record(self) -> Generator[None]:
@@ -42,7 +48,7 @@ class Recording:
         """
         try:
             self._calls.start()
-            with _OnlyMemory(self._kept):
+            with _OnlyMemory(self._arena.lease()):
                 yield
         finally:
             self._calls.stop()
@@ -62,11 +68,11 @@ class Recording:
 
 
 class _OnlyMemory(TorchDispatchMode):
-    """Keeps what is allocated, lets views pass, and refuses everything else."""
+    """Has what is allocated lie in memory that stays, lets views pass, and refuses everything else."""
 
-    def __init__(self, kept: list[Tensor]) -> None:
+    def __init__(self, lease: Lease) -> None:
         super().__init__()
-        self._kept = kept
+        self._lease = lease
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -78,8 +84,8 @@ class _OnlyMemory(TorchDispatchMode):
     ) -> Any:
         out = func(*args, **(kwargs or {}))
         if func._schema.name in _ALLOCATES:
-            self._kept.append(out)
-        elif func._schema.name in _BRINGS_NUMBERS or func._schema.is_mutable or not _shares_memory(out, args):
+            return self._lease.like(out)
+        if func._schema.name in _BRINGS_NUMBERS or func._schema.is_mutable or not _shares_memory(out, args):
             raise NotRecordableError(f"{func._schema.name} is computed by torch")
         return out
 
