@@ -5,8 +5,9 @@
 Requests, on standard input:
     {"op": "prefill", "tokens": N}              read N random tokens into an empty cache -> {"seconds": s}
     {"op": "decode", "depth": D, "tokens": N}   N steps of one token after D cached ones -> {"seconds": s}
+        with "sequences": S                     steps of a token of each of S sequences
     {"op": "logits", "token_ids": [...]}        -> {"logits": [...]}, those that follow the last token
-The first answer, before any request, is {"name": ..., "version": ..., "bytes": of the weights}.
+The first answer, before any request, is {"name": ..., "version": ..., "bytes": of the weights, "most_sequences": S}.
 
 The first time that a size is asked for it runs with flash attention and without; the faster is kept from then on.
 """
@@ -35,11 +36,14 @@ TILE = 512
 class Session:
     """A context over the model, with flash attention or without."""
 
-    def __init__(self, model: llama_cpp.llama_model_p, *, flash: bool, threads: int, max_tokens: int) -> None:
+    def __init__(
+        self, model: llama_cpp.llama_model_p, *, flash: bool, threads: int, max_tokens: int, sequences: int
+    ) -> None:
         params = llama_cpp.llama_context_default_params()
         params.n_ctx = params.n_batch = max_tokens
         params.n_threads = params.n_threads_batch = threads
-        params.n_seq_max = 1
+        params.n_seq_max = sequences
+        params.kv_unified = True  # sequences share the cache, and here what was cached before a step
         params.flash_attn_type = (
             llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED if flash else llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
         )
@@ -59,16 +63,33 @@ class Session:
         self.read(ids)
         return time.perf_counter() - started
 
-    def decode(self, depth: int, tokens: int) -> float:
-        """Seconds of `tokens` steps of one token; the cache is left at `depth`, ready for the next round."""
+    def decode(self, depth: int, tokens: int, sequences: int) -> float:
+        """Seconds of `tokens` steps of one token each; the cache is left at `depth`, ready for the next round."""
         self.fill(depth)
-        ids = self.random_tokens(tokens)
+        for sequence in range(1, sequences):
+            llama_cpp.llama_memory_seq_cp(self.memory, 0, sequence, -1, -1)
+        ids = [self.random_tokens(sequences) for _ in range(tokens)]
         started = time.perf_counter()
-        for token in ids:
-            self.read([token])
+        for step, together in enumerate(ids):
+            self.read_each(together, depth + step)
         seconds = time.perf_counter() - started
+        for sequence in range(1, sequences):
+            llama_cpp.llama_memory_seq_rm(self.memory, sequence, -1, -1)
         llama_cpp.llama_memory_seq_rm(self.memory, 0, depth, -1)
         return seconds
+
+    def read_each(self, token_ids: Sequence[int], position: int) -> None:
+        """Read a token of each sequence, the logits of all of which are computed."""
+        batch = llama_cpp.llama_batch_init(len(token_ids), 0, 1)
+        batch.n_tokens = len(token_ids)
+        for i, token in enumerate(token_ids):
+            batch.token[i], batch.pos[i], batch.logits[i] = token, position, 1
+            batch.n_seq_id[i], batch.seq_id[i][0] = 1, i
+        status = llama_cpp.llama_decode(self.context, batch)
+        llama_cpp.llama_synchronize(self.context)
+        llama_cpp.llama_batch_free(batch)
+        if status:
+            raise SystemExit(f"llama_decode failed ({status}).")
 
     def fill(self, depth: int) -> None:
         """Have `depth` tokens in the cache."""
@@ -123,16 +144,25 @@ def main() -> None:
     parser.add_argument("model", help="GGUF file with latent attention")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--max-tokens", type=int, default=16384 + 512, help="deepest cache, new tokens included")
+    parser.add_argument("--sequences", type=int, default=1, help="that may decode together")
     args = parser.parse_args()
     answers = _take_stdout()
     llama_cpp.llama_backend_init()
     model = llama_cpp.llama_model_load_from_file(args.model.encode(), llama_cpp.llama_model_default_params())
     if not model:
         raise SystemExit(f"llama.cpp could not load {args.model}.")
-    sessions = [Session(model, flash=f, threads=args.threads, max_tokens=args.max_tokens) for f in (False, True)]
+    sizes = {"threads": args.threads, "max_tokens": args.max_tokens, "sequences": args.sequences}
+    sessions = [Session(model, flash=flash, **sizes) for flash in (False, True)]
     answer = lambda content: print(json.dumps(content), file=answers, flush=True)  # noqa: E731
-    answer({"name": "llama.cpp", "version": llama_cpp.__version__, "bytes": llama_cpp.llama_model_size(model)})
-    faster: dict[tuple[str, int], Session] = {}
+    answer(
+        {
+            "name": "llama.cpp",
+            "version": llama_cpp.__version__,
+            "bytes": llama_cpp.llama_model_size(model),
+            "most_sequences": args.sequences,
+        }
+    )
+    faster: dict[tuple[str, int, int], Session] = {}
     requests = _requests()
     while True:
         request = json.loads(requests.get())
@@ -140,7 +170,7 @@ def main() -> None:
             answer({"logits": sessions[0].logits(request["token_ids"])})
             continue
         size, time_on = _case(request)
-        key = (request["op"], size)
+        key = (request["op"], size, request.get("sequences", 1))
         if key not in faster:
             times = {time_on(session): session for session in sessions}
             faster[key] = times[min(times)]
@@ -151,7 +181,8 @@ def _case(request: dict[str, Any]) -> tuple[int, Callable[[Session], float]]:
     """The size that a request is about, and how to time it."""
     if request["op"] == "prefill":
         return request["tokens"], lambda session: session.prefill(request["tokens"])
-    return request["depth"], lambda session: session.decode(request["depth"], request["tokens"])
+    asked = request["depth"], request["tokens"], request.get("sequences", 1)
+    return request["depth"], lambda session: session.decode(*asked)
 
 
 def _requests() -> queue.SimpleQueue[str]:

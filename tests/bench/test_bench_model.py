@@ -14,6 +14,7 @@ from latentkv.bench.model_contenders import OtherProgram, OwnDecoder
 from latentkv.bench.model_report import model_facts, model_table, plot_decode
 from latentkv.bench.model_variants import mha_config, mha_twin
 from latentkv.bench.step_work import decode_flops, prefill_flops, weight_bytes_read, weight_format
+from latentkv.engine.runner import Runner
 from latentkv.errors import RequestError
 from latentkv.kernels import current_isa
 from latentkv.llm import LLM
@@ -135,6 +136,52 @@ def test_time_outside_kernels_is_a_part_of_the_step(llm: LLM):
     assert report.outside_kernels_ms > 0
     assert 0 < (report.outside_kernels_share or 0) < 1
     assert "are not kernels" in model_facts(report)
+
+
+def test_sequences_decode_together_and_count_together(folder: Path, tmp_path: Path):
+    llm = LLM(folder, kv_cache_bytes=64 * 96 * 8)
+    asked: dict[str, Any] = {"prompts": [3], "depths": [0, 70], "concurrency": [1, 3], "new_tokens": 2, "repeats": 1}
+    report = measure_model(llm, name="tiny", mha=True, transformers=True, probe=PROBE, **asked)
+    decoded = [(row.tokens, row.sequences, row.contender) for row in report.rows if row.phase == "decode"]
+    assert decoded == [
+        *((0, 1, name) for name in (LATENTKV, MHA, TRANSFORMERS)),
+        *((0, 3, name) for name in (LATENTKV, MHA)),  # transformers decodes one
+        *((70, 1, name) for name in (LATENTKV, MHA, TRANSFORMERS)),
+        *((70, 3, name) for name in (LATENTKV, MHA)),
+    ]
+    for row in report.rows:
+        if row.sequences > 1:
+            assert row.tokens_per_second == pytest.approx(3 / row.ms * 1e3)
+            assert row.of_read_ceiling is None
+    labels = model_table(report).columns[0]._cells
+    assert "decode at 70" in labels and "decode at 70, 3 together" in labels
+    plot_decode([report], tmp_path / "decode.png")
+    assert llm.cache.pool.free_pages == llm.cache.num_pages
+    with pytest.raises(RequestError, match="5 sequences at once need 10 pages of cache, which has 8"):
+        measure_model(llm, name="tiny", probe=PROBE, **(asked | {"concurrency": [5]}))
+    with pytest.raises(RequestError, match="1 or more"):
+        measure_model(llm, name="tiny", probe=PROBE, **(asked | {"concurrency": [0]}))
+
+
+@torch.inference_mode()
+def test_sequences_that_decode_together_are_sequences_of_their_own(llm: LLM, monkeypatch: pytest.MonkeyPatch):
+    contender, seen = OwnDecoder(llm.decoder, llm.cache), []
+    read = Runner.read
+    monkeypatch.setattr(Runner, "read", lambda self, each, counts: (seen.append([*each]), read(self, each, counts))[1])
+    contender.decode(40, 2, 3)
+    pages = [page for sequence in seen[0] for page in sequence.pages]
+    assert len(seen) == 2 and len(set(pages)) == len(pages) == 3
+    assert [len(sequence.tokens) for sequence in seen[0]] == [43] * 3
+
+
+def test_a_peer_that_can_is_asked_for_several_sequences(tmp_path: Path):
+    able = PEER.replace('"bytes": 7', '"bytes": 7, "most_sequences": 4')
+    (tmp_path / "able.py").write_text(able.replace("0.5 * request", '0.5 * request.get("sequences", 1) * request'))
+    peer = OtherProgram(f"{sys.executable} {tmp_path}/able.py")
+    try:
+        assert (peer.most_sequences, peer.decode(0, 2, 4), peer.decode(0, 2)) == (4, 4.0, 1.0)
+    finally:
+        peer.close()
 
 
 def test_all_pages_are_given_back(llm: LLM):

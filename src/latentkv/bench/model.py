@@ -38,20 +38,21 @@ _LEAST_AGREEMENT = 0.5
 
 @dataclass(frozen=True)
 class ModelRow:
-    """Medians of one contender in one case, one sequence at a time.
+    """Medians of one contender in one case.
 
     Attributes:
         contender: whose.
         phase: reading a prompt, or one token a step.
-        tokens: of the prompt; or in the cache before the first step.
-        tokens_per_second: median.
+        tokens: of the prompt; or in the cache before the first step, of each sequence.
+        sequences: that decode together; a prompt is read alone.
+        tokens_per_second: median; of all sequences.
         ms: of the whole prompt (the time to its first token); or of a step.
         spread: interquartile range over the median.
         samples: timed rounds; 1 where a single one was over the time limit.
         times_slower: than LatentKV.
         of_bf16_ceiling: FLOPs of the step (the cheaper form of latent attention) over the time and the bf16 ceiling.
         of_read_ceiling: bytes of weights and cache that a step reads over the time and the read ceiling; None for
-            prefill, and where the bytes are not known.
+            prefill, for several sequences, which choose experts of their own, and where the bytes are not known.
         bf16_ceiling: GFLOP/s of a bf16 matrix product, measured in turn with this.
         read_ceiling: GB/s of reading memory, measured in turn with this.
     """
@@ -59,6 +60,7 @@ class ModelRow:
     contender: str
     phase: Phase
     tokens: int
+    sequences: int
     tokens_per_second: float
     ms: float
     spread: float
@@ -108,6 +110,7 @@ class Case:
 
     phase: Phase
     tokens: int
+    sequences: int = 1
 
 
 @dataclass(frozen=True)
@@ -129,12 +132,12 @@ class Entry:
     state_bytes: int = 0
 
     def flops(self, case: Case) -> int:
-        """Of a prompt, or a step."""
-        return (prefill_flops if case.phase == "prefill" else decode_flops)(self.config, case.tokens)
+        """Of a prompt, or a step of all sequences."""
+        return case.sequences * (prefill_flops if case.phase == "prefill" else decode_flops)(self.config, case.tokens)
 
     def bytes_read(self, case: Case) -> int | None:
         """By a step; what it writes back of recurrent states counts, too."""
-        if case.phase == "prefill" or self.weight_bytes is None or self.cache_bytes is None:
+        if case.phase == "prefill" or case.sequences > 1 or self.weight_bytes is None or self.cache_bytes is None:
             return None
         return self.weight_bytes + self.cache_bytes * case.tokens + 2 * self.state_bytes
 
@@ -145,6 +148,7 @@ def measure_model(
     name: str,
     prompts: Sequence[int] = PROMPTS,
     depths: Sequence[int] = DEPTHS,
+    concurrency: Sequence[int] = (1,),
     new_tokens: int = 16,
     repeats: int = 5,
     threads: int | None = None,
@@ -164,6 +168,7 @@ def measure_model(
         name: how to call it.
         prompts: tokens of the prompts that are read into an empty cache.
         depths: tokens in the cache before the first decode step.
+        concurrency: sequences that decode together, at each depth; contenders that cannot are left out.
         new_tokens: decode steps that are timed together.
         repeats: timed rounds.
         threads: torch threads (None: torch's own number).
@@ -179,7 +184,7 @@ def measure_model(
     Raises:
         RequestError: nothing to measure, a case that does not fit, a peer that fails or computes something else.
     """
-    cases = [Case("prefill", n) for n in prompts] + [Case("decode", n) for n in depths]
+    cases = [Case("prefill", n) for n in prompts] + [Case("decode", n, many) for n in depths for many in concurrency]
     _require_measurable(llm, cases, new_tokens, repeats)
     with torch_threads(threads) as used, torch.inference_mode(), ExitStack() as stack:
         environment = describe_environment(used)
@@ -192,7 +197,7 @@ def measure_model(
         sizes = weight_bytes_read(llm.decoder), llm.cache.bytes_per_token, sequence_bytes(llm.config.specs("bf16"))
         entries = {LATENTKV: Entry(own, llm.config, *sizes)}
         notes = _add_peers(
-            entries, llm, weights, activations, mha, transformers, peers, max(c.tokens for c in cases), stack
+            entries, llm, weights, activations, mha, transformers, peers, _most_pages(llm, cases, 64), stack
         )
         progress("comparing logits")
         agreement = compare_logits(entries)
@@ -200,7 +205,8 @@ def measure_model(
         rows: list[ModelRow] = []
         for case in cases:
             progress(f"{case.phase} at {case.tokens:,} tokens")
-            rows += _measure_case(entries, case, new_tokens, repeats, limit_seconds, probe)
+            able = {name: entry for name, entry in entries.items() if entry.contender.most_sequences >= case.sequences}
+            rows += _measure_case(able, case, new_tokens, repeats, limit_seconds, probe)
         outside = _outside_kernels(own, min(depths), new_tokens, repeats) if depths else None
     twin = entries.get(MHA)
     return ModelReport(
@@ -231,6 +237,20 @@ def _require_measurable(llm: LLM, cases: Sequence[Case], new_tokens: int, repeat
     deepest = max(case.tokens for case in cases)
     if deepest > room:
         raise RequestError(f"A depth of {deepest:,} and {new_tokens} new tokens do not fit: at most {room:,} do.")
+    most, slots = max(case.sequences for case in cases), llm.cache.slots
+    if min(case.sequences for case in cases) < 1:
+        raise RequestError("--concurrency takes numbers of sequences, 1 or more.")
+    if (pages := _most_pages(llm, cases, new_tokens)) > llm.cache.num_pages or (slots and most > slots.num_slots):
+        raise RequestError(
+            f"{most} sequences at once need {pages:,} pages of cache, which has {llm.cache.num_pages:,}"
+            + (f" and states of {slots.num_slots} sequences" if slots else "")
+            + ": give a larger --kv-cache-bytes, or measure fewer or shallower ones."
+        )
+
+
+def _most_pages(llm: LLM, cases: Sequence[Case], new_tokens: int) -> int:
+    """Pages that the largest case needs."""
+    return max(case.sequences * llm.cache.pages_for(case.tokens + new_tokens) for case in cases)
 
 
 def _add_peers(
@@ -241,13 +261,13 @@ def _add_peers(
     mha: bool,
     transformers: bool,
     peers: Sequence[str],
-    deepest: int,
+    pages: int,
     stack: ExitStack,
 ) -> list[str]:
     """Fill `entries`; gives notes of what could not be had."""
     notes: list[str] = []
     if mha:
-        entries[MHA] = _mha_entry(llm, weights, activations, deepest)
+        entries[MHA] = _mha_entry(llm, weights, activations, pages)
     if transformers and isinstance(llm.config.cached_attention, MLAConfig):
         try:
             entries[TRANSFORMERS] = Entry(TransformersModel(llm.folder), llm.config)
@@ -260,11 +280,11 @@ def _add_peers(
     return notes
 
 
-def _mha_entry(llm: LLM, weights: str | None, activations: str, deepest: int) -> Entry:
+def _mha_entry(llm: LLM, weights: str | None, activations: str, pages: int) -> Entry:
     packing = choose_packing(weights, llm.decoder.dtype, torch.device("cpu"), activations)
     twin = mha_twin(llm.decoder, packing)
     specs = twin.config.specs("fp32" if llm.decoder.dtype == torch.float32 else "bf16")
-    cache = PagedCache(specs, -(-(deepest + 64) // llm.cache.page_size) + 1)
+    cache = PagedCache(specs, pages + 1)
     return Entry(OwnDecoder(twin, cache), twin.config, weight_bytes_read(twin), cache.bytes_per_token)
 
 
@@ -315,7 +335,8 @@ def _run(contender: ModelContender, case: Case, new_tokens: int) -> float:
     """Seconds of a prompt, or of one step."""
     if case.phase == "prefill":
         return contender.prefill(case.tokens)
-    return contender.decode(case.tokens, new_tokens) / new_tokens
+    together = () if case.sequences == 1 else (case.sequences,)
+    return contender.decode(case.tokens, new_tokens, *together) / new_tokens
 
 
 def _row(name: str, entry: Entry, case: Case, timing: Timing, own: Timing, rates: tuple[float, float]) -> ModelRow:
@@ -325,7 +346,8 @@ def _row(name: str, entry: Entry, case: Case, timing: Timing, own: Timing, rates
         name,
         phase=case.phase,
         tokens=case.tokens,
-        tokens_per_second=(case.tokens if case.phase == "prefill" else 1) / seconds,
+        sequences=case.sequences,
+        tokens_per_second=(case.tokens if case.phase == "prefill" else case.sequences) / seconds,
         ms=seconds * 1e3,
         spread=timing.spread,
         samples=len(timing.seconds),

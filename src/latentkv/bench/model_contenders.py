@@ -22,7 +22,7 @@ from latentkv.engine.runner import PREFILL_CHUNK, Runner
 from latentkv.engine.sequence import Sequence as TokenSequence
 from latentkv.errors import RequestError
 from latentkv.models.decoder import Decoder
-from latentkv.state import PagedCache
+from latentkv.state import PagedCache, Slot
 from latentkv.state.spec import LatentSpec
 
 _FILLED_PAGES = 32
@@ -30,14 +30,19 @@ _FILLED_PAGES = 32
 
 
 class ModelContender(Protocol):
-    """One sequence at a time. What is cached before a measurement costs no time of it."""
+    """What is cached before a measurement costs no time of it."""
+
+    @property
+    def most_sequences(self) -> int:
+        """How many can decode together."""
+        ...
 
     def prefill(self, tokens: int) -> float:
         """Seconds to read `tokens` tokens and choose the next."""
         ...
 
-    def decode(self, depth: int, tokens: int) -> float:
-        """Seconds of `tokens` steps of one token, the first of which finds `depth` tokens in the cache."""
+    def decode(self, depth: int, tokens: int, sequences: int = 1) -> float:
+        """Seconds of `tokens` steps of a token a sequence; the first finds `depth` tokens of each in the cache."""
         ...
 
     def logits(self, token_ids: Sequence[int]) -> Tensor:
@@ -54,14 +59,14 @@ class OwnDecoder:
 
     Args:
         decoder: the model.
-        cache: made of its specs; all of its pages are taken, and a slot.
+        cache: made of its specs; all of its pages are taken, and the slots that sequences need.
     """
 
     def __init__(self, decoder: Decoder, cache: PagedCache) -> None:
         self.decoder, self.cache = decoder, cache
         self._runner = Runner(decoder, cache)
         self._pages = cache.pool.allocate(cache.num_pages)
-        self._slot = cache.slots.allocate() if cache.slots else None
+        self._slots: list[Slot] = []
         fill_cache(cache)
         random.Random(0).shuffle(self._pages)
 
@@ -75,13 +80,21 @@ class OwnDecoder:
         int(self._runner.logits(hidden).argmax())
         return time.perf_counter() - started
 
-    def decode(self, depth: int, tokens: int) -> float:
+    @property
+    def most_sequences(self) -> int:
+        """As `ModelContender`."""
+        return self.cache.slots.num_slots if self.cache.slots else self.cache.num_pages
+
+    def decode(self, depth: int, tokens: int, sequences: int = 1) -> float:
         """As `ModelContender`, greedily."""
-        sequence = self._sequence([0] * (depth + 1), depth + tokens, num_cached=depth)
+        together = [
+            self._sequence([0] * (depth + 1), depth + tokens, number, num_cached=depth) for number in range(sequences)
+        ]
         started = time.perf_counter()
         for _ in range(tokens):
-            hidden = self._read(sequence)
-            sequence.tokens.append(int(self._runner.logits(hidden).argmax()))
+            hidden = self._runner.read(together, [1] * sequences)
+            for sequence, token in zip(together, self._runner.logits(hidden).argmax(-1).tolist(), strict=True):
+                sequence.tokens.append(token)
         return time.perf_counter() - started
 
     def logits(self, token_ids: Sequence[int]) -> Tensor:
@@ -92,18 +105,23 @@ class OwnDecoder:
     def close(self) -> None:
         """As `ModelContender`."""
         self.cache.pool.free(self._pages)
-        if self.cache.slots and self._slot:
-            self.cache.slots.free(self._slot)
+        for slot in self._slots:
+            if self.cache.slots:
+                self.cache.slots.free(slot)
 
     def _read(self, sequence: TokenSequence) -> Tensor:
         """Read the next tokens, a chunk at most; the hidden state [1, D] of the last."""
         return self._runner.read([sequence], [min(sequence.num_uncached, PREFILL_CHUNK)])[-1:]
 
-    def _sequence(self, token_ids: list[int], room: int, *, num_cached: int = 0) -> TokenSequence:
-        """One with pages for `room` tokens; what its recurrent state has taken in is as much as is cached."""
-        if self._slot:
-            self._slot.num_tokens = num_cached
-        return TokenSequence(0, token_ids, self._pages[: self.cache.pages_for(room)], self._slot, num_cached)
+    def _sequence(self, token_ids: list[int], room: int, number: int = 0, *, num_cached: int = 0) -> TokenSequence:
+        """One of several, with pages for `room` tokens; its recurrent state has taken in as much as is cached."""
+        slot, pages = None, self.cache.pages_for(room)
+        if self.cache.slots:
+            while len(self._slots) <= number:
+                self._slots.append(self.cache.slots.allocate())
+            slot = self._slots[number]
+            slot.num_tokens = num_cached
+        return TokenSequence(number, token_ids, self._pages[number * pages : (number + 1) * pages], slot, num_cached)
 
 
 def fill_cache(cache: PagedCache) -> None:
@@ -143,6 +161,7 @@ class TransformersModel:
         self._model = load(folder, dtype=torch.bfloat16, trust_remote_code=False).eval()
         self._config = self._model.config
         self._filled: tuple[int, Any] = (0, None)
+        self.most_sequences = 1
 
     def prefill(self, tokens: int) -> float:
         """As `ModelContender`."""
@@ -151,8 +170,8 @@ class TransformersModel:
         int(self._step(ids, self._new_cache()).argmax())
         return time.perf_counter() - started
 
-    def decode(self, depth: int, tokens: int) -> float:
-        """As `ModelContender`, greedily."""
+    def decode(self, depth: int, tokens: int, sequences: int = 1) -> float:
+        """As `ModelContender`, greedily, of one sequence."""
         cache = self._cache(depth)
         token = 0
         started = time.perf_counter()
@@ -215,14 +234,16 @@ class OtherProgram:
         self._requests, self._answers = cast("IO[str]", self._process.stdin), cast("IO[str]", self._process.stdout)
         self.introduction = self._answer()
         self.name = str(self.introduction["name"])
+        self.most_sequences = int(self.introduction.get("most_sequences", 1))
 
     def prefill(self, tokens: int) -> float:
         """As `ModelContender`."""
         return self._ask({"op": "prefill", "tokens": tokens})["seconds"]
 
-    def decode(self, depth: int, tokens: int) -> float:
+    def decode(self, depth: int, tokens: int, sequences: int = 1) -> float:
         """As `ModelContender`."""
-        return self._ask({"op": "decode", "depth": depth, "tokens": tokens})["seconds"]
+        together = {} if sequences == 1 else {"sequences": sequences}
+        return self._ask({"op": "decode", "depth": depth, "tokens": tokens, **together})["seconds"]
 
     def logits(self, token_ids: Sequence[int]) -> Tensor:
         """As `ModelContender`."""

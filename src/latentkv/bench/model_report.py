@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 from rich.table import Table
 
-from latentkv.bench.model import LATENTKV, ModelReport
+from latentkv.bench.model import LATENTKV, ModelReport, ModelRow
 from latentkv.bench.plot import tokens_label
 from latentkv.bench.report import describe
 from latentkv.files import write_whole
@@ -36,10 +36,10 @@ def model_table(report: ModelReport) -> Table:
         table.add_column(title, justify="right")
     for index, row in enumerate(report.rows):
         following = report.rows[index + 1 : index + 2]
-        last = not following or (following[0].phase, following[0].tokens) != (row.phase, row.tokens)
+        last = not following or _case(following[0]) != _case(row)
         spread = f"± {row.spread / 2:.0%}" if row.samples > 1 else "once"
         table.add_row(
-            f"prompt of {row.tokens:,}" if row.phase == "prefill" else f"decode at {row.tokens:,}",
+            _case(row),
             row.contender,
             f"{row.tokens_per_second:,.1f} {spread}",
             f"{row.ms:,.2f}",
@@ -50,6 +50,12 @@ def model_table(report: ModelReport) -> Table:
             end_section=last,
         )
     return table
+
+
+def _case(row: ModelRow) -> str:
+    if row.phase == "prefill":
+        return f"prompt of {row.tokens:,}"
+    return f"decode at {row.tokens:,}" + (f", {row.sequences} together" if row.sequences > 1 else "")
 
 
 def model_facts(report: ModelReport) -> str:
@@ -79,12 +85,13 @@ def plot_decode(reports: Sequence[ModelReport], path: Path) -> None:
     axes = figure.add_subplot()
     depths = sorted({row.tokens for report in reports for row in report.rows if row.phase == "decode"})
     contenders = list(dict.fromkeys(row.contender for report in reports for row in report.rows))
+    alone = min((row.sequences for report in reports for row in report.rows if row.phase == "decode"), default=1)
     for report, line in zip(reports, ("-", "--", ":", "-.") * len(reports), strict=False):
         for index, name in enumerate(contenders):
             points = [
                 (depths.index(row.tokens), row.tokens_per_second)
                 for row in report.rows
-                if row.phase == "decode" and row.contender == name
+                if row.phase == "decode" and row.contender == name and row.sequences == alone
             ]
             if points:
                 label = f"{name}, {report.weights}" if len(reports) > 1 else name
@@ -99,6 +106,6 @@ def plot_decode(reports: Sequence[ModelReport], path: Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8)
     first = reports[0]
-    axes.set_title(f"Decoding with {first.model}, batch 1", loc="left")
+    axes.set_title(f"Decoding with {first.model}, batch {alone}", loc="left")
     figure.supxlabel(describe(first.environment), fontsize=7, color="#666666")
     write_whole(path, lambda temporary: figure.savefig(temporary, dpi=160, format="png"))

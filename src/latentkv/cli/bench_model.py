@@ -28,6 +28,9 @@ def model(
     depths: Annotated[
         str, typer.Option(help="Tokens in the cache before the first decode step, with commas between.")
     ] = "0,4k,16k,32k",
+    concurrency: Annotated[
+        str, typer.Option(help="Sequences that decode together at each depth, with commas between.")
+    ] = "1",
     new_tokens: Annotated[int, typer.Option(help="Decode steps that are timed together.")] = 16,
     repeats: Repeats = 5,
     dtype: Annotated[
@@ -39,6 +42,9 @@ def model(
     activations: ActivationsOption = "exact",
     kv_dtype: Annotated[str, typer.Option(help="Of the cache: auto, bf16, fp8, int8, fp16 or fp32.")] = "auto",
     int8_products: Int8ProductsOption = False,
+    kv_cache_bytes: Annotated[
+        str | None, typer.Option(help="Of the cache, like 4GiB.", show_default="room for the deepest case, once")
+    ] = None,
     threads: Threads = None,
     mha: Annotated[bool, typer.Option("--mha", help="Measure the same model with multi-head attention, too.")] = False,
     transformers: Annotated[
@@ -59,7 +65,8 @@ def model(
 ) -> None:
     """Measure how fast a model reads prompts and decodes at several depths, and the memory it takes.
 
-    One sequence at a time. The cache before a decode step is filled with random numbers once, not by reading a prompt.
+    Prompts one at a time, and decoding, unless --concurrency says otherwise. The cache before a decode step is filled
+    with random numbers once, not by reading a prompt.
 
     Example: latentkv bench model --prompts 64 --depths 0,128
     """
@@ -69,9 +76,10 @@ def model(
     from latentkv.checkpoint.source import model_name
     from latentkv.llm import LLM
     from latentkv.plan import as_kv_format
+    from latentkv.plan.sizes import parse_bytes
 
     require_folder(json_file, plot)
-    prompt_lens, depth_lens = numbers(prompts), numbers(depths)
+    prompt_lens, depth_lens, together = numbers(prompts), numbers(depths), numbers(concurrency)
     with console(stderr=True).status("loading the model") as status:
         report = measure_model(
             LLM(
@@ -82,11 +90,13 @@ def model(
                 kv_dtype="auto" if kv_dtype == "auto" else as_kv_format(kv_dtype),
                 int8_products=int8_products,
                 max_context=max(*prompt_lens, *depth_lens) + new_tokens,
+                kv_cache_bytes=None if kv_cache_bytes is None else parse_bytes(kv_cache_bytes),
                 **packed_options(packed_dir, no_packed_dir, packed_dir_bytes),
             ),
             name=model_name(model) if model else "the embedded model",
             prompts=prompt_lens,
             depths=depth_lens,
+            concurrency=together,
             new_tokens=new_tokens,
             repeats=repeats,
             threads=threads,
