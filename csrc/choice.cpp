@@ -83,6 +83,7 @@ struct Row {
   double scaled(std::int64_t token) const { return ((double)logits[token] - (double)peak) / rule.temperature; }
 };
 
+// The first of the largest of n; 0 where all are NaN.
 std::int64_t largest(const float* x, std::int64_t n) {
   float lanes[LANES];
   std::fill(lanes, lanes + LANES, -std::numeric_limits<float>::infinity());
@@ -91,7 +92,8 @@ std::int64_t largest(const float* x, std::int64_t n) {
     for (int lane = 0; lane < LANES; lane++) lanes[lane] = x[i + lane] > lanes[lane] ? x[i + lane] : lanes[lane];
   float peak = *std::max_element(lanes, lanes + LANES);
   for (; i < n; i++) peak = std::max(peak, x[i]);
-  return std::find(x, x + n, peak) - x;
+  const float* found = std::find(x, x + n, peak);
+  return found == x + n ? 0 : found - x;
 }
 
 // The k-th largest of a row, 1 <= k <= n.
@@ -145,11 +147,11 @@ void nucleus(const Row& row, const double* weights, std::vector<Candidate>& kept
   std::sort(kept.begin(), kept.end(), [](const Candidate& a, const Candidate& b) { return a.token < b.token; });
 }
 
-// The largest sum of logit and noise among candidates in the order of their tokens.
-std::int64_t best_of(const Row& row, const std::vector<Candidate>& candidates) {
+// The largest sum of logit and noise among candidates in the order of their tokens; none are left only beside NaN.
+std::int64_t best_of(const Row& row, const std::vector<Candidate>& candidates, std::int64_t likeliest) {
   const Philox philox{row.rule.seed, row.rule.position};
   double best = -std::numeric_limits<double>::infinity();
-  std::int64_t token = candidates.front().token;
+  std::int64_t token = candidates.empty() ? likeliest : candidates.front().token;
   for (const Candidate& candidate : candidates) {
     std::uint64_t bits[4];
     philox.block((std::uint64_t)candidate.token / 4, bits);
@@ -195,7 +197,7 @@ std::int64_t choose(const Row& row, std::int64_t likeliest) {
   if (few && rule.top_p >= 1 && (std::size_t)rule.top_k <= FEW) {
     for (std::int64_t i = 0; i < row.vocabulary; i++)
       if (const double x = row.scaled(i); x >= of_k && x >= least) candidates.push_back({x, i});
-    return best_of(row, candidates);
+    return best_of(row, candidates, likeliest);
   }
   auto* weights = (double*)thread_scratch(Scratch::own, sizeof(double) * (std::size_t)row.vocabulary);
   if (rule.top_p >= 1) {
@@ -207,7 +209,7 @@ std::int64_t choose(const Row& row, std::int64_t likeliest) {
   candidates.erase(std::remove_if(candidates.begin(), candidates.end(),
                                   [&](const Candidate& each) { return row.scaled(each.token) < least; }),
                    candidates.end());
-  return best_of(row, candidates);
+  return best_of(row, candidates, likeliest);
 }
 
 }  // namespace
@@ -218,7 +220,8 @@ void choose_tokens(const Choices& c) {
     const float* logits = c.logits + r * c.vocabulary;
     const std::int64_t likeliest = largest(logits, c.vocabulary);
     const Row row{logits, c.vocabulary, c.rules[r], logits[likeliest]};
-    c.tokens[r] = row.rule.temperature == 0 ? likeliest : choose(row, likeliest);
+    const bool by_chance = row.rule.temperature > 0 && std::isfinite(row.peak);
+    c.tokens[r] = by_chance ? choose(row, likeliest) : likeliest;
   }
 }
 

@@ -15,7 +15,7 @@ struct ChoiceRule {
 };
 
 struct Choices {
-  const float* logits;  // [rows, vocabulary], the largest of each row finite
+  const float* logits;  // [rows, vocabulary]; a row whose largest is not finite gets a token, any one
   std::int64_t rows, vocabulary;
   const ChoiceRule* rules;  // [rows]
   std::int64_t* tokens;     // [rows]

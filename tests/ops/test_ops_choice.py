@@ -175,5 +175,17 @@ def test_what_are_no_logits_of_rules_is_refused(logits, rules):
         choose_tokens(logits, rules)
 
 
+@every_isa
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("rule", [{}, {"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.1}, {"temperature": 0}])
+def test_rows_in_which_nothing_is_finite_get_some_token(isa, value, rule):
+    with use_isa(isa):
+        tokens = choose_tokens(torch.full((2, 7), value), [ChoiceRule(3, 4, **rule)] * 2)
+        assert all(0 <= token < 7 for token in tokens)
+        mixed = torch.full((1, 7), value)
+        mixed[0, 4] = 1.0
+        assert 0 <= choose_tokens(mixed, [ChoiceRule(3, 4, **rule)])[0] < 7
+
+
 def test_no_rows_have_no_tokens():
     assert choose_tokens(torch.zeros(0, 5), []) == []

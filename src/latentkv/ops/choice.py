@@ -43,7 +43,7 @@ def choose_tokens(logits: Tensor, rules: Sequence[ChoiceRule]) -> list[int]:
     """Choose a token for each row.
 
     Args:
-        logits: [T, V] float32; -inf forbids a token, and not all of a row may be forbidden.
+        logits: [T, V] float32; -inf forbids a token. Of a row in which nothing is finite any token is chosen.
         rules: T of them.
 
     Returns:
