@@ -83,3 +83,30 @@ def test_penalties_biases_and_what_is_forbidden_come_before_the_choice_and_leave
     ]
     assert sample(logits, asked) == [1, 0, 2, 0, 0]
     assert torch.equal(logits, raw)
+
+
+@pytest.mark.parametrize("penalty", [1e-40, 5e-324])
+@pytest.mark.parametrize("filters", [{"top_p": 0.9}, {"top_k": 1}, {"top_k": 20, "min_p": 0.1}, {}, {"temperature": 0}])
+def test_the_smallest_penalty_makes_a_token_certain_and_never_one_that_is_forbidden(penalty: float, filters: dict):
+    logits = some_logits(3)
+    logits[1] = 2.0
+    params = SamplingParams(repetition_penalty=penalty, **filters)
+    assert sample(logits[None], [NextToken(params, 1, [1])]) == [1]
+    blocked = torch.zeros(SIZE, dtype=torch.bool)
+    blocked[1] = True
+    assert sample(logits[None], [NextToken(params, 1, [1], blocked=blocked)]) != [1]
+
+
+def test_a_top_k_beyond_any_vocabulary_keeps_all():
+    logits = some_logits(4)
+    huge, none = (SamplingParams(top_k=k) for k in (2**70, 0))
+    assert sample(logits[None], [NextToken(huge, 5, [1])]) == sample(logits[None], [NextToken(none, 5, [1])])
+
+
+def test_a_text_that_may_not_end_yet_ends_later_and_unknown_end_tokens_are_passed_over():
+    logits = torch.tensor([0.0, 5.0, 1.0])
+    params = SamplingParams(temperature=0, min_tokens=2)
+    for written, expected in ((1, 2), (2, 1)):
+        asked = NextToken(params, 1, [0] * (3 + written), 3, end_ids={1, 99})
+        assert asked.edits == (expected == 2)
+        assert sample(logits[None], [asked]) == [expected]

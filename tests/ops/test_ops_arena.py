@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -40,6 +42,27 @@ def test_what_is_gone_is_given_out_again() -> None:
         first = lease.like(like)
     assert arena.nbytes <= 2 * size  # the next is given out before the last is gone
     del first
+
+
+def test_steps_that_grow_one_by_one_need_no_more_than_a_few_times_what_the_largest_does() -> None:
+    arena = Arena()
+    for rows in range(1, 257):
+        lease = arena.lease()
+        alive = [lease.like(torch.empty(rows, width)) for width in (2048, 576, 3072, 2048, 10944)]
+    needed = sum(tensor.numel() * 4 for tensor in alive)
+    assert arena.nbytes < 5 * needed
+
+
+def test_garbage_that_is_collected_at_any_moment_does_no_harm() -> None:
+    lease = Arena().lease()
+    kept: list[tuple[torch.Tensor, int]] = []
+    for i in range(60):
+        cycle: list[object] = [lease.like(torch.empty(100 + i))]
+        cycle.append(cycle)
+        del cycle
+        gc.collect() if i % 7 == 0 else None
+        kept.append((lease.like(torch.empty(77)).fill_(i), i))
+    assert all((tensor == i).all() for tensor, i in kept)
 
 
 def test_leases_give_out_the_same_memory_and_sizes_and_strides_are_kept() -> None:

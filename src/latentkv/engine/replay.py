@@ -22,7 +22,7 @@ MOST_ROWS = 256
 MOST_EACH = 8
 """Tokens of a sequence, which decodes: the next and a draft. No step of a prompt is like another."""
 
-MOST_STEPS = 128
+MOST_STEPS = 256
 """Recordings that are kept, each of a number of sequences and rows; those used last."""
 
 

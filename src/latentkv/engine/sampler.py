@@ -62,7 +62,13 @@ class NextToken:
         """Whether logits may change before the choice."""
         params = self.params
         penalises = params.repetition_penalty != 1 or params.presence_penalty != 0 or params.frequency_penalty != 0
-        return self.blocked is not None or bool(params.logit_bias) or penalises or params.min_tokens > 0
+        return self.blocked is not None or bool(params.logit_bias) or penalises or self.may_not_end
+
+    @property
+    def may_not_end(self) -> bool:
+        """Whether the text is too short to end."""
+        written = 0 if self.prompt_len is None else len(self.tokens) - self.prompt_len
+        return written < self.params.min_tokens and bool(self.end_ids)
 
 
 def sample(logits: Tensor, asked: Sequence[NextToken]) -> list[int]:
@@ -90,8 +96,10 @@ def _edit(logits: Tensor, asked: NextToken) -> Tensor:
     logits = add_bias(logits, params.logit_bias)
     logits = penalize_repetition(logits, tokens, params.repetition_penalty)
     logits = penalize_text(logits, text, params.presence_penalty, params.frequency_penalty)
-    if len(text) < params.min_tokens and asked.end_ids:
-        others = logits.index_fill(0, torch.tensor(sorted(asked.end_ids), device=logits.device), -math.inf)
+    if asked.may_not_end:
+        # A checkpoint may name end tokens that its vocabulary does not have.
+        ends = [token for token in asked.end_ids if token < len(logits)]
+        others = logits.index_fill(0, torch.tensor(ends, dtype=torch.int64, device=logits.device), -math.inf)
         if asked.blocked is None or others.max() > -math.inf:
             logits = others
     return logits
@@ -133,4 +141,7 @@ def penalize_repetition(logits: Tensor, tokens: Sequence[int], penalty: float) -
         return logits
     seen = torch.tensor(sorted(set(tokens)), dtype=torch.int64, device=logits.device)
     scores = logits[seen]
-    return logits.index_copy(0, seen, torch.where(scores > 0, scores / penalty, scores * penalty))
+    penalised = torch.where(scores > 0, scores / penalty, scores * penalty)
+    # What is forbidden stays so, and no penalty is so small that a number overflows.
+    penalised = penalised.nan_to_num(nan=-math.inf, posinf=torch.finfo(logits.dtype).max, neginf=-math.inf)
+    return logits.index_copy(0, seen, penalised)

@@ -27,7 +27,11 @@ def choose_tokens(logits: Tensor, rules: Sequence[ChoiceRule]) -> list[int] | No
         return None
     rows, vocabulary = logits.shape
     laid_out = np.array(
-        [(rule.temperature, rule.top_k, rule.top_p, rule.min_p, rule.seed, rule.position) for rule in rules], _RULE
+        [
+            (rule.temperature, min(rule.top_k, vocabulary), rule.top_p, rule.min_p, rule.seed, rule.position)
+            for rule in rules
+        ],
+        _RULE,
     )
     tokens = torch.empty(rows, dtype=torch.int64)
     extension.choose_tokens(logits.data_ptr(), rows, vocabulary, laid_out.ctypes.data, tokens.data_ptr())
