@@ -16,7 +16,13 @@ from latentkv.errors import ConfigError
 OFFLINE = "import huggingface_hub.constants as hub; hub.HF_HUB_OFFLINE = True; "
 
 
-@pytest.mark.parametrize("args", [["--help"], ["--version"], ["plan", "--help"]])
+@pytest.mark.parametrize(
+    "args",
+    [
+        *[["--help"], ["--version"], ["plan", "--help"]],
+        *(pytest.param(args, marks=pytest.mark.slow) for args in (["generate", "--help"], ["train", "-h"])),
+    ],
+)
 def test_help_imports_nothing_heavy(args):
     code = (
         "import sys, atexit\n"

@@ -66,8 +66,15 @@ def plain(dtype: str, temperature: float, kv_format: KVFormat | None = None) -> 
 
 
 @pytest.mark.parametrize(
-    ("drafter", "most", "temperature"),
-    [("ngram", 4, 0), ("mtp", 1, 0.8), ("both", 4, 0.8), ("both", 1, 0)],
+    ("drafter", "most", "temperature"),  # every two meet
+    [
+        pytest.param("ngram", 1, 0, marks=pytest.mark.slow),
+        ("ngram", 4, 0.8),
+        ("mtp", 1, 0.8),
+        pytest.param("mtp", 4, 0, marks=pytest.mark.slow),
+        ("both", 1, 0),
+        ("both", 4, 0.8),
+    ],
 )
 def test_answers_are_the_same_with_drafts(drafter: str, most: int, temperature: float) -> None:
     answers, engine = run("fp32", DRAFTERS[drafter], most, temperature=temperature)

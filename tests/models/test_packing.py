@@ -32,6 +32,7 @@ from latentkv.weights.policy import choose_scheme
 pytestmark = pytest.mark.skipif(kernels.extension is None, reason="the native kernels are not built")
 
 PAGE = 16
+QUANTISED = ["v2-groups", "v3", "v32", "glm5", "longcat", "hy4", "mistral4", "llama-gqa", "mixtral", "qwen2-moe"]
 IDS = torch.randint(3, VOCAB, (45,), generator=torch.Generator().manual_seed(1)).tolist()
 FOLDERS = TemporaryDirectory(prefix="latentkv-models-")  # removed when the process ends
 
@@ -103,8 +104,11 @@ def test_nothing_large_is_left_unpacked(case: Case) -> None:
 
 @pytest.mark.parametrize(
     ("name", "fmt"),
-    [("v3", "int8"), ("glm5", "int8"), ("longcat", "int8"), ("hy4", "int8"), ("qwen2-moe", "int8")]
-    + [(name, "int4") for name in ("v2-groups", "v3", "v32", "glm5", "mistral4", "llama-gqa", "mixtral")],
+    [  # every run has a name with one of the formats
+        pytest.param(name, fmt, marks=pytest.mark.slow if (i + j) % 2 else ())
+        for i, name in enumerate(QUANTISED)
+        for j, fmt in enumerate(["int8", "int4"])
+    ],
 )
 def test_quantised_weights_give_the_logits_of_their_dequantised_values(name: str, fmt: str) -> None:
     folder = checkpoint(name)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterator
+from itertools import pairwise
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from latentkv.ops.native.arena import Arena
+from latentkv.ops.native.arena import Arena, Lease
 
 DTYPES = [torch.float32, torch.bfloat16, torch.int64, torch.uint8]
 
@@ -53,16 +56,35 @@ def test_steps_that_grow_one_by_one_need_no_more_than_a_few_times_what_the_large
     assert arena.nbytes < 5 * needed
 
 
-def test_garbage_that_is_collected_at_any_moment_does_no_harm() -> None:
+class Collected(list[tuple[int, int, int]]):
+    """What is free, and whoever looks through it has garbage collected meanwhile."""
+
+    def __iter__(self) -> Iterator[tuple[int, int, int]]:
+        for part in super().__iter__():
+            gc.collect()
+            yield part
+
+
+def test_garbage_that_is_collected_at_any_moment_does_no_harm(monkeypatch: pytest.MonkeyPatch) -> None:
     lease = Arena().lease()
     kept: list[tuple[torch.Tensor, int]] = []
-    for i in range(60):
+    join = Lease._join  # pyright: ignore[reportPrivateUsage]
+
+    def joined(self: Lease) -> None:
+        free = self._free  # pyright: ignore[reportPrivateUsage]
+        self._free = [free[i] for i in range(len(free))]  # pyright: ignore[reportPrivateUsage]
+        join(self)
+        self._free = Collected(self._free)  # pyright: ignore[reportPrivateUsage]
+
+    monkeypatch.setattr(Lease, "_join", joined)
+    for i in range(40):
         cycle: list[object] = [lease.like(torch.empty(100 + i))]
         cycle.append(cycle)
-        del cycle
-        gc.collect() if i % 7 == 0 else None
         kept.append((lease.like(torch.empty(77)).fill_(i), i))
-    assert all((tensor == i).all() for tensor, i in kept)
+        del cycle  # it lies between others
+        assert all((tensor == number).all() for tensor, number in kept)
+    spans = sorted((tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes) for tensor, _ in kept)
+    assert all(end <= begin for (_, end), (begin, _) in pairwise(spans))
 
 
 def test_leases_give_out_the_same_memory_and_sizes_and_strides_are_kept() -> None:

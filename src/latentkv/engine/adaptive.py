@@ -88,9 +88,8 @@ class AdaptiveDrafter:
         sequences, drafted = len(wishes), sum(wish.drafted for wish in wishes)
         size = sequences, drafted
         if sum(size) <= _SHORT and size not in self._recorded:
-            self._recorded.add(
-                size
-            )  # the first step of a size takes longer, for it is recorded: where it is short, this shows
+            # The first step of a size is recorded, which takes longer; where it is short, that shows.
+            self._recorded.add(size)
         elif drafted == 0:
             # Few, for they are rare where drafts pay, and must keep up with a machine that slows down.
             self._plain.setdefault(sequences, _Recent(seconds, most=3)).add(seconds)
