@@ -12,11 +12,12 @@ from typing import Any
 
 import openai
 import pytest
+from prometheus_client import CollectorRegistry, Histogram, generate_latest
 
 from latentkv import LLM, SamplingParams
 from latentkv.plan import mha_bytes
 from latentkv.server.logs import JsonFormatter, logger
-from latentkv.server.metrics import Metrics
+from latentkv.server.metrics import SECONDS, Metrics, RequestClock
 from latentkv.server.run import bind
 from live_server import NAME, Live, serving
 
@@ -159,6 +160,45 @@ def test_speeds_are_those_of_the_last_seconds_whoever_asked_before(reference: LL
     assert metrics.speeds() == (0.0, 0.0)
     reference.generate(PROMPT, SamplingParams(max_tokens=50, ignore_eos=True))
     assert metrics.speeds()[0] == 25
+
+
+def test_equal_times_between_tokens_are_counted_as_prometheus_does_one_after_another(reference: LLM) -> None:
+    now = 0.0
+    metrics, alone = Metrics(reference.engine, NAME, clock=lambda: now), CollectorRegistry()
+    histogram = Histogram(
+        "latentkv:inter_token_latency_seconds", "Between two tokens.", ["model_name"], registry=alone, buckets=SECONDS
+    ).labels(model_name=NAME)
+    clock = RequestClock(arrived=0.0)
+    for now, count in ((1.0, 1), (1.01, 1), (1.25, 4), (801.25, 2)):
+        before = clock.last
+        metrics.tokens(clock, count)
+        for _ in range(count if before is not None else 0):
+            histogram.observe((now - before) / count)
+    series = ("_bucket{", "_sum{", "_count{")
+
+    def lines(text: bytes) -> list[str]:
+        found = [line for line in text.decode().splitlines() if line.startswith("latentkv:inter_token")]
+        return [line for line in found if any(part in line for part in series)]
+
+    assert lines(metrics.text()) == lines(generate_latest(alone)) != []
+
+
+def test_a_request_that_takes_too_long_is_given_up_and_its_pages_are_free() -> None:
+    with serving(LLM(kv_cache_bytes=4 << 20), request_seconds=0.05) as own:
+        body = {"prompt": PROMPT, "max_tokens": 3000, "ignore_eos": True}
+        status, answer, _ = ask(own, "/v1/completions", body)
+        assert (status, answer["error"]["code"]) == (504, "timeout")
+        own.wait_until_free()
+        request = urllib.request.Request(
+            f"{own.url}/v1/completions",
+            json.dumps(body | {"stream": True}).encode(),
+            {"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=20) as stream:
+            events = stream.read().decode().strip().split("\n\n")
+        assert json.loads(events[-2].removeprefix("data: "))["error"]["code"] == "timeout"
+        assert events[-1] == "data: [DONE]"
+        own.wait_until_free()
 
 
 def test_pieces_of_an_answer_are_sent_at_once_and_not_held_back_for_more() -> None:

@@ -98,3 +98,23 @@ def test_a_loop_that_has_ended_stops_nobody_and_the_next_one_gets_its_own():
     taken.put(2)  # to nobody
     asyncio.run(work(3))
     assert taken == [1, 3]
+
+
+def test_the_more_streams_are_open_the_longer_events_wait_within_bounds():
+    async def work(outbox: Outbox, taken: Taken) -> None:
+        loop, waits = asyncio.get_running_loop(), []
+        for streams in (0, 1, 8, 1000):
+            outbox.streams = streams
+            taken.put(1)
+            await asyncio.sleep(2 * module.MOST_SECONDS)  # nothing waits
+            taken.put(2)
+            await turns()
+            emptied = loop.time()
+            taken.put(3)
+            await turns()
+            assert outbox._timer is not None
+            waits.append(outbox._timer.when() - emptied)
+        assert waits[0] <= module.LEAST_SECONDS and waits[1] <= module.LEAST_SECONDS
+        assert module.LEAST_SECONDS < waits[2] <= 8 * module.EVENT_SECONDS < waits[3] <= module.MOST_SECONDS
+
+    in_loop(work)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from typing import Any, cast
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -28,6 +28,44 @@ class StrictConnection(h11.Connection):
         return event
 
 
+class JoiningTransport:
+    """Sends together what is written in one turn of the event loop: whatever it holds, a sending costs most.
+
+    Args:
+        transport: by which it sends; everything but writing, closing and aborting is left to it.
+        loop: in which it is used.
+    """
+
+    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
+        self._transport = transport
+        self._loop = loop
+        self._parts: list[bytes] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def write(self, data: bytes) -> None:
+        """Send it, after this turn."""
+        if not self._parts:
+            self._loop.call_soon(self._send)
+        self._parts.append(data)
+
+    def close(self) -> None:
+        """Close it when all is sent."""
+        self._send()
+        self._transport.close()
+
+    def abort(self) -> None:
+        """Close it now."""
+        self._parts.clear()
+        self._transport.abort()
+
+    def _send(self) -> None:
+        parts, self._parts = self._parts, []
+        if parts:
+            self._transport.write(b"".join(parts))
+
+
 class TimelyProtocol(H11Protocol):
     """HTTP/1.1 as uvicorn speaks it, and no request may take longer than `receive_seconds` to arrive.
 
@@ -44,7 +82,7 @@ class TimelyProtocol(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """The first request is due."""
-        super().connection_made(transport)
+        super().connection_made(cast("asyncio.Transport", JoiningTransport(transport, self.loop)))
         self._expect()
 
     def data_received(self, data: bytes) -> None:

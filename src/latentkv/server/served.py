@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
 from functools import cached_property, partial
 from typing import Any, TypeVar
@@ -38,7 +39,7 @@ class Generation:
         requests: what to run.
         outputs: the text of each.
         salt: who shares prefixes with them.
-        deadline: when to give them up, by `time.monotonic`.
+        seconds: after which they are given up.
 
     Raises:
         LatentKVError: as `EngineThread.submit`; none of them runs then.
@@ -51,20 +52,21 @@ class Generation:
         requests: Sequence[Request],
         outputs: Sequence[TextOutput],
         salt: str,
-        deadline: float,
+        seconds: float,
     ) -> None:
         self._thread = thread
         self._outbox = outbox
         self._left = len(requests)
-        self._deadline = deadline
         self._begun: set[int] = set()  # the engine's thread alone uses it
-        self._arrived: dict[int, list[Piece]] = {}  # by request, what nobody has taken yet; the loop's, as the next two
+        self._arrived: deque[tuple[int, Piece]] = deque()  # the engine's thread adds at its end, the loop takes
+        self._told = False  # or about to be: the loop, that something has arrived
         self._failure: Exception | None = None
         self._anything = asyncio.Event()
         outbox.open()
         self._tickets = submit_for_text(thread, requests, outputs, self._deliver, salt=salt)
         self._open = True
         outbox.streams += 1
+        self._deadline = asyncio.get_running_loop().call_later(seconds, self._fail, TimeoutError())
 
     def _deliver(self, index: int, piece: Piece | Exception) -> None:  # in the engine's thread
         if isinstance(piece, Exception):
@@ -73,10 +75,13 @@ class Generation:
             return
         urgent = piece.finish_reason is not None or index not in self._begun
         self._begun.add(index)
-        self._outbox.put(partial(self._take, index, piece), urgent=urgent)
+        self._arrived.append((index, piece))
+        if urgent or not self._told:
+            self._told = True
+            self._outbox.put(self._tell, urgent=urgent)
 
-    def _take(self, index: int, piece: Piece) -> None:
-        self._arrived.setdefault(index, []).append(piece)
+    def _tell(self) -> None:
+        self._told = False  # before the look: of what comes after it is told again
         self._anything.set()
 
     def _fail(self, error: Exception) -> None:
@@ -90,23 +95,26 @@ class Generation:
             TimeoutError: the deadline has passed.
             LatentKVError: a request failed.
         """
-        loop = asyncio.get_running_loop()
         while self._left:
-            if not self._arrived and self._failure is None:
+            if not self._arrived:
+                if self._failure is not None:
+                    raise self._failure
                 self._anything.clear()
-                async with asyncio.timeout_at(loop.time() + self._deadline - time.monotonic()):
-                    await self._anything.wait()
-            if not self._arrived and self._failure is not None:
-                raise self._failure
-            index = next(iter(self._arrived))
-            piece = joined(self._arrived.pop(index))
-            self._left -= piece.finish_reason is not None
-            yield index, piece
+                await self._anything.wait()
+            arrived: dict[int, list[Piece]] = {}
+            while self._arrived:
+                index, piece = self._arrived.popleft()
+                arrived.setdefault(index, []).append(piece)
+            for index, pieces in arrived.items():
+                piece = joined(pieces)
+                self._left -= piece.finish_reason is not None
+                yield index, piece
 
     def close(self) -> None:
         """Give up the requests that have not ended; more than once does no harm."""
         self._outbox.streams -= self._open
         self._open = False
+        self._deadline.cancel()
         for ticket in self._tickets:
             self._thread.abort(ticket)
 
@@ -205,4 +213,4 @@ class ServedModel:
             RequestError: one could not fit even into an empty cache.
         """
         outputs = [TextOutput(self.llm.tokenizer, request, keep) for request in requests]
-        return Generation(self.thread, self.outbox, requests, outputs, salt, time.monotonic() + seconds)
+        return Generation(self.thread, self.outbox, requests, outputs, salt, seconds)

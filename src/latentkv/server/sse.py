@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from typing import Any
+from uuid import uuid4
 
 from pydantic import BaseModel
 from starlette.responses import StreamingResponse
@@ -17,6 +18,8 @@ STREAMS: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream
 """For the schema of a route that can stream."""
 DONE = "data: [DONE]\n\n"
 HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # no proxy may hold pieces back
+HOLE = uuid4().hex
+"""A text that stands in no event but where it is put."""
 
 
 def data(chunk: BaseModel) -> str:
@@ -25,6 +28,21 @@ def data(chunk: BaseModel) -> str:
     for choice in fields.get("choices", ()):
         choice.setdefault("finish_reason", None)
     return f"data: {json.dumps(fields)}\n\n"
+
+
+class TextEvent:
+    """Events that are alike but for one text: written once, and that text into each.
+
+    Args:
+        event: one of them, whose text is `HOLE`.
+    """
+
+    def __init__(self, event: str) -> None:
+        self._before, self._after = event.split(json.dumps(HOLE))
+
+    def of(self, text: str) -> str:
+        """The one with this text."""
+        return f"{self._before}{json.dumps(text)}{self._after}"
 
 
 class EventStream(StreamingResponse):

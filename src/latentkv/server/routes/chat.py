@@ -33,7 +33,7 @@ from latentkv.server.protocol.chat import (
 from latentkv.server.protocol.reasoning import template_variables
 from latentkv.server.protocol.sampling import Usage
 from latentkv.server.served import ServedModel
-from latentkv.server.sse import STREAMS, EventStream, data
+from latentkv.server.sse import HOLE, STREAMS, EventStream, TextEvent, data
 from latentkv.text.tools import Tool, call_grammar, read_tool_choice, read_tools, reasoning_is_open
 
 router = APIRouter(route_class=BodyRoute)
@@ -168,13 +168,18 @@ class _Writer:
             return self._chunk(choice, usage=job.usage if always else None)
 
         answers = [self._answer() for _ in job.choices]
+        contents = [TextEvent(chunk(index, ChatDelta(content=HOLE))) for index in range(len(answers))]
         for index in range(len(answers)):
             yield chunk(index, ChatDelta(role="assistant", content=""))
         async for index, piece in job.pieces():
             answer, logprobs = answers[index], self._logprobs(piece.logprobs)
             deltas = answer.push(piece.text, last=piece.finish_reason is not None)
             for delta in deltas or ([ChatDelta(content="")] if logprobs else []):
-                yield chunk(index, delta, logprobs=logprobs)
+                content = delta.content if delta.model_fields_set == {"content"} else None
+                if content is None or logprobs or always:
+                    yield chunk(index, delta, logprobs=logprobs)
+                else:
+                    yield contents[index].of(content)
                 logprobs = None  # with the first of what a token adds
             if piece.finish_reason:
                 yield chunk(index, ChatDelta(), finish_reason=answer.finish_reason(piece.finish_reason))

@@ -24,7 +24,7 @@ from latentkv.server.protocol.completions import (
 )
 from latentkv.server.protocol.foreign_names import AS_MANY_AS_FIT
 from latentkv.server.served import ServedModel
-from latentkv.server.sse import STREAMS, EventStream, data
+from latentkv.server.sse import HOLE, STREAMS, EventStream, TextEvent, data
 
 router = APIRouter(route_class=TokensRoute)
 
@@ -75,15 +75,23 @@ class _Writer:
         return self._response(choices, job, usage=True)
 
     async def stream(self, job: Job) -> AsyncGenerator[str]:
-        begun: set[int] = set()
+        text_alone: dict[int, TextEvent] = {}  # by choice, from its second event on
+        says_more = self._body.counts_as_it_goes or self._body.max_tokens == 0
         async for index, piece in job.pieces():
-            prompt = () if index in begun else job.choices[index].prompt_token_ids
-            begun.add(index)
+            alone = text_alone.get(index)
+            if alone and not (piece.logprobs or piece.finish_reason or says_more):
+                if piece.text:
+                    yield alone.of(piece.text)
+                continue
+            prompt = () if alone else job.choices[index].prompt_token_ids
+            text_alone[index] = alone or TextEvent(self._event(CompletionChoice(index=index, text=HOLE), job))
             if piece.text or prompt or piece.logprobs or piece.finish_reason:
-                choice = self._choice(index, piece, prompt)
-                yield data(self._response([choice], job, usage=self._body.counts_as_it_goes))
+                yield self._event(self._choice(index, piece, prompt), job)
         if self._body.includes_usage:
             yield data(self._response([], job, usage=True))
+
+    def _event(self, choice: CompletionChoice, job: Job) -> str:
+        return data(self._response([choice], job, usage=self._body.counts_as_it_goes))
 
     def _choice(self, index: int, piece: Piece, prompt: Sequence[int]) -> CompletionChoice:
         """What is new of a choice; `prompt` is given with its first part."""
