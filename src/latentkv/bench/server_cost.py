@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 import re
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from queue import Empty, SimpleQueue
 
 import torch
@@ -25,6 +27,7 @@ from latentkv.errors import ConfigError, RequestError
 from latentkv.llm import LLM
 
 _PROGRAM = "from latentkv.cli.app import main; main()"
+_WARMUP = 2
 _START_SECONDS = 600
 _STOP_SECONDS = 20
 _ANSWER_SECONDS = 600
@@ -41,6 +44,8 @@ class ServerCostRow:
         served: those of the server, streamed over HTTP to a client on this machine; the median.
         generate_spread: interquartile range over the median.
         served_spread: likewise.
+        loop_ms: milliseconds of a core that the server's event loop takes for a token, requests included; None where
+            the system does not tell.
     """
 
     concurrency: int
@@ -48,6 +53,7 @@ class ServerCostRow:
     served: float
     generate_spread: float
     served_spread: float
+    loop_ms: float | None
 
     @property
     def share(self) -> float:
@@ -101,7 +107,7 @@ def measure_server_cost(
     progress("loading the model")
     llm = LLM(model)
     progress("starting the server")
-    with _server(model) as address, ThreadPoolExecutor(max(concurrency)) as clients:
+    with _server(model) as (address, process), ThreadPoolExecutor(max(concurrency)) as clients:
         params = SamplingParams(max_tokens=new_tokens, temperature=0, ignore_eos=True)
         rows: list[ServerCostRow] = []
         for many in concurrency:
@@ -116,15 +122,36 @@ def measure_server_cost(
             def generate(prompts: list[str] = prompts) -> None:
                 llm.generate(prompts, params)
 
+            before = _loop_seconds(process)
             timings = time_interleaved(
-                {"generate": Contender(generate), "served": Contender(ask)}, repeats=rounds, warmup=2
+                {"generate": Contender(generate), "served": Contender(ask)}, repeats=rounds, warmup=_WARMUP
             )
-            rows.append(_row(many, many * new_tokens, timings["generate"], timings["served"]))
+            after = _loop_seconds(process)
+            tokens = many * new_tokens
+            loop = None if before is None or after is None else (after - before) / (tokens * (rounds + _WARMUP))
+            rows.append(_row(many, tokens, timings["generate"], timings["served"], loop))
     return ServerCostReport(model or "the embedded model", new_tokens, rounds, tuple(rows), environment)
 
 
-def _row(concurrency: int, tokens: int, generate: Timing, served: Timing) -> ServerCostRow:
-    return ServerCostRow(concurrency, tokens / generate.median, tokens / served.median, generate.spread, served.spread)
+def _row(concurrency: int, tokens: int, generate: Timing, served: Timing, loop: float | None) -> ServerCostRow:
+    return ServerCostRow(
+        concurrency,
+        tokens / generate.median,
+        tokens / served.median,
+        generate.spread,
+        served.spread,
+        None if loop is None else 1e3 * loop,
+    )
+
+
+def _loop_seconds(process: int) -> float | None:
+    """Processor time so far of a process' first thread, in which the event loop runs."""
+    try:
+        stat = Path(f"/proc/{process}/task/{process}/stat").read_text()
+    except OSError:  # not Linux
+        return None
+    fields = stat.rpartition(")")[2].split()  # from the third on: the second is a name, which may hold anything
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def _ask(address: str, new_tokens: int, prompt: str) -> int:
@@ -158,8 +185,8 @@ def _ask(address: str, new_tokens: int, prompt: str) -> int:
 
 
 @contextmanager
-def _server(model: str | None) -> Generator[str]:
-    """The host and port of `latentkv serve` in a process of its own, which ends with the block."""
+def _server(model: str | None) -> Generator[tuple[str, int]]:
+    """The host and port of `latentkv serve`, and the id of its process, which ends with the block."""
     command = [sys.executable, "-c", _PROGRAM, "serve", "--port", "0", *([model] if model else [])]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     lines: SimpleQueue[str | None] = SimpleQueue()
@@ -171,7 +198,7 @@ def _server(model: str | None) -> Generator[str]:
 
     threading.Thread(target=read, daemon=True).start()
     try:
-        yield _address(lines)
+        yield _address(lines), process.pid
     finally:
         process.terminate()
         try:

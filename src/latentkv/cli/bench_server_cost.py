@@ -21,7 +21,8 @@ def server_cost(
 ) -> None:
     """Measure what is left of LLM.generate's tokens a second when the same model is served and its answers streamed.
 
-    Both in turn: `LLM.generate` in this process, `latentkv serve` in another, its client in this one; greedy.
+    Both in turn: `LLM.generate` in this process, `latentkv serve` in another, its client in this one; greedy. The last
+    column is what the server's event loop takes of a core for a token, requests included (on Linux).
 
     Example: latentkv bench server-cost --concurrency 1,8,32
     """
@@ -38,7 +39,7 @@ def server_cost(
         )
     title = f"Tokens a second of {report.model}: medians of {report.rounds} rounds of {report.new_tokens} tokens"
     table = Table(title=title, title_justify="left")
-    for column in ("at once", "LLM.generate", "+-", "served", "+-", "of LLM.generate"):
+    for column in ("at once", "LLM.generate", "+-", "served", "+-", "of LLM.generate", "loop, ms/token"):
         table.add_column(column, justify="right")
     for row in report.rows:
         table.add_row(
@@ -48,6 +49,7 @@ def server_cost(
             f"{row.served:,.0f}",
             f"{row.served_spread:.0%}",
             f"{row.share:.2f}",
+            "" if row.loop_ms is None else f"{row.loop_ms:.3f}",
         )
     screen = console()
     screen.print(table)
