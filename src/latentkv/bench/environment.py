@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from latentkv.kernels import current_isa
+
 _CPUINFO = Path("/proc/cpuinfo")
 
 
@@ -18,6 +20,7 @@ class Environment:
     Attributes:
         cpu: its name.
         threads: torch threads that the measurement used.
+        kernels: the instruction set of LatentKV's kernels, or "torch", or "triton".
         load_before: programs that wanted to run in the minute before, this one included; well above 1, the machine was
             busy with something else and the measurement suffers.
         python: version.
@@ -27,6 +30,7 @@ class Environment:
 
     cpu: str
     threads: int
+    kernels: str
     load_before: float
     python: str
     torch: str
@@ -38,6 +42,7 @@ def describe_environment(threads: int) -> Environment:
     return Environment(
         cpu=cpu_name(),
         threads=threads,
+        kernels=current_isa(),
         load_before=round(os.getloadavg()[0], 2),
         python=platform.python_version(),
         torch=version("torch"),

@@ -12,14 +12,14 @@ from rich.table import Table
 
 from latentkv.bench.model import LATENTKV, ModelReport, ModelRow
 from latentkv.bench.plot import tokens_label
-from latentkv.bench.report import describe
+from latentkv.bench.report import CEILING_NOTES, describe
 from latentkv.files import write_whole
 from latentkv.plan.sizes import format_bytes
 
 MODEL_NOTES = (
     "tok/s: median ± half the interquartile range, contenders timed in turn; 'once': a single round took too long. "
-    "of bf16 ceiling: FLOPs of the cheaper form of latent attention. of read ceiling: the weights and the cache that a "
-    "step reads."
+    "FLOPs are those of the cheaper form of latent attention; of read ceiling: the weights and the cache that a step "
+    "reads. " + CEILING_NOTES
 )
 # Colours that stay apart for colour-blind readers (Okabe and Ito).
 _COLORS = ("#0072B2", "#009E73", "#D55E00", "#CC79A7", "#E69F00", "#56B4E9")
@@ -32,7 +32,7 @@ def model_table(report: ModelReport) -> Table:
     )
     table.add_column("case")
     table.add_column("contender", no_wrap=True)
-    for title in ("tok/s", "ms", "of bf16 ceiling", "of read ceiling", "slower"):
+    for title in ("tok/s", "ms", "of product ceiling", "of read ceiling", "slower"):
         table.add_column(title, justify="right")
     for index, row in enumerate(report.rows):
         following = report.rows[index + 1 : index + 2]

@@ -19,7 +19,7 @@ def describe(environment: Environment) -> str:
     transformers = f", transformers {environment.transformers}" if environment.transformers else ""
     threads = f"{environment.threads} thread{'s' if environment.threads > 1 else ''}"
     load = f", load {environment.load_before:g} before" if environment.load_before > 1 else ""
-    return f"{environment.cpu}, {threads}, torch {environment.torch}{transformers}{load}"
+    return f"{environment.cpu}, {threads}, {environment.kernels} kernels, torch {environment.torch}{transformers}{load}"
 
 
 def ceilings_table(ceilings: Ceilings) -> Table:
@@ -58,7 +58,7 @@ def attention_table(report: AttentionReport) -> Table:
     table = Table(title=attention_title(report))
     table.add_column("context", justify="right")
     table.add_column("attention", no_wrap=True)
-    for title in ("ms", "GFLOP", "GFLOP/s", "of bf16 ceiling", "GB/s", "cache bytes", "plan", "max error", "faster"):
+    for title in ("ms", "GFLOP", "GFLOP/s", "of product ceiling", "GB/s", "cache bytes", "plan", "max error", "faster"):
         table.add_column(title, justify="right")
     for index, row in enumerate(report.rows):
         last = index + 1 == len(report.rows) or report.rows[index + 1].context != row.context
@@ -88,8 +88,10 @@ def _attention_cells(report: AttentionReport, row: AttentionRow) -> list[str]:
     ]
 
 
+CEILING_NOTES = "of product ceiling: of torch's product of large matrices in bf16, or in float32 where that is faster."
+
 ATTENTION_NOTES = (
     "ms: median ± half the interquartile range, contenders timed in turn. GFLOP: arithmetic of a step of each form; "
     "transformers' includes expanding the whole cache again. GB/s: weights and cache read once. max error: from the "
-    "float64 answer, relative to its largest element. faster: than transformers."
+    "float64 answer, relative to its largest element. faster: than transformers. " + CEILING_NOTES
 )
