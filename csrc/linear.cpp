@@ -153,6 +153,20 @@ Panel part_of(const Panel& panel, PartSize size, std::int64_t group, std::int64_
   return part;
 }
 
+// Where a tile of MAX_ROWS takes all 16 registers, none is left to decode weights in: few rows are multiplied in smaller
+// tiles while weights are decoded, and for more the weights are decoded before.
+constexpr bool FULL_TILES = UNIT == 1 && W == 8;
+constexpr std::int64_t FEW = 8;
+LATENTKV_INLINE int at_once(std::int64_t rows) { return FULL_TILES && rows <= FEW ? 4 : MAX_ROWS; }
+
+// Whether a block of weights is decoded once, and multiplied by `turns` blocks of rows then.
+bool decodes_once(const PackedWeight& w, DType x, std::int64_t rows, std::int64_t turns) {
+  constexpr std::int64_t WORTH_IT = 3;
+  const bool plain = w.format == WeightFormat::bf16;  // what is decoded by a shift
+  if (!FULL_TILES) return turns >= WORTH_IT && !plain;
+  return rows > FEW && (!plain || ceil_div(rows, row_blocks(w, x, rows)) == MAX_ROWS);
+}
+
 // Words that are read together, and how many weights of an output they hold.
 struct Pack {
   std::int64_t words, ins;
@@ -192,7 +206,7 @@ Layout layout_of(const PackedWeight& w) {
 }
 
 std::int64_t row_blocks(const PackedWeight& w, DType x, std::int64_t rows) {
-  return w.rounds_input ? int8_row_blocks(rows) : ceil_div(rows * planes(x), MAX_ROWS);
+  return w.rounds_input ? int8_row_blocks(rows) : ceil_div(rows * planes(x), at_once(rows));
 }
 
 std::int64_t packed_input_bytes(const PackedWeight& w, DType x, std::int64_t rows) {
@@ -231,7 +245,6 @@ void multiply_rows(const PackedWeight& w, std::int64_t e, const void* packed, DT
     return int8_multiply_rows(w, e, packed, rows, first_rows, end_rows, first_block, end_block, out);
   constexpr std::int64_t AT_ONCE = 1 << 22;   // bytes of activations that pass by each block of outputs from the L3, ..
   constexpr std::int64_t FEWEST = 4;          // .. unless so few turns would read all weights once more
-  constexpr std::int64_t WORTH_DECODING = 3;  // turns, for which a block is decoded once
   const Layout layout = layout_of(w);
   const Product& product = product_with(w.format, layout.groups);
   const int per_row = planes(x);
@@ -246,7 +259,7 @@ void multiply_rows(const PackedWeight& w, std::int64_t e, const void* packed, DT
   }
   const float* const group_sums = (const float*)packed + rows * row_units;  // read where the format has minima
   const std::int64_t fetches = fetching_turns(turns);
-  const bool decodes = turns >= WORTH_DECODING && w.format != WeightFormat::bf16;
+  const bool decodes = decodes_once(w, x, rows, turns);
   const Tile* tiles = decodes ? product.tiles_of_units : product.tiles;
   const PartSize size = decodes ? part_size(product, layout) : PartSize{layout.groups, layout.group_words};
   const bool whole = size.groups >= layout.groups && size.group_words >= layout.group_words;

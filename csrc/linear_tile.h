@@ -24,7 +24,7 @@ LATENTKV_INLINE vf multiply_add(vf sum, vu weights, Unit x) {
 #else
 using Unit = float;
 constexpr int UNIT = 1;
-constexpr int MAX_ROWS = W == 16 ? 8 : 4;
+constexpr int MAX_ROWS = W == 16 ? 8 : W == 8 ? 6 : 4;  // 2 x 6 sums, 2 vectors of weights and an activation in 16
 LATENTKV_INLINE vf multiply_add(vf sum, vu weights, Unit x) { return multiply_add((vf)weights, splat(x), sum); }
 #endif
 
