@@ -21,7 +21,7 @@ from latentkv.completion import Completion, Piece, TextOutput, best_of, join_pie
 from latentkv.engine import Constraint, Request, SamplingParams, Structure
 from latentkv.engine.request import validate_token_ids
 from latentkv.engine.scheduler import MAX_RUNNING
-from latentkv.engine.scoring import sequence_logits, text_nats
+from latentkv.engine.scoring import score_text, sequence_logits
 from latentkv.engine.thread import EngineThread
 from latentkv.engine.worker import Worker
 from latentkv.errors import EngineStoppedError, RequestError
@@ -67,6 +67,27 @@ class Perplexity:
     nats: float
     tokens: int
     bytes: int
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a model expects of a text.
+
+    Attributes:
+        perplexity: how well that is what stands there.
+        likeliest: the likeliest token in the place of each of the text's.
+    """
+
+    perplexity: Perplexity
+    likeliest: tuple[int, ...]
+
+    def agreement(self, other: Prediction) -> float:
+        """The share of places in which both expect the same token.
+
+        Raises:
+            ValueError: they are of different texts, or of models with different tokenizers.
+        """
+        return sum(a == b for a, b in zip(self.likeliest, other.likeliest, strict=True)) / len(self.likeliest)
 
 
 class LLM:
@@ -314,7 +335,11 @@ class LLM:
         return self.thread.call(lambda: sequence_logits(self.engine.runner, ids))
 
     def perplexity(self, text: str) -> Perplexity:
-        """How well the model predicts `text`, with BOS before it (unscored).
+        """How well the model predicts `text`, as `predict` finds it."""
+        return self.predict(text).perplexity
+
+    def predict(self, text: str) -> Prediction:
+        """What the model expects at each place of `text`, with BOS before it (unscored).
 
         A text longer than max_context is read in windows of max_context tokens at half stride; each token is scored
         once, in the first window that holds it.
@@ -329,9 +354,10 @@ class LLM:
         if len(ids) < 2:
             raise RequestError("The tokenizer makes no token of this text, so there is nothing to score.")
         validate_token_ids(ids, vocab_size=self.config.vocab_size)
-        nats = self.thread.call(lambda: text_nats(self.engine.runner, ids, self.max_context))
-        tokens, num_bytes = len(ids) - 1, len(text.encode())
-        return Perplexity(math.exp(nats / tokens), nats / (math.log(2) * num_bytes), nats, tokens, num_bytes)
+        score = self.thread.call(lambda: score_text(self.engine.runner, ids, self.max_context))
+        nats, tokens, num_bytes = score.nats, len(ids) - 1, len(text.encode())
+        perplexity = Perplexity(math.exp(nats / tokens), nats / (math.log(2) * num_bytes), nats, tokens, num_bytes)
+        return Prediction(perplexity, tuple(score.likeliest.tolist()))
 
     def compile(self, structure: Structure) -> Constraint:
         """What the engine needs of a structure; kept for later requests.

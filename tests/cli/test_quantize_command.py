@@ -24,6 +24,8 @@ def test_a_model_is_quantised_and_the_report_printed(latentkv, model_folder, tmp
     assert measured["before"]["perplexity"] == LLM(model_folder).perplexity(TEXT).perplexity
     assert measured["after"]["perplexity"] == LLM(tmp_path / "out").perplexity(TEXT).perplexity
     assert measured["before"] != measured["after"]
+    agreement = LLM(tmp_path / "out").predict(TEXT).agreement(LLM(model_folder).predict(TEXT))
+    assert 0 < measured["after"]["same_likeliest"] == agreement < 1
     again = latentkv(*asked, "--json")
     assert again.exit_code == 0, again.stderr
     printed = json.loads(again.stdout)
@@ -39,8 +41,11 @@ def test_what_int8_activations_would_cost_is_said_of_a_copy_that_runs_on_its_cod
     measured = json.loads((tmp_path / "out" / "quantization_report.json").read_text())["perplexity"]
     exact, rounded = measured["after"], measured["after, int8 activations"]
     assert exact != rounded
-    assert rounded["perplexity"] == LLM(tmp_path / "out", activations="int8").perplexity(TEXT).perplexity
+    predicted = LLM(tmp_path / "out", activations="int8").predict(TEXT)
+    assert rounded["perplexity"] == predicted.perplexity.perplexity
     assert rounded["perplexity"] == pytest.approx(exact["perplexity"], rel=0.01)
+    assert rounded["same_likeliest_as_after"] == predicted.agreement(LLM(tmp_path / "out").predict(TEXT)) > 0.9
+    assert rounded["same_likeliest"] == predicted.agreement(LLM(embedded_model()).predict(TEXT)) > 0.8
 
 
 def test_no_more_of_the_text_is_read_than_asked(latentkv, model_folder, tmp_path):

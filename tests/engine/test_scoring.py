@@ -21,35 +21,39 @@ def whole(decoder: Decoder, tokens: list[int]) -> torch.Tensor:
     return decoder.logits(decoder.forward_train(torch.tensor([tokens]))[0])
 
 
-def brute_nats(decoder: Decoder, tokens: list[int], context: int) -> float:
-    """Each token under the first window that holds it, one forward pass a token."""
-    total = 0.0
+def brute_score(decoder: Decoder, tokens: list[int], context: int) -> tuple[float, list[int]]:
+    """Nats and the likeliest of each token under the first window that holds it, one forward pass a token."""
+    total, likeliest = 0.0, []
     for i in range(1, len(tokens)):
         start = 0
         while start + context <= i:
             start += max(1, context // 2)
         logits = whole(decoder, tokens[start:i])[-1].double()
         total -= float(logits.log_softmax(-1)[tokens[i]])
-    return total
+        likeliest.append(int(logits.argmax()))
+    return total, likeliest
 
 
 @pytest.mark.thin(meet=1)
 @pytest.mark.parametrize("context", [2, 3, 16, 17, 64, 100, 101, 128])
-def test_text_nats_equal_the_brute_force(decoder: Decoder, context: int):
-    expected = brute_nats(decoder, TOKENS, context)
+def test_a_texts_score_is_that_of_the_brute_force(decoder: Decoder, context: int):
+    nats, likeliest = brute_score(decoder, TOKENS, context)
     for pages in (16, 100):
         cache = cache_for(decoder, pages)
-        assert scoring.text_nats(Runner(decoder, cache), TOKENS, context) == pytest.approx(expected, rel=1e-5)
+        score = scoring.score_text(Runner(decoder, cache), TOKENS, context)
+        assert score.nats == pytest.approx(nats, rel=1e-5)
+        assert score.likeliest.tolist() == likeliest
         assert cache.pool.free_pages == pages
 
 
 def test_cutting_steps_and_logits_changes_nothing(decoder: Decoder, monkeypatch: pytest.MonkeyPatch):
     runner = Runner(decoder, cache_for(decoder, 100))
-    nats = scoring.text_nats(runner, TOKENS, 32)
+    score = scoring.score_text(runner, TOKENS, 32)
     logits = scoring.sequence_logits(runner, TOKENS)
     monkeypatch.setattr(scoring, "PREFILL_CHUNK", 7)
     monkeypatch.setattr(runner_module, "_LOGIT_BYTES", 3 * 4 * VOCAB)
-    assert scoring.text_nats(runner, TOKENS, 32) == pytest.approx(nats, rel=1e-6)
+    cut = scoring.score_text(runner, TOKENS, 32)
+    assert cut.nats == pytest.approx(score.nats, rel=1e-6) and torch.equal(cut.likeliest, score.likeliest)
     torch.testing.assert_close(scoring.sequence_logits(runner, TOKENS), logits, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(logits, whole(decoder, TOKENS), rtol=1e-4, atol=1e-4)
 
@@ -68,7 +72,7 @@ def test_windows_score_every_token_but_the_first_once_with_half_a_context_before
 def test_too_few_pages_are_an_error_and_none_is_lost(decoder: Decoder):
     cache = cache_for(decoder, 3)
     with pytest.raises(CacheError, match="cache is full"):
-        scoring.text_nats(Runner(decoder, cache), TOKENS, 64)
+        scoring.score_text(Runner(decoder, cache), TOKENS, 64)
     with pytest.raises(CacheError, match="cache is full"):
         scoring.sequence_logits(Runner(decoder, cache), TOKENS)
     assert cache.pool.free_pages == 3

@@ -10,7 +10,7 @@ from workloads import Foreseen, alone, decoder
 from latentkv.engine import Engine, Request, SamplingParams, Sequence, snapshots
 from latentkv.engine.drafts import Wish
 from latentkv.engine.runner import Runner
-from latentkv.engine.scoring import sequence_logits, text_nats
+from latentkv.engine.scoring import score_text, sequence_logits
 from latentkv.errors import CacheError
 from latentkv.kernels import available_isas
 from latentkv.models.decoder import Decoder
@@ -152,10 +152,10 @@ def test_where_only_the_slot_of_a_snapshot_is_free_it_is_gone_on_from_there():
 
 def test_texts_are_scored_beside_requests_as_far_as_there_are_slots():
     engine, alone = engine_for(slots=3), engine_for(slots=6)
-    want = text_nats(alone.runner, TEXT, 16)
+    want = score_text(alone.runner, TEXT, 16).nats
     engine.add(ask(TEXT[:9], max_tokens=4))
     engine.step()
-    assert text_nats(engine.runner, TEXT, 16) == pytest.approx(want, rel=1e-6)
+    assert score_text(engine.runner, TEXT, 16).nats == pytest.approx(want, rel=1e-6)
     engine.add(ask(TEXT[5:9], max_tokens=4))
     engine.add(ask(TEXT[6:9], max_tokens=4))
     engine.step()

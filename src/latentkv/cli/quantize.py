@@ -17,7 +17,7 @@ from latentkv.errors import RequestError
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from latentkv.llm import Perplexity
+    from latentkv.llm import Prediction
     from latentkv.quantize import Importance, QuantizationReport
 
 
@@ -83,12 +83,12 @@ def quantize(
     if calibration is not None:
         with console(stderr=True).status(f"{folder.name} reads {calibrate}"):
             importance = column_importance(folder, calibration)
-    before = None if passage is None else _perplexity(folder, passage)
+    before = None if passage is None else _predict(folder, passage)
     with _progress(f"{folder.name} to {kind or weights}") as on_progress:
         report, notes = write(importance, on_progress)
     measured = None
     if passage is not None and before is not None:
-        measured = {"text": str(text), "before": asdict(before), **_perplexities_after(target, passage)}
+        measured = {"text": str(text), "before": asdict(before.perplexity), **_after(target, passage, before)}
         if not kind:
             _add_to_report(target, measured)
     if as_json:
@@ -170,25 +170,27 @@ def _passage(path: Path, num_bytes: int, option: str) -> str:
     return passage
 
 
-def _perplexity(folder: Path, passage: str) -> Perplexity:
+def _predict(folder: Path, passage: str) -> Prediction:
     from latentkv import LLM
 
     with console(stderr=True).status(f"Perplexity of {folder.name}"):
-        return LLM(folder, packed_dir=None).perplexity(passage)
+        return LLM(folder, packed_dir=None).predict(passage)
 
 
-def _perplexities_after(target: Path, passage: str) -> dict[str, Any]:
+def _after(target: Path, passage: str, before: Prediction) -> dict[str, Any]:
     """Of the copy, and with activations of 8 bits where it runs on quantised weights (a float32 model does not)."""
     from latentkv import LLM
     from latentkv.models.packing import packed_weights
 
     with console(stderr=True).status(f"Perplexity of {target.name}"):
         exact = LLM(target, packed_dir=None)
-        measured = {"after": asdict(exact.perplexity(passage))}
+        after = exact.predict(passage)
+        measured = {"after": asdict(after.perplexity) | {"same_likeliest": after.agreement(before)}}
         if any(weight.rounding_input().rounds_input for weight in packed_weights(exact.decoder)):
             del exact
-            rounded = LLM(target, packed_dir=None, activations="int8")
-            measured["after, int8 activations"] = asdict(rounded.perplexity(passage))
+            rounded = LLM(target, packed_dir=None, activations="int8").predict(passage)
+            same = {"same_likeliest": rounded.agreement(before), "same_likeliest_as_after": rounded.agreement(after)}
+            measured["after, int8 activations"] = asdict(rounded.perplexity) | same
     return measured
 
 
@@ -226,13 +228,15 @@ def _print_report(
         before, after = measured["before"], measured["after"]
         out.print(
             f"perplexity  {before['perplexity']:.4g} before, {after['perplexity']:.4g} after "
-            f"({after['bits_per_byte'] - before['bits_per_byte']:+.4f} bits a byte; {before['tokens']:,} tokens)"
+            f"({after['bits_per_byte'] - before['bits_per_byte']:+.4f} bits a byte; {before['tokens']:,} tokens, "
+            f"the likeliest one as before in {after['same_likeliest']:.1%})"
         )
         rounded = measured.get("after, int8 activations")
         if rounded is not None:
             out.print(
                 f"            {rounded['perplexity']:.4g} with --activations int8 "
-                f"({rounded['bits_per_byte'] - before['bits_per_byte']:+.4f} bits a byte)"
+                f"({rounded['bits_per_byte'] - before['bits_per_byte']:+.4f} bits a byte; the likeliest as before in "
+                f"{rounded['same_likeliest']:.1%}, as without it in {rounded['same_likeliest_as_after']:.1%})"
             )
     for note in notes:
         out.print(f"note: {note}")

@@ -23,6 +23,19 @@ class Window:
     scored: int
 
 
+@dataclass(frozen=True)
+class TextScore:
+    """How a text of T tokens is predicted.
+
+    Attributes:
+        nats: summed -log p of all tokens but the first.
+        likeliest: int64 [T - 1], the likeliest token in the place of each.
+    """
+
+    nats: float
+    likeliest: Tensor
+
+
 def windows(total: int, context: int) -> list[Window]:
     """Windows of `context` tokens at half stride over `total` tokens; each token but the first is scored once."""
     stride = max(1, context // 2)
@@ -33,15 +46,15 @@ def windows(total: int, context: int) -> list[Window]:
     return result
 
 
-def text_nats(runner: Runner, tokens: SequenceOf[int], context: int) -> float:
-    """Total nats of all tokens but the first, each given what its window shows before it.
+def score_text(runner: Runner, tokens: SequenceOf[int], context: int) -> TextScore:
+    """How all tokens but the first are predicted, each from what its window shows before it.
 
     Windows are read together as far as one step's tokens and the free pages allow.
 
     Raises:
         CacheError: not even one window fits into the free pages.
     """
-    total = 0.0
+    nats, likeliest = 0.0, torch.empty(len(tokens) - 1, dtype=torch.int64)
     for group in _groups(windows(len(tokens), context), runner):
         # A window's last token is only scored: nothing of it need be read.
         with runner.sequences([tokens[window.start : window.stop - 1] for window in group]) as sequences:
@@ -49,11 +62,10 @@ def text_nats(runner: Runner, tokens: SequenceOf[int], context: int) -> float:
                 window = group[sequence.index]
                 start = window.start + first
                 unscored = max(0, window.scored - 1 - start)
-                targets = tokens[start + unscored + 1 : start + len(hidden) + 1]
-                total += _nats(
-                    runner, hidden[unscored:], torch.tensor(targets, dtype=torch.int64, device=hidden.device)
-                )
-    return total
+                scored = slice(start + unscored, start + len(hidden))
+                targets = torch.tensor(tokens[scored.start + 1 : scored.stop + 1], dtype=torch.int64)
+                nats += _score(runner, hidden[unscored:], targets.to(hidden.device), likeliest[scored])
+    return TextScore(nats, likeliest)
 
 
 def sequence_logits(runner: Runner, tokens: SequenceOf[int]) -> Tensor:
@@ -83,9 +95,10 @@ def _read_through(runner: Runner, sequences: list[Sequence]) -> Iterator[tuple[S
         yield from zip(chosen, positions, hidden.split(counts), strict=True)
 
 
-def _nats(runner: Runner, hidden: Tensor, targets: Tensor) -> float:
+def _score(runner: Runner, hidden: Tensor, targets: Tensor, likeliest: Tensor) -> float:
     """Summed -log p of `targets` [T] under the logits of `hidden` [T, D], a bounded block of logits at a time."""
-    total = 0.0
+    nats = 0.0
     for rows, logits in runner.logits_in_parts(hidden):
-        total += float(functional.cross_entropy(logits, targets[rows], reduction="none").double().sum())
-    return total
+        nats += float(functional.cross_entropy(logits, targets[rows], reduction="none").double().sum())
+        likeliest[rows] = logits.argmax(-1).to(likeliest.device)
+    return nats
