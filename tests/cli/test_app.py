@@ -50,6 +50,12 @@ def test_version_is_printed(latentkv):
     assert result.output.startswith("latentkv ")
 
 
+def test_the_module_is_the_command():
+    asked = [sys.executable, "-m", "latentkv", "--version"]
+    done = subprocess.run(asked, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith("latentkv ")
+
+
 @pytest.mark.parametrize("args", [["nonsense"], ["bench", "nonsense"], ["plan", "--batch", "many"], ["--nonsense"]])
 def test_wrong_usage_exits_with_2(latentkv, args):
     assert latentkv(*args).exit_code == 2
