@@ -1,8 +1,9 @@
-// AVX2's engine for latent pages: query vectors lie in the lanes of registers, products are float32.
+// AVX2's engine for latent pages and for prompts: query vectors lie in the lanes of registers, products are float32.
 //
 // A number of a key is broadcast against that number of 16 query vectors. So neither scores nor the softmax need sums
 // across lanes, and bf16 rows are taken as they lie: a pair of numbers is broadcast as one word, of which a shift and a
-// mask make two float32 numbers beside the multiplications. Other formats are decoded a row at a time.
+// mask make two float32 numbers beside the multiplications. Other formats are decoded a row at a time, and so are the
+// rows of prompts: they lie far apart, and each is read by all of up to 128 query vectors.
 #pragma once
 
 #include "attention_fetch.h"
@@ -26,26 +27,28 @@ class FloatLanesEngine : public LaneSoftmax<64> {
   static constexpr int STEP = W;
 
   static bool takes(const Attention& a) {
-    return a.values_in_keys && !a.gather && a.heads > W / 2 && a.values.width % STEP == 0 && a.keys.width % AHEAD == 0 &&
-           (!PAIRS || a.kv_format == RowFormat::bf16);
+    const bool of_latents = a.values_in_keys && !a.gather && a.heads > W / 2, of_prompt = !a.values_in_keys && a.gather;
+    return (of_latents || of_prompt) && a.values.width % STEP == 0 && a.keys.width % AHEAD == 0 &&
+           (!PAIRS || (a.kv_format == RowFormat::bf16 && !a.gather));
   }
 
   FloatLanesEngine(const Attention& a, int vectors)
-      : LaneSoftmax(a, vectors), width_(a.keys.width), latents_(a.values.width),
-        in_place_(PAIRS || a.kv_format == RowFormat::fp32) {}
+      : LaneSoftmax(a, vectors), width_(a.keys.width), value_width_(a.values.width),
+        in_place_(PAIRS || (a.kv_format == RowFormat::fp32 && !a.gather)) {}
 
-  int value_width() const { return latents_; }
+  int value_width() const { return value_width_; }
 
   void place(Memory& memory) {
     LaneSoftmax::place(memory);
     q_ = memory.take<float>((std::size_t)vectors_ * width_);
-    zeros_ = memory.take<Stored>(width_);
-    decoded_ = memory.take<float>(in_place_ ? 0 : (std::size_t)TILE * width_);
+    zeros_ = memory.take<Stored>(widest());
+    keys_taken_ = memory.take<Stored>(in_place_ ? 0 : (std::size_t)TILE * width_);
+    values_taken_ = memory.take<Stored>(a_.values_in_keys ? 0 : (std::size_t)TILE * value_width_);
   }
 
   void load_queries(const Group& group) {
     const int vectors = group.rows * group.heads, size = sizeof_dtype(a_.q_dtype);
-    std::memset(zeros_, 0, width_ * sizeof(Stored));
+    std::memset(zeros_, 0, widest() * sizeof(Stored));
     std::memset(q_, 0, sizeof(float) * vectors_ * width_);
     for (int v = 0; v < vectors; v++) {
       const std::int64_t row = group.row + v / group.heads, head = group.head + v % group.heads;
@@ -68,27 +71,40 @@ class FloatLanesEngine : public LaneSoftmax<64> {
     for (int v = 0; v < vectors; v += LANES)
       scored += stretches() * (full(v, vectors) ? num_vector_blocks<SCORES / 2>(stored.tokens)
                                                 : num_vector_blocks<SCORES>(stored.tokens));
-    const int summed = num_vector_blocks<VECTORS>(vectors) * ((latents_ / W + COLUMNS - 1) / COLUMNS);
-    Fetcher fetcher(next.keys, next.tokens, a_.keys.bytes, scored + summed);
-    for (int v = 0; v < vectors; v += LANES) score(v, vectors, stored.tokens, fetcher);
+    const int summed = num_vector_blocks<VECTORS>(vectors) * ((value_width_ / W + COLUMNS - 1) / COLUMNS);
+    Fetcher keys(next.keys, next.tokens, a_.keys.bytes, scored + (a_.values_in_keys ? summed : 0));
+    for (int v = 0; v < vectors; v += LANES) score(v, vectors, stored.tokens, keys);
     for (int v = 0; v < vectors; v += W) soften(v, stored.tokens, state);
-    accumulate(vectors, fetcher, state);
+    if (a_.values_in_keys) {
+      accumulate(vectors, keys, state);
+    } else {
+      Fetcher values(next.values, next.tokens, a_.values.bytes, summed);
+      accumulate(vectors, values, state);
+    }
   }
 
   static void in_order(const float* accumulated, float* out) { store(out, load(accumulated)); }
 
  private:
+  int widest() const { return width_ > value_width_ ? width_ : value_width_; }
+
   void take_rows(const StoredTile<TILE>& stored) {
     for (int i = 0; i < TILE; i++) {
-      const char* row = i < stored.tokens ? stored.keys[i] : nullptr;
-      keys_[i] = row ? (const Stored*)row : zeros_;
-      if constexpr (!PAIRS) {
-        if (in_place_ || !row) continue;
-        float* out = decoded_ + (std::ptrdiff_t)i * width_;
-        decode_row(row, a_.kv_format, width_, width_ - latents_, width_, out);
-        keys_[i] = out;
-      }
+      const bool is_one = i < stored.tokens;
+      keys_[i] = row(is_one ? stored.keys[i] : nullptr, width_, keys_taken_ + (std::ptrdiff_t)i * width_);
+      values_[i] = a_.values_in_keys ? keys_[i]
+                                     : row(is_one ? stored.values[i] : nullptr, value_width_,
+                                           values_taken_ + (std::ptrdiff_t)i * value_width_);
     }
+  }
+  const Stored* row(const char* stored, int width, Stored* taken) const {
+    if (!stored) return zeros_;
+    if (in_place_) return (const Stored*)stored;
+    if constexpr (!PAIRS) {
+      const int rope = a_.values_in_keys ? width_ - value_width_ : 0;
+      decode_row(stored, a_.kv_format, width, rope, width, taken);
+    }
+    return taken;
   }
 
   int stretches() const { return (width_ + STRETCH - 1) / STRETCH; }
@@ -162,9 +178,9 @@ class FloatLanesEngine : public LaneSoftmax<64> {
 
   void accumulate(int vectors, Fetcher& fetcher, const State& state) {
     int column = 0;
-    for (; column + COLUMNS * W <= latents_; column += COLUMNS * W)
+    for (; column + COLUMNS * W <= value_width_; column += COLUMNS * W)
       accumulate_columns<COLUMNS>(vectors, column, fetcher, state);
-    for (; column < latents_; column += W) accumulate_columns<1>(vectors, column, fetcher, state);
+    for (; column < value_width_; column += W) accumulate_columns<1>(vectors, column, fetcher, state);
   }
   template <int C>
   void accumulate_columns(int vectors, int column, Fetcher& fetcher, const State& state) {
@@ -177,15 +193,15 @@ class FloatLanesEngine : public LaneSoftmax<64> {
   template <int V, int C, bool FETCH>
   __attribute__((noinline)) void accumulate_block(int v, int column, int tokens, Walk& ahead, const State& state) {
     Walk walk = ahead;
-    float* out = state.out + (std::ptrdiff_t)v * latents_ + column;
+    float* out = state.out + (std::ptrdiff_t)v * value_width_ + column;
     const float* weights = scores(0, v);
     vf sums[V][C];
 #pragma GCC unroll 8
     for (int i = 0; i < V; i++)
 #pragma GCC unroll 4
-      for (int c = 0; c < C; c++) sums[i][c] = load(out + (std::ptrdiff_t)i * latents_ + c * W) * rescale_[v + i];
+      for (int c = 0; c < C; c++) sums[i][c] = load(out + (std::ptrdiff_t)i * value_width_ + c * W) * rescale_[v + i];
     const auto add = [&](int t) __attribute__((always_inline)) {
-      const Stored* row = keys_[t] + column;
+      const Stored* row = values_[t] + column;
       vf y[C];
 #pragma GCC unroll 4
       for (int c = 0; c < C; c++) {
@@ -208,19 +224,19 @@ class FloatLanesEngine : public LaneSoftmax<64> {
 #pragma GCC unroll 8
     for (int i = 0; i < V; i++)
 #pragma GCC unroll 4
-      for (int c = 0; c < C; c++) store(out + (std::ptrdiff_t)i * latents_ + c * W, sums[i][c]);
+      for (int c = 0; c < C; c++) store(out + (std::ptrdiff_t)i * value_width_ + c * W, sums[i][c]);
     if (FETCH) {
       for (int left = TILE / 4 - tokens / 4; left > 0; left--) walk.fetch();
       ahead = walk;
     }
   }
 
-  int width_, latents_;
+  int width_, value_width_;
   bool in_place_;
-  float* q_;        // [vectors / 16, width, 16]
-  Stored* zeros_;   // a row
-  float* decoded_;  // [TILE, width], where rows are not taken in place
-  const Stored* keys_[TILE];
+  float* q_;                            // [vectors / 16, width, 16]
+  Stored* zeros_;                       // a row
+  Stored *keys_taken_, *values_taken_;  // [TILE, width], where rows are not taken in place
+  const Stored *keys_[TILE], *values_[TILE];
 };
 
 }  // namespace latentkv::LATENTKV_ISA
