@@ -118,3 +118,27 @@ def test_the_more_streams_are_open_the_longer_events_wait_within_bounds():
         assert module.LEAST_SECONDS < waits[2] <= 8 * module.EVENT_SECONDS < waits[3] <= module.MOST_SECONDS
 
     in_loop(work)
+
+
+def test_what_comes_while_things_are_handed_over_holds_nothing_up_afterwards():
+    async def work(outbox: Outbox, taken: Taken) -> None:
+        async def come(what: list[int]) -> None:
+            async with asyncio.timeout(30):
+                while taken != what:
+                    await asyncio.sleep(0.001)
+
+        taken.put(0)
+        await turns()
+
+        def hand() -> None:  # the engine's thread gets its turn in the middle, and what it puts is taken at once, too
+            taken.append(1)
+            taken.put(2)
+
+        outbox.put(hand, urgent=False)
+        outbox.flush()
+        await come([0, 1, 2])
+        await asyncio.sleep(2 * module.MOST_SECONDS)  # a slow step: the timer finds nothing
+        taken.put(3)
+        await come([0, 1, 2, 3])
+
+    in_loop(work)

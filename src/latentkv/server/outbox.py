@@ -73,6 +73,7 @@ class Outbox:
     def _at_due(self, loop: asyncio.AbstractEventLoop) -> None:
         """While steps are fast, one call takes what several made, and the engine's thread calls nobody."""
         self._timer = None  # before the look: what comes after it finds no timer, or the next
+        self._asked = False  # likewise
         if self._things:
             self._empty(loop)
             self._timer = loop.call_at(self._emptied + self._interval, self._at_due, loop)
