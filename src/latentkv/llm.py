@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections import abc
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -27,6 +26,7 @@ from latentkv.engine.worker import Worker
 from latentkv.errors import EngineStoppedError, RequestError
 from latentkv.llm_loading import LoadOptions, load
 from latentkv.llm_options import Draft, as_device, as_dtype, named_end_ids
+from latentkv.prediction import Perplexity, Prediction
 from latentkv.progress import progress_bar
 from latentkv.state import KVFormat
 from latentkv.text import Tokenizer
@@ -35,7 +35,7 @@ from latentkv.text.chat import text_length
 if TYPE_CHECKING:
     from latentkv.text.grammar import GrammarCompiler
 
-__all__ = ["LLM", "Completion", "Perplexity", "Piece"]
+__all__ = ["LLM", "Completion", "Perplexity", "Piece", "Prediction"]
 
 Prompt = str | Sequence[int]
 DType = Literal["fp32", "bf16", "fp16"]
@@ -48,46 +48,6 @@ _LEFT_OUT = 4
 
 # How the plain chat template opens the user's next turn; a model without chat training may well write it itself.
 _PLAIN_NEXT_TURN = "\n\nUser:"
-
-
-@dataclass(frozen=True)
-class Perplexity:
-    """How well a model predicts a text.
-
-    Attributes:
-        perplexity: exp(nats / tokens).
-        bits_per_byte: nats / (ln 2 * bytes), comparable between tokenizers.
-        nats: summed -log p of all scored tokens.
-        tokens: scored tokens: the text's, without BOS.
-        bytes: of the text in UTF-8.
-    """
-
-    perplexity: float
-    bits_per_byte: float
-    nats: float
-    tokens: int
-    bytes: int
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """What a model expects of a text.
-
-    Attributes:
-        perplexity: how well that is what stands there.
-        likeliest: the likeliest token in the place of each of the text's.
-    """
-
-    perplexity: Perplexity
-    likeliest: tuple[int, ...]
-
-    def agreement(self, other: Prediction) -> float:
-        """The share of places in which both expect the same token.
-
-        Raises:
-            ValueError: they are of different texts, or of models with different tokenizers.
-        """
-        return sum(a == b for a, b in zip(self.likeliest, other.likeliest, strict=True)) / len(self.likeliest)
 
 
 class LLM:
@@ -355,8 +315,7 @@ class LLM:
             raise RequestError("The tokenizer makes no token of this text, so there is nothing to score.")
         validate_token_ids(ids, vocab_size=self.config.vocab_size)
         score = self.thread.call(lambda: score_text(self.engine.runner, ids, self.max_context))
-        nats, tokens, num_bytes = score.nats, len(ids) - 1, len(text.encode())
-        perplexity = Perplexity(math.exp(nats / tokens), nats / (math.log(2) * num_bytes), nats, tokens, num_bytes)
+        perplexity = Perplexity.of(score.nats, len(ids) - 1, len(text.encode()))
         return Prediction(perplexity, tuple(score.likeliest.tolist()))
 
     def compile(self, structure: Structure) -> Constraint:

@@ -17,7 +17,7 @@ from latentkv.errors import RequestError
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from latentkv.llm import Prediction
+    from latentkv.prediction import Prediction
     from latentkv.quantize import Importance, QuantizationReport
 
 
