@@ -14,6 +14,7 @@ from latentkv.errors import CacheError, ConfigError, RequestError
 from latentkv.models.config_reader import read_config
 from latentkv.models.decoder import Decoder
 from latentkv.models.loading import save_pretrained
+from latentkv.models.parameters import tensor_groups
 from latentkv.ops import latent_token_bytes
 from latentkv.plan import (
     BUILT_IN,
@@ -25,7 +26,6 @@ from latentkv.plan import (
     make_plan,
     weight_bytes,
 )
-from latentkv.plan.parameters import tensor_groups
 from latentkv.plan.sizes import format_bytes, format_count, parse_bytes, parse_tokens
 from latentkv.quantize import quantize_checkpoint
 from latentkv.state import PAGE_SIZE, PagedCache

@@ -9,7 +9,7 @@ from latentkv.errors import RequestError
 from latentkv.llm import LLM
 from latentkv.models.config_reader import read_config
 from latentkv.models.decoder import Decoder
-from latentkv.plan.parameters import count_parameters
+from latentkv.models.parameters import count_parameters
 from latentkv.weights.formats import ROUNDED_TO
 
 TINY = {

@@ -76,7 +76,7 @@ def test_a_prompt_read_in_chunks_gives_the_same(decoder: Decoder, chunk: int):
 
 def test_a_step_never_reads_more_of_the_prompts_than_a_chunk(decoder: Decoder):
     sizes: list[int] = []
-    decoder.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0].input_ids)))
+    decoder.model.norm.register_forward_pre_hook(lambda norm, args: sizes.append(len(args[0])))
     run(decoder, [ask(prompt, max_tokens=1) for prompt in PROMPTS], chunk=6)
     assert max(sizes) == 6
 
@@ -202,7 +202,7 @@ def test_a_failing_step_ends_every_run_that_took_part(decoder: Decoder):
 
 def test_requests_with_the_same_beginning_read_it_once(decoder: Decoder):
     sizes: list[int] = []
-    decoder.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0].input_ids)))
+    decoder.model.norm.register_forward_pre_hook(lambda norm, args: sizes.append(len(args[0])))
     prompts = [[*[9, 4, 7, 30] * 6, last] for last in (1, 2, 3)]
     together = run(decoder, [ask(prompt, max_tokens=1) for prompt in prompts])
     assert sum(sizes) == 25 + 1 + 1
@@ -213,7 +213,7 @@ def test_requests_with_the_same_beginning_read_it_once(decoder: Decoder):
 def test_a_beginning_is_shared_between_steps_within_a_salt_only(decoder: Decoder, salts: tuple[str, str]):
     engine = Engine(decoder, cache_for(decoder, PAGES))
     sizes: list[int] = []
-    decoder.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0].input_ids)))
+    decoder.model.norm.register_forward_pre_hook(lambda norm, args: sizes.append(len(args[0])))
     for salt in salts:
         engine.add(ask([5] * 17, max_tokens=1), salt=salt)
         engine.step()

@@ -12,9 +12,9 @@ from engine_models import MTP, SPARSE_MTP, VOCAB, cache_for, tiny_decoder
 from offload_cases import store_for
 
 from latentkv.engine import Engine, Request, SamplingParams, mtp
-from latentkv.engine import replay as replay_module
 from latentkv.engine.mtp import MTPDrafter
 from latentkv.kernels import available_isas
+from latentkv.models import replay as replay_module
 from latentkv.models.config_reader import read_config
 from latentkv.models.decoder import Decoder
 from latentkv.models.packing import Packing, pack_module

@@ -27,7 +27,7 @@ OTHER = [60 - token for token in PROMPT]
 def read_by_the_model(engine: Engine) -> list[int]:
     """Gets the number of tokens of each step."""
     sizes: list[int] = []
-    engine.runner.decoder.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0].input_ids)))
+    engine.runner.decoder.model.norm.register_forward_pre_hook(lambda norm, args: sizes.append(len(args[0])))
     return sizes
 
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from engine_models import CONFIGS, HY4, LONGCAT, SPARSE
 
-from latentkv.engine import replay as module
 from latentkv.engine.runner import Runner
 from latentkv.engine.sequence import Sequence
 from latentkv.kernels import available_isas, use_isa
+from latentkv.models import replay as module
 from latentkv.models.config_reader import read_config
 from latentkv.models.decoder import Decoder
 from latentkv.models.packing import Packing, pack_module

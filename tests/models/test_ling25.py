@@ -25,7 +25,7 @@ from latentkv.models.decoder import Decoder
 from latentkv.models.lightning import LightningAttention
 from latentkv.models.loading import load_model, save_pretrained
 from latentkv.models.packing import Packing
-from latentkv.plan.parameters import count_mtp_parameters, count_parameters
+from latentkv.models.parameters import count_mtp_parameters, count_parameters
 from latentkv.state import PagedCache
 
 FOLDERS = TemporaryDirectory(prefix="latentkv-ling25-")  # removed when the process ends

@@ -19,8 +19,8 @@ from latentkv.errors import CheckpointError
 from latentkv.models.config_reader import read_config
 from latentkv.models.loading import load_model
 from latentkv.models.packing import Packing
+from latentkv.models.parameters import checkpoint_dtype, weight_bytes
 from latentkv.plan import stored_weights
-from latentkv.plan.parameters import checkpoint_dtype, weight_bytes
 from latentkv.weights.formats import FP4, FP8, INT8, CodeFormat
 from latentkv.weights.layout import pack_weight, unpack_weight
 from stored_models import MLA, write_model

@@ -17,8 +17,8 @@ from latentkv.errors import CheckpointError
 from latentkv.models.config_reader import read_config
 from latentkv.models.loading import load_model
 from latentkv.models.packing import Packing
+from latentkv.models.parameters import checkpoint_dtype
 from latentkv.plan import stored_weights, weight_bytes
-from latentkv.plan.parameters import checkpoint_dtype
 from latentkv.weights import pack_weight
 from latentkv.weights.formats import INT4, INT8, UINT4
 from latentkv.weights.layout import unpack_weight

@@ -22,8 +22,8 @@ from latentkv.errors import RequestError
 from latentkv.llm import LLM
 from latentkv.models.config import MLAConfig, ModelConfig
 from latentkv.models.packing import EXACT, choose_packing
+from latentkv.models.parameters import count_parameters
 from latentkv.ops.native.recording import kernel_seconds
-from latentkv.plan.parameters import count_parameters
 from latentkv.state import PagedCache, sequence_bytes
 
 Phase = Literal["prefill", "decode"]

@@ -12,7 +12,7 @@ from latentkv.models.config import GQAConfig, KDAConfig, LayerConfig, MLAConfig,
 from latentkv.models.decoder import Decoder
 from latentkv.models.mla import MultiHeadLatentAttention
 from latentkv.models.moe import Experts
-from latentkv.plan.parameters import tensor_groups
+from latentkv.models.parameters import tensor_groups
 from latentkv.weights import PackedWeight
 from latentkv.weights.formats import BF16, COMPACT
 

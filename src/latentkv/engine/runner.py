@@ -10,12 +10,12 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from latentkv.engine.replay import Replay
 from latentkv.engine.sequence import Sequence
 from latentkv.errors import CheckpointError
 from latentkv.models.batch import Batch, SlotUse
 from latentkv.models.decoder import Decoder
 from latentkv.models.forms import Form
+from latentkv.models.replay import Replay
 from latentkv.models.transfer import to_host
 from latentkv.state import PagedCache
 
@@ -79,11 +79,7 @@ class Runner:
         )
         # Drafts are checked in the form in which tokens are decoded one by one: they give the same bits.
         form: Form | None = "absorbed" if any(sequence.draft for sequence in sequences) else None
-        hidden = None
-        if form == "absorbed" or max(batch.query_lens) == 1:
-            hidden = self.replay.hidden(batch, self.decoder.inputs)
-        if hidden is None:
-            hidden = self.decoder(batch, self.cache, form=form)
+        hidden = self.replay.run(batch, self.decoder.inputs, form=form)
         for sequence, count in zip(sequences, counts, strict=True):
             if sequence.slot:
                 sequence.slot.num_tokens = sequence.num_cached + _committed(sequence, count)

@@ -1,7 +1,7 @@
 """Predict what a model needs: weights and KV cache in bytes, and the longest context that fits a memory."""
 
+from latentkv.models.parameters import count_active_parameters, count_mtp_parameters, count_parameters, weight_bytes
 from latentkv.plan.machine import Memory, machine_memory
-from latentkv.plan.parameters import count_active_parameters, count_mtp_parameters, count_parameters, weight_bytes
 from latentkv.plan.predict import CacheRow, Plan, as_kv_format, make_plan, mha_bytes
 from latentkv.plan.source import BUILT_IN, StoredWeights, load_config, stored_weights
 

@@ -8,15 +8,15 @@ from typing import get_args
 
 from latentkv.errors import CacheError, RequestError
 from latentkv.models.config import GQAConfig, MLAConfig, ModelConfig
-from latentkv.models.stored_config import stored_dtype
-from latentkv.plan.machine import Memory
-from latentkv.plan.parameters import (
+from latentkv.models.parameters import (
     checkpoint_dtype,
     count_active_parameters,
     count_mtp_parameters,
     count_parameters,
     weight_bytes,
 )
+from latentkv.models.stored_config import stored_dtype
+from latentkv.plan.machine import Memory
 from latentkv.plan.source import StoredWeights
 from latentkv.state.spec import PAGE_SIZE, KVFormat, bytes_per_token, mha_bytes_per_token, page_bytes, sequence_bytes
 

@@ -27,7 +27,7 @@ MOST_STEPS = 256
 
 
 class Layers(Protocol):
-    """What is recorded: `Decoder.run_layers` or `Decoder.run_mtp`."""
+    """What is run: `Decoder.run_layers` or `Decoder.run_mtp`."""
 
     def __call__(
         self, x: Tensor, positions: Rotary, batch: Batch, cache: PagedCache, *, form: Form | None = None
@@ -48,9 +48,9 @@ class _Step:
 
 
 class Replay:
-    """Runs steps in which every sequence reads one token, or a few.
+    """Runs a decoder's steps over its cache; those in which every sequence reads one token, or a few, as recorded.
 
-    Latent attention is computed in its absorbed form, whatever a step would choose.
+    Latent attention of a recorded step is computed in its absorbed form, whatever a step would choose.
 
     Args:
         layers: of a packed decoder; its weights must stay where they are.
@@ -68,6 +68,21 @@ class Replay:
         self._steps: dict[tuple[int, int, str], _Step] = {}  # the one that was used last comes last
         self._arena = Arena()
         self._inputs: dict[str, Tensor] = {}
+
+    def run(
+        self, batch: Batch, inputs: Callable[[Batch], tuple[Tensor, Rotary]], *, form: Form | None = None
+    ) -> Tensor:
+        """What the layers give for a step, [T, hidden]: as a recorded step if it can be one, else from Python.
+
+        Args:
+            batch: new tokens of some sequences.
+            inputs: what the layers read of it.
+            form: as `Decoder.forward` takes it.
+        """
+        hidden = None
+        if form == "absorbed" or max(batch.query_lens) == 1:
+            hidden = self.hidden(batch, inputs)
+        return self.layers(*inputs(batch), batch, self.cache, form=form) if hidden is None else hidden
 
     def hidden(self, batch: Batch, inputs: Callable[[Batch], tuple[Tensor, Rotary]]) -> Tensor | None:
         """Final hidden states [T, hidden] of a small batch, or None where it cannot be recorded.
