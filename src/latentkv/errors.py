@@ -51,3 +51,20 @@ class EngineStoppedError(LatentKVError):
 
 class RemoteServerError(LatentKVError):
     """A server that is to be measured cannot be reached, refuses the key, or does not know the model."""
+
+
+class RankError(LatentKVError):
+    """One of the processes that run a model together is gone, does not answer, or was started otherwise."""
+
+    def __init__(self, rank: int, what: str) -> None:
+        super().__init__(f"Rank {rank} {what}: look for its last words, and start all ranks again.")
+        self.rank = rank
+        self.what = what
+
+
+class StageError(LatentKVError):
+    """One of the processes that run a model together could not compute its part of a step."""
+
+    def __init__(self, rank: int, reason: str) -> None:
+        super().__init__(f"Rank {rank} could not compute its part of a step: {reason}")
+        self.rank = rank

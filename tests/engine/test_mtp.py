@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 from draft_oracle import CheckedMTPDrafter
-from engine_models import MTP, SPARSE_MTP, VOCAB, cache_for, tiny_decoder
 from offload_cases import store_for
 
+from engine_models import MTP, SPARSE_MTP, VOCAB, cache_for, tiny_decoder
 from latentkv.engine import Engine, Request, SamplingParams, mtp
 from latentkv.engine.mtp import MTPDrafter
 from latentkv.kernels import available_isas

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from engine_models import CONFIGS, HY4, LONGCAT, SPARSE
 
+from engine_models import CONFIGS, HY4, LONGCAT, SPARSE
 from latentkv.engine.runner import Runner
 from latentkv.engine.sequence import Sequence
 from latentkv.kernels import available_isas, use_isa

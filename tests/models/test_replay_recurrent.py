@@ -8,13 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from latentkv.engine.runner import why_not_recorded
 from latentkv.kernels import available_isas
 from latentkv.models.batch import Batch, SlotUse
 from latentkv.models.config_reader import read_config
 from latentkv.models.decoder import Decoder
 from latentkv.models.packing import Packing, pack_module
-from latentkv.models.replay import Replay
+from latentkv.models.replay import Replay, why_not_recorded
 from latentkv.ops import KVFormat
 from latentkv.state import PagedCache
 from latentkv.weights.formats import INT8

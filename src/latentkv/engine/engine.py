@@ -9,7 +9,7 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import accumulate, count
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -27,6 +27,9 @@ from latentkv.errors import CacheError, RequestError
 from latentkv.models.decoder import Decoder
 from latentkv.models.transfer import take_rows
 from latentkv.state import PagedCache, PageStore
+
+if TYPE_CHECKING:
+    from latentkv.parallel import Pipeline
 
 LOADING_SECONDS = 0.05
 """That a step waits for pages of the store where there is nothing else to do."""
@@ -86,6 +89,7 @@ class Engine:
         most_drafted: tokens of a draft.
         store: where prefixes go, and are looked for when they are not in memory; it is closed with this.
         snapshot_every: pages of a prompt after which the state of recurrent layers is kept to go on from.
+        pipeline: through the stages of the other ranks, where the decoder is only the first one.
 
     Raises:
         CacheError: recurrent layers of the cache have no room for drafts of so many tokens.
@@ -108,10 +112,11 @@ class Engine:
         most_drafted: int = 4,
         store: PageStore | None = None,
         snapshot_every: int = EVERY,
+        pipeline: Pipeline | None = None,
     ) -> None:
         _require_room_for_drafts(cache, most_drafted if drafter else 0)
         self.cache = cache
-        self.runner = Runner(decoder, cache)
+        self.runner = Runner(decoder, cache, pipeline)
         self.eos_ids = frozenset(eos_ids)
         self._pace = Pace(step_tokens, step_seconds)
         self._drafter = drafter

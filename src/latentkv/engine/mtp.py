@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 
 from latentkv.engine.drafts import Wish
-from latentkv.engine.runner import why_not_recorded
 from latentkv.engine.sequence import Sequence
 from latentkv.errors import CacheError
 from latentkv.models.batch import Batch
 from latentkv.models.decoder import Decoder
-from latentkv.models.replay import Replay
+from latentkv.models.replay import Replay, why_not_recorded
 from latentkv.models.transfer import take_rows, to_device, to_host
 from latentkv.state import PagedCache
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Generator, Iterator
 from collections.abc import Sequence as SequenceOf
 from contextlib import contextmanager
 from itertools import accumulate
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,9 +17,12 @@ from latentkv.errors import CheckpointError
 from latentkv.models.batch import Batch, SlotUse
 from latentkv.models.decoder import Decoder
 from latentkv.models.forms import Form
-from latentkv.models.replay import Replay
+from latentkv.models.replay import Replay, why_not_recorded
 from latentkv.models.transfer import to_host
 from latentkv.state import PagedCache
+
+if TYPE_CHECKING:
+    from latentkv.parallel import Pipeline
 
 PREFILL_CHUNK = 2048
 """Tokens that one step reads at most: it bounds the memory of a step, whatever the prompt."""
@@ -30,13 +35,22 @@ class Runner:
     """A decoder and its cache.
 
     Args:
-        decoder: the model, in eval mode.
+        decoder: the model, in eval mode; with a pipeline its first stage.
         cache: made of the decoder's specs, on its device.
+        pipeline: through the stages of the other ranks; None: there are none.
+
+    Attributes:
+        depth: steps that may be under way at once.
     """
 
-    def __init__(self, decoder: Decoder, cache: PagedCache) -> None:
+    def __init__(self, decoder: Decoder, cache: PagedCache, pipeline: Pipeline | None = None) -> None:
         self.decoder = decoder
         self.cache = cache
+        self.depth = 1 if pipeline is None else pipeline.depth
+        self._pipeline = pipeline
+        self._hidden: deque[Tensor] = deque()  # without a pipeline, of steps that nobody has collected
+        if pipeline and cache.slots:
+            cache.slots.on_copy = pipeline.copy_slot
         self.device = next(decoder.parameters()).device
         self.replay = Replay(decoder.run_layers, cache, why_not_recorded(decoder))
 
@@ -66,9 +80,21 @@ class Runner:
                 if slots and sequence.slot:
                     slots.free(sequence.slot)
 
-    @torch.inference_mode()
     def read(self, sequences: SequenceOf[Sequence], counts: SequenceOf[int]) -> Tensor:
-        """Read the next `counts[b]` uncached tokens of each sequence; returns their hidden states [T, D]."""
+        """Read the next `counts[b]` uncached tokens of each sequence; returns their hidden states [T, D].
+
+        No other step may be under way.
+        """
+        self.submit(sequences, counts)
+        return self.collect()
+
+    @torch.inference_mode()
+    def submit(self, sequences: SequenceOf[Sequence], counts: SequenceOf[int]) -> None:
+        """Begin to read; the sequences count as read at once.
+
+        Raises:
+            RankError: another rank is gone.
+        """
         batch = Batch.build(
             [sequence.unread(count) for sequence, count in zip(sequences, counts, strict=True)],
             [s.num_cached for s in sequences],
@@ -84,7 +110,28 @@ class Runner:
             if sequence.slot:
                 sequence.slot.num_tokens = sequence.num_cached + _committed(sequence, count)
             sequence.num_cached += count
-        return hidden
+        if self._pipeline is None:
+            self._hidden.append(hidden)
+        else:
+            self._pipeline.submit(batch, form, hidden)
+
+    def collect(self) -> Tensor:
+        """The hidden states [T, D] of the step that was submitted first and is not collected yet.
+
+        Raises:
+            StageError: another rank could not compute its part of it.
+            RankError: another rank is gone.
+        """
+        return self._hidden.popleft() if self._pipeline is None else self._pipeline.collect()
+
+    def close(self) -> None:
+        """Let the other ranks end, where there are any.
+
+        Raises:
+            RankError: one of them is gone.
+        """
+        if self._pipeline:
+            self._pipeline.close()
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
@@ -129,11 +176,6 @@ def _require_finite(logits: Tensor, dtype: torch.dtype) -> Tensor:
             f"or they overflow in {dtype}; check the checkpoint, or load it with dtype='fp32'."
         )
     return logits
-
-
-def why_not_recorded(decoder: Decoder) -> str | None:
-    """Why no step of a decoder can be recorded, as a clause; None where it can be tried."""
-    return None if decoder.model.norm.weight.is_cpu else "the model is not on the CPU"
 
 
 def share_out(sequences: SequenceOf[Sequence], limit: int) -> tuple[list[Sequence], list[int]]:

@@ -33,6 +33,7 @@ from latentkv.models.moe import Experts, MoE, Router
 from latentkv.models.packing import Packer
 from latentkv.models.recurrent import RecurrentAttention
 from latentkv.models.rope import Rotary, rotary
+from latentkv.models.stage import Absent, Stage
 from latentkv.state import LayerState, PagedCache
 from latentkv.weights import PackedWeight
 
@@ -221,6 +222,9 @@ class Decoder(nn.Module):
         config: the model.
         max_context: the longest sequence this instance will see; None: `config.max_positions`.
 
+    Attributes:
+        stage: the layers that are here; other processes have the others.
+
     Raises:
         ConfigError: the layers differ in their rotary embedding.
     """
@@ -232,6 +236,7 @@ class Decoder(nn.Module):
         self.config = config
         self.max_context = max_context or config.max_positions
         self.rope = config.rope  # a step has one set of angles
+        self.stage = Stage.whole(config.num_layers)
         self.model = Trunk(config, max_context=self.max_context)
         if not config.tie_word_embeddings:
             self.lm_head = OutputHead(config.hidden_size, config.vocab_size, exact=config.exact_head)
@@ -271,15 +276,23 @@ class Decoder(nn.Module):
 
     def inputs(self, batch: Batch) -> tuple[Tensor, Rotary]:
         """Embeddings [T, hidden], one for each residual stream where there are several, and rotary angles."""
-        return self._streams(self.embed(batch.input_ids)), self._rotary(batch.positions)
+        return self._streams(self.embed(batch.input_ids)), self.rotary(batch.positions)
+
+    def rotary(self, positions: Tensor) -> Rotary:
+        """Angles of tokens at `positions` [...] int64."""
+        return rotary(self.rope, positions, max_context=self.max_context)
 
     def run_layers(
         self, x: Tensor, positions: Rotary, batch: Batch, cache: PagedCache, *, form: Form | None = None
     ) -> Tensor:
-        """`forward` from what `inputs` gives on."""
-        for index, layer in enumerate(self.model.layers):
+        """`forward` from what `inputs` gives on, through the layers of this stage.
+
+        The first stage reads what `inputs` gives, another what the one before it gives, which is [T, hidden], or
+        [T, n, hidden] where the model has n residual streams.
+        """
+        for index, layer in enumerate(self.stage.own(list(self.model.layers))):
             x = layer(x, positions, batch, cache.view(index), form)
-        return self._normed(x)
+        return self._normed(x) if self.stage.is_last else x
 
     def forward_train(self, input_ids: Tensor) -> Tensor:
         """Whole causal sequences without a cache, differentiable: ids [B, S] -> final hidden states [B, S, hidden]."""
@@ -291,7 +304,7 @@ class Decoder(nn.Module):
 
     def angles(self, length: int) -> Rotary:
         """Rotary angles of whole sequences of `length` tokens, [1, length, ...]."""
-        return self._rotary(torch.arange(length, device=self.model.norm.weight.device)[None])
+        return self.rotary(torch.arange(length, device=self.model.norm.weight.device)[None])
 
     def mtp_hidden(self, index: int, hidden: Tensor, next_ids: Tensor) -> Tensor:
         """Hidden states of MTP module `index`.
@@ -306,7 +319,7 @@ class Decoder(nn.Module):
         """
         # The module's inputs are shifted: row i stands for token i + index + 1, and is rotated as such.
         tokens = torch.arange(next_ids.shape[1], device=next_ids.device)[None] + index + 1
-        return self.mtp[index](hidden, self.embed(next_ids), self._rotary(tokens))
+        return self.mtp[index](hidden, self.embed(next_ids), self.rotary(tokens))
 
     def mtp_inputs(self, hidden: Tensor, batch: Batch) -> tuple[Tensor, Rotary]:
         """What `run_mtp` reads: [T, 2 hidden], and rotary angles.
@@ -335,7 +348,7 @@ class Decoder(nn.Module):
             [T, hidden], to be given to `logits`: what follows each of the tokens.
         """
         module = self._mtp_module
-        state = cache.view(self.config.num_layers)
+        state = cache.view(-1)
         return module.norm(module.layer(module.eh_proj(x), positions, batch, state, form))
 
     @property
@@ -374,19 +387,18 @@ class Decoder(nn.Module):
         return self.model.norm.weight.dtype
 
     def parts(self) -> Iterator[tuple[str, nn.Module]]:
-        """What holds the parameters, by name and in order, each to be loaded and packed by itself."""
-        yield "model.embed_tokens", self.model.embed_tokens
-        yield from ((f"model.layers.{index}", layer) for index, layer in enumerate(self.model.layers))
-        yield "model.norm", self.model.norm
-        if self.model.hc_head is not None:
-            yield "model.hc_head", self.model.hc_head
+        """What holds the parameters of this stage, by name and in order, each to be loaded and packed by itself."""
+        parts: list[tuple[str, nn.Module | None]] = [("model.embed_tokens", self.model.embed_tokens)]
+        parts += [(f"model.layers.{index}", layer) for index, layer in enumerate(self.model.layers)]
+        parts += [("model.norm", self.model.norm), ("model.hc_head", self.model.hc_head)]
         if not self.config.tie_word_embeddings:
-            yield "lm_head", self.lm_head
-        yield from ((f"mtp.{index}", module) for index, module in enumerate(self.mtp))
+            parts.append(("lm_head", self.lm_head))
+        parts += [(f"mtp.{index}", module) for index, module in enumerate(self.mtp)]
+        yield from ((name, part) for name, part in parts if part is not None and not isinstance(part, Absent))
 
     def pack(self, packer: Packer) -> None:
         """See `Packable`: an output head that is tied to the embedding gets a packed copy of it."""
-        if self.config.tie_word_embeddings:
+        if self.config.tie_word_embeddings and self.stage.is_first:
             self.packed_embedding = packer.copy("model.embed_tokens.weight", as_name="lm_head.weight")
 
     def moe_layers(self) -> list[MoE]:
@@ -415,6 +427,18 @@ class Decoder(nn.Module):
         """Leave out the MTP modules that a checkpoint turned out not to have."""
         self.mtp = nn.ModuleList(module for index, module in enumerate(self.mtp) if index in keep)
 
+    def keep_stage(self, stage: Stage) -> None:
+        """Leave out what other processes have; the names of what stays are the same."""
+        self.stage = stage
+        held = stage.own(range(self.config.num_layers))
+        layers = (layer if index in held else Absent() for index, layer in enumerate(self.model.layers))
+        self.model.layers = nn.ModuleList(layers)
+        if not stage.is_first:
+            self.mtp = nn.ModuleList()
+            self.model.register_module("embed_tokens", Absent())
+            if not self.config.tie_word_embeddings:
+                self.register_module("lm_head", Absent())
+
     def _streams(self, x: Tensor) -> Tensor:
         """What the first layer reads of embeddings [..., hidden]: each residual stream begins with them."""
         streams = self.config.hyper_connections
@@ -427,6 +451,3 @@ class Decoder(nn.Module):
         if self.config.hyper_connections is None:
             return self.model.norm(x)
         return self.model.norm(ops.collapse_streams(x) if self.model.hc_head is None else self.model.hc_head(x))
-
-    def _rotary(self, positions: Tensor) -> Rotary:
-        return rotary(self.rope, positions, max_context=self.max_context)

@@ -22,7 +22,7 @@ import torch
 
 from latentkv import kernels
 from latentkv.checkpoint.locate import CONFIG_FILE, INDEX_FILE
-from latentkv.checkpoint.names import mtp_index
+from latentkv.checkpoint.names import layer_of, mtp_index
 from latentkv.checkpoint.quantization import QUANTIZATION_FILES
 from latentkv.checkpoint.tensors import Tensors, open_tensors
 from latentkv.models.config import ModelConfig
@@ -30,6 +30,7 @@ from latentkv.models.decoder import Decoder
 from latentkv.models.fingerprint import program_digest
 from latentkv.models.loading import empty_decoder, load_part, match_decoder, pack_tied_head
 from latentkv.models.packing import Packer, Packing, Weight, pack_module
+from latentkv.models.stage import Stage
 from latentkv.models.stored_config import stored_dtype
 from latentkv.weights import PackedWeight
 from latentkv.weights.packed_file import DamagedPackedFileError, PackedFile, PackedFileWriter
@@ -55,6 +56,7 @@ def load_kept(
     *,
     dtype: torch.dtype | None,
     max_context: int | None,
+    stage: Stage | None = None,
 ) -> tuple[Decoder, PackedFile] | None:
     """A packed decoder on the CPU, as `load_model` gives it, mapped from its file in `folder`; see there.
 
@@ -67,12 +69,12 @@ def load_kept(
     dtype = dtype or stored_dtype(config)
     try:
         identity = _identity(reader)
-        key = kept_key(config, identity, packing, dtype)
+        key = kept_key(config, identity, packing, dtype, stage)
         for _ in range(2):  # a file that is damaged is written anew
             if (file := folder.find(key)) is None:
-                _require_room(reader, packing, folder)
+                _require_room(reader, packing, folder, stage)
                 # Opened anew: what was open before may be a file that had the name before.
-                _write(config, open_tensors(reader.folder), identity, folder, key, packing, dtype)
+                _write(config, open_tensors(reader.folder), identity, folder, key, packing, dtype, stage)
                 file = folder.find(key)
                 if file is not None and file.nbytes >= _WORTH_SAYING:
                     logger.warning(
@@ -82,7 +84,7 @@ def load_kept(
                     )
             try:
                 if file is not None:
-                    return _mapped(config, file, packing, dtype=dtype, max_context=max_context), file
+                    return _mapped(config, file, packing, dtype=dtype, max_context=max_context, stage=stage), file
             except DamagedPackedFileError as error:
                 folder.refuse(key, error)
     except (OSError, NoRoomError) as error:
@@ -91,7 +93,9 @@ def load_kept(
     return None
 
 
-def kept_key(config: ModelConfig, identity: str, packing: Packing, dtype: torch.dtype) -> bytes:
+def kept_key(
+    config: ModelConfig, identity: str, packing: Packing, dtype: torch.dtype, stage: Stage | None = None
+) -> bytes:
     """SHA-256 of all that packed weights depend on.
 
     Args:
@@ -99,12 +103,15 @@ def kept_key(config: ModelConfig, identity: str, packing: Packing, dtype: torch.
         identity: of the files that the weights are read from.
         packing: how they are packed.
         dtype: of what is not packed.
+        stage: the layers that they belong to; None: all.
     """
+    stage = None if stage is None or stage.is_whole else stage
     parts = (
         identity.encode(),
         repr(config).encode(),
         json.dumps(dict(config.source), sort_keys=True).encode(),
         repr((replace(packing, rounds_input=False), dtype, torch.__version__, kernels.current_isa())).encode(),
+        repr(stage).encode(),
         program_digest(),
     )
     return sha256(b"".join(sha256(part).digest() for part in parts)).digest()
@@ -137,12 +144,13 @@ def _is_fresh(found: os.stat_result) -> bool:
     return 0 <= time.time() - found.st_ctime < _CLOCK_TICK
 
 
-def _require_room(reader: Tensors, packing: Packing, folder: PackedFolder) -> None:
+def _require_room(reader: Tensors, packing: Packing, folder: PackedFolder, stage: Stage | None) -> None:
     """Raise `NoRoomError` where a model will not fit, before all of it is packed in vain."""
-    weights = sum(math.prod(reader.shape(name)) for name in reader.names)
+    names = [name for name in reader.names if stage is None or _of_stage(name, stage)]
+    weights = sum(math.prod(reader.shape(name)) for name in names)
     plain = _COMPACT_BITS if packing.compact else _BITS
     bits = plain if packing.format is None else packing.format.bits
-    least = min(sum(reader.nbytes(name) for name in reader.names), weights * bits // 8)
+    least = min(sum(reader.nbytes(name) for name in names), weights * bits // 8)
     if least > (most := folder.most_bytes()):
         raise NoRoomError(f"they take about {least:,} bytes, and {folder.path} may hold {most:,}")
 
@@ -155,8 +163,9 @@ def _write(
     key: bytes,
     packing: Packing,
     dtype: torch.dtype,
+    stage: Stage | None,
 ) -> None:
-    decoder, match = match_decoder(config, reader, dtype=dtype, max_context=None)
+    decoder, match = match_decoder(config, reader, dtype=dtype, max_context=None, stage=stage)
     with folder.writing(key) as writer:
         packer_of = partial(_WritingPacker, writer=writer)
         for name, part in decoder.parts():
@@ -174,14 +183,27 @@ def _write(
 
 
 def _mapped(
-    config: ModelConfig, file: PackedFile, packing: Packing, *, dtype: torch.dtype, max_context: int | None
+    config: ModelConfig,
+    file: PackedFile,
+    packing: Packing,
+    *,
+    dtype: torch.dtype,
+    max_context: int | None,
+    stage: Stage | None,
 ) -> Decoder:
     decoder = empty_decoder(config, dtype=dtype, max_context=max_context)
     decoder.drop_mtp_modules(keep={k for name in file.names if (k := mtp_index(name)) is not None})
+    if stage is not None:
+        decoder.keep_stage(stage)
     pack_module(decoder, packing, packer_of=partial(_MappedPacker, file=file))
     state = {name: file.tensor(name, meta.shape, meta.dtype) for name, meta in decoder.state_dict().items()}
     decoder.load_state_dict(state, assign=True)
     return decoder.eval()
+
+
+def _of_stage(name: str, stage: Stage) -> bool:
+    layer = layer_of(name)
+    return stage.is_first if layer is None or layer >= stage.num_layers else stage.first <= layer < stage.last
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from latentkv.models.config import ModelConfig
 from latentkv.models.decoder import Decoder
 from latentkv.models.families import FAMILIES
 from latentkv.models.packing import Packer, PackerOf, Packing, pack_module, takes_packed
+from latentkv.models.stage import Stage
 from latentkv.models.stored_config import DTYPE_NAMES, open_checkpoint, stored_dtype
 
 _EMBEDDING = "model.embed_tokens.weight"
@@ -36,6 +37,7 @@ def load_model(
     device: torch.device | str = "cpu",
     max_context: int | None = None,
     packing: Packing | None = None,
+    stage: Stage | None = None,
 ) -> Decoder:
     """Build the decoder of a checkpoint and fill it layer by layer.
 
@@ -49,6 +51,7 @@ def load_model(
         max_context: longest sequence it will see; None: the longest that it was made for.
         packing: pack each layer once it is read, so that memory never holds more than one layer unpacked; None: leave
             all as parameters.
+        stage: the layers to load; nothing of the others is read. None: all.
 
     Returns:
         The decoder in eval mode. MTP modules that the config counts but the files lack are left out.
@@ -58,7 +61,7 @@ def load_model(
         CheckpointError: weights are missing, unexpected, damaged or misshapen.
     """
     config, reader = open_checkpoint(Path(folder))
-    decoder, match = match_decoder(config, reader, dtype=dtype, max_context=max_context)
+    decoder, match = match_decoder(config, reader, dtype=dtype, max_context=max_context, stage=stage)
     for name, part in decoder.parts():
         load_part(name, part, match, torch.device(device), packing)
     if packing is not None:
@@ -67,9 +70,16 @@ def load_model(
 
 
 def match_decoder(
-    config: ModelConfig, reader: Tensors, *, dtype: torch.dtype | None, max_context: int | None
+    config: ModelConfig,
+    reader: Tensors,
+    *,
+    dtype: torch.dtype | None,
+    max_context: int | None,
+    stage: Stage | None = None,
 ) -> tuple[Decoder, Match]:
     """The decoder of a checkpoint without storage, of what its files hold, and where each of its tensors lies there.
+
+    With a stage the decoder is left with that; the files are held to the whole model all the same.
 
     Raises:
         CheckpointError: as `load_model`, but for damage that only the weights themselves show.
@@ -78,6 +88,8 @@ def match_decoder(
     decoder = empty_decoder(config, dtype=dtype, max_context=max_context)
     match = _match(decoder, reader)
     decoder.drop_mtp_modules(keep=match.mtp_modules)
+    if stage is not None:
+        decoder.keep_stage(stage)
     return decoder, match
 
 
@@ -125,7 +137,7 @@ def load_part(
 
 def pack_tied_head(decoder: Decoder, match: Match, packing: Packing, packer_of: PackerOf = Packer) -> None:
     """Pack what belongs to no part of a decoder: an output head that is tied to the embedding, which is filled."""
-    tied = decoder.config.tie_word_embeddings
+    tied = decoder.config.tie_word_embeddings and decoder.stage.is_first
     embedding = {_EMBEDDING: decoder.get_parameter(_EMBEDDING)} if tied else {}
     decoder.pack(packer_of(packing, decoder, "", match.quantized(embedding)))
 

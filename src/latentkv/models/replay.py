@@ -10,6 +10,7 @@ from torch import Tensor
 
 from latentkv.kernels import current_isa
 from latentkv.models.batch import Batch
+from latentkv.models.decoder import Decoder
 from latentkv.models.forms import Form
 from latentkv.models.rope import Rotary
 from latentkv.ops.native.arena import Arena
@@ -160,3 +161,8 @@ class Replay:
         ):
             if filled is not None and new is not None:
                 filled.copy_(new)
+
+
+def why_not_recorded(decoder: Decoder) -> str | None:
+    """Why no step of a decoder can be recorded, as a clause; None where it can be tried."""
+    return None if decoder.model.norm.weight.is_cpu else "the model is not on the CPU"

@@ -33,8 +33,12 @@ class PagedCache:
         page_size: tokens a page.
         num_slots: sequences whose recurrent state is kept at once, where a layer is recurrent.
         device: where the storage lives.
+        model_specs: what each layer of the whole model keeps, where `specs` are those of some of its layers and other
+            processes have the others: pages and slots are the whole model's. None: `specs` are all.
 
     Attributes:
+        specs: of the layers that are stored here.
+        model_specs: of all layers.
         pool: who holds which page.
         slots: who holds which slot; None where no layer is recurrent.
     """
@@ -47,11 +51,12 @@ class PagedCache:
         page_size: int = PAGE_SIZE,
         num_slots: int = 1,
         device: torch.device | str = "cpu",
+        model_specs: Sequence[LayerSpec] | None = None,
     ) -> None:
-        _require_sizes(specs, num_pages, page_size, num_slots)
-        self.specs = tuple(specs)
+        self.specs, self.model_specs = tuple(specs), tuple(specs if model_specs is None else model_specs)
+        _require_sizes(self.model_specs, num_pages, page_size, num_slots)
         self.page_size = page_size
-        num_slots = num_slots if sequence_bytes(specs) else 0
+        num_slots = num_slots if sequence_bytes(self.model_specs) else 0
         self._layers: list[LayerState] = []
         try:
             for spec in self.specs:
@@ -74,27 +79,9 @@ class PagedCache:
         page_size: int = PAGE_SIZE,
         device: torch.device | str = "cpu",
     ) -> PagedCache:
-        """The largest cache of whole pages and slots that fits in `kv_cache_bytes`.
-
-        Slots take `SLOTS_SHARE` of it, or `LEAST_SLOTS` if those take at most half; one and a page are always there.
-
-        Raises:
-            CacheError: not even one page, and one slot where a layer is recurrent, fits.
-        """
-        _require_sizes(specs, 1, page_size)
-        page, slot = page_bytes(specs, page_size), sequence_bytes(specs)
-        if kv_cache_bytes < page + slot:
-            state = " and the recurrent state of one sequence" if slot else ""
-            raise CacheError(
-                f"kv_cache_bytes={kv_cache_bytes:,} is less than one page of {page_size} tokens{state}: "
-                f"give at least {page + slot:,}"
-            )
-        num_slots = 0
-        if slot:
-            wanted = max(int(kv_cache_bytes * SLOTS_SHARE) // slot, min(LEAST_SLOTS, kv_cache_bytes // 2 // slot), 2)
-            num_slots = min(wanted, (kv_cache_bytes - page) // slot)
-        num_pages = (kv_cache_bytes - num_slots * slot) // page
-        return cls(specs, num_pages, page_size=page_size, num_slots=max(num_slots, 1), device=device)
+        """The largest cache of whole pages and slots that fits in `kv_cache_bytes`; see `pages_and_slots`."""
+        num_pages, num_slots = pages_and_slots(specs, kv_cache_bytes, page_size)
+        return cls(specs, num_pages, page_size=page_size, num_slots=num_slots, device=device)
 
     @property
     def num_pages(self) -> int:
@@ -109,7 +96,7 @@ class PagedCache:
     @property
     def format(self) -> KVFormat:
         """How tokens are stored."""
-        return next(spec.tokens.format for spec in self.specs if spec.tokens is not None)
+        return next(spec.tokens.format for spec in self.model_specs if spec.tokens is not None)
 
     @property
     def bytes_per_token(self) -> int:
@@ -190,13 +177,14 @@ class PagedCache:
     @property
     def most_drafted(self) -> int:
         """Tokens of a draft that can wait beside a recurrent state."""
-        return min((spec.recurrent.most_drafted for spec in self.specs if spec.recurrent), default=0)
+        return min((spec.recurrent.most_drafted for spec in self.model_specs if spec.recurrent), default=0)
 
     @property
     def longest_draft(self) -> float:
         """Tokens of a draft that every layer has room for; infinity where each is as good as another."""
-        rooms = [spec.ring.rows - spec.index.pool for spec in self.specs if spec.ring and spec.index]
-        return min([*rooms, *(spec.recurrent.most_drafted for spec in self.specs if spec.recurrent)], default=math.inf)
+        specs = self.model_specs
+        rooms = [spec.ring.rows - spec.index.pool for spec in specs if spec.ring and spec.index]
+        return min([*rooms, *(spec.recurrent.most_drafted for spec in specs if spec.recurrent)], default=math.inf)
 
     def _bytes_of(self, pages: int, slots: int) -> int:
         return pages * self.page_size * self.bytes_per_token + slots * self.sequence_bytes
@@ -220,6 +208,30 @@ class PagedCache:
             raise CacheError(
                 f"inconsistent cache: {self.allocated_bytes:,} bytes are allocated, the formula says {predicted:,}"
             )
+
+
+def pages_and_slots(specs: Sequence[LayerSpec], num_bytes: int, page_size: int = PAGE_SIZE) -> tuple[int, int]:
+    """How many pages, and slots, the largest cache in so many bytes has.
+
+    Slots take `SLOTS_SHARE` of it, or `LEAST_SLOTS` if those take at most half; one and a page are always there. Where
+    no layer is recurrent, one slot is counted, which takes no room.
+
+    Raises:
+        CacheError: not even one page, and one slot where a layer is recurrent, fits.
+    """
+    _require_sizes(specs, 1, page_size)
+    page, slot = page_bytes(specs, page_size), sequence_bytes(specs)
+    if num_bytes < page + slot:
+        state = " and the recurrent state of one sequence" if slot else ""
+        raise CacheError(
+            f"kv_cache_bytes={num_bytes:,} is less than one page of {page_size} tokens{state}: "
+            f"give at least {page + slot:,}"
+        )
+    num_slots = 0
+    if slot:
+        wanted = max(int(num_bytes * SLOTS_SHARE) // slot, min(LEAST_SLOTS, num_bytes // 2 // slot), 2)
+        num_slots = min(wanted, (num_bytes - page) // slot)
+    return (num_bytes - num_slots * slot) // page, max(num_slots, 1)
 
 
 def _require_sizes(specs: Sequence[LayerSpec], num_pages: int, page_size: int, num_slots: int = 1) -> None:

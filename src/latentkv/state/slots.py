@@ -33,9 +33,14 @@ class SlotPool:
     Args:
         tensors: the memory, each [S, ...].
         num_slots: S.
+
+    Attributes:
+        on_copy: called with (from, to), the indices of two slots, when one is copied into the other: for memory of the
+            same slots in other processes.
     """
 
     def __init__(self, tensors: Sequence[Tensor], num_slots: int) -> None:
+        self.on_copy: Callable[[int, int], None] | None = None
         self._tensors = tensors
         self._pool = PagePool(num_slots)
 
@@ -119,7 +124,13 @@ class SlotPool:
         """
         self._pool.check()
 
-    def _copy(self, source: Slot, target: Slot) -> None:
+    def copy_memory(self, source: int, target: int) -> None:
+        """Copy what lies in one slot into another, by their indices."""
         for tensor in self._tensors:
-            tensor[target.index].copy_(tensor[source.index])
+            tensor[target].copy_(tensor[source])
+
+    def _copy(self, source: Slot, target: Slot) -> None:
+        self.copy_memory(source.index, target.index)
+        if self.on_copy:
+            self.on_copy(source.index, target.index)
         target.num_tokens = source.num_tokens

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from toy_recurrent import ToyRecurrent
 
 from latentkv.models.config_reader import read_config
 from latentkv.models.decoder import Decoder
 from latentkv.state import PagedCache
+from toy_recurrent import ToyRecurrent
 
 VOCAB = 61
 

@@ -1,0 +1,164 @@
+"""`Ranks`: this process among those that run a model together, and what they tell each other before the first step."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from collections.abc import Mapping
+from datetime import timedelta
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
+
+from latentkv.errors import ConfigError, LatentKVError, RankError
+from latentkv.parallel.network import choose_interface
+from latentkv.parallel.ring import Ring
+from latentkv.parallel.store import Store
+from latentkv.parallel.watch import Watch, beat_key
+
+DEFAULT_TIMEOUT = 60.0
+"""Seconds without a word of a rank after which it is given up."""
+
+_LOOK_SECONDS = 0.02
+_FOR_EVER = timedelta(days=365)  # that a message may take: `Watch` tells whether to go on waiting
+_HAS_TO_BE_ALIKE = "has to be the same on every rank: start them alike"
+
+
+def world_size() -> int:
+    """Processes that torchrun has started together; 1 where it has started none."""
+    return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+
+
+class Ranks:
+    """This process among all.
+
+    Args:
+        store: that all share.
+        rank: this process.
+        size: of all.
+        local_size: processes on this machine.
+        timeout: seconds without a word of a rank after which it is given up.
+
+    Attributes:
+        ring: for what is sent from step to step.
+        watch: who is alive.
+    """
+
+    def __init__(self, store: Store, rank: int, size: int, local_size: int, timeout: float) -> None:
+        self.rank, self.size, self.local_size, self.timeout = rank, size, local_size, timeout
+        self.ring = Ring(rank, size)
+        self._store = store
+        self.watch = Watch(store.clone(), rank, size, timeout)
+
+    @property
+    def is_driver(self) -> bool:
+        """Whether this rank has the requests."""
+        return self.rank == 0
+
+    def tell(self, what: str, said: Mapping[str, Any]) -> None:
+        """Let the others know something, once."""
+        self._store.set(_key(what, self.rank), json.dumps(said))
+
+    def hear(self, what: str, rank: int) -> dict[str, Any]:
+        """What a rank tells, as soon as it does.
+
+        Raises:
+            RankError: it has ended instead, and said why.
+        """
+        while not self._store.check([_key(what, rank)]):
+            self._raise_if_ended()
+            time.sleep(_LOOK_SECONDS)
+        return json.loads(self._store.get(_key(what, rank)))
+
+    def hear_all(self, what: str) -> list[dict[str, Any]]:
+        """What all ranks tell, this one's among it.
+
+        Raises:
+            RankError: as `hear`.
+        """
+        return [self.hear(what, rank) for rank in range(self.size)]
+
+    def give_up(self, error: BaseException) -> None:
+        """Let the others know that this rank cannot go on, so that they end as well."""
+        said = str(error) if isinstance(error, LatentKVError) else f"{type(error).__name__}: {error}"
+        self.tell("ended", {"why": said})
+
+    def agree(self, said: Mapping[str, Any]) -> None:
+        """Compare what has to be the same on all ranks.
+
+        Raises:
+            ConfigError: it is not; the sentence names the rank and both values. Every rank raises it.
+        """
+        self.tell("agree", {"host": socket.gethostname(), **_program(), **said})
+        first, *others = self.hear_all("agree")
+        for rank, other in enumerate(others, start=1):
+            for name, value in other.items():
+                if name != "host" and value != first.get(name):
+                    raise ConfigError(
+                        f"Rank {rank} ({other['host']}) has {name} {value}, and rank 0 ({first['host']}) "
+                        f"{first.get(name)}: this {_HAS_TO_BE_ALIKE}."
+                    )
+
+    def leave(self) -> None:
+        """End the connections; the others end theirs."""
+        self.watch.stop()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    def _raise_if_ended(self) -> None:
+        for rank in range(self.size):
+            if rank != self.rank and self._store.check([_key("ended", rank)]):
+                why = json.loads(self._store.get(_key("ended", rank)))["why"]
+                raise RankError(rank, f"has ended ({why})")
+
+
+def join(size: int, *, timeout: float = DEFAULT_TIMEOUT, trust_network: bool = False) -> Ranks:
+    """Take part in the processes that torchrun has started.
+
+    Args:
+        size: how many there are to be.
+        timeout: seconds without a word of a rank after which it is given up.
+        trust_network: whether addresses that are not private will do.
+
+    Raises:
+        ConfigError: there are not so many processes, or they would talk over an address that anybody can reach.
+        RankError: a rank did not come.
+    """
+    if world_size() != size:
+        raise ConfigError(
+            f"{size} ranks are asked for, and {world_size()} started: run it as torchrun --nproc-per-node {size} "
+            "-m latentkv ..., or over several machines as docs/parallel.md tells."
+        )
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    choose_interface(on_one_machine=local_size == size, trust_network=trust_network)
+    try:
+        store, rank, _ = next(rendezvous("env://", timeout=timedelta(seconds=timeout)))
+        store.set_timeout(timedelta(seconds=timeout))
+        store.set(beat_key(rank), "0")
+        store.wait([beat_key(other) for other in range(size)], timedelta(seconds=timeout))
+    except RuntimeError as error:
+        raise ConfigError(
+            f"Not all of {size} ranks have come within {timeout:.0f} seconds: start those that are missing, or allow "
+            "more by --rank-timeout."
+        ) from error
+    ranks = Ranks(cast(Store, store), rank, size, local_size, timeout)
+    ranks.watch.start()
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=_FOR_EVER)
+    return ranks
+
+
+def _program() -> dict[str, str]:
+    try:
+        own = version("latentkv")
+    except PackageNotFoundError:
+        own = "from its source"
+    return {"latentkv": own, "torch": torch.__version__}
+
+
+def _key(what: str, rank: int) -> str:
+    return f"latentkv/{what}/{rank}"

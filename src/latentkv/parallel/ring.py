@@ -1,0 +1,75 @@
+"""`Ring`: messages from each rank to the next, and from the last one back to the first."""
+
+from __future__ import annotations
+
+from collections import deque
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from latentkv.errors import RankError
+from latentkv.parallel.messages import HEAD_NUMBERS, Message, body_bytes, message_of
+
+
+class Ring:
+    """A rank's place among the others; messages arrive in the order in which they were sent.
+
+    Args:
+        rank: this process.
+        size: of all.
+    """
+
+    def __init__(self, rank: int, size: int) -> None:
+        self.rank = rank
+        self.size = size
+        self.before, self.after = (rank - 1) % size, (rank + 1) % size
+        self._under_way: deque[tuple[dist.Work, Tensor]] = deque()
+
+    def send(self, message: Message) -> None:
+        """Send to the next rank, without waiting until it has the message.
+
+        Raises:
+            RankError: the next rank is gone.
+        """
+        try:
+            while self._under_way and self._under_way[0][0].is_completed():
+                self._under_way.popleft()[0].wait()
+            for part in (message.head(), message.body()):
+                if len(part):
+                    self._under_way.append((_started(dist.isend(part, self.after)), part))
+        except RuntimeError as error:
+            raise RankError(self.after, "is gone") from error
+
+    def flush(self) -> None:
+        """Wait until all has arrived that was sent.
+
+        Raises:
+            RankError: the next rank is gone.
+        """
+        try:
+            while self._under_way:
+                self._under_way.popleft()[0].wait()
+        except RuntimeError as error:
+            raise RankError(self.after, "is gone") from error
+
+    def receive(self) -> Message:
+        """Wait for the next message of the rank before.
+
+        Raises:
+            RankError: that rank is gone.
+        """
+        try:
+            head = torch.empty(HEAD_NUMBERS, dtype=torch.int64)
+            dist.recv(head, self.before)
+            body = torch.empty(body_bytes(head), dtype=torch.uint8)
+            if len(body):
+                dist.recv(body, self.before)
+        except RuntimeError as error:
+            raise RankError(self.before, "is gone") from error
+        return message_of(head, body)
+
+
+def _started(work: dist.Work | None) -> dist.Work:
+    assert work is not None  # noqa: S101 - None is for ranks outside of a group, and this one is in it
+    return work

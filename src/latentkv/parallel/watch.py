@@ -1,0 +1,98 @@
+"""`Watch`: whether the other ranks still live."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+
+from latentkv.parallel.store import Store
+
+BEAT_SECONDS = 1.0
+LATE_SECONDS = 5.0
+"""Without a beat, after which a rank counts as late."""
+
+DIED = 1
+"""Exit code of a rank that ends because another one is gone."""
+
+
+class Watch:
+    """Says once a second that this rank lives, and looks whether those that it depends on do.
+
+    The driver looks at all, the others at the driver. A rank that has not been heard of for `seconds`, by this
+    process's clock, is lost; so is the driver where the store, which lies beside it, does not answer.
+
+    Args:
+        store: a connection of its own to the store that all ranks share; their first beats are in it.
+        rank: this process.
+        size: of all.
+        seconds: without a beat after which a rank is lost.
+    """
+
+    def __init__(self, store: Store, rank: int, size: int, seconds: float) -> None:
+        self._store, self._rank, self._seconds = store, rank, seconds
+        self._watched = [other for other in range(size) if other != rank] if rank == 0 else [0]
+        self._beat = 0
+        self._seen: dict[int, bytes] = {}
+        self._heard: dict[int, float] = dict.fromkeys(self._watched, time.monotonic())
+        self._stopped = threading.Event()
+        self._on_loss: Callable[[int, str], None] = end_process
+        self._thread = threading.Thread(target=self._run, name="latentkv-ranks", daemon=True)
+        store.set_timeout(timedelta(seconds=max(seconds / 2, BEAT_SECONDS)))
+
+    def start(self) -> None:
+        """Begin."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Watch no more: this rank is about to end, and so are the others."""
+        self._stopped.set()
+
+    def when_lost(self, tell: Callable[[int, str], None]) -> None:
+        """Call `tell` with a rank and what became of it, once, instead of ending this process."""
+        self._on_loss = tell
+
+    def late(self) -> str:
+        """Which rank is late, as a sentence; "" where none is."""
+        now = time.monotonic()
+        rank, heard = min(self._heard.items(), key=lambda each: each[1])
+        waited = now - heard
+        return "" if waited < LATE_SECONDS else f"Rank {rank} has not been heard of for {waited:.0f} seconds."
+
+    def _run(self) -> None:
+        while not self._stopped.wait(BEAT_SECONDS):
+            try:
+                self._beat += 1
+                self._store.set(beat_key(self._rank), str(self._beat))
+                beats = self._store.multi_get([beat_key(rank) for rank in self._watched])
+            except RuntimeError:  # of torch.distributed: the store is gone, or does not answer
+                beats = []
+            if self._stopped.is_set():
+                return
+            self._look(beats)
+
+    def _look(self, beats: Sequence[bytes]) -> None:
+        now = time.monotonic()
+        for rank, beat in zip(self._watched, beats, strict=False):
+            if self._seen.get(rank) != beat:
+                self._seen[rank] = beat
+                self._heard[rank] = now
+        lost = [rank for rank, heard in self._heard.items() if now - heard > self._seconds]
+        if lost:
+            self._stopped.set()
+            self._on_loss(lost[0], f"did not answer for {self._seconds:.0f} seconds")
+
+
+def beat_key(rank: int) -> str:
+    """Where a rank's beats are in the store."""
+    return f"latentkv/beat/{rank}"
+
+
+def end_process(rank: int, what: str) -> None:
+    """End this process at once, whatever its other threads wait for."""
+    sys.stderr.write(f"error: Rank {rank} {what}; this rank ends.\n")
+    sys.stderr.flush()
+    os._exit(DIED)
