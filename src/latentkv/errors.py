@@ -53,7 +53,7 @@ class RemoteServerError(LatentKVError):
     """A server that is to be measured cannot be reached, refuses the key, or does not know the model."""
 
 
-class RankError(LatentKVError):
+class RankError(EngineStoppedError):
     """One of the processes that run a model together is gone, does not answer, or was started otherwise."""
 
     def __init__(self, rank: int, what: str) -> None:

@@ -24,8 +24,18 @@ from latentkv.engine.scoring import score_text, sequence_logits
 from latentkv.engine.thread import EngineThread
 from latentkv.engine.worker import Worker
 from latentkv.errors import EngineStoppedError, RequestError
-from latentkv.llm_loading import LoadOptions, load
-from latentkv.llm_options import Draft, as_device, as_dtype, named_end_ids
+from latentkv.llm_loading import load
+from latentkv.llm_options import (
+    RANK_TIMEOUT,
+    Draft,
+    LoadOptions,
+    as_device,
+    as_dtype,
+    as_num_ranks,
+    as_rank_timeout,
+    named_end_ids,
+)
+from latentkv.parallel.process import prepare_process
 from latentkv.prediction import Perplexity, Prediction
 from latentkv.progress import progress_bar
 from latentkv.state import KVFormat
@@ -81,6 +91,11 @@ class LLM:
         packed_dir: a folder where packed weights are kept for the next start, which then maps them, as docs/start.md
             tells; "auto" is `~/.cache/latentkv/packed` or what LATENTKV_PACKED_DIR names; None keeps none.
         packed_dir_bytes: that the files in it may take; None is half of what is free on its disk and theirs already.
+        pipeline_parallel: processes that torchrun has started to run the model together, each with its own layers, as
+            docs/parallel.md tells. In all but the first this call does not return: it serves the first one, and ends
+            the process (`SystemExit`) when that has ended.
+        rank_timeout: seconds without a word of one of these processes after which it is given up.
+        trust_network: let them talk over addresses that are not private; nothing that they say is secret there.
 
     Attributes:
         folder: where the model was read from.
@@ -93,12 +108,14 @@ class LLM:
         thread: where the model was loaded and is run.
         store: what `cache_dir` holds, if there is one.
         packed_file: what the weights are mapped from, if they are.
+        ranks: this process among those that run the model together, if there are several.
 
     Raises:
         ConfigError: there is no such model, or it cannot be run as asked.
         CheckpointError: its weights are missing or damaged.
         TokenizerError: its tokenizer cannot be read or does not match it.
         CacheError: the cache does not fit, or `cache_dir` or `packed_dir` cannot be used.
+        RankError: another process of the model is gone, or did not come.
     """
 
     def __init__(
@@ -121,6 +138,9 @@ class LLM:
         cache_dir_bytes: int = CACHE_DIR_BYTES,
         packed_dir: str | Path | None = "auto",
         packed_dir_bytes: int | None = None,
+        pipeline_parallel: int = 1,
+        rank_timeout: float = RANK_TIMEOUT,
+        trust_network: bool = False,
     ) -> None:
         options = LoadOptions(
             device=as_device(device),
@@ -139,7 +159,12 @@ class LLM:
             cache_dir_bytes=cache_dir_bytes,
             packed_dir=packed_dir,
             packed_dir_bytes=packed_dir_bytes,
+            pipeline_parallel=as_num_ranks(pipeline_parallel),
+            rank_timeout=as_rank_timeout(rank_timeout),
+            trust_network=trust_network,
         )
+        if pipeline_parallel > 1:
+            prepare_process()
         worker = Worker()
         weakref.finalize(self, worker.stop)
         try:
@@ -150,8 +175,16 @@ class LLM:
         self.folder, self.config, self.tokenizer = loaded.folder, loaded.config, loaded.tokenizer
         self.decoder, self.packed_file = loaded.decoder, loaded.packed_file
         self.cache, self.max_context, self.store = loaded.cache, loaded.max_context, loaded.store
-        self.engine = loaded.engine
-        self.thread = EngineThread(self.engine, max_open=None, stall_seconds=None, worker=worker)
+        self.engine, self.ranks = loaded.engine, loaded.ranks
+        self.thread = EngineThread(
+            self.engine,
+            max_open=None,
+            stall_seconds=None,
+            worker=worker,
+            why_late=self.ranks.watch.late if self.ranks else None,
+        )
+        if self.ranks:
+            self.ranks.watch.when_lost(self.thread.die_of)
         self.thread.start()
 
     def generate(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 
@@ -18,7 +17,7 @@ from latentkv.engine.memory import beside_weights, default_cache_bytes, free_mem
 from latentkv.engine.mtp import MTPDrafter
 from latentkv.errors import ConfigError
 from latentkv.llm_options import (
-    Draft,
+    LoadOptions,
     context_of,
     drafts_by_mtp,
     dtype_to_run,
@@ -29,6 +28,7 @@ from latentkv.llm_options import (
     require_int8_products,
     tokenizer_of,
 )
+from latentkv.llm_stages import agree_on_stage, require_can_be_cut, shared_cache
 from latentkv.models.config import ModelConfig
 from latentkv.models.decoder import Decoder
 from latentkv.models.fingerprint import model_fingerprint
@@ -36,32 +36,12 @@ from latentkv.models.kept import load_kept
 from latentkv.models.loading import load_model
 from latentkv.models.mla import MultiHeadLatentAttention
 from latentkv.models.packing import Packing, choose_packing, require_rounded_input
+from latentkv.models.stage import Stage
 from latentkv.models.stored_config import open_checkpoint
-from latentkv.state import KVFormat, PagedCache, PageStore, StoreFolder
+from latentkv.parallel import Pipeline, Ranks, join, run_stage
+from latentkv.state import PagedCache, PageStore, StoreFolder
 from latentkv.text import Tokenizer
 from latentkv.weights.packed_file import PackedFile
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoadOptions:
-    """How a model is to be loaded; `LLM` tells what each means."""
-
-    device: torch.device
-    dtype: torch.dtype | None
-    weights: str | None
-    activations: str
-    kv_dtype: KVFormat | Literal["auto"]
-    int8_products: bool
-    max_context: int | None
-    kv_cache_bytes: int | None
-    max_running: int
-    speculate: int
-    draft: Draft
-    step_seconds: float | None
-    cache_dir: str | Path | None
-    cache_dir_bytes: int
-    packed_dir: str | Path | None
-    packed_dir_bytes: int | None
 
 
 @dataclass(frozen=True)
@@ -77,10 +57,28 @@ class LoadedModel:
     cache: PagedCache
     store: PageStore | None
     engine: Engine
+    ranks: Ranks | None
 
 
 def load(model: str | Path | None, options: LoadOptions) -> LoadedModel:
-    """Load a model in this thread, which is the one that must run it; None is the embedded one. Raises as `LLM`."""
+    """Load a model in this thread, which is the one that must run it; None is the embedded one. Raises as `LLM`.
+
+    In a rank that is not the driver it loads that rank's stage and runs it to the end, and then raises `SystemExit`.
+    """
+    if options.pipeline_parallel == 1:
+        return _load(model, options, None)
+    require_can_be_cut(options)
+    ranks = join(options.pipeline_parallel, timeout=options.rank_timeout, trust_network=options.trust_network)
+    try:
+        return _load(model, options, ranks)
+    except SystemExit:
+        raise
+    except BaseException as error:
+        ranks.give_up(error)
+        raise
+
+
+def _load(model: str | Path | None, options: LoadOptions, ranks: Ranks | None) -> LoadedModel:
     store_folder = None if options.cache_dir is None else StoreFolder(Path(options.cache_dir).expanduser())
     folder = embedded_model() if model is None else resolve_model(model)
     config, reader = open_checkpoint(folder)
@@ -92,12 +90,30 @@ def load(model: str | Path | None, options: LoadOptions) -> LoadedModel:
     tokenizer = tokenizer_of(folder, config)
     dtype = dtype_to_run(options.dtype, config, reader, options.device)
     packing = choose_packing(options.weights, dtype, options.device, options.activations)
-    decoder, packed_file = _decoder(folder, config, reader, packing, dtype, max_context, options)
+    stage = None
+    if ranks:
+        stage = agree_on_stage(ranks, config, reader, packing, dtype, max_context, options)
+    decoder, packed_file = _decoder(folder, config, reader, packing, dtype, max_context, stage, options)
     if packing is not None and packing.rounds_input:
         require_rounded_input(decoder)
     config = decoder.config
-    by_mtp = drafts_by_mtp(options.draft, decoder) and options.speculate > 0
-    cache = _cache(decoder, by_mtp, max_context, packed_file, folder, options)
+    by_mtp = (ranks is None or ranks.is_driver) and options.speculate > 0 and drafts_by_mtp(options.draft, decoder)
+    free = free_memory(options.device)
+    if packed_file:
+        free = beside_weights(free, packed_file.nbytes, folder)
+    fmt = kv_format(options.kv_dtype, decoder.dtype)
+    specs = config.specs(fmt, mtp=decoder.dtype if by_mtp else None, most_drafted=options.speculate)
+    if ranks:
+        cache = shared_cache(ranks, decoder, specs, max_context, free, options)
+        if not ranks.is_driver:
+            run_stage(decoder, cache, ranks.ring)
+            ranks.leave()
+            raise SystemExit(0)
+    else:
+        num_bytes = options.kv_cache_bytes
+        if num_bytes is None:
+            num_bytes = default_cache_bytes(specs, max_context, free)
+        cache = PagedCache.sized(specs, num_bytes, device=options.device)
     store: PageStore | None = None
     if store_folder:
         weights = weights_digest(folder, store_folder.path / "weights.json")
@@ -112,8 +128,9 @@ def load(model: str | Path | None, options: LoadOptions) -> LoadedModel:
         drafter=_drafter(decoder, cache, by_mtp, options),
         most_drafted=options.speculate,
         store=store,
+        pipeline=Pipeline(ranks) if ranks else None,
     )
-    return LoadedModel(folder, config, tokenizer, max_context, decoder, packed_file, cache, store, engine)
+    return LoadedModel(folder, config, tokenizer, max_context, decoder, packed_file, cache, store, engine, ranks)
 
 
 def _decoder(
@@ -123,15 +140,16 @@ def _decoder(
     packing: Packing | None,
     dtype: torch.dtype,
     max_context: int,
+    stage: Stage | None,
     options: LoadOptions,
 ) -> tuple[Decoder, PackedFile | None]:
     """The decoder, and the file that its weights are mapped from if they are."""
     kept = None
     packed_folder = open_packed_folder(options.packed_dir, options.packed_dir_bytes)
     if packing is not None and packed_folder is not None:
-        kept = load_kept(config, reader, packed_folder, packing, dtype=dtype, max_context=max_context)
+        kept = load_kept(config, reader, packed_folder, packing, dtype=dtype, max_context=max_context, stage=stage)
     decoder, file = kept or (
-        load_model(folder, dtype=dtype, device=options.device, max_context=max_context, packing=packing),
+        load_model(folder, dtype=dtype, device=options.device, max_context=max_context, packing=packing, stage=stage),
         None,
     )
     if options.int8_products:
@@ -139,26 +157,6 @@ def _decoder(
             if isinstance(module, MultiHeadLatentAttention):
                 module.int8_products = True
     return decoder, file
-
-
-def _cache(
-    decoder: Decoder,
-    by_mtp: bool,
-    max_context: int,
-    packed_file: PackedFile | None,
-    folder: Path,
-    options: LoadOptions,
-) -> PagedCache:
-    """The cache, of as many bytes as were asked for or as there is room for."""
-    fmt = kv_format(options.kv_dtype, decoder.dtype)
-    specs = decoder.config.specs(fmt, mtp=decoder.dtype if by_mtp else None, most_drafted=options.speculate)
-    num_bytes = options.kv_cache_bytes
-    free = free_memory(options.device)
-    if packed_file:
-        free = beside_weights(free, packed_file.nbytes, folder)
-    if num_bytes is None:
-        num_bytes = default_cache_bytes(specs, max_context, free)
-    return PagedCache.sized(specs, num_bytes, device=options.device)
 
 
 def _drafter(decoder: Decoder, cache: PagedCache, by_mtp: bool, options: LoadOptions) -> AdaptiveDrafter | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, cast, get_args
 
@@ -25,6 +26,9 @@ logger = logging.getLogger("latentkv")
 PACKED_DIR_VARIABLE = "LATENTKV_PACKED_DIR"
 """Names the folder of packed weights; set to nothing, there is none."""
 
+RANK_TIMEOUT = 60.0
+"""Seconds without a word of a rank after which it is given up, unless somebody says how many."""
+
 Draft = Literal["auto", "ngram", "mtp"]
 
 EMBEDDED_MODEL = Path(__file__).parent / "assets" / "default"
@@ -41,6 +45,31 @@ _KV_FORMATS: Mapping[torch.dtype, KVFormat] = {torch.float32: "fp32", torch.bflo
 _KV_DTYPES: tuple[KVFormat, ...] = ("fp32", "bf16", "fp16", "int8", "fp8")
 # An MTP module reads every prompt as well: one layer more, which is to be a small part of the model.
 _LAYERS_OF_AUTO_MTP = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadOptions:
+    """How a model is to be loaded; `LLM` tells what each means."""
+
+    device: torch.device
+    dtype: torch.dtype | None
+    weights: str | None
+    activations: str
+    kv_dtype: KVFormat | Literal["auto"]
+    int8_products: bool
+    max_context: int | None
+    kv_cache_bytes: int | None
+    max_running: int
+    speculate: int
+    draft: Draft
+    step_seconds: float | None
+    cache_dir: str | Path | None
+    cache_dir_bytes: int
+    packed_dir: str | Path | None
+    packed_dir_bytes: int | None
+    pipeline_parallel: int
+    rank_timeout: float
+    trust_network: bool
 
 
 def embedded_model() -> Path:
@@ -162,6 +191,20 @@ def as_device(device: str | torch.device) -> torch.device:
     if resolved.type not in ("cpu", "cuda"):
         raise ConfigError(f"device={str(device)!r} is not supported: {allowed}.")
     return resolved
+
+
+def as_num_ranks(asked: object) -> int:
+    """How many processes run a model together."""
+    if type(asked) is not int or asked < 1:
+        raise ConfigError(f"pipeline_parallel={asked!r} is no number of processes: give 1 or more.")
+    return asked
+
+
+def as_rank_timeout(asked: float) -> float:
+    """Seconds without a word of a rank after which it is given up."""
+    if isinstance(asked, bool) or not isinstance(cast(object, asked), int | float) or not 2 <= asked <= 86_400:
+        raise ConfigError(f"rank_timeout={asked!r} is not allowed: give 2 to 86,400 seconds.")
+    return float(asked)
 
 
 def require_int8_products(config: ModelConfig, kv_dtype: str, device: torch.device) -> None:

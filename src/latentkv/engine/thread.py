@@ -13,7 +13,7 @@ from latentkv.engine.engine import EndsText, Engine, Event
 from latentkv.engine.request import Request
 from latentkv.engine.watchdog import Watchdog
 from latentkv.engine.worker import JOIN_SECONDS, Worker
-from latentkv.errors import BusyError, EngineStoppedError, LatentKVError
+from latentkv.errors import BusyError, EngineStoppedError, LatentKVError, RankError
 
 T = TypeVar("T")
 
@@ -39,12 +39,13 @@ class Health:
     """How an engine does.
 
     Attributes:
-        state: "idle", "working", "draining" (it takes no new request), "stopped" or "dead".
+        state: "idle", "working", "late" (another process of the model has not been heard of for a while), "draining"
+            (it takes no new request), "stopped" or "dead".
         reason: what happened, as a sentence; "" while nothing did.
         seconds: with work and without progress, as `Watchdog` counts both.
     """
 
-    state: Literal["idle", "working", "draining", "stopped", "dead"]
+    state: Literal["idle", "working", "late", "draining", "stopped", "dead"]
     reason: str
     seconds: float
 
@@ -64,6 +65,7 @@ class EngineThread:
         max_open: requests that are not finished at once; more are refused. None takes all.
         stall_seconds: time without progress after which the engine counts as dead. None waits for ever.
         worker: the thread that loaded the engine's model; None starts one of its own.
+        why_late: which other process of the model is late, as a sentence, or ""; None: there are none.
     """
 
     def __init__(
@@ -73,8 +75,10 @@ class EngineThread:
         max_open: int | None = 512,
         stall_seconds: float | None = 120,
         worker: Worker | None = None,
+        why_late: Callable[[], str] | None = None,
     ) -> None:
         self._engine = engine
+        self._why_late = why_late
         self._worker = worker
         self._max_open = max_open
         self._lock = threading.RLock()  # reentrant: garbage may be collected, and give a request up, at any point
@@ -192,7 +196,14 @@ class EngineThread:
                 return Health("stopped", "The engine has stopped.", waited)
             if self._draining:
                 return Health("draining", f"The engine ends {len(self._open)} last requests.", waited)
+            late = self._why_late() if self._why_late else ""
+            if late:
+                return Health("late", late, waited)
             return Health("working" if self._open else "idle", "", waited)
+
+    def die_of(self, error: RankError) -> None:
+        """Give all up: another process of the model is lost. The engine's thread may wait for it for ever."""
+        self._die(str(error), error)
 
     def drain(self, seconds: float) -> bool:
         """Take no new request, wait until the open ones are finished, and stop; the rest get an error.
@@ -231,6 +242,8 @@ class EngineThread:
             if self._watchdog:
                 self._watchdog.step_ended(self._engine.counters)
             self._failures = 0
+        except RankError as error:  # no step can be computed any more
+            self.die_of(error)
         except Exception as error:  # whatever the model raised: those in the step get it, the others go on
             self._failures += 1
             if not self._report_failed(error) and self._max_open is None:
@@ -248,6 +261,11 @@ class EngineThread:
         for index in self._tickets:
             self._engine.abort(index)
         self._fail_all(EngineStoppedError("The engine has stopped, and the request was not finished."))
+        if self._reason is None:
+            try:
+                self._engine.runner.close()
+            except RankError as error:
+                self._reason = str(error)
 
     def _add_all(self, tickets: list[int], submissions: Sequence[Submission], salt: str) -> None:
         for ticket, each in zip(tickets, submissions, strict=True):
@@ -309,10 +327,10 @@ class EngineThread:
         for ticket in list(self._open):
             self._finish(ticket, error)
 
-    def _die(self, reason: str) -> None:
+    def _die(self, reason: str, error: RankError | None = None) -> None:
         with self._lock:
             if self._reason is None:
                 self._reason = reason
-        self._fail_all(EngineStoppedError(f"The engine is dead: {reason}"))
+        self._fail_all(error or EngineStoppedError(f"The engine is dead: {reason}"))
         if self._worker:
             self._worker.stop(0)

@@ -153,6 +153,28 @@ def weight_bytes(config: ModelConfig, dtype: str) -> int:
     return sum(group.count * _tensor_bytes(group, dtype, config, stored) for group in groups)
 
 
+def layer_weight_bytes(config: ModelConfig, dtype: str) -> tuple[tuple[int, ...], int]:
+    """Bytes of each layer's weights, and of what belongs to no layer, modules of multi-token prediction among it.
+
+    Args:
+        config: the model.
+        dtype: as in `weight_bytes`.
+
+    Raises:
+        ConfigError: if `dtype` is unknown.
+    """
+    if dtype not in WEIGHT_DTYPES:
+        raise ConfigError(f"{dtype!r} is not a dtype for weights; choose from {', '.join(WEIGHT_DTYPES)}.")
+    every = list(tensor_groups(config, mtp=True))
+    stored = _packed_schemes(config, every) if dtype in ROUNDED_TO else None
+
+    def total(groups: Iterable[TensorGroup]) -> int:
+        return sum(group.count * _tensor_bytes(group, dtype, config, stored) for group in groups)
+
+    layers = tuple(total(_layer(config, layer)) for layer in config.layers)
+    return layers, total(every) - sum(layers)
+
+
 def _tensor_bytes(group: TensorGroup, dtype: str, config: ModelConfig, stored: PackedSchemes | None) -> int:
     # An output head is quantised like any other.
     if group.buffer or (group.exact and (group.kind != "lm head" or dtype not in ROUNDED_TO)):

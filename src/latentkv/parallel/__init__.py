@@ -5,7 +5,7 @@ driver, has the requests, the pages, the sampler and the text; the others comput
 """
 
 from latentkv.parallel.pipeline import Pipeline
-from latentkv.parallel.ranks import Ranks, join, world_size
+from latentkv.parallel.ranks import Ranks, join
 from latentkv.parallel.stage_loop import run_stage
 
-__all__ = ["Pipeline", "Ranks", "join", "run_stage", "world_size"]
+__all__ = ["Pipeline", "Ranks", "join", "run_stage"]

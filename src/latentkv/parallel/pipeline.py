@@ -11,7 +11,7 @@ from latentkv.errors import RankError, StageError
 from latentkv.models.batch import Batch
 from latentkv.models.forms import Form
 from latentkv.parallel.messages import Kind, Message, batch_numbers
-from latentkv.parallel.ring import Ring
+from latentkv.parallel.ranks import Ranks
 
 
 class Pipeline:
@@ -21,15 +21,15 @@ class Pipeline:
     later one at once.
 
     Args:
-        ring: of the driver, which is its first rank.
+        ranks: of the driver, which is the first one.
 
     Attributes:
         depth: steps that can be under way at once, so that every rank has work.
     """
 
-    def __init__(self, ring: Ring) -> None:
-        self.depth = ring.size
-        self._ring = ring
+    def __init__(self, ranks: Ranks) -> None:
+        self.depth = ranks.size
+        self._ranks, self._ring = ranks, ranks.ring
         self._next = 0
         self._under_way: deque[int] = deque()
         self._closed = False
@@ -87,3 +87,4 @@ class Pipeline:
         while self._ring.receive().kind != Kind.STOP:  # of steps that nobody waited for
             pass
         self._ring.flush()
+        self._ranks.leave()

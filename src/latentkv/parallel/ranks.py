@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import socket
 import time
 from collections.abc import Mapping
@@ -17,21 +16,14 @@ from torch.distributed.rendezvous import rendezvous
 
 from latentkv.errors import ConfigError, LatentKVError, RankError
 from latentkv.parallel.network import choose_interface
+from latentkv.parallel.process import local_size, world_size
 from latentkv.parallel.ring import Ring
 from latentkv.parallel.store import Store
 from latentkv.parallel.watch import Watch, beat_key
 
-DEFAULT_TIMEOUT = 60.0
-"""Seconds without a word of a rank after which it is given up."""
-
 _LOOK_SECONDS = 0.02
 _FOR_EVER = timedelta(days=365)  # that a message may take: `Watch` tells whether to go on waiting
 _HAS_TO_BE_ALIKE = "has to be the same on every rank: start them alike"
-
-
-def world_size() -> int:
-    """Processes that torchrun has started together; 1 where it has started none."""
-    return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
 
 
 class Ranks:
@@ -117,7 +109,7 @@ class Ranks:
                 raise RankError(rank, f"has ended ({why})")
 
 
-def join(size: int, *, timeout: float = DEFAULT_TIMEOUT, trust_network: bool = False) -> Ranks:
+def join(size: int, *, timeout: float, trust_network: bool = False) -> Ranks:
     """Take part in the processes that torchrun has started.
 
     Args:
@@ -134,8 +126,7 @@ def join(size: int, *, timeout: float = DEFAULT_TIMEOUT, trust_network: bool = F
             f"{size} ranks are asked for, and {world_size()} started: run it as torchrun --nproc-per-node {size} "
             "-m latentkv ..., or over several machines as docs/parallel.md tells."
         )
-    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    choose_interface(on_one_machine=local_size == size, trust_network=trust_network)
+    choose_interface(on_one_machine=local_size() == size, trust_network=trust_network)
     try:
         store, rank, _ = next(rendezvous("env://", timeout=timedelta(seconds=timeout)))
         store.set_timeout(timedelta(seconds=timeout))
@@ -146,7 +137,7 @@ def join(size: int, *, timeout: float = DEFAULT_TIMEOUT, trust_network: bool = F
             f"Not all of {size} ranks have come within {timeout:.0f} seconds: start those that are missing, or allow "
             "more by --rank-timeout."
         ) from error
-    ranks = Ranks(cast(Store, store), rank, size, local_size, timeout)
+    ranks = Ranks(cast(Store, store), rank, size, local_size(), timeout)
     ranks.watch.start()
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=_FOR_EVER)
     return ranks

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 
+from latentkv.errors import RankError
 from latentkv.parallel.store import Store
 
 BEAT_SECONDS = 1.0
@@ -39,7 +40,7 @@ class Watch:
         self._seen: dict[int, bytes] = {}
         self._heard: dict[int, float] = dict.fromkeys(self._watched, time.monotonic())
         self._stopped = threading.Event()
-        self._on_loss: Callable[[int, str], None] = end_process
+        self._on_loss: Callable[[RankError], None] = end_process
         self._thread = threading.Thread(target=self._run, name="latentkv-ranks", daemon=True)
         store.set_timeout(timedelta(seconds=max(seconds / 2, BEAT_SECONDS)))
 
@@ -51,8 +52,8 @@ class Watch:
         """Watch no more: this rank is about to end, and so are the others."""
         self._stopped.set()
 
-    def when_lost(self, tell: Callable[[int, str], None]) -> None:
-        """Call `tell` with a rank and what became of it, once, instead of ending this process."""
+    def when_lost(self, tell: Callable[[RankError], None]) -> None:
+        """Call `tell` with what became of a rank, once, instead of ending this process."""
         self._on_loss = tell
 
     def late(self) -> str:
@@ -83,7 +84,7 @@ class Watch:
         lost = [rank for rank, heard in self._heard.items() if now - heard > self._seconds]
         if lost:
             self._stopped.set()
-            self._on_loss(lost[0], f"did not answer for {self._seconds:.0f} seconds")
+            self._on_loss(RankError(lost[0], f"did not answer for {self._seconds:.0f} seconds"))
 
 
 def beat_key(rank: int) -> str:
@@ -91,8 +92,8 @@ def beat_key(rank: int) -> str:
     return f"latentkv/beat/{rank}"
 
 
-def end_process(rank: int, what: str) -> None:
+def end_process(error: RankError) -> None:
     """End this process at once, whatever its other threads wait for."""
-    sys.stderr.write(f"error: Rank {rank} {what}; this rank ends.\n")
+    sys.stderr.write(f"error: {error}\n")
     sys.stderr.flush()
     os._exit(DIED)

@@ -3,7 +3,7 @@
 `prefix` finds pages again by the text in them, and `store` in files of a folder when they are not in memory.
 """
 
-from latentkv.state.cache import LEAST_SLOTS, SLOTS_SHARE, PagedCache
+from latentkv.state.cache import LEAST_SLOTS, SLOTS_SHARE, PagedCache, pages_and_slots
 from latentkv.state.pages import PagePool
 from latentkv.state.prefix import KnownPage, PrefixIndex
 from latentkv.state.recurrent import RecurrentSpec, RecurrentState
@@ -51,5 +51,6 @@ __all__ = [
     "bytes_per_token",
     "mha_bytes_per_token",
     "page_bytes",
+    "pages_and_slots",
     "sequence_bytes",
 ]

@@ -80,7 +80,7 @@ class DetokenizeResponse(BaseModel):
 class HealthResponse(BaseModel):
     """How the engine does."""
 
-    status: Literal["idle", "working", "draining", "stopped", "dead"]
+    status: Literal["idle", "working", "late", "draining", "stopped", "dead"]
     reason: str = ""
 
 

@@ -1,0 +1,150 @@
+"""What the ranks of one model agree on as it is loaded: that they are alike, who has which layers, the cache."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from hashlib import sha256
+
+import torch
+
+from latentkv.checkpoint.names import layer_of
+from latentkv.checkpoint.tensors import Tensors
+from latentkv.engine.memory import default_cache_bytes, free_memory
+from latentkv.errors import ConfigError
+from latentkv.llm_options import LoadOptions, kv_format
+from latentkv.models.config import ModelConfig
+from latentkv.models.decoder import Decoder
+from latentkv.models.packing import Packing
+from latentkv.models.parameters import layer_weight_bytes
+from latentkv.models.stage import Stage, cut
+from latentkv.parallel import Ranks
+from latentkv.state import LEAST_SLOTS, PAGE_SIZE, LayerSpec, PagedCache, page_bytes, pages_and_slots, sequence_bytes
+
+logger = logging.getLogger("latentkv.parallel")
+
+_GIB = 2**30
+
+
+def require_can_be_cut(options: LoadOptions) -> None:
+    """Raise `ConfigError` for what a model in several processes cannot do."""
+    if options.cache_dir is not None:
+        raise ConfigError(
+            "cache_dir cannot be had with pipeline_parallel, for each rank has the pages of its own layers alone: "
+            "leave one of them out."
+        )
+    if options.device.type != "cpu":
+        raise ConfigError("pipeline_parallel runs on CPUs: leave out device, or run on one GPU without it.")
+
+
+def agree_on_stage(
+    ranks: Ranks,
+    config: ModelConfig,
+    reader: Tensors,
+    packing: Packing | None,
+    dtype: torch.dtype,
+    max_context: int,
+    options: LoadOptions,
+) -> Stage:
+    """The layers of this rank.
+
+    Raises:
+        ConfigError: the ranks are not alike, or the model cannot be cut into so many stages.
+        RankError: another rank has ended.
+    """
+    ranks.agree(
+        {
+            "a model of the digest": _digest(config, reader),
+            "dtype": str(dtype).removeprefix("torch."),
+            "weights": options.weights,
+            "activations": options.activations,
+            "kv_dtype": options.kv_dtype,
+            "int8_products": options.int8_products,
+            "max_context": max_context,
+            "kv_cache_bytes": options.kv_cache_bytes,
+            "speculate": options.speculate,
+        }
+    )
+    ranks.tell("memory", {"free": free_memory(options.device) // ranks.local_size})
+    memories = [said["free"] for said in ranks.hear_all("memory")]
+    weights, beside = _weight_bytes(config, reader, packing)
+    specs = config.specs(kv_format(options.kv_dtype, dtype), most_drafted=options.speculate)
+    pages = -(-max_context // PAGE_SIZE)
+    if options.kv_cache_bytes is not None:
+        pages = pages_and_slots(specs, options.kv_cache_bytes)[0]
+    sizes = [held + pages * page_bytes([spec]) for held, spec in zip(weights, specs, strict=True)]
+    return cut(config, sizes, beside, memories)[ranks.rank]
+
+
+def shared_cache(
+    ranks: Ranks, decoder: Decoder, specs: Sequence[LayerSpec], max_context: int, free: int, options: LoadOptions
+) -> PagedCache:
+    """This rank's part of the cache, whose pages and slots are the same everywhere: the driver says how many.
+
+    Args:
+        ranks: this one among all.
+        decoder: its stage.
+        specs: of all layers, as the driver has them.
+        max_context: tokens of the longest sequence.
+        free: bytes that are left on this machine.
+        options: what was asked for.
+
+    Raises:
+        CacheError: the cache does not fit.
+        RankError: another rank has ended.
+    """
+    own = decoder.stage.own(specs)
+    room = free // ranks.local_size
+    ranks.tell("room", {"free": room, "context": _context_bytes(own, max_context)})
+    if ranks.is_driver:
+        num_bytes = options.kv_cache_bytes
+        if num_bytes is None:
+            # As much of the whole cache as every rank has room for its part of.
+            whole = _context_bytes(specs, max_context)
+            said = ranks.hear_all("room")
+            room = min(each["free"] * whole // max(each["context"], 1) for each in said)
+            num_bytes = default_cache_bytes(specs, max_context, room)
+        num_pages, num_slots = pages_and_slots(specs, num_bytes)
+        ranks.tell("cache", {"pages": num_pages, "slots": num_slots})
+    cache_size = ranks.hear("cache", 0)
+    cache = PagedCache(
+        own, cache_size["pages"], num_slots=cache_size["slots"], device=options.device, model_specs=specs
+    )
+    ranks.tell("ready", {"bytes": cache.allocated_bytes})
+    logger.info(
+        "Rank %d of %d: %s, %.2f GiB of cache%s.",
+        ranks.rank,
+        ranks.size,
+        decoder.stage,
+        cache.allocated_bytes / _GIB,
+        "" if ranks.is_driver else "; it waits for rank 0",
+    )
+    if ranks.is_driver:
+        ranks.hear_all("ready")
+    return cache
+
+
+def _context_bytes(specs: Sequence[LayerSpec], max_context: int) -> int:
+    """Bytes of one whole context, and of some sequences' recurrent states."""
+    pages = -(-max_context // PAGE_SIZE)
+    return pages * page_bytes(specs) + LEAST_SLOTS * sequence_bytes(specs)
+
+
+def _weight_bytes(config: ModelConfig, reader: Tensors, packing: Packing | None) -> tuple[Sequence[int], int]:
+    """Bytes of each layer's weights in memory, about, and of those that belong to none: for a fair cut."""
+    if packing is not None and packing.format is not None:
+        return layer_weight_bytes(config, packing.format.name)
+    layers, beside = [0] * config.num_layers, 0
+    for name in reader.names:
+        layer = layer_of(name)
+        if layer is not None and layer < config.num_layers:
+            layers[layer] += reader.nbytes(name)
+        else:
+            beside += reader.nbytes(name)
+    return layers, beside
+
+
+def _digest(config: ModelConfig, reader: Tensors) -> str:
+    """Of a model's config and of the names and sizes of its tensors; their values are not read."""
+    tensors = sorted((name, reader.shown_dtype(name), reader.nbytes(name)) for name in reader.names)
+    return sha256(repr((config, tensors)).encode()).hexdigest()[:12]
