@@ -97,7 +97,7 @@ def _load(model: str | Path | None, options: LoadOptions, ranks: Ranks | None) -
     if packing is not None and packing.rounds_input:
         require_rounded_input(decoder)
     config = decoder.config
-    by_mtp = (ranks is None or ranks.is_driver) and options.speculate > 0 and drafts_by_mtp(options.draft, decoder)
+    by_mtp = decoder.stage.is_first and drafts_by_mtp(options.draft, decoder) and options.speculate > 0
     free = free_memory(options.device)
     if packed_file:
         free = beside_weights(free, packed_file.nbytes, folder)

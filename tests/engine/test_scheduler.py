@@ -1,6 +1,6 @@
 import pytest
-from engine_models import cache_for, tiny_decoder
 
+from engine_models import cache_for, tiny_decoder
 from latentkv.engine.scheduler import FAIR_SHARE, Scheduler
 from latentkv.engine.sequence import Sequence
 from latentkv.state import PagedCache
@@ -16,7 +16,8 @@ def go(scheduler: Scheduler, budget: int) -> dict[int, int]:
     shares = scheduler.plan(budget)
     for sequence, count in shares:
         sequence.num_cached += count
-    scheduler.have_read([sequence for sequence, _ in shares])
+    for sequence, _ in shares:
+        scheduler.have_read(sequence, sequence.num_cached)
     for sequence, _ in shares:
         if not sequence.num_uncached:
             sequence.tokens.append(1)

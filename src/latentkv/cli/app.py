@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from importlib import import_module
@@ -10,9 +11,10 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from latentkv.errors import LatentKVError
+from latentkv.cli.options import INTERRUPTED
+from latentkv.errors import LatentKVError, RankError
 
-USAGE_ERROR, INTERRUPTED = 2, 130
+USAGE_ERROR, RANK_LOST = 2, 1
 
 COMMANDS = (
     *("generate", "chat", "serve", "plan", "inspect", "quantize", "convert", "heal", "train", "compare", "doctor"),
@@ -44,11 +46,20 @@ class Commands(TyperGroup):
             if ctx.params["debug"]:
                 raise
             typer.echo(f"error: {error}", err=True)
+            if isinstance(error, RankError):
+                _end_now(RANK_LOST)
             raise typer.Exit(USAGE_ERROR) from None
         except KeyboardInterrupt:
             if ctx.params["debug"]:
                 raise
             raise typer.Exit(INTERRUPTED) from None
+
+
+def _end_now(code: int) -> None:
+    """End, though a thread may wait for ever for what another process would have said."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _print_version(wanted: bool) -> None:

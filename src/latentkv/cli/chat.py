@@ -25,10 +25,13 @@ from latentkv.cli.options import (
     PackedDirBytesOption,
     PackedDirOption,
     PenaltyOption,
+    PipelineParallelOption,
+    RankTimeoutOption,
     SeedOption,
     TemperatureOption,
     TopKOption,
     TopPOption,
+    TrustNetworkOption,
     WeightsOption,
     cache_summary,
     turn_end_note,
@@ -74,6 +77,9 @@ def chat(
     packed_dir: PackedDirOption = None,
     no_packed_dir: NoPackedDirOption = False,
     packed_dir_bytes: PackedDirBytesOption = None,
+    pipeline_parallel: PipelineParallelOption = 1,
+    rank_timeout: RankTimeoutOption = 60,
+    trust_network: TrustNetworkOption = False,
 ) -> None:
     """Talk with a model. Lines can also be piped in, one message each.
 
@@ -91,12 +97,17 @@ def chat(
         repetition_penalty=repetition_penalty,
         seed=seed,
     )
-    llm = ModelChoice(
+    chosen = ModelChoice(
         *(model, device, dtype, weights, activations, kv_dtype, int8_products, max_context, kv_cache_bytes),
         packed_dir=packed_dir,
         no_packed_dir=no_packed_dir,
         packed_dir_bytes=packed_dir_bytes,
-    ).load()
+        pipeline_parallel=pipeline_parallel,
+        rank_timeout=rank_timeout,
+        trust_network=trust_network,
+    )
+    chosen.enter_ranks()
+    llm = chosen.load()
     conversation = Conversation(llm, params, system)
     notes = console(stderr=True)
     notes.print(f"{llm.folder.name}; {cache_summary(llm)}", style="dim")

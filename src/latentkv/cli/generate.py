@@ -27,10 +27,13 @@ from latentkv.cli.options import (
     PackedDirBytesOption,
     PackedDirOption,
     PenaltyOption,
+    PipelineParallelOption,
+    RankTimeoutOption,
     SeedOption,
     TemperatureOption,
     TopKOption,
     TopPOption,
+    TrustNetworkOption,
     WeightsOption,
     cache_summary,
     store_summary,
@@ -79,6 +82,9 @@ def generate(
     packed_dir: PackedDirOption = None,
     no_packed_dir: NoPackedDirOption = False,
     packed_dir_bytes: PackedDirBytesOption = None,
+    pipeline_parallel: PipelineParallelOption = 1,
+    rank_timeout: RankTimeoutOption = 60,
+    trust_network: TrustNetworkOption = False,
     stream: Annotated[bool, typer.Option("--stream/--no-stream", help="Print text as it comes, or at the end.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead.")] = False,
 ) -> None:
@@ -88,6 +94,18 @@ def generate(
 
     Example: latentkv generate "It was a dark night" --max-tokens 100 --seed 1
     """
+    chosen = ModelChoice(
+        *(model, device, dtype, weights, activations, kv_dtype, int8_products, max_context, kv_cache_bytes),
+        cache_dir=cache_dir,
+        cache_dir_bytes=cache_dir_bytes,
+        packed_dir=packed_dir,
+        no_packed_dir=no_packed_dir,
+        packed_dir_bytes=packed_dir_bytes,
+        pipeline_parallel=pipeline_parallel,
+        rank_timeout=rank_timeout,
+        trust_network=trust_network,
+    )
+    chosen.enter_ranks()
     text = _read_prompt(prompt)
     ids = _read_ids(text) if token_ids else None
     from latentkv import SamplingParams
@@ -104,14 +122,7 @@ def generate(
         logprobs=logprobs,
         structure=read_structure(json_schema, regex, choice, grammar),
     )
-    llm = ModelChoice(
-        *(model, device, dtype, weights, activations, kv_dtype, int8_products, max_context, kv_cache_bytes),
-        cache_dir=cache_dir,
-        cache_dir_bytes=cache_dir_bytes,
-        packed_dir=packed_dir,
-        no_packed_dir=no_packed_dir,
-        packed_dir_bytes=packed_dir_bytes,
-    ).load()
+    llm = chosen.load()
     if llm.store:
         note(store_summary(llm.store))
     run = _Run(llm, text if ids is None else ids, params)

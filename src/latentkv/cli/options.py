@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,6 +17,9 @@ from latentkv.ranges import require_range
 if TYPE_CHECKING:
     from latentkv import LLM
     from latentkv.state import PageStore
+
+INTERRUPTED = 130
+"""Exit code of a command that Ctrl-C has ended."""
 
 MODEL_FORMS = "a folder, its config.json, a .gguf file, or a repo id, also as org/name@revision"
 """What every command takes for a model (`checkpoint.source` reads it)."""
@@ -74,6 +79,20 @@ PackedDirBytesOption = Annotated[
     str | None,
     typer.Option(help="That packed weights may take there, like 50GiB.", show_default="half of what the disk has free"),
 ]
+PipelineParallelOption = Annotated[
+    int,
+    typer.Option(
+        min=1,
+        max=1024,
+        help="Processes that run the model together, each with its own layers; over several machines by torchrun.",
+    ),
+]
+RankTimeoutOption = Annotated[
+    float, typer.Option(min=2, max=86400, help="Seconds without a word of one of them after which it is given up.")
+]
+TrustNetworkOption = Annotated[
+    bool, typer.Option("--trust-network", help="Let them talk over addresses that are not private, in the clear.")
+]
 TemperatureOption = Annotated[float, typer.Option(help="0 always takes the likeliest token.")]
 TopPOption = Annotated[float, typer.Option(help="Keep the likeliest tokens up to this probability, in (0, 1].")]
 TopKOption = Annotated[int, typer.Option(help="Keep this many likeliest tokens; 0 keeps all.")]
@@ -101,6 +120,30 @@ class ModelChoice:
     packed_dir: Path | None = None
     no_packed_dir: bool = False
     packed_dir_bytes: str | None = None
+    pipeline_parallel: int = 1
+    rank_timeout: float = 60
+    trust_network: bool = False
+
+    def enter_ranks(self, *, serves: bool = False, end_seconds: float = 5, **engine: Any) -> None:
+        """Become as many processes as are asked for; only the first one of them returns from here, and the only one.
+
+        Args:
+            serves: whether a signal is how the command is meant to end.
+            end_seconds: that the processes may take to end after a signal.
+            engine: as in `load`.
+        """
+        if self.pipeline_parallel == 1:
+            return
+        from latentkv.parallel.process import is_driver, world_size
+
+        if world_size() == 1:
+            from latentkv.parallel.launch import launch
+
+            code = launch(self.pipeline_parallel, sys.argv[1:], end_seconds=end_seconds)
+            raise typer.Exit((0 if serves else INTERRUPTED) if code is None else code)
+        if not is_driver():
+            logging.basicConfig(level=logging.INFO, format="%(message)s")
+            self.load(**engine)
 
     def load(self, **engine: Any) -> LLM:
         """Load it, saying so on a terminal while it lasts; `engine` are further arguments of `LLM`."""
@@ -123,6 +166,9 @@ class ModelChoice:
                 cache_dir=self.cache_dir,
                 cache_dir_bytes=CACHE_DIR_BYTES if self.cache_dir_bytes is None else parse_bytes(self.cache_dir_bytes),
                 **packed_options(self.packed_dir, self.no_packed_dir, self.packed_dir_bytes),
+                pipeline_parallel=self.pipeline_parallel,
+                rank_timeout=self.rank_timeout,
+                trust_network=self.trust_network,
                 **engine,
             )
 
@@ -147,13 +193,15 @@ def cache_summary(llm: LLM) -> str:
     """What the cache of a loaded model costs a token and how much it holds, for one line."""
     from latentkv.plan import mha_bytes
     from latentkv.plan.sizes import format_bytes
+    from latentkv.state import bytes_per_token
 
-    own, mha = llm.cache.bytes_per_token, mha_bytes(llm.config)
+    own, mha = bytes_per_token(llm.cache.model_specs), mha_bytes(llm.config)
     room, slots = llm.cache.num_pages * llm.cache.page_size, llm.cache.num_slots
     states = f" and {slots} recurrent states of {format_bytes(llm.cache.sequence_bytes)}" if slots else ""
+    ranks = f" in this rank of {llm.ranks.size}, {llm.decoder.stage}" if llm.ranks else ""
     return (
         f"cache: {own:,} bytes a token (bf16 MHA of this model: {mha:,}, {mha / own:.1f}x), "
-        f"{format_bytes(llm.cache.allocated_bytes)} for {room:,} tokens{states}"
+        f"{format_bytes(llm.cache.allocated_bytes)} for {room:,} tokens{states}{ranks}"
     )
 
 

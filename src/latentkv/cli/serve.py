@@ -23,6 +23,9 @@ from latentkv.cli.options import (
     NoPackedDirOption,
     PackedDirBytesOption,
     PackedDirOption,
+    PipelineParallelOption,
+    RankTimeoutOption,
+    TrustNetworkOption,
     WeightsOption,
     cache_summary,
     store_summary,
@@ -32,6 +35,9 @@ from latentkv.cli.terminal import console
 from latentkv.errors import ConfigError
 
 KEYS_VARIABLE = "LATENTKV_API_KEYS"
+END_SECONDS = 10
+"""After open requests, that the server and the other ranks may take to end."""
+
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
@@ -67,6 +73,9 @@ def serve(
     packed_dir: PackedDirOption = None,
     no_packed_dir: NoPackedDirOption = False,
     packed_dir_bytes: PackedDirBytesOption = None,
+    pipeline_parallel: PipelineParallelOption = 1,
+    rank_timeout: RankTimeoutOption = 60,
+    trust_network: TrustNetworkOption = False,
     tool_format: Annotated[
         str | None, typer.Option(help="How the model writes tool calls.", show_default="as its template tells")
     ] = None,
@@ -108,7 +117,6 @@ def serve(
             f"{host} can be reached from other machines: give API keys by --api-key-file or {KEYS_VARIABLE}, "
             "or say --allow-anyone."
         )
-    listening = bind(host, port)
     choice = ModelChoice(
         *(model, device, dtype, weights, activations, kv_dtype, int8_products, max_context, kv_cache_bytes),
         cache_dir=cache_dir,
@@ -116,8 +124,19 @@ def serve(
         packed_dir=packed_dir,
         no_packed_dir=no_packed_dir,
         packed_dir_bytes=packed_dir_bytes,
+        pipeline_parallel=pipeline_parallel,
+        rank_timeout=rank_timeout,
+        trust_network=trust_network,
     )
-    llm = choice.load(max_running=max_running, speculate=speculate, draft=draft, step_seconds=STEP_SECONDS)
+    engine = {
+        "max_running": max_running,
+        "speculate": speculate,
+        "draft": draft,
+        "step_seconds": STEP_SECONDS,
+    }
+    choice.enter_ranks(serves=True, end_seconds=drain_seconds + END_SECONDS, **engine)
+    listening = bind(host, port)
+    llm = choice.load(**engine)
     shown = name or (model_name(model) if model else "latentkv")
     server = make_server(llm, shown, settings, tool_format=tool_format)
     out = console(stderr=True)
@@ -132,5 +151,7 @@ def serve(
     code = serve_forever(listening, server)
     if server.model.thread.alive:
         os._exit(code or 1)  # it hangs in a step, and would keep the process alive
+    if server.model.thread.health().state == "dead":
+        raise typer.Exit(code or 1)
     llm.close()
     raise typer.Exit(code)

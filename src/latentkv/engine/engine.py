@@ -16,6 +16,7 @@ from torch import Tensor
 
 from latentkv.engine.constraint import ConstraintState, blocked_tokens
 from latentkv.engine.drafts import Drafter, Wish
+from latentkv.engine.flight import Flight, Reading
 from latentkv.engine.pace import Pace
 from latentkv.engine.request import Request
 from latentkv.engine.runner import PREFILL_CHUNK, Runner
@@ -132,6 +133,8 @@ class Engine:
         self._jobs: dict[int, _Job] = {}
         self._inboxes: dict[int, _Inbox] = {}  # of requests that belong to a run
         self._indices = count()
+        self._flights: deque[Flight] = deque()
+        self._finished = 0.0  # when the last step was
 
     @property
     def num_running(self) -> int:
@@ -193,69 +196,123 @@ class Engine:
     def step(self) -> list[Event]:
         """Read one step's tokens: the next token of every completion on its way, and a part of the prompts.
 
+        Where other ranks have some of the layers, as many steps are under way at once as there are ranks, each with its
+        part of the completions; this begins one, or ends the oldest.
+
         Returns:
             The new tokens, in the order in which the requests came; none while there are only prompts to read, or
             nothing to do. Where all wait for pages of the store, it waits a moment with them.
 
         Raises:
             CacheError: nothing can run, because others hold the cache's pages.
+            RankError: another rank is gone.
             Exception: whatever the model raised; the requests that took part are given up.
         """
-        shares = self._scheduler.plan(self._pace.budget)
-        if not shares:
-            if not self._scheduler.wait_for_loading(LOADING_SECONDS):
-                self._require_idle()
-            return []
-        began = time.perf_counter()
-        try:
-            events = self._read(shares)
-        except BaseException as error:
-            for sequence, _ in shares:
-                self._fail(sequence, error)
-            raise
-        self._pace.took(sum(tokens for _, tokens in shares), time.perf_counter() - began)
+        if len(self._flights) < self.runner.depth:
+            shares = self._scheduler.plan(self._pace.budget, groups=self.runner.depth, busy=self._busy())
+            if shares:
+                self._begin(shares)
+                if len(self._flights) < self.runner.depth:
+                    return []
+            elif not self._flights:
+                if not self._scheduler.wait_for_loading(LOADING_SECONDS):
+                    self._require_idle()
+                return []
+        events = self._finish(self._flights.popleft())
         for event in events:
             if event.finish_reason:
                 self._end(event.index)
         return events
 
+    def _busy(self) -> set[Sequence]:
+        """Sequences under way that cannot take part in another step, though there may be more of a prompt to read.
+
+        What a recurrent state is copied from, or a draft is made of, has to be there when the next tokens are read.
+        """
+        if self.cache.slots is None and self._drafter is None:
+            return set()
+        return {sequence for flight in self._flights for sequence in flight.sequences}
+
     def close(self) -> None:
         """Write what waits to be stored, and go on without the store: another process may write there now."""
         self._scheduler.close()
 
-    def _read(self, shares: SequenceOf[Share]) -> list[Event]:
-        """Read every share, and choose the next tokens of the sequences that have no unread token left."""
+    def _begin(self, shares: SequenceOf[Share]) -> None:
+        """Send a step on its way."""
         sequences, counts = [sequence for sequence, _ in shares], [tokens for _, tokens in shares]
-        drafted, cached = [len(each.draft) for each in sequences], [each.num_cached for each in sequences]
+        flight = Flight(
+            sequences,
+            counts,
+            starts=[each.num_cached for each in sequences],
+            drafted=[len(each.draft) for each in sequences],
+            times_given_back=[each.times_given_back for each in sequences],
+            began=time.perf_counter(),
+        )
         self.counters.steps += 1
         self.counters.read_tokens += sum(counts)
-        self.counters.drafted_tokens += sum(drafted)
-        began = time.perf_counter()
-        hidden = self.runner.read(sequences, counts)
-        states = hidden.split(counts)
-        for sequence, own in zip(sequences, states, strict=True):
-            self._score_prompt(sequence, own)
-        ends = dict(zip(sequences, accumulate(counts), strict=True))
-        asked = sorted((each for each in sequences if each.num_uncached <= 0), key=lambda each: each.index)
+        self.counters.drafted_tokens += sum(flight.drafted)
+        try:
+            self.runner.submit(sequences, counts)
+        except BaseException as error:
+            for sequence in sequences:
+                self._fail(sequence, error)
+            raise
+        self._flights.append(flight)
+
+    def _finish(self, flight: Flight) -> list[Event]:
+        """Take what has come of a step; the requests that took part and are still on their way fail if it has."""
+        try:
+            events = self._take_states(flight, self.runner.collect())
+        except BaseException as error:
+            for sequence, times in zip(flight.sequences, flight.times_given_back, strict=True):
+                if sequence.times_given_back == times:
+                    self._fail(sequence, error)
+            raise
+        now = time.perf_counter()
+        self._pace.took(sum(flight.counts), now - max(flight.began, self._finished))
+        self._finished = now
+        return events
+
+    def _take_states(self, flight: Flight, hidden: Tensor) -> list[Event]:
+        """Choose the next tokens of the sequences that have been read to their ends, by the states [T, D] of a step."""
+        readings = [
+            each
+            for each in flight.readings(hidden)
+            # One that was given up meanwhile, or has to be read again, needs none of it.
+            if each.sequence.index in self._jobs and each.sequence.times_given_back == each.times_given_back
+        ]
+        for each in readings:
+            self._score_prompt(each)
+        asked = sorted((each for each in readings if each.reaches_end), key=lambda each: each.sequence.index)
         # A draft asks what follows each of its tokens, and the one before it.
-        rows = [row for each in asked for row in range(ends[each] - 1 - len(each.draft), ends[each])]
+        rows = [row for each in asked for row in range(each.stop - 1 - each.drafted, each.stop)]
         events: list[Event] = []
         if rows:
-            events = self._choose(asked, self.runner.logits_on_host(take_rows(hidden, rows)))
+            logits = self.runner.logits_on_host(take_rows(hidden, rows))
+            events = self._choose([each.sequence for each in asked], logits)
         if self._drafter:
-            seconds = time.perf_counter() - began
-            ended = {event.index for event in events if event.finish_reason}
-            most = self._most_drafted if self._scheduler.may_draft else 0
-            wishes = [
-                self._wish(
-                    sequence, own[: sequence.num_cached - start], checked, 0 if sequence.index in ended else most
-                )
-                for sequence, own, start, checked in zip(sequences, states, cached, drafted, strict=True)
-            ]
-            for wish, draft in zip(wishes, self._drafter.propose(wishes, seconds), strict=True):
-                wish.sequence.draft = draft
-        self._scheduler.have_read(sequences)
+            self._draft(readings, events, time.perf_counter() - flight.began)
+        for each in readings:
+            self._scheduler.have_read(each.sequence, min(each.end, each.sequence.num_cached))
         return events
+
+    def _draft(self, readings: list[Reading], events: list[Event], seconds: float) -> None:
+        """Have the next tokens of sequences drafted, after a step that has taken so long."""
+        if self._drafter is None:
+            return
+        ended = {event.index for event in events if event.finish_reason}
+        most = self._most_drafted if self._scheduler.may_draft else 0
+        wishes = [
+            self._wish(
+                each.sequence,
+                each.hidden[: each.sequence.num_cached - each.start],
+                each.drafted,
+                0 if each.sequence.index in ended else most,
+            )
+            for each in readings
+        ]
+        for wish, draft in zip(wishes, self._drafter.propose(wishes, seconds), strict=True):
+            wish.sequence.draft = draft
 
     def run(
         self, requests: SequenceOf[Request], ends_text: Callable[[int, int], bool] | None = None
@@ -397,15 +454,15 @@ class Engine:
             of_prompt = [scores[position] for position in range(1, prompt_len)]
         return Event(job.sequence.index, token, logprobs, of_prompt, reason)
 
-    def _score_prompt(self, sequence: Sequence, hidden: Tensor) -> None:
-        """Keep what the states [T, D] of the tokens that were just read say of the prompt's tokens after them."""
-        job = self._jobs[sequence.index]
+    def _score_prompt(self, reading: Reading) -> None:
+        """Keep what the states of the tokens that were just read say of the prompt's tokens after them."""
+        job = self._jobs[reading.sequence.index]
         count, prompt = job.request.params.prompt_logprobs, job.request.prompt_token_ids
         if count is None:
             return
-        first = sequence.num_cached - len(hidden) + 1
-        targets = prompt[first : sequence.num_cached + 1]
-        for rows, part in self.runner.logits_in_parts(hidden[: len(targets)]):
+        first = reading.start + 1
+        targets = prompt[first : reading.end + 1]
+        for rows, part in self.runner.logits_in_parts(reading.hidden[: len(targets)]):
             scores = token_logprobs(part, targets[rows], count)
             job.prompt_logprobs.update(enumerate(scores, start=first + rows.start))
 

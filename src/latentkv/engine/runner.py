@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from latentkv.engine.sequence import Sequence
-from latentkv.errors import CheckpointError
+from latentkv.errors import CheckpointError, StageError
 from latentkv.models.batch import Batch, SlotUse
 from latentkv.models.decoder import Decoder
 from latentkv.models.forms import Form
@@ -48,7 +48,7 @@ class Runner:
         self.cache = cache
         self.depth = 1 if pipeline is None else pipeline.depth
         self._pipeline = pipeline
-        self._hidden: deque[Tensor] = deque()  # without a pipeline, of steps that nobody has collected
+        self._results: deque[Tensor | StageError] = deque()  # that have come, and nobody has collected
         if pipeline and cache.slots:
             cache.slots.on_copy = pipeline.copy_slot
         self.device = next(decoder.parameters()).device
@@ -83,10 +83,20 @@ class Runner:
     def read(self, sequences: SequenceOf[Sequence], counts: SequenceOf[int]) -> Tensor:
         """Read the next `counts[b]` uncached tokens of each sequence; returns their hidden states [T, D].
 
-        No other step may be under way.
+        What comes of steps that are under way is kept for those who collect them.
+
+        Raises:
+            StageError: another rank could not compute its part.
+            RankError: another rank is gone.
         """
         self.submit(sequences, counts)
-        return self.collect()
+        if self._pipeline is None:
+            result = self._results.pop()
+        else:
+            while self._pipeline.num_under_way > 1:
+                self._results.append(self._arrived(self._pipeline))
+            result = self._arrived(self._pipeline)
+        return _hidden_of(result)
 
     @torch.inference_mode()
     def submit(self, sequences: SequenceOf[Sequence], counts: SequenceOf[int]) -> None:
@@ -111,7 +121,7 @@ class Runner:
                 sequence.slot.num_tokens = sequence.num_cached + _committed(sequence, count)
             sequence.num_cached += count
         if self._pipeline is None:
-            self._hidden.append(hidden)
+            self._results.append(hidden)
         else:
             self._pipeline.submit(batch, form, hidden)
 
@@ -122,7 +132,9 @@ class Runner:
             StageError: another rank could not compute its part of it.
             RankError: another rank is gone.
         """
-        return self._hidden.popleft() if self._pipeline is None else self._pipeline.collect()
+        if self._pipeline is None or self._results:
+            return _hidden_of(self._results.popleft())
+        return _hidden_of(self._arrived(self._pipeline))
 
     def close(self) -> None:
         """Let the other ranks end, where there are any.
@@ -132,6 +144,12 @@ class Runner:
         """
         if self._pipeline:
             self._pipeline.close()
+
+    def _arrived(self, pipeline: Pipeline) -> Tensor | StageError:
+        try:
+            return pipeline.collect()
+        except StageError as error:
+            return error
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
@@ -153,6 +171,12 @@ class Runner:
         for start in range(0, len(hidden), size):
             rows = slice(start, min(start + size, len(hidden)))
             yield rows, self.logits(hidden[rows])
+
+
+def _hidden_of(result: Tensor | StageError) -> Tensor:
+    if isinstance(result, StageError):
+        raise result
+    return result
 
 
 def _slot_uses(sequences: SequenceOf[Sequence], counts: SequenceOf[int]) -> list[SlotUse]:

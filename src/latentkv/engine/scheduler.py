@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from itertools import accumulate
 
@@ -95,16 +95,26 @@ class Scheduler:
         self._give_back(sequence)
         del self._sharing[sequence]
 
-    def plan(self, budget: int) -> list[Share]:
+    def plan(self, budget: int, *, groups: int = 1, busy: Collection[Sequence] = ()) -> list[Share]:
         """Who reads how many tokens in a step of `budget` tokens, those that decode first; empty: nobody can.
 
         Every sequence that decodes takes part, even where the budget is smaller; a prompt moves on in every step.
         Drafts are read where no prompt waits for the time that they take.
+
+        Args:
+            budget: tokens.
+            groups: so many steps can be under way at once: those that decode are shared out among them.
+            busy: sequences in steps under way that cannot take part in another one, though they have unread tokens.
         """
         self._take_loaded()
         self._admit()
-        decoding = [sequence for sequence in self._with_room() if sequence.decodes]
-        prompts = [sequence for sequence in self.running if not sequence.decodes and not self._is_loading(sequence)]
+        of_group = -(-sum(sequence.num_uncached <= 1 for sequence in self.running) // groups)
+        decoding = [sequence for sequence in self._with_room() if sequence.decodes and sequence not in busy][:of_group]
+        prompts = [
+            sequence
+            for sequence in self.running
+            if sequence.num_uncached > 1 and sequence not in busy and not self._is_loading(sequence)
+        ]
         left = max(budget - len(decoding), min(budget, MIN_PROMPT_TOKENS))
         for sequence in decoding:
             sequence.draft = sequence.draft[: 0 if prompts else left]
@@ -122,7 +132,7 @@ class Scheduler:
     @property
     def may_draft(self) -> bool:
         """Whether no prompt waits for the time that drafts take."""
-        return all(sequence.decodes for sequence in self.running)
+        return all(sequence.num_uncached <= 1 for sequence in self.running)
 
     def room_for_draft(self, sequence: Sequence, most: int) -> int:
         """How many tokens, at most so many, can be drafted after the newest one of a running sequence.
@@ -135,20 +145,19 @@ class Scheduler:
         room = len(sequence.pages) * self._cache.page_size - sequence.num_cached - 1
         return max(min(room, most), 0)
 
-    def have_read(self, sequences: list[Sequence]) -> None:
-        """Make the pages that `sequences` have filled findable."""
+    def have_read(self, sequence: Sequence, end: int) -> None:
+        """Make the pages that a sequence has filled findable: its first `end` tokens have been read."""
         size = self._cache.page_size
-        for sequence in sequences:
-            salt, known = self._sharing[sequence].salt, self._sharing[sequence].known
-            while salt is not None and (len(known) + 1) * size <= sequence.num_cached:
-                page = len(known)
-                tokens = sequence.tokens[page * size : (page + 1) * size]
-                known.append(self.prefixes.add(salt, known[-1] if known else None, tokens, sequence.pages[page]))
-            of_prompt = self._snapshots is not None and self._snapshots.make(sequence, known)
-            if self._offload:
-                self._offload.save(sequence, known)
-                if of_prompt:
-                    self._offload.save_snapshots(sequence, known)
+        salt, known = self._sharing[sequence].salt, self._sharing[sequence].known
+        while salt is not None and (len(known) + 1) * size <= end:
+            page = len(known)
+            tokens = sequence.tokens[page * size : (page + 1) * size]
+            known.append(self.prefixes.add(salt, known[-1] if known else None, tokens, sequence.pages[page]))
+        of_prompt = self._snapshots is not None and self._snapshots.make(sequence, known)
+        if self._offload:
+            self._offload.save(sequence, known)
+            if of_prompt:
+                self._offload.save_snapshots(sequence, known)
 
     def wait_for_loading(self, seconds: float) -> bool:
         """Wait, at most so long, until pages are read from the store; False: none are being read."""
@@ -162,7 +171,8 @@ class Scheduler:
 
     def _take_loaded(self) -> None:
         if self._offload:
-            self.have_read([sequence for sequence in self.running if self._offload.finish(sequence)])
+            for sequence in [sequence for sequence in self.running if self._offload.finish(sequence)]:
+                self.have_read(sequence, sequence.num_cached)
 
     def _admit(self) -> None:
         pool, slots = self._cache.pool, self._cache.slots
@@ -201,7 +211,7 @@ class Scheduler:
             not other.decodes
             and self._sharing[other].salt == salt
             and (end := self._next_end(other, known)) is not None
-            and other.num_cached < end <= len(other.tokens)
+            and len(self._sharing[other].known) * self._cache.page_size < end <= len(other.tokens)
             and end < len(sequence.tokens)
             and other.tokens[:end] == sequence.tokens[:end]
             for other in self.running
@@ -221,7 +231,7 @@ class Scheduler:
     def _with_room(self) -> Iterator[Sequence]:
         """Running sequences that have a page for their next token, oldest first; the youngest make room."""
         for sequence in list(self.running):
-            while sequence in self.running and self._needs_page(sequence):
+            while sequence in self.running and sequence.num_uncached > 0 and self._needs_page(sequence):
                 if self._cache.pool.free_pages:
                     sequence.pages += self._cache.pool.allocate(1)
                 else:
@@ -250,6 +260,7 @@ class Scheduler:
             self._cache.slots.free(sequence.slot)
         self._cache.pool.free(reversed(sequence.pages))  # of pages worth keeping the last goes first
         sequence.pages, sequence.slot, sequence.num_cached, sequence.draft = [], None, 0, []
+        sequence.times_given_back += 1
         self._sharing[sequence].known = []
 
     def _is_loading(self, sequence: Sequence) -> bool:

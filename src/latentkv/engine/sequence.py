@@ -18,8 +18,9 @@ class Sequence:
         tokens: the prompt and the tokens chosen since.
         pages: cache pages that the sequence holds, in order.
         slot: where the recurrent state of its tokens lies, where a layer is recurrent.
-        num_cached: how many of the tokens the cache holds already.
+        num_cached: how many of the tokens the cache holds already, or will when the steps under way are done.
         draft: tokens that may come next; they are read together with the newest one, and checked.
+        times_given_back: how often it has given its pages back, to be read again: what was under way then is void.
     """
 
     index: int
@@ -28,6 +29,7 @@ class Sequence:
     slot: Slot | None = None
     num_cached: int = 0
     draft: list[int] = field(default_factory=list[int])
+    times_given_back: int = 0
 
     @property
     def num_uncached(self) -> int:

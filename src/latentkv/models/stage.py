@@ -64,7 +64,7 @@ class Stage:
 
     def __str__(self) -> str:
         """In words: "layers 0-13"."""
-        return f"layers {self.first}-{self.last - 1}"
+        return f"layer {self.first}" if self.last == self.first + 1 else f"layers {self.first}-{self.last - 1}"
 
 
 def cuts_of(config: ModelConfig) -> tuple[int, ...]:

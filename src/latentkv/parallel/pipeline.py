@@ -34,6 +34,11 @@ class Pipeline:
         self._under_way: deque[int] = deque()
         self._closed = False
 
+    @property
+    def num_under_way(self) -> int:
+        """Steps that are submitted and not collected."""
+        return len(self._under_way)
+
     def submit(self, batch: Batch, form: Form | None, x: Tensor) -> None:
         """Send a step on its way.
 

@@ -27,7 +27,7 @@ def is_driver() -> bool:
 
 def prepare_process() -> None:
     """Take a fair share of this machine's cores, and leave signals to the driver, who tells the others when to end."""
-    if torch.get_num_threads() == 1 and os.environ.get("OMP_NUM_THREADS") == "1":  # what torchrun says unasked
+    if os.environ.get("OMP_NUM_THREADS", "1") == "1":  # which torchrun says unasked
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         torch.set_num_threads(max(cores // local_size(), 1))
     if not is_driver() and threading.current_thread() is threading.main_thread():
