@@ -23,7 +23,7 @@ from latentkv.engine.scheduler import MAX_RUNNING
 from latentkv.engine.scoring import score_text, sequence_logits
 from latentkv.engine.thread import EngineThread
 from latentkv.engine.worker import Worker
-from latentkv.errors import EngineStoppedError, RequestError
+from latentkv.errors import EngineStoppedError, RankError, RequestError
 from latentkv.llm_loading import load
 from latentkv.llm_options import (
     RANK_TIMEOUT,
@@ -371,9 +371,16 @@ class LLM:
     def close(self) -> None:
         """Write what still waits to go into `cache_dir`, and let another process write there. The end of the program
         does so too.
+
+        Where other processes have some of the layers, they end, and nothing can be run any more.
+
+        Raises:
+            RankError: one of these processes is gone.
         """
         try:
             self.thread.call(self.engine.close)
+        except RankError:
+            raise
         except EngineStoppedError:  # its thread has ended, so the engine is free
             self.engine.close()
 

@@ -234,8 +234,15 @@ class Engine:
         return {sequence for flight in self._flights for sequence in flight.sequences}
 
     def close(self) -> None:
-        """Write what waits to be stored, and go on without the store: another process may write there now."""
+        """Write what waits to be stored, and go on without the store: another process may write there now.
+
+        Other ranks end, where there are any, and no step can be read any more.
+
+        Raises:
+            RankError: one of them is gone.
+        """
         self._scheduler.close()
+        self.runner.close()
 
     def _begin(self, shares: SequenceOf[Share]) -> None:
         """Send a step on its way."""

@@ -7,7 +7,7 @@ from collections import deque
 import torch
 from torch import Tensor
 
-from latentkv.errors import RankError, StageError
+from latentkv.errors import EngineStoppedError, RankError, StageError
 from latentkv.models.batch import Batch
 from latentkv.models.forms import Form
 from latentkv.parallel.messages import Kind, Message, batch_numbers
@@ -48,8 +48,11 @@ class Pipeline:
             x: what those gave.
 
         Raises:
+            EngineStoppedError: it is closed.
             RankError: the next rank is gone.
         """
+        if self._closed:
+            raise EngineStoppedError("The other ranks have ended: start all of them again.")
         self._ring.send(Message(Kind.STEP, self._next, batch_numbers(batch, form), x))
         self._under_way.append(self._next)
         self._next += 1
