@@ -53,7 +53,7 @@ class Pipeline:
         """
         if self._closed:
             raise EngineStoppedError("The other ranks have ended: start all of them again.")
-        self._ring.send(Message(Kind.STEP, self._next, batch_numbers(batch, form), x))
+        self._send(Message(Kind.STEP, self._next, batch_numbers(batch, form), x))
         self._under_way.append(self._next)
         self._next += 1
 
@@ -65,7 +65,7 @@ class Pipeline:
             RankError: a rank is gone.
         """
         number = self._under_way.popleft()
-        message = self._ring.receive()
+        message = self._receive()
         if message.number != number:
             raise RankError(self._ring.before, f"answered to step {message.number} where {number} was due")
         if message.kind == Kind.FAILED and message.x is not None:
@@ -80,7 +80,7 @@ class Pipeline:
         Raises:
             RankError: the next rank is gone.
         """
-        self._ring.send(Message(Kind.COPY, numbers=torch.tensor([source, target], dtype=torch.int32)))
+        self._send(Message(Kind.COPY, numbers=torch.tensor([source, target], dtype=torch.int32)))
 
     def close(self) -> None:
         """Let the other ranks end, and wait until they have heard of it; more than once does no harm.
@@ -91,8 +91,20 @@ class Pipeline:
         if self._closed:
             return
         self._closed = True
-        self._ring.send(Message(Kind.STOP))
-        while self._ring.receive().kind != Kind.STOP:  # of steps that nobody waited for
+        self._send(Message(Kind.STOP))
+        while self._receive().kind != Kind.STOP:  # of steps that nobody waited for
             pass
         self._ring.flush()
         self._ranks.leave()
+
+    def _send(self, message: Message) -> None:
+        try:
+            self._ring.send(message)
+        except RankError as error:
+            raise self._ranks.culprit(error) from error
+
+    def _receive(self) -> Message:
+        try:
+            return self._ring.receive()
+        except RankError as error:
+            raise self._ranks.culprit(error) from error

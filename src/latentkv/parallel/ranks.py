@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import socket
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, cast
@@ -22,6 +25,7 @@ from latentkv.parallel.store import Store
 from latentkv.parallel.watch import Watch, beat_key
 
 _LOOK_SECONDS = 0.02
+_LAST_WORDS_SECONDS = 1.0  # for a rank to say why it has ended
 _FOR_EVER = timedelta(days=365)  # that a message may take: `Watch` tells whether to go on waiting
 _HAS_TO_BE_ALIKE = "has to be the same on every rank: start them alike"
 
@@ -45,6 +49,7 @@ class Ranks:
         self.rank, self.size, self.local_size, self.timeout = rank, size, local_size, timeout
         self.ring = Ring(rank, size)
         self._store = store
+        self._processes: dict[int, int] = {}  # of the ranks on this machine
         self.watch = Watch(store.clone(), rank, size, timeout)
 
     @property
@@ -62,10 +67,13 @@ class Ranks:
         Raises:
             RankError: it has ended instead, and said why.
         """
-        while not self._store.check([_key(what, rank)]):
-            self._raise_if_ended()
-            time.sleep(_LOOK_SECONDS)
-        return json.loads(self._store.get(_key(what, rank)))
+        try:
+            while not self._store.check([_key(what, rank)]):
+                self._raise_if_ended()
+                time.sleep(_LOOK_SECONDS)
+            return json.loads(self._store.get(_key(what, rank)))
+        except RuntimeError as error:
+            raise RankError(0, "is gone, and with it the store that all ranks share") from error
 
     def hear_all(self, what: str) -> list[dict[str, Any]]:
         """What all ranks tell, this one's among it.
@@ -78,7 +86,32 @@ class Ranks:
     def give_up(self, error: BaseException) -> None:
         """Let the others know that this rank cannot go on, so that they end as well."""
         said = str(error) if isinstance(error, LatentKVError) else f"{type(error).__name__}: {error}"
-        self.tell("ended", {"why": said})
+        with suppress(RuntimeError):  # the store is gone
+            self.tell("ended", {"why": said, "because_of": error.rank if isinstance(error, RankError) else None})
+
+    def culprit(self, error: RankError) -> RankError:
+        """Of an error that tells of a neighbour who is gone: of the rank that ended first, which it may be or not."""
+        rank, seen = error.rank, {self.rank}
+        with suppress(RuntimeError):  # the store is gone, too
+            while rank not in seen:
+                seen.add(rank)
+                deadline = time.monotonic() + _LAST_WORDS_SECONDS
+                while not self._store.check([_key("ended", rank)]):
+                    if time.monotonic() > deadline:
+                        return RankError(rank, error.what)
+                    time.sleep(_LOOK_SECONDS)
+                said = json.loads(self._store.get(_key("ended", rank)))
+                if said["because_of"] is None:
+                    return RankError(rank, f"has ended ({said['why']})")
+                rank = said["because_of"]
+        return RankError(rank, error.what)
+
+    def end_neighbours(self) -> None:
+        """Kill the other ranks on this machine: one of all is lost, and one that hangs would stay for ever."""
+        for rank, process in self._processes.items():
+            if rank != self.rank:
+                with suppress(OSError):
+                    os.kill(process, signal.SIGKILL)
 
     def agree(self, said: Mapping[str, Any]) -> None:
         """Compare what has to be the same on all ranks.
@@ -86,13 +119,19 @@ class Ranks:
         Raises:
             ConfigError: it is not; the sentence names the rank and both values. Every rank raises it.
         """
-        self.tell("agree", {"host": socket.gethostname(), **_program(), **said})
+        self.tell("where", {"host": socket.gethostname(), "process": os.getpid()})
+        places = self.hear_all("where")
+        here = places[self.rank]["host"]
+        self._processes = {rank: each["process"] for rank, each in enumerate(places) if each["host"] == here}
+        self.tell("agree", {**_program(), **said})
         first, *others = self.hear_all("agree")
+        self.tell("compared", {})
         for rank, other in enumerate(others, start=1):
             for name, value in other.items():
-                if name != "host" and value != first.get(name):
+                if value != first.get(name):
+                    self._wait_for_all("compared")  # each is to see it for itself before the first one ends
                     raise ConfigError(
-                        f"Rank {rank} ({other['host']}) has {name} {value}, and rank 0 ({first['host']}) "
+                        f"Rank {rank} ({places[rank]['host']}) has {name} {value}, and rank 0 ({places[0]['host']}) "
                         f"{first.get(name)}: this {_HAS_TO_BE_ALIKE}."
                     )
 
@@ -101,6 +140,12 @@ class Ranks:
         self.watch.stop()
         if dist.is_initialized():
             dist.destroy_process_group()
+
+    def _wait_for_all(self, what: str) -> None:
+        """Wait a moment until all ranks have told something."""
+        keys, deadline = [_key(what, rank) for rank in range(self.size)], time.monotonic() + _LAST_WORDS_SECONDS
+        while not self._store.check(keys) and time.monotonic() < deadline:
+            time.sleep(_LOOK_SECONDS)
 
     def _raise_if_ended(self) -> None:
         for rank in range(self.size):
@@ -138,6 +183,7 @@ def join(size: int, *, timeout: float, trust_network: bool = False) -> Ranks:
             "more by --rank-timeout."
         ) from error
     ranks = Ranks(cast(Store, store), rank, size, local_size(), timeout)
+    ranks.watch.before_the_end(ranks.end_neighbours)
     ranks.watch.start()
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=_FOR_EVER)
     return ranks

@@ -6,7 +6,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from datetime import timedelta
 
 from latentkv.errors import RankError
@@ -24,7 +24,8 @@ class Watch:
     """Says once a second that this rank lives, and looks whether those that it depends on do.
 
     The driver looks at all, the others at the driver. A rank that has not been heard of for `seconds`, by this
-    process's clock, is lost; so is the driver where the store, which lies beside it, does not answer.
+    process's clock, is lost; so is the driver where the store, which lies beside it, does not answer. One thread asks
+    the store, which may wait for ever where the machine of the store is stopped; another one looks at the clock.
 
     Args:
         store: a connection of its own to the store that all ranks share; their first beats are in it.
@@ -41,16 +42,26 @@ class Watch:
         self._heard: dict[int, float] = dict.fromkeys(self._watched, time.monotonic())
         self._stopped = threading.Event()
         self._on_loss: Callable[[RankError], None] = end_process
-        self._thread = threading.Thread(target=self._run, name="latentkv-ranks", daemon=True)
+        self._before_the_end: Callable[[], object] = lambda: None
+        self._threads = [
+            threading.Thread(target=run, name=f"latentkv-ranks-{name}", daemon=True)
+            for name, run in (("beat", self._ask), ("clock", self._look))
+        ]
         store.set_timeout(timedelta(seconds=max(seconds / 2, BEAT_SECONDS)))
 
     def start(self) -> None:
         """Begin."""
-        self._thread.start()
+        for thread in self._threads:
+            thread.start()
 
     def stop(self) -> None:
         """Watch no more: this rank is about to end, and so are the others."""
         self._stopped.set()
+        self._on_loss = end_process  # whom it would have told need not stay for it
+
+    def before_the_end(self, clear: Callable[[], object]) -> None:
+        """Call `clear` when a rank is lost, before anybody is told."""
+        self._before_the_end = clear
 
     def when_lost(self, tell: Callable[[RankError], None]) -> None:
         """Call `tell` with what became of a rank, once, instead of ending this process."""
@@ -63,28 +74,29 @@ class Watch:
         waited = now - heard
         return "" if waited < LATE_SECONDS else f"Rank {rank} has not been heard of for {waited:.0f} seconds."
 
-    def _run(self) -> None:
+    def _ask(self) -> None:
+        """Say that this rank lives, and note who else does."""
         while not self._stopped.wait(BEAT_SECONDS):
             try:
                 self._beat += 1
                 self._store.set(beat_key(self._rank), str(self._beat))
                 beats = self._store.multi_get([beat_key(rank) for rank in self._watched])
             except RuntimeError:  # of torch.distributed: the store is gone, or does not answer
-                beats = []
-            if self._stopped.is_set():
-                return
-            self._look(beats)
+                continue
+            for rank, beat in zip(self._watched, beats, strict=True):
+                if self._seen.get(rank) != beat:
+                    self._seen[rank] = beat
+                    self._heard[rank] = time.monotonic()
 
-    def _look(self, beats: Sequence[bytes]) -> None:
-        now = time.monotonic()
-        for rank, beat in zip(self._watched, beats, strict=False):
-            if self._seen.get(rank) != beat:
-                self._seen[rank] = beat
-                self._heard[rank] = now
-        lost = [rank for rank, heard in self._heard.items() if now - heard > self._seconds]
-        if lost:
-            self._stopped.set()
-            self._on_loss(RankError(lost[0], f"did not answer for {self._seconds:.0f} seconds"))
+    def _look(self) -> None:
+        """Tell when a rank has not been heard of for too long."""
+        while not self._stopped.wait(BEAT_SECONDS / 2):
+            now = time.monotonic()
+            lost = [rank for rank, heard in self._heard.items() if now - heard > self._seconds]
+            if lost:
+                self._stopped.set()
+                self._before_the_end()
+                self._on_loss(RankError(lost[0], f"did not answer for {self._seconds:.0f} seconds"))
 
 
 def beat_key(rank: int) -> str:

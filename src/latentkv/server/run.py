@@ -88,6 +88,7 @@ def serve_forever(listening: socket.socket, server: Server) -> int:
 
     uvicorn_server = _Server(uvicorn_config(server, died), server.model.thread.drain, server.settings.drain_seconds)
     uvicorn_server.run(sockets=[listening])
+    gc.unfreeze()
     return 1 if deaths else 0
 
 
