@@ -144,8 +144,9 @@ class Ranks:
     def _wait_for_all(self, what: str) -> None:
         """Wait a moment until all ranks have told something."""
         keys, deadline = [_key(what, rank) for rank in range(self.size)], time.monotonic() + _LAST_WORDS_SECONDS
-        while not self._store.check(keys) and time.monotonic() < deadline:
-            time.sleep(_LOOK_SECONDS)
+        with suppress(RuntimeError):  # who has the store has ended already
+            while not self._store.check(keys) and time.monotonic() < deadline:
+                time.sleep(_LOOK_SECONDS)
 
     def _raise_if_ended(self) -> None:
         for rank in range(self.size):
