@@ -42,6 +42,21 @@ def plan(
     memory: Annotated[
         str | None, typer.Option(help="Memory to fit into, like 24GiB.", show_default="what is free on this machine")
     ] = None,
+    ranks: Annotated[
+        int | None,
+        typer.Option(min=1, max=1024, help="Also cut MODEL into so many processes, and say what that brings."),
+    ] = None,
+    ranks_per_box: Annotated[int, typer.Option(min=1, help="Of these, those on one machine.")] = 1,
+    network: Annotated[
+        str, typer.Option(help="Between machines: its rate, like 10Gb, or 10Gb:50us with the time of a message.")
+    ] = "10Gb",
+    memory_bandwidth: Annotated[
+        str | None,
+        typer.Option(help="Bytes a second that a rank reads, like 100GB.", show_default="measured on this machine"),
+    ] = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Under torchrun: measure messages between the ranks instead of --network.")
+    ] = False,
     plot: Annotated[Path | None, typer.Option(help="Without MODEL: draw the bytes a token into this PNG.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, all sizes in bytes.")] = False,
 ) -> None:
@@ -49,6 +64,10 @@ def plan(
 
     Example: latentkv plan deepseek-v3 --context 128k --batch 8 --kv-dtype fp8
     """
+    if ranks is None and measure:
+        raise RequestError("--measure is for --ranks, and is run as torchrun --nproc-per-node N -m latentkv plan ...")
+    if ranks is not None and model is None:
+        raise RequestError("--ranks cuts one model: name it.")
     from latentkv.models.config import MLAConfig
     from latentkv.plan import BUILT_IN, Memory, load_config, machine_memory, make_plan, stored_weights
     from latentkv.plan.sizes import parse_bytes, parse_tokens
@@ -78,6 +97,23 @@ def plan(
         from latentkv.plan.plot import plot_caches
 
         plot_caches(plans, plot)
+    if ranks is not None and model is not None:
+        from latentkv.cli.plan_ranks import plan_model_ranks, print_ranks
+
+        cut = plan_model_ranks(
+            configs[model],
+            plans[0],
+            ranks,
+            ranks_per_box=ranks_per_box,
+            network=network,
+            memory_bandwidth=None if memory_bandwidth is None else parse_bytes(memory_bandwidth),
+            measure=measure,
+        )
+        if as_json:
+            print_json({**asdict(plans[0]), "ranks": asdict(cut)})
+        else:
+            print_ranks(plans[0], cut)
+        return
     if as_json:
         print_json(asdict(plans[0]) if model is not None else [asdict(one) for one in plans])
     elif model is not None:

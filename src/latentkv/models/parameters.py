@@ -146,8 +146,7 @@ def weight_bytes(config: ModelConfig, dtype: str) -> int:
     Raises:
         ConfigError: if `dtype` is none of these.
     """
-    if dtype not in WEIGHT_DTYPES:
-        raise ConfigError(f"{dtype!r} is not a dtype for weights; choose from {', '.join(WEIGHT_DTYPES)}.")
+    _require_dtype(dtype)
     groups = list(tensor_groups(config))
     stored = _packed_schemes(config, groups) if dtype in ROUNDED_TO else None
     return sum(group.count * _tensor_bytes(group, dtype, config, stored) for group in groups)
@@ -163,8 +162,7 @@ def layer_weight_bytes(config: ModelConfig, dtype: str) -> tuple[tuple[int, ...]
     Raises:
         ConfigError: if `dtype` is unknown.
     """
-    if dtype not in WEIGHT_DTYPES:
-        raise ConfigError(f"{dtype!r} is not a dtype for weights; choose from {', '.join(WEIGHT_DTYPES)}.")
+    _require_dtype(dtype)
     every = list(tensor_groups(config, mtp=True))
     stored = _packed_schemes(config, every) if dtype in ROUNDED_TO else None
 
@@ -173,6 +171,23 @@ def layer_weight_bytes(config: ModelConfig, dtype: str) -> tuple[tuple[int, ...]
 
     layers = tuple(total(_layer(config, layer)) for layer in config.layers)
     return layers, total(every) - sum(layers)
+
+
+def layer_groups(config: ModelConfig, layer: int | None) -> list[TensorGroup]:
+    """The tensors of one layer; None: those of the main model that belong to no layer."""
+    if layer is not None:
+        return list(_layer(config, config.layers[layer]))
+    return list(tensor_groups(replace(config, layers=())))
+
+
+def group_bytes(config: ModelConfig, group: TensorGroup, dtype: str) -> int:
+    """Bytes of one of the tensors of a group, as in `weight_bytes`."""
+    return _tensor_bytes(group, dtype, config, _packed_schemes(config, [group]) if dtype in ROUNDED_TO else None)
+
+
+def _require_dtype(dtype: str) -> None:
+    if dtype not in WEIGHT_DTYPES:
+        raise ConfigError(f"{dtype!r} is not a dtype for weights; choose from {', '.join(WEIGHT_DTYPES)}.")
 
 
 def _tensor_bytes(group: TensorGroup, dtype: str, config: ModelConfig, stored: PackedSchemes | None) -> int:
