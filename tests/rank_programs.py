@@ -13,7 +13,7 @@ from typing import Any
 from forked_program import ForkedProgram
 from latentkv import SamplingParams
 
-_BEGIN = """
+BEGIN = """
 import json, os, sys
 rank, size, port, task = sys.argv[1:5]
 task = json.loads(task)
@@ -22,7 +22,7 @@ os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
 """
 
 GENERATE = (
-    _BEGIN
+    BEGIN
     + """
 from latentkv import LLM, SamplingParams
 from latentkv.engine.pace import Pace

@@ -19,7 +19,7 @@ import pytest
 
 from engine_models import MLA
 from forked_program import ForkedProgram
-from rank_programs import _BEGIN, free_port, ranks_of
+from rank_programs import BEGIN, free_port, ranks_of
 from stored_models import write_model
 
 TIMEOUT = 3.0
@@ -29,7 +29,7 @@ AT_MOST = TIMEOUT + 5
 """Seconds until all have ended, from any fault on."""
 
 SERVE = (
-    _BEGIN
+    BEGIN
     + """
 sys.argv = ["latentkv", "serve", task["folder"], "--port", "0", "--pipeline-parallel", size, *task["options"]]
 from latentkv.cli.app import main

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from latentkv.cli.options import MODEL_FORMS, use_threads
+from latentkv.cli.options import MODEL_FORMS, TrustNetworkOption, use_threads
 
 
 def train(
@@ -66,16 +66,20 @@ def train(
     log_every: Annotated[int, typer.Option(help="Steps between log lines.")] = 10,
     threads: Annotated[int | None, typer.Option(help="CPU threads; default: all cores.")] = None,
     restart: Annotated[bool, typer.Option("--restart", help="Forget an earlier run in --out.")] = False,
+    trust_network: TrustNetworkOption = False,
 ) -> None:
     """Train a model from a folder of text.
 
     Shapes: any supported config.json (MLA or GQA, dense or MoE, MTP). Ctrl-C saves; the same command goes on.
+    Under torchrun (torchrun --nproc-per-node 2 -m latentkv train ...) all processes train one model together.
 
     Example: latentkv train config.json --data books --out my-model --time-limit 60 --optimizer muon
     """
     from latentkv.checkpoint.source import resolve_config, resolve_folder, resolve_tokenizer
     from latentkv.train import TrainingPlan, TrainOptions, train_model
+    from latentkv.train.ranks import DataRanks
 
+    ranks = DataRanks.join(trust_network=trust_network)
     use_threads(threads)
     options = TrainOptions(
         steps=steps,
@@ -111,5 +115,7 @@ def train(
         rope_scaling=rope_scaling,
         restart=restart,
     )
-    if not train_model(plan, options):
+    complete = train_model(plan, options, ranks=ranks)
+    ranks.leave()
+    if not complete:
         raise typer.Exit(130)

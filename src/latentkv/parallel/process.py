@@ -25,11 +25,16 @@ def is_driver() -> bool:
     return world_size() == 1 or os.environ["RANK"] == "0"
 
 
-def prepare_process() -> None:
-    """Take a fair share of this machine's cores, and leave signals to the driver, who tells the others when to end."""
+def share_cores() -> None:
+    """Compute on a fair share of this machine's cores, unless somebody has said on how many."""
     if os.environ.get("OMP_NUM_THREADS", "1") == "1":  # which torchrun says unasked
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         torch.set_num_threads(max(cores // local_size(), 1))
+
+
+def prepare_process() -> None:
+    """Take a fair share of this machine's cores, and leave signals to the driver, who tells the others when to end."""
+    share_cores()
     if not is_driver() and threading.current_thread() is threading.main_thread():
         for name in (signal.SIGTERM, signal.SIGINT):
             signal.signal(name, _ignore)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -13,8 +13,14 @@ from latentkv.models.moe import MoE
 class LoadBalancer:
     """Counts the tokens that each expert got in a step, then raises the bias of the idle and lowers the busy ones'."""
 
-    def __init__(self, layers: Sequence[MoE], speed: float) -> None:
-        """`layers` with a correction bias are balanced; `speed` is what one step adds or takes away."""
+    def __init__(
+        self, layers: Sequence[MoE], speed: float, total: Callable[[Tensor], Tensor] = lambda counts: counts
+    ) -> None:
+        """`layers` with a correction bias are balanced; `speed` is what one step adds or takes away.
+
+        `total` adds the counts of all processes that train together up.
+        """
+        self._total = total
         self._layers = [layer for layer in layers if layer.gate.e_score_correction_bias is not None]
         self._speed = speed
         self._loads: list[Tensor | None] = [None] * len(self._layers)
@@ -39,7 +45,10 @@ class LoadBalancer:
         """
         worst = 0.0
         for layer, load in zip(self._layers, self._loads, strict=True):
-            if load is None or not int(load.sum()):
+            if load is None:
+                continue
+            load = self._total(load)
+            if not int(load.sum()):
                 continue
             mean = load.float().mean()
             bias = layer.gate.e_score_correction_bias

@@ -17,6 +17,8 @@ from latentkv.errors import TrainingError
 from latentkv.files import sync
 from latentkv.json_files import INDEX_BYTES, read_json
 from latentkv.saved_values import saved_in
+from latentkv.train.parts import Parts, save_parts
+from latentkv.train.ranks import DataRanks, own_rows
 
 KEEP = 2
 PREFIX = "step-"
@@ -28,30 +30,42 @@ _REMEDY = "remove its folder to resume from the checkpoint before"
 class Checkpoint:
     """One saved moment of training: float32 weights and buffers, optimiser state, and what JSON can hold."""
 
-    weights: dict[str, Tensor]
-    optimizer: dict[str, Tensor]
+    weights: Mapping[str, Tensor]
+    optimizer: Mapping[str, Tensor]
     state: dict[str, Any]
 
 
-def save_checkpoint(folder: Path, step: int, checkpoint: Checkpoint) -> Path:
-    """Write `folder`/step-<step>; only when all of it is on disk does it get that name and do older ones go."""
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".partial-{step}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    save_file(_plain(checkpoint.weights), temporary / "weights.safetensors")
-    save_file(_plain(checkpoint.optimizer), temporary / "optimizer.safetensors")
-    (temporary / "state.json").write_text(json.dumps(checkpoint.state), encoding="utf-8")
-    for path in (*temporary.iterdir(), temporary):
-        sync(path)
-    final = folder / f"{PREFIX}{step:08d}"
-    shutil.rmtree(final, ignore_errors=True)
-    temporary.replace(final)
-    sync(folder)
-    for old in list_checkpoints(folder)[:-KEEP]:
-        shutil.rmtree(old)
-    for leftover in folder.glob(".partial-*"):
-        shutil.rmtree(leftover, ignore_errors=True)
+def save_checkpoint(folder: Path, step: int, checkpoint: Checkpoint, ranks: DataRanks | None = None) -> Path:
+    """Write `folder`/step-<step>; only when all of it is on disk does it get that name and do older ones go.
+
+    Where several processes train together each writes its own rows, into files of its own.
+    """
+    ranks = ranks or DataRanks()
+    temporary, final = folder / f".partial-{step}", folder / f"{PREFIX}{step:08d}"
+    if ranks.is_first:
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+    ranks.wait()
+    if ranks.size == 1:
+        save_file(_plain(checkpoint.weights), temporary / "weights.safetensors")
+        save_file(_plain(checkpoint.optimizer), temporary / "optimizer.safetensors")
+    else:
+        save_parts(temporary, "weights", checkpoint.weights, ranks)
+        save_parts(temporary, "optimizer", checkpoint.optimizer, ranks)
+    ranks.wait()
+    if ranks.is_first:
+        (temporary / "state.json").write_text(json.dumps(checkpoint.state), encoding="utf-8")
+        for path in (*temporary.iterdir(), temporary):
+            sync(path)
+        shutil.rmtree(final, ignore_errors=True)
+        temporary.replace(final)
+        sync(folder)
+        for old in list_checkpoints(folder)[:-KEEP]:
+            shutil.rmtree(old)
+        for leftover in folder.glob(".partial-*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+    ranks.wait()
     return final
 
 
@@ -68,8 +82,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
     """
     with saved_in(path, TrainingError, _REMEDY):
         return Checkpoint(
-            load_file(path / "weights.safetensors"),
-            load_file(path / "optimizer.safetensors"),
+            _load(path, "weights"),
+            _load(path, "optimizer"),
             read_json(path / "state.json", TrainingError, most_bytes=INDEX_BYTES, remedy=_REMEDY),
         )
 
@@ -91,13 +105,21 @@ def restore_weights(
     for name in targets if required is None else required:
         if name not in saved:
             raise ValueError(f"tensor {name} is missing")
-    for name, tensor in saved.items():
+    for name in saved:
         if name not in targets:
             raise ValueError(f"tensor {name} belongs to another run")
-        if tensor.shape != targets[name].shape:
-            raise ValueError(f"tensor {name} is {list(tensor.shape)}, not {list(targets[name].shape)}")
+        shape = saved.shape(name) if isinstance(saved, Parts) else saved[name].shape
+        if shape != targets[name].shape:
+            raise ValueError(f"tensor {name} is {list(shape)}, not {list(targets[name].shape)}")
     for name, tensor in saved.items():
-        targets[name].copy_(tensor)
+        rows, first = own_rows(targets[name])
+        rows.copy_(tensor[first : first + len(rows)] if tensor.ndim else tensor)
+
+
+def _load(path: Path, kind: str) -> Mapping[str, Tensor]:
+    """The tensors of a checkpoint, whichever number of processes has written it."""
+    whole = path / f"{kind}.safetensors"
+    return load_file(whole) if whole.exists() else Parts(path, kind)
 
 
 def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from latentkv.train.muon import Muon
 from latentkv.train.options import TrainOptions
+from latentkv.train.ranks import own_rows
 
 # Matrices that Muon is not meant for: their rows are looked up or scored one by one, or are no matrix's.
 LOOKUP_SUFFIXES = ("embed_tokens.weight", "lm_head.weight", "mlp.gate.weight", "conv_taps", "A_log")
@@ -67,4 +68,14 @@ def restore_optimizers(
             raise ValueError(f"the optimiser's tensor {key} belongs to another run")
         for optimizer in optimizers:
             if any(weight is owned for group in optimizer.param_groups for owned in group["params"]):
-                optimizer.state[weight][state_name] = value.clone()
+                optimizer.state[weight][state_name] = _laid_out_as(weight, value)
+
+
+def _laid_out_as(weight: Tensor, value: Tensor) -> Tensor:
+    """A copy of what belongs to a weight; of one whose rows several processes have, this one's rows."""
+    if value.shape != weight.shape:
+        return value.clone()
+    copied = torch.zeros_like(weight, requires_grad=False)
+    rows, first = own_rows(copied)
+    rows.copy_(value[first : first + len(rows)] if value.ndim else value)
+    return copied

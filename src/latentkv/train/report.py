@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,18 @@ Record = dict[str, Any]
 
 
 class Reporter:
-    """Prints records and appends them to `log.jsonl`; records after `resume_step` from an earlier run are dropped."""
+    """Prints records and appends them to `log.jsonl`; records after `resume_step` from an earlier run are dropped.
 
-    def __init__(self, folder: Path, console: Console, *, resume_step: int = 0) -> None:
-        self._console = console
-        self._path = folder / "log.jsonl"
+    With `silent` it does neither: another process reports.
+    """
+
+    def __init__(self, folder: Path, console: Console, *, resume_step: int = 0, silent: bool = False) -> None:
+        self._console = Console(quiet=True) if silent else console
+        self._path = Path(os.devnull) if silent else folder / "log.jsonl"
+        self._live = None
+        self.records: list[Record] = []
+        if silent:
+            return
         self.records = [r for r in _read_records(self._path) if r["step"] <= resume_step] if resume_step else []
         write_text(self._path, "".join(json.dumps(r) + "\n" for r in self.records))
         self._live = Live(console=console, refresh_per_second=2, transient=True) if console.is_terminal else None

@@ -9,7 +9,7 @@ import signal
 import sys
 from collections.abc import Generator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -31,6 +31,7 @@ from latentkv.text.bpe_trainer import save_tokenizer, train_bpe
 from latentkv.train.data import Corpus, find_corpus, write_tokens
 from latentkv.train.evaluate import eval_sets
 from latentkv.train.options import TrainOptions
+from latentkv.train.ranks import DataRanks, whole
 from latentkv.train.report import Reporter, plot_losses
 from latentkv.train.trainer import Trainer
 from latentkv.train.weights import initialize
@@ -86,13 +87,16 @@ class TrainingPlan:
         return (self.encoded or self.out / "data") / "tokens.bin"
 
 
-def train_model(plan: TrainingPlan, options: TrainOptions, console: Console | None = None) -> bool:
+def train_model(
+    plan: TrainingPlan, options: TrainOptions, console: Console | None = None, ranks: DataRanks | None = None
+) -> bool:
     """Train, or go on training, until the end or Ctrl-C.
 
     Args:
         plan: what to train and where it goes.
         options: how.
         console: where to report; None: standard error.
+        ranks: the processes that train together, of which the first one reports and writes; None: this one alone.
 
     Returns:
         True when training is complete and `plan.out` holds the model; False when it was interrupted.
@@ -100,7 +104,10 @@ def train_model(plan: TrainingPlan, options: TrainOptions, console: Console | No
     Raises:
         TrainingError: the data, the options or the checkpoint to resume cannot be used, or the loss diverged.
     """
-    console = console or Console(stderr=True)
+    ranks = ranks or DataRanks()
+    console = console or Console(stderr=True, quiet=not ranks.is_first)
+    if not ranks.is_first:
+        plan = replace(plan, restart=False)  # the first one has forgotten the earlier run
     raw = _model_config(plan)
     config = read_config(raw)
     if options.seq_len > config.max_positions:
@@ -118,18 +125,19 @@ def train_model(plan: TrainingPlan, options: TrainOptions, console: Console | No
         eval_fraction=plan.eval_fraction,
         eval_bytes=plan.eval_bytes,
     )
-    plan.out.mkdir(parents=True, exist_ok=True)
-    if plan.restart:
-        for name in ("checkpoints", "data"):
-            shutil.rmtree(plan.out / name, ignore_errors=True)
-    tokenizer = _tokenizer(plan, corpus, config.vocab_size, console)
-    separator = _separator(tokenizer)
+    with ranks.first_alone():
+        plan.out.mkdir(parents=True, exist_ok=True)
+        if plan.restart:
+            for name in ("checkpoints", "data"):
+                shutil.rmtree(plan.out / name, ignore_errors=True)
+        tokenizer = _tokenizer(plan, corpus, config.vocab_size, console)
+        separator = _separator(tokenizer)
 
-    def encode(text: str) -> list[int]:
-        return tokenizer.encode(text, add_bos=False)
+        def encode(text: str) -> list[int]:
+            return tokenizer.encode(text, add_bos=False)
 
-    fingerprint = _fingerprint(plan.out)
-    tokens = write_tokens(plan.tokens_file, corpus, encode, separator, config.vocab_size, fingerprint)
+        fingerprint = _fingerprint(plan.out)
+        tokens = write_tokens(plan.tokens_file, corpus, encode, separator, config.vocab_size, fingerprint)
     windows = Windows(
         tokens,
         seq_len=options.seq_len,
@@ -138,6 +146,7 @@ def train_model(plan: TrainingPlan, options: TrainOptions, console: Console | No
         seed=options.seed,
     )
     decoder = _decoder(plan, raw, options.seed)
+    parameters = sum(p.numel() for p in decoder.parameters())
     trainer = Trainer(
         decoder,
         windows,
@@ -145,24 +154,43 @@ def train_model(plan: TrainingPlan, options: TrainOptions, console: Console | No
         mtp_layers=len(decoder.mtp),
         evaluations=eval_sets(corpus, encode, separator, merged=not plan.eval_files),
         identity=_identity(plan, raw),
+        ranks=ranks,
     )
     checkpoints = plan.out / "checkpoints"
     resumed = trainer.resume(checkpoints)
-    with Reporter(plan.out, console, resume_step=trainer.step) as reporter, _stop_on_signal() as stopped:
-        parameters = sum(p.numel() for p in decoder.parameters())
+    with (
+        Reporter(plan.out, console, resume_step=trainer.step, silent=not ranks.is_first) as reporter,
+        _stop_on_signal(together=ranks.size > 1) as stopped,
+    ):
         verb = f"Resuming at step {trainer.step}" if resumed else "Training"
         reporter.say(
             f"{verb}: {parameters / 1e6:.2f}M parameters, {len(tokens) / 1e6:.2f}M tokens of text in "
             f"{len(corpus.training)} documents, {options.batch_tokens} tokens a step, "
-            f"{torch.get_num_threads()} threads."
+            f"{torch.get_num_threads()} threads{f' in each of {ranks.size} processes' if ranks.size > 1 else ''}."
         )
         if not trainer.run(checkpoints, reporter, lambda: bool(stopped)):
             reporter.say(f"Stopped and saved at step {trainer.step}. The same command goes on from there.")
             return False
-        save_pretrained(decoder, plan.out)
-        _write_summary(plan, options, trainer, reporter.records)
+        finished = _gathered(decoder, ranks)
+        if ranks.is_first:
+            save_pretrained(finished, plan.out)
+            _write_summary(plan, options, trainer, reporter.records)
         reporter.say(f"Done: {plan.out} holds the model.")
     return True
+
+
+def _gathered(decoder: Decoder, ranks: DataRanks) -> Decoder:
+    """The decoder with all of its weights, in the first process; the others get it without storage."""
+    if ranks.size == 1:
+        return decoder
+    with torch.device("meta"):
+        gathered = Decoder(decoder.config)
+    gathered.drop_mtp_modules(keep=range(len(decoder.mtp)))
+    for name, tensor in decoder.state_dict().items():
+        found = whole(tensor)
+        if ranks.is_first:
+            gathered.load_state_dict({name: found.detach()}, strict=False, assign=True)
+    return gathered
 
 
 def _model_config(plan: TrainingPlan) -> dict[str, Any]:
@@ -295,12 +323,15 @@ def _write_summary(plan: TrainingPlan, options: TrainOptions, trainer: Trainer, 
 
 
 @contextmanager
-def _stop_on_signal() -> Generator[list[int]]:
-    """Ctrl-C and SIGTERM end the run after the step in hand; a second one ends it at once."""
+def _stop_on_signal(*, together: bool = False) -> Generator[list[int]]:
+    """Ctrl-C and SIGTERM end the run after the step in hand; a second one ends it at once.
+
+    Where several processes train `together`, each hears of Ctrl-C from the terminal and from torchrun: that is one.
+    """
     caught: list[int] = []
 
     def note(number: int, _: FrameType | None) -> None:
-        if caught:
+        if caught and not together:
             raise KeyboardInterrupt
         caught.append(number)
 
