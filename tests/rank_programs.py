@@ -18,7 +18,7 @@ import json, os, sys
 rank, size, port, task = sys.argv[1:5]
 task = json.loads(task)
 os.environ.update(RANK=rank, WORLD_SIZE=size, LOCAL_RANK=rank, LOCAL_WORLD_SIZE=size)
-os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, LATENTKV_LOOPBACK_STORE="1")
 """
 
 GENERATE = (

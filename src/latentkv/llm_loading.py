@@ -28,7 +28,7 @@ from latentkv.llm_options import (
     require_int8_products,
     tokenizer_of,
 )
-from latentkv.llm_stages import agree_on_stage, require_can_be_cut, shared_cache
+from latentkv.llm_stages import agree_on_stage, require_can_be_cut, require_some_rounded_input, shared_cache
 from latentkv.models.config import ModelConfig
 from latentkv.models.decoder import Decoder
 from latentkv.models.fingerprint import model_fingerprint
@@ -75,6 +75,7 @@ def load(model: str | Path | None, options: LoadOptions) -> LoadedModel:
         raise
     except BaseException as error:
         ranks.give_up(error)
+        ranks.leave()
         raise
 
 
@@ -95,10 +96,10 @@ def _load(model: str | Path | None, options: LoadOptions, ranks: Ranks | None) -
         stage = agree_on_stage(ranks, config, reader, packing, dtype, max_context, options)
     decoder, packed_file = _decoder(folder, config, reader, packing, dtype, max_context, stage, options)
     if packing is not None and packing.rounds_input:
-        require_rounded_input(decoder)
+        require_rounded_input(decoder) if ranks is None else require_some_rounded_input(ranks, decoder)
     config = decoder.config
     by_mtp = decoder.stage.is_first and drafts_by_mtp(options.draft, decoder) and options.speculate > 0
-    free = free_memory(options.device)
+    free = free_memory(options.device) // (ranks.local_size if ranks else 1)
     if packed_file:
         free = beside_weights(free, packed_file.nbytes, folder)
     fmt = kv_format(options.kv_dtype, decoder.dtype)

@@ -15,7 +15,7 @@ from latentkv.errors import ConfigError
 from latentkv.llm_options import LoadOptions, kv_format
 from latentkv.models.config import ModelConfig
 from latentkv.models.decoder import Decoder
-from latentkv.models.packing import Packing
+from latentkv.models.packing import Packing, packed_weights, require_rounded_input
 from latentkv.models.parameters import layer_weight_bytes
 from latentkv.models.stage import Stage, cut
 from latentkv.parallel import Ranks
@@ -76,6 +76,13 @@ def agree_on_stage(
     return cut(config, sizes, beside, memories)[ranks.rank]
 
 
+def require_some_rounded_input(ranks: Ranks, decoder: Decoder) -> None:
+    """Raise `ConfigError` where no rank has a weight that rounds its input."""
+    ranks.tell("rounds", {"any": any(weight.rounds_input for weight in packed_weights(decoder))})
+    if not any(said["any"] for said in ranks.hear_all("rounds")):
+        require_rounded_input(decoder)
+
+
 def shared_cache(
     ranks: Ranks, decoder: Decoder, specs: Sequence[LayerSpec], max_context: int, free: int, options: LoadOptions
 ) -> PagedCache:
@@ -86,7 +93,7 @@ def shared_cache(
         decoder: its stage.
         specs: of all layers, as the driver has them.
         max_context: tokens of the longest sequence.
-        free: bytes that are left on this machine.
+        free: bytes that are left for this rank.
         options: what was asked for.
 
     Raises:
@@ -94,8 +101,7 @@ def shared_cache(
         RankError: another rank has ended.
     """
     own = decoder.stage.own(specs)
-    room = free // ranks.local_size
-    ranks.tell("room", {"free": room, "context": _context_bytes(own, max_context)})
+    ranks.tell("room", {"free": free, "context": _context_bytes(own, max_context)})
     if ranks.is_driver:
         num_bytes = options.kv_cache_bytes
         if num_bytes is None:

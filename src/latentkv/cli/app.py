@@ -11,10 +11,9 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from latentkv.cli.options import INTERRUPTED
 from latentkv.errors import LatentKVError, RankError
 
-USAGE_ERROR, RANK_LOST = 2, 1
+USAGE_ERROR, RANK_LOST, INTERRUPTED = 2, 1, 130
 
 COMMANDS = (
     *("generate", "chat", "serve", "plan", "inspect", "quantize", "convert", "heal", "train", "compare", "doctor"),

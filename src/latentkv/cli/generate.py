@@ -94,20 +94,6 @@ def generate(
 
     Example: latentkv generate "It was a dark night" --max-tokens 100 --seed 1
     """
-    chosen = ModelChoice(
-        *(model, device, dtype, weights, activations, kv_dtype, int8_products, max_context, kv_cache_bytes),
-        cache_dir=cache_dir,
-        cache_dir_bytes=cache_dir_bytes,
-        packed_dir=packed_dir,
-        no_packed_dir=no_packed_dir,
-        packed_dir_bytes=packed_dir_bytes,
-        pipeline_parallel=pipeline_parallel,
-        rank_timeout=rank_timeout,
-        trust_network=trust_network,
-    )
-    chosen.enter_ranks()
-    text = _read_prompt(prompt)
-    ids = _read_ids(text) if token_ids else None
     from latentkv import SamplingParams
 
     params = SamplingParams(
@@ -122,7 +108,23 @@ def generate(
         logprobs=logprobs,
         structure=read_structure(json_schema, regex, choice, grammar),
     )
-    llm = chosen.load()
+    chosen = ModelChoice(
+        *(model, device, dtype, weights, activations, kv_dtype, int8_products, max_context, kv_cache_bytes),
+        cache_dir=cache_dir,
+        cache_dir_bytes=cache_dir_bytes,
+        packed_dir=packed_dir,
+        no_packed_dir=no_packed_dir,
+        packed_dir_bytes=packed_dir_bytes,
+        pipeline_parallel=pipeline_parallel,
+        rank_timeout=rank_timeout,
+        trust_network=trust_network,
+    )
+    chosen.enter_ranks()
+    # Other ranks wait for this one's to be loaded, not for what somebody writes.
+    llm = chosen.load() if chosen.pipeline_parallel > 1 else None
+    text = _read_prompt(prompt)
+    ids = _read_ids(text) if token_ids else None
+    llm = llm or chosen.load()
     if llm.store:
         note(store_summary(llm.store))
     run = _Run(llm, text if ids is None else ids, params)

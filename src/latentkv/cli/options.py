@@ -18,9 +18,6 @@ if TYPE_CHECKING:
     from latentkv import LLM
     from latentkv.state import PageStore
 
-INTERRUPTED = 130
-"""Exit code of a command that Ctrl-C has ended."""
-
 MODEL_FORMS = "a folder, its config.json, a .gguf file, or a repo id, also as org/name@revision"
 """What every command takes for a model (`checkpoint.source` reads it)."""
 
@@ -124,11 +121,10 @@ class ModelChoice:
     rank_timeout: float = 60
     trust_network: bool = False
 
-    def enter_ranks(self, *, serves: bool = False, end_seconds: float = 5, **engine: Any) -> None:
+    def enter_ranks(self, *, end_seconds: float = 5, **engine: Any) -> None:
         """Become as many processes as are asked for; only the first one of them returns from here, and the only one.
 
         Args:
-            serves: whether a signal is how the command is meant to end.
             end_seconds: that the processes may take to end after a signal.
             engine: as in `load`.
         """
@@ -139,8 +135,7 @@ class ModelChoice:
         if world_size() == 1:
             from latentkv.parallel.launch import launch
 
-            code = launch(self.pipeline_parallel, sys.argv[1:], end_seconds=end_seconds)
-            raise typer.Exit((0 if serves else INTERRUPTED) if code is None else code)
+            raise typer.Exit(launch(self.pipeline_parallel, sys.argv[1:], end_seconds=end_seconds))
         if not is_driver():
             logging.basicConfig(level=logging.INFO, format="%(message)s")
             self.load(**engine)

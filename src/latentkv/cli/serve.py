@@ -134,7 +134,7 @@ def serve(
         "draft": draft,
         "step_seconds": STEP_SECONDS,
     }
-    choice.enter_ranks(serves=True, end_seconds=drain_seconds + END_SECONDS, **engine)
+    choice.enter_ranks(end_seconds=drain_seconds + END_SECONDS, **engine)
     listening = bind(host, port)
     llm = choice.load(**engine)
     shown = name or (model_name(model) if model else "latentkv")

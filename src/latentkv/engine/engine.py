@@ -24,7 +24,7 @@ from latentkv.engine.sampler import NextToken, TokenLogprobs, sample, token_logp
 from latentkv.engine.scheduler import MAX_RUNNING, Scheduler, Share
 from latentkv.engine.sequence import Sequence
 from latentkv.engine.snapshots import EVERY
-from latentkv.errors import CacheError, RequestError
+from latentkv.errors import CacheError, RequestError, StageError
 from latentkv.models.decoder import Decoder
 from latentkv.models.transfer import take_rows
 from latentkv.state import PagedCache, PageStore
@@ -98,6 +98,7 @@ class Engine:
     Attributes:
         runner: for reading texts beside the requests.
         counters: what has been done.
+        finished_steps: steps that were read to their ends.
     """
 
     def __init__(
@@ -133,6 +134,7 @@ class Engine:
         self._jobs: dict[int, _Job] = {}
         self._inboxes: dict[int, _Inbox] = {}  # of requests that belong to a run
         self._indices = count()
+        self.finished_steps = 0
         self._flights: deque[Flight] = deque()
         self._finished = 0.0  # when the last step was
 
@@ -271,10 +273,17 @@ class Engine:
         try:
             events = self._take_states(flight, self.runner.collect())
         except BaseException as error:
-            for sequence, times in zip(flight.sequences, flight.times_given_back, strict=True):
-                if sequence.times_given_back == times:
-                    self._fail(sequence, error)
+            concerned = [
+                sequence
+                for sequence, times in zip(flight.sequences, flight.times_given_back, strict=True)
+                if sequence.index in self._jobs and sequence.times_given_back == times
+            ]
+            for sequence in concerned:
+                self._fail(sequence, error)
+            if not concerned and isinstance(error, StageError):
+                return []  # of requests that were given up before, as those of a prompt whose earlier part has failed
             raise
+        self.finished_steps += 1
         now = time.perf_counter()
         self._pace.took(sum(flight.counts), now - max(flight.began, self._finished))
         self._finished = now
@@ -297,7 +306,7 @@ class Engine:
         if rows:
             logits = self.runner.logits_on_host(take_rows(hidden, rows))
             events = self._choose([each.sequence for each in asked], logits)
-        if self._drafter:
+        if readings:
             self._draft(readings, events, time.perf_counter() - flight.began)
         for each in readings:
             self._scheduler.have_read(each.sequence, min(each.end, each.sequence.num_cached))

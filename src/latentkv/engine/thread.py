@@ -237,11 +237,13 @@ class EngineThread:
         """One step, if there is work; whether there is more."""
         if not self._indices:
             return False
+        finished = self._engine.finished_steps
         try:
             self._deliver(self._engine.step())
             if self._watchdog:
                 self._watchdog.step_ended(self._engine.counters)
-            self._failures = 0
+            if self._engine.finished_steps > finished:
+                self._failures = 0
         except RankError as error:  # no step can be computed any more
             self.die_of(error)
         except Exception as error:  # whatever the model raised: those in the step get it, the others go on

@@ -95,7 +95,7 @@ def cut(config: ModelConfig, sizes: Sequence[int], beside: int, memories: Sequen
             f"This model can be cut into {len(allowed) - 1} stages at most, not {count}: use fewer ranks."
         )
     # Memories that are nearly alike count as alike, or stages would differ from start to start.
-    most = max(memories)
+    most = max(*memories, 1)
     rooms = [max(round(memory / most / _LIKE), 1) for memory in memories]
     before = [0]
     for size in sizes:

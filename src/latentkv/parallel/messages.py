@@ -37,7 +37,7 @@ class Message:
     Attributes:
         kind: STEP, the new tokens of a step; COPY, one slot's recurrent states into another; FAILED, a rank could not
             compute its part of a step; STOP, the end.
-        number: of the step.
+        number: of the step; of COPY that of the next one.
         numbers: int32, of STEP a batch (`batch_numbers`), of COPY the two slots, of FAILED the rank.
         x: of STEP hidden states, of FAILED what happened, in UTF-8.
     """

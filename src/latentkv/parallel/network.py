@@ -8,6 +8,7 @@ import ipaddress
 import os
 import socket
 import struct
+from pathlib import Path
 
 from latentkv.errors import ConfigError
 
@@ -16,6 +17,7 @@ INTERFACE_VARIABLE = "GLOO_SOCKET_IFNAME"
 
 _LOOPBACK = "lo"
 _SIOCGIFADDR = 0x8915
+_IPV6 = Path("/proc/net/if_inet6")
 
 
 def choose_interface(*, on_one_machine: bool, trust_network: bool) -> None:
@@ -31,9 +33,8 @@ def choose_interface(*, on_one_machine: bool, trust_network: bool) -> None:
     if trust_network:
         return
     names = [name.strip() for name in named.split(",")] if named else []
-    found = [_address_of(name) for name in names] if names else [_own_address()]
-    for address in found:
-        if address is not None and not _is_private(address):
+    for address in [each for name in names for each in _addresses_of(name)] if names else _own_addresses():
+        if not _is_private(address):
             raise ConfigError(
                 f"The ranks would talk over {address}, which is no private address, and what they say is neither "
                 f"secret nor proven to come from them: name another interface by {INTERFACE_VARIABLE}, or say "
@@ -46,12 +47,25 @@ def _is_private(address: str) -> bool:
     return parsed.is_private or parsed.is_loopback or parsed.is_link_local
 
 
-def _own_address() -> str | None:
-    """That of this machine's name, which gloo takes where no interface is named."""
+def _own_addresses() -> list[str]:
+    """Those of this machine's name, of which gloo takes one where no interface is named."""
     try:
-        return socket.gethostbyname(socket.gethostname())
+        found = socket.getaddrinfo(socket.gethostname(), None)
     except OSError:
-        return None  # gloo takes the loopback interface then
+        return []  # gloo takes the loopback interface then
+    return [str(address[0]).partition("%")[0] for *_, address in found]
+
+
+def _addresses_of(interface: str) -> list[str]:
+    """The address that gloo would take of an interface: its IPv4 address, or those of IPv6 where it has none."""
+    address = _address_of(interface)
+    if address is not None:
+        return [address]
+    try:
+        rows = [line.split() for line in _IPV6.read_text().splitlines()]
+    except OSError:
+        return []
+    return [str(ipaddress.IPv6Address(bytes.fromhex(row[0]))) for row in rows if row[-1] == interface]
 
 
 def _address_of(interface: str) -> str | None:

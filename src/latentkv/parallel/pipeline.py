@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Generator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -32,7 +34,7 @@ class Pipeline:
         self._ranks, self._ring = ranks, ranks.ring
         self._next = 0
         self._under_way: deque[int] = deque()
-        self._closed = False
+        self._why_closed = ""
 
     @property
     def num_under_way(self) -> int:
@@ -48,39 +50,41 @@ class Pipeline:
             x: what those gave.
 
         Raises:
-            EngineStoppedError: it is closed.
-            RankError: the next rank is gone.
+            EngineStoppedError: it is closed, or was interrupted.
+            RankError: another rank is gone.
         """
-        if self._closed:
-            raise EngineStoppedError("The other ranks have ended: start all of them again.")
-        self._send(Message(Kind.STEP, self._next, batch_numbers(batch, form), x))
-        self._under_way.append(self._next)
-        self._next += 1
+        with self._whole():
+            self._ring.send(Message(Kind.STEP, self._next, batch_numbers(batch, form), x))
+            self._under_way.append(self._next)
+            self._next += 1
 
     def collect(self) -> Tensor:
         """The final hidden states [T, hidden] of the step that was submitted first of those under way.
 
         Raises:
+            EngineStoppedError: it is closed, or was interrupted.
             StageError: a rank could not compute its part of it.
             RankError: a rank is gone.
         """
-        number = self._under_way.popleft()
-        message = self._receive()
-        if message.number != number:
-            raise RankError(self._ring.before, f"answered to step {message.number} where {number} was due")
-        if message.kind == Kind.FAILED and message.x is not None:
+        with self._whole():
+            number = self._under_way.popleft()
+            message = self._ring.receive()
+            self._ring.arrived(number)
+            if message.number != number or message.kind not in (Kind.STEP, Kind.FAILED) or message.x is None:
+                raise RankError(self._ring.before, f"answered something else where step {number} was due")
+        if message.kind == Kind.FAILED:
             raise StageError(int(message.numbers[0]), bytes(message.x.tolist()).decode(errors="replace"))
-        if message.kind != Kind.STEP or message.x is None:
-            raise RankError(self._ring.before, "answered what was not asked")
         return message.x
 
     def copy_slot(self, source: int, target: int) -> None:
         """Have every rank copy the recurrent states of one slot into another.
 
         Raises:
-            RankError: the next rank is gone.
+            EngineStoppedError: it is closed, or was interrupted.
+            RankError: another rank is gone.
         """
-        self._send(Message(Kind.COPY, numbers=torch.tensor([source, target], dtype=torch.int32)))
+        with self._whole():
+            self._ring.send(Message(Kind.COPY, self._next, torch.tensor([source, target], dtype=torch.int32)))
 
     def close(self) -> None:
         """Let the other ranks end, and wait until they have heard of it; more than once does no harm.
@@ -88,23 +92,29 @@ class Pipeline:
         Raises:
             RankError: one of them is gone.
         """
-        if self._closed:
+        if self._why_closed and self._ranks.lost is None:
             return
-        self._closed = True
-        self._send(Message(Kind.STOP))
-        while self._receive().kind != Kind.STOP:  # of steps that nobody waited for
-            pass
-        self._ring.flush()
+        with self._whole():
+            self._why_closed = "The other ranks have ended: start all of them again."
+            self._ring.send(Message(Kind.STOP, self._next))
+            while self._ring.receive().kind != Kind.STOP:  # of steps that nobody waited for
+                pass
+            self._ring.flush()
         self._ranks.leave()
 
-    def _send(self, message: Message) -> None:
+    @contextmanager
+    def _whole(self) -> Generator[None]:
+        """A message is sent or received whole, or there are no more: half of one would be taken for another."""
+        if self._ranks.lost is not None:
+            raise self._ranks.lost
+        if self._why_closed:
+            raise EngineStoppedError(self._why_closed)
         try:
-            self._ring.send(message)
+            yield
         except RankError as error:
-            raise self._ranks.culprit(error) from error
-
-    def _receive(self) -> Message:
-        try:
-            return self._ring.receive()
-        except RankError as error:
-            raise self._ranks.culprit(error) from error
+            self._ranks.lost = self._ranks.culprit(error)
+            self._ranks.watch.stop()
+            raise self._ranks.lost from error
+        except BaseException:
+            self._why_closed = "It was interrupted while it talked to the other ranks: start all of them again."
+            raise

@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from contextlib import suppress
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, cast
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,7 +20,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from latentkv.errors import ConfigError, LatentKVError, RankError
 from latentkv.parallel.network import choose_interface
-from latentkv.parallel.process import local_size, world_size
+from latentkv.parallel.process import LOOPBACK_VARIABLE, local_size, world_size
 from latentkv.parallel.ring import Ring
 from latentkv.parallel.store import Store
 from latentkv.parallel.watch import Watch, beat_key
@@ -27,6 +28,7 @@ from latentkv.parallel.watch import Watch, beat_key
 _LOOK_SECONDS = 0.02
 _LAST_WORDS_SECONDS = 1.0  # for a rank to say why it has ended
 _FOR_EVER = timedelta(days=365)  # that a message may take: `Watch` tells whether to go on waiting
+_BOOT, _PROCESSES = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
 _HAS_TO_BE_ALIKE = "has to be the same on every rank: start them alike"
 
 
@@ -43,14 +45,16 @@ class Ranks:
     Attributes:
         ring: for what is sent from step to step.
         watch: who is alive.
+        lost: what became of a rank that was lost: nothing can be computed any more.
     """
 
     def __init__(self, store: Store, rank: int, size: int, local_size: int, timeout: float) -> None:
         self.rank, self.size, self.local_size, self.timeout = rank, size, local_size, timeout
         self.ring = Ring(rank, size)
         self._store = store
-        self._processes: dict[int, int] = {}  # of the ranks on this machine
-        self.watch = Watch(store.clone(), rank, size, timeout)
+        self._neighbours: list[int] = []  # descriptors of the other processes on this machine
+        self.lost: RankError | None = None
+        self.watch = Watch(store.clone(), rank, size, timeout, before_the_end=self._lose)
 
     @property
     def is_driver(self) -> bool:
@@ -106,12 +110,11 @@ class Ranks:
                 rank = said["because_of"]
         return RankError(rank, error.what)
 
-    def end_neighbours(self) -> None:
+    def _end_neighbours(self) -> None:
         """Kill the other ranks on this machine: one of all is lost, and one that hangs would stay for ever."""
-        for rank, process in self._processes.items():
-            if rank != self.rank:
-                with suppress(OSError):
-                    os.kill(process, signal.SIGKILL)
+        for process in self._neighbours:
+            with suppress(OSError):
+                signal.pidfd_send_signal(process, signal.SIGKILL)
 
     def agree(self, said: Mapping[str, Any]) -> None:
         """Compare what has to be the same on all ranks.
@@ -119,10 +122,14 @@ class Ranks:
         Raises:
             ConfigError: it is not; the sentence names the rank and both values. Every rank raises it.
         """
-        self.tell("where", {"host": socket.gethostname(), "process": os.getpid()})
+        self.tell("where", {"host": socket.gethostname(), "machine": _machine(), "process": os.getpid()})
         places = self.hear_all("where")
-        here = places[self.rank]["host"]
-        self._processes = {rank: each["process"] for rank, each in enumerate(places) if each["host"] == here}
+        self._neighbours = [
+            descriptor
+            for rank, each in enumerate(places)
+            if rank != self.rank and each["machine"] and each["machine"] == places[self.rank]["machine"]
+            if (descriptor := _held(each["process"])) is not None
+        ]
         self.tell("agree", {**_program(), **said})
         first, *others = self.hear_all("agree")
         self.tell("compared", {})
@@ -140,6 +147,10 @@ class Ranks:
         self.watch.stop()
         if dist.is_initialized():
             dist.destroy_process_group()
+
+    def _lose(self, error: RankError) -> None:
+        self.lost = error
+        self._end_neighbours()
 
     def _wait_for_all(self, what: str) -> None:
         """Wait a moment until all ranks have told something."""
@@ -174,20 +185,59 @@ def join(size: int, *, timeout: float, trust_network: bool = False) -> Ranks:
         )
     choose_interface(on_one_machine=local_size() == size, trust_network=trust_network)
     try:
-        store, rank, _ = next(rendezvous("env://", timeout=timedelta(seconds=timeout)))
+        rank, store = int(os.environ["RANK"]), _store(timeout)
         store.set_timeout(timedelta(seconds=timeout))
         store.set(beat_key(rank), "0")
         store.wait([beat_key(other) for other in range(size)], timedelta(seconds=timeout))
     except RuntimeError as error:
         raise ConfigError(
-            f"Not all of {size} ranks have come within {timeout:.0f} seconds: start those that are missing, or allow "
-            "more by --rank-timeout."
+            f"Not all of {size} ranks have come within {timeout:.0f} seconds ({str(error).splitlines()[0][:200]}): "
+            "start those that are missing, or allow more by --rank-timeout."
         ) from error
-    ranks = Ranks(cast(Store, store), rank, size, local_size(), timeout)
-    ranks.watch.before_the_end(ranks.end_neighbours)
+    ranks = Ranks(store, rank, size, local_size(), timeout)
     ranks.watch.start()
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=_FOR_EVER)
     return ranks
+
+
+def _store(timeout: float) -> Any:
+    """The store where ranks meet: torchrun's, or the first rank's own on the loopback interface.
+
+    Raises:
+        RuntimeError: it cannot be had in time.
+    """
+    if not os.environ.get(LOOPBACK_VARIABLE):
+        return next(rendezvous("env://", timeout=timedelta(seconds=timeout)))[0]
+    port, listening = int(os.environ["MASTER_PORT"]), None
+    if os.environ["RANK"] == "0":
+        try:
+            listening = socket.create_server(("127.0.0.1", port))
+        except OSError as error:
+            raise RuntimeError(f"port {port}: {error.strerror}") from error
+    return dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
+        "127.0.0.1",
+        port,
+        is_master=listening is not None,
+        timeout=timedelta(seconds=timeout),
+        wait_for_workers=False,
+        master_listen_fd=None if listening is None else listening.detach(),
+    )
+
+
+def _machine() -> str:
+    """What processes have in common that can send each other signals."""
+    try:
+        return f"{_BOOT.read_text().strip()} {_PROCESSES.readlink()}"
+    except OSError:
+        return ""
+
+
+def _held(process: int) -> int | None:
+    """A descriptor of a process, which never comes to mean another one; None where there are none."""
+    try:
+        return os.pidfd_open(process)
+    except (AttributeError, OSError):
+        return None
 
 
 def _program() -> dict[str, str]:

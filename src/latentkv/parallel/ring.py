@@ -24,22 +24,31 @@ class Ring:
         self.rank = rank
         self.size = size
         self.before, self.after = (rank - 1) % size, (rank + 1) % size
-        self._under_way: deque[tuple[dist.Work, Tensor]] = deque()
+        self._under_way: deque[tuple[int, dist.Work, Tensor]] = deque()
 
     def send(self, message: Message) -> None:
-        """Send to the next rank, without waiting until it has the message.
+        """Send to the next rank, without waiting until it has the message; its memory is kept until `arrived`.
 
         Raises:
             RankError: the next rank is gone.
         """
         try:
-            while self._under_way and self._under_way[0][0].is_completed():
-                self._under_way.popleft()[0].wait()
             for part in (message.head(), message.body()):
                 if len(part):
-                    self._under_way.append((_started(dist.isend(part, self.after)), part))
+                    self._under_way.append((message.number, _started(dist.isend(part, self.after)), part))
         except RuntimeError as error:
             raise RankError(self.after, "is gone") from error
+
+    def arrived(self, number: int) -> None:
+        """Let go of messages up to those of step `number`, of which is known that they have arrived.
+
+        gloo itself does not tell before somebody waits.
+
+        Raises:
+            RankError: the next rank is gone.
+        """
+        while self._under_way and self._under_way[0][0] <= number:
+            self._wait_for_first()
 
     def flush(self) -> None:
         """Wait until all has arrived that was sent.
@@ -47,11 +56,8 @@ class Ring:
         Raises:
             RankError: the next rank is gone.
         """
-        try:
-            while self._under_way:
-                self._under_way.popleft()[0].wait()
-        except RuntimeError as error:
-            raise RankError(self.after, "is gone") from error
+        while self._under_way:
+            self._wait_for_first()
 
     def receive(self) -> Message:
         """Wait for the next message of the rank before.
@@ -68,6 +74,12 @@ class Ring:
         except RuntimeError as error:
             raise RankError(self.before, "is gone") from error
         return message_of(head, body)
+
+    def _wait_for_first(self) -> None:
+        try:
+            self._under_way.popleft()[1].wait()
+        except RuntimeError as error:
+            raise RankError(self.after, "is gone") from error
 
 
 def _started(work: dist.Work | None) -> dist.Work:

@@ -43,6 +43,8 @@ class _StageLoop:
     def turn(self) -> bool:
         """Deal with one message; whether there will be more."""
         message = self._ring.receive()
+        # As many steps are under way at most as there are ranks: what was sent of those before has come back.
+        self._ring.arrived(message.number - self._ring.size)
         if message.kind == Kind.STEP:
             message = self._computed(message)
         elif message.kind == Kind.COPY:

@@ -32,9 +32,12 @@ class Watch:
         rank: this process.
         size: of all.
         seconds: without a beat after which a rank is lost.
+        before_the_end: called when a rank is lost, before anybody is told.
     """
 
-    def __init__(self, store: Store, rank: int, size: int, seconds: float) -> None:
+    def __init__(
+        self, store: Store, rank: int, size: int, seconds: float, before_the_end: Callable[[RankError], object]
+    ) -> None:
         self._store, self._rank, self._seconds = store, rank, seconds
         self._watched = [other for other in range(size) if other != rank] if rank == 0 else [0]
         self._beat = 0
@@ -42,7 +45,7 @@ class Watch:
         self._heard: dict[int, float] = dict.fromkeys(self._watched, time.monotonic())
         self._stopped = threading.Event()
         self._on_loss: Callable[[RankError], None] = end_process
-        self._before_the_end: Callable[[], object] = lambda: None
+        self._before_the_end = before_the_end
         self._threads = [
             threading.Thread(target=run, name=f"latentkv-ranks-{name}", daemon=True)
             for name, run in (("beat", self._ask), ("clock", self._look))
@@ -58,10 +61,6 @@ class Watch:
         """Watch no more: this rank is about to end, and so are the others."""
         self._stopped.set()
         self._on_loss = end_process  # whom it would have told need not stay for it
-
-    def before_the_end(self, clear: Callable[[], object]) -> None:
-        """Call `clear` when a rank is lost, before anybody is told."""
-        self._before_the_end = clear
 
     def when_lost(self, tell: Callable[[RankError], None]) -> None:
         """Call `tell` with what became of a rank, once, instead of ending this process."""
@@ -95,8 +94,9 @@ class Watch:
             lost = [rank for rank, heard in self._heard.items() if now - heard > self._seconds]
             if lost:
                 self._stopped.set()
-                self._before_the_end()
-                self._on_loss(RankError(lost[0], f"did not answer for {self._seconds:.0f} seconds"))
+                error = RankError(lost[0], f"did not answer for {self._seconds:.0f} seconds")
+                self._before_the_end(error)
+                self._on_loss(error)
 
 
 def beat_key(rank: int) -> str:
