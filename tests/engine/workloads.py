@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 from draft_oracle import CheckedMTPDrafter
-from engine_models import VOCAB, cache_for, tiny_decoder
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from offload_cases import BLOCK, forget, settle, store_for
 from torch import Tensor
 
+from engine_models import VOCAB, cache_for, tiny_decoder
 from latentkv.engine import (
     Engine,
     NextToken,
@@ -31,8 +31,10 @@ from latentkv.engine import (
 )
 from latentkv.engine.adaptive import AdaptiveDrafter
 from latentkv.engine.drafts import NGramDrafter, Wish
+from latentkv.engine.mtp import MTPDrafter
 from latentkv.kernels import Isa, available_isas, use_isa
 from latentkv.state import PagedCache
+from local_ranks import LocalRanks
 
 PAGE = 8  # tokens, see cache_for
 SYSTEM = [5, 9, 33, 7, 50, 2, 41, 18]  # a page that many prompts begin with
@@ -139,16 +141,17 @@ class Workload(RuleBasedStateMachine):
     )
     def start(self, pages: int, step_tokens: int, max_running: int, drafter: str, most_drafted: int) -> None:
         self.patch = with_steady_clock()
-        self.cache = cache_for(decoder(self.kind), pages)
-        self.engine = Engine(
-            decoder(self.kind),
-            self.cache,
-            step_tokens=step_tokens,
-            max_running=max_running,
-            drafter=DRAFTERS[drafter](self.kind, self.cache),
-            most_drafted=most_drafted,
-        )
         self.running: dict[int, Asked] = {}
+        self.make_engine(
+            drafter, {"num_pages": pages}, step_tokens=step_tokens, max_running=max_running, most_drafted=most_drafted
+        )
+
+    def make_engine(self, drafter: str, sizes: dict[str, int], **options: Any) -> None:
+        """An engine, and its cache of these sizes."""
+        self.cache = cache_for(decoder(self.kind), **sizes)
+        self.engine = Engine(
+            decoder(self.kind), self.cache, drafter=DRAFTERS[drafter](self.kind, self.cache), **options
+        )
 
     @rule(
         prompt=st.sampled_from(PROMPTS),
@@ -322,13 +325,11 @@ class HybridWorkload(Workload):
         self.patch.setattr(snapshots, "LEAST_PAGES", least)
         if not decoder(kind).mtp and drafter in ("MTP", "adaptive"):
             drafter = "n-gram"
-        self.cache = cache_for(decoder(self.kind), pages, num_slots=slots, most_drafted=most_drafted)
-        self.engine = Engine(
-            decoder(self.kind),
-            self.cache,
+        self.make_engine(
+            drafter,
+            {"num_pages": pages, "num_slots": slots, "most_drafted": most_drafted},
             step_tokens=step_tokens,
             max_running=max_running,
-            drafter=DRAFTERS[drafter](self.kind, self.cache),
             most_drafted=most_drafted,
             snapshot_every=every,
         )
@@ -382,3 +383,29 @@ class StoredHybridWorkload(StoredWorkload):
 
     def new_cache(self) -> PagedCache:
         return cache_for(decoder(self.kind), self.pages, num_slots=self.slots)
+
+
+class InRanks:
+    """Mixed into a workload: layers are in several ranks, and as many steps are under way."""
+
+    num_ranks = 2
+
+    def make_engine(self, drafter: str, sizes: dict[str, int], **options: Any) -> None:
+        """An engine of the first rank, and its cache of these sizes."""
+        kind = self.kind
+        ranks = LocalRanks(kind, self.num_ranks, **sizes)
+        self.cache = ranks.cache
+        made = DRAFTERS[drafter](kind, self.cache)
+        if isinstance(made, CheckedMTPDrafter):
+            made = MTPDrafter(ranks.decoder, self.cache)
+        elif isinstance(made, AdaptiveDrafter):
+            made = AdaptiveDrafter(NGramDrafter(shortest=1), MTPDrafter(ranks.decoder, self.cache))
+        self.engine = Engine(ranks.decoder, self.cache, drafter=made, pipeline=ranks.pipeline, **options)
+
+
+class RanksWorkload(InRanks, Workload):
+    """Of a model whose layers all attend, in two ranks."""
+
+
+class RanksHybridWorkload(InRanks, HybridWorkload):
+    """Of models with a recurrent layer, in two ranks."""
