@@ -34,10 +34,17 @@ def noted(self, *arguments):
     replays.append(self)
 Replay.__init__ = noted
 
+from latentkv.parallel.ring import Ring
+kept, send = [0], Ring.send
+def counted(self, message):
+    send(self, message)
+    kept[0] = max(kept[0], len(self._under_way))
+Ring.send = counted
+
 try:
     llm = LLM(task["folder"], pipeline_parallel=int(size), **task["options"])
 except SystemExit:
-    print(json.dumps({"recorded": [len(replay._steps) for replay in replays]}))
+    print(json.dumps({"recorded": [len(replay._steps) for replay in replays], "kept": kept[0]}))
     raise
 if task["chunk"]:
     llm.engine._pace = Pace(task["chunk"], None)
@@ -53,6 +60,7 @@ done = json.dumps({
     "logits": llm.logits(task["scored"]).double().tolist() if task["scored"] else None,
     "recorded": [len(replay._steps) for replay in replays],
     "counters": asdict(llm.engine.counters),
+    "kept": kept[0],
     "cache_bytes": llm.cache.allocated_bytes,
     "stage": [llm.decoder.stage.first, llm.decoder.stage.last],
 })

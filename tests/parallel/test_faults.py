@@ -168,6 +168,7 @@ def test_a_rank_that_hangs_is_late_and_then_dead_in_health(folder: Path):
     assert "Rank 1 did not answer for 8 seconds" in ranks.said(0) + late[-1]
 
 
+@pytest.mark.rank
 def test_the_other_ranks_end_when_the_driver_is_killed(folder: Path):
     with cluster(3, folder) as ranks:
         ranks.wait_for_port()
@@ -204,8 +205,14 @@ def test_a_signal_lets_open_answers_end_and_then_all_ranks(folder: Path):
     ("theirs", "expected"),
     [
         (["--dtype", "bf16"], r"Rank 1 \(.*\) has dtype bfloat16, and rank 0 \(.*\) float32"),
-        (["--max-context", "512"], r"Rank 1 \(.*\) has max_context 512, and rank 0 \(.*\) 4096"),
-        (["another"], r"Rank 1 \(.*\) has a model of the digest \w+, and rank 0 \(.*\) \w+"),
+        pytest.param(
+            ["--max-context", "512"],
+            r"Rank 1 \(.*\) has max_context 512, and rank 0 \(.*\) 4096",
+            marks=pytest.mark.rank,
+        ),
+        pytest.param(
+            ["another"], r"Rank 1 \(.*\) has a model of the digest \w+, and rank 0 \(.*\) \w+", marks=pytest.mark.rank
+        ),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
 )
@@ -236,6 +243,7 @@ def test_a_rank_that_does_not_come_is_missed(folder: Path):
     assert "Not all of 2 ranks have come within 3 seconds" in alone.said(0)
 
 
+@pytest.mark.rank
 def test_a_rank_that_cannot_load_its_part_is_heard_by_the_others(folder: Path, tmp_path: Path):
     task = json.dumps({"folder": str(tmp_path / "nowhere"), "options": OPTIONS})
     with ranks_of(SERVE, 2, task) as programs:

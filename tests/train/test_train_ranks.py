@@ -110,7 +110,8 @@ def test_several_processes_have_the_losses_of_one(plan: TrainingPlan, alone: Pat
     assert_trained_alike(plan.out, alone, 1e-5)
 
 
-@pytest.mark.parametrize("size", [1, pytest.param(4, marks=pytest.mark.rank)])
+@pytest.mark.rank
+@pytest.mark.parametrize("size", [1, 4])
 def test_a_run_goes_on_with_another_number_of_processes(plan: TrainingPlan, alone: Path, size: int):
     assert train(2, plan, OPTIONS, stop_after=7) == [False, False]
     (saved,) = (plan.out / "checkpoints").iterdir()
@@ -152,6 +153,7 @@ def test_muon_and_bf16_train_about_alike(
     assert numbers(plan.out, "loss") == pytest.approx(numbers(one.out, "loss"), rel=tolerance)
 
 
+@pytest.mark.rank
 def test_a_step_that_cannot_be_shared_out_is_refused(plan: TrainingPlan):
     task = {"plan": [str(plan.data), str(plan.out), str(plan.config)], "stop_after": 0}
     task["options"] = replace(OPTIONS, batch_tokens=96).to_dict()
