@@ -13,9 +13,8 @@ from engine_models import cache_for, tiny_decoder
 from latentkv.errors import RankError
 from latentkv.models.decoder import Decoder
 from latentkv.models.stage import Stage, cuts_of
-from latentkv.parallel import Pipeline, Ranks
+from latentkv.parallel import Pipeline, Ranks, StageLoop
 from latentkv.parallel.messages import Message, message_of
-from latentkv.parallel.stage_loop import _StageLoop
 from latentkv.state import PagedCache
 
 
@@ -26,7 +25,7 @@ class QueueRing:
         self.rank, self.size = rank, len(queues)
         self.before, self.after = (rank - 1) % self.size, (rank + 1) % self.size
         self._queues = queues
-        self.loops: list[_StageLoop] = []
+        self.loops: list[StageLoop] = []
 
     def send(self, message: Message) -> None:
         self._queues[self.after].append(message_of(message.head(), message.body()))
@@ -76,7 +75,7 @@ class LocalRanks:
         self.decoder, *self.stages = decoders
         self.cache = caches[0]
         rings[0].loops = [
-            _StageLoop(decoder, own, cast(Any, ring))
+            StageLoop(decoder, own, cast(Any, ring))
             for decoder, own, ring in zip(decoders[1:], caches[1:], rings[1:], strict=True)
         ]
         ranks = SimpleNamespace(

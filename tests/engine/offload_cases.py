@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from engine_models import VOCAB, cache_for, tiny_decoder
 
+from engine_models import VOCAB, cache_for, tiny_decoder
 from latentkv.engine import Engine, Request, SamplingParams
 from latentkv.models.decoder import Decoder
 from latentkv.state import PagedCache, PageStore, StoreFolder

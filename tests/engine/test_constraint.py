@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from engine_models import VOCAB, cache_for, tiny_decoder
 
+from engine_models import VOCAB, cache_for, tiny_decoder
 from latentkv.engine import Engine, Event, NextToken, Request, SamplingParams, Structure, sample
 from latentkv.engine.constraint import blocked_tokens
 from latentkv.errors import RequestError

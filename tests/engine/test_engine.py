@@ -1,7 +1,7 @@
 import pytest
 import torch
-from engine_models import CONFIGS, VOCAB, cache_for, tiny_decoder
 
+from engine_models import CONFIGS, VOCAB, cache_for, tiny_decoder
 from latentkv.engine import Engine, Request, SamplingParams
 from latentkv.errors import CacheError, CheckpointError, RequestError
 from latentkv.models.decoder import Decoder

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from engine_models import cache_for, tiny_decoder
 from offload_cases import ask, naive, tokens
 
+from engine_models import cache_for, tiny_decoder
 from latentkv.engine import Engine
 from latentkv.engine.drafts import NGramDrafter
 

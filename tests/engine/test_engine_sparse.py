@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from engine_models import cache_for, tiny_decoder
 from offload_cases import ask, naive, tokens
 from workloads import Foreseen
 
+from engine_models import cache_for, tiny_decoder
 from latentkv.engine import Engine
 from latentkv.engine.drafts import NGramDrafter
 from latentkv.errors import CacheError

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from engine_models import cache_for, tiny_decoder
 
+from engine_models import cache_for, tiny_decoder
 from latentkv import LLM, SamplingParams
 from latentkv.engine.runner import Runner
 from latentkv.kernels import Isa, has_triton, use_isa

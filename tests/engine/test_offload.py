@@ -10,9 +10,9 @@ import time
 from pathlib import Path
 
 import pytest
-from engine_models import cache_for, tiny_decoder
 from offload_cases import BLOCK, PAGE, ask, engine_for, forget, naive, settle, store_for, tokens
 
+from engine_models import cache_for, tiny_decoder
 from latentkv.engine import Engine, offload
 from latentkv.engine.loading import Loading
 from latentkv.engine.scheduler import Scheduler

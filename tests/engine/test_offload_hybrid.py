@@ -5,10 +5,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from engine_models import VOCAB, cache_for
 from offload_cases import ask, forget, settle, store_for, tokens
 from workloads import Foreseen, alone, decoder
 
+from engine_models import VOCAB, cache_for
 from latentkv.engine import Engine, offload, snapshots
 from latentkv.errors import CacheError
 

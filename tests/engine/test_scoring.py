@@ -1,7 +1,7 @@
 import pytest
 import torch
-from engine_models import CONFIGS, VOCAB, cache_for, tiny_decoder
 
+from engine_models import CONFIGS, VOCAB, cache_for, tiny_decoder
 from latentkv.engine import runner as runner_module
 from latentkv.engine import scoring
 from latentkv.engine.runner import Runner

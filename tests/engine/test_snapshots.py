@@ -3,10 +3,10 @@
 from collections.abc import Iterator
 
 import pytest
-from engine_models import VOCAB, cache_for, tiny_decoder
 from offload_cases import ask, tokens
 from workloads import Foreseen, alone, decoder
 
+from engine_models import VOCAB, cache_for, tiny_decoder
 from latentkv.engine import Engine, Request, SamplingParams, Sequence, snapshots
 from latentkv.engine.drafts import Wish
 from latentkv.engine.runner import Runner

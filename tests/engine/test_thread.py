@@ -6,8 +6,8 @@ import threading
 import time
 
 import pytest
-from engine_models import VOCAB, cache_for, tiny_decoder
 
+from engine_models import VOCAB, cache_for, tiny_decoder
 from latentkv.engine import Engine, Event, Request, SamplingParams
 from latentkv.engine.thread import EngineThread
 from latentkv.errors import BusyError, EngineStoppedError, RequestError

@@ -7,8 +7,8 @@ import threading
 import time
 
 import pytest
-from engine_models import VOCAB, cache_for, tiny_decoder
 
+from engine_models import VOCAB, cache_for, tiny_decoder
 from latentkv.engine import Engine, Request, SamplingParams
 from latentkv.engine.counters import Counters
 from latentkv.engine.thread import EngineThread

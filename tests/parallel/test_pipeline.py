@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from latentkv import LLM, SamplingParams
 from latentkv.engine.pace import Pace
 from latentkv.kernels import available_isas
 from latentkv.state import pages_and_slots
-from rank_programs import Task, Turn, generate
+from rank_programs import BEGIN, Task, Turn, generate, ranks_of
 from stored_models import write_model
 
 LAYERS = {"num_hidden_layers": 4, "max_position_embeddings": 1024}
@@ -180,3 +181,46 @@ def test_as_many_steps_are_under_way_as_there_are_ranks(folders: dict[str, Path]
     assert max(driver["kept"], other["kept"]) <= 2 * (2 + 1)
     # Six sequences in two groups: each step has three of them.
     assert driver["counters"]["steps"] >= 2 * 19
+
+
+_LOADED = (
+    BEGIN
+    + """
+from pathlib import Path
+
+def most() -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM"))
+
+from latentkv import LLM
+from latentkv import llm_loading
+import torch
+torch.empty(1)  # whatever the first tensor brings with it
+Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+before = most()
+run_stage = llm_loading.run_stage
+
+def looked_at(decoder, cache, ring):
+    print(json.dumps([most() - before, sum(p.nbytes for p in decoder.parameters()) + cache.allocated_bytes]))
+    run_stage(decoder, cache, ring)
+
+llm_loading.run_stage = looked_at
+llm = LLM(task["folder"], pipeline_parallel=int(size), rank_timeout=60, dtype="fp32", kv_cache_bytes=1 << 20)
+print(json.dumps([most() - before, sum(p.nbytes for p in llm.decoder.parameters()) + llm.cache.allocated_bytes]))
+llm.close()
+"""
+)
+
+
+@pytest.mark.rank
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="this system does not tell peaks of memory")
+def test_a_rank_needs_memory_for_its_share_and_one_tensor(tmp_path: Path):
+    config = {**LOW_RANK, "hidden_size": 512, "intermediate_size": 8192, "first_k_dense_replace": 4, "vocab_size": 8192}
+    folder = write_model(tmp_path / "m", config)
+    largest = 8192 * 512 * 4
+    with ranks_of(_LOADED, 2, json.dumps({"folder": str(folder)})) as ranks:
+        written = [(rank.stdout.read(), rank.stderr.read()) for rank in ranks]
+        assert [rank.wait(60) for rank in ranks] == [0, 0], written
+    found = [json.loads(out) for out, _ in written]
+    assert all(share > 80 << 20 for _, share in found)
+    assert all(peak <= share + largest + (80 << 20) for peak, share in found), found

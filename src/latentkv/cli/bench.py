@@ -10,6 +10,7 @@ import typer
 from latentkv.cli.bench_gpu import gpu_attention, require_unset, tune
 from latentkv.cli.bench_model import make_model, model
 from latentkv.cli.bench_options import Contexts, JsonFile, KVDtype, Repeats, Threads, numbers, require_folder, save
+from latentkv.cli.bench_parallel import parallel
 from latentkv.cli.bench_serve import serve
 from latentkv.cli.bench_server_cost import server_cost
 from latentkv.cli.bench_speculation import speculation
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 bench_app = typer.Typer(no_args_is_help=True, help="Measure attention, models, servers and this machine's ceilings.")
 bench_app.command()(model)
 bench_app.command("make-model")(make_model)
+bench_app.command()(parallel)
 bench_app.command()(serve)
 bench_app.command("server-cost")(server_cost)
 bench_app.command()(speculation)

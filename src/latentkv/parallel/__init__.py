@@ -6,6 +6,6 @@ driver, has the requests, the pages, the sampler and the text; the others comput
 
 from latentkv.parallel.pipeline import Pipeline
 from latentkv.parallel.ranks import Ranks, join
-from latentkv.parallel.stage_loop import run_stage
+from latentkv.parallel.stage_loop import StageLoop, run_stage
 
-__all__ = ["Pipeline", "Ranks", "join", "run_stage"]
+__all__ = ["Pipeline", "Ranks", "StageLoop", "join", "run_stage"]

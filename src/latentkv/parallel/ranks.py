@@ -6,9 +6,10 @@ import json
 import os
 import signal
 import socket
+import threading
 import time
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -23,9 +24,10 @@ from latentkv.parallel.network import choose_interface
 from latentkv.parallel.process import LOOPBACK_VARIABLE, local_size, world_size
 from latentkv.parallel.ring import Ring
 from latentkv.parallel.store import Store
-from latentkv.parallel.watch import Watch, beat_key
+from latentkv.parallel.watch import Watch, beat_key, end_process
 
 _LOOK_SECONDS = 0.02
+_GRACE_SECONDS = 1.0  # beyond the timeout, for the store to tell that it is over
 _LAST_WORDS_SECONDS = 1.0  # for a rank to say why it has ended
 _FOR_EVER = timedelta(days=365)  # that a message may take: `Watch` tells whether to go on waiting
 _BOOT, _PROCESSES = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
@@ -184,8 +186,14 @@ def join(size: int, *, timeout: float, trust_network: bool = False) -> Ranks:
             "-m latentkv ..., or over several machines as docs/parallel.md tells."
         )
     choose_interface(on_one_machine=local_size() == size, trust_network=trust_network)
+    rank = int(os.environ["RANK"])
+    with _deadline(timeout + _GRACE_SECONDS, rank):
+        return _join(rank, size, timeout)
+
+
+def _join(rank: int, size: int, timeout: float) -> Ranks:
     try:
-        rank, store = int(os.environ["RANK"]), _store(timeout)
+        store = _store(timeout)
         store.set_timeout(timedelta(seconds=timeout))
         store.set(beat_key(rank), "0")
         store.wait([beat_key(other) for other in range(size)], timedelta(seconds=timeout))
@@ -198,6 +206,19 @@ def join(size: int, *, timeout: float, trust_network: bool = False) -> Ranks:
     ranks.watch.start()
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=_FOR_EVER)
     return ranks
+
+
+@contextmanager
+def _deadline(seconds: float, rank: int) -> Generator[None]:
+    """End the process where all have not met after so long: a store that is stopped lets nobody go on, nor give up."""
+    late = RankError(1 if rank == 0 else 0, f"did not answer for {seconds:.0f} seconds")
+    timer = threading.Timer(seconds, end_process, (late,))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _store(timeout: float) -> Any:

@@ -29,13 +29,15 @@ def run_stage(decoder: Decoder, cache: PagedCache, ring: Ring) -> None:
     Raises:
         RankError: the rank before or after is gone.
     """
-    stage = _StageLoop(decoder, cache, ring)
+    stage = StageLoop(decoder, cache, ring)
     while stage.turn():
         pass
     ring.flush()
 
 
-class _StageLoop:
+class StageLoop:
+    """A stage that answers messages one after another; the arguments are those of `run_stage`."""
+
     def __init__(self, decoder: Decoder, cache: PagedCache, ring: Ring) -> None:
         self._decoder, self._cache, self._ring = decoder, cache, ring
         self._replay = Replay(decoder.run_layers, cache, why_not_recorded(decoder))

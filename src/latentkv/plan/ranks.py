@@ -152,33 +152,35 @@ def plan_ranks(
         fits = held + kept <= rank_memory
         rows.append(RankRow(rank, str(stage), stage.first, stage.last - 1, held, kept, fits))
     whole = sum(row.weights_bytes + row.cache_bytes for row in rows)
-    reads = _Reads(config, weights_dtype, kv_dtype, context, memory_bandwidth)
-    speeds = tuple(_speed(reads, stages, batch, network, ranks_per_box) for batch in batches)
+    reads = StepReads(config, weights_dtype, kv_dtype, memory_bandwidth)
+    speeds = tuple(_speed(reads, stages, batch, context, network, ranks_per_box) for batch in batches)
     return RanksPlan(tuple(rows), rank_memory, whole <= rank_memory, speeds, memory_bandwidth, network, ranks_per_box)
 
 
 @dataclass(frozen=True)
-class _Reads:
-    """How long it takes to read what a step reads."""
+class StepReads:
+    """What a step reads from memory, and how long that takes.
+
+    Attributes:
+        config: the model.
+        weights_dtype: as in `weight_bytes`.
+        kv_dtype: format of the cache.
+        bandwidth: bytes a second.
+    """
 
     config: ModelConfig
     weights_dtype: str
     kv_dtype: KVFormat
-    context: int
     bandwidth: float
 
-    def seconds(self, stage: Stage, rows: int) -> float:
-        """Of the layers of a stage, and what is beside the first one's, for one token of each of `rows` sequences."""
-        config, dtype = self.config, self.weights_dtype
-        read = sum(
-            _bytes_read(config, group, dtype, rows)
-            for layer in range(stage.first, stage.last)
-            for group in layer_groups(config, layer)
-        )
+    def seconds(self, stage: Stage, kv_lens: Sequence[int]) -> float:
+        """Of a stage's layers, and what is beside the first one's, for a token of each of some sequences so long."""
+        groups = [group for layer in range(stage.first, stage.last) for group in layer_groups(self.config, layer)]
         if stage.is_first:
-            read += sum(_bytes_read(config, group, dtype, rows) for group in layer_groups(config, None))
-        specs = stage.own(config.specs(self.kv_dtype))
-        read += rows * (self.context * bytes_per_token(specs) + sequence_bytes(specs))
+            groups += layer_groups(self.config, None)
+        read = sum(_bytes_read(self.config, group, self.weights_dtype, len(kv_lens)) for group in groups)
+        specs = stage.own(self.config.specs(self.kv_dtype))
+        read += sum(kv_lens) * bytes_per_token(specs) + len(kv_lens) * sequence_bytes(specs)
         return read / self.bandwidth
 
 
@@ -188,11 +190,13 @@ def _bytes_read(config: ModelConfig, group: TensorGroup, dtype: str, rows: int) 
     return chosen * group.count * group_bytes(config, group, dtype)
 
 
-def _speed(reads: _Reads, stages: Sequence[Stage], batch: int, network: Network, ranks_per_box: int) -> Speed:
+def _speed(
+    reads: StepReads, stages: Sequence[Stage], batch: int, context: int, network: Network, ranks_per_box: int
+) -> Speed:
     whole = Stage.whole(reads.config.num_layers)
     groups = min(len(stages), batch)
     rows = -(-batch // groups)
-    times = [reads.seconds(stage, rows) for stage in stages]
+    times = [reads.seconds(stage, [context] * rows) for stage in stages]
     hops = sum(_crossings(len(stages), ranks_per_box))
     message = _STEP_BYTES + rows * reads.config.hidden_size * stored_dtype(reads.config).itemsize
     on_the_way = hops * network.seconds(message)
@@ -200,7 +204,7 @@ def _speed(reads: _Reads, stages: Sequence[Stage], batch: int, network: Network,
     round_trip = max(groups * max(times), sum(times) + on_the_way)
     return Speed(
         batch,
-        batch / reads.seconds(whole, batch),
+        batch / reads.seconds(whole, [context] * batch),
         batch / round_trip,
         on_the_way * 1e3,
         sum(times) * 1e3,

@@ -1,0 +1,40 @@
+"""`latentkv bench parallel`: a pipeline of many stages, simulated beside what `plan --ranks` computes."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from latentkv.cli.bench_options import JsonFile, numbers, require_folder, save
+from latentkv.cli.terminal import console
+
+
+def parallel(
+    ranks: Annotated[str, typer.Option(help="Numbers of ranks, with commas between.")] = "1,2,4,8,16",
+    batch: Annotated[str, typer.Option(help="Sequences at once, likewise.")] = "1,8,32",
+    network: Annotated[str, typer.Option(help="Networks, likewise: 10Gb, or 10Gb:50us.")] = "10Gb:60us,1Gb:2000us",
+    json_file: JsonFile = None,
+) -> None:
+    """Simulate a pipeline: the real engine and stages of a small model, with the times of a large one.
+
+    Each rank has a clock of its own, on which reading its weights and each message take as long as they would; nobody
+    waits, so this machine's speed does not matter. The last column is the simulation over what the plan computes.
+
+    Example: latentkv bench parallel --ranks 2,4 --batch 32
+    """
+    from rich.table import Table
+
+    from latentkv.bench.parallel import simulate
+
+    require_folder(json_file)
+    with console(stderr=True).status("simulating"):
+        report = simulate(ranks=numbers(ranks), batches=numbers(batch), networks=network.split(","))
+    table = Table(title="Tokens a second of a model that takes 100 ms to read", title_justify="left")
+    for column in ("ranks", "sequences", "network", "simulated", "planned", "ratio"):
+        table.add_column(column, justify="right")
+    for row in report.rows:
+        shown = (f"{row.simulated:,.1f}", f"{row.planned:,.1f}", f"{row.ratio:.2f}")
+        table.add_row(str(row.ranks), str(row.batch), row.network, *shown)
+    console().print(table)
+    save(report, json_file)
