@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from io import StringIO
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from rich.console import Console
 from latentkv.compare import CompareOptions, Sizes, compare_attention
 from latentkv.compare.report import choose_rate
 from latentkv.errors import RequestError, TrainingError
+from rank_programs import BEGIN, ranks_of
 
 pytestmark = pytest.mark.usefixtures("unpainted")
 
@@ -68,3 +70,44 @@ def test_a_folder_with_something_else_is_left_alone(texts: Path, tmp_path: Path)
     with pytest.raises(RequestError, match="holds something else"):
         compare(texts, tmp_path / "out", (1e-3,))
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["letter.txt"]
+
+
+_COMPARE = (
+    BEGIN
+    + """
+from io import StringIO
+from pathlib import Path
+from rank_programs import BEGIN, ranks_of
+from rich.console import Console
+from latentkv.compare import CompareOptions, Sizes, compare_attention
+from latentkv.compare import runs
+from latentkv.train.ranks import DataRanks
+
+trained = []
+train_model = runs.train_model
+runs.train_model = lambda plan, *rest: (trained.append(plan.out.name), train_model(plan, *rest))[1]
+ranks = DataRanks.join()
+texts = Path(task["texts"])
+options = CompareOptions(Sizes(*task["sizes"]), ("mha", "mla-8"), seeds=1, steps=6, rates=(1e-3, 1e30), seq_len=16,
+    batch_tokens=32, eval_bytes=400)
+report = compare_attention(
+    texts, [texts / "dog.txt"], Path(task["out"]), options, Console(file=StringIO()), speed=False, ranks=ranks
+)
+ranks.leave()
+print(json.dumps([trained, [list(arm.losses.values()) for arm in report.arms]]))
+"""
+)
+
+
+@pytest.mark.rank
+def test_processes_share_the_runs_out_and_find_what_one_does(texts: Path, tmp_path: Path) -> None:
+    sizes = [TINY.hidden_size, TINY.num_layers, TINY.num_heads, TINY.vocab_size]
+    task = json.dumps({"texts": str(texts), "out": str(tmp_path / "several"), "sizes": sizes})
+    with ranks_of(_COMPARE, 2, task) as ranks:
+        written = [(rank.stdout.read(), rank.stderr.read()) for rank in ranks]
+        assert [rank.wait(60) for rank in ranks] == [0, 0], written
+    (first, losses), (second, same) = (json.loads(out) for out, _ in written)
+    assert len(first) == len(second) == 3 and not set(first) & set(second)
+    alone = compare(texts, tmp_path / "one", (1e-3, 1e30))
+    assert alone is not None
+    assert losses == same == [list(arm.losses.values()) for arm in alone.arms]

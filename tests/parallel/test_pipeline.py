@@ -207,13 +207,16 @@ before = own()
 threading.Thread(target=look, daemon=True).start()
 run_stage = llm_loading.run_stage
 
+def tell(decoder, cache):
+    share = sum(p.nbytes for p in decoder.parameters()) + cache.allocated_bytes
+    print(json.dumps([max(peak[0], own()) - before, share]))
 def looked_at(decoder, cache, ring):
-    print(json.dumps([max(peak[0], own()) - before, sum(p.nbytes for p in decoder.parameters()) + cache.allocated_bytes]))
+    tell(decoder, cache)
     run_stage(decoder, cache, ring)
 
 llm_loading.run_stage = looked_at
 llm = LLM(task["folder"], pipeline_parallel=int(size), rank_timeout=60, dtype="fp32", kv_cache_bytes=1 << 20)
-print(json.dumps([max(peak[0], own()) - before, sum(p.nbytes for p in llm.decoder.parameters()) + llm.cache.allocated_bytes]))
+tell(llm.decoder, llm.cache)
 llm.close()
 """
 )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from latentkv.cli.options import ThreadsOption, use_threads
+from latentkv.cli.options import ThreadsOption, TrustNetworkOption, use_threads
 from latentkv.cli.terminal import console, print_json
 from latentkv.errors import RequestError
 
@@ -50,6 +50,7 @@ def compare(
     eval_bytes: Annotated[int, typer.Option(help="About how much held-out text to measure on.")] = 200_000,
     no_speed: Annotated[bool, typer.Option("--no-speed", help="Do not time the trained models' decoding.")] = False,
     threads: ThreadsOption = None,
+    trust_network: TrustNetworkOption = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Train one small decoder with MHA, GQA, MQA and MLA, and compare loss and cache.
@@ -60,7 +61,9 @@ def compare(
     Example: latentkv compare --data books --eval-file books/dracula.txt --out comparison
     """
     from latentkv.compare import CompareOptions, Sizes, compare_attention
+    from latentkv.train.ranks import DataRanks
 
+    ranks = DataRanks.join(trust_network=trust_network)
     use_threads(threads)
     options = CompareOptions(
         sizes=Sizes(hidden, layers, heads, vocab),
@@ -74,10 +77,13 @@ def compare(
         eval_bytes=eval_bytes,
     )
     err = console(stderr=True)
-    report = compare_attention(data, eval_file, out, options, err, speed=not no_speed)
+    report = compare_attention(data, eval_file, out, options, err, speed=not no_speed, ranks=ranks)
+    ranks.leave()
     if report is None:
         err.print("Stopped and saved. The same command goes on from there.")
         raise typer.Exit(130)
+    if not ranks.is_first:
+        return
     if as_json:
         print_json(report.as_json())
     else:

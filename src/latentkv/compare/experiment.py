@@ -24,6 +24,7 @@ from latentkv.errors import RequestError, TrainingError
 from latentkv.files import write_json, write_text
 from latentkv.json_files import read_json
 from latentkv.saved_values import as_saved, saved_in
+from latentkv.train.ranks import DataRanks
 
 REPORT_FILE, TABLE_FILE, PLOT_FILE = "compare.json", "compare.md", "compare.png"
 _SPEED_FILE = "speed.json"
@@ -37,6 +38,7 @@ def compare_attention(
     console: Console | None = None,
     *,
     speed: bool = True,
+    ranks: DataRanks | None = None,
 ) -> Report | None:
     """Train the same decoder with several attentions, and measure all of them on the same held-out text.
 
@@ -51,6 +53,7 @@ def compare_attention(
         options: what is compared.
         console: where to tell of the runs; None: standard error.
         speed: whether to measure how fast the trained models decode.
+        ranks: processes that share the runs out among them, each run in one; None: this one alone.
 
     Returns:
         What was found; None when it was interrupted.
@@ -59,17 +62,22 @@ def compare_attention(
         RequestError: the options cannot be used, or are not those of the comparison in `out`.
         TrainingError: the text cannot be used, or training diverged.
     """
+    ranks = ranks or DataRanks()
     console = console or Console(stderr=True)
-    require_comparison(out)
-    text = Text.find(data, eval_files, options.eval_bytes)
-    with console.status("Text"):
-        folder = RunFolder(out, text, options)
-    return _Experiment(folder, text, options, console).run(speed=speed)
+    with ranks.first_alone():
+        require_comparison(out)
+        text = Text.find(data, eval_files, options.eval_bytes)
+        with console.status("Text"):
+            folder = RunFolder(out, text, options)
+    return _Experiment(folder, text, options, console, ranks).run(speed=speed)
 
 
 class _Experiment:
-    def __init__(self, folder: RunFolder, text: Text, options: CompareOptions, console: Console) -> None:
+    def __init__(
+        self, folder: RunFolder, text: Text, options: CompareOptions, console: Console, ranks: DataRanks
+    ) -> None:
         self._folder, self._text, self._options, self._console = folder, text, options, console
+        self._ranks = ranks
         self._arms = options.list_arms()
         self._seeds = range(SWEEP_SEED + 1, SWEEP_SEED + 1 + options.seeds)
         self._results: dict[str, RunResult] = {}
@@ -78,14 +86,25 @@ class _Experiment:
     def run(self, *, speed: bool) -> Report | None:
         """All runs, those that are finished left out; by seed, so that an early end still compares all arms."""
         sweep = [run for arm in self._arms for run in self._sweep(arm)]
-        if not all(self._finish(run) for run in sweep):
+        if not self._finish_all(sweep):
             return None
         for arm in self._arms:
             if self._rate(arm) is None:
                 raise TrainingError(f"{arm.name} diverged with every learning rate of --lrs: give smaller ones.")
-        if not all(self._finish(run) for seed in self._seeds for run in self._full_runs(seed)):
+        if not self._finish_all([run for seed in self._seeds for run in self._full_runs(seed)]):
             return None
-        return self._write(self._speeds() if speed else {})
+        with self._ranks.first_alone():  # the others find the speeds measured
+            return self._write(self._speeds() if speed else {})
+
+    def _finish_all(self, runs: Sequence[Run]) -> bool:
+        """Have the results of runs, of which other processes train theirs; whether nobody was interrupted."""
+        if self._ranks.size > 1:
+            with self._ranks.first_alone():
+                self._folder.prepare(runs, self._console)
+        finished = all(self._finish(run) for run in self._ranks.own(runs))
+        if self._ranks.any(not finished):
+            return False
+        return all(self._finish(run) for run in runs)
 
     def _sweep(self, arm: Arm) -> list[Run]:
         """The short runs that choose a learning rate; none where there is nothing to choose."""
@@ -107,8 +126,9 @@ class _Experiment:
         result = known or self._folder.train(run, self._console)
         if result is None:
             return False
-        self._results[run.name] = result
-        self._steps += run.steps
+        if run.name not in self._results:
+            self._results[run.name] = result
+            self._steps += run.steps
         if known is None:
             self._write({})
         return True
@@ -161,6 +181,8 @@ class _Experiment:
     def _write(self, speeds: dict[str, Speed]) -> Report:
         """Report, table and plot of what is known by now."""
         report, out = self._report(speeds), self._folder.out
+        if not self._ranks.is_first:
+            return report
         write_json(out / REPORT_FILE, report.as_json())
         write_text(out / TABLE_FILE, as_markdown(report))
         if any(arm.losses for arm in report.arms):

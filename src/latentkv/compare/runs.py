@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from latentkv.files import write_json
 from latentkv.json_files import INDEX_BYTES, read_json
 from latentkv.saved_values import as_saved, saved_in
 from latentkv.targets import require_folder
-from latentkv.train import TrainingPlan, TrainOptions, train_model
+from latentkv.train import TrainingPlan, TrainOptions, prepare_text, train_model
 
 _OPTIONS_FILE = "options.json"
 
@@ -118,20 +118,7 @@ class RunFolder:
         Raises:
             DivergedError: training diverged, and it was not one to choose a learning rate by.
         """
-        folder = self.model(run)
-        folder.mkdir(parents=True, exist_ok=True)
-        config = self.out / "arms" / f"{run.arm.name}.json"
-        config.parent.mkdir(exist_ok=True)
-        write_json(config, self._config(run))
-        plan = TrainingPlan(
-            data=self._text.data,
-            out=folder,
-            config=config,
-            tokenizer=self._tokenizer,
-            eval_files=self._text.eval_files,
-            eval_bytes=self._text.eval_bytes,
-            encoded=self.out / "data",
-        )
+        folder, plan = self.model(run), self._plan(run)
         try:
             if not train_model(plan, self._training(run), console):
                 return None
@@ -143,6 +130,27 @@ class RunFolder:
         write_json(self._result_file(run), self._described(run) | asdict(result))
         shutil.rmtree(folder / "checkpoints" if run.keep else folder, ignore_errors=True)
         return result
+
+    def prepare(self, runs: Sequence[Run], console: Console) -> None:
+        """Write what several runs read, so that processes which train some each only read it."""
+        for run in runs:
+            if self.result(run) is None:
+                prepare_text(self._plan(run), console)
+
+    def _plan(self, run: Run) -> TrainingPlan:
+        config, content = self.out / "arms" / f"{run.arm.name}.json", self._config(run)
+        if not config.exists() or read_json(config, RequestError) != content:
+            config.parent.mkdir(exist_ok=True)
+            write_json(config, content)
+        return TrainingPlan(
+            data=self._text.data,
+            out=self.model(run),
+            config=config,
+            tokenizer=self._tokenizer,
+            eval_files=self._text.eval_files,
+            eval_bytes=self._text.eval_bytes,
+            encoded=self.out / "data",
+        )
 
     @property
     def _tokenizer(self) -> Path:

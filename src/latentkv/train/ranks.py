@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -22,6 +22,8 @@ from latentkv.parallel.process import share_cores, world_size
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
+
+T = TypeVar("T")
 
 TIMEOUT = 120.0
 """Seconds without a word of a process after which it is given up."""
@@ -95,9 +97,9 @@ class DataRanks:
         for method in ("forward_train", "logits", "mtp_hidden"):
             register_fsdp_forward_method(model, method)
 
-    def own(self, batches: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Of a step's micro-batches those of this process, as many as every other has."""
-        return batches[self.rank :: self.size]
+    def own(self, shared: Sequence[T]) -> Sequence[T]:
+        """Of what is to be done, such as a step's micro-batches, what this process does."""
+        return shared[self.rank :: self.size]
 
     def mean(self, numbers: Tensor) -> Tensor:
         """Of what all processes have."""
@@ -108,6 +110,10 @@ class DataRanks:
         if self._ranks:
             dist.all_reduce(numbers)
         return numbers
+
+    def any(self, said: bool) -> bool:
+        """Whether one of the processes says so; each has to say."""
+        return bool(self.total(torch.tensor(float(said))))
 
     def agree(self, *, stop: bool, elapsed: float, due: bool) -> tuple[bool, float, bool]:
         """Whether one of them is to stop, how long the first one has trained, and whether something is due there."""

@@ -14,7 +14,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from rich.console import Console
 
 from latentkv.checkpoint.wrapper import text_config
@@ -118,26 +120,18 @@ def train_model(
     require_range("eval_fraction", plan.eval_fraction, TrainingError)
     require_range("eval_bytes", plan.eval_bytes, TrainingError)
     require_folder(plan.out, TrainingError, apart=[("the checkpoint of --init", plan.init)] if plan.init else [])
-    corpus = find_corpus(
-        plan.data,
-        exclude=plan.exclude,
-        eval_files=plan.eval_files,
-        eval_fraction=plan.eval_fraction,
-        eval_bytes=plan.eval_bytes,
-    )
+    corpus = _corpus(plan)
     with ranks.first_alone():
         plan.out.mkdir(parents=True, exist_ok=True)
         if plan.restart:
             for name in ("checkpoints", "data"):
                 shutil.rmtree(plan.out / name, ignore_errors=True)
-        tokenizer = _tokenizer(plan, corpus, config.vocab_size, console)
-        separator = _separator(tokenizer)
+        tokenizer, tokens = _encoded(plan, corpus, config.vocab_size, console)
+    separator = _separator(tokenizer)
 
-        def encode(text: str) -> list[int]:
-            return tokenizer.encode(text, add_bos=False)
+    def encode(text: str) -> list[int]:
+        return tokenizer.encode(text, add_bos=False)
 
-        fingerprint = _fingerprint(plan.out)
-        tokens = write_tokens(plan.tokens_file, corpus, encode, separator, config.vocab_size, fingerprint)
     windows = Windows(
         tokens,
         seq_len=options.seq_len,
@@ -191,6 +185,42 @@ def _gathered(decoder: Decoder, ranks: DataRanks) -> Decoder:
         if ranks.is_first:
             gathered.load_state_dict({name: found.detach()}, strict=False, assign=True)
     return gathered
+
+
+def prepare_text(plan: TrainingPlan, console: Console) -> None:
+    """Have the text of a run encoded, as `train_model` does before it trains; runs on the same text find it done.
+
+    Raises:
+        TrainingError: as `train_model`, of the data.
+    """
+    plan.out.mkdir(parents=True, exist_ok=True)
+    _encoded(plan, _corpus(plan), read_config(_model_config(plan)).vocab_size, console)
+
+
+def _corpus(plan: TrainingPlan) -> Corpus:
+    return find_corpus(
+        plan.data,
+        exclude=plan.exclude,
+        eval_files=plan.eval_files,
+        eval_fraction=plan.eval_fraction,
+        eval_bytes=plan.eval_bytes,
+    )
+
+
+def _encoded(
+    plan: TrainingPlan, corpus: Corpus, vocab_size: int, console: Console
+) -> tuple[Tokenizer, NDArray[np.uint16 | np.uint32]]:
+    """The run's tokenizer, and its training text as token ids."""
+    tokenizer = _tokenizer(plan, corpus, vocab_size, console)
+    tokens = write_tokens(
+        plan.tokens_file,
+        corpus,
+        lambda text: tokenizer.encode(text, add_bos=False),
+        _separator(tokenizer),
+        vocab_size,
+        _fingerprint(plan.out),
+    )
+    return tokenizer, tokens
 
 
 def _model_config(plan: TrainingPlan) -> dict[str, Any]:
