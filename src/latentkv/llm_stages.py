@@ -16,8 +16,8 @@ from latentkv.llm_options import LoadOptions, kv_format
 from latentkv.models.config import ModelConfig
 from latentkv.models.decoder import Decoder
 from latentkv.models.packing import Packing, packed_weights, require_rounded_input
-from latentkv.models.parameters import layer_weight_bytes
-from latentkv.models.stage import Stage, cut
+from latentkv.models.parameters import checkpoint_dtype, layer_reads, layer_weight_bytes
+from latentkv.models.stage import GROUP_ROWS, Stage, Weighed, cut
 from latentkv.parallel import Ranks
 from latentkv.state import LEAST_SLOTS, PAGE_SIZE, LayerSpec, PagedCache, page_bytes, pages_and_slots, sequence_bytes
 
@@ -73,7 +73,9 @@ def agree_on_stage(
     if options.kv_cache_bytes is not None:
         pages = pages_and_slots(specs, options.kv_cache_bytes)[0]
     sizes = [held + pages * page_bytes([spec]) for held, spec in zip(weights, specs, strict=True)]
-    return cut(config, sizes, beside, memories)[ranks.rank]
+    stored = checkpoint_dtype(config) if packing is None or packing.format is None else packing.format.name
+    time = Weighed(*layer_reads(config, stored, GROUP_ROWS))
+    return cut(config, Weighed(sizes, beside), memories, time)[ranks.rank]
 
 
 def require_some_rounded_input(ranks: Ranks, decoder: Decoder) -> None:

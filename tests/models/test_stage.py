@@ -15,7 +15,7 @@ from latentkv.models.batch import Batch, SlotUse
 from latentkv.models.config import ModelConfig
 from latentkv.models.config_reader import read_config
 from latentkv.models.decoder import Decoder
-from latentkv.models.stage import Stage, cut, cuts_of
+from latentkv.models.stage import Stage, Weighed, cut, cuts_of
 from latentkv.state import PagedCache
 
 KINDS = ("mla", "gqa", "mtp", "sparse", "bailing mtp", "kimi", "glm5", "ling25 mtp")
@@ -100,14 +100,14 @@ def test_a_model_is_cut_only_where_nothing_but_the_residual_stream_leads_on(conf
     ],
 )
 def test_stages_fill_memories_evenly(sizes: list[int], beside: int, memories: list[int], firsts: list[int]):
-    stages = cut(config_of(6), sizes, beside, memories)
+    stages = cut(config_of(6), Weighed(sizes, beside), memories)
     assert [stage.first for stage in stages] == firsts
     assert stages[-1].last == 6 and all(a.last == b.first for a, b in pairwise(stages))
 
 
 def test_a_cut_is_the_best_of_all():
     sizes, beside, memories = [7, 1, 9, 2, 2, 8, 3], 5, [100, 60, 80]
-    found = cut(config_of(7), sizes, beside, memories)
+    found = cut(config_of(7), Weighed(sizes, beside), memories)
 
     def fullest(bounds: tuple[int, ...]) -> float:
         held = [sum(sizes[a:b]) for a, b in pairwise(bounds)]
@@ -118,9 +118,23 @@ def test_a_cut_is_the_best_of_all():
     assert fullest((*(stage.first for stage in found), 7)) == min(every)
 
 
+@pytest.mark.parametrize(
+    ("memories", "firsts"),
+    [
+        ([100, 100], [0, 2]),  # two slow layers take as long as four others
+        ([100, 30], [0, 4]),  # four layers do not fit into the second one
+        ([30, 100], [0, 2]),
+        ([20, 20], [0, 3]),  # nothing fits: as even as can be
+    ],
+)
+def test_the_slowest_stage_is_as_fast_as_fits(memories: list[int], firsts: list[int]):
+    size, time = Weighed([10] * 6), Weighed([4, 4, 2, 2, 2, 2])
+    assert [stage.first for stage in cut(config_of(6), size, memories, time)] == firsts
+
+
 def test_more_ranks_than_stages_are_refused():
     with pytest.raises(ConfigError, match="2 stages at most, not 3"):
-        cut(config_of(2), [1, 1], 0, [1, 1, 1])
+        cut(config_of(2), Weighed([1, 1]), [1, 1, 1])
 
 
 def test_a_stage_takes_its_part_of_what_layers_have_and_the_first_what_comes_after_them():

@@ -185,6 +185,25 @@ def group_bytes(config: ModelConfig, group: TensorGroup, dtype: str) -> int:
     return _tensor_bytes(group, dtype, config, _packed_schemes(config, [group]) if dtype in ROUNDED_TO else None)
 
 
+def layer_reads(config: ModelConfig, dtype: str, rows: int) -> tuple[tuple[float, ...], float]:
+    """Bytes of each layer's weights that `rows` tokens read, about, and of those that belong to no layer.
+
+    Of experts those that one of the tokens at least has chosen, all being chosen equally often.
+
+    Raises:
+        ConfigError: if `dtype` is unknown.
+    """
+    _require_dtype(dtype)
+    layers = tuple(reads_of(config, layer_groups(config, layer), dtype, rows) for layer in range(config.num_layers))
+    return layers, reads_of(config, layer_groups(config, None), dtype, rows)
+
+
+def reads_of(config: ModelConfig, groups: Iterable[TensorGroup], dtype: str, rows: int) -> float:
+    """Bytes that `rows` tokens read of some tensors, as `layer_reads` counts them."""
+    chosen = {group: 1 - (1 - group.used / group.count) ** rows for group in groups}
+    return sum(part * group.count * group_bytes(config, group, dtype) for group, part in chosen.items())
+
+
 def _require_dtype(dtype: str) -> None:
     if dtype not in WEIGHT_DTYPES:
         raise ConfigError(f"{dtype!r} is not a dtype for weights; choose from {', '.join(WEIGHT_DTYPES)}.")

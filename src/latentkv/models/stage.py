@@ -18,6 +18,12 @@ T = TypeVar("T")
 _LIKE = 0.1
 """Part of the largest memory up to which two memories count as one size: what is free differs a little every time."""
 
+GROUP_ROWS = 4
+"""Sequences of a group that is under way, about, by which stages are cut: of experts more are read with more rows."""
+
+_FILLED = 0.9
+"""Part of a memory that stages may fill to be fast: more is left for what is not counted."""
+
 _NONE = (math.inf, math.inf, 0)
 
 
@@ -76,14 +82,29 @@ def cuts_of(config: ModelConfig) -> tuple[int, ...]:
     )
 
 
-def cut(config: ModelConfig, sizes: Sequence[int], beside: int, memories: Sequence[int]) -> tuple[Stage, ...]:
-    """The stages of a model, one for each memory, cut so that the fullest memory is as empty as it can be.
+@dataclass(frozen=True)
+class Weighed:
+    """What layers weigh: each of them, and what the first stage has beside its own."""
+
+    layers: Sequence[float]
+    beside: float = 0
+
+    def of(self, stage: Stage) -> float:
+        """Of a stage."""
+        return sum(stage.own(self.layers)) + (self.beside if stage.is_first else 0)
+
+
+def cut(config: ModelConfig, size: Weighed, memories: Sequence[int], time: Weighed | None = None) -> tuple[Stage, ...]:
+    """The stages of a model, one for each memory.
+
+    Where they fit, the slowest stage is as fast as it can be, for it sets the pace of all; where they do not, or nobody
+    says what takes how long, the fullest memory is as empty as it can be.
 
     Args:
         config: the model.
-        sizes: bytes of each layer, its cache included.
-        beside: bytes that the first stage has beside its layers.
+        size: bytes of each layer, its cache included.
         memories: bytes that each process may fill, in the order of the stages.
+        time: that each layer takes in a step, in any unit.
 
     Raises:
         ConfigError: the model cannot be cut into so many stages.
@@ -96,26 +117,45 @@ def cut(config: ModelConfig, sizes: Sequence[int], beside: int, memories: Sequen
         )
     # Memories that are nearly alike count as alike, or stages would differ from start to start.
     most = max(*memories, 1)
-    rooms = [max(round(memory / most / _LIKE), 1) for memory in memories]
-    before = [0]
-    for size in sizes:
-        before.append(before[-1] + size)
+    rooms = [max(round(memory / most / _LIKE), 1) * most * _LIKE for memory in memories]
+    fast = None
+    if time is not None:
+        fast = _best(allowed, config.num_layers, [_Room(time, size, room * _FILLED) for room in rooms])
+    return fast or _best(allowed, config.num_layers, [_Room(size, size, math.inf, room) for room in rooms]) or ()
+
+
+@dataclass(frozen=True)
+class _Room:
+    """A process: what counts of its stage, over `per`, where that is no larger than `most`."""
+
+    counted: Weighed
+    size: Weighed
+    most: float
+    per: float = 1
+
+    def full(self, stage: Stage) -> float:
+        return self.counted.of(stage) / self.per if self.size.of(stage) <= self.most else math.inf
+
+
+def _best(allowed: Sequence[int], num_layers: int, rooms: Sequence[_Room]) -> tuple[Stage, ...] | None:
+    """Stages whose fullest is as empty as it can be; of several the most even ones. None: they do not fit."""
     # best[k][j], where the first k stages end at allowed[j]: how full the fullest of them is, and then how uneven all
     # are, and where the k-th begins.
     best: list[dict[int, tuple[float, float, int]]] = [{0: (0.0, 0.0, 0)}]
-    for stage, room in enumerate(rooms):
+    for room in rooms:
         found: dict[int, tuple[float, float, int]] = {}
         for begin, (fullest, uneven, _) in best[-1].items():
             for end in range(begin + 1, len(allowed)):
-                held = before[allowed[end]] - before[allowed[begin]] + (0 if stage else beside)
-                full = held / room
+                full = room.full(Stage(allowed[begin], allowed[end], num_layers))
                 found[end] = min(found.get(end, _NONE), (max(fullest, full), uneven + full**2, begin))
         best.append(found)
     ends = [len(allowed) - 1]
-    for stage in range(count, 0, -1):
+    if best[-1][ends[0]][0] == math.inf:
+        return None
+    for stage in range(len(rooms), 0, -1):
         ends.append(best[stage][ends[-1]][-1])
     bounds = [allowed[end] for end in reversed(ends)]
-    return tuple(Stage(first, last, config.num_layers) for first, last in pairwise(bounds))
+    return tuple(Stage(first, last, num_layers) for first, last in pairwise(bounds))
 
 
 class Absent(nn.Module):

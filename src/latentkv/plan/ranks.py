@@ -13,8 +13,8 @@ from itertools import pairwise
 
 from latentkv.errors import RequestError
 from latentkv.models.config import ModelConfig
-from latentkv.models.parameters import TensorGroup, group_bytes, layer_groups, layer_weight_bytes
-from latentkv.models.stage import Stage, cut
+from latentkv.models.parameters import group_bytes, layer_groups, layer_reads, layer_weight_bytes
+from latentkv.models.stage import GROUP_ROWS, Stage, Weighed, cut
 from latentkv.models.stored_config import stored_dtype
 from latentkv.state.spec import PAGE_SIZE, KVFormat, bytes_per_token, page_bytes, sequence_bytes
 
@@ -139,7 +139,8 @@ def plan_ranks(
     pages = -(-context // PAGE_SIZE)
     cache = [batches[0] * (pages * page_bytes([spec]) + sequence_bytes([spec])) for spec in specs]
     sizes = [held + kept for held, kept in zip(weights, cache, strict=True)]
-    stages = cut(config, sizes, beside, [rank_memory] * num_ranks)
+    time = Weighed(*layer_reads(config, weights_dtype, GROUP_ROWS))
+    stages = cut(config, Weighed(sizes, beside), [rank_memory] * num_ranks, time)
     everywhere = sum(
         group.count * group_bytes(config, group, weights_dtype)
         for group in layer_groups(config, None)
@@ -175,19 +176,11 @@ class StepReads:
 
     def seconds(self, stage: Stage, kv_lens: Sequence[int]) -> float:
         """Of a stage's layers, and what is beside the first one's, for a token of each of some sequences so long."""
-        groups = [group for layer in range(stage.first, stage.last) for group in layer_groups(self.config, layer)]
-        if stage.is_first:
-            groups += layer_groups(self.config, None)
-        read = sum(_bytes_read(self.config, group, self.weights_dtype, len(kv_lens)) for group in groups)
+        layers, beside = layer_reads(self.config, self.weights_dtype, len(kv_lens))
+        read = sum(stage.own(layers)) + (beside if stage.is_first else 0)
         specs = stage.own(self.config.specs(self.kv_dtype))
         read += sum(kv_lens) * bytes_per_token(specs) + len(kv_lens) * sequence_bytes(specs)
         return read / self.bandwidth
-
-
-def _bytes_read(config: ModelConfig, group: TensorGroup, dtype: str, rows: int) -> float:
-    """What `rows` tokens read of some tensors: of the experts those that one of them at least has chosen."""
-    chosen = 1 - (1 - group.used / group.count) ** rows
-    return chosen * group.count * group_bytes(config, group, dtype)
 
 
 def _speed(
