@@ -78,16 +78,16 @@ def test_line_02_merging_an_empty_part_changes_nothing_and_two_empty_parts_stay_
 
 def test_line_08_every_request_gets_exactly_one_last_answer_even_if_steps_fail(monkeypatch) -> None:
     llm = LLM(dtype="fp32", kv_cache_bytes=4 << 20)
-    read, calls = llm.engine.runner.read, 0
+    submit, calls = llm.engine.runner.submit, 0
 
     def sometimes(*args):
         nonlocal calls
         calls += 1
         if calls % 4 == 0:
             raise RuntimeError("a step failed")
-        return read(*args)
+        return submit(*args)
 
-    monkeypatch.setattr(llm.engine.runner, "read", sometimes)
+    monkeypatch.setattr(llm.engine.runner, "submit", sometimes)
     thread = EngineThread(llm.engine)
     thread.start()
     got: dict[int, list[Event | Exception]] = {}

@@ -128,7 +128,7 @@ import sys, threading
 import latentkv.engine.runner as runner
 from latentkv.cli.app import main
 def broken(*_): raise RuntimeError("broken")
-runner.Runner.read = broken
+runner.Runner.submit = broken
 main()
 """
 

@@ -101,7 +101,7 @@ def test_line_05_steps_that_keep_failing_end_the_engine_openly(own: Live, monkey
         raise RuntimeError("broken")
 
     assert get(own, "/health")[0] == 200
-    monkeypatch.setattr(own.llm.engine.runner, "read", broken)
+    monkeypatch.setattr(own.llm.engine.runner, "submit", broken)
     answers = [post(own, "/v1/completions", {"prompt": "x", "max_tokens": 2})[0] for _ in range(4)]
     assert answers[:2] == [500, 500]
     assert answers[3] == 503
