@@ -9,8 +9,8 @@ Workload.TestCase.settings = settings(max_examples=10, stateful_step_count=25, d
 HybridWorkload.TestCase.settings = settings(max_examples=8, stateful_step_count=25, deadline=None)
 StoredHybridWorkload.TestCase.settings = settings(max_examples=8, stateful_step_count=25, deadline=None)
 StoredWorkload.TestCase.settings = settings(max_examples=10, stateful_step_count=30, deadline=None)
-RanksWorkload.TestCase.settings = settings(max_examples=10, stateful_step_count=25, deadline=None)
-RanksHybridWorkload.TestCase.settings = settings(max_examples=8, stateful_step_count=25, deadline=None)
+RanksWorkload.TestCase.settings = settings(max_examples=8, stateful_step_count=25, deadline=None)
+RanksHybridWorkload.TestCase.settings = settings(max_examples=4, stateful_step_count=25, deadline=None)
 TestWorkload = Workload.TestCase
 TestHybridWorkload = HybridWorkload.TestCase
 TestStoredHybridWorkload = StoredHybridWorkload.TestCase

@@ -104,10 +104,16 @@ def alone(plan: TrainingPlan, tmp_path: Path) -> Path:
     return one.out
 
 
-@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.rank)])
-def test_several_processes_have_the_losses_of_one(plan: TrainingPlan, alone: Path, size: int):
-    assert train(size, plan, OPTIONS) == [True] * size
-    assert_trained_alike(plan.out, alone, 1e-5)
+@pytest.mark.parametrize(
+    ("size", "steps"),
+    [(2, 4), pytest.param(2, 20, marks=pytest.mark.rank), pytest.param(4, 20, marks=pytest.mark.rank)],
+)
+def test_several_processes_have_the_losses_of_one(plan: TrainingPlan, tmp_path: Path, size: int, steps: int):
+    options = replace(OPTIONS, steps=steps, eval_every=steps // 2)
+    assert train(size, plan, options) == [True] * size
+    one = replace(plan, out=tmp_path / "one")
+    assert train_model(one, options, Console(file=StringIO()))
+    assert_trained_alike(plan.out, one.out, 1e-5)
 
 
 @pytest.mark.rank
