@@ -38,8 +38,9 @@ if task["stop_after"]:
 task["options"]["betas"] = tuple(task["options"]["betas"])
 ranks = DataRanks.join()
 plan = TrainingPlan(*map(Path, task["plan"]))
-done = train_model(plan, TrainOptions(**task["options"]), ranks=ranks)
-ranks.leave()
+with ranks.together():
+    done = train_model(plan, TrainOptions(**task["options"]), ranks=ranks)
+    ranks.leave()
 print(json.dumps(done))
 """
 )
@@ -179,7 +180,9 @@ def test_a_killed_process_ends_the_others_and_the_run_goes_on_from_its_last_chec
             assert time.monotonic() < deadline and ranks[0].poll() is None
             time.sleep(0.01)
         ranks[1].send_signal(signal.SIGKILL)
+        said = ranks[0].stderr.read()
         assert ranks[0].wait(30) not in (0, None)
+    assert "RankError: Rank 1 is gone, or another one" in said
     assert train(2, plan, OPTIONS) == [True, True]
     assert_trained_alike(plan.out, alone, 1e-5)
 

@@ -77,8 +77,9 @@ def compare(
         eval_bytes=eval_bytes,
     )
     err = console(stderr=True)
-    report = compare_attention(data, eval_file, out, options, err, speed=not no_speed, ranks=ranks)
-    ranks.leave()
+    with ranks.together():
+        report = compare_attention(data, eval_file, out, options, err, speed=not no_speed, ranks=ranks)
+        ranks.leave()
     if report is None:
         err.print("Stopped and saved. The same command goes on from there.")
         raise typer.Exit(130)

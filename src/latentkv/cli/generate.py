@@ -94,6 +94,8 @@ def generate(
 
     Example: latentkv generate "It was a dark night" --max-tokens 100 --seed 1
     """
+    # Other ranks wait for this one's to be loaded, not for what somebody writes.
+    given = _read_given(prompt, token_ids) if pipeline_parallel == 1 else None
     from latentkv import SamplingParams
 
     params = SamplingParams(
@@ -120,20 +122,17 @@ def generate(
         trust_network=trust_network,
     )
     chosen.enter_ranks()
-    # Other ranks wait for this one's to be loaded, not for what somebody writes.
-    llm = chosen.load() if chosen.pipeline_parallel > 1 else None
-    text = _read_prompt(prompt)
-    ids = _read_ids(text) if token_ids else None
-    llm = llm or chosen.load()
+    llm = chosen.load()
+    given = _read_given(prompt, token_ids) if given is None else given
     if llm.store:
         note(store_summary(llm.store))
-    run = _Run(llm, text if ids is None else ids, params)
+    run = _Run(llm, given, params)
     if as_json:
         run.finish()
         print_json(run.as_json())
         return
-    if sys.stdout.isatty() and ids is None:  # so that the text reads as a whole
-        console().print(text, style="dim", markup=False, soft_wrap=True, end="")
+    if sys.stdout.isatty() and isinstance(given, str):  # so that the text reads as a whole
+        console().print(given, style="dim", markup=False, soft_wrap=True, end="")
     for piece in run.pieces():
         if stream:
             print(piece, end="", flush=True)
@@ -206,6 +205,11 @@ class _Run:
             "mha_cache_bytes_per_token": mha_bytes(self.llm.config),
             "cache_allocated_bytes": self.llm.cache.allocated_bytes,
         }
+
+
+def _read_given(words: list[str], token_ids: bool) -> str | list[int]:
+    text = _read_prompt(words)
+    return _read_ids(text) if token_ids else text
 
 
 def _read_prompt(words: list[str]) -> str:

@@ -115,7 +115,8 @@ def train(
         rope_scaling=rope_scaling,
         restart=restart,
     )
-    complete = train_model(plan, options, ranks=ranks)
-    ranks.leave()
+    with ranks.together():
+        complete = train_model(plan, options, ranks=ranks)
+        ranks.leave()
     if not complete:
         raise typer.Exit(130)

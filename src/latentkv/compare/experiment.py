@@ -98,8 +98,8 @@ class _Experiment:
 
     def _finish_all(self, runs: Sequence[Run]) -> bool:
         """Have the results of runs, of which other processes train theirs; whether nobody was interrupted."""
-        if self._ranks.size > 1:
-            with self._ranks.first_alone():
+        with self._ranks.first_alone():
+            if self._ranks.size > 1 and self._ranks.is_first:
                 self._folder.prepare(runs, self._console)
         finished = all(self._finish(run) for run in self._ranks.own(runs))
         if self._ranks.any(not finished):

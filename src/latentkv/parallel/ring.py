@@ -34,8 +34,9 @@ class Ring:
         """
         try:
             for part in (message.head(), message.body()):
-                if len(part):
-                    self._under_way.append((message.number, _started(dist.isend(part, self.after)), part))
+                work = dist.isend(part, self.after) if len(part) else None
+                if work is not None:
+                    self._under_way.append((message.number, work, part))
         except RuntimeError as error:
             raise RankError(self.after, "is gone") from error
 
@@ -80,8 +81,3 @@ class Ring:
             self._under_way.popleft()[1].wait()
         except RuntimeError as error:
             raise RankError(self.after, "is gone") from error
-
-
-def _started(work: dist.Work | None) -> dist.Work:
-    assert work is not None  # noqa: S101 - None is for ranks outside of a group, and this one is in it
-    return work

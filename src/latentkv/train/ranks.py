@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+_GLOO = "gloo"
+"""Stands in what torch says of a connection that has ended."""
+
 TIMEOUT = 120.0
 """Seconds without a word of a process after which it is given up."""
 
@@ -53,6 +56,23 @@ class DataRanks:
         """Whether this process reports and writes what is there once."""
         return self.rank == 0
 
+    @contextmanager
+    def together(self) -> Generator[None]:
+        """Work of all processes: when one of them is gone, whatever the others wait for ends in one sentence.
+
+        Raises:
+            RankError: one of them is gone.
+        """
+        try:
+            yield
+        except BaseException as error:
+            if self._ranks is None:
+                raise
+            if isinstance(error, RuntimeError) and _GLOO in str(error):
+                raise self._ranks.culprit(RankError(0 if self.rank else 1, "is gone, or another one")) from error
+            self._ranks.give_up(error)
+            raise
+
     def leave(self) -> None:
         """Wait for the others, and part."""
         if self._ranks:
@@ -60,17 +80,9 @@ class DataRanks:
             self._ranks.leave()
 
     def wait(self) -> None:
-        """Until all have come here.
-
-        Raises:
-            RankError: one of them is gone.
-        """
-        if not self._ranks:
-            return
-        try:
+        """Until all have come here."""
+        if self._ranks:
             dist.barrier()
-        except RuntimeError as error:
-            raise RankError(0 if self.rank else 1, "is gone, or another one") from error
 
     @contextmanager
     def first_alone(self) -> Generator[None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import hashlib
 import json
 import shutil
@@ -273,8 +274,10 @@ def _tokenizer(plan: TrainingPlan, corpus: Corpus, vocab_size: int, console: Con
     source = plan.tokenizer or plan.init
     if source is not None:
         for name in TOKENIZER_FILES:
-            if (source / name).is_file() and source.resolve() != plan.out.resolve():
-                shutil.copyfile(source / name, plan.out / name)
+            theirs, own = source / name, plan.out / name
+            # What is there already may be being read by another process of this run.
+            if theirs.is_file() and not (own.exists() and filecmp.cmp(theirs, own, shallow=False)):
+                shutil.copyfile(theirs, own)
     elif plan.restart or not has_tokenizer(plan.out):
         console.print(f"Training a BPE tokenizer of {vocab_size} tokens ...")
         save_tokenizer(train_bpe(corpus.training_texts(), vocab_size), plan.out)
