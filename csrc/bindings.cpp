@@ -15,6 +15,7 @@ void bind_index(nb::module_& m);
 void bind_linear(nb::module_& m);
 void bind_moe(nb::module_& m);
 void bind_recurrent(nb::module_& m);
+void bind_shared(nb::module_& m);
 void bind_small(nb::module_& m);
 }  // namespace latentkv
 
@@ -45,5 +46,6 @@ NB_MODULE(_native, m) {
   latentkv::bind_linear(m);
   latentkv::bind_moe(m);
   latentkv::bind_recurrent(m);
+  latentkv::bind_shared(m);
   latentkv::bind_small(m);
 }

@@ -74,7 +74,7 @@ void bind_moe(nb::module_& m) {
       recordable(+[](Isa isa, Address gate_up, int gate_up_format, std::int64_t gate_up_group, Address down, int down_format,
          std::int64_t down_group, std::int64_t experts, std::int64_t zero_experts, std::int64_t dim, std::int64_t inner,
          Address x, std::int64_t x_stride, int dtype, std::int64_t tokens, Address ids, Address weights, std::int64_t chosen,
-         Address out, Address residual, int residual_dtype, double limit,
+         Address out, int out_dtype, Address residual, int residual_dtype, double limit,
          bool bounds_gate) -> std::int64_t {
         GatedProducts all{};
         all.gate_up = packed_weight(gate_up, gate_up_format, experts, 2 * inner, dim, gate_up_group);
@@ -83,7 +83,7 @@ void bind_moe(nb::module_& m) {
         all.limit = (float)limit;
         all.bounds_gate = bounds_gate;
         all.chosen = chosen;
-        all.out = output(out, dim, dtype, residual, residual_dtype);
+        all.out = output(out, dim, out_dtype, residual, residual_dtype);
         const auto* choices = reinterpret_cast<const std::int64_t*>(ids);
         const std::int64_t bad = first_unknown(choices, tokens * chosen, experts + zero_experts);
         if (bad >= 0) return bad;
@@ -105,7 +105,7 @@ void bind_moe(nb::module_& m) {
       "gated_mlp",
       recordable(+[](Isa isa, Address gate_up, int gate_up_format, std::int64_t gate_up_group, Address down, int down_format,
          std::int64_t down_group, std::int64_t outs, std::int64_t dim, std::int64_t inner, Address x,
-         std::int64_t x_stride, int dtype, std::int64_t tokens, Address out, Address residual, int residual_dtype,
+         std::int64_t x_stride, int dtype, std::int64_t tokens, Address out, int out_dtype, Address residual, int residual_dtype,
          double limit, bool bounds_gate) {
         GatedProducts all{};
         all.gate_up = packed_weight(gate_up, gate_up_format, 1, 2 * inner, dim, gate_up_group);
@@ -114,7 +114,7 @@ void bind_moe(nb::module_& m) {
         all.limit = (float)limit;
         all.bounds_gate = bounds_gate;
         all.chosen = 1;
-        all.out = output(out, outs, dtype, residual, residual_dtype);
+        all.out = output(out, outs, out_dtype, residual, residual_dtype);
         in_passes(all, [&](std::int64_t, GatedProducts& p) {
           Routing& r = routing();
           r.all_to_one(p.x.rows);

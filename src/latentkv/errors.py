@@ -68,3 +68,4 @@ class StageError(LatentKVError):
     def __init__(self, rank: int, reason: str) -> None:
         super().__init__(f"Rank {rank} could not compute its part of a step: {reason}")
         self.rank = rank
+        self.why = reason

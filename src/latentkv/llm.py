@@ -94,6 +94,8 @@ class LLM:
         pipeline_parallel: processes that torchrun has started to run the model together, each with its own layers, as
             docs/parallel.md tells. In all but the first this call does not return: it serves the first one, and ends
             the process (`SystemExit`) when that has ended.
+        tensor_parallel: processes of one machine that work on each layer together, each with its own heads and width
+            of experts: one for each socket, say. With both there are pipeline_parallel times as many.
         rank_timeout: seconds without a word of one of these processes after which it is given up.
         trust_network: let them talk over addresses that are not private; nothing that they say is secret there.
 
@@ -139,6 +141,7 @@ class LLM:
         packed_dir: str | Path | None = "auto",
         packed_dir_bytes: int | None = None,
         pipeline_parallel: int = 1,
+        tensor_parallel: int = 1,
         rank_timeout: float = RANK_TIMEOUT,
         trust_network: bool = False,
     ) -> None:
@@ -159,11 +162,12 @@ class LLM:
             cache_dir_bytes=cache_dir_bytes,
             packed_dir=packed_dir,
             packed_dir_bytes=packed_dir_bytes,
-            pipeline_parallel=as_num_ranks(pipeline_parallel),
+            pipeline_parallel=as_num_ranks(pipeline_parallel, "pipeline_parallel"),
+            tensor_parallel=as_num_ranks(tensor_parallel, "tensor_parallel"),
             rank_timeout=as_rank_timeout(rank_timeout),
             trust_network=trust_network,
         )
-        if pipeline_parallel > 1:
+        if options.num_ranks > 1:
             prepare_process()
         worker = Worker()
         weakref.finalize(self, worker.stop)

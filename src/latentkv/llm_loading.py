@@ -28,7 +28,7 @@ from latentkv.llm_options import (
     require_int8_products,
     tokenizer_of,
 )
-from latentkv.llm_stages import agree_on_stage, require_can_be_cut, require_some_rounded_input, shared_cache
+from latentkv.llm_stages import agree_on_stage, require_can_be_cut, require_some_rounded_input, shared_cache, team_of
 from latentkv.models.config import ModelConfig
 from latentkv.models.decoder import Decoder
 from latentkv.models.fingerprint import model_fingerprint
@@ -65,10 +65,15 @@ def load(model: str | Path | None, options: LoadOptions) -> LoadedModel:
 
     In a rank that is not the driver it loads that rank's stage and runs it to the end, and then raises `SystemExit`.
     """
-    if options.pipeline_parallel == 1:
+    if options.num_ranks == 1:
         return _load(model, options, None)
     require_can_be_cut(options)
-    ranks = join(options.pipeline_parallel, timeout=options.rank_timeout, trust_network=options.trust_network)
+    ranks = join(
+        options.pipeline_parallel,
+        team_size=options.tensor_parallel,
+        timeout=options.rank_timeout,
+        trust_network=options.trust_network,
+    )
     try:
         return _load(model, options, ranks)
     except SystemExit:
@@ -98,16 +103,20 @@ def _load(model: str | Path | None, options: LoadOptions, ranks: Ranks | None) -
     if packing is not None and packing.rounds_input:
         require_rounded_input(decoder) if ranks is None else require_some_rounded_input(ranks, decoder)
     config = decoder.config
-    by_mtp = decoder.stage.is_first and drafts_by_mtp(options.draft, decoder) and options.speculate > 0
+    by_mtp = decoder.stage.reads_tokens and drafts_by_mtp(options.draft, decoder) and options.speculate > 0
     free = free_memory(options.device) // (ranks.local_size if ranks else 1)
     if packed_file:
         free = beside_weights(free, packed_file.nbytes, folder)
     fmt = kv_format(options.kv_dtype, decoder.dtype)
-    specs = config.specs(fmt, mtp=decoder.dtype if by_mtp else None, most_drafted=options.speculate)
+    kept = decoder.stage.shard.config(config)
+    specs = kept.specs(fmt, mtp=decoder.dtype if by_mtp else None, most_drafted=options.speculate)
+    team = None
     if ranks:
+        if (team := team_of(ranks, config, decoder.stage.shard)) is not None:
+            decoder.join(team)
         cache = shared_cache(ranks, decoder, specs, max_context, free, options)
         if not ranks.is_driver:
-            run_stage(decoder, cache, ranks.ring)
+            run_stage(decoder, cache, ranks.ring, team)
             ranks.leave()
             raise SystemExit(0)
     else:
@@ -129,7 +138,7 @@ def _load(model: str | Path | None, options: LoadOptions, ranks: Ranks | None) -
         drafter=_drafter(decoder, cache, by_mtp, options),
         most_drafted=options.speculate,
         store=store,
-        pipeline=Pipeline(ranks) if ranks else None,
+        pipeline=Pipeline(ranks, team) if ranks else None,
     )
     return LoadedModel(folder, config, tokenizer, max_context, decoder, packed_file, cache, store, engine, ranks)
 

@@ -68,8 +68,14 @@ class LoadOptions:
     packed_dir: str | Path | None
     packed_dir_bytes: int | None
     pipeline_parallel: int
+    tensor_parallel: int
     rank_timeout: float
     trust_network: bool
+
+    @property
+    def num_ranks(self) -> int:
+        """Processes that run the model together."""
+        return self.pipeline_parallel * self.tensor_parallel
 
 
 def embedded_model() -> Path:
@@ -193,10 +199,10 @@ def as_device(device: str | torch.device) -> torch.device:
     return resolved
 
 
-def as_num_ranks(asked: object) -> int:
-    """How many processes run a model together."""
+def as_num_ranks(asked: object, name: str) -> int:
+    """How many processes run a model together, as the option of this name says."""
     if type(asked) is not int or asked < 1:
-        raise ConfigError(f"pipeline_parallel={asked!r} is no number of processes: give 1 or more.")
+        raise ConfigError(f"{name}={asked!r} is no number of processes: give 1 or more.")
     return asked
 
 

@@ -17,8 +17,10 @@ from latentkv.models.config import ModelConfig
 from latentkv.models.decoder import Decoder
 from latentkv.models.packing import Packing, packed_weights, require_rounded_input
 from latentkv.models.parameters import checkpoint_dtype, layer_reads, layer_weight_bytes
+from latentkv.models.shard import Shard, require_can_be_shared_out
 from latentkv.models.stage import GROUP_ROWS, Stage, Weighed, cut
-from latentkv.parallel import Ranks
+from latentkv.ops.native.shared_sum import SharedSum
+from latentkv.parallel import Ranks, ShardTeam, sums_of
 from latentkv.state import LEAST_SLOTS, PAGE_SIZE, LayerSpec, PagedCache, page_bytes, pages_and_slots, sequence_bytes
 
 logger = logging.getLogger("latentkv.parallel")
@@ -28,13 +30,14 @@ _GIB = 2**30
 
 def require_can_be_cut(options: LoadOptions) -> None:
     """Raise `ConfigError` for what a model in several processes cannot do."""
+    asked = "pipeline_parallel" if options.pipeline_parallel > 1 else "tensor_parallel"
     if options.cache_dir is not None:
         raise ConfigError(
-            "cache_dir cannot be had with pipeline_parallel, for each rank has the pages of its own layers alone: "
+            f"cache_dir cannot be had with {asked}, for each rank has the pages of its own layers alone: "
             "leave one of them out."
         )
     if options.device.type != "cpu":
-        raise ConfigError("pipeline_parallel runs on CPUs: leave out device, or run on one GPU without it.")
+        raise ConfigError(f"{asked} runs on CPUs: leave out device, or run on one GPU without it.")
 
 
 def agree_on_stage(
@@ -46,10 +49,10 @@ def agree_on_stage(
     max_context: int,
     options: LoadOptions,
 ) -> Stage:
-    """The layers of this rank.
+    """The layers of this rank, or its shard of them.
 
     Raises:
-        ConfigError: the ranks are not alike, or the model cannot be cut into so many stages.
+        ConfigError: the ranks are not alike, or the model cannot be cut into so many stages or shards.
         RankError: another rank has ended.
     """
     ranks.agree(
@@ -63,19 +66,40 @@ def agree_on_stage(
             "max_context": max_context,
             "kv_cache_bytes": options.kv_cache_bytes,
             "speculate": options.speculate,
+            "tensor_parallel": options.tensor_parallel,
         }
     )
+    shard = Shard(ranks.rank - ranks.team[0], len(ranks.team))
+    require_can_be_shared_out(config, shard.count)
     ranks.tell("memory", {"free": free_memory(options.device) // ranks.local_size})
-    memories = [said["free"] for said in ranks.hear_all("memory")]
+    free = [said["free"] for said in ranks.hear_all("memory")]
+    # A stage has as much room as its shards have together; latents are in each of these.
+    memories = [shard.count * min(free[rank : rank + shard.count]) for rank in range(0, ranks.size, shard.count)]
     weights, beside = _weight_bytes(config, reader, packing)
     specs = config.specs(kv_format(options.kv_dtype, dtype), most_drafted=options.speculate)
     pages = -(-max_context // PAGE_SIZE)
     if options.kv_cache_bytes is not None:
         pages = pages_and_slots(specs, options.kv_cache_bytes)[0]
-    sizes = [held + pages * page_bytes([spec]) for held, spec in zip(weights, specs, strict=True)]
+    sizes = [held + shard.count * pages * page_bytes([spec]) for held, spec in zip(weights, specs, strict=True)]
     stored = checkpoint_dtype(config) if packing is None or packing.format is None else packing.format.name
     time = Weighed(*layer_reads(config, stored, GROUP_ROWS))
-    return cut(config, Weighed(sizes, beside), memories, time)[ranks.rank]
+    return cut(config, Weighed(sizes, beside), memories, time)[ranks.stage].sharded(shard)
+
+
+def team_of(ranks: Ranks, config: ModelConfig, shard: Shard) -> ShardTeam | None:
+    """The ranks that share the layers of this one's stage out; None: it has them alone.
+
+    Raises:
+        ConfigError: they are not on one machine.
+        RankError: another rank has ended.
+    """
+    if shard.is_whole:
+        return None
+    widths = [len(shard.head_rows(config.vocab_size, index)) for index in range(shard.count)]
+    sums = sums_of(ranks)
+    if isinstance(sums, SharedSum):
+        ranks.when_lost = sums.abandon
+    return ShardTeam(ranks.rank, ranks.team, widths, sums, ranks.loss)
 
 
 def require_some_rounded_input(ranks: Ranks, decoder: Decoder) -> None:
@@ -125,7 +149,7 @@ def shared_cache(
         ranks.size,
         decoder.stage,
         cache.allocated_bytes / _GIB,
-        "" if ranks.is_driver else "; it waits for rank 0",
+        "" if ranks.is_driver else f"; it waits for rank {0 if ranks.rank == ranks.team[0] else ranks.team[0]}",
     )
     if ranks.is_driver:
         ranks.hear_all("ready")

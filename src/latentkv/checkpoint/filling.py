@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import cast
 
 import torch
 from torch import Tensor
 
+from latentkv.checkpoint.cuts import Cut
 from latentkv.checkpoint.layouts import foreign_names
 from latentkv.checkpoint.names import layer_of, mtp_index, published_parts, text_model_names
 from latentkv.checkpoint.tensors import Tensors
@@ -20,6 +20,7 @@ _NAMED_AT_MOST = 3
 _SHARED_BY_MTP = (".embed_tokens.weight", ".shared_head.head.weight")
 _OF_INDEXER = ".self_attn.indexer."
 _RATES = ".A_log"
+_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
 class Match:
@@ -27,6 +28,7 @@ class Match:
 
     Attributes:
         mtp_modules: the k of every `mtp.{k}` that the checkpoint holds; drop the others.
+        cuts: what the decoder has of tensors that it has a part of.
     """
 
     def __init__(
@@ -43,6 +45,22 @@ class Match:
         self._sources = sources
         self._order = {source: index for index, source in enumerate(reader.names)}
         self._num_layers = num_layers
+        self.cuts: Mapping[str, Cut] = {}
+        self._zeros: frozenset[str] = frozenset()
+
+    def cut(self, cuts: Mapping[str, Cut], zeros: Iterable[str] = ()) -> Match:
+        """The same for a decoder that has parts of some of the tensors.
+
+        Args:
+            cuts: what it has of which; a part of the embedding may be called `lm_head.weight`, if it has no other.
+            zeros: those that are zero here, whatever the checkpoint has.
+        """
+        parts, sources = dict(self._parts), dict(self._sources)
+        if _HEAD in cuts and _HEAD not in parts:
+            parts[_HEAD], sources[_HEAD] = (_HEAD,), sources[_EMBEDDING]
+        match = Match(self._reader, parts, sources, self._num_layers, self.mtp_modules)
+        match.cuts, match._zeros = cuts, frozenset(zeros)
+        return match
 
     @torch.no_grad()
     def fill(self, state: Mapping[str, Tensor]) -> None:
@@ -54,13 +72,18 @@ class Match:
         Raises:
             CheckpointError: a tensor cannot be read.
         """
-        targets = {part: view for name, tensor in state.items() for part, view in self._views(name, tensor)}
+        targets = {part: (name, view) for name, tensor in state.items() for part, view in self._views(name, tensor)}
         for part in sorted(targets, key=lambda part: self._order.get(self._sources.get(part, ""), -1)):
-            if part in self._sources:
-                stored = self._reader.read(self._sources[part], dtype=targets[part].dtype)
-                targets[part].copy_(stored.view_as(targets[part]) if part.endswith(_RATES) else stored)
-            else:
-                targets[part].zero_()
+            name, target = targets[part]
+            if part not in self._sources or name in self._zeros:
+                target.zero_()
+                continue
+            stored = self._reader.read(self._sources[part], dtype=target.dtype)
+            if part.endswith(_RATES):
+                stored, target = stored.flatten(), target.flatten()
+            if name in self.cuts:
+                stored = self.cuts[name].of_stored(stored, target, state[name])
+            target.copy_(stored)
 
     def quantized(self, state: Mapping[str, Tensor]) -> dict[str, QuantizedWeight]:
         """Those of some of the decoder's tensors that the checkpoint holds quantised, as they are stored.
@@ -73,39 +96,78 @@ class Match:
         Raises:
             CheckpointError: a tensor cannot be read.
         """
-        found: dict[str, QuantizedWeight] = {}
-        for name, tensor in state.items():
-            sources = [self._sources.get(part) for part in self._parts[name]]
-            if sources[0] is not None and (first := self._reader.quantized(sources[0])) is not None:
-                shared = (*tensor.shape[:-1], first.scales.shape[-1])
-                whole = replace(
-                    first,
-                    codes=torch.empty(tensor.shape, dtype=torch.int8),
-                    scales=first.scales.new_empty(shared),
-                    minima=None if first.minima is None else first.scales.new_empty(shared),
-                )
-                if self._join(name, whole):
-                    found[name] = whole
-        return found
 
-    def _join(self, name: str, whole: QuantizedWeight) -> bool:
-        """Fill `whole` from the parts that the checkpoint has of the decoder's tensor `name`; False: they differ."""
-        views = [
-            dict(self._views(name, tensor))
-            for tensor in (whole.codes, whole.scales, whole.minima)
-            if tensor is not None
-        ]
+        def stored(source: str, cut: Cut | None) -> QuantizedWeight | None:
+            weight = self._reader.quantized(source)
+            return weight if weight is None or cut is None else cut.of_quantized(weight)
+
+        joined = {name: self._join(name, tensor, stored) for name, tensor in state.items()}
+        return {name: weight for name, weight in joined.items() if weight is not None}
+
+    def rounded(
+        self, name: str, tensor: Tensor, quantize: Callable[[Tensor], QuantizedWeight]
+    ) -> QuantizedWeight | None:
+        """One of the decoder's tensors, of which it has a part: that part of the whole, quantised.
+
+        Args:
+            name: in the decoder.
+            tensor: only its shape matters, and the dtype that is quantised.
+            quantize: [O, D] or [E, O, D], each row by itself.
+
+        Returns:
+            None where the parts are too small for its groups.
+
+        Raises:
+            CheckpointError: a tensor cannot be read.
+        """
+
+        def made(source: str, cut: Cut | None) -> QuantizedWeight | None:
+            whole = self._reader.read(source, dtype=tensor.dtype)
+            if cut is None or cut.axis == -2:  # rows are quantised each by itself
+                return quantize(whole if cut is None else cut.of(whole))
+            return cut.of_quantized(quantize(whole))
+
+        return self._join(name, tensor, made)
+
+    def _join(
+        self, name: str, tensor: Tensor, given_by: Callable[[str, Cut | None], QuantizedWeight | None]
+    ) -> QuantizedWeight | None:
+        """One of the decoder's tensors, of what is given for each of its parts; None: of one nothing, or not alike.
+
+        Args:
+            name: in the decoder.
+            tensor: only its shape matters.
+            given_by: what gives the part of a tensor of the checkpoint.
+        """
+        joined: QuantizedWeight | None = None
+        views: list[dict[str, Tensor]] = []
+        cut = self.cuts.get(name)
+        if cut is not None and len(self._parts[name]) > 1:
+            cut = replace(cut, pieces=1)  # each of which is a tensor of the checkpoint
         for part in self._parts[name]:
-            stored = self._reader.quantized(self._sources[part])
-            if stored is None or not stored.is_like(whole):
-                return False
-            for view, numbers in zip(views, (stored.codes, stored.scales, stored.minima), strict=False):
-                view[part].copy_(cast(Tensor, numbers))
-        return True
+            given = given_by(self._sources[part], cut) if part in self._sources else None
+            if given is None or (joined is not None and not given.is_like(joined)):
+                return None
+            if joined is None:
+                shared = (*tensor.shape[:-1], given.scales.shape[-1])
+                joined = replace(
+                    given,
+                    codes=torch.empty(tensor.shape, dtype=torch.int8),
+                    scales=given.scales.new_empty(shared),
+                    minima=None if given.minima is None else given.scales.new_empty(shared),
+                )
+                views = [dict(self._views(name, numbers)) for numbers in _numbers(joined)]
+            for view, numbers in zip(views, _numbers(given), strict=True):
+                view[part].copy_(numbers)
+        return joined
 
     def _views(self, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
         """The checkpoint's names for a tensor of the decoder, each with its view of `tensor`."""
         return published_parts(name, tensor, self._num_layers, fused=self._parts[name])
+
+
+def _numbers(weight: QuantizedWeight) -> list[Tensor]:
+    return [weight.codes, weight.scales] + ([] if weight.minima is None else [weight.minima])
 
 
 def match_parameters(

@@ -29,6 +29,7 @@ from latentkv.cli.options import (
     RankTimeoutOption,
     SeedOption,
     TemperatureOption,
+    TensorParallelOption,
     TopKOption,
     TopPOption,
     TrustNetworkOption,
@@ -78,6 +79,7 @@ def chat(
     no_packed_dir: NoPackedDirOption = False,
     packed_dir_bytes: PackedDirBytesOption = None,
     pipeline_parallel: PipelineParallelOption = 1,
+    tensor_parallel: TensorParallelOption = 1,
     rank_timeout: RankTimeoutOption = 60,
     trust_network: TrustNetworkOption = False,
 ) -> None:
@@ -103,6 +105,7 @@ def chat(
         no_packed_dir=no_packed_dir,
         packed_dir_bytes=packed_dir_bytes,
         pipeline_parallel=pipeline_parallel,
+        tensor_parallel=tensor_parallel,
         rank_timeout=rank_timeout,
         trust_network=trust_network,
     )

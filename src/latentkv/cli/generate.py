@@ -31,6 +31,7 @@ from latentkv.cli.options import (
     RankTimeoutOption,
     SeedOption,
     TemperatureOption,
+    TensorParallelOption,
     TopKOption,
     TopPOption,
     TrustNetworkOption,
@@ -83,6 +84,7 @@ def generate(
     no_packed_dir: NoPackedDirOption = False,
     packed_dir_bytes: PackedDirBytesOption = None,
     pipeline_parallel: PipelineParallelOption = 1,
+    tensor_parallel: TensorParallelOption = 1,
     rank_timeout: RankTimeoutOption = 60,
     trust_network: TrustNetworkOption = False,
     stream: Annotated[bool, typer.Option("--stream/--no-stream", help="Print text as it comes, or at the end.")] = True,
@@ -95,7 +97,7 @@ def generate(
     Example: latentkv generate "It was a dark night" --max-tokens 100 --seed 1
     """
     # Other ranks wait for this one's to be loaded, not for what somebody writes.
-    given = _read_given(prompt, token_ids) if pipeline_parallel == 1 else None
+    given = _read_given(prompt, token_ids) if pipeline_parallel * tensor_parallel == 1 else None
     from latentkv import SamplingParams
 
     params = SamplingParams(
@@ -118,6 +120,7 @@ def generate(
         no_packed_dir=no_packed_dir,
         packed_dir_bytes=packed_dir_bytes,
         pipeline_parallel=pipeline_parallel,
+        tensor_parallel=tensor_parallel,
         rank_timeout=rank_timeout,
         trust_network=trust_network,
     )

@@ -84,6 +84,14 @@ PipelineParallelOption = Annotated[
         help="Processes that run the model together, each with its own layers; over several machines by torchrun.",
     ),
 ]
+TensorParallelOption = Annotated[
+    int,
+    typer.Option(
+        min=1,
+        max=1024,
+        help="Processes of one machine that work on each layer together, each with its own heads and width of experts.",
+    ),
+]
 RankTimeoutOption = Annotated[
     float, typer.Option(min=2, max=86400, help="Seconds without a word of one of them after which it is given up.")
 ]
@@ -118,6 +126,7 @@ class ModelChoice:
     no_packed_dir: bool = False
     packed_dir_bytes: str | None = None
     pipeline_parallel: int = 1
+    tensor_parallel: int = 1
     rank_timeout: float = 60
     trust_network: bool = False
 
@@ -128,14 +137,15 @@ class ModelChoice:
             end_seconds: that the processes may take to end after a signal.
             engine: as in `load`.
         """
-        if self.pipeline_parallel == 1:
+        size = self.pipeline_parallel * self.tensor_parallel
+        if size == 1:
             return
         from latentkv.parallel.process import is_driver, world_size
 
         if world_size() == 1:
             from latentkv.parallel.launch import launch
 
-            raise typer.Exit(launch(self.pipeline_parallel, sys.argv[1:], end_seconds=end_seconds))
+            raise typer.Exit(launch(size, sys.argv[1:], end_seconds=end_seconds))
         if not is_driver():
             logging.basicConfig(level=logging.INFO, format="%(message)s")
             self.load(**engine)
@@ -162,6 +172,7 @@ class ModelChoice:
                 cache_dir_bytes=CACHE_DIR_BYTES if self.cache_dir_bytes is None else parse_bytes(self.cache_dir_bytes),
                 **packed_options(self.packed_dir, self.no_packed_dir, self.packed_dir_bytes),
                 pipeline_parallel=self.pipeline_parallel,
+                tensor_parallel=self.tensor_parallel,
                 rank_timeout=self.rank_timeout,
                 trust_network=self.trust_network,
                 **engine,

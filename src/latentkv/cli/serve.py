@@ -25,6 +25,7 @@ from latentkv.cli.options import (
     PackedDirOption,
     PipelineParallelOption,
     RankTimeoutOption,
+    TensorParallelOption,
     TrustNetworkOption,
     WeightsOption,
     cache_summary,
@@ -74,6 +75,7 @@ def serve(
     no_packed_dir: NoPackedDirOption = False,
     packed_dir_bytes: PackedDirBytesOption = None,
     pipeline_parallel: PipelineParallelOption = 1,
+    tensor_parallel: TensorParallelOption = 1,
     rank_timeout: RankTimeoutOption = 60,
     trust_network: TrustNetworkOption = False,
     tool_format: Annotated[
@@ -125,6 +127,7 @@ def serve(
         no_packed_dir=no_packed_dir,
         packed_dir_bytes=packed_dir_bytes,
         pipeline_parallel=pipeline_parallel,
+        tensor_parallel=tensor_parallel,
         rank_timeout=rank_timeout,
         trust_network=trust_network,
     )

@@ -115,7 +115,12 @@ class Runner:
         )
         # Drafts are checked in the form in which tokens are decoded one by one: they give the same bits.
         form: Form | None = "absorbed" if any(sequence.draft for sequence in sequences) else None
-        hidden = self.replay.run(batch, self.decoder.inputs, form=form)
+        if self._pipeline is None:
+            hidden = self.replay.run(batch, self.decoder.inputs, form=form)
+        else:
+            x = self.decoder.embedded(batch)
+            with self._pipeline.leading(batch, form, x):
+                hidden = self.replay.run(batch, lambda batch: (x, self.decoder.rotary(batch.positions)), form=form)
         for sequence, count in zip(sequences, counts, strict=True):
             if sequence.slot:
                 sequence.slot.num_tokens = sequence.num_cached + _committed(sequence, count)

@@ -33,6 +33,7 @@ from latentkv.models.moe import Experts, MoE, Router
 from latentkv.models.packing import Packer
 from latentkv.models.recurrent import RecurrentAttention
 from latentkv.models.rope import Rotary, rotary
+from latentkv.models.shard import Team
 from latentkv.models.stage import Absent, Stage
 from latentkv.state import LayerState, PagedCache
 from latentkv.weights import PackedWeight
@@ -48,11 +49,20 @@ _WITH_EXACT_PARTS = (
 )
 
 
+_SUMMED = ("mlp", "experts", "shared_expert", "o_proj", "down_proj")
+"""Ends of the names of modules that give what is added to the residual stream."""
+
+
 class DecoderLayer(nn.Module):
     """Norm, attention, residual; norm, feed-forward (dense or experts), residual; experts at the end of a shortcut.
 
     Where the model has several residual streams, a hyper-connection takes the residual's place around each block.
+
+    Attributes:
+        team: the processes whose shards of this layer add up, where there are several.
     """
+
+    team: Team | None = None
 
     def __init__(self, config: ModelConfig, layer: LayerConfig, *, max_context: int) -> None:
         super().__init__()
@@ -92,10 +102,10 @@ class DecoderLayer(nn.Module):
             if batch is None or state is None:
                 block = self.self_attn(h, positions)
             else:
-                block = self.self_attn.attend(h, positions, batch, state, None, form)
+                block = self._attend(h, positions, batch, state, None, form)
             x = self.attn_hc.write(x, block, mix)
             h, mix = self.ffn_hc.read(x)
-            return self.ffn_hc.write(x, self.mlp(self.post_attention_layernorm(h)), mix)
+            return self.ffn_hc.write(x, self._feed(self.post_attention_layernorm(h), None), mix)
         if batch is None or state is None:
             x = self._add(x, self.self_attn(self.input_layernorm(x), positions))
             h = self.post_attention_layernorm(x)
@@ -103,11 +113,40 @@ class DecoderLayer(nn.Module):
         # Blocks add the residual stream themselves, which saves a rounding, unless they are to be multiplied first.
         plain = self.residual_multiplier == 1.0
         h, residual = self.input_layernorm(x), x if plain else None
-        block = self.self_attn.attend(h, positions, batch, state, residual, form)
+        block = self._attend(h, positions, batch, state, residual, form)
         x = block if plain else self._add(x, block)
         h, residual = self.post_attention_layernorm(x), x if plain else None
-        block = self.mlp(h, residual)
+        block = self._feed(h, residual)
         return self._follow_shortcut(h, block if plain else self._add(x, block), positions)
+
+    def _attend(
+        self,
+        h: Tensor,
+        positions: Rotary,
+        batch: Batch,
+        state: LayerState,
+        residual: Tensor | None,
+        form: Form | None,
+    ) -> Tensor:
+        """What attention gives, plus the residual."""
+        if self.team is None:
+            return self.self_attn.attend(h, positions, batch, state, residual, form)
+        return self.team.combine(self.self_attn.attend(h, positions, batch, state, None, form), residual, h.dtype)
+
+    def _feed(self, h: Tensor, residual: Tensor | None) -> Tensor:
+        """What the feed-forward block gives, plus the residual; experts see to their sum themselves."""
+        if self.team is None or isinstance(self.mlp, MoE):
+            return self.mlp(h, residual)
+        return self.team.combine(self.mlp(h), residual, h.dtype)
+
+    def join(self, team: Team) -> None:
+        """Have what blocks give added up with the other shards'. Parts of sums are float32."""
+        self.team = team
+        for name, module in self.named_modules():
+            if isinstance(module, MoE):
+                module.team = team
+            if isinstance(module, MLP | Experts | Linear) and name.endswith(_SUMMED):
+                module.out_dtype = torch.float32
 
     def _follow_shortcut(self, h: Tensor, x: Tensor, positions: Rotary) -> Tensor:
         """x, with what the experts at a shortcut's end give; where one begins, h is left for them."""
@@ -223,7 +262,7 @@ class Decoder(nn.Module):
         max_context: the longest sequence this instance will see; None: `config.max_positions`.
 
     Attributes:
-        stage: the layers that are here; other processes have the others.
+        stage: the layers, or shards of layers, that are here; other processes have the others.
 
     Raises:
         ConfigError: the layers differ in their rotary embedding.
@@ -237,6 +276,8 @@ class Decoder(nn.Module):
         self.max_context = max_context or config.max_positions
         self.rope = config.rope  # a step has one set of angles
         self.stage = Stage.whole(config.num_layers)
+        self.is_tied = config.tie_word_embeddings
+        self._team: Team | None = None
         self.model = Trunk(config, max_context=self.max_context)
         if not config.tie_word_embeddings:
             self.lm_head = OutputHead(config.hidden_size, config.vocab_size, exact=config.exact_head)
@@ -276,7 +317,11 @@ class Decoder(nn.Module):
 
     def inputs(self, batch: Batch) -> tuple[Tensor, Rotary]:
         """Embeddings [T, hidden], one for each residual stream where there are several, and rotary angles."""
-        return self._streams(self.embed(batch.input_ids)), self.rotary(batch.positions)
+        return self.embedded(batch), self.rotary(batch.positions)
+
+    def embedded(self, batch: Batch) -> Tensor:
+        """Embeddings of new tokens [T, hidden], one for each residual stream where there are several."""
+        return self._streams(self.embed(batch.input_ids))
 
     def rotary(self, positions: Tensor) -> Rotary:
         """Angles of tokens at `positions` [...] int64."""
@@ -366,6 +411,10 @@ class Decoder(nn.Module):
         Inference computes them in float32 whatever the dtype of the weights; training, where a rounding does not
         choose a token, in the weights' own.
         """
+        return self.own_logits(hidden) if self._team is None else self._team.logits(hidden, self.own_logits)
+
+    def own_logits(self, hidden: Tensor) -> Tensor:
+        """Those that this process computes: of the tokens of its shard of the output head."""
         if self.config.logit_multiplier != 1.0:
             hidden = hidden * self.config.logit_multiplier
         weight = self.output_weight
@@ -377,7 +426,7 @@ class Decoder(nn.Module):
     @property
     def output_weight(self) -> Tensor | PackedWeight:
         """[V, hidden]: the output head's weight, or the embedding's where they are tied."""
-        if self.config.tie_word_embeddings:
+        if self.is_tied:
             return self.model.embed_tokens.weight if self.packed_embedding is None else self.packed_embedding
         return self.lm_head.weight if self.lm_head.packed is None else self.lm_head.packed
 
@@ -391,14 +440,14 @@ class Decoder(nn.Module):
         parts: list[tuple[str, nn.Module | None]] = [("model.embed_tokens", self.model.embed_tokens)]
         parts += [(f"model.layers.{index}", layer) for index, layer in enumerate(self.model.layers)]
         parts += [("model.norm", self.model.norm), ("model.hc_head", self.model.hc_head)]
-        if not self.config.tie_word_embeddings:
+        if not self.is_tied:
             parts.append(("lm_head", self.lm_head))
         parts += [(f"mtp.{index}", module) for index, module in enumerate(self.mtp)]
         yield from ((name, part) for name, part in parts if part is not None and not isinstance(part, Absent))
 
     def pack(self, packer: Packer) -> None:
         """See `Packable`: an output head that is tied to the embedding gets a packed copy of it."""
-        if self.config.tie_word_embeddings and self.stage.is_first:
+        if self.is_tied and self.stage.is_first:
             self.packed_embedding = packer.copy("model.embed_tokens.weight", as_name="lm_head.weight")
 
     def moe_layers(self) -> list[MoE]:
@@ -428,16 +477,42 @@ class Decoder(nn.Module):
         self.mtp = nn.ModuleList(module for index, module in enumerate(self.mtp) if index in keep)
 
     def keep_stage(self, stage: Stage) -> None:
-        """Leave out what other processes have; the names of what stays are the same."""
+        """Leave out what other processes have; the names of what stays are the same.
+
+        Where layers are shared out, what stays of them is new, and holds nothing: only a decoder without storage is
+        made a shard. Its output head is one of its own then, tied or not.
+        """
         self.stage = stage
         held = stage.own(range(self.config.num_layers))
-        layers = (layer if index in held else Absent() for index, layer in enumerate(self.model.layers))
+        layers = (self._share(index) if index in held else Absent() for index in range(self.config.num_layers))
         self.model.layers = nn.ModuleList(layers)
-        if not stage.is_first:
+        if stage.is_first and not stage.shard.is_whole:
+            rows = stage.shard.head_rows(self.config.vocab_size)
+            with torch.device("meta"):
+                head = OutputHead(self.config.hidden_size, len(rows), exact=self.config.exact_head)
+            self.lm_head, self.is_tied = head.to(self.dtype), False
+        if not stage.reads_tokens:
             self.mtp = nn.ModuleList()
             self.model.register_module("embed_tokens", Absent())
-            if not self.config.tie_word_embeddings:
-                self.register_module("lm_head", Absent())
+        if not stage.is_first and not self.is_tied:
+            self.register_module("lm_head", Absent())
+        if not stage.shard.is_whole:
+            self.keep_choices_exact()
+
+    def _share(self, index: int) -> nn.Module:
+        """A layer, or this process's shard of it."""
+        if self.stage.shard.is_whole:
+            return self.model.layers[index]
+        with torch.device("meta"):
+            layer = DecoderLayer(*self.stage.shard.layer(self.config, index), max_context=self.max_context)
+        return layer.to(self.dtype)
+
+    def join(self, team: Team) -> None:
+        """Have layers and output head add up with the other shards of this stage."""
+        self._team = team if self.stage.is_first else None
+        for layer in self.model.layers:
+            if isinstance(layer, DecoderLayer):
+                layer.join(team)
 
     def _streams(self, x: Tensor) -> Tensor:
         """What the first layer reads of embeddings [..., hidden]: each residual stream begins with them."""

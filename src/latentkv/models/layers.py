@@ -39,13 +39,15 @@ class GatedRMSNorm(nn.Module):
 
 
 class Linear(nn.Linear):
-    """`x W^T + b`, W as trained or packed for inference."""
+    """`x W^T + b`, W as trained or packed for inference; the result has `out_dtype`, or x's dtype."""
 
     packed: PackedWeight | None = None
+    out_dtype: torch.dtype | None = None
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """[..., in] -> [..., out], plus the residual [..., out]."""
-        return ops.linear(input, self.weight if self.packed is None else self.packed, self.bias, residual=residual)
+        weight = self.weight if self.packed is None else self.packed
+        return ops.linear(input, weight, self.bias, residual=residual, out_dtype=self.out_dtype)
 
     def pack(self, packer: Packer) -> None:
         """See `Packable`."""
@@ -80,10 +82,14 @@ class Embedding(nn.Embedding):
 
 
 class MLP(nn.Module):
-    """SwiGLU feed-forward block (arXiv 2002.05202); `limit` bounds its activation, see `ops.silu_mul`."""
+    """SwiGLU feed-forward block (arXiv 2002.05202); `limit` bounds its activation, see `ops.silu_mul`.
+
+    The result has `out_dtype`, or x's dtype.
+    """
 
     gate_up: PackedWeight | None = None
     down: PackedWeight | None = None
+    out_dtype: torch.dtype | None = None
 
     def __init__(
         self, hidden_size: int, intermediate_size: int, *, bias: bool = False, limit: ops.SwigluLimit | None = None
@@ -98,7 +104,9 @@ class MLP(nn.Module):
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """[..., hidden] -> [..., hidden], plus the residual."""
         if self.gate_up is not None and self.down is not None:
-            return ops.gated_mlp(x, self.gate_up, self.down, residual=residual, limit=self.limit)
+            return ops.gated_mlp(
+                x, self.gate_up, self.down, residual=residual, limit=self.limit, out_dtype=self.out_dtype
+            )
         if self.limit is not None:
             gate_up = torch.cat([self.gate_proj(x), self.up_proj(x)], dim=-1)
             return self.down_proj(ops.silu_mul(gate_up, self.limit), residual)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from latentkv.checkpoint.cuts import Cut
 from latentkv.checkpoint.filling import Match, match_parameters
-from latentkv.checkpoint.names import export_names, inside_wrapper
+from latentkv.checkpoint.names import export_names, inside_wrapper, published_name
 from latentkv.checkpoint.tensors import Tensors
 from latentkv.checkpoint.wrapper import text_config
 from latentkv.checkpoint.writer import write_checkpoint
@@ -20,8 +23,10 @@ from latentkv.models.families import FAMILIES
 from latentkv.models.packing import Packer, PackerOf, Packing, pack_module, takes_packed
 from latentkv.models.stage import Stage
 from latentkv.models.stored_config import DTYPE_NAMES, open_checkpoint, stored_dtype
+from latentkv.weights import QuantizedWeight, quantize_weight
+from latentkv.weights.policy import choose_scheme
 
-_EMBEDDING = "model.embed_tokens.weight"
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _EXACT = (
     *("e_score_correction_bias", "expert_bias", "router.classifier.weight", "index_kpool_compress_ape"),
     *("A_log", "dt_bias", "_conv1d.weight"),
@@ -90,7 +95,19 @@ def match_decoder(
     decoder.drop_mtp_modules(keep=match.mtp_modules)
     if stage is not None:
         decoder.keep_stage(stage)
+        if not stage.shard.is_whole:
+            match = _cut_match(decoder, match)
     return decoder, match
+
+
+def _cut_match(decoder: Decoder, match: Match) -> Match:
+    """Where a shard's parts of tensors lie."""
+    config, shard, names = decoder.config, decoder.stage.shard, list(decoder.state_dict())
+    cuts = {name: cut for name in names if (cut := shard.cut(config, name)) is not None}
+    if decoder.stage.is_first:
+        rows = shard.head_rows(config.vocab_size)
+        cuts[_HEAD] = Cut(-2, rows.start, rows.stop, config.vocab_size)
+    return match.cut(cuts, zeros=filter(shard.lacks, names))
 
 
 def empty_decoder(config: ModelConfig, *, dtype: torch.dtype | None, max_context: int | None) -> Decoder:
@@ -127,6 +144,8 @@ def load_part(
     packed = takes_packed(part)
     taken = {f"{name}.{leaf}": state[f"{name}.{leaf}"] for leaf in part.state_dict() if packed(leaf)}
     quantized = {} if packing is None else match.quantized(taken)
+    if packing is not None and packing.format is not None:
+        quantized |= _rounded(match, {leaf: t for leaf, t in taken.items() if leaf not in quantized}, packing)
     # Not by `to_empty`, for which torch's compiler would be loaded.
     storage = {leaf: torch.empty(t.shape, dtype=t.dtype, device=device) for leaf, t in part.state_dict().items()}
     part.load_state_dict(storage, assign=True)
@@ -135,9 +154,27 @@ def load_part(
         pack_module(part, packing, prefix=name, quantized=quantized, packer_of=packer_of)
 
 
+def _rounded(match: Match, state: Mapping[str, Tensor], packing: Packing) -> dict[str, QuantizedWeight]:
+    """Those of some of a shard's tensors that are to be quantised; a row is, before it is cut, and is so everywhere."""
+    found: dict[str, QuantizedWeight] = {}
+    for name, tensor in state.items():
+        cut = match.cuts.get(name)
+        if cut is None or packing.format is None:
+            continue
+        scheme = choose_scheme(
+            published_name(name, num_layers=0), cut.whole(tensor.shape), packing.format, packing.group
+        )
+        if scheme is not None:
+            quantize = partial(quantize_weight, fmt=scheme.format, group=scheme.group)
+            if (weight := match.rounded(name, tensor, quantize)) is None:
+                raise ConfigError(f"The parts of {name} are too small for groups of {scheme.group}: use fewer ranks.")
+            found[name] = weight
+    return found
+
+
 def pack_tied_head(decoder: Decoder, match: Match, packing: Packing, packer_of: PackerOf = Packer) -> None:
     """Pack what belongs to no part of a decoder: an output head that is tied to the embedding, which is filled."""
-    tied = decoder.config.tie_word_embeddings and decoder.stage.is_first
+    tied = decoder.is_tied and decoder.stage.is_first
     embedding = {_EMBEDDING: decoder.get_parameter(_EMBEDDING)} if tied else {}
     decoder.pack(packer_of(packing, decoder, "", match.quantized(embedding)))
 

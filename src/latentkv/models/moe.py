@@ -10,6 +10,7 @@ from latentkv import ops
 from latentkv.models.config import MoEConfig
 from latentkv.models.layers import MLP, RMSNorm
 from latentkv.models.packing import Packer
+from latentkv.models.shard import Team
 from latentkv.weights import PackedWeight
 
 
@@ -60,10 +61,14 @@ class Router(nn.Module):
 
 
 class Experts(nn.Module):
-    """The routed experts' weights, stacked, as trained or packed for inference."""
+    """The routed experts' weights, stacked, as trained or packed for inference.
+
+    The result has `out_dtype`, or x's dtype.
+    """
 
     gate_up: PackedWeight | None = None
     down: PackedWeight | None = None
+    out_dtype: torch.dtype | None = None
 
     def __init__(self, hidden_size: int, config: MoEConfig) -> None:
         super().__init__()
@@ -86,6 +91,7 @@ class Experts(nn.Module):
             residual=residual,
             limit=self.limit,
             num_zero_experts=self.num_zero_experts,
+            out_dtype=self.out_dtype,
         )
 
     def pack(self, packer: Packer) -> None:
@@ -98,7 +104,12 @@ class MoE(nn.Module):
 
     In training, `expert_counts` [E] int64 holds how many tokens the last forward sent to each expert, zero experts
     included (None before it).
+
+    Attributes:
+        team: the processes whose shards of these experts add up, where there are several.
     """
+
+    team: Team | None = None
 
     def __init__(self, hidden_size: int, config: MoEConfig, *, norm_eps: float, bias: bool = False) -> None:
         super().__init__()
@@ -122,12 +133,14 @@ class MoE(nn.Module):
         if self.training:
             self.expert_counts = torch.bincount(expert_ids.flatten(), minlength=self.config.num_choices)
         # What the experts' products are added to, in one sum: the shared experts', and the residual if no norm follows.
-        base = None if self.config.post_norm else residual
+        base = None if self.config.post_norm or self.team is not None else residual
         if self.config.num_shared_experts:
             base = self.shared_experts(x, base)
         if self.config.gated_shared_size:
             base = self._gated_shared(tokens, None if base is None else base.view_as(tokens))
         out = self.experts(tokens, expert_ids, weights, None if base is None else base.view_as(tokens)).view_as(x)
+        if self.team is not None:
+            out = self.team.combine(out, None if self.config.post_norm else residual, x.dtype)
         if not self.config.post_norm:
             return out
         normed = self.post_mlp_layernorm(out)
@@ -138,6 +151,8 @@ class MoE(nn.Module):
         expert_ids, weights = self.shared_expert_gate(tokens)
         gate_up, down = self.shared_expert.gate_up, self.shared_expert.down
         if gate_up is not None and down is not None:
-            return ops.moe_experts(tokens, expert_ids, weights, gate_up, down, residual=residual)
-        out = self.shared_expert(tokens) * weights.to(tokens.dtype)
+            out_dtype = self.shared_expert.out_dtype
+            return ops.moe_experts(tokens, expert_ids, weights, gate_up, down, residual=residual, out_dtype=out_dtype)
+        out = self.shared_expert(tokens)
+        out = out * weights.to(out.dtype)
         return out if residual is None else out + residual

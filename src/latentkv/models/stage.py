@@ -1,10 +1,10 @@
-"""`Stage`: the layers of a model that one process holds, and where a model may be cut into such."""
+"""`Stage`: what of a model one process holds, and where a model may be cut into such."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TypeVar
 
@@ -12,6 +12,7 @@ from torch import nn
 
 from latentkv.errors import ConfigError
 from latentkv.models.config import ModelConfig
+from latentkv.models.shard import WHOLE, Shard
 
 T = TypeVar("T")
 
@@ -29,15 +30,17 @@ _NONE = (math.inf, math.inf, 0)
 
 @dataclass(frozen=True)
 class Stage:
-    """Layers `first` to `last` - 1 of a model of `num_layers`.
+    """Layers `first` to `last` - 1 of a model of `num_layers`, or a shard of each of them.
 
     The first stage has the embedding, the output head and the MTP modules beside them: it reads tokens and chooses
-    them. Every stage has the final norm, which is small; the last one applies it.
+    them. Of its shards each has a part of the head, and the first one all the rest. Every stage has the final norm,
+    which is small; the last one applies it.
     """
 
     first: int
     last: int
     num_layers: int
+    shard: Shard = WHOLE
 
     @classmethod
     def whole(cls, num_layers: int) -> Stage:
@@ -46,8 +49,13 @@ class Stage:
 
     @property
     def is_first(self) -> bool:
-        """Whether it has the embedding and the output head."""
+        """Whether it has the output head, or a shard of it."""
         return self.first == 0
+
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether it has the embedding, and the MTP modules."""
+        return self.is_first and self.shard.is_first
 
     @property
     def is_last(self) -> bool:
@@ -57,7 +65,11 @@ class Stage:
     @property
     def is_whole(self) -> bool:
         """Whether it is the only one."""
-        return self.is_first and self.is_last
+        return self.is_first and self.is_last and self.shard.is_whole
+
+    def sharded(self, shard: Shard) -> Stage:
+        """The shard of these layers."""
+        return replace(self, shard=shard)
 
     def own(self, of_layers: Sequence[T]) -> tuple[T, ...]:
         """Its own part of something that each layer has; what comes after the last layer (MTP's) is the first stage's.
@@ -65,12 +77,13 @@ class Stage:
         Args:
             of_layers: the layers' in their order, then perhaps one of an MTP module.
         """
-        beside = of_layers[self.num_layers :] if self.is_first else ()
+        beside = of_layers[self.num_layers :] if self.reads_tokens else ()
         return (*of_layers[self.first : self.last], *beside)
 
     def __str__(self) -> str:
-        """In words: "layers 0-13"."""
-        return f"layer {self.first}" if self.last == self.first + 1 else f"layers {self.first}-{self.last - 1}"
+        """In words: "layers 0-13", "part 1 of 2 of layers 0-13"."""
+        layers = f"layer {self.first}" if self.last == self.first + 1 else f"layers {self.first}-{self.last - 1}"
+        return layers if self.shard.is_whole else f"part {self.shard.index + 1} of {self.shard.count} of {layers}"
 
 
 def cuts_of(config: ModelConfig) -> tuple[int, ...]:

@@ -25,6 +25,7 @@ def moe_experts(
     residual: Tensor | None = None,
     limit: SwigluLimit | None = None,
     num_zero_experts: int = 0,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """`sum_k weights[t, k] * down_e (silu(gate_e x_t) * up_e x_t)`, e = expert_ids[t, k] (arXiv 2401.06066, eq. 3).
 
@@ -42,9 +43,10 @@ def moe_experts(
         residual: [T, D] added to the sum before it is rounded, or None.
         limit: of the activation, see `silu_mul`.
         num_zero_experts: numbered from E on, each gives a token back as it is (arXiv 2509.01322, section 2.1).
+        out_dtype: of the result; None is x's.
 
     Returns:
-        [T, D] in x's dtype; the weighted sum is taken in the wider of the experts' and the weights' dtype.
+        [T, D]; the weighted sum is taken in the wider of the experts' and the weights' dtype.
 
     Raises:
         OpError: the shapes do not fit together.
@@ -56,10 +58,11 @@ def moe_experts(
         require_shape("residual", residual, (x.shape[0], x.shape[1]))
     require_integers("expert_ids", expert_ids)
     num_experts = _require_experts(x, gate_up, down)
+    out_dtype = out_dtype or x.dtype
     if expert_ids.numel() == 0:
-        return torch.zeros_like(x) if residual is None else residual.to(x.dtype, copy=True)
+        return torch.zeros_like(x, dtype=out_dtype) if residual is None else residual.to(out_dtype, copy=True)
     if isinstance(gate_up, PackedWeight) and isinstance(down, PackedWeight):
-        fast = native.moe_experts(x, expert_ids, weights, gate_up, down, residual, limit, num_zero_experts)
+        fast = native.moe_experts(x, expert_ids, weights, gate_up, down, residual, limit, num_zero_experts, out_dtype)
         if fast is not None:
             return fast
     require_floats(x=x, weights=weights, residual=residual)
@@ -68,7 +71,7 @@ def moe_experts(
     # On a GPU, its kernels do not wait to read the choices; elsewhere they are checked.
     choices = num_experts + num_zero_experts
     counts = _tokens_per_expert(expert_ids, choices) if expert_ids.is_cpu else None
-    if isinstance(gate_up, Tensor) and isinstance(down, Tensor) and limit is None:
+    if isinstance(gate_up, Tensor) and isinstance(down, Tensor) and limit is None and out_dtype == x.dtype:
         fast = triton.moe_experts(x, expert_ids, weights, gate_up, down, residual, num_zero_experts)
         if fast is not None:
             return fast
@@ -80,7 +83,7 @@ def moe_experts(
     outputs += sorted_x[num_experts:]
     chosen = torch.cat(outputs)[torch.argsort(order)].view(*expert_ids.shape, -1)
     result = (chosen * weights.unsqueeze(-1)).sum(dim=1)
-    return (result if residual is None else result + residual).to(x.dtype)
+    return (result if residual is None else result + residual).to(out_dtype)
 
 
 def gated_mlp(
@@ -90,6 +93,7 @@ def gated_mlp(
     *,
     residual: Tensor | None = None,
     limit: SwigluLimit | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """`down (silu(gate x) * up x) + residual` (SwiGLU, arXiv 2002.05202).
 
@@ -102,9 +106,10 @@ def gated_mlp(
         down: one packed [O, I].
         residual: [..., O] or None.
         limit: of the activation, see `silu_mul`.
+        out_dtype: of the result; None is x's.
 
     Returns:
-        [..., O] in x's dtype.
+        [..., O].
 
     Raises:
         OpError: the shapes do not fit together.
@@ -119,11 +124,12 @@ def gated_mlp(
         require_shape("residual", residual, (*x.shape[:-1], outs))
     rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
     rows_residual = residual if residual is None or x.ndim == 2 else residual.reshape(-1, outs)
-    out = native.gated_mlp(rows, gate_up, down, rows_residual, limit)
+    out_dtype = out_dtype or x.dtype
+    out = native.gated_mlp(rows, gate_up, down, rows_residual, limit, out_dtype)
     if out is None:
         require_floats(x=x, residual=residual)
         out = _gated(rows, gate_up, down, limit)
-        out = (out if rows_residual is None else out + rows_residual).to(x.dtype)
+        out = (out if rows_residual is None else out + rows_residual).to(out_dtype)
     return out if x.ndim == 2 else out.view(*x.shape[:-1], outs)
 
 

@@ -28,6 +28,7 @@ class Kind(IntEnum):
     COPY = 1
     FAILED = 2
     STOP = 3
+    LOGITS = 4
 
 
 @dataclass(frozen=True)
@@ -36,10 +37,10 @@ class Message:
 
     Attributes:
         kind: STEP, the new tokens of a step; COPY, one slot's recurrent states into another; FAILED, a rank could not
-            compute its part of a step; STOP, the end.
+            compute its part of a step; STOP, the end; LOGITS, of some final hidden states.
         number: of the step; of COPY that of the next one.
         numbers: int32, of STEP a batch (`batch_numbers`), of COPY the two slots, of FAILED the rank.
-        x: of STEP hidden states, of FAILED what happened, in UTF-8.
+        x: of STEP and LOGITS hidden states, of FAILED what happened, in UTF-8.
     """
 
     kind: Kind

@@ -1,4 +1,4 @@
-"""`Pipeline`: the driver's end, from which steps go through the stages of the other ranks and come back."""
+"""`Pipeline`: the driver's end, from which steps go to the other ranks, and through their stages, and come back."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from latentkv.models.batch import Batch
 from latentkv.models.forms import Form
 from latentkv.parallel.messages import Kind, Message, batch_numbers
 from latentkv.parallel.ranks import Ranks
+from latentkv.parallel.team import ShardTeam
 
 
 class Pipeline:
@@ -24,22 +25,46 @@ class Pipeline:
 
     Args:
         ranks: of the driver, which is the first one.
+        team: of the first stage, where it has several.
 
     Attributes:
-        depth: steps that can be under way at once, so that every rank has work.
+        depth: steps that can be under way at once, so that every stage has work.
     """
 
-    def __init__(self, ranks: Ranks) -> None:
-        self.depth = ranks.size
-        self._ranks, self._ring = ranks, ranks.ring
+    def __init__(self, ranks: Ranks, team: ShardTeam | None = None) -> None:
+        self.depth = ranks.ring.size
+        self._ranks, self._ring, self._team = ranks, ranks.ring, team
         self._next = 0
         self._under_way: deque[int] = deque()
+        self._here: deque[Tensor] = deque()  # of the only stage
         self._why_closed = ""
 
     @property
     def num_under_way(self) -> int:
         """Steps that are submitted and not collected."""
         return len(self._under_way)
+
+    @contextmanager
+    def leading(self, batch: Batch, form: Form | None, x: Tensor) -> Generator[None]:
+        """Have the other ranks of this stage compute their shards of a step while the driver computes its own.
+
+        Args:
+            batch: its tokens.
+            form: of latent attention.
+            x: what the first layer reads.
+
+        Raises:
+            EngineStoppedError: it is closed, or was interrupted.
+            StageError: another rank could not compute its part of it.
+            RankError: another rank is gone.
+        """
+        if self._team is None:
+            yield
+            return
+        with self._whole():
+            self._team.tell(Message(Kind.STEP, self._next, batch_numbers(batch, form), x))
+        with self._team.step():
+            yield
 
     def submit(self, batch: Batch, form: Form | None, x: Tensor) -> None:
         """Send a step on its way.
@@ -54,7 +79,10 @@ class Pipeline:
             RankError: another rank is gone.
         """
         with self._whole():
-            self._ring.send(Message(Kind.STEP, self._next, batch_numbers(batch, form), x))
+            if self.depth > 1:
+                self._ring.send(Message(Kind.STEP, self._next, batch_numbers(batch, form), x))
+            else:
+                self._here.append(x)
             self._under_way.append(self._next)
             self._next += 1
 
@@ -68,6 +96,8 @@ class Pipeline:
         """
         with self._whole():
             number = self._under_way.popleft()
+            if self._here:
+                return self._here.popleft()
             message = self._ring.receive()
             self._ring.arrived(number)
             if message.number != number or message.kind not in (Kind.STEP, Kind.FAILED) or message.x is None:
@@ -84,7 +114,11 @@ class Pipeline:
             RankError: another rank is gone.
         """
         with self._whole():
-            self._ring.send(Message(Kind.COPY, self._next, torch.tensor([source, target], dtype=torch.int32)))
+            message = Message(Kind.COPY, self._next, torch.tensor([source, target], dtype=torch.int32))
+            if self._team is not None:
+                self._team.tell(message)
+            if self.depth > 1:
+                self._ring.send(message)
 
     def close(self) -> None:
         """Let the other ranks end, and wait until they have heard of it; more than once does no harm.
@@ -96,10 +130,15 @@ class Pipeline:
             return
         with self._whole():
             self._why_closed = "The other ranks have ended: start all of them again."
-            self._ring.send(Message(Kind.STOP, self._next))
-            while self._ring.receive().kind != Kind.STOP:  # of steps that nobody waited for
-                pass
-            self._ring.flush()
+            message = Message(Kind.STOP, self._next)
+            if self._team is not None:
+                self._team.tell(message)
+                self._team.flush()
+            if self.depth > 1:
+                self._ring.send(message)
+                while self._ring.receive().kind != Kind.STOP:  # of steps that nobody waited for
+                    pass
+                self._ring.flush()
         self._ranks.leave()
 
     @contextmanager
@@ -112,9 +151,7 @@ class Pipeline:
         try:
             yield
         except RankError as error:
-            self._ranks.lost = self._ranks.culprit(error)
-            self._ranks.watch.stop()
-            raise self._ranks.lost from error
+            raise self._ranks.loss(error) from error
         except BaseException:
             self._why_closed = "It was interrupted while it talked to the other ranks: start all of them again."
             raise

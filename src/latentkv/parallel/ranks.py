@@ -8,7 +8,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
@@ -35,33 +35,56 @@ _HAS_TO_BE_ALIKE = "has to be the same on every rank: start them alike"
 
 
 class Ranks:
-    """This process among all.
+    """This process among all: each stage has a team of so many ranks, one after the other.
 
     Args:
         store: that all share.
         rank: this process.
         size: of all.
+        team_size: ranks of a stage.
         local_size: processes on this machine.
         timeout: seconds without a word of a rank after which it is given up.
 
     Attributes:
-        ring: for what is sent from step to step.
+        ring: for what is sent from stage to stage; of this rank if it is the first of its team, else of that one.
+        team: the ranks of this one's stage.
         watch: who is alive.
         lost: what became of a rank that was lost: nothing can be computed any more.
+        when_lost: called when one is.
     """
 
-    def __init__(self, store: Store, rank: int, size: int, local_size: int, timeout: float) -> None:
+    def __init__(
+        self, store: Store, rank: int, size: int, local_size: int, timeout: float, *, team_size: int = 1
+    ) -> None:
         self.rank, self.size, self.local_size, self.timeout = rank, size, local_size, timeout
-        self.ring = Ring(rank, size)
+        first = rank - rank % team_size
+        self.team = range(first, first + team_size)
+        self.ring = Ring(first, range(0, size, team_size))
         self._store = store
-        self._neighbours: list[int] = []  # descriptors of the other processes on this machine
+        self._places: list[dict[str, Any]] = []
+        self._neighbours: dict[int, int] = {}  # descriptors of the other processes on this machine
         self.lost: RankError | None = None
+        self.when_lost: Callable[[], None] = _nothing
         self.watch = Watch(store.clone(), rank, size, timeout, before_the_end=self._lose)
 
     @property
     def is_driver(self) -> bool:
         """Whether this rank has the requests."""
         return self.rank == 0
+
+    @property
+    def stage(self) -> int:
+        """The number of this rank's stage."""
+        return self.rank // len(self.team)
+
+    def is_beside(self, rank: int) -> bool:
+        """Whether a rank is on the same machine; known once all have agreed."""
+        own, other = self._places[self.rank]["machine"], self._places[rank]["machine"]
+        return rank == self.rank or bool(own and own == other)
+
+    def ended(self, rank: int) -> int:
+        """A descriptor that is readable once a rank on the same machine has ended; -1 where there is none."""
+        return self._neighbours.get(rank, -1)
 
     def tell(self, what: str, said: Mapping[str, Any]) -> None:
         """Let the others know something, once."""
@@ -95,6 +118,13 @@ class Ranks:
         with suppress(RuntimeError):  # the store is gone
             self.tell("ended", {"why": said, "because_of": error.rank if isinstance(error, RankError) else None})
 
+    def loss(self, error: RankError) -> RankError:
+        """What became of the first rank that was lost, where an error tells of one that is gone."""
+        if self.lost is None:
+            self.lost = self.culprit(error)
+            self.watch.stop()
+        return self.lost
+
     def culprit(self, error: RankError) -> RankError:
         """Of an error that tells of a neighbour who is gone: of the rank that ended first, which it may be or not."""
         rank, seen = error.rank, {self.rank}
@@ -114,7 +144,7 @@ class Ranks:
 
     def _end_neighbours(self) -> None:
         """Kill the other ranks on this machine: one of all is lost, and one that hangs would stay for ever."""
-        for process in self._neighbours:
+        for process in self._neighbours.values():
             with suppress(OSError):
                 signal.pidfd_send_signal(process, signal.SIGKILL)
 
@@ -125,13 +155,13 @@ class Ranks:
             ConfigError: it is not; the sentence names the rank and both values. Every rank raises it.
         """
         self.tell("where", {"host": socket.gethostname(), "machine": _machine(), "process": os.getpid()})
-        places = self.hear_all("where")
-        self._neighbours = [
-            descriptor
+        places = self._places = self.hear_all("where")
+        self._neighbours = {
+            rank: descriptor
             for rank, each in enumerate(places)
-            if rank != self.rank and each["machine"] and each["machine"] == places[self.rank]["machine"]
+            if rank != self.rank and self.is_beside(rank)
             if (descriptor := _held(each["process"])) is not None
-        ]
+        }
         self.tell("agree", {**_program(), **said})
         first, *others = self.hear_all("agree")
         self.tell("compared", {})
@@ -153,6 +183,7 @@ class Ranks:
     def _lose(self, error: RankError) -> None:
         self.lost = error
         self._end_neighbours()
+        self.when_lost()
 
     def _wait_for_all(self, what: str) -> None:
         """Wait a moment until all ranks have told something."""
@@ -168,11 +199,12 @@ class Ranks:
                 raise RankError(rank, f"has ended ({why})")
 
 
-def join(size: int, *, timeout: float, trust_network: bool = False) -> Ranks:
+def join(num_stages: int, *, team_size: int = 1, timeout: float, trust_network: bool = False) -> Ranks:
     """Take part in the processes that torchrun has started.
 
     Args:
-        size: how many there are to be.
+        num_stages: that the model is cut into.
+        team_size: processes of each stage.
         timeout: seconds without a word of a rank after which it is given up.
         trust_network: whether addresses that are not private will do.
 
@@ -180,6 +212,7 @@ def join(size: int, *, timeout: float, trust_network: bool = False) -> Ranks:
         ConfigError: there are not so many processes, or they would talk over an address that anybody can reach.
         RankError: a rank did not come.
     """
+    size = num_stages * team_size
     if world_size() != size:
         raise ConfigError(
             f"{size} ranks are asked for, and {world_size()} started: run it as torchrun --nproc-per-node {size} "
@@ -188,10 +221,10 @@ def join(size: int, *, timeout: float, trust_network: bool = False) -> Ranks:
     choose_interface(on_one_machine=local_size() == size, trust_network=trust_network)
     rank = int(os.environ["RANK"])
     with _deadline(timeout + _GRACE_SECONDS, rank):
-        return _join(rank, size, timeout)
+        return _join(rank, size, team_size, timeout)
 
 
-def _join(rank: int, size: int, timeout: float) -> Ranks:
+def _join(rank: int, size: int, team_size: int, timeout: float) -> Ranks:
     try:
         store = _store(timeout)
         store.set_timeout(timedelta(seconds=timeout))
@@ -202,7 +235,7 @@ def _join(rank: int, size: int, timeout: float) -> Ranks:
             f"Not all of {size} ranks have come within {timeout:.0f} seconds ({str(error).splitlines()[0][:200]}): "
             "start those that are missing, or allow more by --rank-timeout."
         ) from error
-    ranks = Ranks(store, rank, size, local_size(), timeout)
+    ranks = Ranks(store, rank, size, local_size(), timeout, team_size=team_size)
     ranks.watch.start()
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=_FOR_EVER)
     return ranks
@@ -267,6 +300,10 @@ def _program() -> dict[str, str]:
     except PackageNotFoundError:
         own = "from its source"
     return {"latentkv": own, "torch": torch.__version__}
+
+
+def _nothing() -> None:
+    pass
 
 
 def _key(what: str, rank: int) -> str:

@@ -3,50 +3,64 @@
 from __future__ import annotations
 
 import logging
+from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
 
+from latentkv.errors import RankError, StageError
 from latentkv.models.decoder import Decoder
 from latentkv.models.replay import Replay, why_not_recorded
 from latentkv.parallel.messages import Kind, Message, batch_of
 from latentkv.parallel.ring import Ring
+from latentkv.parallel.team import ShardTeam
 from latentkv.state import PagedCache
 
 logger = logging.getLogger("latentkv.parallel")
 
 
-def run_stage(decoder: Decoder, cache: PagedCache, ring: Ring) -> None:
+def run_stage(decoder: Decoder, cache: PagedCache, ring: Ring, team: ShardTeam | None = None) -> None:
     """Compute a stage's layers for every step that comes, until the driver says that it is the end.
 
     A step that fails here is reported in its answer, and so on to the driver; the next one is computed again.
 
     Args:
-        decoder: with the stage's layers alone, in eval mode.
+        decoder: with the stage's layers alone, or this rank's shard of them, in eval mode.
         cache: of their specs, with the driver's pages and slots.
-        ring: this rank's.
+        ring: of the stage's first rank.
+        team: of the stage, where it has several ranks.
 
     Raises:
-        RankError: the rank before or after is gone.
+        RankError: the rank before or after, or another one of the team, is gone.
     """
-    stage = StageLoop(decoder, cache, ring)
+    stage = StageLoop(decoder, cache, ring, team)
     while stage.turn():
         pass
     ring.flush()
+    if team is not None:
+        team.flush()
 
 
 class StageLoop:
-    """A stage that answers messages one after another; the arguments are those of `run_stage`."""
+    """A stage that answers messages one after another; the arguments are those of `run_stage`.
 
-    def __init__(self, decoder: Decoder, cache: PagedCache, ring: Ring) -> None:
-        self._decoder, self._cache, self._ring = decoder, cache, ring
+    Where a rank leads its team it hands on what it is told. The others compute their shards, and answer nothing: what
+    they give is in the sums.
+    """
+
+    def __init__(self, decoder: Decoder, cache: PagedCache, ring: Ring, team: ShardTeam | None = None) -> None:
+        self._decoder, self._cache, self._ring, self._team = decoder, cache, ring, team
         self._replay = Replay(decoder.run_layers, cache, why_not_recorded(decoder))
 
     def turn(self) -> bool:
         """Deal with one message; whether there will be more."""
+        if self._team is not None and not self._team.leads:
+            return self._follow(self._team, self._team.hear())
         message = self._ring.receive()
-        # As many steps are under way at most as there are ranks: what was sent of those before has come back.
+        # As many steps are under way at most as there are stages: what was sent of those before has come back.
         self._ring.arrived(message.number - self._ring.size)
+        if self._team is not None and message.kind != Kind.FAILED:
+            self._team.tell(message)
         if message.kind == Kind.STEP:
             message = self._computed(message)
         elif message.kind == Kind.COPY:
@@ -57,19 +71,38 @@ class StageLoop:
         return message.kind != Kind.STOP
 
     @torch.inference_mode()
+    def _follow(self, team: ShardTeam, message: Message) -> bool:
+        """Deal with one message of the rank that leads; whether there will be more."""
+        if message.kind == Kind.STEP:
+            self._computed(message)
+        elif message.kind == Kind.COPY:
+            self._copy(message)
+        elif message.kind == Kind.LOGITS and message.x is not None:
+            try:
+                team.logits(message.x, self._decoder.own_logits)
+            except RankError:
+                raise
+            except Exception as error:  # which the rank that leads knows
+                logger.warning("A step failed: %s", error)
+        return message.kind != Kind.STOP
+
+    @torch.inference_mode()
     def _computed(self, message: Message) -> Message:
         """The message with the states that this stage's layers give."""
         batch, form = batch_of(message.numbers)
         x = message.x
         try:
-            if x is None:
-                raise ValueError("a step came without hidden states")
-            hidden = self._replay.run(batch, lambda batch: (x, self._decoder.rotary(batch.positions)), form=form)
+            with nullcontext() if self._team is None else self._team.step():
+                if x is None:
+                    raise ValueError("a step came without hidden states")
+                hidden = self._replay.run(batch, lambda batch: (x, self._decoder.rotary(batch.positions)), form=form)
+        except RankError:  # of the team: there will be no other step
+            raise
         except Exception as error:  # whatever the model raised: the driver gives up the requests of this step
             logger.warning("A step failed: %s", error)
-            text = torch.frombuffer(bytearray(f"{error}".encode() or b"?"), dtype=torch.uint8)
-            rank = torch.tensor([self._ring.rank], dtype=torch.int32)
-            return Message(Kind.FAILED, message.number, rank, text)
+            failed, why = (error.rank, error.why) if isinstance(error, StageError) else (self._ring.rank, f"{error}")
+            text = torch.frombuffer(bytearray(why.encode() or b"?"), dtype=torch.uint8)
+            return Message(Kind.FAILED, message.number, torch.tensor([failed], dtype=torch.int32), text)
         return replace(message, x=hidden)
 
     @torch.inference_mode()

@@ -25,10 +25,11 @@ def moe_experts(
     residual: Tensor | None,
     limit: SwigluLimit | None,
     num_zero_experts: int,
+    out_dtype: torch.dtype,
 ) -> Tensor | None:
     """See `moe.moe_experts`; all shapes fit."""
     isa = isa_for(x, weights) if residual is None else isa_for(x, weights, residual)
-    if isa is None or x.dtype not in X_DTYPES or not expert_ids.is_cpu:
+    if isa is None or x.dtype not in X_DTYPES or out_dtype not in X_DTYPES or not expert_ids.is_cpu:
         return None
     if x.stride(1) != 1:
         x = x.contiguous()
@@ -36,7 +37,7 @@ def moe_experts(
         residual = residual.contiguous()
     expert_ids, weights = expert_ids.to(torch.int64).contiguous(), weights.float().contiguous()
     tokens, dim = x.shape
-    out = x.new_empty((tokens, dim))
+    out = torch.empty((tokens, dim), dtype=out_dtype)
     bad = extension.moe_experts(
         isa,
         *_memory(gate_up),
@@ -53,6 +54,7 @@ def moe_experts(
         weights.data_ptr(),
         expert_ids.shape[1],
         out.data_ptr(),
+        DTYPE_CODES[out_dtype],
         *_residual(residual),
         *_limit(limit),
     )
@@ -62,18 +64,23 @@ def moe_experts(
 
 
 def gated_mlp(
-    x: Tensor, gate_up: PackedWeight, down: PackedWeight, residual: Tensor | None, limit: SwigluLimit | None
+    x: Tensor,
+    gate_up: PackedWeight,
+    down: PackedWeight,
+    residual: Tensor | None,
+    limit: SwigluLimit | None,
+    out_dtype: torch.dtype,
 ) -> Tensor | None:
     """See `moe.gated_mlp`, for x [T, D]; all shapes fit."""
     isa = isa_for(x) if residual is None else isa_for(x, residual)
-    if isa is None or x.dtype not in X_DTYPES:
+    if isa is None or x.dtype not in X_DTYPES or out_dtype not in X_DTYPES:
         return None
     if x.stride(1) != 1:
         x = x.contiguous()
     if residual is not None:
         residual = residual.contiguous()
     tokens, dim = x.shape
-    out = x.new_empty((tokens, down.out_features))
+    out = torch.empty((tokens, down.out_features), dtype=out_dtype)
     extension.gated_mlp(
         isa,
         *_memory(gate_up),
@@ -86,6 +93,7 @@ def gated_mlp(
         DTYPE_CODES[x.dtype],
         tokens,
         out.data_ptr(),
+        DTYPE_CODES[out_dtype],
         *_residual(residual),
         *_limit(limit),
     )

@@ -1,0 +1,68 @@
+// Sums of processes of one machine through memory that they share: each has a part of every sum, and gets all of it.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "dtypes.h"
+
+namespace latentkv {
+
+// Another process is not there any more, or was given up; or it could not do its part of this step. `culprit` says which.
+struct ProcessLost : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+struct ProcessFailed : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+// One of `count` processes that map the same memory. All of them make the same calls in the same order; between `begin`
+// and the next one they are at the same step. Sums are taken in the order of the processes, so that all get the same bits.
+//
+// Every process writes what it has into one of two places of its own, says so, waits until the others have said so, and
+// reads theirs. Two places are enough: who has seen all others come to a place knows that they have read the one before.
+class SharedSum {
+ public:
+  // floats: that one place holds. ended: of each process a descriptor (pidfd) that is readable once it has ended, or -1.
+  SharedSum(int file, int rank, int count, std::int64_t floats, std::vector<int> ended);
+  SharedSum(const SharedSum&) = delete;
+  ~SharedSum();
+
+  static std::int64_t bytes(int count, std::int64_t floats);
+
+  // Begins the next step once all others do: what was left unfinished of the last one counts for nothing.
+  void begin();
+
+  // out [n] = the sum of all processes' parts [n], and of the residual [n] where there is one, rounded once.
+  void sum(const float* part, std::int64_t n, const void* residual, DType residual_dtype, void* out, DType out_dtype);
+
+  // out [rows, all widths] = the processes' own [rows, widths[r]] side by side, where out is not null.
+  void gather(const float* own, std::int64_t rows, const std::vector<std::int64_t>& widths, float* out);
+
+  // Lets the others know that this process will do no more of this step, because of a process: itself, or another.
+  void fail(int cause);
+
+  // The process that something was last thrown about.
+  int culprit() const { return culprit_; }
+
+  // Has all that wait, in whatever process and thread, wait no more.
+  void abandon();
+
+ private:
+  struct Place;
+  Place& place(int rank) const;
+  float* room(std::uint64_t index, int rank) const;
+  void arrive();
+  void wait_for(int rank);
+
+  void* memory_ = nullptr;
+  std::int64_t bytes_, floats_;
+  int rank_, count_, culprit_ = -1;
+  std::vector<int> ended_;
+  std::uint64_t step_ = 0, index_ = 0;
+};
+
+}  // namespace latentkv
