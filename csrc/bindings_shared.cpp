@@ -27,6 +27,13 @@ void bind_shared(nb::module_& m) {
       .def_prop_ro("culprit", &SharedSum::culprit, "The process that an error was last raised about.")
       .def("begin", &SharedSum::begin, nb::call_guard<nb::gil_scoped_release>(), "Begin the next step with the others.")
       .def(
+          "broadcast",
+          [](SharedSum& group, Address bytes, std::int64_t n) {
+            nb::gil_scoped_release release;
+            group.broadcast((void*)bytes, n);
+          },
+          "The others' bytes become those of the first process.")
+      .def(
           "gather",
           [](SharedSum& group, Address own, std::int64_t rows, const std::vector<std::int64_t>& widths, Address out) {
             nb::gil_scoped_release release;

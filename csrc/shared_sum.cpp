@@ -3,10 +3,17 @@
 #include <poll.h>
 #include <sched.h>
 #include <sys/mman.h>
+#if defined(__linux__)
+#include <linux/futex.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include <algorithm>
 #include <cerrno>
+#include <chrono>
 #include <cstring>
+#include <ctime>
 
 #include "team.h"
 
@@ -15,6 +22,8 @@ namespace {
 
 constexpr std::uint64_t NEVER_AGAIN = 0xffffffff;  // an index that no step reaches
 constexpr int SPINS = 4096, YIELDS_A_LOOK = 64;
+constexpr std::chrono::milliseconds AWAKE{5};  // a step follows the last one in less
+constexpr long NAP_NANOSECONDS = 100'000'000;   // who sleeps looks so often whether the others live
 constexpr std::int64_t WORTH_A_TEAM = 1 << 15;  // numbers
 
 static_assert(std::atomic<std::uint64_t>::is_always_lock_free, "processes share it");
@@ -24,6 +33,26 @@ void pause_briefly() {
   __builtin_ia32_pause();
 #elif defined(__aarch64__)
   asm volatile("yield");
+#endif
+}
+
+// Sleeps until `wake` or a little while, unless the bell has rung since it was `heard`.
+void sleep_until(const std::atomic<std::uint32_t>& bell, std::uint32_t heard) {
+  timespec nap = {0, NAP_NANOSECONDS};
+#if defined(__linux__)
+  syscall(SYS_futex, &bell, FUTEX_WAIT, heard, &nap, nullptr, 0);
+#else
+  (void)bell, (void)heard;
+  nap.tv_nsec /= 100;
+  nanosleep(&nap, nullptr);
+#endif
+}
+
+void wake(std::atomic<std::uint32_t>& bell) {
+#if defined(__linux__)
+  syscall(SYS_futex, &bell, FUTEX_WAKE, INT32_MAX, nullptr, nullptr, 0);
+#else
+  (void)bell;
 #endif
 }
 
@@ -59,6 +88,8 @@ struct alignas(128) SharedSum::Place {
   std::atomic<std::uint64_t> failed;   // the last step that it could not do
   std::atomic<std::uint64_t> cause;    // the process because of which
   std::atomic<std::uint64_t> abandoned;
+  std::atomic<std::uint32_t> bell;      // rings with each arrival
+  std::atomic<std::uint32_t> sleepers;  // who wait for it
 };
 
 SharedSum::SharedSum(int file, int rank, int count, std::int64_t floats, std::vector<int> ended)
@@ -85,24 +116,40 @@ void SharedSum::begin() {
   arrive();
 }
 
+void SharedSum::publish(std::uint64_t index) {
+  Place& own = place(rank_);
+  own.arrived.store(step_ << 32 | index, std::memory_order_release);
+  // After this store and before that look no sleeper is missed: it counts itself before it looks at the bell.
+  own.bell.fetch_add(1, std::memory_order_seq_cst);
+  if (own.sleepers.load(std::memory_order_seq_cst)) wake(own.bell);
+}
+
 void SharedSum::arrive() {
-  const std::uint64_t here = step_ << 32 | index_;
-  place(rank_).arrived.store(here, std::memory_order_release);
+  publish(index_);
   for (int rank = 0; rank < count_; rank++)
     if (rank != rank_) wait_for(rank);
   index_++;
 }
 
 void SharedSum::wait_for(int rank) {
-  const Place& other = place(rank);
+  Place& other = place(rank);
   const std::uint64_t here = step_ << 32 | index_;
+  std::chrono::steady_clock::time_point began;
   for (std::int64_t waited = 0; other.arrived.load(std::memory_order_acquire) < here; waited++) {
     if (waited < SPINS) {
       pause_briefly();
       continue;
     }
+    if (waited == SPINS) began = std::chrono::steady_clock::now();
     sched_yield();
     if (waited % YIELDS_A_LOOK) continue;
+    if (std::chrono::steady_clock::now() - began > AWAKE) {
+      other.sleepers.fetch_add(1, std::memory_order_seq_cst);
+      const std::uint32_t heard = other.bell.load(std::memory_order_seq_cst);
+      if (other.arrived.load(std::memory_order_acquire) < here) sleep_until(other.bell, heard);
+      other.sleepers.fetch_sub(1, std::memory_order_seq_cst);
+      waited = SPINS + YIELDS_A_LOOK - 1;  // and look again at once
+    }
     bool lost = place(rank_).abandoned.load(std::memory_order_relaxed);
     pollfd end = {ended_[(std::size_t)rank], POLLIN, 0};
     // What it had written before it ended still counts.
@@ -115,6 +162,17 @@ void SharedSum::wait_for(int rank) {
   if (other.failed.load(std::memory_order_acquire) == step_) {
     culprit_ = (int)other.cause.load(std::memory_order_relaxed);
     throw ProcessFailed("another process could not do its part");
+  }
+}
+
+void SharedSum::broadcast(void* bytes, std::int64_t n) {
+  const std::int64_t most = floats_ * (std::int64_t)sizeof(float);
+  for (std::int64_t first = 0; first < n; first += most) {
+    const std::size_t size = (std::size_t)std::min(most, n - first);
+    float* given = room(index_, 0);
+    if (rank_ == 0) std::memcpy(given, (char*)bytes + first, size);
+    arrive();
+    if (rank_ != 0) std::memcpy((char*)bytes + first, given, size);
   }
 }
 
@@ -172,7 +230,7 @@ void SharedSum::gather(const float* own, std::int64_t rows, const std::vector<st
 void SharedSum::fail(int cause) {
   place(rank_).cause.store((std::uint64_t)cause, std::memory_order_relaxed);
   place(rank_).failed.store(step_, std::memory_order_release);
-  place(rank_).arrived.store(step_ << 32 | NEVER_AGAIN, std::memory_order_release);
+  publish(NEVER_AGAIN);
 }
 
 void SharedSum::abandon() {

@@ -1,4 +1,5 @@
-// Sums of processes of one machine through memory that they share: each has a part of every sum, and gets all of it.
+// Sums of processes of one machine through memory that they share: each has a part of every sum, and gets all of it. And
+// what the first of them tells the others.
 #pragma once
 
 #include <atomic>
@@ -33,8 +34,12 @@ class SharedSum {
 
   static std::int64_t bytes(int count, std::int64_t floats);
 
-  // Begins the next step once all others do: what was left unfinished of the last one counts for nothing.
+  // Begins the next step once all others do, however long that takes: who waits sleeps. What was left unfinished of the
+  // last step counts for nothing.
   void begin();
+
+  // The others' bytes [n] become those of the first process.
+  void broadcast(void* bytes, std::int64_t n);
 
   // out [n] = the sum of all processes' parts [n], and of the residual [n] where there is one, rounded once.
   void sum(const float* part, std::int64_t n, const void* residual, DType residual_dtype, void* out, DType out_dtype);
@@ -56,6 +61,7 @@ class SharedSum {
   Place& place(int rank) const;
   float* room(std::uint64_t index, int rank) const;
   void arrive();
+  void publish(std::uint64_t index);
   void wait_for(int rank);
 
   void* memory_ = nullptr;

@@ -19,8 +19,7 @@ from latentkv.models.packing import Packing, packed_weights, require_rounded_inp
 from latentkv.models.parameters import checkpoint_dtype, layer_reads, layer_weight_bytes
 from latentkv.models.shard import Shard, require_can_be_shared_out
 from latentkv.models.stage import GROUP_ROWS, Stage, Weighed, cut
-from latentkv.ops.native.shared_sum import SharedSum
-from latentkv.parallel import Ranks, ShardTeam, sums_of
+from latentkv.parallel import MemorySums, Ranks, ShardTeam, sums_of
 from latentkv.state import LEAST_SLOTS, PAGE_SIZE, LayerSpec, PagedCache, page_bytes, pages_and_slots, sequence_bytes
 
 logger = logging.getLogger("latentkv.parallel")
@@ -97,7 +96,7 @@ def team_of(ranks: Ranks, config: ModelConfig, shard: Shard) -> ShardTeam | None
         return None
     widths = [len(shard.head_rows(config.vocab_size, index)) for index in range(shard.count)]
     sums = sums_of(ranks)
-    if isinstance(sums, SharedSum):
+    if isinstance(sums, MemorySums):
         ranks.when_lost = sums.abandon
     return ShardTeam(ranks.rank, ranks.team, widths, sums, ranks.loss)
 

@@ -24,7 +24,10 @@ _HEAD_ROWS = 32
 """Rows of the output head that stay together, as its kernels read them."""
 
 _WIDTHS = (128, 64, 32, 16, 8, 4, 2, 1)
-"""Columns of feed-forward blocks that stay together, the most that leave each process some: so many share a scale."""
+"""Columns of feed-forward blocks that stay together: the fewer, the more scales are stored."""
+
+_EVEN = 1.05
+"""The largest part over the mean up to which parts count as even: all wait for who has it."""
 
 _BY_HEAD = re.compile(r"self_attn\.(?:(?:q|k|v|q_b|kv_b|g|f|f_b|g_b|b)_proj\.\w+|sinks|A_log|dt_bias|conv_taps)")
 _OUT_OF_HEADS = re.compile(r"self_attn\.o_proj\.weight")
@@ -92,8 +95,9 @@ class Shard:
 
     def head_rows(self, vocab_size: int, index: int | None = None) -> range:
         """The tokens whose logits this shard computes, or another one of the same count."""
-        begin, end = replace(self, index=self.index if index is None else index).own(-(-vocab_size // _HEAD_ROWS))
-        return range(min(begin * _HEAD_ROWS, vocab_size), min(end * _HEAD_ROWS, vocab_size))
+        each = _HEAD_ROWS if vocab_size > _HEAD_ROWS * (self.count - 1) else 1
+        begin, end = replace(self, index=self.index if index is None else index).own(-(-vocab_size // each))
+        return range(begin * each, min(end * each, vocab_size))
 
     def cut(self, config: ModelConfig, name: str) -> Cut | None:
         """What it has of the decoder's tensor `name`, but for the output head; None: all."""
@@ -135,9 +139,8 @@ class Shard:
         return self._part(units) * (width // units)
 
     def _width_units(self, width: int) -> int:
-        return next(
-            width // each for each in _WIDTHS if width % each == 0 and (width // each >= self.count or each == 1)
-        )
+        units = [width // each for each in _WIDTHS if width % each == 0]
+        return next((each for each in units if -(-each // self.count) * self.count <= _EVEN * each), units[-1])
 
 
 WHOLE = Shard()
@@ -168,9 +171,7 @@ def _why_not(config: ModelConfig, count: int) -> str | None:
             widths += [width for width in (moe.intermediate_size, moe.gated_shared_size) if width]
         if min(widths) < count:
             return f"a feed-forward block is {min(widths)} wide"
-    if -(-config.vocab_size // _HEAD_ROWS) < count:
-        return f"its vocabulary has {config.vocab_size} tokens, which are shared out in {_HEAD_ROWS}s"
-    return None
+    return f"its vocabulary has {config.vocab_size} tokens" if config.vocab_size < count else None
 
 
 def _heads(config: ModelConfig, attention: AttentionConfig) -> int:

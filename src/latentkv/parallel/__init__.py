@@ -7,7 +7,7 @@ driver, has the requests, the pages, the sampler and the text; the others comput
 from latentkv.parallel.pipeline import Pipeline
 from latentkv.parallel.ranks import Ranks, join
 from latentkv.parallel.stage_loop import StageLoop, run_stage
-from latentkv.parallel.sums import sums_of
+from latentkv.parallel.sums import MemorySums, sums_of
 from latentkv.parallel.team import ShardTeam
 
-__all__ = ["Pipeline", "Ranks", "ShardTeam", "StageLoop", "join", "run_stage", "sums_of"]
+__all__ = ["MemorySums", "Pipeline", "Ranks", "ShardTeam", "StageLoop", "join", "run_stage", "sums_of"]

@@ -133,7 +133,6 @@ class Pipeline:
             message = Message(Kind.STOP, self._next)
             if self._team is not None:
                 self._team.tell(message)
-                self._team.flush()
             if self.depth > 1:
                 self._ring.send(message)
                 while self._ring.receive().kind != Kind.STOP:  # of steps that nobody waited for

@@ -37,8 +37,6 @@ def run_stage(decoder: Decoder, cache: PagedCache, ring: Ring, team: ShardTeam |
     while stage.turn():
         pass
     ring.flush()
-    if team is not None:
-        team.flush()
 
 
 class StageLoop:
@@ -55,7 +53,7 @@ class StageLoop:
     def turn(self) -> bool:
         """Deal with one message; whether there will be more."""
         if self._team is not None and not self._team.leads:
-            return self._follow(self._team, self._team.hear())
+            return self._follow(self._team)
         message = self._ring.receive()
         # As many steps are under way at most as there are stages: what was sent of those before has come back.
         self._ring.arrived(message.number - self._ring.size)
@@ -71,19 +69,21 @@ class StageLoop:
         return message.kind != Kind.STOP
 
     @torch.inference_mode()
-    def _follow(self, team: ShardTeam, message: Message) -> bool:
+    def _follow(self, team: ShardTeam) -> bool:
         """Deal with one message of the rank that leads; whether there will be more."""
-        if message.kind == Kind.STEP:
-            self._computed(message)
-        elif message.kind == Kind.COPY:
-            self._copy(message)
-        elif message.kind == Kind.LOGITS and message.x is not None:
-            try:
+        try:
+            message = team.hear()
+            if message.kind == Kind.STEP:
+                self._computed(message)
+            elif message.kind == Kind.COPY:
+                self._copy(message)
+            elif message.kind == Kind.LOGITS and message.x is not None:
                 team.logits(message.x, self._decoder.own_logits)
-            except RankError:
-                raise
-            except Exception as error:  # which the rank that leads knows
-                logger.warning("A step failed: %s", error)
+        except RankError:
+            raise
+        except Exception as error:  # which the rank that leads knows
+            logger.warning("A step failed: %s", error)
+            return True
         return message.kind != Kind.STOP
 
     @torch.inference_mode()

@@ -13,14 +13,23 @@ from torch import Tensor
 from latentkv.errors import ConfigError, RankError
 from latentkv.kernels import extension
 from latentkv.ops.native.shared_sum import SharedSum, shared_bytes
+from latentkv.parallel.messages import HEAD_NUMBERS, Message, body_bytes, message_of
 from latentkv.parallel.ranks import Ranks
+from latentkv.parallel.ring import Outgoing, receive
 
 
 class Sums(Protocol):
-    """Sums of the processes of a team, which make the same calls in the same order."""
+    """What the processes of a team tell each other, all making the same calls in the same order.
 
-    def begin(self) -> None:
-        """Begin the next step once all others do."""
+    The first one begins a step by telling the others what it is.
+    """
+
+    def tell(self, message: Message) -> None:
+        """Begin the next step, with a message to all others."""
+        ...
+
+    def hear(self) -> Message:
+        """Begin the next step, with the message of the first one."""
         ...
 
     def sum(self, part: Tensor, residual: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -30,6 +39,25 @@ class Sums(Protocol):
     def gather(self, own: Tensor, widths: Sequence[int], *, wanted: bool) -> Tensor | None:
         """All processes' own [T, widths[r]] float32 side by side, where that is wanted."""
         ...
+
+
+class MemorySums(SharedSum):
+    """Sums through memory that the processes share: some microseconds each."""
+
+    def tell(self, message: Message) -> None:
+        """See `Sums`."""
+        self.begin()
+        for part in (message.head(), message.body()):
+            self.broadcast(part)
+
+    def hear(self) -> Message:
+        """See `Sums`."""
+        self.begin()
+        head = torch.empty(HEAD_NUMBERS, dtype=torch.int64)
+        self.broadcast(head)
+        body = torch.empty(body_bytes(head), dtype=torch.uint8)
+        self.broadcast(body)
+        return message_of(head, body)
 
 
 class NetworkSums:
@@ -43,12 +71,20 @@ class NetworkSums:
     def __init__(self, team: Sequence[int], rank: int) -> None:
         self._team, self._rank = team, rank
         # Every rank takes part in making every group.
-        size = dist.get_world_size() // len(team)
-        groups = [dist.new_group(range(first * len(team), (first + 1) * len(team))) for first in range(size)]
+        firsts = range(0, dist.get_world_size(), len(team))
+        groups = [dist.new_group(range(first, first + len(team))) for first in firsts]
         self._group = groups[rank // len(team)]
+        self._others = [Outgoing(other) for other in team[1:]] if rank == team[0] else []
 
-    def begin(self) -> None:
-        """See `Sums`; a sum waits for all by itself."""
+    def tell(self, message: Message) -> None:
+        """See `Sums`."""
+        for other in self._others:
+            other.flush()  # what they were told before is known to them
+            other.send(message)
+
+    def hear(self) -> Message:
+        """See `Sums`."""
+        return receive(self._team[0])
 
     def sum(self, part: Tensor, residual: Tensor | None, dtype: torch.dtype) -> Tensor:
         """See `Sums`."""
@@ -79,7 +115,7 @@ class NetworkSums:
         return RankError(next(rank for rank in self._team if rank != self._rank), "is gone")
 
 
-def sums_of(ranks: Ranks) -> SharedSum | NetworkSums:
+def sums_of(ranks: Ranks) -> MemorySums | NetworkSums:
     """What a rank's team adds up by: memory, where all have the extension.
 
     Raises:
@@ -109,7 +145,7 @@ def sums_of(ranks: Ranks) -> SharedSum | NetworkSums:
                 f"Rank {ranks.rank} cannot share memory with rank {team[0]} ({path}: {error.strerror}): run both as "
                 "one user in one container, or use pipeline_parallel."
             ) from error
-    sums = SharedSum(file, ranks.rank - team[0], len(team), [ranks.ended(rank) for rank in team])
+    sums = MemorySums(file, ranks.rank - team[0], len(team), [ranks.ended(rank) for rank in team])
     ranks.tell("shared", {})
     for rank in team:
         ranks.hear("shared", rank)

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from latentkv.errors import RankError, StageError
-from latentkv.ops.native.shared_sum import SharedSum, errors
+from latentkv.ops.native.shared_sum import errors
 from latentkv.parallel.messages import Kind, Message
-from latentkv.parallel.ring import Outgoing, receive
-from latentkv.parallel.sums import Sums
+from latentkv.parallel.sums import MemorySums, Sums
 
 
 class ShardTeam:
@@ -37,7 +36,6 @@ class ShardTeam:
         loss: Callable[[RankError], RankError],
     ) -> None:
         self._rank, self._team, self._widths, self._sums, self._loss = rank, team, widths, sums, loss
-        self._others = [Outgoing(other) for other in team[1:]] if rank == team[0] else []
 
     @property
     def leads(self) -> bool:
@@ -45,45 +43,33 @@ class ShardTeam:
         return self._rank == self._team[0]
 
     def tell(self, message: Message) -> None:
-        """Hand a message on to the others.
+        """Hand a message on to the others, who are then to do what it says together with this rank.
 
         Raises:
             RankError: one of them is gone.
         """
-        try:
-            for other in self._others:
-                other.flush()  # what they were told before is known to them
-                other.send(message)
-        except RankError as error:
-            raise self._loss(error) from error
+        with self.step():
+            self._sums.tell(message)
 
     def hear(self) -> Message:
         """Wait for the next message of the one that leads.
 
         Raises:
-            RankError: it is gone.
+            StageError: it could not be told.
+            RankError: a rank is gone.
         """
-        return receive(self._team[0])
-
-    def flush(self) -> None:
-        """Wait until the others have all messages.
-
-        Raises:
-            RankError: one of them is gone.
-        """
-        for other in self._others:
-            other.flush()
+        with self.step():
+            return self._sums.hear()
 
     @contextmanager
     def step(self) -> Generator[None]:
-        """What all of them compute together; where one of them fails, none goes on with it.
+        """What all of them do together; where one of them fails, none goes on with it.
 
         Raises:
             StageError: another rank could not compute its part.
             RankError: another rank is gone.
         """
         try:
-            self._sums.begin()
             yield
         except Exception as error:
             reason = self._give_up(error)
@@ -97,15 +83,15 @@ class ShardTeam:
 
     def logits(self, hidden: Tensor, own: Callable[[Tensor], Tensor]) -> Tensor:
         """See `models.shard.Team`; in the ranks that do not lead there are none, [0]."""
-        if self.leads:
-            self.tell(Message(Kind.LOGITS, x=hidden))
         with self.step():
+            if self.leads:
+                self._sums.tell(Message(Kind.LOGITS, x=hidden))
             logits = self._sums.gather(own(hidden), self._widths, wanted=self.leads)
         return hidden.new_empty(0) if logits is None else logits
 
     def _give_up(self, error: Exception) -> Exception:
         """What becomes of a step in which something was raised here."""
-        if not isinstance(self._sums, SharedSum):
+        if not isinstance(self._sums, MemorySums):
             # Nobody could be told over gloo, where each waits for all.
             known = isinstance(error, RankError)
             return error if known else RankError(self._rank, f"could not compute a step ({error})")

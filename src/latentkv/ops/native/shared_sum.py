@@ -32,8 +32,12 @@ class SharedSum:
         self._group = extension.SharedSum(file, rank, count, PLACE_FLOATS, list(ended))
 
     def begin(self) -> None:
-        """Begin the next step once all others do."""
+        """Begin the next step once all others do, however long that takes."""
         self._group.begin()
+
+    def broadcast(self, numbers: Tensor) -> None:
+        """Make the others' numbers, contiguous and as many, those of the first process."""
+        self._group.broadcast(numbers.data_ptr(), numbers.nbytes)
 
     def sum(self, part: Tensor, residual: Tensor | None, dtype: torch.dtype) -> Tensor:
         """All processes' parts added up in their order, and the residual, rounded once to `dtype`.
