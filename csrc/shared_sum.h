@@ -68,7 +68,7 @@ class SharedSum {
   std::int64_t bytes_, floats_;
   int rank_, count_, culprit_ = -1;
   std::vector<int> ended_;
-  std::uint64_t step_ = 0, index_ = 0;
+  std::uint64_t step_ = 1, index_ = 1;  // memory that nobody has written to yet says 0
 };
 
 }  // namespace latentkv
