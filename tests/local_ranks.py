@@ -80,10 +80,8 @@ class LocalRanks:
         ]
         ranks = SimpleNamespace(
             ring=rings[0],
-            size=len(decoders),
             lost=None,
-            culprit=_itself,
-            watch=SimpleNamespace(stop=_nothing),
+            loss=_itself,
             leave=_nothing,
         )
         self.pipeline = Pipeline(cast(Ranks, ranks))

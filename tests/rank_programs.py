@@ -28,6 +28,10 @@ from latentkv import LLM, SamplingParams
 from latentkv.engine.pace import Pace
 from latentkv.models.replay import Replay
 
+def held(decoder):
+    from latentkv.models.packing import packed_weights
+    return sum(p.nbytes for p in decoder.parameters()) + sum(w.nbytes for w in packed_weights(decoder))
+
 replays, made = [], Replay.__init__
 def noted(self, *arguments):
     made(self, *arguments)
@@ -38,11 +42,12 @@ from latentkv.parallel.ring import Ring
 kept, send = [0], Ring.send
 def counted(self, message):
     send(self, message)
-    kept[0] = max(kept[0], len(self._under_way))
+    kept[0] = max(kept[0], len(self._outgoing._under_way))
 Ring.send = counted
 
+stages = int(size) // task["options"].get("tensor_parallel", 1)
 try:
-    llm = LLM(task["folder"], pipeline_parallel=int(size), **task["options"])
+    llm = LLM(task["folder"], pipeline_parallel=stages, **task["options"])
 except SystemExit:
     print(json.dumps({"recorded": [len(replay._steps) for replay in replays], "kept": kept[0]}))
     raise
@@ -63,6 +68,7 @@ done = json.dumps({
     "kept": kept[0],
     "cache_bytes": llm.cache.allocated_bytes,
     "stage": [llm.decoder.stage.first, llm.decoder.stage.last],
+    "weight_bytes": held(llm.decoder),
 })
 llm.close()
 print(done)
@@ -111,9 +117,15 @@ def ranks_of(code: str, size: int, task: str, *arguments: object) -> Generator[l
             rank.__exit__()
 
 
-def generate(size: int, task: Task) -> list[dict[str, Any]]:
-    """What every rank has to say once a task is done, the driver's first; all have ended well."""
-    with ranks_of(GENERATE, size, task.as_json()) as ranks:
+def generate(size: int, task: Task, begin: str = "") -> list[dict[str, Any]]:
+    """What every rank has to say once a task is done, the driver's first; all have ended well.
+
+    Args:
+        size: how many.
+        task: for the driver.
+        begin: what each of them runs first.
+    """
+    with ranks_of(begin + GENERATE, size, task.as_json()) as ranks:
         for rank in ranks:
             rank.stdin.close()
         written = [(rank.stdout.read(), rank.stderr.read()) for rank in ranks]

@@ -210,12 +210,12 @@ run_stage = llm_loading.run_stage
 def tell(decoder, cache):
     share = sum(p.nbytes for p in decoder.parameters()) + cache.allocated_bytes
     print(json.dumps([max(peak[0], own()) - before, share]))
-def looked_at(decoder, cache, ring):
+def looked_at(decoder, cache, *others):
     tell(decoder, cache)
-    run_stage(decoder, cache, ring)
+    run_stage(decoder, cache, *others)
 
 llm_loading.run_stage = looked_at
-llm = LLM(task["folder"], pipeline_parallel=int(size), rank_timeout=60, dtype="fp32", kv_cache_bytes=1 << 20)
+llm = LLM(task["folder"], **{task["how"]: int(size)}, rank_timeout=60, dtype="fp32", kv_cache_bytes=1 << 20)
 tell(llm.decoder, llm.cache)
 llm.close()
 """
@@ -224,11 +224,12 @@ llm.close()
 
 @pytest.mark.rank
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="this system does not tell what memory is used")
-def test_a_rank_needs_memory_for_its_share_and_one_tensor(tmp_path: Path):
+@pytest.mark.parametrize("how", ["pipeline_parallel", "tensor_parallel"])
+def test_a_rank_needs_memory_for_its_share_and_one_tensor(tmp_path: Path, how: str):
     config = {**LOW_RANK, "hidden_size": 512, "intermediate_size": 8192, "first_k_dense_replace": 4, "vocab_size": 8192}
     folder = write_model(tmp_path / "m", config)
     largest = 8192 * 512 * 4
-    with ranks_of(_LOADED, 2, json.dumps({"folder": str(folder)})) as ranks:
+    with ranks_of(_LOADED, 2, json.dumps({"folder": str(folder), "how": how})) as ranks:
         written = [(rank.stdout.read(), rank.stderr.read()) for rank in ranks]
         assert [rank.wait(60) for rank in ranks] == [0, 0], written
     found = [json.loads(out) for out, _ in written]

@@ -143,8 +143,7 @@ def _simulated(
         StageLoop(part, cache, cast(Any, ring))
         for part, cache, ring in zip(parts[1:], caches[1:], rings[1:], strict=True)
     ]
-    no_watch = SimpleNamespace(stop=_nothing)
-    ranks = SimpleNamespace(ring=rings[0], size=len(stages), lost=None, culprit=_itself, watch=no_watch, leave=_nothing)
+    ranks = SimpleNamespace(ring=rings[0], lost=None, loss=_itself, leave=_nothing)
     engine = Engine(parts[0], caches[0], pipeline=Pipeline(cast(Ranks, ranks)) if len(stages) > 1 else None)
     params = SamplingParams(max_tokens=new_tokens, temperature=0, ignore_eos=True)
     for first in range(batch):
