@@ -8,22 +8,27 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from command_line import run_here as run
-from engine_models import BAILING, GLM5, GQA, HY4, MTP, SPARSE
+from engine_models import BAILING, GLM5, GQA, HY4, KIMI, MTP, SPARSE
 from latentkv.errors import ConfigError, RequestError
 from latentkv.models.config_reader import read_config
 from latentkv.models.decoder import Decoder
 from latentkv.models.loading import match_decoder
 from latentkv.models.parameters import count_mtp_parameters, layer_weight_bytes, weight_bytes
+from latentkv.models.shard import Shard
 from latentkv.models.stage import Stage
 from latentkv.models.stored_config import open_checkpoint
 from latentkv.plan import BUILT_IN, load_config
-from latentkv.plan.ranks import Network, plan_ranks
+from latentkv.plan.ranks import Network, best_plans, plan_ranks
 from latentkv.state import PagedCache
 from stored_models import write_model
 
 TEN_GIGABIT = Network.parse("10Gb:50us")
+
+
+EIGHT = {"num_attention_heads": 8, "num_key_value_heads": 8}
 
 
 def planned(config: Any, ranks: int, **changes: Any) -> Any:
@@ -70,6 +75,58 @@ def test_a_ranks_bytes_are_those_of_its_tensors_and_of_its_cache(config: dict[st
     assert sum(row.weights_bytes for row in plan.ranks) == twice + sum(
         tensor.nbytes for tensor in whole.state_dict().values()
     )
+
+
+@pytest.mark.parametrize("config", [MTP, GQA, SPARSE, HY4, KIMI], ids=lambda config: config["model_type"])
+@pytest.mark.parametrize("team_size", [2, 4])
+def test_bytes_of_shards_are_those_of_their_tensors_and_of_their_caches(config: dict[str, Any], team_size: int):
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "linear_num_heads": 4, "vocab_size": 256}
+    model = read_config({**config, **heads, **({"indexer_types": None} if config is HY4 else {})})
+    plan = planned(model, 4, weights_dtype="fp32", context=128, kv_dtype="fp32", team_size=team_size, ranks_per_box=4)
+    for row in plan.ranks:
+        shard = Shard(row.rank % team_size, team_size)
+        with torch.device("meta"):
+            decoder = Decoder(model)
+        decoder.keep_stage(Stage(row.first_layer, row.last_layer + 1, model.num_layers).sharded(shard))
+        assert row.weights_bytes == sum(tensor.nbytes for tensor in decoder.state_dict().values())
+        specs = decoder.stage.own(shard.config(model).specs("fp32"))
+        cache = PagedCache(specs, 2, num_slots=1, model_specs=model.specs("fp32"))
+        assert row.cache_bytes == cache.allocated_bytes
+
+
+@pytest.mark.parametrize(
+    ("model", "batch", "shared", "stages"),
+    [
+        ("deepseek-v2-lite", 1, 153, 92),
+        ("deepseek-v2-lite", 32, 549, 549),
+        ("glm-4.7-flash", 1, 91, 55),
+        ("glm-4.7-flash", 32, 313, 333),
+        ("deepseek-v3", 1, 12.7, 6.6),
+        ("deepseek-v3", 32, 38, 32),
+    ],
+)
+def test_two_sockets_that_share_layers_out_are_as_fast_as_their_bytes(
+    model: str, batch: int, shared: float, stages: float
+):
+    """Figures of an independent calculation, in which attention is halved and nothing is rounded to whole units."""
+    given = {"memory_bandwidth": 150e9, "ranks_per_box": 2, "batches": (batch,)}
+    speeds = [planned(load_config(model), 2, team_size=size, **given).speeds[0].pipeline for size in (2, 1)]
+    assert speeds == [pytest.approx(shared, rel=0.1), pytest.approx(stages, rel=0.1)]
+
+
+def test_the_best_cut_comes_first():
+    given = {
+        "rank_memory": 1 << 40,
+        "weights_dtype": "int4",
+        "context": 4096,
+        "network": TEN_GIGABIT,
+        "memory_bandwidth": 150e9,
+    }
+    two_sockets = best_plans(load_config("deepseek-v3"), 2, ranks_per_box=2, batches=(1,), **given)
+    assert [plan.team_size for plan in two_sockets] == [2, 1]
+    assert [plan.team_size for plan in best_plans(load_config("deepseek-v3"), 2, batches=(1,), **given)] == [1]
+    # Of so many ranks that layers would not be enough for stages, shards remain.
+    assert [plan.team_size for plan in best_plans(read_config(MTP | EIGHT), 4, ranks_per_box=4, **given)] == [4]
 
 
 def test_a_rank_reads_its_own_tensors_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

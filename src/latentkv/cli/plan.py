@@ -100,7 +100,7 @@ def plan(
     if ranks is not None and model is not None:
         from latentkv.cli.plan_ranks import plan_model_ranks, print_ranks
 
-        cut = plan_model_ranks(
+        cuts = plan_model_ranks(
             configs[model],
             plans[0],
             ranks,
@@ -110,9 +110,10 @@ def plan(
             measure=measure,
         )
         if as_json:
-            print_json({**asdict(plans[0]), "ranks": asdict(cut)})
+            best, *others = map(asdict, cuts)
+            print_json({**asdict(plans[0]), "ranks": best | {"alternatives": others}})
         else:
-            print_ranks(plans[0], cut)
+            print_ranks(plans[0], cuts)
         return
     if as_json:
         print_json(asdict(plans[0]) if model is not None else [asdict(one) for one in plans])

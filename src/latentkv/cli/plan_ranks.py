@@ -26,8 +26,8 @@ def plan_model_ranks(
     network: str,
     memory_bandwidth: float | None,
     measure: bool,
-) -> RanksPlan:
-    """The cut of a model that has been planned for one process; under torchrun only the first rank returns.
+) -> list[RanksPlan]:
+    """The cuts of a model that has been planned for one process, the best first; under torchrun one rank returns.
 
     Raises:
         ConfigError: its weights are of several types, or the model cannot be cut so often.
@@ -35,7 +35,7 @@ def plan_model_ranks(
     """
     from latentkv.models.parameters import WEIGHT_DTYPES
     from latentkv.plan import as_kv_format
-    from latentkv.plan.ranks import Network, plan_ranks
+    from latentkv.plan.ranks import Network, best_plans
 
     if plan.weights_dtype not in WEIGHT_DTYPES:
         raise ConfigError(
@@ -47,7 +47,7 @@ def plan_model_ranks(
         from latentkv.bench.ceilings import measure_ceilings
 
         memory_bandwidth = measure_ceilings(gemm_size=256, repeats=3).read_gbps * 1e9
-    return plan_ranks(
+    return best_plans(
         config,
         num_ranks,
         rank_memory=plan.memory[0].free,
@@ -76,13 +76,13 @@ def _measured(num_ranks: int, config: ModelConfig) -> Network:
     return Network(rate, small)
 
 
-def print_ranks(plan: Plan, cut: RanksPlan) -> None:
-    """Print what each rank has, how fast they could be together, and what to type."""
+def print_ranks(plan: Plan, cuts: list[RanksPlan]) -> None:
+    """Print what each rank has in the best cut, how fast the ranks of each could be together, and what to type."""
     from rich.table import Table
 
     from latentkv.plan.sizes import format_bytes
 
-    out = console()
+    out, cut = console(), cuts[0]
     cache = f"{plan.batch} x {plan.context:,} tokens"
     title = f"{plan.model} in {len(cut.ranks)} ranks, weights in {plan.weights_dtype}, {cache}"
     table = Table(title=title, title_justify="left")
@@ -90,18 +90,24 @@ def print_ranks(plan: Plan, cut: RanksPlan) -> None:
         table.add_column(heading, justify="right")
     table.add_column("fits")
     for row in cut.ranks:
-        layers = f"{row.first_layer}-{row.last_layer}" + (", embedding, head" if row.rank == 0 else "")
+        part = "" if cut.team_size == 1 else f", part {row.rank % cut.team_size + 1} of {cut.team_size}"
+        layers = f"{row.first_layer}-{row.last_layer}{part}" + (", embedding, head" if row.rank == 0 else "")
         sizes = [
             format_bytes(size) for size in (row.weights_bytes, row.cache_bytes, row.weights_bytes + row.cache_bytes)
         ]
         table.add_row(str(row.rank), layers, *sizes, "yes" if row.fits else "[red]no[/red]")
     out.print(table)
     speeds = Table(title="Tokens a second at most, by the bytes", title_justify="left")
-    for heading in ("sequences", "one process with all", f"{len(cut.ranks)} ranks", "memory, ms", "network, ms"):
+    for heading in ("sequences", "one process with all"):
         speeds.add_column(heading, justify="right")
-    for speed in cut.speeds:
-        shown = (speed.one_rank, speed.pipeline, speed.memory_ms, speed.network_ms)
-        speeds.add_row(str(speed.batch), *(f"{value:,.4g}" for value in shown))
+    for each in cuts:
+        for heading in (_how(each), "memory, ms", "network, ms"):
+            speeds.add_column(heading, justify="right")
+    for together in zip(*(each.speeds for each in cuts), strict=True):
+        shown = [together[0].one_rank]
+        for speed in together:
+            shown += [speed.pipeline, speed.memory_ms, speed.network_ms]
+        speeds.add_row(str(together[0].batch), *(f"{value:,.4g}" for value in shown))
     out.print(speeds)
     rate, hop = cut.network.bytes_per_second / 1e9, cut.network.hop_seconds * 1e6
     out.print(
@@ -109,22 +115,32 @@ def print_ranks(plan: Plan, cut: RanksPlan) -> None:
         "message. Arithmetic is not counted: these are upper bounds.",
         style="dim",
     )
-    if not all(row.fits for row in cut.ranks):
+    if not cut.fits:
         out.print(f"[red]A rank may fill {format_bytes(cut.rank_memory)}: take more ranks, or fewer bits.[/red]")
     elif cut.one_rank_fits:
+        faster = "make one answer faster, but" if cut.team_size > 1 else "make one answer no faster, and"
         out.print(
-            "It fits into one process: ranks make one answer no faster, and servers of their own behind a proxy answer "
-            "more requests in all."
+            f"It fits into one process: ranks {faster} servers of their own behind a proxy answer more requests in all."
         )
     out.print(_command(plan.model, cut), markup=False, soft_wrap=True)
 
 
+def _how(cut: RanksPlan) -> str:
+    """A cut in words, for the head of a column."""
+    stages = len(cut.ranks) // cut.team_size
+    if cut.team_size == 1:
+        return f"{stages} ranks"
+    return f"{cut.team_size} ranks on each layer" if stages == 1 else f"{stages} stages of {cut.team_size} ranks"
+
+
 def _command(model: str, cut: RanksPlan) -> str:
-    count, local = len(cut.ranks), cut.ranks_per_box
+    count, local, stages = len(cut.ranks), cut.ranks_per_box, len(cut.ranks) // cut.team_size
+    options = [f"--pipeline-parallel {stages}"] if stages > 1 or cut.team_size == 1 else []
+    options += [f"--tensor-parallel {cut.team_size}"] if cut.team_size > 1 else []
     if local >= count:
-        return f"latentkv serve {model} --pipeline-parallel {count}"
+        return f"latentkv serve {model} {' '.join(options)}"
     return (
         f"On each of {-(-count // local)} machines, BOX0 being the first:\n"
         f"torchrun --nnodes {-(-count // local)} --nproc-per-node {local} --rdzv-backend c10d "
-        f"--rdzv-endpoint BOX0:29500 --rdzv-id latentkv -m latentkv serve {model} --pipeline-parallel {count}"
+        f"--rdzv-endpoint BOX0:29500 --rdzv-id latentkv -m latentkv serve {model} {' '.join(options)}"
     )
