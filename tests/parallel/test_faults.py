@@ -256,13 +256,15 @@ def test_a_rank_that_cannot_load_its_part_is_heard_by_the_others(folder: Path, t
 @pytest.mark.rank
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(50))
-def test_no_fault_at_any_moment_leaves_anything_behind(folder: Path, seed: int):
+@pytest.mark.parametrize("how", ["stages", "shards"])
+def test_no_fault_at_any_moment_leaves_anything_behind(folder: Path, seed: int, how: str):
     chance = random.Random(seed)
     size = chance.choice([2, 3])
     victim = chance.randrange(size)
     moment = chance.choice(["load", "prefill", "decode", "idle", "shutdown"])
     sign = chance.choice([signal.SIGKILL, signal.SIGSTOP])
-    with cluster(size, folder) as ranks:
+    shared = ["--pipeline-parallel", "1", "--tensor-parallel", str(size)] if how == "shards" else []
+    with cluster(size, folder, *shared) as ranks:
         streams: list[Stream] = []
         if moment == "load":
             time.sleep(chance.uniform(0, 2))

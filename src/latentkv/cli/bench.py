@@ -15,6 +15,7 @@ from latentkv.cli.bench_serve import serve
 from latentkv.cli.bench_server_cost import server_cost
 from latentkv.cli.bench_speculation import speculation
 from latentkv.cli.bench_start import start
+from latentkv.cli.bench_tensor_parallel import tensor_parallel
 from latentkv.cli.terminal import console
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ bench_app.command()(serve)
 bench_app.command("server-cost")(server_cost)
 bench_app.command()(speculation)
 bench_app.command()(start)
+bench_app.command("tensor-parallel")(tensor_parallel)
 bench_app.command()(tune)
 
 

@@ -63,9 +63,8 @@ def own_cores(allowed: Collection[int], local_rank: int, local_size: int, nodes:
         nodes: a folder with a `nodeN/cpulist` for each memory.
     """
     by_node = {path.parent.name: _cores(path.read_text()) & set(allowed) for path in nodes.glob("node*/cpulist")}
-    ordered = [
-        core for _, cores in sorted(by_node.items(), key=lambda each: int(each[0][4:])) for core in sorted(cores)
-    ]
+    in_order = sorted(by_node, key=lambda name: int(name.removeprefix("node")))
+    ordered = [core for name in in_order for core in sorted(by_node[name])]
     each = len(ordered) // local_size
     if sum(map(bool, by_node.values())) < 2 or local_size == 1 or not each:
         return set()
