@@ -26,6 +26,7 @@ void bind_shared(nb::module_& m) {
       .def_prop_ro("address", [](const SharedSum& group) { return (Address)&group; }, "For `shared_sum`.")
       .def_prop_ro("culprit", &SharedSum::culprit, "The process that an error was last raised about.")
       .def("begin", &SharedSum::begin, nb::call_guard<nb::gil_scoped_release>(), "Begin the next step with the others.")
+      .def("end", &SharedSum::end, nb::call_guard<nb::gil_scoped_release>(), "End the step with the others.")
       .def(
           "broadcast",
           [](SharedSum& group, Address bytes, std::int64_t n) {

@@ -20,7 +20,10 @@
 namespace latentkv {
 namespace {
 
-constexpr std::uint64_t NEVER_AGAIN = 0xffffffff;  // an index that no step reaches
+constexpr int INDEX_BITS = 24;                                    // of how far a process has come in a step
+constexpr std::uint64_t NEVER_AGAIN = (1 << INDEX_BITS) - 1;      // an index that no step reaches
+constexpr int CALL_BITS = 56;                                     // of a call's size, below which call it is
+constexpr std::int64_t PART = 4096;                               // numbers that are added up at a time
 constexpr int SPINS = 4096, YIELDS_A_LOOK = 64;
 constexpr std::chrono::milliseconds AWAKE{5};  // a step follows the last one in less
 constexpr long NAP_NANOSECONDS = 100'000'000;   // who sleeps looks so often whether the others live
@@ -41,7 +44,7 @@ void sleep_until(const std::atomic<std::uint32_t>& bell, std::uint32_t heard) {
   timespec nap = {0, NAP_NANOSECONDS};
 #if defined(__linux__)
   syscall(SYS_futex, &bell, FUTEX_WAIT, heard, &nap, nullptr, 0);
-#else
+#else  // where no memory is shared either (memfd); only the tests of another system come here
   (void)bell, (void)heard;
   nap.tv_nsec /= 100;
   nanosleep(&nap, nullptr);
@@ -75,7 +78,6 @@ bf16 rounded(float number) {
 // f(begin, end) of parts of [0, n), in a team of threads where that pays.
 template <class F>
 void in_parts(std::int64_t n, F f) {
-  constexpr std::int64_t PART = 4096;
 #pragma omp parallel for schedule(static) if (forks(n >= WORTH_A_TEAM))
   for (std::int64_t begin = 0; begin < n; begin += PART) f(begin, std::min(begin + PART, n));
 }
@@ -84,7 +86,8 @@ void in_parts(std::int64_t n, F f) {
 
 // What a process says of itself: alone in its cache line, and in the one that is fetched with it.
 struct alignas(128) SharedSum::Place {
-  std::atomic<std::uint64_t> arrived;  // the step it is at, above 32 bits of how far it has come in it
+  std::atomic<std::uint64_t> arrived;  // the step it is at, above the bits of how far it has come in it
+  std::atomic<std::uint64_t> calls[2]; // what it does there, and did before
   std::atomic<std::uint64_t> failed;   // the last step that it could not do
   std::atomic<std::uint64_t> cause;    // the process because of which
   std::atomic<std::uint64_t> abandoned;
@@ -113,18 +116,21 @@ float* SharedSum::room(std::uint64_t index, int rank) const {
 void SharedSum::begin() {
   step_++;
   index_ = 0;
-  arrive();
+  arrive(Call::begin, 0);
 }
+
+void SharedSum::end() { arrive(Call::end, 0); }
 
 void SharedSum::publish(std::uint64_t index) {
   Place& own = place(rank_);
-  own.arrived.store(step_ << 32 | index, std::memory_order_release);
+  own.arrived.store(step_ << INDEX_BITS | index, std::memory_order_release);
   // After this store and before that look no sleeper is missed: it counts itself before it looks at the bell.
   own.bell.fetch_add(1, std::memory_order_seq_cst);
   if (own.sleepers.load(std::memory_order_seq_cst)) wake(own.bell);
 }
 
-void SharedSum::arrive() {
+void SharedSum::arrive(Call call, std::int64_t n) {
+  place(rank_).calls[index_ & 1].store((std::uint64_t)call << CALL_BITS | (std::uint64_t)n, std::memory_order_relaxed);
   publish(index_);
   for (int rank = 0; rank < count_; rank++)
     if (rank != rank_) wait_for(rank);
@@ -133,7 +139,7 @@ void SharedSum::arrive() {
 
 void SharedSum::wait_for(int rank) {
   Place& other = place(rank);
-  const std::uint64_t here = step_ << 32 | index_;
+  const std::uint64_t here = step_ << INDEX_BITS | index_;
   std::chrono::steady_clock::time_point began;
   for (std::int64_t waited = 0; other.arrived.load(std::memory_order_acquire) < here; waited++) {
     if (waited < SPINS) {
@@ -150,19 +156,36 @@ void SharedSum::wait_for(int rank) {
       other.sleepers.fetch_sub(1, std::memory_order_seq_cst);
       waited = SPINS + YIELDS_A_LOOK - 1;  // and look again at once
     }
-    bool lost = place(rank_).abandoned.load(std::memory_order_relaxed);
-    pollfd end = {ended_[(std::size_t)rank], POLLIN, 0};
-    // What it had written before it ended still counts.
-    lost |= end.fd >= 0 && poll(&end, 1, 0) > 0 && other.arrived.load(std::memory_order_acquire) < here;
-    if (lost) {
+    if (place(rank_).abandoned.load(std::memory_order_relaxed)) {
       culprit_ = rank;
-      throw ProcessLost("another process is gone");
+      throw ProcessLost("another process was given up");
     }
+    // One that others wait for is gone for all. What it had written before it ended still counts.
+    for (int each = 0; each < count_; each++)
+      if (is_gone(each) && place(each).arrived.load(std::memory_order_acquire) < here) {
+        culprit_ = each;
+        throw ProcessLost("another process is gone");
+      }
   }
-  if (other.failed.load(std::memory_order_acquire) == step_) {
+  const auto kind = [](std::uint64_t call) { return (Call)(call >> CALL_BITS); };
+  const std::uint64_t own = place(rank_).calls[index_ & 1].load(std::memory_order_relaxed);
+  const std::uint64_t theirs = other.calls[index_ & 1].load(std::memory_order_relaxed);
+  // From the end of a step, where it has seen this process, the other one may have gone on to the next.
+  const bool ends = kind(own) == Call::end && (kind(theirs) == Call::end || kind(theirs) == Call::begin);
+  const bool went_on = other.arrived.load(std::memory_order_acquire) >> INDEX_BITS > step_;
+  if (other.failed.load(std::memory_order_acquire) == step_ || (went_on && !ends)) {
     culprit_ = (int)other.cause.load(std::memory_order_relaxed);
     throw ProcessFailed("another process could not do its part");
   }
+  if (theirs != own && !ends) {
+    culprit_ = rank;
+    throw ProcessFailed("another process does something else");
+  }
+}
+
+bool SharedSum::is_gone(int rank) const {
+  pollfd end = {ended_[(std::size_t)rank], POLLIN, 0};
+  return end.fd >= 0 && poll(&end, 1, 0) > 0;
 }
 
 void SharedSum::broadcast(void* bytes, std::int64_t n) {
@@ -171,7 +194,7 @@ void SharedSum::broadcast(void* bytes, std::int64_t n) {
     const std::size_t size = (std::size_t)std::min(most, n - first);
     float* given = room(index_, 0);
     if (rank_ == 0) std::memcpy(given, (char*)bytes + first, size);
-    arrive();
+    arrive(Call::broadcast, n);
     if (rank_ != 0) std::memcpy((char*)bytes + first, given, size);
   }
 }
@@ -185,9 +208,9 @@ void SharedSum::sum(const float* part, std::int64_t n, const void* residual, DTy
     in_parts(size, [&](std::int64_t begin, std::int64_t end) {
       std::memcpy(own + begin, part + first + begin, (std::size_t)(end - begin) * sizeof(float));
     });
-    arrive();
+    arrive(Call::sum, n);
     in_parts(size, [&](std::int64_t begin, std::int64_t end) {
-      float sums[4096];
+      float sums[PART];
       std::memcpy(sums, room(index, 0) + begin, (std::size_t)(end - begin) * sizeof(float));
       for (int rank = 1; rank < count_; rank++) {
         const float* theirs = room(index, rank) + begin;
@@ -211,7 +234,7 @@ void SharedSum::gather(const float* own, std::int64_t rows, const std::vector<st
     const std::uint64_t index = index_;
     const std::int64_t size = std::min(floats_, rows * widths[(std::size_t)rank_] - first);
     if (size > 0) std::memcpy(room(index, rank_), own + first, (std::size_t)size * sizeof(float));
-    arrive();
+    arrive(Call::gather, rows);
     if (!out) continue;
     std::int64_t column = 0;
     for (int rank = 0; rank < count_; rank++) {

@@ -20,8 +20,9 @@ struct ProcessFailed : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-// One of `count` processes that map the same memory. All of them make the same calls in the same order; between `begin`
-// and the next one they are at the same step. Sums are taken in the order of the processes, so that all get the same bits.
+// One of `count` processes that map the same memory. All of them make the same calls in the same order, in steps from
+// `begin` to `end`: a process that calls something else fails the step. Sums are taken in the order of the processes, so
+// that all get the same bits.
 //
 // Every process writes what it has into one of two places of its own, says so, waits until the others have said so, and
 // reads theirs. Two places are enough: who has seen all others come to a place knows that they have read the one before.
@@ -38,6 +39,9 @@ class SharedSum {
   // last step counts for nothing.
   void begin();
 
+  // Ends the step once all others do: from here on none of them can fail it.
+  void end();
+
   // The others' bytes [n] become those of the first process.
   void broadcast(void* bytes, std::int64_t n);
 
@@ -47,7 +51,8 @@ class SharedSum {
   // out [rows, all widths] = the processes' own [rows, widths[r]] side by side, where out is not null.
   void gather(const float* own, std::int64_t rows, const std::vector<std::int64_t>& widths, float* out);
 
-  // Lets the others know that this process will do no more of this step, because of a process: itself, or another.
+  // Lets the others know that this process will do no more of this step, because of a process: itself, or another. Not
+  // before the first `begin`.
   void fail(int cause);
 
   // The process that something was last thrown about.
@@ -57,12 +62,14 @@ class SharedSum {
   void abandon();
 
  private:
+  enum class Call : std::uint64_t { begin, broadcast, sum, gather, end };
   struct Place;
   Place& place(int rank) const;
   float* room(std::uint64_t index, int rank) const;
-  void arrive();
+  void arrive(Call call, std::int64_t n);
   void publish(std::uint64_t index);
   void wait_for(int rank);
+  bool is_gone(int rank) const;
 
   void* memory_ = nullptr;
   std::int64_t bytes_, floats_;

@@ -8,17 +8,17 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from latentkv.errors import RankError
-from latentkv.ops.native.shared_sum import shared_bytes
+from latentkv.ops.native.shared_sum import SharedSum, shared_bytes
 from latentkv.parallel import MemorySums, ShardTeam
 
 T = TypeVar("T")
 
 
-def local_sums(count: int, ended: Sequence[int] | None = None) -> list[MemorySums]:
-    """What so many ranks add up by, each for a thread of its own."""
+def local_sums(count: int, ended: Sequence[int] | None = None) -> list[SharedSum]:
+    """What so many processes add up by, each for a thread of its own."""
     file = os.memfd_create("test")
     os.ftruncate(file, shared_bytes(count))
-    made = [MemorySums(file, rank, count, ended or [-1] * count) for rank in range(count)]
+    made = [SharedSum(file, rank, count, ended or [-1] * count) for rank in range(count)]
     os.close(file)
     return made
 
@@ -26,7 +26,10 @@ def local_sums(count: int, ended: Sequence[int] | None = None) -> list[MemorySum
 def local_teams(widths: Sequence[int]) -> list[ShardTeam]:
     """Of each rank the team, whose output heads have so many rows."""
     ranks = range(len(widths))
-    return [ShardTeam(rank, ranks, widths, sums, _itself) for rank, sums in enumerate(local_sums(len(widths)))]
+    memories = local_sums(len(widths))
+    return [
+        ShardTeam(rank, ranks, widths, MemorySums(memory, rank, ranks), _itself) for rank, memory in enumerate(memories)
+    ]
 
 
 def together(work: Callable[[int], T], count: int) -> list[T]:

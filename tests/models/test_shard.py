@@ -28,6 +28,7 @@ from latentkv.models.packing import Packing
 from latentkv.models.shard import Shard, require_can_be_shared_out
 from latentkv.models.stage import Stage
 from latentkv.models.stored_config import open_checkpoint
+from latentkv.parallel.messages import Kind, Message
 from latentkv.quantize import quantize_checkpoint
 from latentkv.state import PagedCache
 from latentkv.weights.formats import INT4, INT8
@@ -76,21 +77,17 @@ def logits_of(decoders: list[Decoder]) -> Tensor:
             for length in [20, 17, *[1] * 8]:
                 slots = [SlotUse(slot=0, pending=0, committed=length)] if cache.num_slots else None
                 batch = Batch.build([IDS[done : done + length]], [done], [pages], page_size=PAGE, slots=slots)
-                # The first one has the embedding; the others are told what it reads.
-                x = read[done] if rank else read.setdefault(done, decoder.embedded(batch))
-                hidden = decoder.run_layers(x, decoder.rotary(batch.positions), batch, cache)
                 team = decoder.model.layers[0].team
-                rows.append(team.logits(hidden if rank == 0 else team.hear().x, decoder.own_logits))
+                with team.step(Message(Kind.STEP, x=decoder.embedded(batch)) if rank == 0 else None) as message:
+                    hidden = decoder.run_layers(message.x, decoder.rotary(batch.positions), batch, cache)
+                if rank == 0:
+                    rows.append(decoder.logits(hidden))
+                else:
+                    with team.step() as message:
+                        team.gather(decoder.own_logits(message.x))
                 done += length
         return rows
 
-    first, done = decoders[0], 0
-    read: dict[int, Tensor] = {}
-    with torch.inference_mode():
-        for length in [20, 17, *[1] * 8]:
-            batch = Batch.build([IDS[done : done + length]], [done], [[0, 1, 2, 3]], page_size=PAGE)
-            read[done] = first.embedded(batch)
-            done += length
     return torch.cat(together(work, len(decoders))[0])
 
 

@@ -8,15 +8,17 @@ import subprocess
 import sys
 import threading
 import time
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from latentkv import kernels
+from latentkv.errors import OpError
 from latentkv.ops.native.arena import Arena
 from latentkv.ops.native.recording import Recording
-from latentkv.ops.native.shared_sum import PLACE_FLOATS, errors
+from latentkv.ops.native.shared_sum import PLACE_FLOATS, process_failed, process_lost
 from local_team import local_sums, together
 
 pytestmark = pytest.mark.skipif(kernels.extension is None, reason="the native kernels are not built")
@@ -72,6 +74,7 @@ def test_sums_of_any_size_one_after_another_are_right_however_late_each_rank_is(
                 time.sleep(late.random() * 0.002)
             if kind == "step":
                 told = torch.full((size,), i if rank == 0 else -1)
+                sums[rank].end()
                 sums[rank].begin()
                 sums[rank].broadcast(told)
                 assert bool((told == i).all())
@@ -144,7 +147,7 @@ def test_a_rank_that_cannot_do_its_part_is_named_to_all_others_and_the_next_step
             sums[rank].sum(torch.ones(4), None, torch.float32)
             sums[rank].fail(1)
         else:
-            with pytest.raises(errors()[1]):
+            with pytest.raises(process_failed()):
                 for _ in range(3):
                     sums[rank].sum(torch.ones(4), None, torch.float32)
             sums[rank].fail(sums[rank].culprit)
@@ -162,7 +165,7 @@ def test_a_process_that_ended_is_not_waited_for():
     sums = local_sums(2, [-1, descriptor])
     threading.Timer(0.2, ended.kill).start()
     began = time.monotonic()
-    with pytest.raises(errors()[0]):
+    with pytest.raises(process_lost()):
         sums[0].sum(torch.ones(4), None, torch.float32)
     assert sums[0].culprit == 1
     assert time.monotonic() - began < 20
@@ -173,8 +176,101 @@ def test_a_process_that_ended_is_not_waited_for():
 def test_who_waits_for_a_rank_that_is_given_up_waits_no_more():
     sums = local_sums(2)
     threading.Timer(0.1, sums[0].abandon).start()
-    with pytest.raises(errors()[0]):
+    with pytest.raises(process_lost()):
         sums[0].begin()
+
+
+def test_who_calls_something_else_fails_the_step_instead_of_adding_up_what_it_should_not():
+    for calls in (
+        lambda rank, sums: sums.sum(torch.ones(3 + 2 * rank), None, torch.float32),
+        lambda rank, sums: sums.gather(torch.ones(1, 2), [2, 2], wanted=False) if rank else sums.end(),
+        lambda rank, sums: [sums.sum(torch.ones(4), None, torch.float32) for _ in range(1 + rank)] and sums.end(),
+    ):
+        sums = local_sums(2)
+
+        def work(rank: int, calls: Any = calls, sums: Any = sums) -> bool:
+            sums[rank].begin()
+            try:
+                calls(rank, sums[rank])
+            except process_failed():
+                sums[rank].fail(rank)
+                return True
+            return False
+
+        assert any(together(work, 2))
+
+
+def test_a_rank_that_is_gone_is_noticed_by_those_that_wait_for_another():
+    ended = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    descriptor = os.pidfd_open(ended.pid)
+    sums = local_sums(3, [-1, -1, descriptor])
+    threading.Timer(0.1, ended.kill).start()
+    with pytest.raises(process_lost()):
+        sums[1].begin()  # for the first one, which lives
+    assert sums[1].culprit == 2
+    ended.wait()
+    os.close(descriptor)
+
+
+def test_only_what_can_be_added_up_is_taken():
+    (sums,) = local_sums(1)
+    with pytest.raises(OpError, match="parts of sums are float32"):
+        sums.sum(torch.ones(4, dtype=torch.bfloat16), None, torch.bfloat16)
+    with pytest.raises(OpError, match="of the sizes of the sum"):
+        sums.sum(torch.ones(4), torch.ones(3), torch.float32)
+    with pytest.raises(OpError, match="gathered is float32"):
+        sums.gather(torch.ones(1, 4).double(), [4], wanted=True)
+    with pytest.raises(OpError, match="contiguous"):
+        sums.broadcast(torch.ones(4, 4).T)
+
+
+def test_numbers_that_do_not_lie_side_by_side_are_taken_as_they_are():
+    sums = local_sums(2)
+    parts = [part(rank, (40, 30)).T for rank in range(2)]
+    wholes = together(lambda rank: sums[rank].sum(parts[rank], None, torch.float32), 2)
+    assert torch.equal(wholes[0], parts[0] + parts[1])
+    for _ in range(20):
+        first, _ = together(lambda rank: sums[rank].gather(parts[rank], [40, 40], wanted=rank == 0), 2)
+        assert first is not None and torch.equal(first, torch.cat(parts, dim=1))
+
+
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_ranks_that_fail_at_random_stay_in_step_with_the_others(count: int):
+    """In each step some rank may fail, anywhere: all learn of it, and the next step is right."""
+    sums, steps = local_sums(count), 300
+
+    def work(rank: int) -> list[int]:
+        plan, late = random.Random(1), random.Random(rank)
+        culprits: list[int] = []
+        for step in range(steps):
+            calls = plan.randint(1, 6)
+            victim, at = plan.randrange(3 * count), plan.randrange(calls + 1)
+            culprit = -1
+            try:
+                sums[rank].begin()
+                for call in range(calls):
+                    if late.random() < 0.01:
+                        time.sleep(0.001)
+                    if victim == rank and at == call:
+                        raise MemoryError
+                    size = plan.randint(1, 500) if call >= 0 else 0
+                    whole = sums[rank].sum(torch.full((size,), float(step + call)), None, torch.float32)
+                    assert bool((whole == count * (step + call)).all())
+                if victim == rank and at == calls:
+                    raise MemoryError
+                sums[rank].end()
+            except MemoryError:
+                culprit = rank
+                sums[rank].fail(rank)
+            except process_failed():
+                culprit = sums[rank].culprit
+                sums[rank].fail(culprit)
+            assert culprit == (victim if victim < count else -1)
+            plan.seed(step)
+            culprits.append(culprit)
+        return culprits
+
+    assert len({tuple(each) for each in together(work, count)}) == 1
 
 
 def test_who_waits_long_sleeps():

@@ -8,10 +8,9 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+from latentkv.checks import require
 from latentkv.weights import QuantizedWeight
-
-_PACKED_TOGETHER = 8
-"""Weights of a group at least, for its kernels (`weights/layout.py`)."""
+from latentkv.weights.layout import least_group
 
 
 @dataclass(frozen=True)
@@ -55,21 +54,30 @@ class Cut:
         axis = next(axis for axis, (own, all_) in enumerate(zip(part.shape, stored.shape, strict=True)) if own != all_)
         return self.of(stored, axis, pieces=self.pieces if part.shape[axis] == tensor.shape[self.axis] else 1)
 
-    def of_quantized(self, whole: QuantizedWeight) -> QuantizedWeight | None:
-        """Of a quantised weight: the same numbers. None where its groups would become too small for the kernels."""
+    def of_quantized(self, whole: QuantizedWeight) -> QuantizedWeight:
+        """Of a quantised weight: the same numbers, in groups that no cut goes through.
+
+        Raises:
+            OpError: these would be too small for the kernels.
+        """
         minima = whole.minima
         if self.axis == -2:
             codes, scales = self.of(whole.codes), self.of(whole.scales)
             return replace(whole, codes=codes, scales=scales, minima=None if minima is None else self.of(minima))
         columns = whole.codes.shape[-1]
-        begin, end = (columns * unit // self.units for unit in (self.begin, self.end))
+        unit = columns // self.units
+        begin, end = self.begin * unit, self.end * unit
         codes = whole.codes[..., begin:end]
         if whole.group >= columns:
             return replace(whole, codes=codes, group=end - begin)
-        group = math.gcd(whole.group, begin, 0 if end == columns else end)
-        if group % _PACKED_TOGETHER:
-            return None
-        groups = slice(begin // group, -(-end // group))
+        group = math.gcd(whole.group, unit)
+        together = least_group(whole.format)
+        require(
+            group % together == 0,
+            f"a weight in {whole.format.name} that is shared out {unit} columns at a time would have groups of "
+            f"{group}, and its kernels take multiples of {together}: use fewer ranks",
+        )
+        groups = slice(begin // group, end // group)
 
         def spread(shared: Tensor) -> Tensor:
             return shared.repeat_interleave(whole.group // group, dim=-1)[..., groups]

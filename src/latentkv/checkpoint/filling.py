@@ -78,11 +78,14 @@ class Match:
             if part not in self._sources or name in self._zeros:
                 target.zero_()
                 continue
-            stored = self._reader.read(self._sources[part], dtype=target.dtype)
+            source, cut = self._sources[part], self.cuts.get(name)
+            # What is cut is cast afterwards: of a mapped file only the part is read then.
+            whole = cut is None or self._reader.is_quantized(source)
+            stored = self._reader.read(source, dtype=target.dtype if whole else None)
             if part.endswith(_RATES):
                 stored, target = stored.flatten(), target.flatten()
-            if name in self.cuts:
-                stored = self.cuts[name].of_stored(stored, target, state[name])
+            if cut is not None:
+                stored = cut.of_stored(stored, target, state[name])
             target.copy_(stored)
 
     def quantized(self, state: Mapping[str, Tensor]) -> dict[str, QuantizedWeight]:
@@ -114,11 +117,9 @@ class Match:
             tensor: only its shape matters, and the dtype that is quantised.
             quantize: [O, D] or [E, O, D], each row by itself.
 
-        Returns:
-            None where the parts are too small for its groups.
-
         Raises:
             CheckpointError: a tensor cannot be read.
+            OpError: its parts are too small for groups of weights.
         """
 
         def made(source: str, cut: Cut | None) -> QuantizedWeight | None:

@@ -166,9 +166,8 @@ def _rounded(match: Match, state: Mapping[str, Tensor], packing: Packing) -> dic
         )
         if scheme is not None:
             quantize = partial(quantize_weight, fmt=scheme.format, group=scheme.group)
-            if (weight := match.rounded(name, tensor, quantize)) is None:
-                raise ConfigError(f"The parts of {name} are too small for groups of {scheme.group}: use fewer ranks.")
-            found[name] = weight
+            if (weight := match.rounded(name, tensor, quantize)) is not None:
+                found[name] = weight
     return found
 
 

@@ -139,8 +139,11 @@ class Shard:
         return self._part(units) * (width // units)
 
     def _width_units(self, width: int) -> int:
+        """As many as make the parts even, of as many columns each as can be, and of fewer than 32 only if they must."""
         units = [width // each for each in _WIDTHS if width % each == 0]
-        return next((each for each in units if -(-each // self.count) * self.count <= _EVEN * each), units[-1])
+        large = [each for each in units if width // each >= 32 and each >= self.count]
+        even = (each for each in large or units if -(-each // self.count) * self.count <= _EVEN * each)
+        return next(even, (large or units)[-1])
 
 
 WHOLE = Shard()

@@ -61,9 +61,8 @@ class Pipeline:
         if self._team is None:
             yield
             return
-        with self._whole():
-            self._team.tell(Message(Kind.STEP, self._next, batch_numbers(batch, form), x))
-        with self._team.step():
+        self._require_open()
+        with self._team.step(Message(Kind.STEP, self._next, batch_numbers(batch, form), x)):
             yield
 
     def submit(self, batch: Batch, form: Form | None, x: Tensor) -> None:
@@ -115,8 +114,7 @@ class Pipeline:
         """
         with self._whole():
             message = Message(Kind.COPY, self._next, torch.tensor([source, target], dtype=torch.int32))
-            if self._team is not None:
-                self._team.tell(message)
+            self._tell_team(message)
             if self.depth > 1:
                 self._ring.send(message)
 
@@ -131,8 +129,7 @@ class Pipeline:
         with self._whole():
             self._why_closed = "The other ranks have ended: start all of them again."
             message = Message(Kind.STOP, self._next)
-            if self._team is not None:
-                self._team.tell(message)
+            self._tell_team(message)
             if self.depth > 1:
                 self._ring.send(message)
                 while self._ring.receive().kind != Kind.STOP:  # of steps that nobody waited for
@@ -140,13 +137,30 @@ class Pipeline:
                 self._ring.flush()
         self._ranks.leave()
 
-    @contextmanager
-    def _whole(self) -> Generator[None]:
-        """A message is sent or received whole, or there are no more: half of one would be taken for another."""
+    def _tell_team(self, message: Message) -> None:
+        """Have the other ranks of this stage do what cannot be done without any of them.
+
+        Raises:
+            RankError: one of them could not, or is gone.
+        """
+        if self._team is None:
+            return
+        try:
+            with self._team.step(message):
+                pass
+        except StageError as error:
+            raise RankError(error.rank, f"could not do what all have done ({error.why})") from error
+
+    def _require_open(self) -> None:
         if self._ranks.lost is not None:
             raise self._ranks.lost
         if self._why_closed:
             raise EngineStoppedError(self._why_closed)
+
+    @contextmanager
+    def _whole(self) -> Generator[None]:
+        """A message is sent or received whole, or there are no more: half of one would be taken for another."""
+        self._require_open()
         try:
             yield
         except RankError as error:

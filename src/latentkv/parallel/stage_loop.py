@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from latentkv.errors import RankError, StageError
 from latentkv.models.decoder import Decoder
@@ -57,12 +58,12 @@ class StageLoop:
         message = self._ring.receive()
         # As many steps are under way at most as there are stages: what was sent of those before has come back.
         self._ring.arrived(message.number - self._ring.size)
-        if self._team is not None and message.kind != Kind.FAILED:
-            self._team.tell(message)
         if message.kind == Kind.STEP:
-            message = self._computed(message)
-        elif message.kind == Kind.COPY:
-            self._copy(message)
+            message = self._answer(message)
+        elif message.kind != Kind.FAILED:
+            with nullcontext() if self._team is None else self._team.step(message):
+                if message.kind == Kind.COPY:
+                    self._copy(message)
         # The driver is not told of copies, which it has made itself.
         if message.kind != Kind.COPY or self._ring.after != 0:
             self._ring.send(message)
@@ -70,40 +71,43 @@ class StageLoop:
 
     @torch.inference_mode()
     def _follow(self, team: ShardTeam) -> bool:
-        """Deal with one message of the rank that leads; whether there will be more."""
+        """Do what the rank that leads says; whether there will be more. It knows of what fails here, and goes on."""
+        message = None
         try:
-            message = team.hear()
-            if message.kind == Kind.STEP:
-                self._computed(message)
-            elif message.kind == Kind.COPY:
-                self._copy(message)
-            elif message.kind == Kind.LOGITS and message.x is not None:
-                team.logits(message.x, self._decoder.own_logits)
-        except RankError:
+            with team.step() as message:
+                if message.kind == Kind.STEP:
+                    self._hidden(message)
+                elif message.kind == Kind.COPY:
+                    self._copy(message)
+                elif message.kind == Kind.LOGITS and message.x is not None:
+                    team.gather(self._decoder.own_logits(message.x))
+        except RankError:  # there will be no other step
             raise
-        except Exception as error:  # which the rank that leads knows
+        except Exception as error:
             logger.warning("A step failed: %s", error)
-            return True
-        return message.kind != Kind.STOP
+        return message is None or message.kind != Kind.STOP
 
     @torch.inference_mode()
-    def _computed(self, message: Message) -> Message:
+    def _answer(self, message: Message) -> Message:
         """The message with the states that this stage's layers give."""
-        batch, form = batch_of(message.numbers)
-        x = message.x
         try:
-            with nullcontext() if self._team is None else self._team.step():
-                if x is None:
-                    raise ValueError("a step came without hidden states")
-                hidden = self._replay.run(batch, lambda batch: (x, self._decoder.rotary(batch.positions)), form=form)
-        except RankError:  # of the team: there will be no other step
+            with nullcontext() if self._team is None else self._team.step(message):
+                return replace(message, x=self._hidden(message))
+        except RankError:  # of the team
             raise
         except Exception as error:  # whatever the model raised: the driver gives up the requests of this step
             logger.warning("A step failed: %s", error)
             failed, why = (error.rank, error.why) if isinstance(error, StageError) else (self._ring.rank, f"{error}")
             text = torch.frombuffer(bytearray(why.encode() or b"?"), dtype=torch.uint8)
             return Message(Kind.FAILED, message.number, torch.tensor([failed], dtype=torch.int32), text)
-        return replace(message, x=hidden)
+
+    def _hidden(self, message: Message) -> Tensor:
+        """What this stage's layers give for a step."""
+        batch, form = batch_of(message.numbers)
+        x = message.x
+        if x is None:
+            raise ValueError("a step came without hidden states")
+        return self._replay.run(batch, lambda batch: (x, self._decoder.rotary(batch.positions)), form=form)
 
     @torch.inference_mode()
     def _copy(self, message: Message) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import select
+import time
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -10,26 +13,28 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from latentkv.errors import ConfigError, RankError
+from latentkv.errors import ConfigError, RankError, StageError
 from latentkv.kernels import extension
-from latentkv.ops.native.shared_sum import SharedSum, shared_bytes
+from latentkv.ops.native.shared_sum import SharedSum, process_failed, process_lost, shared_bytes
 from latentkv.parallel.messages import HEAD_NUMBERS, Message, body_bytes, message_of
 from latentkv.parallel.ranks import Ranks
 from latentkv.parallel.ring import Outgoing, receive
 
+logger = logging.getLogger("latentkv.parallel")
+
+_LOOK_SECONDS = 0.02
+_LAST_WORDS_SECONDS = 1.0  # for a process whose connection is closed to end
+
 
 class Sums(Protocol):
-    """What the processes of a team tell each other, all making the same calls in the same order.
+    """What the processes of a team tell each other, all making the same calls in the same order."""
 
-    The first one begins a step by telling the others what it is.
-    """
-
-    def tell(self, message: Message) -> None:
-        """Begin the next step, with a message to all others."""
+    def begin(self, message: Message | None) -> Message:
+        """Begin the next step, with a message of the first of them, which all get."""
         ...
 
-    def hear(self) -> Message:
-        """Begin the next step, with the message of the first one."""
+    def end(self) -> None:
+        """End the step, as all others do."""
         ...
 
     def sum(self, part: Tensor, residual: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -40,24 +45,46 @@ class Sums(Protocol):
         """All processes' own [T, widths[r]] float32 side by side, where that is wanted."""
         ...
 
+    def give_up(self, error: BaseException) -> BaseException:
+        """Take no further part in this step, in which something was raised here; what that means for this rank."""
+        ...
 
-class MemorySums(SharedSum):
-    """Sums through memory that the processes share: some microseconds each."""
 
-    def tell(self, message: Message) -> None:
+class MemorySums:
+    """Sums through memory that the processes share: some microseconds each.
+
+    Args:
+        memory: this process's place in it.
+        rank: this process.
+        team: the ranks of all, in their order.
+    """
+
+    def __init__(self, memory: SharedSum, rank: int, team: Sequence[int]) -> None:
+        self._memory, self._own, self._team = memory, team.index(rank), team
+        self.sum, self.gather, self.end = memory.sum, memory.gather, memory.end
+        self.abandon = memory.abandon
+
+    def begin(self, message: Message | None) -> Message:
         """See `Sums`."""
-        self.begin()
-        for part in (message.head(), message.body()):
-            self.broadcast(part)
-
-    def hear(self) -> Message:
-        """See `Sums`."""
-        self.begin()
+        self._memory.begin()
+        if message is not None:
+            for part in (message.head(), message.body()):
+                self._memory.broadcast(part)
+            return message
         head = torch.empty(HEAD_NUMBERS, dtype=torch.int64)
-        self.broadcast(head)
+        self._memory.broadcast(head)
         body = torch.empty(body_bytes(head), dtype=torch.uint8)
-        self.broadcast(body)
+        self._memory.broadcast(body)
         return message_of(head, body)
+
+    def give_up(self, error: BaseException) -> BaseException:
+        """See `Sums`: the others fail this step, too, and all go on with the next one."""
+        if isinstance(error, process_lost()):
+            return RankError(self._team[self._memory.culprit], "is gone")
+        failed = isinstance(error, process_failed())
+        culprit = self._memory.culprit if failed else self._own
+        self._memory.fail(culprit)
+        return StageError(self._team[culprit], "its own messages say why") if failed else error
 
 
 class NetworkSums:
@@ -66,33 +93,34 @@ class NetworkSums:
     Args:
         team: the ranks, in their order.
         rank: this one of them.
+        ended: of each of them a descriptor that is readable once it has ended; -1: nobody knows.
     """
 
-    def __init__(self, team: Sequence[int], rank: int) -> None:
-        self._team, self._rank = team, rank
+    def __init__(self, team: Sequence[int], rank: int, ended: Sequence[int]) -> None:
+        self._team, self._rank, self._ended = team, rank, ended
         # Every rank takes part in making every group.
         firsts = range(0, dist.get_world_size(), len(team))
         groups = [dist.new_group(range(first, first + len(team))) for first in firsts]
         self._group = groups[rank // len(team)]
         self._others = [Outgoing(other) for other in team[1:]] if rank == team[0] else []
 
-    def tell(self, message: Message) -> None:
+    def begin(self, message: Message | None) -> Message:
         """See `Sums`."""
+        if message is None:
+            return receive(self._team[0])
         for other in self._others:
-            other.flush()  # what they were told before is known to them
             other.send(message)
+        return message
 
-    def hear(self) -> Message:
-        """See `Sums`."""
-        return receive(self._team[0])
+    def end(self) -> None:
+        """See `Sums`; who fails a step ends, so nobody need be asked."""
+        for other in self._others:
+            other.flush()
 
     def sum(self, part: Tensor, residual: Tensor | None, dtype: torch.dtype) -> Tensor:
         """See `Sums`."""
         parts = [torch.empty_like(part) for _ in self._team]
-        try:
-            dist.all_gather(parts, part.contiguous(), group=self._group)
-        except RuntimeError as error:
-            raise self._lost() from error
+        dist.all_gather(parts, part.contiguous(), group=self._group)
         whole = parts[0]
         for other in parts[1:]:
             whole += other
@@ -100,19 +128,24 @@ class NetworkSums:
 
     def gather(self, own: Tensor, widths: Sequence[int], *, wanted: bool) -> Tensor | None:
         """See `Sums`."""
-        try:
-            if not wanted:
-                dist.send(own.contiguous(), self._team[0])
-                return None
-            others = [own.new_empty(len(own), width) for width in widths[1:]]
-            for rank, theirs in zip(self._team[1:], others, strict=True):
-                dist.recv(theirs, rank)
-        except RuntimeError as error:
-            raise self._lost() from error
+        if not wanted:
+            dist.send(own.contiguous(), self._team[0])
+            return None
+        others = [own.new_empty(len(own), width) for width in widths[1:]]
+        for rank, theirs in zip(self._team[1:], others, strict=True):
+            dist.recv(theirs, rank)
         return torch.cat([own, *others], dim=1)
 
-    def _lost(self) -> RankError:
-        return RankError(next(rank for rank in self._team if rank != self._rank), "is gone")
+    def give_up(self, error: BaseException) -> BaseException:
+        """See `Sums`: over gloo each waits for all, and nobody could be told; this rank ends, and so do the others."""
+        deadline = time.monotonic() + _LAST_WORDS_SECONDS
+        while isinstance(error, RuntimeError | RankError) and time.monotonic() < deadline:
+            # gloo does not say who closed a connection.
+            for rank, descriptor in zip(self._team, self._ended, strict=True):
+                if descriptor >= 0 and select.select([descriptor], [], [], 0)[0]:
+                    return RankError(rank, "is gone")
+            time.sleep(_LOOK_SECONDS)
+        return error if isinstance(error, RankError) else RankError(self._rank, f"could not compute a step ({error})")
 
 
 def sums_of(ranks: Ranks) -> MemorySums | NetworkSums:
@@ -129,8 +162,13 @@ def sums_of(ranks: Ranks) -> MemorySums | NetworkSums:
             "several machines use pipeline_parallel."
         )
     ranks.tell("shares", {"can": extension is not None and hasattr(os, "memfd_create")})
+    ended = [ranks.ended(rank) for rank in team]
     if not all(said["can"] for said in ranks.hear_all("shares")):
-        return NetworkSums(team, ranks.rank)
+        logger.warning(
+            "The native kernels are missing, or memory cannot be shared here: ranks add up over gloo, which takes a "
+            "hundred times as long."
+        )
+        return NetworkSums(team, ranks.rank, ended)
     # It has no name that could be left behind: it is gone with the last of the processes.
     if ranks.rank == team[0]:
         file = os.memfd_create("latentkv-sums", os.MFD_CLOEXEC)
@@ -145,7 +183,7 @@ def sums_of(ranks: Ranks) -> MemorySums | NetworkSums:
                 f"Rank {ranks.rank} cannot share memory with rank {team[0]} ({path}: {error.strerror}): run both as "
                 "one user in one container, or use pipeline_parallel."
             ) from error
-    sums = MemorySums(file, ranks.rank - team[0], len(team), [ranks.ended(rank) for rank in team])
+    sums = MemorySums(SharedSum(file, ranks.rank - team[0], len(team), ended), ranks.rank, team)
     ranks.tell("shared", {})
     for rank in team:
         ranks.hear("shared", rank)

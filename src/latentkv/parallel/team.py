@@ -8,14 +8,13 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from latentkv.errors import RankError, StageError
-from latentkv.ops.native.shared_sum import errors
+from latentkv.errors import RankError
 from latentkv.parallel.messages import Kind, Message
-from latentkv.parallel.sums import MemorySums, Sums
+from latentkv.parallel.sums import Sums
 
 
 class ShardTeam:
-    """One of the ranks of a stage. The first of them leads: it has the stage's messages, and hands them on.
+    """One of the ranks of a stage, of which the first leads: it has the stage's messages, and tells the others.
 
     See `models.shard.Team` for what layers and output head ask of it.
 
@@ -35,44 +34,25 @@ class ShardTeam:
         sums: Sums,
         loss: Callable[[RankError], RankError],
     ) -> None:
-        self._rank, self._team, self._widths, self._sums, self._loss = rank, team, widths, sums, loss
-
-    @property
-    def leads(self) -> bool:
-        """Whether the others have their messages from this rank."""
-        return self._rank == self._team[0]
-
-    def tell(self, message: Message) -> None:
-        """Hand a message on to the others, who are then to do what it says together with this rank.
-
-        Raises:
-            RankError: one of them is gone.
-        """
-        with self.step():
-            self._sums.tell(message)
-
-    def hear(self) -> Message:
-        """Wait for the next message of the one that leads.
-
-        Raises:
-            StageError: it could not be told.
-            RankError: a rank is gone.
-        """
-        with self.step():
-            return self._sums.hear()
+        self._widths, self._sums, self._loss = widths, sums, loss
+        self.leads = rank == team[0]
 
     @contextmanager
-    def step(self) -> Generator[None]:
-        """What all of them do together; where one of them fails, none goes on with it.
+    def step(self, message: Message | None = None) -> Generator[Message]:
+        """What all of them do together; where one of them fails, all do.
+
+        Args:
+            message: what it is, from the one that leads; the others get it.
 
         Raises:
-            StageError: another rank could not compute its part.
+            StageError: another rank could not do its part.
             RankError: another rank is gone.
         """
         try:
-            yield
-        except Exception as error:
-            reason = self._give_up(error)
+            yield self._sums.begin(message)
+            self._sums.end()
+        except BaseException as error:
+            reason = self._sums.give_up(error)
             if reason is error:
                 raise
             raise (self._loss(reason) if isinstance(reason, RankError) else reason) from error
@@ -82,24 +62,14 @@ class ShardTeam:
         return self._sums.sum(part.float(), residual, dtype)
 
     def logits(self, hidden: Tensor, own: Callable[[Tensor], Tensor]) -> Tensor:
-        """See `models.shard.Team`; in the ranks that do not lead there are none, [0]."""
-        with self.step():
-            if self.leads:
-                self._sums.tell(Message(Kind.LOGITS, x=hidden))
-            logits = self._sums.gather(own(hidden), self._widths, wanted=self.leads)
+        """See `models.shard.Team`; asked of the one that leads.
+
+        The others are sent the states, though they had some of them: only those of chosen tokens become logits.
+        """
+        with self.step(Message(Kind.LOGITS, x=hidden)):
+            logits = self.gather(own(hidden))
         return hidden.new_empty(0) if logits is None else logits
 
-    def _give_up(self, error: Exception) -> Exception:
-        """What becomes of a step in which something was raised here."""
-        if not isinstance(self._sums, MemorySums):
-            # Nobody could be told over gloo, where each waits for all.
-            known = isinstance(error, RankError)
-            return error if known else RankError(self._rank, f"could not compute a step ({error})")
-        lost, failed = errors()
-        if isinstance(error, lost):
-            return RankError(self._team[self._sums.culprit], "is gone")
-        culprit = self._sums.culprit if isinstance(error, failed) else self._team.index(self._rank)
-        self._sums.fail(culprit)
-        if isinstance(error, failed):
-            return StageError(self._team[culprit], "its own messages say why")
-        return error
+    def gather(self, own: Tensor) -> Tensor | None:
+        """Logits [T, V] of all of them, each having its own; None where this rank does not lead."""
+        return self._sums.gather(own, self._widths, wanted=self.leads)

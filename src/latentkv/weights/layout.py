@@ -31,7 +31,7 @@ from torch.nn import functional
 
 from latentkv.checks import require
 from latentkv.weights import compact as compact_layout
-from latentkv.weights.formats import BF16, CODE_FORMATS, COMPACT, INTEGER_PRODUCTS
+from latentkv.weights.formats import BF16, CODE_FORMATS, COMPACT, INTEGER_PRODUCTS, CodeFormat
 from latentkv.weights.weight import QuantizedWeight, require_quantized
 
 BLOCK_OUTS = 32
@@ -101,7 +101,7 @@ def pack_weight(weight: Tensor | QuantizedWeight, *, compact: bool = False) -> P
         require_quantized(weight)
         format_ = weight.format.name
         group = min(weight.group, stacked.shape[2])
-        whole = max(8, weight.format.pack[1])
+        whole = least_group(weight.format)
         require(
             group % whole == 0 or group == stacked.shape[2],
             f"pack_weight takes groups of a multiple of {whole} weights, not {group}",
@@ -123,6 +123,11 @@ def pack_weight(weight: Tensor | QuantizedWeight, *, compact: bool = False) -> P
     for matrix in range(count):
         _pack_matrix(stacked[matrix], None if scales is None else scales[matrix], format_, group, words[matrix])
     return PackedWeight(data, format_, count, out_features, in_features, group, scales_dtype)
+
+
+def least_group(form: CodeFormat) -> int:
+    """Weights that share a scale at least: groups are multiples of so many, or whole rows."""
+    return max(8, form.pack[1])
 
 
 def require_whole(packed: PackedWeight) -> None:
