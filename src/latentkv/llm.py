@@ -78,7 +78,8 @@ class LLM:
         int8_products: decode over an int8 cache in int8 products (AVX-512 VNNI): faster at depth, and less exact, as
             docs/attention.md tells.
         max_context: tokens that a prompt and its completion have together at most; None is all that the model has.
-        kv_cache_bytes: size of the cache; None is the smaller of one max_context and half of the free memory.
+        kv_cache_bytes: size of the cache, which several processes have together as one would have it; None is the
+            smaller of one max_context and half of the free memory.
         max_running: requests that take part in a step at most; the others wait.
         speculate: draft so many tokens at most and check them in one step, as long as it seems to pay: the answers
             are the same; 0 drafts none.

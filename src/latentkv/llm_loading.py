@@ -108,13 +108,15 @@ def _load(model: str | Path | None, options: LoadOptions, ranks: Ranks | None) -
     if packed_file:
         free = beside_weights(free, packed_file.nbytes, folder)
     fmt = kv_format(options.kv_dtype, decoder.dtype)
-    kept = decoder.stage.shard.config(config)
-    specs = kept.specs(fmt, mtp=decoder.dtype if by_mtp else None, most_drafted=options.speculate)
+    specs, own_specs = (
+        each.specs(fmt, mtp=decoder.dtype if by_mtp else None, most_drafted=options.speculate)
+        for each in (config, decoder.stage.shard.config(config))
+    )
     team = None
     if ranks:
         if (team := team_of(ranks, config, decoder.stage.shard)) is not None:
             decoder.join(team)
-        cache = shared_cache(ranks, decoder, specs, max_context, free, options)
+        cache = shared_cache(ranks, decoder, specs, own_specs, max_context, free, options)
         if not ranks.is_driver:
             run_stage(decoder, cache, ranks.ring, team)
             ranks.leave()

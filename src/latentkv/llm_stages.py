@@ -79,7 +79,8 @@ def agree_on_stage(
     pages = -(-max_context // PAGE_SIZE)
     if options.kv_cache_bytes is not None:
         pages = pages_and_slots(specs, options.kv_cache_bytes)[0]
-    sizes = [held + shard.count * pages * page_bytes([spec]) for held, spec in zip(weights, specs, strict=True)]
+    kept = shard.config(config).specs(kv_format(options.kv_dtype, dtype), most_drafted=options.speculate)
+    sizes = [held + shard.count * pages * page_bytes([spec]) for held, spec in zip(weights, kept, strict=True)]
     stored = checkpoint_dtype(config) if packing is None or packing.format is None else packing.format.name
     time = Weighed(*layer_reads(config, stored, GROUP_ROWS))
     return cut(config, Weighed(sizes, beside), memories, time)[ranks.stage].sharded(shard)
@@ -109,14 +110,21 @@ def require_some_rounded_input(ranks: Ranks, decoder: Decoder) -> None:
 
 
 def shared_cache(
-    ranks: Ranks, decoder: Decoder, specs: Sequence[LayerSpec], max_context: int, free: int, options: LoadOptions
+    ranks: Ranks,
+    decoder: Decoder,
+    specs: Sequence[LayerSpec],
+    own_specs: Sequence[LayerSpec],
+    max_context: int,
+    free: int,
+    options: LoadOptions,
 ) -> PagedCache:
     """This rank's part of the cache, whose pages and slots are the same everywhere: the driver says how many.
 
     Args:
         ranks: this one among all.
         decoder: its stage.
-        specs: of all layers, as the driver has them.
+        specs: of all layers, whole.
+        own_specs: likewise, of this rank's shard of each.
         max_context: tokens of the longest sequence.
         free: bytes that are left for this rank.
         options: what was asked for.
@@ -125,7 +133,7 @@ def shared_cache(
         CacheError: the cache does not fit.
         RankError: another rank has ended.
     """
-    own = decoder.stage.own(specs)
+    own = decoder.stage.own(own_specs)
     ranks.tell("room", {"free": free, "context": _context_bytes(own, max_context)})
     if ranks.is_driver:
         num_bytes = options.kv_cache_bytes

@@ -126,6 +126,7 @@ class Pipeline:
         """
         if self._why_closed and self._ranks.lost is None:
             return
+        self._ranks.watch.expect_end()
         with self._whole():
             self._why_closed = "The other ranks have ended: start all of them again."
             message = Message(Kind.STOP, self._next)

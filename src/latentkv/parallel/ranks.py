@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 import socket
 import threading
@@ -65,7 +66,7 @@ class Ranks:
         self._neighbours: dict[int, int] = {}  # descriptors of the other processes on this machine
         self.lost: RankError | None = None
         self.when_lost: Callable[[], None] = _nothing
-        self.watch = Watch(store.clone(), rank, size, timeout, before_the_end=self._lose)
+        self.watch = Watch(store.clone(), rank, size, timeout, before_the_end=self._lose, ended=self._ended_neighbour)
 
     @property
     def is_driver(self) -> bool:
@@ -180,9 +181,14 @@ class Ranks:
         if dist.is_initialized():
             dist.destroy_process_group()
 
+    def _ended_neighbour(self) -> int | None:
+        """A rank on this machine that has ended: while nothing is computed nobody else tells the driver."""
+        return next((rank for rank, descriptor in self._neighbours.items() if has_ended(descriptor)), None)
+
     def _lose(self, error: RankError) -> None:
         self.lost = error
-        self._end_neighbours()
+        if not has_ended(self.ended(error.rank)):  # one that hangs is not the only one, perhaps
+            self._end_neighbours()
         self.when_lost()
 
     def _wait_for_all(self, what: str) -> None:
@@ -276,6 +282,14 @@ def _store(timeout: float) -> Any:
         wait_for_workers=False,
         master_listen_fd=None if listening is None else listening.detach(),
     )
+
+
+def has_ended(process: int) -> bool:
+    """Whether the process of a descriptor has; False where there is none (-1)."""
+    looking = select.poll()
+    if process >= 0:
+        looking.register(process, select.POLLIN)
+    return bool(looking.poll(0))
 
 
 def _machine() -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import select
 import time
 from collections.abc import Sequence
 from typing import Protocol
@@ -17,7 +16,7 @@ from latentkv.errors import ConfigError, RankError, StageError
 from latentkv.kernels import extension
 from latentkv.ops.native.shared_sum import SharedSum, process_failed, process_lost, shared_bytes
 from latentkv.parallel.messages import HEAD_NUMBERS, Message, body_bytes, message_of
-from latentkv.parallel.ranks import Ranks
+from latentkv.parallel.ranks import Ranks, has_ended
 from latentkv.parallel.ring import Outgoing, receive
 
 logger = logging.getLogger("latentkv.parallel")
@@ -142,7 +141,7 @@ class NetworkSums:
         while isinstance(error, RuntimeError | RankError) and time.monotonic() < deadline:
             # gloo does not say who closed a connection.
             for rank, descriptor in zip(self._team, self._ended, strict=True):
-                if descriptor >= 0 and select.select([descriptor], [], [], 0)[0]:
+                if has_ended(descriptor):
                     return RankError(rank, "is gone")
             time.sleep(_LOOK_SECONDS)
         return error if isinstance(error, RankError) else RankError(self._rank, f"could not compute a step ({error})")

@@ -33,19 +33,26 @@ class Watch:
         size: of all.
         seconds: without a beat after which a rank is lost.
         before_the_end: called when a rank is lost, before anybody is told.
+        ended: which of the ranks on this machine has ended; None: none of them.
     """
 
     def __init__(
-        self, store: Store, rank: int, size: int, seconds: float, before_the_end: Callable[[RankError], object]
+        self,
+        store: Store,
+        rank: int,
+        size: int,
+        seconds: float,
+        before_the_end: Callable[[RankError], object],
+        ended: Callable[[], int | None],
     ) -> None:
         self._store, self._rank, self._seconds = store, rank, seconds
         self._watched = [other for other in range(size) if other != rank] if rank == 0 else [0]
         self._beat = 0
         self._seen: dict[int, bytes] = {}
         self._heard: dict[int, float] = dict.fromkeys(self._watched, time.monotonic())
-        self._stopped = threading.Event()
+        self._stopped, self._ending = threading.Event(), threading.Event()
         self._on_loss: Callable[[RankError], None] = end_process
-        self._before_the_end = before_the_end
+        self._before_the_end, self._ended = before_the_end, ended
         self._threads = [
             threading.Thread(target=run, name=f"latentkv-ranks-{name}", daemon=True)
             for name, run in (("beat", self._ask), ("clock", self._look))
@@ -61,6 +68,10 @@ class Watch:
         """Watch no more: this rank is about to end, and so are the others."""
         self._stopped.set()
         self._on_loss = end_process  # whom it would have told need not stay for it
+
+    def expect_end(self) -> None:
+        """Take it for no loss when ranks end, as they are about to be told to."""
+        self._ending.set()
 
     def when_lost(self, tell: Callable[[RankError], None]) -> None:
         """Call `tell` with what became of a rank, once, instead of ending this process."""
@@ -90,13 +101,19 @@ class Watch:
     def _look(self) -> None:
         """Tell when a rank has not been heard of for too long."""
         while not self._stopped.wait(BEAT_SECONDS / 2):
-            now = time.monotonic()
-            lost = [rank for rank, heard in self._heard.items() if now - heard > self._seconds]
-            if lost:
+            error = self._loss()
+            if error is not None:
                 self._stopped.set()
-                error = RankError(lost[0], f"did not answer for {self._seconds:.0f} seconds")
                 self._before_the_end(error)
                 self._on_loss(error)
+
+    def _loss(self) -> RankError | None:
+        # Before somebody waits to be told, a rank that ends has said why in another way.
+        if self._on_loss is not end_process and not self._ending.is_set() and (gone := self._ended()) is not None:
+            return RankError(gone, "is gone")
+        now = time.monotonic()
+        lost = [rank for rank, heard in self._heard.items() if now - heard > self._seconds]
+        return RankError(lost[0], f"did not answer for {self._seconds:.0f} seconds") if lost else None
 
 
 def beat_key(rank: int) -> str:
