@@ -21,7 +21,8 @@ from xml.etree import ElementTree
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PROMISES = 27
+PROMISES = 28
+OWN = 27  # what this file is about
 SECONDS = 600  # a test that hangs without what was taken out ends by deadlines of its own, which are shorter
 
 # What a test says when what it watches is broken, or an error of the package that should not have come to it. Anything
@@ -162,7 +163,7 @@ def require_found(mutation: Mutation, copy: Copy) -> None:
 @pytest.mark.mutation
 @pytest.mark.parametrize(
     "mutation",
-    [mutation for mutation in MUTATIONS if mutation.line != PROMISES],
+    [mutation for mutation in MUTATIONS if mutation.line != OWN],
     ids=lambda mutation: mutation.path.stem,
 )
 def test_what_keeps_a_promise_cannot_be_taken_out_unnoticed(

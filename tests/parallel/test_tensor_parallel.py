@@ -252,17 +252,16 @@ if sys.argv[1] == "1":
     else:
         sums.message_of = broken(sums.message_of)
 from latentkv import LLM, SamplingParams
-from latentkv.errors import RankError, StageError
+from latentkv.errors import EngineStoppedError, StageError
 llm = LLM(task["folder"], tensor_parallel=int(size), rank_timeout=30, dtype="fp32", kv_cache_bytes=8 << 20)
 said = []
 for prompt in task["prompts"]:
     try:
         params = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)
         said.append(llm.generate([prompt], params)[0].token_ids)
-    except (RankError, StageError) as error:
+    except (EngineStoppedError, StageError) as error:
         said.append(f"{type(error).__name__}: {error}")
 print(json.dumps(said), flush=True)
-llm.close()
 """
 
 
@@ -281,7 +280,7 @@ def test_what_fails_in_one_rank_anywhere_is_an_error_and_no_wrong_token(folders:
     assert out, err
     failed = 0
     for said, tokens in zip(json.loads(out), expected, strict=True):
-        assert said == tokens or "Rank 1 could not" in said or "Rank 1 " in said, (said, tokens)
+        assert said == tokens or "Rank 1 could not" in said, (said, tokens)
         failed += said != tokens
     assert failed == len(at) if where != "copy" else failed > 0
 
