@@ -181,9 +181,10 @@ class Ranks:
         if dist.is_initialized():
             dist.destroy_process_group()
 
-    def _ended_neighbour(self) -> int | None:
-        """A rank on this machine that has ended: while nothing is computed nobody else tells the driver."""
-        return next((rank for rank, descriptor in self._neighbours.items() if has_ended(descriptor)), None)
+    def _ended_neighbour(self) -> RankError | None:
+        """Of a rank on this machine that has ended: while nothing is computed nobody else tells the driver."""
+        ended = next((rank for rank, descriptor in self._neighbours.items() if has_ended(descriptor)), None)
+        return None if ended is None else self.culprit(RankError(ended, "is gone"))
 
     def _lose(self, error: RankError) -> None:
         self.lost = error

@@ -33,7 +33,7 @@ class Watch:
         size: of all.
         seconds: without a beat after which a rank is lost.
         before_the_end: called when a rank is lost, before anybody is told.
-        ended: which of the ranks on this machine has ended; None: none of them.
+        ended: what became of a rank on this machine that has ended; None: none has.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class Watch:
         size: int,
         seconds: float,
         before_the_end: Callable[[RankError], object],
-        ended: Callable[[], int | None],
+        ended: Callable[[], RankError | None],
     ) -> None:
         self._store, self._rank, self._seconds = store, rank, seconds
         self._watched = [other for other in range(size) if other != rank] if rank == 0 else [0]
@@ -109,8 +109,8 @@ class Watch:
 
     def _loss(self) -> RankError | None:
         # Before somebody waits to be told, a rank that ends has said why in another way.
-        if self._on_loss is not end_process and not self._ending.is_set() and (gone := self._ended()) is not None:
-            return RankError(gone, "is gone")
+        if self._on_loss is not end_process and not self._ending.is_set() and (error := self._ended()) is not None:
+            return error
         now = time.monotonic()
         lost = [rank for rank, heard in self._heard.items() if now - heard > self._seconds]
         return RankError(lost[0], f"did not answer for {self._seconds:.0f} seconds") if lost else None
