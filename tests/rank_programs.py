@@ -32,6 +32,13 @@ def held(decoder):
     from latentkv.models.packing import packed_weights
     return sum(p.nbytes for p in decoder.parameters()) + sum(w.nbytes for w in packed_weights(decoder))
 
+def common_memory():
+    # Bytes of the cache in common that this process has touched, and a fair share of them.
+    import re
+    from pathlib import Path
+    found = re.search(r"latentkv-cache.*?Rss: *(\\d+) kB.*?Pss: *(\\d+) kB", Path("/proc/self/smaps").read_text(), re.S)
+    return [1024 * int(kib) for kib in found.groups()] if found else None
+
 replays, made = [], Replay.__init__
 def noted(self, *arguments):
     made(self, *arguments)
@@ -67,6 +74,7 @@ done = json.dumps({
     "counters": asdict(llm.engine.counters),
     "kept": kept[0],
     "cache_bytes": llm.cache.allocated_bytes,
+    "common_memory": common_memory(),
     "stage": [llm.decoder.stage.first, llm.decoder.stage.last],
     "weight_bytes": held(llm.decoder),
 })

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from hashlib import sha256
 
@@ -11,7 +12,7 @@ import torch
 from latentkv.checkpoint.names import layer_of
 from latentkv.checkpoint.tensors import Tensors
 from latentkv.engine.memory import default_cache_bytes, free_memory
-from latentkv.errors import ConfigError
+from latentkv.errors import CacheError, ConfigError
 from latentkv.llm_options import LoadOptions, kv_format
 from latentkv.models.config import ModelConfig
 from latentkv.models.decoder import Decoder
@@ -19,8 +20,17 @@ from latentkv.models.packing import Packing, packed_weights, require_rounded_inp
 from latentkv.models.parameters import checkpoint_dtype, layer_reads, layer_weight_bytes
 from latentkv.models.shard import Shard, require_can_be_shared_out
 from latentkv.models.stage import GROUP_ROWS, Stage, Weighed, cut
-from latentkv.parallel import MemorySums, Ranks, ShardTeam, sums_of
-from latentkv.state import LEAST_SLOTS, PAGE_SIZE, LayerSpec, PagedCache, page_bytes, pages_and_slots, sequence_bytes
+from latentkv.parallel import MemorySums, Ranks, ShardTeam, sums_of, team_file
+from latentkv.state import (
+    LEAST_SLOTS,
+    PAGE_SIZE,
+    CommonMemory,
+    LayerSpec,
+    PagedCache,
+    common_bytes,
+    pages_and_slots,
+    share_bytes,
+)
 
 logger = logging.getLogger("latentkv.parallel")
 
@@ -72,7 +82,7 @@ def agree_on_stage(
     require_can_be_shared_out(config, shard.count)
     ranks.tell("memory", {"free": free_memory(options.device) // ranks.local_size})
     free = [said["free"] for said in ranks.hear_all("memory")]
-    # A stage has as much room as its shards have together; latents are in each of these.
+    # A stage has as much room as its shards have together.
     memories = [shard.count * min(free[rank : rank + shard.count]) for rank in range(0, ranks.size, shard.count)]
     weights, beside = _weight_bytes(config, reader, packing)
     specs = config.specs(kv_format(options.kv_dtype, dtype), most_drafted=options.speculate)
@@ -80,7 +90,10 @@ def agree_on_stage(
     if options.kv_cache_bytes is not None:
         pages = pages_and_slots(specs, options.kv_cache_bytes)[0]
     kept = shard.config(config).specs(kv_format(options.kv_dtype, dtype), most_drafted=options.speculate)
-    sizes = [held + shard.count * pages * page_bytes([spec]) for held, spec in zip(weights, kept, strict=True)]
+    sizes = [
+        held + shard.count * share_bytes([spec], pages, 0, PAGE_SIZE, _sharers(ranks))
+        for held, spec in zip(weights, kept, strict=True)
+    ]
     stored = checkpoint_dtype(config) if packing is None or packing.format is None else packing.format.name
     time = Weighed(*layer_reads(config, stored, GROUP_ROWS))
     return cut(config, Weighed(sizes, beside), memories, time)[ranks.stage].sharded(shard)
@@ -134,7 +147,8 @@ def shared_cache(
         RankError: another rank has ended.
     """
     own = decoder.stage.own(own_specs)
-    ranks.tell("room", {"free": free, "context": _context_bytes(own, max_context)})
+    sharers = _sharers(ranks)
+    ranks.tell("room", {"free": free, "context": _context_bytes(own, max_context, sharers)})
     if ranks.is_driver:
         num_bytes = options.kv_cache_bytes
         if num_bytes is None:
@@ -146,16 +160,16 @@ def shared_cache(
         num_pages, num_slots = pages_and_slots(specs, num_bytes)
         ranks.tell("cache", {"pages": num_pages, "slots": num_slots})
     cache_size = ranks.hear("cache", 0)
-    cache = PagedCache(
-        own, cache_size["pages"], num_slots=cache_size["slots"], device=options.device, model_specs=specs
-    )
+    num_pages, num_slots = cache_size["pages"], cache_size["slots"]
+    common = None if sharers == 1 else _common_memory(ranks, common_bytes(own, num_pages, PAGE_SIZE))
+    cache = PagedCache(own, num_pages, num_slots=num_slots, device=options.device, common=common, model_specs=specs)
     ranks.tell("ready", {"bytes": cache.allocated_bytes})
     logger.info(
         "Rank %d of %d: %s, %.2f GiB of cache%s.",
         ranks.rank,
         ranks.size,
         decoder.stage,
-        cache.allocated_bytes / _GIB,
+        share_bytes(own, num_pages, cache.num_slots, PAGE_SIZE, sharers) / _GIB,
         "" if ranks.is_driver else f"; it waits for rank {0 if ranks.rank == ranks.team[0] else ranks.team[0]}",
     )
     if ranks.is_driver:
@@ -163,10 +177,34 @@ def shared_cache(
     return cache
 
 
-def _context_bytes(specs: Sequence[LayerSpec], max_context: int) -> int:
+def _sharers(ranks: Ranks) -> int:
+    """Processes that have what all heads read of the cache in common."""
+    return len(ranks.team) if ranks.shares_memory else 1
+
+
+def _common_memory(ranks: Ranks, num_bytes: int) -> CommonMemory:
+    """The part of the cache that the ranks of a team have in common.
+
+    Raises:
+        CacheError: it cannot be mapped.
+        ConfigError: the others' memory cannot be opened.
+        RankError: another rank has ended.
+    """
+    file = team_file(ranks, "cache", num_bytes)
+    try:
+        return CommonMemory(file, num_bytes)
+    except OSError as error:
+        raise CacheError(
+            f"Rank {ranks.rank} cannot map {num_bytes:,} bytes of cache ({error.strerror}): lower kv_cache_bytes or "
+            "the context."
+        ) from error
+    finally:
+        os.close(file)
+
+
+def _context_bytes(specs: Sequence[LayerSpec], max_context: int, sharers: int = 1) -> int:
     """Bytes of one whole context, and of some sequences' recurrent states."""
-    pages = -(-max_context // PAGE_SIZE)
-    return pages * page_bytes(specs) + LEAST_SLOTS * sequence_bytes(specs)
+    return share_bytes(specs, -(-max_context // PAGE_SIZE), LEAST_SLOTS, PAGE_SIZE, sharers)
 
 
 def _weight_bytes(config: ModelConfig, reader: Tensors, packing: Packing | None) -> tuple[Sequence[int], int]:

@@ -23,6 +23,8 @@ __all__ = ["folders"]  # a fixture
 HEADS = {"num_attention_heads": 5, "num_key_value_heads": 5, "linear_num_heads": 5}
 """Of models that are shared out among more than two: not all have as many."""
 
+WITHOUT_KERNELS = "import latentkv.parallel.ranks as ranks_\nranks_.extension = None\n"
+
 needs_kernels = pytest.mark.skipif(len(available_isas()) == 1, reason="the native kernels were not built")
 
 
@@ -130,7 +132,8 @@ def test_sums_over_gloo_have_the_bits_of_those_through_memory(folders: dict[str,
     options = {"dtype": dtype, "rank_timeout": 30, "tensor_parallel": 2}
     task = Task(folders["v3 with groups"], TURNS, options, scored=prompt(90, 4))
     memory = generate(2, task)
-    gloo = generate(2, task, "import latentkv.parallel.sums as sums\nsums.extension = None\n")
+    gloo = generate(2, task, WITHOUT_KERNELS)
+    assert memory[0]["common_memory"] and gloo[0]["common_memory"] is None
     assert memory[0]["tokens"] == gloo[0]["tokens"] and memory[0]["logits"] == gloo[0]["logits"]
 
 
@@ -144,12 +147,14 @@ def test_half_precision_is_as_near_to_the_truth_as_in_one_process(folders: dict[
     assert float(shared) < 1.5 * float(one)
 
 
-@pytest.mark.rank
-def test_each_rank_has_half_of_what_is_shared_out_and_all_of_the_latents(folders: dict[str, Path]):
+@needs_kernels
+def test_each_rank_has_half_of_what_is_shared_out_and_latents_are_there_once(folders: dict[str, Path]):
     task = Task(folders["v3 with groups"], TURNS[1:], FLOAT32 | {"kv_cache_bytes": 8 << 20, "tensor_parallel": 2})
     whole = in_one_process(Task(task.folder, task.turns, FLOAT32 | {"kv_cache_bytes": 8 << 20}))
     driver, _ = generate(2, task)
     assert driver["cache_bytes"] == whole["cache_bytes"]
+    resident, fair_share = driver["common_memory"]
+    assert 0 < resident <= whole["cache_bytes"] and fair_share == resident / 2
     decoder = whole["llm"].decoder
     rest = sum(
         tensor.nbytes
@@ -220,9 +225,7 @@ def test_a_rank_that_ends_while_nothing_is_computed_is_missed_at_once(folders: d
 @pytest.mark.rank
 def test_over_gloo_the_rank_that_is_gone_is_named(folders: dict[str, Path]):
     task = json.dumps({"folder": str(folders["streams"]), "options": [*OPTIONS, "--tensor-parallel", "3"]})
-    code = "import latentkv.parallel.sums as sums\nsums.extension = None\n" + SERVE.replace(
-        "--pipeline-parallel", "--max-running"
-    )
+    code = WITHOUT_KERNELS + SERVE.replace("--pipeline-parallel", "--max-running")
     with ranks_of(code, 3, task) as programs:
         ranks = Cluster(programs)
         stream = Stream(ranks.wait_for_port(), 10, 900)
@@ -230,7 +233,7 @@ def test_over_gloo_the_rank_that_is_gone_is_named(folders: dict[str, Path]):
         ranks.ranks[2].kill()
         assert ranks.wait_for_end() < AT_MOST
         assert all(code not in (0, None) for code in ranks.codes)
-        assert "Rank 2 is gone" in ranks.said(0)
+        assert "add up over gloo" in ranks.said(0) and "Rank 2 is gone" in ranks.said(0)
 
 
 _BROKEN = """

@@ -109,7 +109,8 @@ class PagedCase:
         generator = torch.Generator(device).manual_seed(0)
         pages_each = -(-case.context // PAGE_SIZE)
         count = case.batch * pages_each
-        pages = LatentSpec(LATENT_DIM, ROPE_DIM, kv_format).allocate(count, PAGE_SIZE, device)
+        zeros = partial(torch.zeros, device=device)
+        pages = LatentSpec(LATENT_DIM, ROPE_DIM, kv_format).allocate(count, PAGE_SIZE, zeros)
         order = torch.randperm(count, generator=generator, device=device)
         for slots in torch.arange(count * PAGE_SIZE, device=device).split(_WRITTEN_TOKENS):
             tokens = torch.randn(len(slots), LATENT_DIM + ROPE_DIM, generator=generator, device=device).bfloat16()

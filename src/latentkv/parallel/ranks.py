@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 from latentkv.errors import ConfigError, LatentKVError, RankError
+from latentkv.kernels import extension
 from latentkv.parallel.network import choose_interface
 from latentkv.parallel.process import LOOPBACK_VARIABLE, local_size, world_size
 from latentkv.parallel.ring import Ring
@@ -82,6 +83,11 @@ class Ranks:
         """Whether a rank is on the same machine; known once all have agreed."""
         own, other = self._places[self.rank]["machine"], self._places[rank]["machine"]
         return rank == self.rank or bool(own and own == other)
+
+    @property
+    def shares_memory(self) -> bool:
+        """Whether the ranks of each team have memory in common, every rank being able to; known once all have agreed."""
+        return all(place["shares"] for place in self._places) and all(self.is_beside(rank) for rank in self.team)
 
     def ended(self, rank: int) -> int:
         """A descriptor that is readable once a rank on the same machine has ended; -1 where there is none."""
@@ -155,7 +161,9 @@ class Ranks:
         Raises:
             ConfigError: it is not; the sentence names the rank and both values. Every rank raises it.
         """
-        self.tell("where", {"host": socket.gethostname(), "machine": _machine(), "process": os.getpid()})
+        shares = extension is not None and hasattr(os, "memfd_create")
+        own = {"host": socket.gethostname(), "machine": _machine(), "process": os.getpid(), "shares": shares}
+        self.tell("where", own)
         places = self._places = self.hear_all("where")
         self._neighbours = {
             rank: descriptor

@@ -13,8 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from latentkv.errors import ConfigError, RankError, StageError
-from latentkv.kernels import extension
 from latentkv.ops.native.shared_sum import SharedSum, process_failed, process_lost, shared_bytes
+from latentkv.parallel.memory import team_file
 from latentkv.parallel.messages import HEAD_NUMBERS, Message, body_bytes, message_of
 from latentkv.parallel.ranks import Ranks, has_ended
 from latentkv.parallel.ring import Outgoing, receive
@@ -160,31 +160,14 @@ def sums_of(ranks: Ranks) -> MemorySums | NetworkSums:
             f"tensor_parallel needs ranks {team[0]} to {team[-1]} on one machine, where they share memory: over "
             "several machines use pipeline_parallel."
         )
-    ranks.tell("shares", {"can": extension is not None and hasattr(os, "memfd_create")})
     ended = [ranks.ended(rank) for rank in team]
-    if not all(said["can"] for said in ranks.hear_all("shares")):
+    if not ranks.shares_memory:
         logger.warning(
             "The native kernels are missing, or memory cannot be shared here: ranks add up over gloo, which takes a "
-            "hundred times as long."
+            "hundred times as long, and each has all latents."
         )
         return NetworkSums(team, ranks.rank, ended)
-    # It has no name that could be left behind: it is gone with the last of the processes.
-    if ranks.rank == team[0]:
-        file = os.memfd_create("latentkv-sums", os.MFD_CLOEXEC)
-        os.ftruncate(file, shared_bytes(len(team)))
-        ranks.tell("memory of sums", {"path": f"/proc/{os.getpid()}/fd/{file}"})
-    else:
-        path = ranks.hear("memory of sums", team[0])["path"]
-        try:
-            file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-        except OSError as error:
-            raise ConfigError(
-                f"Rank {ranks.rank} cannot share memory with rank {team[0]} ({path}: {error.strerror}): run both as "
-                "one user in one container, or use pipeline_parallel."
-            ) from error
+    file = team_file(ranks, "sums", shared_bytes(len(team)))
     sums = MemorySums(SharedSum(file, ranks.rank - team[0], len(team), ended), ranks.rank, team)
-    ranks.tell("shared", {})
-    for rank in team:
-        ranks.hear("shared", rank)
     os.close(file)
     return sums

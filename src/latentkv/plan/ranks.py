@@ -25,7 +25,8 @@ from latentkv.models.parameters import (
 from latentkv.models.shard import Shard, require_can_be_shared_out
 from latentkv.models.stage import GROUP_ROWS, Stage, Weighed, cut
 from latentkv.models.stored_config import stored_dtype
-from latentkv.state.spec import PAGE_SIZE, KVFormat, bytes_per_token, page_bytes, sequence_bytes
+from latentkv.state.common import share_bytes
+from latentkv.state.spec import PAGE_SIZE, KVFormat, bytes_per_token, sequence_bytes
 
 _NETWORK = re.compile(r"(\d+(?:\.\d+)?)\s*gb(?:ps)?(?::(\d+(?:\.\d+)?)\s*us)?", re.IGNORECASE)
 _USABLE = 0.88
@@ -188,18 +189,15 @@ def plan_ranks(
     weights, beside = layer_weight_bytes(config, weights_dtype)
     specs = config.specs(kv_dtype)
     pages = -(-context // PAGE_SIZE)
-    cache = [batches[0] * (pages * page_bytes([spec]) + sequence_bytes([spec])) for spec in specs]
+    cache = [share_bytes([spec], batches[0] * pages, batches[0], PAGE_SIZE, 1) for spec in specs]
     sizes = [held + kept for held, kept in zip(weights, cache, strict=True)]
     time = Weighed(*layer_reads(config, weights_dtype, GROUP_ROWS))
-    # Latents are in each shard; what else layers keep, each has its part of, and a stage of teams is not held to it.
-    if team_size > 1:
-        sizes = [held + team_size * kept for held, kept in zip(weights, cache, strict=True)]
     stages = cut(config, Weighed(sizes, beside), [team_size * rank_memory] * (num_ranks // team_size), time)
     shards = [stage.sharded(Shard(index, team_size)) for stage in stages for index in range(team_size)]
     rows: list[RankRow] = []
     for rank, stage in enumerate(shards):
         own = stage.shard.config(config).specs(kv_dtype)
-        kept = sum(batches[0] * (pages * page_bytes([each]) + sequence_bytes([each])) for each in stage.own(own))
+        kept = share_bytes(stage.own(own), batches[0] * pages, batches[0], PAGE_SIZE, team_size)
         held = _held(config, stage, weights, beside, weights_dtype)
         fits = held + kept <= rank_memory
         rows.append(RankRow(rank, str(stage), stage.first, stage.last - 1, held, kept, fits))

@@ -4,6 +4,7 @@
 """
 
 from latentkv.state.cache import LEAST_SLOTS, SLOTS_SHARE, PagedCache, pages_and_slots
+from latentkv.state.common import CommonMemory, common_bytes, share_bytes
 from latentkv.state.pages import PagePool
 from latentkv.state.prefix import KnownPage, PrefixIndex
 from latentkv.state.recurrent import RecurrentSpec, RecurrentState
@@ -29,6 +30,7 @@ __all__ = [
     "LEAST_SLOTS",
     "PAGE_SIZE",
     "SLOTS_SHARE",
+    "CommonMemory",
     "IndexSpec",
     "KVFormat",
     "KeyValueSpec",
@@ -49,8 +51,10 @@ __all__ = [
     "SlotPool",
     "StoreFolder",
     "bytes_per_token",
+    "common_bytes",
     "mha_bytes_per_token",
     "page_bytes",
     "pages_and_slots",
     "sequence_bytes",
+    "share_bytes",
 ]

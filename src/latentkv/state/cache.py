@@ -15,7 +15,16 @@ from torch import Tensor
 from latentkv.errors import CacheError
 from latentkv.state.pages import PagePool
 from latentkv.state.slots import Slot, SlotPool
-from latentkv.state.spec import PAGE_SIZE, KVFormat, LayerSpec, LayerState, bytes_per_token, page_bytes, sequence_bytes
+from latentkv.state.spec import (
+    PAGE_SIZE,
+    KVFormat,
+    LayerSpec,
+    LayerState,
+    Zeros,
+    bytes_per_token,
+    page_bytes,
+    sequence_bytes,
+)
 
 SLOTS_SHARE = 0.25
 """Of a cache's bytes, that recurrent states take: those of running sequences, and snapshots of them."""
@@ -33,6 +42,7 @@ class PagedCache:
         page_size: tokens a page.
         num_slots: sequences whose recurrent state is kept at once, where a layer is recurrent.
         device: where the storage lives.
+        common: what gives the memory that processes which share the layers out have in common; None: there is none.
         model_specs: what each layer of the whole model keeps, where `specs` are those of some of its layers and other
             processes have the others: pages and slots are the whole model's. None: `specs` are all.
 
@@ -51,6 +61,7 @@ class PagedCache:
         page_size: int = PAGE_SIZE,
         num_slots: int = 1,
         device: torch.device | str = "cpu",
+        common: Zeros | None = None,
         model_specs: Sequence[LayerSpec] | None = None,
     ) -> None:
         self.specs, self.model_specs = tuple(specs), tuple(specs if model_specs is None else model_specs)
@@ -60,7 +71,7 @@ class PagedCache:
         self._layers: list[LayerState] = []
         try:
             for spec in self.specs:
-                self._layers.append(spec.allocate(num_pages, page_size, device, num_slots=num_slots))
+                self._layers.append(spec.allocate(num_pages, page_size, device, num_slots=num_slots, common=common))
         except (RuntimeError, MemoryError) as error:
             states = f" and the recurrent states of {num_slots} sequences {num_slots * self.sequence_bytes:,}"
             raise CacheError(

@@ -5,9 +5,10 @@ The allocator, `latentkv plan`, the benchmarks and the plots all call it: a byte
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import partial
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -27,7 +28,9 @@ __all__ = [
     "LayerSpec",
     "LayerState",
     "RingSpec",
+    "Zeros",
     "bytes_per_token",
+    "common_page_bytes",
     "mha_bytes_per_token",
     "page_bytes",
     "sequence_bytes",
@@ -35,6 +38,14 @@ __all__ = [
 
 PAGE_SIZE = 64
 """Tokens a page."""
+
+
+class Zeros(Protocol):
+    """What gives zeroed memory: `torch.zeros`, or memory that processes share (`state.common`)."""
+
+    def __call__(self, size: Sequence[int], *, dtype: torch.dtype) -> Tensor:
+        """A zeroed tensor of this size."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -53,13 +64,13 @@ class LatentSpec:
         """Bytes of one token, padding included."""
         return latent_token_bytes(self.format, self.latent_dim, self.rope_dim)
 
-    def allocate(self, num_pages: int, page_size: int, device: torch.device | str = "cpu") -> Tensor:
+    def allocate(self, num_pages: int, page_size: int, zeros: Zeros = torch.zeros) -> Tensor:
         """Zeroed pages [N, P, row].
 
         A row is `token_bytes` long: L + R floats and its padding, or quantised bytes (`ops.kv_formats`).
         """
         dtype = storage_dtype(self.format)
-        return torch.zeros(num_pages, page_size, self.token_bytes // dtype.itemsize, dtype=dtype, device=device)
+        return zeros((num_pages, page_size, self.token_bytes // dtype.itemsize), dtype=dtype)
 
 
 @dataclass(frozen=True)
@@ -86,10 +97,10 @@ class KeyValueSpec:
         """Bytes of one token."""
         return 2 * self.num_kv_heads * self.head_dim * FLOAT_DTYPES[self.format].itemsize
 
-    def allocate(self, num_pages: int, page_size: int, device: torch.device | str = "cpu") -> Tensor:
+    def allocate(self, num_pages: int, page_size: int, zeros: Zeros = torch.zeros) -> Tensor:
         """Zeroed pages [N, P, 2, G, D] (index 0 of the 2 is the key)."""
         shape = (num_pages, page_size, 2, self.num_kv_heads, self.head_dim)
-        return torch.zeros(shape, dtype=FLOAT_DTYPES[self.format], device=device)
+        return zeros(shape, dtype=FLOAT_DTYPES[self.format])
 
 
 @dataclass(frozen=True)
@@ -128,7 +139,7 @@ class IndexSpec:
         """Bytes of the keys of a page of `page_size` tokens."""
         return page_size // self.pool * self.row * self.dtype.itemsize
 
-    def allocate(self, num_pages: int, page_size: int, device: torch.device | str = "cpu") -> Tensor:
+    def allocate(self, num_pages: int, page_size: int, zeros: Zeros = torch.zeros) -> Tensor:
         """Zeroed keys [N, P / pool, row].
 
         Raises:
@@ -139,7 +150,7 @@ class IndexSpec:
                 f"pages of {page_size} tokens hold no whole number of pools of {self.pool}: "
                 "make pages of a multiple of it"
             )
-        return torch.zeros(num_pages, page_size // self.pool, self.row, dtype=self.dtype, device=device)
+        return zeros((num_pages, page_size // self.pool, self.row), dtype=self.dtype)
 
 
 @dataclass(frozen=True)
@@ -260,22 +271,43 @@ class LayerSpec:
         """Bytes of one page of `page_size` tokens."""
         return self.kept_page_bytes(page_size) + (0 if self.ring is None else self.ring.page_bytes)
 
+    def common_page_bytes(self, page_size: int) -> int:
+        """Of these, what processes that share the layer out have in common: all heads read latents and index keys.
+
+        Of an MTP module's layer nothing is: one process has it whole.
+        """
+        if self.last_state is not None:
+            return 0
+        latents = page_size * self.tokens.token_bytes if isinstance(self.tokens, LatentSpec) else 0
+        return latents + (0 if self.index is None else self.index.page_bytes(page_size))
+
     def kept_page_bytes(self, page_size: int) -> int:
-        """Of these, what is kept of a full page."""
+        """Of a page's bytes, what is kept of a full one."""
         tokens = 0 if self.tokens is None else page_size * self.tokens.token_bytes
         index = 0 if self.index is None else self.index.page_bytes(page_size)
         return tokens + index + (0 if self.last_state is None else self.last_state.page_bytes)
 
     def allocate(
-        self, num_pages: int, page_size: int, device: torch.device | str = "cpu", *, num_slots: int = 0
+        self,
+        num_pages: int,
+        page_size: int,
+        device: torch.device | str = "cpu",
+        *,
+        num_slots: int = 0,
+        common: Zeros | None = None,
     ) -> LayerState:
-        """Zeroed memory of `num_pages` pages and `num_slots` sequences."""
-        pages = None if self.tokens is None else self.tokens.allocate(num_pages, page_size, device)
-        keys = None if self.index is None else self.index.allocate(num_pages, page_size, device)
+        """Zeroed memory of `num_pages` pages and `num_slots` sequences; of `common_page_bytes` by `common` if given."""
+        own: Zeros = partial(torch.zeros, device=device)
+        common = own if common is None or self.last_state is not None else common
+        tokens = self.tokens
+        pages = None
+        if tokens is not None:
+            pages = tokens.allocate(num_pages, page_size, common if isinstance(tokens, LatentSpec) else own)
+        keys = None if self.index is None else self.index.allocate(num_pages, page_size, common)
         states = None if self.last_state is None else self.last_state.allocate(num_pages, device)
         recurrent = None if self.recurrent is None else self.recurrent.allocate(num_slots, device)
         rings = None if self.ring is None else self.ring.allocate(num_pages, device)
-        return LayerState(pages, None if self.tokens is None else self.tokens.format, keys, states, recurrent, rings)
+        return LayerState(pages, None if tokens is None else tokens.format, keys, states, recurrent, rings)
 
 
 def bytes_per_token(layers: Iterable[LayerSpec]) -> int:
@@ -286,6 +318,11 @@ def bytes_per_token(layers: Iterable[LayerSpec]) -> int:
 def page_bytes(layers: Iterable[LayerSpec], page_size: int = PAGE_SIZE) -> int:
     """Bytes of one page in all of `layers`: of its tokens, and what is kept once a page."""
     return sum(layer.page_bytes(page_size) for layer in layers)
+
+
+def common_page_bytes(layers: Iterable[LayerSpec], page_size: int = PAGE_SIZE) -> int:
+    """Bytes of one page in all of `layers` that processes which share these out have in common."""
+    return sum(layer.common_page_bytes(page_size) for layer in layers)
 
 
 def sequence_bytes(layers: Iterable[LayerSpec]) -> int:
