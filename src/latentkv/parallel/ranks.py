@@ -86,7 +86,7 @@ class Ranks:
 
     @property
     def shares_memory(self) -> bool:
-        """Whether the ranks of each team have memory in common, every rank being able to; known once all have agreed."""
+        """Whether the ranks of a team have memory in common, as all can or none has; known once all have agreed."""
         return all(place["shares"] for place in self._places) and all(self.is_beside(rank) for rank in self.team)
 
     def ended(self, rank: int) -> int:
