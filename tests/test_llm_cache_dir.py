@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from forked_program import run_forked
 from latentkv import LLM
 from latentkv.errors import CacheError
-from latentkv.llm import CACHE_DIR_BYTES
+from latentkv.options import CacheOptions
 from stored_models import GQA, GREEDY, MLA, PROMPT, write_model
 
 FORMATS = {"mla": ("fp32", "bf16", "fp16", "int8", "fp8"), "gqa": ("fp32", "bf16", "fp16")}
@@ -108,7 +108,7 @@ def test_what_the_folder_holds_is_known_and_its_size_is_what_was_asked(models: P
     assert (len(sizes), llm.store.num_pages) == (4, 2)  # in whole blocks, three are a little too many
     assert llm.store.total_bytes <= llm.store.max_bytes == 3 * sizes[0]
     assert LLM(models / "mla").store is None
-    assert CACHE_DIR_BYTES == 10 * 2**30
+    assert CacheOptions().cache_dir_bytes == 10 * 2**30
     llm.close()
 
 

@@ -26,8 +26,8 @@ from latentkv.plan import (
     make_plan,
     weight_bytes,
 )
-from latentkv.plan.sizes import format_bytes, format_count, parse_bytes, parse_tokens
 from latentkv.quantize import quantize_checkpoint
+from latentkv.sizes import format_bytes, format_count, parse_bytes, parse_tokens
 from latentkv.state import PAGE_SIZE, PagedCache
 
 GIB = 2**30

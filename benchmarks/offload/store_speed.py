@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from latentkv.plan import as_kv_format, load_config, mha_bytes
-from latentkv.plan.sizes import parse_tokens
+from latentkv.sizes import parse_tokens
 from latentkv.state import PagedCache, PageKey, PageStore, StoreFolder
 
 

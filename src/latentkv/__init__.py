@@ -3,15 +3,17 @@
 The public face; each name is imported when it is first used, so `import latentkv` is instant.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from latentkv.lazy import lazily
 
 if TYPE_CHECKING:
-    from latentkv.engine import SamplingParams, Structure
     from latentkv.llm import LLM
     from latentkv.models.mla import MultiHeadLatentAttention
     from latentkv.ops import mla_decode
+    from latentkv.sampling_params import SamplingParams
     from latentkv.state import PagedCache
+    from latentkv.structure import Structure
 
 __all__ = ["LLM", "MultiHeadLatentAttention", "PagedCache", "SamplingParams", "Structure", "mla_decode"]
 
@@ -19,16 +21,13 @@ _HOMES = {
     "LLM": "latentkv.llm",
     "PagedCache": "latentkv.state",
     "MultiHeadLatentAttention": "latentkv.models.mla",
-    "SamplingParams": "latentkv.engine",
-    "Structure": "latentkv.engine",
+    "SamplingParams": "latentkv.sampling_params",
+    "Structure": "latentkv.structure",
     "mla_decode": "latentkv.ops",
 }
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+__getattr__ = lazily(__name__, _HOMES)
 
 
 def __dir__() -> list[str]:

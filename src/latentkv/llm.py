@@ -2,43 +2,32 @@
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections import abc
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from functools import cached_property
 from itertools import islice
-from pathlib import Path
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar, cast
 
-import torch
 from torch import Tensor
 
 from latentkv.completion import Completion, Piece, TextOutput, best_of, join_pieces, submit_for_text
 from latentkv.engine import Constraint, Request, SamplingParams, Structure
 from latentkv.engine.request import validate_token_ids
-from latentkv.engine.scheduler import MAX_RUNNING
 from latentkv.engine.scoring import score_text, sequence_logits
 from latentkv.engine.thread import EngineThread
 from latentkv.engine.worker import Worker
 from latentkv.errors import EngineStoppedError, RankError, RequestError
 from latentkv.llm_loading import load
-from latentkv.llm_options import (
-    RANK_TIMEOUT,
-    Draft,
-    LoadOptions,
-    as_device,
-    as_dtype,
-    as_num_ranks,
-    as_rank_timeout,
-    named_end_ids,
-)
+from latentkv.llm_options import LoadOptions, named_end_ids
+from latentkv.options import LLMOptions
 from latentkv.parallel.process import prepare_process
 from latentkv.prediction import Perplexity, Prediction
 from latentkv.progress import progress_bar
-from latentkv.state import KVFormat
 from latentkv.text import Tokenizer
 from latentkv.text.chat import text_length
 
@@ -48,10 +37,8 @@ if TYPE_CHECKING:
 __all__ = ["LLM", "Completion", "Perplexity", "Piece", "Prediction"]
 
 Prompt = str | Sequence[int]
-DType = Literal["fp32", "bf16", "fp16"]
-
-CACHE_DIR_BYTES = 10 << 30
-"""That the files in a `cache_dir` may take."""
+_P = ParamSpec("_P")
+_S = TypeVar("_S")
 
 _LEFT_OUT = 4
 """Of so many characters of a conversation a chat template may write only one: some leave earlier reasoning out."""
@@ -60,45 +47,31 @@ _LEFT_OUT = 4
 _PLAIN_NEXT_TURN = "\n\nUser:"
 
 
+def _with_arguments_of(
+    options: Callable[_P, LLMOptions],
+) -> Callable[[Callable[[_S, LLMOptions], None]], Callable[Concatenate[_S, _P], None]]:
+    """Let a method that takes options take their arguments instead, for readers, completion and type checkers alike."""
+
+    def decorate(method: Callable[[_S, LLMOptions], None]) -> Callable[Concatenate[_S, _P], None]:
+        def call(self: _S, *args: _P.args, **named: _P.kwargs) -> None:
+            method(self, options(*args, **named))
+
+        own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+        parameters = inspect.signature(options).parameters.values()
+        call.__signature__ = inspect.Signature([own, *parameters])  # pyright: ignore[reportFunctionMemberAccess]
+        return call
+
+    return decorate
+
+
 class LLM:
     """A language model, loaded once, for any number of threads.
 
     It is loaded and run in a thread of its own, and requests of several threads share its steps.
 
-    Args:
-        model: a folder, a GGUF file or a Hugging Face repo id; None is the model embedded in this package.
-        device: where it runs ("cpu", "cuda", "cuda:1").
-        dtype: of the weights: "fp32", "bf16", "fp16" or a torch dtype; None is the checkpoint's (bf16 for quantised
-            weights beside float16, which their kernels do not take).
-        weights: "int8" or "int4" quantises the large matrices as they are read, as `latentkv quantize` does once for
-            all in a copy of the files; None keeps what the checkpoint stores.
-        activations: "int8" rounds them to 8 bits where they meet quantised weights: faster, and less exact, as
-            docs/quantize.md tells; "exact" takes them as they are.
-        kv_dtype: how the cache stores tokens: "fp32", "bf16", "fp16", "int8", "fp8"; "auto" is that of the weights.
-        int8_products: decode over an int8 cache in int8 products (AVX-512 VNNI): faster at depth, and less exact, as
-            docs/attention.md tells.
-        max_context: tokens that a prompt and its completion have together at most; None is all that the model has.
-        kv_cache_bytes: size of the cache, which several processes have together as one would have it; None is the
-            smaller of one max_context and half of the free memory.
-        max_running: requests that take part in a step at most; the others wait.
-        speculate: draft so many tokens at most and check them in one step, as long as it seems to pay: the answers
-            are the same; 0 drafts none.
-        draft: what drafts: "ngram", the text so far; "mtp", the model's multi-token-prediction module, whose state is
-            cached too; "auto", whichever of them has been the better one (of a model of fewer than 16 layers, "ngram").
-        step_seconds: time that one step should take, about; None: as long as it takes.
-        cache_dir: a folder where the state of prompts is kept beyond memory and beyond this process, as
-            docs/offload.md tells; None keeps it in memory alone. It holds what was prompted: keep it private.
-        cache_dir_bytes: that the files in it may take.
-        packed_dir: a folder where packed weights are kept for the next start, which then maps them, as docs/start.md
-            tells; "auto" is `~/.cache/latentkv/packed` or what LATENTKV_PACKED_DIR names; None keeps none.
-        packed_dir_bytes: that the files in it may take; None is half of what is free on its disk and theirs already.
-        pipeline_parallel: processes that torchrun has started to run the model together, each with its own layers, as
-            docs/parallel.md tells. In all but the first this call does not return: it serves the first one, and ends
-            the process (`SystemExit`) when that has ended.
-        tensor_parallel: processes of one machine that work on each layer together, each with its own heads and width
-            of experts: one for each socket, say. With both there are pipeline_parallel times as many.
-        rank_timeout: seconds without a word of one of these processes after which it is given up.
-        trust_network: let them talk over addresses that are not private; nothing that they say is secret there.
+    Its arguments are the fields of `LLMOptions`: `LLM("path/to/model", weights="int8", kv_cache_bytes=4 << 30)`. In all
+    ranks but the first of a model in several processes this call does not return: it serves the first one, and ends
+    the process (`SystemExit`) when that has ended.
 
     Attributes:
         folder: where the model was read from.
@@ -121,59 +94,15 @@ class LLM:
         RankError: another process of the model is gone, or did not come.
     """
 
-    def __init__(
-        self,
-        model: str | Path | None = None,
-        *,
-        device: str | torch.device = "cpu",
-        dtype: DType | str | torch.dtype | None = None,
-        weights: str | None = None,
-        activations: str = "exact",
-        kv_dtype: KVFormat | Literal["auto"] = "auto",
-        int8_products: bool = False,
-        max_context: int | None = None,
-        kv_cache_bytes: int | None = None,
-        max_running: int = MAX_RUNNING,
-        speculate: int = 0,
-        draft: Draft = "auto",
-        step_seconds: float | None = None,
-        cache_dir: str | Path | None = None,
-        cache_dir_bytes: int = CACHE_DIR_BYTES,
-        packed_dir: str | Path | None = "auto",
-        packed_dir_bytes: int | None = None,
-        pipeline_parallel: int = 1,
-        tensor_parallel: int = 1,
-        rank_timeout: float = RANK_TIMEOUT,
-        trust_network: bool = False,
-    ) -> None:
-        options = LoadOptions(
-            device=as_device(device),
-            dtype=as_dtype(dtype),
-            weights=weights,
-            activations=activations,
-            kv_dtype=kv_dtype,
-            int8_products=int8_products,
-            max_context=max_context,
-            kv_cache_bytes=kv_cache_bytes,
-            max_running=max_running,
-            speculate=speculate,
-            draft=draft,
-            step_seconds=step_seconds,
-            cache_dir=cache_dir,
-            cache_dir_bytes=cache_dir_bytes,
-            packed_dir=packed_dir,
-            packed_dir_bytes=packed_dir_bytes,
-            pipeline_parallel=as_num_ranks(pipeline_parallel, "pipeline_parallel"),
-            tensor_parallel=as_num_ranks(tensor_parallel, "tensor_parallel"),
-            rank_timeout=as_rank_timeout(rank_timeout),
-            trust_network=trust_network,
-        )
+    @_with_arguments_of(LLMOptions)
+    def __init__(self, asked: LLMOptions) -> None:
+        options = LoadOptions.of(asked)
         if options.num_ranks > 1:
             prepare_process()
         worker = Worker()
         weakref.finalize(self, worker.stop)
         try:
-            loaded = worker.call(lambda: load(model, options))
+            loaded = worker.call(lambda: load(options))
         except BaseException:
             worker.stop()
             raise

@@ -60,13 +60,13 @@ class LoadedModel:
     ranks: Ranks | None
 
 
-def load(model: str | Path | None, options: LoadOptions) -> LoadedModel:
-    """Load a model in this thread, which is the one that must run it; None is the embedded one. Raises as `LLM`.
+def load(options: LoadOptions) -> LoadedModel:
+    """Load a model in this thread, which is the one that must run it. Raises as `LLM`.
 
     In a rank that is not the driver it loads that rank's stage and runs it to the end, and then raises `SystemExit`.
     """
     if options.num_ranks == 1:
-        return _load(model, options, None)
+        return _load(options, None)
     require_can_be_cut(options)
     ranks = join(
         options.pipeline_parallel,
@@ -75,7 +75,7 @@ def load(model: str | Path | None, options: LoadOptions) -> LoadedModel:
         trust_network=options.trust_network,
     )
     try:
-        return _load(model, options, ranks)
+        return _load(options, ranks)
     except SystemExit:
         raise
     except BaseException as error:
@@ -84,9 +84,9 @@ def load(model: str | Path | None, options: LoadOptions) -> LoadedModel:
         raise
 
 
-def _load(model: str | Path | None, options: LoadOptions, ranks: Ranks | None) -> LoadedModel:
+def _load(options: LoadOptions, ranks: Ranks | None) -> LoadedModel:
     store_folder = None if options.cache_dir is None else StoreFolder(Path(options.cache_dir).expanduser())
-    folder = embedded_model() if model is None else resolve_model(model)
+    folder = embedded_model() if options.model is None else resolve_model(options.model)
     config, reader = open_checkpoint(folder)
     if options.int8_products:
         require_int8_products(config, options.kv_dtype, options.device)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import Literal, cast, get_args
+from typing import Any, cast, get_args
 
 import torch
 
@@ -17,6 +17,7 @@ from latentkv.models.config import MLAConfig, ModelConfig
 from latentkv.models.decoder import Decoder
 from latentkv.models.stored_config import stored_dtype
 from latentkv.ops.backends import why_no_int8_products, why_not_native
+from latentkv.options import Draft, LLMOptions
 from latentkv.state import KVFormat
 from latentkv.text import Tokenizer, has_tokenizer, load_tokenizer, require_match
 from latentkv.weights.packed_folder import PackedFolder
@@ -25,11 +26,6 @@ logger = logging.getLogger("latentkv")
 
 PACKED_DIR_VARIABLE = "LATENTKV_PACKED_DIR"
 """Names the folder of packed weights; set to nothing, there is none."""
-
-RANK_TIMEOUT = 60.0
-"""Seconds without a word of a rank after which it is given up, unless somebody says how many."""
-
-Draft = Literal["auto", "ngram", "mtp"]
 
 EMBEDDED_MODEL = Path(__file__).parent / "assets" / "default"
 
@@ -43,39 +39,33 @@ _DTYPES: Mapping[str, torch.dtype] = {
 }
 _KV_FORMATS: Mapping[torch.dtype, KVFormat] = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _KV_DTYPES: tuple[KVFormat, ...] = ("fp32", "bf16", "fp16", "int8", "fp8")
+_CPU = torch.device("cpu")
 # An MTP module reads every prompt as well: one layer more, which is to be a small part of the model.
 _LAYERS_OF_AUTO_MTP = 16
 
 
-@dataclass(frozen=True, kw_only=True)
-class LoadOptions:
-    """How a model is to be loaded; `LLM` tells what each means."""
+@dataclass(frozen=True)
+class LoadOptions(LLMOptions):
+    """What was asked of `LLM`, with device and dtype found."""
 
-    device: torch.device
-    dtype: torch.dtype | None
-    weights: str | None
-    activations: str
-    kv_dtype: KVFormat | Literal["auto"]
-    int8_products: bool
-    max_context: int | None
-    kv_cache_bytes: int | None
-    max_running: int
-    speculate: int
-    draft: Draft
-    step_seconds: float | None
-    cache_dir: str | Path | None
-    cache_dir_bytes: int
-    packed_dir: str | Path | None
-    packed_dir_bytes: int | None
-    pipeline_parallel: int
-    tensor_parallel: int
-    rank_timeout: float
-    trust_network: bool
+    _: KW_ONLY
+    device: torch.device = _CPU
+    dtype: torch.dtype | None = None
 
-    @property
-    def num_ranks(self) -> int:
-        """Processes that run the model together."""
-        return self.pipeline_parallel * self.tensor_parallel
+    @classmethod
+    def of(cls, asked: LLMOptions) -> LoadOptions:
+        """Check what no model is needed for.
+
+        Raises:
+            ConfigError: an option is none of its kind, or cannot be had here.
+        """
+        _require_num_ranks(asked.pipeline_parallel, "pipeline_parallel")
+        _require_num_ranks(asked.tensor_parallel, "tensor_parallel")
+        _require_rank_timeout(asked.rank_timeout)
+        if asked.packed_dir is None and asked.packed_dir_bytes is not None:
+            raise ConfigError("packed_dir=None (--no-packed-dir) excludes packed_dir_bytes: leave one of them out.")
+        found: dict[str, Any] = {"device": as_device(asked.device), "dtype": as_dtype(asked.dtype)}
+        return cls(**vars(asked) | found)
 
 
 def embedded_model() -> Path:
@@ -199,18 +189,14 @@ def as_device(device: str | torch.device) -> torch.device:
     return resolved
 
 
-def as_num_ranks(asked: object, name: str) -> int:
-    """How many processes run a model together, as the option of this name says."""
+def _require_num_ranks(asked: object, name: str) -> None:
     if type(asked) is not int or asked < 1:
         raise ConfigError(f"{name}={asked!r} is no number of processes: give 1 or more.")
-    return asked
 
 
-def as_rank_timeout(asked: float) -> float:
-    """Seconds without a word of a rank after which it is given up."""
-    if isinstance(asked, bool) or not isinstance(cast(object, asked), int | float) or not 2 <= asked <= 86_400:
+def _require_rank_timeout(asked: object) -> None:
+    if isinstance(asked, bool) or not isinstance(asked, int | float) or not 2 <= asked <= 86_400:
         raise ConfigError(f"rank_timeout={asked!r} is not allowed: give 2 to 86,400 seconds.")
-    return float(asked)
 
 
 def require_int8_products(config: ModelConfig, kv_dtype: str, device: torch.device) -> None:

@@ -188,7 +188,7 @@ WRONG = [
     ({"match": "cache"}, "--match=cache is not known: choose parameters or none"),
     ({"seeds": 0}, "--seeds must be a whole number from 1 to 20, not 0."),
     ({"steps": 2}, "--steps must be a whole number from 3 to 2,147,483,647, not 2."),
-    ({"lrs": "fast"}, "--lrs=fast is not a list of numbers"),
+    ({"lrs": "fast"}, "--lrs: 'fast' is no list of numbers"),
     ({"lrs": "1e-3,0"}, "--lrs must be a number above 0, not 0.0."),
     ({"hidden": 36}, "--hidden 36 gives 4 heads no width that is a multiple of 4"),
     ({"layers": 0}, "--layers must be a whole number from 1 to 1,024, not 0."),

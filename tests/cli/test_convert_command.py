@@ -215,7 +215,7 @@ WRONG = [
     (("--kv-budget", "1/2", "--method", "svd"), "method=svd needs a rope_dim"),
     (("--kv-budget", "1/2", "--export", "onnx"), "--export=onnx is not known: choose transformers, vllm"),
     (("--rank", 16, "--rope-dim", 18, "--export", "vllm"), "--rope-dim=18 is not allowed with --export vllm"),
-    (("--kv-budget", "half"), "--kv-budget=half is no share"),
+    (("--kv-budget", "half"), "--kv-budget: 'half' is no share"),
     (("--kv-budget", "1/0"), "is no share"),
     (("--kv-budget", "nan"), "--kv-budget must be a number above 0 and at most 1, not nan."),
     (("--kv-budget", "1e999999999"), "--kv-budget must be a number above 0 and at most 1, not inf."),

@@ -14,7 +14,7 @@ from latentkv.bench.model import LATENTKV, ModelReport, ModelRow
 from latentkv.bench.plot import tokens_label
 from latentkv.bench.report import CEILING_NOTES, describe
 from latentkv.files import write_whole
-from latentkv.plan.sizes import format_bytes
+from latentkv.sizes import format_bytes
 
 MODEL_NOTES = (
     "tok/s: median ± half the interquartile range, contenders timed in turn; 'once': a single round took too long. "

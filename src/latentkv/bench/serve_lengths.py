@@ -8,7 +8,7 @@ from random import Random
 from typing import Literal
 
 from latentkv.errors import RequestError
-from latentkv.plan.sizes import parse_tokens
+from latentkv.sizes import parse_tokens
 
 Distribution = Literal["uniform", "normal", "lognormal"]
 

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from latentkv.cli.flags import command
 from latentkv.errors import LatentKVError, RankError
 
 USAGE_ERROR, RANK_LOST, INTERRUPTED = 2, 1, 130
@@ -88,7 +89,7 @@ def make_app(names: Iterable[str] = COMMANDS) -> typer.Typer:
         if name == "bench":
             app.add_typer(module.bench_app, name=name)
         else:
-            app.command()(getattr(module, name))
+            app.command()(command(getattr(module, name)))
     return app
 
 

@@ -2,39 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
-from latentkv.cli.bench_options import numbers, require_folder, save
+from latentkv.cli.bench_options import MeasureOptions, require_folder
 from latentkv.cli.terminal import console
+from latentkv.option_types import Flag, Numbers, Tokens, Words
 
 
-def gpu_attention(
-    device: str, *, heads: int | None, contexts: str | None, repeats: int, json_file: Path | None
-) -> None:
+def gpu_attention(device: str, *, heads: int | None, contexts: Sequence[int] | None, options: MeasureOptions) -> None:
     """Measure `mla_decode` on a GPU and print the table."""
     from latentkv.bench.gpu_attention import CASES, GpuCase, measure_gpu_attention
     from latentkv.bench.gpu_report import GPU_NOTES, describe_gpu_environment, gpu_attention_table
     from latentkv.llm_options import as_device
 
     gpu = as_device(device)
-    require_folder(json_file)
+    options.require_folder()
     cases = CASES
     if contexts is not None:
-        chosen = numbers(contexts)
-        cases = tuple(GpuCase(h, b, context) for h in (128, 16) for b in (128, 1) for context in chosen)
+        cases = tuple(GpuCase(h, b, context) for h in (128, 16) for b in (128, 1) for context in contexts)
     if heads is not None:
         cases = tuple(dict.fromkeys(GpuCase(heads, case.batch, case.context) for case in cases))
     with console(stderr=True).status("starting") as status:
-        report = measure_gpu_attention(gpu, cases=cases, repeats=repeats, progress=status.update)
+        report = measure_gpu_attention(gpu, cases=cases, repeats=options.repeats, progress=status.update)
     screen = console()
     screen.print(gpu_attention_table(report))
     screen.print(GPU_NOTES, style="dim")
     screen.print(describe_gpu_environment(report.environment), style="dim")
-    save(report, json_file)
+    options.save(report)
 
 
 def require_unset(device: str, given: Mapping[str, bool]) -> None:
@@ -52,20 +48,27 @@ def require_unset(device: str, given: Mapping[str, bool]) -> None:
 
 
 def tune(
-    device: Annotated[str, typer.Option(help="The GPU: cuda, cuda:1.")] = "cuda",
-    heads: Annotated[str, typer.Option(help="Numbers of heads, with commas between.")] = "16,128",
-    batch: Annotated[int, typer.Option(help="Sequences to measure with.")] = 128,
-    context: Annotated[str, typer.Option(help="Cached tokens of each.")] = "8k",
-    kv_dtypes: Annotated[str, typer.Option(help="Formats of the pages, with commas between.")] = "bf16,fp8,int8",
-    out: Annotated[
-        Path | None, typer.Option(metavar="FILE.json", help="Where they go.", show_default="LatentKV's own file")
-    ] = None,
+    *,
+    device: str = "cuda",
+    heads: Numbers = (16, 128),
+    batch: int = 128,
+    context: Tokens = 8192,
+    kv_dtypes: Words = ("bf16", "fp8", "int8"),
+    out: Annotated[Path | None, Flag(metavar="FILE.json")] = None,
 ) -> None:
     """Measure which block sizes of the GPU's attention kernel are the fastest, and keep them.
 
     They are found again by the GPU's name and the shape: see docs/gpu.md.
 
     Example: latentkv bench tune --heads 16 --kv-dtypes bf16
+
+    Args:
+        device: the GPU: cuda, cuda:1.
+        heads: numbers of heads, with commas between.
+        batch: sequences to measure with.
+        context: cached tokens of each.
+        kv_dtypes: formats of the pages, with commas between.
+        out: where the block sizes go; None is LatentKV's own file.
     """
     from latentkv.bench.gpu_attention import GpuCase
     from latentkv.bench.gpu_report import describe_gpu_environment, tuned_table
@@ -77,13 +80,12 @@ def tune(
 
     gpu, path = as_device(device), out or TUNED_FILE
     require_folder(path)
-    (tokens,) = numbers(context)
     with console(stderr=True).status("starting") as status:
         rows = tune_attention(
             gpu,
             path,
-            cases=[GpuCase(h, batch, tokens) for h in numbers(heads)],
-            kv_formats=[as_kv_format(name.strip()) for name in kv_dtypes.split(",")],
+            cases=[GpuCase(h, batch, context) for h in heads],
+            kv_formats=[as_kv_format(name) for name in kv_dtypes],
             progress=status.update,
         )
     screen = console()

@@ -2,66 +2,32 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
-from latentkv.cli.bench_options import JsonFile, Repeats, Threads, numbers, require_folder, save
-from latentkv.cli.options import (
-    MODEL_FORMS,
-    ActivationsOption,
-    Int8ProductsOption,
-    NoPackedDirOption,
-    PackedDirBytesOption,
-    PackedDirOption,
-    packed_options,
-)
+from latentkv.cli.bench_options import MeasureOptions, PlotFile
+from latentkv.cli.flags import Preset
 from latentkv.cli.terminal import console
+from latentkv.option_types import Flag, Numbers
+from latentkv.options import CacheOptions, ModelOptions
 
 
 def model(
-    model: Annotated[
-        str | None, typer.Argument(help=f"The model: {MODEL_FORMS}.", show_default="the embedded model")
-    ] = None,
-    prompts: Annotated[str, typer.Option(help="Tokens of the prompts that are read, with commas between.")] = "512,2k",
-    depths: Annotated[
-        str, typer.Option(help="Tokens in the cache before the first decode step, with commas between.")
-    ] = "0,4k,16k,32k",
-    concurrency: Annotated[
-        str, typer.Option(help="Sequences that decode together at each depth, with commas between.")
-    ] = "1",
-    new_tokens: Annotated[int, typer.Option(help="Decode steps that are timed together.")] = 16,
-    repeats: Repeats = 5,
-    dtype: Annotated[
-        str | None, typer.Option(help="Of the weights: bf16, fp16 or fp32.", show_default="the checkpoint's")
-    ] = None,
-    weights: Annotated[
-        str | None, typer.Option(help="Quantise while loading: int8 or int4.", show_default="as stored")
-    ] = None,
-    activations: ActivationsOption = "exact",
-    kv_dtype: Annotated[str, typer.Option(help="Of the cache: auto, bf16, fp8, int8, fp16 or fp32.")] = "auto",
-    int8_products: Int8ProductsOption = False,
-    kv_cache_bytes: Annotated[
-        str | None, typer.Option(help="Of the cache, like 4GiB.", show_default="room for the deepest case, once")
-    ] = None,
-    threads: Threads = None,
-    mha: Annotated[bool, typer.Option("--mha", help="Measure the same model with multi-head attention, too.")] = False,
-    transformers: Annotated[
-        bool, typer.Option("--transformers", help="Measure the checkpoint in transformers, too (bf16).")
-    ] = False,
-    peer: Annotated[
-        list[str] | None,
-        typer.Option(metavar="COMMAND", help="Measure another program, too; benchmarks/llama_cpp has one."),
-    ] = None,
-    limit: Annotated[
-        float, typer.Option(help="Seconds: a contender whose rounds of a case take longer is timed once.")
-    ] = 20.0,
-    packed_dir: PackedDirOption = None,
-    no_packed_dir: NoPackedDirOption = False,
-    packed_dir_bytes: PackedDirBytesOption = None,
-    json_file: JsonFile = None,
-    plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw decode speed against depth.")] = None,
+    options: Annotated[ModelOptions, Preset("device")],
+    /,
+    cache: Annotated[CacheOptions, Preset("max_context", "cache_dir", "cache_dir_bytes")],
+    measure: Annotated[MeasureOptions, Preset(repeats=5)],
+    *,
+    prompts: Numbers = (512, 2048),
+    depths: Numbers = (0, 4096, 16384, 32768),
+    concurrency: Numbers = (1,),
+    new_tokens: int = 16,
+    mha: bool = False,
+    transformers: bool = False,
+    peer: Annotated[tuple[str, ...], Flag(metavar="COMMAND")] = (),
+    limit: float = 20.0,
+    plot: PlotFile = None,
 ) -> None:
     """Measure how fast a model reads prompts and decodes at several depths, and the memory it takes.
 
@@ -69,42 +35,44 @@ def model(
     with random numbers once, not by reading a prompt.
 
     Example: latentkv bench model --prompts 64 --depths 0,128
+
+    Args:
+        options: the model.
+        cache: its cache; where nothing is said there is room for the deepest case, once.
+        measure: how it is measured.
+        prompts: tokens of the prompts that are read, with commas between.
+        depths: tokens in the cache before the first decode step, with commas between.
+        concurrency: sequences that decode together at each depth, with commas between.
+        new_tokens: decode steps that are timed together.
+        mha: measure the same model with multi-head attention, too.
+        transformers: measure the checkpoint in transformers, too (bf16).
+        peer: measure another program, too; benchmarks/llama_cpp has one; repeatable.
+        limit: seconds; a contender whose rounds of a case take longer is timed once.
+        plot: draw decode speed against depth.
     """
     from latentkv.bench.model import measure_model
     from latentkv.bench.model_report import MODEL_NOTES, model_facts, model_table, plot_decode
     from latentkv.bench.report import describe
     from latentkv.checkpoint.source import model_name
     from latentkv.llm import LLM
-    from latentkv.plan import as_kv_format
-    from latentkv.plan.sizes import parse_bytes
 
-    require_folder(json_file, plot)
-    prompt_lens, depth_lens, together = numbers(prompts), numbers(depths), numbers(concurrency)
+    measure.require_folder(plot)
+    longest = max(*prompts, *depths) + new_tokens
     with console(stderr=True).status("loading the model") as status:
         report = measure_model(
-            LLM(
-                model,
-                dtype=dtype,
-                weights=weights,
-                activations=activations,
-                kv_dtype="auto" if kv_dtype == "auto" else as_kv_format(kv_dtype),
-                int8_products=int8_products,
-                max_context=max(*prompt_lens, *depth_lens) + new_tokens,
-                kv_cache_bytes=None if kv_cache_bytes is None else parse_bytes(kv_cache_bytes),
-                **packed_options(packed_dir, no_packed_dir, packed_dir_bytes),
-            ),
-            name=model_name(model) if model else "the embedded model",
-            prompts=prompt_lens,
-            depths=depth_lens,
-            concurrency=together,
+            LLM(**vars(options), **vars(replace(cache, max_context=longest))),
+            name=model_name(options.model) if options.model else "the embedded model",
+            prompts=prompts,
+            depths=depths,
+            concurrency=concurrency,
             new_tokens=new_tokens,
-            repeats=repeats,
-            threads=threads,
-            weights=weights,
-            activations=activations,
+            repeats=measure.repeats,
+            threads=measure.threads,
+            weights=options.weights,
+            activations=options.activations,
             mha=mha,
             transformers=transformers,
-            peers=peer or (),
+            peers=peer,
             limit_seconds=limit,
             progress=status.update,
         )
@@ -113,20 +81,13 @@ def model(
     screen.print(model_facts(report))
     screen.print(MODEL_NOTES, style="dim")
     screen.print(describe(report.environment), style="dim")
-    save(report, json_file)
+    measure.save(report)
     if plot is not None:
         plot_decode([report], plot)
         screen.print(f"Plot in {plot}")
 
 
-def make_model(
-    shape: Annotated[
-        str, typer.Argument(help="v2-lite, v2-lite-4, v2-lite-8e, youtu-llm-2b, ling-3.0-tiny or ling-3.0-tiny-8.")
-    ],
-    folder: Annotated[Path, typer.Argument(help="Where the checkpoint goes.")],
-    weights: Annotated[str | None, typer.Option(help="Store int8 or int4 weights.", show_default="bf16")] = None,
-    seed: Annotated[int, typer.Option(help="Of the weights.")] = 0,
-) -> None:
+def make_model(shape: str, folder: Path, /, *, weights: str | None = None, seed: int = 0) -> None:
     """Write a checkpoint of a published shape with random weights, to measure speed and memory with.
 
     v2-lite and youtu-llm-2b are DeepSeek-V2-Lite (15.7 B parameters; 31 GB in bf16, 9 GB in int4) and Youtu-LLM-2B;
@@ -135,6 +96,12 @@ def make_model(
     same small vocabulary (2.38 B).
 
     Example: latentkv bench make-model v2-lite-4 models/v2-lite-4
+
+    Args:
+        shape: v2-lite, v2-lite-4, v2-lite-8e, youtu-llm-2b, ling-3.0-tiny or ling-3.0-tiny-8.
+        folder: where the checkpoint goes.
+        weights: store int8 or int4 weights; None is bf16.
+        seed: seed of the weights.
     """
     from latentkv.bench.synthetic import synthetic_config, write_synthetic
     from latentkv.weights.weight import require_format

@@ -2,28 +2,42 @@
 
 from __future__ import annotations
 
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
 from latentkv.cli.terminal import console
+from latentkv.option_types import Flag
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-Threads = Annotated[int | None, typer.Option(help="Torch threads.", show_default="torch's own number")]
-Repeats = Annotated[int, typer.Option(help="Timed rounds; medians are reported.")]
-Contexts = Annotated[str, typer.Option(help="Cached tokens, with commas between.")]
-JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write every number as JSON.")]
-KVDtype = Annotated[str, typer.Option(help="Format of LatentKV's cache: bf16, fp8, int8, fp16 or fp32.")]
+JsonFile = Annotated[Path | None, Flag(("--json",), metavar="FILE")]
+PlotFile = Annotated[Path | None, Flag(metavar="FILE.png")]
 
 
-def numbers(text: str) -> list[int]:
-    """Numbers of tokens (or of anything) with commas between; 4k is 4096, and 0 is allowed."""
-    from latentkv.plan.sizes import parse_tokens
+@dataclass(frozen=True)
+class MeasureOptions:
+    """How a benchmark measures, and where its numbers go.
 
-    return [0 if part.strip() == "0" else parse_tokens(part) for part in text.split(",")]
+    Attributes:
+        repeats: timed rounds; medians are reported.
+        threads: CPU threads that compute; None is torch's own number.
+        json_file: write every number as JSON.
+    """
+
+    _: KW_ONLY
+    repeats: int = 9
+    threads: int | None = None
+    json_file: JsonFile = None
+
+    def require_folder(self, *files: Path | None) -> None:
+        """Find out before measuring, not after, that a result has nowhere to go."""
+        require_folder(self.json_file, *files)
+
+    def save(self, report: DataclassInstance) -> None:
+        """Write every number of a report, where that was asked for."""
+        save(report, self.json_file)
 
 
 def require_folder(*files: Path | None) -> None:

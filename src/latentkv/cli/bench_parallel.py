@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
-import typer
-
-from latentkv.cli.bench_options import JsonFile, numbers, require_folder, save
+from latentkv.cli.bench_options import JsonFile, require_folder, save
 from latentkv.cli.terminal import console
+from latentkv.option_types import Numbers, Words
 
 
 def parallel(
-    ranks: Annotated[str, typer.Option(help="Numbers of ranks, with commas between.")] = "1,2,4,8,16",
-    batch: Annotated[str, typer.Option(help="Sequences at once, likewise.")] = "1,8,32",
-    network: Annotated[str, typer.Option(help="Networks, likewise: 10Gb, or 10Gb:50us.")] = "10Gb:60us,1Gb:2000us",
+    *,
+    ranks: Numbers = (1, 2, 4, 8, 16),
+    batch: Numbers = (1, 8, 32),
+    network: Words = ("10Gb:60us", "1Gb:2000us"),
     json_file: JsonFile = None,
 ) -> None:
     """Simulate a pipeline: the real engine and stages of a small model, with the times of a large one.
@@ -22,6 +20,12 @@ def parallel(
     waits, so this machine's speed does not matter. The last column is the simulation over what the plan computes.
 
     Example: latentkv bench parallel --ranks 2,4 --batch 32
+
+    Args:
+        ranks: numbers of ranks, with commas between.
+        batch: sequences at once, likewise.
+        network: networks, likewise: 10Gb, or 10Gb:50us.
+        json_file: write every number as JSON.
     """
     from rich.table import Table
 
@@ -29,7 +33,7 @@ def parallel(
 
     require_folder(json_file)
     with console(stderr=True).status("simulating"):
-        report = simulate(ranks=numbers(ranks), batches=numbers(batch), networks=network.split(","))
+        report = simulate(ranks=ranks, batches=batch, networks=network)
     table = Table(title="Tokens a second of a model that takes 100 ms to read", title_justify="left")
     for column in ("ranks", "sequences", "network", "simulated", "planned", "ratio"):
         table.add_column(column, justify="right")

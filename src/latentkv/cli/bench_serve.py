@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from latentkv.cli.bench_options import JsonFile, numbers, require_folder, save
+from latentkv.cli.bench_options import JsonFile, PlotFile, require_folder, save
 from latentkv.cli.terminal import console
+from latentkv.option_types import Flag, Floats, Numbers
 
 if TYPE_CHECKING:
     from latentkv.bench.serve import ServeOptions, ServeReport
@@ -16,64 +18,78 @@ if TYPE_CHECKING:
     from latentkv.bench.serve_workload import Workload
 
 ALL_FAILED, INTERRUPTED = 1, 130
-_CONCURRENCY = "1,4,16"
+_CONCURRENCY = (1, 4, 16)
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    import json
+
+    from latentkv.errors import RequestError
+
+    try:
+        value: Any = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise RequestError(f'{text!r} is no JSON object; write for example {{"temperature": 1}}.')
+    return cast("dict[str, Any]", value)
 
 
 def serve(
-    url: Annotated[str, typer.Argument(help="The server's address, such as http://127.0.0.1:8000.")],
-    model: Annotated[
-        str | None, typer.Option("--model", "-m", help="As the server calls it.", show_default="the only one it lists")
-    ] = None,
-    api_key: Annotated[
-        str | None, typer.Option(envvar="OPENAI_API_KEY", show_envvar=True, help="Sent as a bearer token.")
-    ] = None,
-    endpoint: Annotated[str, typer.Option(help="completions or chat.")] = "completions",
-    concurrency: Annotated[
-        str | None,
-        typer.Option(help="Requests at a time, with commas between; each is a level.", show_default=_CONCURRENCY),
-    ] = None,
-    rate: Annotated[
-        str | None, typer.Option(help="Instead: requests a second, however many are under way; with commas between.")
-    ] = None,
-    burstiness: Annotated[
-        float, typer.Option(help="Of arrivals at a rate: 1 is Poisson, less is burstier, more is steadier.")
-    ] = 1.0,
-    requests: Annotated[
-        int | None,
-        typer.Option(help="Of each level.", show_default="4 x concurrency, at least 16; 64 at a rate"),
-    ] = None,
-    duration: Annotated[
-        float | None, typer.Option(help="Seconds after which a level sends no more; those under way end.")
-    ] = None,
-    warmup: Annotated[int, typer.Option(help="Requests before each level that are not counted.")] = 1,
-    prompt_tokens: Annotated[str, typer.Option(help="512, 64-512, normal:MEAN,SD or lognormal:MEAN,SD.")] = "256",
-    output_tokens: Annotated[str, typer.Option(help="Likewise, to generate.")] = "64",
-    shared_prefix: Annotated[int, typer.Option(help="Tokens in front of every prompt that are the same in all.")] = 0,
-    text: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Text to cut prompts from.", show_default="common words")
-    ] = None,
-    chars_per_token: Annotated[
-        float | None, typer.Option(help="To cut prompts by.", show_default="measured with two requests")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Same seed, same requests.")] = 0,
-    ignore_eos: Annotated[
-        bool, typer.Option(help="Ask for exactly --output-tokens, from servers that take ignore_eos.")
-    ] = True,
-    body: Annotated[
-        str, typer.Option(metavar="JSON", help='Fields for every request, such as {"temperature": 1}.')
-    ] = "{}",
-    timeout: Annotated[float, typer.Option(help="Seconds that a request may take.")] = 600.0,
-    slo: Annotated[str | None, typer.Option(help="Objectives to count goodput by, such as ttft=1s,itl=200ms.")] = None,
+    url: str,
+    /,
+    *,
+    model: Annotated[str | None, Flag(("--model", "-m"))] = None,
+    api_key: Annotated[str | None, Flag(envvar="OPENAI_API_KEY")] = None,
+    endpoint: str = "completions",
+    concurrency: Numbers | None = None,
+    rate: Floats | None = None,
+    burstiness: float = 1.0,
+    requests: int | None = None,
+    duration: float | None = None,
+    warmup: int = 1,
+    prompt_tokens: str = "256",
+    output_tokens: str = "64",
+    shared_prefix: int = 0,
+    text: Annotated[Path | None, Flag(metavar="FILE")] = None,
+    chars_per_token: float | None = None,
+    seed: int = 0,
+    ignore_eos: bool = True,
+    body: Annotated[Mapping[str, Any] | None, Flag(read=_json_object, metavar="JSON")] = None,
+    timeout: float = 600.0,
+    slo: str | None = None,
     json_file: JsonFile = None,
-    plot: Annotated[
-        Path | None, typer.Option(metavar="FILE.png", help="Draw throughput and latency against load.")
-    ] = None,
+    plot: PlotFile = None,
 ) -> None:
     """Put any OpenAI-compatible server under load: throughput, latency percentiles, errors.
 
     Ctrl-C ends it with what was measured so far. The exit code is 1 if every request failed.
 
     Example: latentkv bench serve http://127.0.0.1:8000 --concurrency 1,8,32 --prompt-tokens 512 --output-tokens 128
+
+    Args:
+        url: the server's address, such as http://127.0.0.1:8000.
+        model: name of the model, as the server calls it; None is the only one it lists.
+        api_key: sent as a bearer token.
+        endpoint: completions or chat.
+        concurrency: requests at a time, with commas between; each is a level; None is 1,4,16.
+        rate: instead: requests a second, however many are under way; with commas between.
+        burstiness: spread of arrivals at a rate: 1 is Poisson, less is burstier, more is steadier.
+        requests: requests of each level; None is 4 x concurrency, at least 16, or 64 at a rate.
+        duration: seconds after which a level sends no more; those under way end.
+        warmup: requests before each level that are not counted.
+        prompt_tokens: lengths of prompts: 512, 64-512, normal:MEAN,SD or lognormal:MEAN,SD.
+        output_tokens: likewise, to generate.
+        shared_prefix: tokens in front of every prompt that are the same in all.
+        text: text to cut prompts from; None is common words.
+        chars_per_token: characters a token, to cut prompts by; None is measured with two requests.
+        seed: same seed, same requests.
+        ignore_eos: ask for exactly `output_tokens`, from servers that take ignore_eos.
+        body: fields for every request, such as {"temperature": 1}.
+        timeout: seconds that a request may take.
+        slo: objectives to count goodput by, such as ttft=1s,itl=200ms.
+        json_file: write every number as JSON.
+        plot: draw throughput and latency against load.
     """
     from latentkv.bench.serve import ServeOptions
     from latentkv.bench.serve_lengths import parse_lengths
@@ -93,7 +109,7 @@ def serve(
         warmup=warmup,
         timeout=timeout,
         ignore_eos=ignore_eos,
-        extra_body=_json_object(body),
+        extra_body=body or {},
         characters_per_token=chars_per_token,
         slo=None if slo is None else parse_slo(slo),
     )
@@ -119,32 +135,15 @@ def serve(
         raise typer.Exit(ALL_FAILED)
 
 
-def _levels(concurrency: str | None, rate: str | None, burstiness: float) -> list[Level]:
+def _levels(concurrency: Sequence[int] | None, rate: Sequence[float] | None, burstiness: float) -> list[Level]:
     from latentkv.bench.serve_load import Level
     from latentkv.errors import RequestError
 
     if rate is None:
-        return [Level(concurrency=clients) for clients in numbers(concurrency or _CONCURRENCY)]
+        return [Level(concurrency=clients) for clients in concurrency or _CONCURRENCY]
     if concurrency is not None:
         raise RequestError("--concurrency and --rate exclude each other; give one of them.")
-    try:
-        return [Level(rate=float(part), burstiness=burstiness) for part in rate.split(",")]
-    except ValueError:
-        raise RequestError(f"{rate!r} is no rate; write requests a second, such as 0.5,2.") from None
-
-
-def _json_object(text: str) -> dict[str, Any]:
-    import json
-
-    from latentkv.errors import RequestError
-
-    try:
-        value: Any = json.loads(text)
-    except ValueError:
-        value = None
-    if not isinstance(value, dict):
-        raise RequestError(f'--body takes a JSON object, such as {{"temperature": 1}}, not {text!r}.')
-    return cast("dict[str, Any]", value)
+    return [Level(rate=each, burstiness=burstiness) for each in rate]
 
 
 def _measure(options: ServeOptions, workload: Workload) -> ServeReport:

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from typing import Annotated
 
-import typer
-
-from latentkv.cli.bench_options import JsonFile, Repeats, numbers, require_folder, save
+from latentkv.cli.bench_options import MeasureOptions
+from latentkv.cli.flags import Preset
 from latentkv.cli.terminal import console
+from latentkv.option_types import Numbers
+from latentkv.options import ModelName
+from latentkv.ranges import Range
 
 
 def server_cost(
-    model: Annotated[
-        str | None, typer.Argument(help="A folder or a repo id.", show_default="the embedded model")
-    ] = None,
-    concurrency: Annotated[str, typer.Option(help="Requests at once, with commas between.")] = "1,8",
-    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a completion.")] = 128,
-    repeats: Repeats = 14,
-    json_file: JsonFile = None,
+    name: ModelName,
+    /,
+    *,
+    concurrency: Numbers = (1, 8),
+    new_tokens: Annotated[int, Range(1)] = 128,
+    measure: Annotated[MeasureOptions, Preset("threads", repeats=14)],
 ) -> None:
     """Measure what is left of LLM.generate's tokens a second when the same model is served and its answers streamed.
 
@@ -25,17 +26,26 @@ def server_cost(
     column is what the server's event loop takes of a core for a token, requests included (on Linux).
 
     Example: latentkv bench server-cost --concurrency 1,8,32
+
+    Args:
+        name: the model.
+        concurrency: requests at once, with commas between.
+        new_tokens: tokens of a completion.
+        measure: how it is measured.
     """
     from rich.table import Table
 
     from latentkv.bench.report import describe
     from latentkv.bench.server_cost import measure_server_cost
 
-    require_folder(json_file)
-    levels = numbers(concurrency)
+    measure.require_folder()
     with console(stderr=True).status("loading the model") as status:
         report = measure_server_cost(
-            model, concurrency=levels, new_tokens=new_tokens, rounds=repeats, progress=status.update
+            None if name.model is None else str(name.model),
+            concurrency=concurrency,
+            new_tokens=new_tokens,
+            rounds=measure.repeats,
+            progress=status.update,
         )
     title = f"Tokens a second of {report.model}: medians of {report.rounds} rounds of {report.new_tokens} tokens"
     table = Table(title=title, title_justify="left")
@@ -54,4 +64,4 @@ def server_cost(
     screen = console()
     screen.print(table)
     screen.print(describe(report.environment), style="dim")
-    save(report, json_file)
+    measure.save(report)

@@ -4,25 +4,22 @@ from __future__ import annotations
 
 from typing import Annotated
 
-import typer
-
-from latentkv.cli.bench_options import JsonFile, Repeats, require_folder, save
-from latentkv.cli.options import MODEL_FORMS
+from latentkv.cli.bench_options import MeasureOptions
+from latentkv.cli.flags import Preset
 from latentkv.cli.terminal import console
+from latentkv.options import ModelName
 
 
-def start(
-    model: Annotated[
-        str | None, typer.Argument(help=f"The model: {MODEL_FORMS}.", show_default="the embedded model")
-    ] = None,
-    repeats: Repeats = 5,
-    json_file: JsonFile = None,
-) -> None:
+def start(name: ModelName, /, *, measure: Annotated[MeasureOptions, Preset("threads", repeats=5)]) -> None:
     """Measure how long `latentkv generate` takes to the first token, packing weights anew and mapping them.
 
     Beside it stands `import torch`, which no start can do without; processor time is of the whole process.
 
     Example: latentkv bench start --repeats 9
+
+    Args:
+        name: the model.
+        measure: how it is measured.
     """
     from rich.table import Table
 
@@ -30,10 +27,11 @@ def start(
     from latentkv.bench.start import measure_start
     from latentkv.checkpoint.source import model_name
 
-    require_folder(json_file)
-    name = model_name(model) if model else "the embedded model"
+    measure.require_folder()
+    model = None if name.model is None else str(name.model)
+    shown = model_name(model) if model else "the embedded model"
     with console(stderr=True).status("starting") as status:
-        report = measure_start(model, name=name, repeats=repeats, progress=status.update)
+        report = measure_start(model, name=shown, repeats=measure.repeats, progress=status.update)
     torch = report.starts[0]
     table = Table(title=f"Starts of {report.model}, medians of {report.repeats}", title_justify="left")
     for column in ("", "first output after", "of import torch", "processor time", "of import torch"):
@@ -49,4 +47,4 @@ def start(
     screen = console()
     screen.print(table)
     screen.print(describe(report.environment), style="dim")
-    save(report, json_file)
+    measure.save(report)

@@ -7,19 +7,23 @@ from typing import Annotated
 
 import typer
 
-from latentkv.cli.bench_options import JsonFile, Repeats, require_folder, save
+from latentkv.cli.bench_options import MeasureOptions
+from latentkv.cli.flags import Preset
 from latentkv.cli.terminal import console
+from latentkv.options import ModelName
+from latentkv.ranges import Range
 
 
 def tensor_parallel(
-    model: Annotated[str, typer.Argument(help="A folder or a repo id.")],
-    ranks: Annotated[int, typer.Option(min=2, max=64, help="Processes on this machine.")] = 2,
-    weights: Annotated[str | None, typer.Option(help="int8 or int4.", show_default="as they are stored")] = None,
-    threads: Annotated[int, typer.Option(min=1, max=1024, help="Of each process.")] = 1,
-    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a prompt.")] = 512,
-    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens decoded after it.")] = 33,
-    repeats: Repeats = 9,
-    json_file: JsonFile = None,
+    name: Annotated[ModelName, Preset(model=...)],
+    /,
+    *,
+    ranks: Annotated[int, Range(2, 64)] = 2,
+    weights: str | None = None,
+    threads: Annotated[int, Range(1, 1024)] = 1,
+    prompt_tokens: Annotated[int, Range(1)] = 512,
+    new_tokens: Annotated[int, Range(2)] = 33,
+    measure: Annotated[MeasureOptions, Preset("threads", repeats=9)],
 ) -> None:
     """Measure prompts and tokens of a model in several processes beside the same model in the first of them alone.
 
@@ -27,6 +31,15 @@ def tensor_parallel(
     what the further processes bring, and cannot be more than their number.
 
     Example: latentkv bench tensor-parallel models/v2-lite-4 --weights int4
+
+    Args:
+        name: the model.
+        ranks: processes on this machine.
+        weights: quantise the weights as they are read: int8 or int4; None is as they are stored.
+        threads: CPU threads of each process.
+        prompt_tokens: tokens of a prompt.
+        new_tokens: tokens decoded after it.
+        measure: how it is measured.
     """
     from rich.table import Table
 
@@ -35,18 +48,18 @@ def tensor_parallel(
     from latentkv.parallel.launch import launch
     from latentkv.parallel.process import world_size
 
-    require_folder(json_file)
+    measure.require_folder()
     if world_size() == 1:
         raise typer.Exit(launch(ranks, sys.argv[1:], end_seconds=5))
     with console(stderr=True).status("measuring"):
         report = measure_tensor_parallel(
-            model,
+            str(name.model),
             ranks,
             weights=weights,
             threads=threads,
             prompt_tokens=prompt_tokens,
             new_tokens=new_tokens,
-            rounds=repeats,
+            rounds=measure.repeats,
         )
     stored = f", weights in {weights}" if weights else ""
     each = f"{threads} thread{'s' if threads > 1 else ''} each"
@@ -60,4 +73,4 @@ def tensor_parallel(
     screen = console()
     screen.print(table)
     screen.print(describe(report.environment), style="dim")
-    save(report, json_file)
+    measure.save(report)

@@ -8,37 +8,12 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
-from latentkv.cli.options import (
-    ActivationsOption,
-    CacheBytesOption,
-    DeviceOption,
-    DtypeOption,
-    Int8ProductsOption,
-    KVDtypeOption,
-    MaxContextOption,
-    MinPOption,
-    ModelChoice,
-    ModelOption,
-    NoPackedDirOption,
-    PackedDirBytesOption,
-    PackedDirOption,
-    PenaltyOption,
-    PipelineParallelOption,
-    RankTimeoutOption,
-    SeedOption,
-    TemperatureOption,
-    TensorParallelOption,
-    TopKOption,
-    TopPOption,
-    TrustNetworkOption,
-    WeightsOption,
-    cache_summary,
-    turn_end_note,
-)
+from latentkv.cli.flags import Preset
+from latentkv.cli.generate import Sampling
+from latentkv.cli.loading import cache_summary, load_model, turn_end_note
 from latentkv.cli.terminal import console
 from latentkv.errors import LatentKVError, RequestError
+from latentkv.options import LLMOptions
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -58,60 +33,25 @@ PROMPT = "\001\033[1;36m\002you>\001\033[0m\002 "
 
 
 def chat(
-    model: ModelOption = None,
-    system: Annotated[str, typer.Option(help="A system message: instructions that stay in force.")] = "",
-    max_tokens: Annotated[int, typer.Option("--max-tokens", "-n", help="Tokens of an answer at most.")] = 512,
-    temperature: TemperatureOption = 0.8,
-    top_p: TopPOption = 0.95,
-    top_k: TopKOption = 0,
-    min_p: MinPOption = 0.0,
-    repetition_penalty: PenaltyOption = 1.0,
-    seed: SeedOption = None,
-    weights: WeightsOption = None,
-    activations: ActivationsOption = "exact",
-    kv_dtype: KVDtypeOption = "auto",
-    int8_products: Int8ProductsOption = False,
-    dtype: DtypeOption = None,
-    device: DeviceOption = "cpu",
-    max_context: MaxContextOption = None,
-    kv_cache_bytes: CacheBytesOption = None,
-    packed_dir: PackedDirOption = None,
-    no_packed_dir: NoPackedDirOption = False,
-    packed_dir_bytes: PackedDirBytesOption = None,
-    pipeline_parallel: PipelineParallelOption = 1,
-    tensor_parallel: TensorParallelOption = 1,
-    rank_timeout: RankTimeoutOption = 60,
-    trust_network: TrustNetworkOption = False,
+    options: LLMOptions,
+    /,
+    sampling: Annotated[Sampling, Preset("logprobs", max_tokens=512)],
+    *,
+    system: str = "",
 ) -> None:
     """Talk with a model. Lines can also be piped in, one message each.
 
     Example: latentkv chat --model path/to/model --system "Answer in one sentence."
+
+    Args:
+        options: the model.
+        sampling: how tokens are chosen.
+        system: a system message: instructions that stay in force.
     """
-    from latentkv import SamplingParams
     from latentkv.cli.conversation import Conversation
 
-    params = SamplingParams(
-        max_tokens=max_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        seed=seed,
-    )
-    chosen = ModelChoice(
-        *(model, device, dtype, weights, activations, kv_dtype, int8_products, max_context, kv_cache_bytes),
-        packed_dir=packed_dir,
-        no_packed_dir=no_packed_dir,
-        packed_dir_bytes=packed_dir_bytes,
-        pipeline_parallel=pipeline_parallel,
-        tensor_parallel=tensor_parallel,
-        rank_timeout=rank_timeout,
-        trust_network=trust_network,
-    )
-    chosen.enter_ranks()
-    llm = chosen.load()
-    conversation = Conversation(llm, params, system)
+    llm = load_model(options)
+    conversation = Conversation(llm, sampling, system)
     notes = console(stderr=True)
     notes.print(f"{llm.folder.name}; {cache_summary(llm)}", style="dim")
     if conversation.has_plain_template:

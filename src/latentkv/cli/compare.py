@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from latentkv.cli.options import ThreadsOption, TrustNetworkOption, use_threads
+from latentkv.cli.loading import use_threads
 from latentkv.cli.terminal import console, print_json
-from latentkv.errors import RequestError
+from latentkv.option_types import Flag, Floats, Words
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -20,38 +20,26 @@ if TYPE_CHECKING:
 
 
 def compare(
-    data: Annotated[Path, typer.Option(help="Folder of .txt files, or one text file.", exists=True)],
-    eval_file: Annotated[
-        list[Path],
-        typer.Option(help="Text to measure on, held out of training and tokenizer; repeatable.", exists=True),
-    ],
-    out: Annotated[Path, typer.Option(help="Folder for results and models. Goes on with what it holds.")],
-    arms: Annotated[
-        str | None,
-        typer.Option(
-            help="mha, gqa-GROUPS, mqa and mla-RANK, with commas between.",
-            show_default="mha, gqa and mqa, and mla with as large a cache as these and with 1/16 of mha's",
-        ),
-    ] = None,
-    match: Annotated[
-        str, typer.Option(help="parameters: as many in each arm, by the feed-forward layer's width; none: one width.")
-    ] = "parameters",
-    seeds: Annotated[int, typer.Option(help="Full runs an arm.")] = 3,
-    steps: Annotated[int, typer.Option(help="Of a full run; a third of it to choose a learning rate.")] = 960,
-    lrs: Annotated[
-        str, typer.Option(help="Peak learning rates to choose from, each arm by itself.")
-    ] = "1e-3,2e-3,4e-3",
-    hidden: Annotated[int, typer.Option(help="Width of the residual stream.")] = 128,
-    layers: Annotated[int, typer.Option(help="Decoder layers.")] = 4,
-    heads: Annotated[int, typer.Option(help="Query heads a layer.")] = 8,
-    vocab: Annotated[int, typer.Option(help="Tokens of the tokenizer, which is trained once for all arms.")] = 1024,
-    seq_len: Annotated[int, typer.Option(help="Tokens a sequence.")] = 256,
-    batch_tokens: Annotated[int, typer.Option(help="Tokens a step.")] = 1024,
-    eval_bytes: Annotated[int, typer.Option(help="About how much held-out text to measure on.")] = 200_000,
-    no_speed: Annotated[bool, typer.Option("--no-speed", help="Do not time the trained models' decoding.")] = False,
-    threads: ThreadsOption = None,
-    trust_network: TrustNetworkOption = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    data: Annotated[Path, Flag(exists=True)],
+    eval_file: Annotated[tuple[Path, ...], Flag(exists=True)],
+    out: Path,
+    *,
+    arms: Words | None = None,
+    match: str = "parameters",
+    seeds: int = 3,
+    steps: int = 960,
+    lrs: Floats = (1e-3, 2e-3, 4e-3),
+    hidden: int = 128,
+    layers: int = 4,
+    heads: int = 8,
+    vocab: int = 1024,
+    seq_len: int = 256,
+    batch_tokens: int = 1024,
+    eval_bytes: int = 200_000,
+    no_speed: bool = False,
+    threads: int | None = None,
+    trust_network: bool = False,
+    as_json: Annotated[bool, Flag(("--json",))] = False,
 ) -> None:
     """Train one small decoder with MHA, GQA, MQA and MLA, and compare loss and cache.
 
@@ -59,6 +47,28 @@ def compare(
     interrupted comparison goes on when the same command is given again.
 
     Example: latentkv compare --data books --eval-file books/dracula.txt --out comparison
+
+    Args:
+        data: folder of .txt files, or one text file.
+        eval_file: text to measure on, held out of training and tokenizer; repeatable.
+        out: folder for results and models; goes on with what it holds.
+        arms: attentions to compare: mha, gqa-GROUPS, mqa and mla-RANK, with commas between; None is mha, gqa and mqa,
+            and mla with as large a cache as these and with 1/16 of mha's.
+        match: parameters: as many in each arm, by the feed-forward layer's width; none: one width.
+        seeds: full runs an arm.
+        steps: steps of a full run; a third of it to choose a learning rate.
+        lrs: peak learning rates to choose from, each arm by itself.
+        hidden: width of the residual stream.
+        layers: decoder layers.
+        heads: query heads a layer.
+        vocab: tokens of the tokenizer, which is trained once for all arms.
+        seq_len: tokens a sequence.
+        batch_tokens: tokens a step.
+        eval_bytes: about how much held-out text to measure on.
+        no_speed: do not time the trained models' decoding.
+        threads: CPU threads; None is all cores.
+        trust_network: let processes talk over addresses that are not private, in the clear.
+        as_json: print the report as JSON.
     """
     from latentkv.compare import CompareOptions, Sizes, compare_attention
     from latentkv.train.ranks import DataRanks
@@ -67,11 +77,11 @@ def compare(
     use_threads(threads)
     options = CompareOptions(
         sizes=Sizes(hidden, layers, heads, vocab),
-        arms=() if arms is None else tuple(name.strip() for name in arms.split(",")),
+        arms=arms or (),
         match=cast("Match", match),
         seeds=seeds,
         steps=steps,
-        rates=_rates(lrs),
+        rates=lrs,
         seq_len=seq_len,
         batch_tokens=batch_tokens,
         eval_bytes=eval_bytes,
@@ -89,13 +99,6 @@ def compare(
         print_json(report.as_json())
     else:
         _print(report, out)
-
-
-def _rates(text: str) -> tuple[float, ...]:
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError:
-        raise RequestError(f"--lrs={text} is not a list of numbers: write them as 1e-3,2e-3,4e-3.") from None
 
 
 def _print(report: Report, out: Path) -> None:

@@ -7,9 +7,7 @@ import sys
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
-
-import typer
+from typing import TYPE_CHECKING, Any
 
 from latentkv.cli.terminal import console
 from latentkv.errors import RequestError
@@ -21,8 +19,6 @@ if TYPE_CHECKING:
 SELF = "self"
 EVAL_SEED = 1_000_000
 """Of the held-out text that the source writes."""
-
-TextOption = Annotated[str, typer.Option(help="A UTF-8 text file, or self: what the source writes by itself.")]
 
 
 def require_text_options(sequences: int, length: int, *texts: str | None) -> None:

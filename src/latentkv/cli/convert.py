@@ -5,21 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 
-import typer
-
 from latentkv.cli.conversion import (
     EVAL_SEED,
     SELF,
-    TextOption,
     progress,
     require_length,
     require_text_options,
     run_facts,
     text_tokens,
 )
-from latentkv.cli.options import MODEL_FORMS, ThreadsOption, use_threads
+from latentkv.cli.flags import Preset
+from latentkv.cli.loading import use_threads
 from latentkv.cli.terminal import console, print_json
 from latentkv.errors import RequestError
+from latentkv.option_types import Flag
+from latentkv.options import ModelName
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,31 +27,32 @@ if TYPE_CHECKING:
     from latentkv.convert import ConversionReport
 
 
+def _share(text: str) -> float:
+    try:
+        part, _, whole = text.partition("/")
+        return float(part) / float(whole or "1")
+    except (ValueError, ZeroDivisionError):
+        raise RequestError(f"{text!r} is no share; write 1/4 or 0.25.") from None
+
+
 def convert(
-    source: Annotated[str, typer.Argument(help=f"The model: {MODEL_FORMS}.", show_default=False)],
-    target: Annotated[Path, typer.Argument(help="A new folder for the converted model.", show_default=False)],
-    kv_budget: Annotated[
-        str | None, typer.Option(help="Share of the source's KV cache to keep, like 1/4; chooses rank and rope-dim.")
-    ] = None,
-    rank: Annotated[int | None, typer.Option(help="Of the latent, instead of --kv-budget.")] = None,
-    rope_dim: Annotated[int | None, typer.Option(help="Dimensions of the shared key with RoPE; with --rank.")] = None,
-    calibrate: TextOption = SELF,
-    method: Annotated[str, typer.Option(help="weighted; transmla and svd are there to be compared with.")] = "weighted",
-    fold: Annotated[int, typer.Option(help="Of transmla: frequencies that share a basis.")] = 1,
-    export: Annotated[
-        str, typer.Option(help="The engine, besides LatentKV, that the checkpoint is for: transformers or vllm.")
-    ] = "transformers",
-    sequences: Annotated[int, typer.Option(help="Of calibration text.")] = 128,
-    length: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 512,
-    text: Annotated[
-        str | None, typer.Option(help="Report the perplexity on this, before and after: a file, or self.")
-    ] = None,
-    speed: Annotated[
-        bool | None,
-        typer.Option("--speed/--no-speed", help="Measure both models' decode speed here.", show_default="with --text"),
-    ] = None,
-    threads: ThreadsOption = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    source: Annotated[ModelName, Preset(model=...)],
+    target: Path,
+    /,
+    *,
+    kv_budget: Annotated[float | None, Flag(read=_share)] = None,
+    rank: int | None = None,
+    rope_dim: int | None = None,
+    calibrate: str = SELF,
+    method: str = "weighted",
+    fold: int = 1,
+    export: str = "transformers",
+    sequences: int = 128,
+    length: int = 512,
+    text: str | None = None,
+    speed: bool | None = None,
+    threads: int | None = None,
+    as_json: Annotated[bool, Flag(("--json",))] = False,
 ) -> None:
     """Turn a model with grouped-query (or multi-head) attention into one with latent attention.
 
@@ -60,6 +61,23 @@ def convert(
     the same command is given again.
 
     Example: latentkv convert path/to/llama llama-mla --kv-budget 1/4 --calibrate book.txt
+
+    Args:
+        source: the model.
+        target: a new folder for the converted model.
+        kv_budget: share of the source's KV cache to keep, like 1/4; chooses `rank` and `rope_dim`.
+        rank: width of the latent, instead of `kv_budget`.
+        rope_dim: dimensions of the shared key with RoPE; with `rank`.
+        calibrate: text to choose by: a UTF-8 text file, or self: what the source writes by itself.
+        method: weighted; transmla and svd are there to be compared with.
+        fold: with transmla: frequencies that share a basis.
+        export: the engine, besides LatentKV, that the checkpoint is for: transformers or vllm.
+        sequences: sequences of calibration text.
+        length: tokens of a sequence.
+        text: report the perplexity on this, before and after: a file, or self.
+        speed: measure both models' decode speed here; None is with `text`.
+        threads: CPU threads; None is all cores.
+        as_json: print the report as JSON.
     """
     from latentkv.checkpoint.source import model_name, resolve_model
     from latentkv.convert import (
@@ -78,10 +96,9 @@ def convert(
         raise RequestError(f"--method={method} is not known: choose {', '.join(get_args(Method))}.")
     if export not in get_args(Export):
         raise RequestError(f"--export={export} is not known: choose {', '.join(get_args(Export))}.")
-    budget = None if kv_budget is None else _share(kv_budget)
-    options = ConvertOptions(rank, rope_dim, budget, cast("Method", method), fold, cast("Export", export))
+    options = ConvertOptions(rank, rope_dim, kv_budget, cast("Method", method), fold, cast("Export", export))
     require_text_options(sequences, length, calibrate, text)
-    folder = resolve_model(source)
+    folder = resolve_model(source.model or "")
     require_convertible(folder, options)
     require_target(target, folder)
     require_length(folder, length)
@@ -92,7 +109,7 @@ def convert(
         report = convert_checkpoint(folder, target, tokens, options, on_progress=on_progress)
     record = read_record(target)
     if "command" not in record:
-        note(target, source=model_name(source), **run_facts())
+        note(target, source=model_name(source.model or ""), **run_facts())
     if "healings" in record:
         console(stderr=True).print(f"{target} has been healed since: its report stays as it is")
     else:
@@ -106,14 +123,6 @@ def convert(
         print_json({name: value for name, value in record.items() if name != "fingerprint"})
     else:
         _print_report(report, target, record)
-
-
-def _share(text: str) -> float:
-    try:
-        part, _, whole = text.partition("/")
-        return float(part) / float(whole or "1")
-    except (ValueError, ZeroDivisionError):
-        raise RequestError(f"--kv-budget={text} is no share: write 1/4 or 0.25.") from None
 
 
 def _quality(source: Path, converted: Path, tokens: Tensor) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from latentkv.cli.terminal import console, print_json
+from latentkv.option_types import Flag
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -73,10 +74,13 @@ class PackedSummary:
     bytes: int
 
 
-def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON, sizes in bytes.")] = False) -> None:
+def doctor(*, as_json: Annotated[bool, Flag(("--json",))] = False) -> None:
     """Check this machine: CPU, memory, GPUs, what computes each operation and why, and whether it is right.
 
     Exits with 1 if an operation differs from its float64 reference by more than its tolerance.
+
+    Args:
+        as_json: print JSON, sizes in bytes.
     """
     import torch
 
@@ -201,7 +205,7 @@ def _isa_flags() -> tuple[str, ...]:
 
 
 def _print_machine(machine: Machine) -> None:
-    from latentkv.plan.sizes import format_bytes
+    from latentkv.sizes import format_bytes
 
     out = console()
     out.print(f"CPU      {machine.cpu}, {machine.cores} cores; {' '.join(machine.isa) or 'no vector extensions known'}")

@@ -5,127 +5,63 @@ from __future__ import annotations
 import secrets
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
-from latentkv.cli.options import (
-    ActivationsOption,
-    CacheBytesOption,
-    CacheDirBytesOption,
-    CacheDirOption,
-    DeviceOption,
-    DtypeOption,
-    Int8ProductsOption,
-    KVDtypeOption,
-    MaxContextOption,
-    MinPOption,
-    ModelChoice,
-    ModelOption,
-    NoPackedDirOption,
-    PackedDirBytesOption,
-    PackedDirOption,
-    PenaltyOption,
-    PipelineParallelOption,
-    RankTimeoutOption,
-    SeedOption,
-    TemperatureOption,
-    TensorParallelOption,
-    TopKOption,
-    TopPOption,
-    TrustNetworkOption,
-    WeightsOption,
-    cache_summary,
-    store_summary,
-)
-from latentkv.cli.structure_options import ChoiceOption, GrammarOption, RegexOption, SchemaOption, read_structure
+from latentkv.cli.flags import Preset
+from latentkv.cli.loading import cache_summary, load_model, store_summary
+from latentkv.cli.structure_options import StructureOptions
 from latentkv.cli.terminal import console, note, print_json
 from latentkv.errors import RequestError
+from latentkv.option_types import Flag
+from latentkv.options import LLMOptions
+from latentkv.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from latentkv import LLM, SamplingParams
+    from latentkv import LLM
     from latentkv.completion import Piece
     from latentkv.engine import TokenLogprobs
 
+Sampling = Annotated[
+    SamplingParams,
+    Preset("logit_bias", "structure", "prompt_logprobs", "n", "best_of", temperature=0.8, top_p=0.95),
+]
+"""Of the commands: livelier than the bare distribution is safe, and one answer."""
+
 
 def generate(
-    prompt: Annotated[list[str], typer.Argument(help="The text to continue; - reads it from stdin.")],
-    model: ModelOption = None,
-    max_tokens: Annotated[int, typer.Option("--max-tokens", "-n", help="New tokens at most.")] = 256,
-    temperature: TemperatureOption = 0.8,
-    top_p: TopPOption = 0.95,
-    top_k: TopKOption = 0,
-    min_p: MinPOption = 0.0,
-    repetition_penalty: PenaltyOption = 1.0,
-    seed: SeedOption = None,
-    stop: Annotated[list[str] | None, typer.Option(help="Text that ends the answer; repeatable.")] = None,
-    json_schema: SchemaOption = None,
-    regex: RegexOption = None,
-    choice: ChoiceOption = None,
-    grammar: GrammarOption = None,
-    logprobs: Annotated[
-        int | None, typer.Option(help="Also show each token's log-probability and so many alternatives.")
-    ] = None,
-    token_ids: Annotated[bool, typer.Option("--token-ids", help="The prompt is token ids, like 1 17 42.")] = False,
-    weights: WeightsOption = None,
-    activations: ActivationsOption = "exact",
-    kv_dtype: KVDtypeOption = "auto",
-    int8_products: Int8ProductsOption = False,
-    dtype: DtypeOption = None,
-    device: DeviceOption = "cpu",
-    max_context: MaxContextOption = None,
-    kv_cache_bytes: CacheBytesOption = None,
-    cache_dir: CacheDirOption = None,
-    cache_dir_bytes: CacheDirBytesOption = None,
-    packed_dir: PackedDirOption = None,
-    no_packed_dir: NoPackedDirOption = False,
-    packed_dir_bytes: PackedDirBytesOption = None,
-    pipeline_parallel: PipelineParallelOption = 1,
-    tensor_parallel: TensorParallelOption = 1,
-    rank_timeout: RankTimeoutOption = 60,
-    trust_network: TrustNetworkOption = False,
-    stream: Annotated[bool, typer.Option("--stream/--no-stream", help="Print text as it comes, or at the end.")] = True,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead.")] = False,
+    prompt: tuple[str, ...],
+    /,
+    sampling: Sampling,
+    structure: StructureOptions,
+    options: LLMOptions,
+    *,
+    token_ids: bool = False,
+    stream: bool = True,
+    as_json: Annotated[bool, Flag(("--json",))] = False,
 ) -> None:
     """Continue a prompt.
 
     The text goes to stdout; speed and the size of the cache to stderr.
 
     Example: latentkv generate "It was a dark night" --max-tokens 100 --seed 1
+
+    Args:
+        prompt: the text to continue; - reads it from stdin.
+        sampling: how tokens are chosen.
+        structure: the form that the text must have.
+        options: the model.
+        token_ids: the prompt is token ids, like 1 17 42.
+        stream: print text as it comes, or at the end.
+        as_json: print one JSON document instead.
     """
     # Other ranks wait for this one's to be loaded, not for what somebody writes.
-    given = _read_given(prompt, token_ids) if pipeline_parallel * tensor_parallel == 1 else None
-    from latentkv import SamplingParams
-
-    params = SamplingParams(
-        max_tokens=max_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        seed=secrets.randbelow(2**32) if seed is None else seed,
-        stop=tuple(stop or ()),
-        logprobs=logprobs,
-        structure=read_structure(json_schema, regex, choice, grammar),
-    )
-    chosen = ModelChoice(
-        *(model, device, dtype, weights, activations, kv_dtype, int8_products, max_context, kv_cache_bytes),
-        cache_dir=cache_dir,
-        cache_dir_bytes=cache_dir_bytes,
-        packed_dir=packed_dir,
-        no_packed_dir=no_packed_dir,
-        packed_dir_bytes=packed_dir_bytes,
-        pipeline_parallel=pipeline_parallel,
-        tensor_parallel=tensor_parallel,
-        rank_timeout=rank_timeout,
-        trust_network=trust_network,
-    )
-    chosen.enter_ranks()
-    llm = chosen.load()
+    given = _read_given(prompt, token_ids) if options.num_ranks == 1 else None
+    seed = secrets.randbelow(2**32) if sampling.seed is None else sampling.seed
+    params = replace(sampling, seed=seed, structure=structure.read())
+    llm = load_model(options)
     given = _read_given(prompt, token_ids) if given is None else given
     if llm.store:
         note(store_summary(llm.store))
@@ -210,14 +146,14 @@ class _Run:
         }
 
 
-def _read_given(words: list[str], token_ids: bool) -> str | list[int]:
+def _read_given(words: tuple[str, ...], token_ids: bool) -> str | list[int]:
     text = _read_prompt(words)
     return _read_ids(text) if token_ids else text
 
 
-def _read_prompt(words: list[str]) -> str:
+def _read_prompt(words: tuple[str, ...]) -> str:
     try:
-        text = sys.stdin.read() if words == ["-"] else " ".join(words)
+        text = sys.stdin.read() if words == ("-",) else " ".join(words)
     except UnicodeDecodeError as error:
         raise RequestError(f"The input is not UTF-8 text ({error.reason} at byte {error.start}).") from error
     if not text:

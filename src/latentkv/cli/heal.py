@@ -5,21 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
 
-import typer
-
 from latentkv.cli.conversion import (
     EVAL_SEED,
     SELF,
-    TextOption,
     progress,
     require_length,
     require_text_options,
     run_facts,
     text_tokens,
 )
-from latentkv.cli.options import MODEL_FORMS, ThreadsOption, use_threads
+from latentkv.cli.loading import use_threads
 from latentkv.cli.terminal import console, print_json
 from latentkv.errors import RequestError
+from latentkv.option_types import Flag
 from latentkv.ranges import require_range
 
 if TYPE_CHECKING:
@@ -28,32 +26,24 @@ if TYPE_CHECKING:
 
 
 def heal(
-    target: Annotated[
-        Path, typer.Argument(help="The converted model, a local folder; it is trained in place.", show_default=False)
-    ],
-    teacher: Annotated[str, typer.Option(help=f"Its source: {MODEL_FORMS}.", show_default=False)],
-    data: TextOption = SELF,
-    sequences: Annotated[int, typer.Option(help="Of text; they are gone through again and again.")] = 512,
-    length: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 512,
-    steps: Annotated[int, typer.Option(help="Of the optimiser.")] = 500,
-    match_steps: Annotated[int, typer.Option(help="Of these, the first match each layer's attention alone.")] = 0,
-    batch_size: Annotated[int, typer.Option(help="Sequences a step.")] = 8,
-    lr: Annotated[float, typer.Option(help="Highest learning rate.")] = 1e-3,
-    train: Annotated[str, typer.Option(help="all weights, attention, or lora: low-rank updates of attention.")] = "all",
-    lora_rank: Annotated[int, typer.Option(help="Of the updates, with --train lora.")] = 16,
-    lora_alpha: Annotated[float, typer.Option(help="An update counts alpha / rank times.")] = 16.0,
-    text: Annotated[
-        str | None,
-        typer.Option(
-            help="Measure the perplexity on this, before and after: a file, or self.",
-            show_default="the text that the conversion was measured on",
-        ),
-    ] = None,
-    eval_every: Annotated[
-        int | None, typer.Option(help="Measure it every so many steps as well.", show_default="before and after")
-    ] = None,
-    threads: ThreadsOption = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print what was done as JSON.")] = False,
+    target: Path,
+    /,
+    teacher: str,
+    *,
+    data: str = SELF,
+    sequences: int = 512,
+    length: int = 512,
+    steps: int = 500,
+    match_steps: int = 0,
+    batch_size: int = 8,
+    lr: float = 1e-3,
+    train: str = "all",
+    lora_rank: int = 16,
+    lora_alpha: float = 16.0,
+    text: str | None = None,
+    eval_every: int | None = None,
+    threads: int | None = None,
+    as_json: Annotated[bool, Flag(("--json",))] = False,
 ) -> None:
     """Train a converted model to predict what its source predicts (distillation), which wins its quality back.
 
@@ -62,6 +52,25 @@ def heal(
     when the same command is given again.
 
     Example: latentkv heal llama-mla --teacher path/to/llama --data book.txt
+
+    Args:
+        target: the converted model, a local folder; it is trained in place.
+        teacher: its source: a folder, its config.json, a .gguf file, or a repo id, also as org/name@revision.
+        data: text to train on: a UTF-8 text file, or self: what the source writes by itself.
+        sequences: sequences of text; they are gone through again and again.
+        length: tokens of a sequence.
+        steps: steps of the optimiser.
+        match_steps: how many of these come first and match each layer's attention alone.
+        batch_size: sequences a step.
+        lr: highest learning rate.
+        train: what learns: all weights, attention, or lora: low-rank updates of attention.
+        lora_rank: rank of the updates, with `train` lora.
+        lora_alpha: an update counts alpha / rank times.
+        text: measure the perplexity on this, before and after: a file, or self; None is the text that the conversion
+            was measured on.
+        eval_every: measure it every so many steps as well; None is before and after.
+        threads: CPU threads; None is all cores.
+        as_json: print what was done as JSON.
     """
     from dataclasses import asdict
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
-from latentkv.cli.options import MODEL_FORMS
 from latentkv.cli.terminal import console, print_json
+from latentkv.option_types import Flag
+from latentkv.options import ModelName
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -16,19 +15,19 @@ if TYPE_CHECKING:
     from latentkv.cli.checkpoint_facts import CheckpointFacts, KindFact
 
 
-def inspect(
-    model: Annotated[
-        str | None, typer.Argument(help=f"The model: {MODEL_FORMS}.", show_default="the small model in this package")
-    ] = None,
-    tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, sizes in bytes.")] = False,
-) -> None:
-    """Show what a checkpoint is: family, shapes, weights, tokenizer, cost of its cache. Checks every file's header."""
+def inspect(name: ModelName, /, *, tensors: bool = False, as_json: Annotated[bool, Flag(("--json",))] = False) -> None:
+    """Show what a checkpoint is: family, shapes, weights, tokenizer, cost of its cache. Checks every file's header.
+
+    Args:
+        name: the model.
+        tensors: list every tensor.
+        as_json: print JSON, sizes in bytes.
+    """
     from latentkv.checkpoint import resolve_model
     from latentkv.cli.checkpoint_facts import read_facts
     from latentkv.llm_options import EMBEDDED_MODEL
 
-    facts = read_facts(EMBEDDED_MODEL if model is None else resolve_model(model))
+    facts = read_facts(EMBEDDED_MODEL if name.model is None else resolve_model(name.model))
     if as_json:
         value = asdict(facts)
         print_json(value if tensors else {key: item for key, item in value.items() if key != "tensors"})
@@ -41,7 +40,7 @@ def inspect(
 def _print_facts(facts: CheckpointFacts) -> None:
     from rich.markup import escape
 
-    from latentkv.plan.sizes import format_count
+    from latentkv.sizes import format_count
 
     out = console()
     out.print(f"[bold]{facts.folder}[/bold]  {facts.model_type}")
@@ -162,7 +161,7 @@ def _tokenizer(facts: CheckpointFacts) -> str:
 def _weights_table(title: str, groups: dict[str, KindFact]) -> Table:
     from rich.table import Table
 
-    from latentkv.plan.sizes import format_bytes
+    from latentkv.sizes import format_bytes
 
     table = Table()
     table.add_column(title)

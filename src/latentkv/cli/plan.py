@@ -6,11 +6,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
-from latentkv.cli.options import MODEL_FORMS
 from latentkv.cli.terminal import console, print_json
 from latentkv.errors import RequestError
+from latentkv.option_types import Bytes, Flag, Tokens
+from latentkv.ranges import Range
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -19,50 +18,45 @@ if TYPE_CHECKING:
 
 
 def plan(
-    model: Annotated[
-        str | None,
-        typer.Argument(
-            show_default=False,
-            help=f"{MODEL_FORMS[0].upper()}{MODEL_FORMS[1:]} (only its config is fetched), or a built-in shape: "
-            "deepseek-v2-lite, deepseek-v2, deepseek-v3, deepseek-v3.2, kimi-k2, kimi-k2.5, glm-4.7-flash, glm-5.2, "
-            "mistral-small-4, a.x-k1, a.x-k2-light, minicpm3-4b, youtu-llm-2b, moonlight-16b, ling-3.0-tiny, "
-            "ling-3.0-flash, ling-2.6-flash, kimi-linear-48b, glm-5.3-flash, longcat-flash, qwen3-30b-a3b, "
-            "mixtral-8x7b, glm-4.5-air. None: the caches of all with MLA.",
-        ),
-    ] = None,
-    context: Annotated[
-        str | None, typer.Option(help="Tokens a sequence, like 4096 or 128k.", show_default="the model's longest")
-    ] = None,
-    batch: Annotated[int, typer.Option(help="Sequences at the same time.")] = 1,
-    kv_dtype: Annotated[str, typer.Option(help="Format of the cache: bf16, fp8, int8, fp16 or fp32.")] = "bf16",
-    weights_dtype: Annotated[
-        str | None,
-        typer.Option(help="bf16, fp16, fp32, fp8, int8 or int4.", show_default="as the checkpoint stores them"),
-    ] = None,
-    memory: Annotated[
-        str | None, typer.Option(help="Memory to fit into, like 24GiB.", show_default="what is free on this machine")
-    ] = None,
-    ranks: Annotated[
-        int | None,
-        typer.Option(min=1, max=1024, help="Also cut MODEL into so many processes, and say what that brings."),
-    ] = None,
-    ranks_per_box: Annotated[int, typer.Option(min=1, help="Of these, those on one machine.")] = 1,
-    network: Annotated[
-        str, typer.Option(help="Between machines: its rate, like 10Gb, or 10Gb:50us with the time of a message.")
-    ] = "10Gb",
-    memory_bandwidth: Annotated[
-        str | None,
-        typer.Option(help="Bytes a second that a rank reads, like 100GB.", show_default="measured on this machine"),
-    ] = None,
-    measure: Annotated[
-        bool, typer.Option("--measure", help="Under torchrun: measure messages between the ranks instead of --network.")
-    ] = False,
-    plot: Annotated[Path | None, typer.Option(help="Without MODEL: draw the bytes a token into this PNG.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, all sizes in bytes.")] = False,
+    model: Annotated[str | None, Flag(("--model", "-m"))] = None,
+    /,
+    *,
+    context: Tokens | None = None,
+    batch: int = 1,
+    kv_dtype: str = "bf16",
+    weights_dtype: str | None = None,
+    memory: Bytes | None = None,
+    ranks: Annotated[int | None, Range(1, 1024)] = None,
+    ranks_per_box: Annotated[int, Range(1)] = 1,
+    network: str = "10Gb",
+    memory_bandwidth: Bytes | None = None,
+    measure: bool = False,
+    plot: Path | None = None,
+    as_json: Annotated[bool, Flag(("--json",))] = False,
 ) -> None:
     """Show the memory that a model needs: its weights, and its KV cache as MLA, MHA, GQA and MQA side by side.
 
     Example: latentkv plan deepseek-v3 --context 128k --batch 8 --kv-dtype fp8
+
+    Args:
+        model: a folder, its config.json, a .gguf file, or a repo id, also as org/name@revision (only its config is
+            fetched), or a built-in shape: deepseek-v2-lite, deepseek-v2, deepseek-v3, deepseek-v3.2, kimi-k2,
+            kimi-k2.5, glm-4.7-flash, glm-5.2, mistral-small-4, a.x-k1, a.x-k2-light, minicpm3-4b, youtu-llm-2b,
+            moonlight-16b, ling-3.0-tiny, ling-3.0-flash, ling-2.6-flash, kimi-linear-48b, glm-5.3-flash, longcat-flash,
+            qwen3-30b-a3b, mixtral-8x7b, glm-4.5-air; None is the caches of all with MLA.
+        context: tokens of each sequence, like 4096 or 128k; None is the model's longest.
+        batch: sequences at the same time.
+        kv_dtype: format of the cache: bf16, fp8, int8, fp16 or fp32.
+        weights_dtype: format of the weights: bf16, fp16, fp32, fp8, int8 or int4; None is as the checkpoint stores
+            them.
+        memory: memory to fit into, like 24GiB; None is what is free on this machine.
+        ranks: also cut the model into so many processes, and say what that brings.
+        ranks_per_box: how many of these are on one machine.
+        network: what is between machines: its rate, like 10Gb, or 10Gb:50us with the time of a message.
+        memory_bandwidth: bytes a second that a rank reads, like 100GB; None is measured on this machine.
+        measure: under torchrun: measure messages between the ranks instead of `network`.
+        plot: without a model: draw the bytes a token into this PNG.
+        as_json: print JSON, all sizes in bytes.
     """
     if ranks is None and measure:
         raise RequestError("--measure is for --ranks, and is run as torchrun --nproc-per-node N -m latentkv plan ...")
@@ -70,11 +64,8 @@ def plan(
         raise RequestError("--ranks cuts one model: name it.")
     from latentkv.models.config import MLAConfig
     from latentkv.plan import BUILT_IN, Memory, load_config, machine_memory, make_plan, stored_weights
-    from latentkv.plan.sizes import parse_bytes, parse_tokens
 
-    size = None if memory is None else parse_bytes(memory)
-    room = machine_memory() if size is None else (Memory("memory given", size, size),)
-    tokens = None if context is None else parse_tokens(context)
+    room = machine_memory() if memory is None else (Memory("memory given", memory, memory),)
     configs = {name: load_config(name) for name in (BUILT_IN if model is None else (model,))}
     if model is None:  # the table and the picture compare latents with what the same heads would cache
         configs = {name: config for name, config in configs.items() if isinstance(config.cached_attention, MLAConfig)}
@@ -83,7 +74,7 @@ def plan(
             name,
             config,
             memory=room,
-            context=tokens,
+            context=context,
             batch=batch,
             kv_dtype=kv_dtype,
             weights_dtype=weights_dtype,
@@ -106,7 +97,7 @@ def plan(
             ranks,
             ranks_per_box=ranks_per_box,
             network=network,
-            memory_bandwidth=None if memory_bandwidth is None else parse_bytes(memory_bandwidth),
+            memory_bandwidth=memory_bandwidth,
             measure=measure,
         )
         if as_json:
@@ -126,7 +117,7 @@ def plan(
 def _print_overview(plans: list[Plan]) -> None:
     from rich.table import Table
 
-    from latentkv.plan.sizes import format_bytes
+    from latentkv.sizes import format_bytes
 
     table = Table(title="KV cache, bytes a token (all layers)", title_justify="left")
     table.add_column("model", no_wrap=True)
@@ -149,7 +140,7 @@ def _print_overview(plans: list[Plan]) -> None:
 
 
 def _print_plan(result: Plan) -> None:
-    from latentkv.plan.sizes import format_bytes, format_count
+    from latentkv.sizes import format_bytes, format_count
 
     out = console()
     out.print(f"[bold]{result.model}[/bold]  {result.model_type}, {result.num_layers} layers, {result.num_heads} heads")
@@ -184,7 +175,7 @@ def _print_plan(result: Plan) -> None:
 def _cache_table(result: Plan) -> Table:
     from rich.table import Table
 
-    from latentkv.plan.sizes import format_bytes
+    from latentkv.sizes import format_bytes
 
     table = Table()
     table.add_column("attention", no_wrap=True)
@@ -215,7 +206,7 @@ def _sequences(result: Plan) -> str:
 
 
 def _verdict(result: Plan, name: str, total: int, free: int) -> str:
-    from latentkv.plan.sizes import format_bytes
+    from latentkv.sizes import format_bytes
 
     own = result.cache[0]
     size = format_bytes(free) if free == total else f"{format_bytes(free)} free of {format_bytes(total)}"

@@ -80,7 +80,7 @@ def print_ranks(plan: Plan, cuts: list[RanksPlan]) -> None:
     """Print what each rank has in the best cut, how fast the ranks of each could be together, and what to type."""
     from rich.table import Table
 
-    from latentkv.plan.sizes import format_bytes
+    from latentkv.sizes import format_bytes
 
     out, cut = console(), cuts[0]
     cache = f"{plan.batch} x {plan.context:,} tokens"

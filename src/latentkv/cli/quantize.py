@@ -8,11 +8,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
-from latentkv.cli.options import MODEL_FORMS, ThreadsOption, use_threads
+from latentkv.cli.flags import Preset
+from latentkv.cli.loading import use_threads
 from latentkv.cli.terminal import console, print_json
 from latentkv.errors import RequestError
+from latentkv.option_types import Flag, TextFile
+from latentkv.options import ModelName
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -22,40 +23,20 @@ if TYPE_CHECKING:
 
 
 def quantize(
-    source: Annotated[str, typer.Argument(help=f"The model: {MODEL_FORMS}.", show_default=False)],
-    target: Annotated[Path, typer.Argument(help="A new folder for the copy, or a new .gguf file.", show_default=False)],
-    weights: Annotated[
-        str | None, typer.Option(help="Of a folder: int8, or int4 (its output head is int8).", show_default=False)
-    ] = None,
-    kind: Annotated[
-        str | None,
-        typer.Option("--type", help="Of a .gguf file: q8_0, q6_k, q4_k, q4_0, mxfp4, or unquantised bf16, f16, f32."),
-    ] = None,
-    group: Annotated[
-        int | None,
-        typer.Option(
-            help="Weights that share a scale, of a folder: 32, 64 or 128.", show_default="int4: 128; int8: a whole row"
-        ),
-    ] = None,
-    calibrate: Annotated[
-        Path | None,
-        typer.Option(help="Weigh errors by what the model does with this text.", exists=True, dir_okay=False),
-    ] = None,
-    calibrate_bytes: Annotated[int, typer.Option(help="How much of that text to read.")] = 60_000,
-    pre: Annotated[
-        str | None,
-        typer.Option(
-            help="Of a .gguf file: a known way to cut texts in place of the tokenizer's own, or none for no tokenizer.",
-            show_default=False,
-        ),
-    ] = None,
-    text: Annotated[
-        Path | None,
-        typer.Option(help="Report the perplexity on this text, before and after.", exists=True, dir_okay=False),
-    ] = None,
-    text_bytes: Annotated[int, typer.Option(help="How much of the text to read.")] = 100_000,
-    threads: ThreadsOption = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    source: Annotated[ModelName, Preset(model=...)],
+    target: Path,
+    /,
+    *,
+    weights: str | None = None,
+    kind: Annotated[str | None, Flag(("--type",))] = None,
+    group: int | None = None,
+    calibrate: TextFile | None = None,
+    calibrate_bytes: int = 60_000,
+    pre: str | None = None,
+    text: TextFile | None = None,
+    text_bytes: int = 100_000,
+    threads: int | None = None,
+    as_json: Annotated[bool, Flag(("--json",))] = False,
 ) -> None:
     """Make a copy of a checkpoint with fewer bits: a folder (compressed-tensors, int8 or int4), or a GGUF file.
 
@@ -68,6 +49,20 @@ def quantize(
     Example: latentkv quantize deepseek-ai/DeepSeek-V2-Lite v2-lite-int4 --weights int4
 
     Example: latentkv quantize deepseek-ai/DeepSeek-V2-Lite v2-lite-q4_k.gguf --type q4_k --calibrate book.txt
+
+    Args:
+        source: the model.
+        target: a new folder for the copy, or a new .gguf file.
+        weights: what a folder gets: int8, or int4 (its output head is int8).
+        kind: what a .gguf file gets: q8_0, q6_k, q4_k, q4_0, mxfp4, or unquantised bf16, f16, f32.
+        group: weights of a folder that share a scale: 32, 64 or 128; None is 128 in int4, a whole row in int8.
+        calibrate: weigh errors by what the model does with this text.
+        calibrate_bytes: how much of that text to read.
+        pre: how a .gguf file says that texts are cut, in place of the tokenizer's own way; or none for no tokenizer.
+        text: report the perplexity on this text, before and after.
+        text_bytes: how much of the text to read.
+        threads: CPU threads; None is all cores.
+        as_json: print the report as JSON.
     """
 
     from latentkv.checkpoint.source import resolve_model
@@ -77,7 +72,7 @@ def quantize(
     _require_options(target, weights, kind, group, pre, text)
     passage = None if text is None else _passage(text, text_bytes, "--text-bytes")
     calibration = None if calibrate is None else _passage(calibrate, calibrate_bytes, "--calibrate-bytes")
-    folder = resolve_model(source)
+    folder = resolve_model(source.model or "")
     write = _gguf_writer(folder, target, kind, pre) if kind else _folder_writer(folder, target, weights or "", group)
     importance = None
     if calibration is not None:
@@ -218,8 +213,8 @@ def _add_to_report(target: Path, measured: dict[str, Any]) -> None:
 def _print_report(
     report: QuantizationReport, target: Path, measured: dict[str, Any] | None, notes: tuple[str, ...]
 ) -> None:
-    from latentkv.plan.sizes import format_bytes
     from latentkv.quantize import REPORT_FILE
+    from latentkv.sizes import format_bytes
 
     out, total = console(), report.total
     out.print(_layer_table(report))
@@ -263,7 +258,7 @@ def _layer_table(report: QuantizationReport) -> Table:
 def _kind_table(report: QuantizationReport) -> Table:
     from rich.table import Table
 
-    from latentkv.plan.sizes import format_bytes
+    from latentkv.sizes import format_bytes
 
     table = Table("weights", "stored as")
     for column in ("tensors", "parameters", "before", "after", "bits a weight", "error, %"):

@@ -3,37 +3,19 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from latentkv.cli.options import (
-    MODEL_FORMS,
-    ActivationsOption,
-    CacheBytesOption,
-    CacheDirBytesOption,
-    CacheDirOption,
-    DeviceOption,
-    DtypeOption,
-    Int8ProductsOption,
-    KVDtypeOption,
-    MaxContextOption,
-    ModelChoice,
-    NoPackedDirOption,
-    PackedDirBytesOption,
-    PackedDirOption,
-    PipelineParallelOption,
-    RankTimeoutOption,
-    TensorParallelOption,
-    TrustNetworkOption,
-    WeightsOption,
-    cache_summary,
-    store_summary,
-    turn_end_note,
-)
+from latentkv.cli.flags import Preset
+from latentkv.cli.loading import cache_summary, enter_ranks, load_model, store_summary, turn_end_note
 from latentkv.cli.terminal import console
 from latentkv.errors import ConfigError
+from latentkv.options import LLMOptions
+from latentkv.ranges import Range
+from latentkv.server.settings import ServerSettings, read_keys
 
 KEYS_VARIABLE = "LATENTKV_API_KEYS"
 END_SECONDS = 10
@@ -43,104 +25,50 @@ LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 def serve(
-    model: Annotated[
-        str | None,
-        typer.Argument(help=f"The model: {MODEL_FORMS}.", show_default="the small model in this package"),
-    ] = None,
-    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
-    name: Annotated[
-        str | None, typer.Option(help="What clients call the model.", show_default="its folder or repo id")
-    ] = None,
-    api_key_file: Annotated[
-        Path | None, typer.Option(help=f"API keys, one a line; the variable {KEYS_VARIABLE} works too.")
-    ] = None,
-    allow_anyone: Annotated[
-        bool, typer.Option("--allow-anyone", help="Let other machines in without an API key.")
-    ] = False,
-    cors_origin: Annotated[
-        list[str] | None, typer.Option(help="A web page's origin that browsers let in; repeatable.")
-    ] = None,
-    weights: WeightsOption = None,
-    activations: ActivationsOption = "exact",
-    kv_dtype: KVDtypeOption = "auto",
-    int8_products: Int8ProductsOption = False,
-    dtype: DtypeOption = None,
-    device: DeviceOption = "cpu",
-    max_context: MaxContextOption = None,
-    kv_cache_bytes: CacheBytesOption = None,
-    cache_dir: CacheDirOption = None,
-    cache_dir_bytes: CacheDirBytesOption = None,
-    packed_dir: PackedDirOption = None,
-    no_packed_dir: NoPackedDirOption = False,
-    packed_dir_bytes: PackedDirBytesOption = None,
-    pipeline_parallel: PipelineParallelOption = 1,
-    tensor_parallel: TensorParallelOption = 1,
-    rank_timeout: RankTimeoutOption = 60,
-    trust_network: TrustNetworkOption = False,
-    tool_format: Annotated[
-        str | None, typer.Option(help="How the model writes tool calls.", show_default="as its template tells")
-    ] = None,
-    speculate: Annotated[
-        int, typer.Option(min=0, max=16, help="Draft so many tokens where it seems to pay; the answers stay the same.")
-    ] = 0,
-    draft: Annotated[
-        str, typer.Option(help="What drafts: ngram (the text so far), mtp (the model's module for it), auto (both).")
-    ] = "auto",
-    max_running: Annotated[int, typer.Option(min=1, max=1024, help="Requests in a step at most.")] = 64,
-    max_open: Annotated[
-        int, typer.Option(min=1, max=65536, help="Requests under way and waiting; more get 429.")
-    ] = 256,
-    request_seconds: Annotated[float, typer.Option(min=1, help="A request may take at most.")] = 3600,
-    drain_seconds: Annotated[float, typer.Option(min=0, help="Open requests may take when told to stop.")] = 30,
-    max_body_mib: Annotated[int, typer.Option(min=1, max=1024, help="Size of a request's body at most.")] = 2,
-    log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Write prompts and answers into the log.")] = False,
+    options: Annotated[LLMOptions, Preset(max_running=64)],
+    /,
+    settings: Annotated[ServerSettings, Preset("api_keys", "max_body_bytes")],
+    *,
+    host: str = "127.0.0.1",
+    port: Annotated[int, Range(0, 65535)] = 8000,
+    name: str | None = None,
+    api_key_file: Path | None = None,
+    allow_anyone: bool = False,
+    tool_format: str | None = None,
+    max_body_mib: Annotated[int, Range(1, 1024)] = 2,
 ) -> None:
     """Serve a model: an OpenAI-compatible API, a chat page at /, metrics at /metrics.
 
     Example: latentkv serve ./model --port 8000 --kv-cache-bytes 4GiB
+
+    Args:
+        options: the model.
+        settings: the server.
+        host: address to listen on; 0.0.0.0 lets other machines in.
+        port: port to listen on; 0 takes a free one.
+        name: what clients call the model; None is its folder or repo id.
+        api_key_file: file with API keys, one a line; the variable LATENTKV_API_KEYS works too.
+        allow_anyone: let other machines in without an API key.
+        tool_format: how the model writes tool calls; None is as its template tells.
+        max_body_mib: size of a request's body at most, in MiB.
     """
     from latentkv.checkpoint.source import model_name
     from latentkv.server.run import bind, make_server, serve_forever
     from latentkv.server.served import STEP_SECONDS
-    from latentkv.server.settings import ServerSettings, read_keys
 
-    settings = ServerSettings(
-        api_keys=read_keys(api_key_file, os.environ.get(KEYS_VARIABLE)),
-        cors_origins=tuple(cors_origin or ()),
-        max_body_bytes=max_body_mib << 20,
-        max_open=max_open,
-        request_seconds=request_seconds,
-        drain_seconds=drain_seconds,
-        log_prompts=log_prompts,
+    settings = replace(
+        settings, api_keys=read_keys(api_key_file, os.environ.get(KEYS_VARIABLE)), max_body_bytes=max_body_mib << 20
     )
     if host not in LOOPBACK and not settings.api_keys and not allow_anyone:
         raise ConfigError(
             f"{host} can be reached from other machines: give API keys by --api-key-file or {KEYS_VARIABLE}, "
             "or say --allow-anyone."
         )
-    choice = ModelChoice(
-        *(model, device, dtype, weights, activations, kv_dtype, int8_products, max_context, kv_cache_bytes),
-        cache_dir=cache_dir,
-        cache_dir_bytes=cache_dir_bytes,
-        packed_dir=packed_dir,
-        no_packed_dir=no_packed_dir,
-        packed_dir_bytes=packed_dir_bytes,
-        pipeline_parallel=pipeline_parallel,
-        tensor_parallel=tensor_parallel,
-        rank_timeout=rank_timeout,
-        trust_network=trust_network,
-    )
-    engine = {
-        "max_running": max_running,
-        "speculate": speculate,
-        "draft": draft,
-        "step_seconds": STEP_SECONDS,
-    }
-    choice.enter_ranks(end_seconds=drain_seconds + END_SECONDS, **engine)
+    options, end_seconds = replace(options, step_seconds=STEP_SECONDS), settings.drain_seconds + END_SECONDS
+    enter_ranks(options, end_seconds=end_seconds)
     listening = bind(host, port)
-    llm = choice.load(**engine)
-    shown = name or (model_name(model) if model else "latentkv")
+    llm = load_model(options, end_seconds=end_seconds)
+    shown = name or (model_name(options.model) if options.model else "latentkv")
     server = make_server(llm, shown, settings, tool_format=tool_format)
     out = console(stderr=True)
     shown_host = f"[{host}]" if ":" in host else host

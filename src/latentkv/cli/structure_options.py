@@ -2,51 +2,50 @@
 
 from __future__ import annotations
 
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
-
-import typer
+from typing import Annotated
 
 from latentkv.errors import RequestError
+from latentkv.option_types import Flag
+from latentkv.structure import Structure
 
-if TYPE_CHECKING:
-    from latentkv import Structure
-
-SchemaOption = Annotated[
-    Path | None, typer.Option(metavar="FILE", help="The text is JSON that the JSON schema in this file validates.")
-]
-RegexOption = Annotated[str | None, typer.Option(help="This regular expression matches the whole text.")]
-ChoiceOption = Annotated[list[str] | None, typer.Option(help="The text is one of these; repeatable.")]
-GrammarOption = Annotated[
-    Path | None, typer.Option(metavar="FILE", help="The text follows the Lark grammar in this file.")
-]
+_File = Annotated[Path, Flag(metavar="FILE")]
 
 
-def read_structure(
-    json_schema: Path | None, regex: str | None, choice: list[str] | None, grammar: Path | None
-) -> Structure | None:
-    """The structure that the options ask for, None where they ask for none."""
-    from latentkv import Structure
+@dataclass(frozen=True)
+class StructureOptions:
+    """The form that a text must have; at most one of them.
 
-    given = [
-        name
-        for name, value in {
-            "--json-schema": json_schema,
-            "--regex": regex,
-            "--choice": choice or None,
-            "--grammar": grammar,
-        }.items()
-        if value is not None
-    ]
-    if len(given) > 1:
-        raise RequestError(f"{' and '.join(given)} cannot be had together: give one of them.")
-    if json_schema is not None:
-        return Structure.json_schema(_read(json_schema))
-    if regex is not None:
-        return Structure.regex(regex)
-    if choice:
-        return Structure.choice(choice)
-    return None if grammar is None else Structure.grammar(_read(grammar))
+    Attributes:
+        json_schema: file with a JSON schema that the text, which is JSON, must obey.
+        regex: regular expression that matches the whole text.
+        choice: one of the texts that may come out; repeatable.
+        grammar: file with a Lark grammar that the text follows.
+    """
+
+    _: KW_ONLY
+    json_schema: _File | None = None
+    regex: str | None = None
+    choice: tuple[str, ...] = ()
+    grammar: _File | None = None
+
+    def read(self) -> Structure | None:
+        """The structure that is asked for, None where none is.
+
+        Raises:
+            RequestError: several are, or a file cannot be read.
+        """
+        given = [f"--{name.replace('_', '-')}" for name, value in vars(self).items() if value not in (None, ())]
+        if len(given) > 1:
+            raise RequestError(f"{' and '.join(given)} cannot be had together: give one of them.")
+        if self.json_schema is not None:
+            return Structure.json_schema(_read(self.json_schema))
+        if self.regex is not None:
+            return Structure.regex(self.regex)
+        if self.choice:
+            return Structure.choice(self.choice)
+        return None if self.grammar is None else Structure.grammar(_read(self.grammar))
 
 
 def _read(path: Path) -> str:

@@ -4,9 +4,9 @@ from latentkv.engine.constraint import Constraint, ConstraintState
 from latentkv.engine.engine import Engine, Event, FinishReason
 from latentkv.engine.request import Request
 from latentkv.engine.sampler import NextToken, TokenLogprobs, sample
-from latentkv.engine.sampling_params import SamplingParams
 from latentkv.engine.sequence import Sequence
-from latentkv.engine.structure import Structure
+from latentkv.sampling_params import SamplingParams
+from latentkv.structure import Structure
 
 __all__ = [
     "Constraint",

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from typing import cast
 
 from latentkv.engine.constraint import Constraint
-from latentkv.engine.sampling_params import MAX_SEED, SamplingParams
 from latentkv.errors import RequestError
+from latentkv.sampling_params import MAX_SEED, SamplingParams
 from latentkv.token_ids import require_token_ids
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from latentkv import ops
-from latentkv.engine.sampling_params import SamplingParams
+from latentkv.sampling_params import SamplingParams
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 from latentkv.errors import ConfigError
+from latentkv.option_types import Flag
+from latentkv.ranges import Range
 
 MAX_PROMPTS = 128
 """Prompts of one request, and completions of all its prompts together."""
@@ -26,26 +29,26 @@ class ServerSettings:
 
     Attributes:
         api_keys: who may use it; empty: anyone who reaches it.
-        cors_origins: web pages of other origins that browsers let in; none by default.
-        max_body_bytes: of a request.
-        max_held_bytes: of the bodies of all requests under way together; more get 503.
+        cors_origins: a web page's origin that browsers let in; repeatable.
+        max_body_bytes: size of a request's body at most.
+        max_held_bytes: size of the bodies of all requests under way together; more get 503.
         max_open: requests under way and waiting at once; more get 429.
-        receive_seconds: that a request may take to arrive; then its connection is closed.
-        request_seconds: from a request's arrival to its last token; then it is given up.
-        stall_seconds: without progress, after which the engine counts as dead.
-        drain_seconds: that open requests have to finish when the server is told to stop.
+        receive_seconds: time that a request may take to arrive; then its connection is closed.
+        request_seconds: time from a request's arrival to its last token at most; then it is given up.
+        stall_seconds: time without progress after which the engine counts as dead.
+        drain_seconds: time that open requests have to finish when the server is told to stop.
         log_prompts: write prompts and answers into the log.
     """
 
     api_keys: tuple[str, ...] = field(default=(), repr=False)
-    cors_origins: tuple[str, ...] = ()
+    cors_origins: Annotated[tuple[str, ...], Flag(("--cors-origin",))] = ()
     max_body_bytes: int = 2 << 20
-    max_held_bytes: int = 64 << 20
-    max_open: int = 256
-    receive_seconds: float = 60
-    request_seconds: float = 3600
-    stall_seconds: float = 120
-    drain_seconds: float = 30
+    max_held_bytes: Annotated[int, Flag(offered=False)] = 64 << 20
+    max_open: Annotated[int, Range(1, 65536, whole=True)] = 256
+    receive_seconds: Annotated[float, Flag(offered=False)] = 60
+    request_seconds: Annotated[float, Range(1)] = 3600
+    stall_seconds: Annotated[float, Flag(offered=False)] = 120
+    drain_seconds: Annotated[float, Range(0)] = 30
     log_prompts: bool = False
 
     def __post_init__(self) -> None:

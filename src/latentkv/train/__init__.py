@@ -1,6 +1,14 @@
 """Training on one machine: text files in, a checkpoint folder out."""
 
-from latentkv.train.options import TrainOptions
-from latentkv.train.run import TrainingPlan, prepare_text, train_model
+from typing import TYPE_CHECKING
+
+from latentkv.lazy import lazily
+from latentkv.train.options import TrainingPlan, TrainOptions
+
+if TYPE_CHECKING:
+    from latentkv.train.run import prepare_text, train_model
 
 __all__ = ["TrainOptions", "TrainingPlan", "prepare_text", "train_model"]
+
+# Options are read for --help, which is not to wait for torch.
+__getattr__ = lazily(__name__, {"prepare_text": "latentkv.train.run", "train_model": "latentkv.train.run"})

@@ -7,10 +7,9 @@ import hashlib
 import json
 import shutil
 import signal
-import sys
 from collections.abc import Generator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -33,7 +32,7 @@ from latentkv.text import Tokenizer, has_tokenizer, load_tokenizer
 from latentkv.text.bpe_trainer import save_tokenizer, train_bpe
 from latentkv.train.data import Corpus, find_corpus, write_tokens
 from latentkv.train.evaluate import eval_sets
-from latentkv.train.options import TrainOptions
+from latentkv.train.options import TrainingPlan, TrainOptions
 from latentkv.train.ranks import DataRanks, whole
 from latentkv.train.report import Reporter, plot_losses
 from latentkv.train.trainer import Trainer
@@ -48,46 +47,6 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "generation_config.json",
 )
-
-
-@dataclass(frozen=True)
-class TrainingPlan:
-    """What to train, on what, and where the result goes.
-
-    Attributes:
-        data: a folder of .txt files, or one.
-        out: folder for the model, its checkpoints and its logs.
-        config: a config.json to train from scratch; may be None with `init`.
-        init: a checkpoint folder to start from.
-        tokenizer: a folder with a tokenizer; None: the one of `init`, or a BPE trained on the data.
-        exclude: file names kept out of training and of the tokenizer.
-        eval_files: texts to evaluate on; none: `eval_fraction` of each document.
-        eval_fraction: see `eval_files`.
-        eval_bytes: about how much to evaluate.
-        rope_scaling: "yarn:8" stretches the context of `init` (or `config`) eightfold.
-        restart: forget an earlier run in `out`.
-        encoded: a folder for the encoded text, which runs on the same text share; None: a folder in `out`.
-        command: how the run was started, for training.json.
-    """
-
-    data: Path
-    out: Path
-    config: Path | None = None
-    init: Path | None = None
-    tokenizer: Path | None = None
-    exclude: tuple[str, ...] = ()
-    eval_files: tuple[Path, ...] = ()
-    eval_fraction: float = 0.01
-    eval_bytes: int = 200_000
-    rope_scaling: str | None = None
-    restart: bool = False
-    encoded: Path | None = None
-    command: tuple[str, ...] = field(default_factory=lambda: tuple(sys.argv))
-
-    @property
-    def tokens_file(self) -> Path:
-        """Where the encoded text lies; what it was made from is beside it."""
-        return (self.encoded or self.out / "data") / "tokens.bin"
 
 
 def train_model(

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field
 
-from latentkv.engine.sampling_params import MAX_CHOICES
+from latentkv.sampling_params import MAX_CHOICES
 from latentkv.server.protocol import foreign_names
 from latentkv.server.protocol.sampling import SamplingRequest, Usage
 from latentkv.server.settings import MAX_PROMPTS, MAX_TOP_LOGPROBS

@@ -7,8 +7,9 @@ from typing import Annotated, Any, ClassVar, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from latentkv.engine import SamplingParams, Structure, structure
-from latentkv.engine.sampling_params import MAX_BIASES, MAX_CHOICES, MAX_SEED
+from latentkv import structure
+from latentkv.engine import SamplingParams, Structure
+from latentkv.sampling_params import MAX_BIASES, MAX_CHOICES, MAX_SEED
 from latentkv.server.errors import ApiError
 from latentkv.server.protocol import foreign_names
 from latentkv.server.protocol.foreign import Rules, translate

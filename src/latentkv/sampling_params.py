@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Annotated, cast
 
-from latentkv.engine.structure import Structure
 from latentkv.errors import RequestError
+from latentkv.option_types import Flag
+from latentkv.structure import Structure
 
 MAX_SEED = 2**63 - 1
 MAX_BIASES = 1024
@@ -47,7 +48,7 @@ class SamplingParams:
         RequestError: a value has the wrong type or is out of range; the message names it and the range.
     """
 
-    max_tokens: int = 256
+    max_tokens: Annotated[int, Flag(("--max-tokens", "-n"))] = 256
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0

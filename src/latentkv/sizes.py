@@ -40,6 +40,11 @@ def parse_bytes(text: str) -> int:
     return size
 
 
+def format_tokens(tokens: int) -> str:
+    """Write a number of tokens as `parse_tokens` reads it: 32k."""
+    return f"{tokens // 1024}k" if tokens and tokens % 1024 == 0 else str(tokens)
+
+
 def format_bytes(size: float) -> str:
     """Write bytes for reading: 1.5 GiB."""
     for unit in ("B", "KiB", "MiB", "GiB"):
