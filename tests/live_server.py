@@ -46,9 +46,9 @@ class Live:
 
 
 @contextmanager
-def serving(llm: LLM, **settings: Any) -> Generator[Live]:
+def serving(llm: LLM, *, other_names: tuple[str, ...] = (), **settings: Any) -> Generator[Live]:
     """Serve `llm` while the context lasts; its engine cannot be used again afterwards."""
-    server = make_server(llm, NAME, ServerSettings(**{"drain_seconds": 5, **settings}))
+    server = make_server(llm, NAME, ServerSettings(**{"drain_seconds": 5, **settings}), other_names=other_names)
     listening = bind("127.0.0.1", 0)
     web = uvicorn.Server(uvicorn_config(server))
     thread = threading.Thread(target=web.run, kwargs={"sockets": [listening]}, daemon=True)

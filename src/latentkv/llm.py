@@ -99,7 +99,7 @@ class LLM:
         options = LoadOptions.of(asked)
         if options.num_ranks > 1:
             prepare_process()
-        worker = Worker()
+        worker = Worker(threads=options.threads)
         weakref.finalize(self, worker.stop)
         try:
             loaded = worker.call(lambda: load(options))

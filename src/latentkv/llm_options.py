@@ -7,17 +7,19 @@ import os
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, get_args
 
 import torch
 
 from latentkv.checkpoint.tensors import Tensors
+from latentkv.dtype_names import short_dtype
 from latentkv.errors import CacheError, ConfigError
 from latentkv.models.config import MLAConfig, ModelConfig
 from latentkv.models.decoder import Decoder
 from latentkv.models.stored_config import stored_dtype
 from latentkv.ops.backends import why_no_int8_products, why_not_native
 from latentkv.options import Draft, LLMOptions
+from latentkv.ranges import require_range
 from latentkv.state import KVFormat
 from latentkv.text import Tokenizer, has_tokenizer, load_tokenizer, require_match
 from latentkv.weights.packed_folder import PackedFolder
@@ -29,14 +31,6 @@ PACKED_DIR_VARIABLE = "LATENTKV_PACKED_DIR"
 
 EMBEDDED_MODEL = Path(__file__).parent / "assets" / "default"
 
-_DTYPES: Mapping[str, torch.dtype] = {
-    "fp32": torch.float32,
-    "float32": torch.float32,
-    "bf16": torch.bfloat16,
-    "bfloat16": torch.bfloat16,
-    "fp16": torch.float16,
-    "float16": torch.float16,
-}
 _KV_FORMATS: Mapping[torch.dtype, KVFormat] = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _KV_DTYPES: tuple[KVFormat, ...] = ("fp32", "bf16", "fp16", "int8", "fp8")
 _CPU = torch.device("cpu")
@@ -46,7 +40,7 @@ _LAYERS_OF_AUTO_MTP = 16
 
 @dataclass(frozen=True)
 class LoadOptions(LLMOptions):
-    """What was asked of `LLM`, with device and dtype found."""
+    """What was asked of `LLM`, with device and dtypes found."""
 
     _: KW_ONLY
     device: torch.device = _CPU
@@ -62,9 +56,12 @@ class LoadOptions(LLMOptions):
         _require_num_ranks(asked.pipeline_parallel, "pipeline_parallel")
         _require_num_ranks(asked.tensor_parallel, "tensor_parallel")
         _require_rank_timeout(asked.rank_timeout)
+        if asked.threads is not None:
+            require_range("threads", asked.threads, ConfigError)
         if asked.packed_dir is None and asked.packed_dir_bytes is not None:
             raise ConfigError("packed_dir=None (--no-packed-dir) excludes packed_dir_bytes: leave one of them out.")
         found: dict[str, Any] = {"device": as_device(asked.device), "dtype": as_dtype(asked.dtype)}
+        found["kv_dtype"] = short_dtype(asked.kv_dtype)
         return cls(**vars(asked) | found)
 
 
@@ -167,12 +164,13 @@ def context_of(asked: int | None, config: ModelConfig) -> int:
 
 
 def as_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    """A dtype of weights by any of its names."""
-    if dtype is None or dtype in _KV_FORMATS:
-        return cast("torch.dtype | None", dtype)
-    if dtype not in _DTYPES:
-        raise ConfigError(f"dtype={dtype!r} is not supported: choose fp32, bf16 or fp16.")
-    return _DTYPES[cast(str, dtype)]
+    """A dtype of weights by any of its names; None is the checkpoint's, as is "auto"."""
+    if dtype is None or dtype == "auto" or dtype in _KV_FORMATS:
+        return None if isinstance(dtype, str) else dtype
+    for known, name in _KV_FORMATS.items():
+        if isinstance(dtype, str) and short_dtype(dtype) == name:
+            return known
+    raise ConfigError(f"dtype={dtype!r} is not supported: choose fp32, bf16 or fp16.")
 
 
 def as_device(device: str | torch.device) -> torch.device:

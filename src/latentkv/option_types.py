@@ -24,6 +24,7 @@ class Flag:
         show: makes a text of a default, which `read` would take.
         exists: the path must be there.
         file: the path must be no folder.
+        callback: is called with typer's context and the value before all other options are read.
         offered: whether the command line has it at all.
     """
 
@@ -35,6 +36,7 @@ class Flag:
     show: Callable[[Any], str] = str
     exists: bool = False
     file: bool = False
+    callback: Callable[..., Any] | None = None
     offered: bool = True
 
 
@@ -89,5 +91,7 @@ Floats = Annotated[tuple[float, ...], Flag(read=parse_floats, show=_format_float
 """Numbers with commas between, like 0,0.8."""
 Words = Annotated[tuple[str, ...], Flag(read=parse_words, show=",".join, metavar="WORD,WORD")]
 """Words with commas between, like bf16,int8."""
+KVDtype = Annotated[str, Flag(("--kv-dtype", "--kv-cache-dtype"))]
+"""How a cache stores tokens."""
 TextFile = Annotated[Path, Flag(exists=True, file=True)]
 """A file that is there."""

@@ -10,7 +10,7 @@ from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from latentkv.option_types import Bytes, Flag, Tokens
+from latentkv.option_types import Bytes, Flag, KVDtype, Tokens
 from latentkv.ranges import Range
 
 if TYPE_CHECKING:
@@ -42,10 +42,11 @@ class ModelOptions(ModelName):
 
     Attributes:
         device: where it runs: cpu, or cuda (cuda:1) where there is an NVIDIA GPU.
-        dtype: dtype of weights and activations: bf16, fp16 or fp32; None is the checkpoint's.
+        dtype: dtype of weights and activations: bf16, fp16 or fp32, or auto, the checkpoint's; None is auto.
         weights: quantise the large matrices as they are read: int8 or int4; None is as the checkpoint stores them.
         activations: how they meet quantised weights: exact, or rounded to 8 bits by int8, which is faster and less
             exact.
+        threads: CPU threads that compute; None is all cores.
         packed_dir: folder where packed weights are kept, which the next start maps; None keeps
             nothing for the next start; "auto" is ~/.cache/latentkv/packed.
         packed_dir_bytes: size that the files there may take; None is half of what its disk has free.
@@ -56,6 +57,7 @@ class ModelOptions(ModelName):
     dtype: str | DType | None = None
     weights: str | None = None
     activations: str = "exact"
+    threads: Count | None = None
     packed_dir: Annotated[str | Path | None, Flag(without="--no-packed-dir")] = "auto"
     packed_dir_bytes: Bytes | None = None
 
@@ -76,8 +78,8 @@ class CacheOptions:
     """
 
     _: KW_ONLY
-    max_context: Tokens | None = None
-    kv_dtype: str = "auto"
+    max_context: Annotated[Tokens | None, Flag(("--max-context", "-c", "--ctx-size", "--max-model-len"))] = None
+    kv_dtype: KVDtype = "auto"
     int8_products: bool = False
     kv_cache_bytes: Bytes | None = None
     cache_dir: str | Path | None = None
@@ -108,7 +110,7 @@ class SchedulerOptions:
     """
 
     _: KW_ONLY
-    max_running: Count = 256
+    max_running: Annotated[Count, Flag(("--max-running", "--max-num-seqs"))] = 256
     step_seconds: Annotated[float | None, Flag(offered=False)] = None
 
 
@@ -126,8 +128,8 @@ class ParallelOptions:
     """
 
     _: KW_ONLY
-    pipeline_parallel: Count = 1
-    tensor_parallel: Count = 1
+    pipeline_parallel: Annotated[Count, Flag(("--pipeline-parallel", "--pipeline-parallel-size"))] = 1
+    tensor_parallel: Annotated[Count, Flag(("--tensor-parallel", "--tensor-parallel-size"))] = 1
     rank_timeout: Annotated[float, Range(2, 86400)] = 60
     trust_network: bool = False
 

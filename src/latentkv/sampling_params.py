@@ -22,27 +22,27 @@ class SamplingParams:
 
     Attributes:
         max_tokens: new tokens at most (1 or more); clipped to what the context still holds.
-        temperature: 0 is greedy; otherwise logits are divided by it (up to 100).
+        temperature: what logits are divided by, up to 100; 0 is greedy.
         top_k: keep the k most likely tokens; 0 keeps all.
-        top_p: keep the smallest set of most likely tokens whose probability reaches top_p, in (0, 1]; 1 keeps all.
-        min_p: keep tokens at least min_p times as likely as the likeliest, in [0, 1]; 0 keeps all.
-        stop: strings that end the text; the text is cut before the first one. One string is allowed too.
-        stop_token_ids: token ids that end the completion, besides the model's own.
-        ignore_eos: do not end at the model's own end tokens (stop_token_ids still end it).
-        seed: same seed, same text; None draws a fresh one, reported in the completion.
-        logprobs: report each token's log-probability and those of this many likeliest tokens; None reports nothing.
+        top_p: keep the smallest set of most likely tokens whose probability reaches this, in (0, 1]; 1 keeps all.
+        min_p: keep tokens at least this times as likely as the likeliest, in [0, 1]; 0 keeps all.
+        stop: text that ends the answer, which is cut before it; one, or several.
+        stop_token_ids: token that ends the answer, besides the model's own; one, or several.
+        ignore_eos: do not end at the model's own end tokens (`stop_token_ids` still end it).
+        seed: same seed, same text; None is a fresh one, reported in the completion.
+        logprobs: report each token's log-probability and those of this many likeliest tokens; None is no report.
         prompt_logprobs: report those of the prompt's tokens too, but the first; the whole prompt is read for it, even
             what the cache knows.
-        repetition_penalty: above 1 makes tokens of the prompt and of the text so far less likely, below 1 more
-            (CTRL, arXiv 1909.05858); in (0, 100], 1 changes nothing.
-        presence_penalty: is subtracted from the logits of tokens that the text so far holds, in [-2, 2].
-        frequency_penalty: is subtracted once for each time that the text so far holds a token, in [-2, 2].
-        logit_bias: is added to the logits of these token ids, each in [-100, 100]; at most 1,024 of them.
+        repetition_penalty: how much less likely tokens of the prompt and of the text so far become, in (0, 100]; below
+            1 more likely, 1 changes nothing (CTRL, arXiv 1909.05858).
+        presence_penalty: what is subtracted from the logits of tokens that the text so far holds, in [-2, 2].
+        frequency_penalty: what is subtracted once for each time that the text so far holds a token, in [-2, 2].
+        logit_bias: what is added to the logits of these token ids, each in [-100, 100]; at most 1,024 of them.
         n: completions of the prompt, each with noise of its own: completion i has the seed `seed + i`; 1 to 128.
         best_of: completions that are made, of which the n likeliest a token are returned; None is n, at most 128.
-        min_tokens: new tokens before the completion may end by an end token (0 or more, at most max_tokens).
+        min_tokens: new tokens before the completion may end by an end token, at most `max_tokens`.
         structure: the form that the text must have, None for any. A text that is complete ends with "stop"; one that
-            is cut short by max_tokens, or that no token can complete, with "length".
+            is cut short by `max_tokens`, or that no token can complete, with "length".
 
     Raises:
         RequestError: a value has the wrong type or is out of range; the message names it and the range.

@@ -11,6 +11,7 @@ import pytest
 
 from latentkv.bench.server_cost import _loop_seconds, measure_server_cost
 from latentkv.errors import RequestError
+from latentkv.options import LLMOptions
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells the time of a thread of another process")
@@ -37,7 +38,7 @@ def test_of_a_process_that_is_not_there_nothing_is_told() -> None:
 
 @pytest.mark.slow  # starts a server of its own, twice the time of loading a model
 def test_every_level_has_a_row_with_the_speeds_of_both_and_the_loops_share() -> None:
-    report = measure_server_cost(None, concurrency=(1, 3), new_tokens=8, rounds=2)
+    report = measure_server_cost(LLMOptions(), concurrency=(1, 3), new_tokens=8, rounds=2)
     assert [row.concurrency for row in report.rows] == [1, 3]
     for row in report.rows:
         assert row.generate > 0 and row.served > 0 and row.share == row.served / row.generate
@@ -47,4 +48,4 @@ def test_every_level_has_a_row_with_the_speeds_of_both_and_the_loops_share() -> 
 @pytest.mark.parametrize("wrong", [{"concurrency": ()}, {"concurrency": (0,)}, {"new_tokens": 0}, {"rounds": 0}])
 def test_numbers_out_of_range_are_refused_before_anything_is_loaded(wrong: dict) -> None:
     with pytest.raises(RequestError, match="at least 1"):
-        measure_server_cost("no such model", **wrong)
+        measure_server_cost(LLMOptions("no such model"), **wrong)

@@ -10,7 +10,7 @@ import pytest
 import typer
 from typer.testing import CliRunner, Result
 
-from latentkv.cli.flags import Preset, command
+from latentkv.cli.flags import Preset, as_words, command
 from latentkv.option_types import Bytes, Flag, Floats, Numbers, Tokens, Words
 from latentkv.ranges import Range
 
@@ -175,6 +175,13 @@ def test_the_docstrings_are_the_help():
         assert text in shown, text
     for absent in ("Args:", "Raises:", "never", "secret", "Named"):
         assert absent not in shown
+
+
+def test_options_written_as_words_are_read_as_they_were():
+    other = {"size": 2048, "spices": ("salt", "dill"), "heat": 2.0, "kind": "stew", "folder": None}
+    for options in (DishOptions(), DishOptions("a/b", **other), DishOptions(folder=Path("here"))):
+        assert run(cook, *as_words(options))[1][0] == options
+    assert as_words(DishOptions()) == []
 
 
 def test_a_field_that_no_text_can_become_is_the_programmers_error():

@@ -38,6 +38,27 @@ def test_generate_plan_and_inspect_take_every_form(latentkv, forms):
     assert all({**fact, "folder": ""} == {**facts[0], "folder": ""} for fact in facts)
 
 
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("inspect", "{}", "--json"), ("inspect", "--json", "--model", "{}")),
+        (("plan", "{}", "--json", "--memory", "1GiB"), ("plan", "--json", "--memory", "1GiB", "-m", "{}")),
+    ],
+)
+def test_a_model_is_an_argument_or_an_option(latentkv, forms, words, told):
+    for form in forms:
+        both = [output(latentkv, *(word.format(form) for word in each)) for each in (words, told)]
+        assert both[0] == both[1]
+
+
+def test_quantize_takes_its_model_by_the_option_too(latentkv, forms, tmp_path):
+    assert latentkv("quantize", tmp_path / "a", "--model", forms[3], "--weights", "int8").exit_code == 0
+    assert latentkv("quantize", forms[3], tmp_path / "b", "--weights", "int8").exit_code == 0
+    assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "b" / "model.safetensors").read_bytes()
+    refused = latentkv("quantize", forms[3], tmp_path / "c", "-m", forms[3], "--weights", "int8")
+    assert refused.exit_code == 2 and "MODEL is given twice" in refused.output
+
+
 def test_a_shape_needs_its_config_alone_and_weights_are_missed_by_name(latentkv, forms, tmp_path):
     alone = tmp_path / "alone" / "config.json"
     alone.parent.mkdir()
@@ -85,6 +106,9 @@ def test_train_takes_files_and_revisions(latentkv, forms, tmp_path, option):
         ("heal", ("--teacher",)),
         ("train", ("--data", ".", "--steps", 1, "--init")),
         ("train", ("--data", ".", "--steps", 1)),
+        ("chat", ()),
+        ("serve", ("--port", 0, "--model")),
+        ("train", ("--data", ".", "--steps", 1, "--model")),
         ("bench model", ()),
         ("bench speculation", ()),
     ],

@@ -70,6 +70,17 @@ def test_tokens_that_cannot_be_are_refused(live: Live, path: str, body: dict) ->
     assert status in (400, 404) and answer["error"]["message"]
 
 
+def test_a_model_of_several_names_answers_to_each_and_says_the_first(reference: LLM) -> None:
+    with serving(LLM(reference.folder, kv_cache_bytes=1 << 20), other_names=("tiny", NAME, "gpt-4o")) as own:
+        listed = ask(own, "/v1/models")[1]["data"]
+        assert [card["id"] for card in listed] == [NAME, "tiny", "gpt-4o"]
+        assert ask(own, "/v1/models/tiny")[1]["id"] == "tiny"
+        for name in (NAME, "tiny", "gpt-4o"):
+            status, answer, _ = ask(own, "/v1/completions", {"model": name, "prompt": PROMPT, "max_tokens": 1})
+            assert (status, answer["model"]) == (200, NAME)
+        assert ask(own, "/v1/models/other")[0] == 404
+
+
 def test_metrics_count_what_was_asked_and_what_was_given_up(client: openai.OpenAI, live: Live) -> None:
     label = f'{{model_name="{NAME}"}}'
     reason = 'latentkv:request_success_total{{finished_reason="{}",model_name="' + NAME + '"}}'

@@ -25,6 +25,7 @@ from latentkv.bench.timing import Contender, Timing, time_interleaved
 from latentkv.engine import SamplingParams
 from latentkv.errors import ConfigError, RequestError
 from latentkv.llm import LLM
+from latentkv.options import LLMOptions
 
 _PROGRAM = "from latentkv.cli.app import main; main()"
 _WARMUP = 2
@@ -81,8 +82,9 @@ class ServerCostReport:
 
 
 def measure_server_cost(
-    model: str | None,
+    options: LLMOptions,
     *,
+    arguments: Sequence[str] = (),
     concurrency: Sequence[int] = (1, 8),
     new_tokens: int = 128,
     rounds: int = 14,
@@ -91,7 +93,8 @@ def measure_server_cost(
     """Time `LLM.generate` in this process and `latentkv serve` in another, in turn; while one runs the other waits.
 
     Args:
-        model: a folder or a repo id; None is the embedded model.
+        options: of the model.
+        arguments: of `latentkv serve`, which say the same.
         concurrency: requests at once, a row each.
         new_tokens: of every completion.
         rounds: timed rounds a row.
@@ -105,9 +108,9 @@ def measure_server_cost(
         raise RequestError("concurrency, new tokens and rounds must be at least 1.")
     environment = describe_environment(torch.get_num_threads())
     progress("loading the model")
-    llm = LLM(model)
+    llm = LLM(**vars(options))
     progress("starting the server")
-    with _server(model) as (address, process), ThreadPoolExecutor(max(concurrency)) as clients:
+    with _server(arguments) as (address, process), ThreadPoolExecutor(max(concurrency)) as clients:
         params = SamplingParams(max_tokens=new_tokens, temperature=0, ignore_eos=True)
         rows: list[ServerCostRow] = []
         for many in concurrency:
@@ -130,7 +133,7 @@ def measure_server_cost(
             tokens = many * new_tokens
             loop = None if before is None or after is None else (after - before) / (tokens * (rounds + _WARMUP))
             rows.append(_row(many, tokens, timings["generate"], timings["served"], loop))
-    return ServerCostReport(model or "the embedded model", new_tokens, rounds, tuple(rows), environment)
+    return ServerCostReport(str(options.model or "the embedded model"), new_tokens, rounds, tuple(rows), environment)
 
 
 def _row(concurrency: int, tokens: int, generate: Timing, served: Timing, loop: float | None) -> ServerCostRow:
@@ -185,9 +188,9 @@ def _ask(address: str, new_tokens: int, prompt: str) -> int:
 
 
 @contextmanager
-def _server(model: str | None) -> Generator[tuple[str, int]]:
+def _server(arguments: Sequence[str]) -> Generator[tuple[str, int]]:
     """The host and port of `latentkv serve`, and the id of its process, which ends with the block."""
-    command = [sys.executable, "-c", _PROGRAM, "serve", "--port", "0", *([model] if model else [])]
+    command = [sys.executable, "-c", _PROGRAM, "serve", "--port", "0", *arguments]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     lines: SimpleQueue[str | None] = SimpleQueue()
 

@@ -45,12 +45,12 @@ class StartReport:
 
 
 def measure_start(
-    model: str | None, *, name: str, repeats: int, progress: Callable[[str], None] = lambda text: None
+    options: Sequence[str], *, name: str, repeats: int, progress: Callable[[str], None] = lambda text: None
 ) -> StartReport:
     """Time starts in turn, `repeats` times each, after one of each that is not counted.
 
     Args:
-        model: as `latentkv generate --model` takes it; None is the embedded model.
+        options: of `latentkv generate`, such as --model.
         name: of the model, for the report.
         repeats: runs of each.
         progress: called with what is going on.
@@ -58,8 +58,7 @@ def measure_start(
     Raises:
         RequestError: a start fails; it says what the command said.
     """
-    generate = [sys.executable, "-c", _MAIN, "generate", *_PROMPT, "--max-tokens", "1"]
-    generate += [] if model is None else ["--model", model]
+    generate = [sys.executable, "-c", _MAIN, "generate", *_PROMPT, "--max-tokens", "1", *options]
     found: dict[str, list[tuple[float, float]]] = {}
     with tempfile.TemporaryDirectory(prefix="latentkv-start-") as folder:
         ways = {

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -16,6 +15,7 @@ from latentkv.engine import SamplingParams
 from latentkv.engine.engine import Event
 from latentkv.errors import RequestError
 from latentkv.llm import LLM
+from latentkv.options import LLMOptions
 
 _WARMUP = 1
 _ANSWER_SECONDS = 600
@@ -73,11 +73,9 @@ class TensorParallelReport:
 
 
 def measure_tensor_parallel(
-    model: str,
+    options: LLMOptions,
     ranks: int,
     *,
-    weights: str | None,
-    threads: int,
     prompt_tokens: int,
     new_tokens: int,
     rounds: int,
@@ -85,10 +83,8 @@ def measure_tensor_parallel(
     """Measure in all ranks of a team, of which the first returns; the others end (`SystemExit`).
 
     Args:
-        model: a folder or a repo id.
+        options: of the model; its threads are those of each rank.
         ranks: that there are.
-        weights: as `LLM` takes it.
-        threads: of each rank.
         prompt_tokens: of a prompt.
         new_tokens: decoded after it, at least 2.
         rounds: timed ones.
@@ -99,16 +95,15 @@ def measure_tensor_parallel(
     """
     if min(prompt_tokens, rounds) < 1 or new_tokens < 2:
         raise RequestError("A prompt has 1 token at least, a completion 2, and there is 1 round or more.")
+    threads = options.threads or 1
     environment = describe_environment(threads)
-    options: dict[str, Any] = {"weights": weights, "max_context": prompt_tokens + new_tokens, "kv_cache_bytes": None}
+    options = replace(options, threads=threads, max_context=prompt_tokens + new_tokens)
     torch.set_num_threads(threads)
-    together = LLM(model, tensor_parallel=ranks, **options)
-    alone = LLM(model, **options)
+    together = LLM(**vars(replace(options, tensor_parallel=ranks)))
+    alone = LLM(**vars(options))
     taken: dict[LLM, list[tuple[float, float]]] = {alone: [], together: []}
     generator = torch.Generator().manual_seed(0)
     try:
-        for llm in taken:
-            llm.thread.call(lambda: torch.set_num_threads(threads))
         for number in range(_WARMUP + rounds):
             for llm, times in taken.items():
                 # Another one each time: what was read before would not be read again.
@@ -124,9 +119,9 @@ def measure_tensor_parallel(
         for index, work in enumerate(("prompt", "token"))
         for one, all_ in [[Timing(tuple(times[index] for times in taken[llm])) for llm in (alone, together)]]
     ]
-    name = Path(model).name
+    name = Path(str(options.model)).name
     return TensorParallelReport(
-        name, weights, ranks, threads, prompt_tokens, new_tokens, rounds, tuple(rows), environment
+        name, options.weights, ranks, threads, prompt_tokens, new_tokens, rounds, tuple(rows), environment
     )
 
 

@@ -21,6 +21,8 @@ COMMANDS = (
     "bench",
 )
 """In the order of --help; each is a function in the module of its name, and "bench" a group of commands."""
+OTHER_NAMES = {"run": "chat"}
+"""Words that other programs have for a command; not in --help."""
 
 
 class Commands(TyperGroup):
@@ -74,29 +76,30 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-def make_app(names: Iterable[str] = COMMANDS) -> typer.Typer:
+def make_app(names: Iterable[str] = (*COMMANDS, *OTHER_NAMES)) -> typer.Typer:
     """The command line with some of its commands; those that are left out take no time."""
     app = typer.Typer(
         cls=Commands,
         no_args_is_help=True,
-        add_completion=False,
         pretty_exceptions_enable=False,
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback()(latentkv)
     for name in names:
-        module = import_module(f"latentkv.cli.{name}")
-        if name == "bench":
+        meant = OTHER_NAMES.get(name, name)
+        module = import_module(f"latentkv.cli.{meant}")
+        if meant == "bench":
             app.add_typer(module.bench_app, name=name)
         else:
-            app.command()(command(getattr(module, name)))
+            app.command(name, hidden=name in OTHER_NAMES)(command(getattr(module, meant)))
     return app
 
 
 def latentkv(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
     show_version: Annotated[
-        bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
+        bool,
+        typer.Option("--version", "-V", help="Print the version.", callback=_print_version, is_eager=True),
     ] = False,
 ) -> None:
     """Language models with Multi-head Latent Attention (MLA): run, chat, serve, plan, quantize, convert, train, bench.
@@ -109,7 +112,7 @@ def app_for(arguments: Sequence[str]) -> typer.Typer:
     """The command line with the command that these arguments name, or with all where they name none."""
     # The first word is the command: the options before it take none.
     word = next((argument for argument in arguments if not argument.startswith("-")), None)
-    return make_app([word] if word in COMMANDS else COMMANDS)
+    return make_app([word]) if word in (*COMMANDS, *OTHER_NAMES) else make_app()
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ from latentkv.cli.bench_start import start
 from latentkv.cli.bench_tensor_parallel import tensor_parallel
 from latentkv.cli.flags import Preset, command
 from latentkv.cli.terminal import console
-from latentkv.option_types import Flag, Numbers, Words
+from latentkv.option_types import Flag, KVDtype, Numbers, Words
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -31,7 +31,7 @@ def attention(
     shape: str = "v2-lite",
     heads: int | None = None,
     contexts: Numbers | None = None,
-    kv_dtype: str = "bf16",
+    kv_dtype: KVDtype = "bf16",
     transformers_attention: str = "sdpa",
     plot: PlotFile = None,
     device: str = "cpu",
@@ -142,7 +142,7 @@ def sparse(
     /,
     *,
     contexts: Numbers = (65536, 131072),
-    kv_dtype: str = "bf16",
+    kv_dtype: KVDtype = "bf16",
     measure: Annotated[MeasureOptions, Preset(repeats=10)],
 ) -> None:
     """Compare one decode step of a layer of sparse attention with the same layer that reads every token.

@@ -6,18 +6,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
-from latentkv.cli.bench_options import MeasureOptions, PlotFile
+from latentkv.cli.bench_options import ONE_MODEL, MeasureOptions, PlotFile
 from latentkv.cli.flags import Preset
+from latentkv.cli.loading import load_here
 from latentkv.cli.terminal import console
 from latentkv.option_types import Flag, Numbers
-from latentkv.options import CacheOptions, ModelOptions
+from latentkv.options import LLMOptions
 
 
 def model(
-    options: Annotated[ModelOptions, Preset("device")],
+    options: Annotated[LLMOptions, ONE_MODEL],
     /,
-    cache: Annotated[CacheOptions, Preset("max_context", "cache_dir", "cache_dir_bytes")],
-    measure: Annotated[MeasureOptions, Preset(repeats=5)],
+    measure: Annotated[MeasureOptions, Preset("threads", repeats=5)],
     *,
     prompts: Numbers = (512, 2048),
     depths: Numbers = (0, 4096, 16384, 32768),
@@ -37,8 +37,7 @@ def model(
     Example: latentkv bench model --prompts 64 --depths 0,128
 
     Args:
-        options: the model.
-        cache: its cache; where nothing is said there is room for the deepest case, once.
+        options: the model; where nothing is said of its cache there is room for the deepest case, once.
         measure: how it is measured.
         prompts: tokens of the prompts that are read, with commas between.
         depths: tokens in the cache before the first decode step, with commas between.
@@ -54,20 +53,19 @@ def model(
     from latentkv.bench.model_report import MODEL_NOTES, model_facts, model_table, plot_decode
     from latentkv.bench.report import describe
     from latentkv.checkpoint.source import model_name
-    from latentkv.llm import LLM
 
     measure.require_folder(plot)
-    longest = max(*prompts, *depths) + new_tokens
+    options = replace(options, max_context=options.max_context or max(*prompts, *depths) + new_tokens)
     with console(stderr=True).status("loading the model") as status:
         report = measure_model(
-            LLM(**vars(options), **vars(replace(cache, max_context=longest))),
+            load_here(options),
             name=model_name(options.model) if options.model else "the embedded model",
             prompts=prompts,
             depths=depths,
             concurrency=concurrency,
             new_tokens=new_tokens,
             repeats=measure.repeats,
-            threads=measure.threads,
+            threads=options.threads,
             weights=options.weights,
             activations=options.activations,
             mha=mha,

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+from latentkv.cli.flags import Preset
 from latentkv.cli.terminal import console
 from latentkv.option_types import Flag
+from latentkv.options import ParallelOptions, SchedulerOptions, SpeculationOptions
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
+_SHARED = (SpeculationOptions, SchedulerOptions, ParallelOptions)
+ONE_MODEL = Preset("device", *(field.name for options in _SHARED for field in fields(options)))
+"""Of `LLMOptions`, for what is measured: one process that computes on CPUs, without drafts."""
 JsonFile = Annotated[Path | None, Flag(("--json",), metavar="FILE")]
 PlotFile = Annotated[Path | None, Flag(metavar="FILE.png")]
 

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from latentkv.cli.bench_options import MeasureOptions
-from latentkv.cli.flags import Preset
+from latentkv.cli.bench_options import ONE_MODEL, MeasureOptions
+from latentkv.cli.flags import Preset, as_words
 from latentkv.cli.terminal import console
 from latentkv.option_types import Numbers
-from latentkv.options import ModelName
+from latentkv.options import LLMOptions
 from latentkv.ranges import Range
 
 
 def server_cost(
-    name: ModelName,
+    options: Annotated[LLMOptions, ONE_MODEL],
     /,
     *,
     concurrency: Numbers = (1, 8),
@@ -28,7 +28,7 @@ def server_cost(
     Example: latentkv bench server-cost --concurrency 1,8,32
 
     Args:
-        name: the model.
+        options: the model.
         concurrency: requests at once, with commas between.
         new_tokens: tokens of a completion.
         measure: how it is measured.
@@ -41,7 +41,8 @@ def server_cost(
     measure.require_folder()
     with console(stderr=True).status("loading the model") as status:
         report = measure_server_cost(
-            None if name.model is None else str(name.model),
+            options,
+            arguments=as_words(options),
             concurrency=concurrency,
             new_tokens=new_tokens,
             rounds=measure.repeats,

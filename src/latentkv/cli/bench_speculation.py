@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated
 
-from latentkv.cli.bench_options import MeasureOptions
+from latentkv.cli.bench_options import ONE_MODEL, MeasureOptions
 from latentkv.cli.flags import Preset
+from latentkv.cli.loading import load_here
 from latentkv.cli.terminal import console
 from latentkv.option_types import Floats
-from latentkv.options import ModelOptions
+from latentkv.options import LLMOptions
 from latentkv.ranges import Range
 
 
 def speculation(
-    options: Annotated[ModelOptions, Preset("device", "activations", "packed_dir", "packed_dir_bytes")],
+    options: Annotated[LLMOptions, ONE_MODEL],
     /,
-    measure: Annotated[MeasureOptions, Preset(repeats=5)],
+    measure: Annotated[MeasureOptions, Preset("threads", repeats=5)],
     *,
     speculate: Annotated[int, Range(1, 16)] = 4,
     new_tokens: Annotated[int, Range(1)] = 200,
@@ -38,18 +40,18 @@ def speculation(
     from latentkv.bench.speculation import measure_speculation
     from latentkv.bench.speculation_report import SPECULATION_NOTES, speculation_table
     from latentkv.checkpoint.source import model_name
-    from latentkv.llm import LLM
 
     measure.require_folder()
+    options = replace(options, max_context=options.max_context or new_tokens + 256)
     with console(stderr=True).status("loading the model") as status:
         report = measure_speculation(
-            LLM(**vars(options), max_context=new_tokens + 256),
+            load_here(options),
             name=model_name(options.model) if options.model else "the embedded model",
             speculate=speculate,
             new_tokens=new_tokens,
             temperatures=temperatures,
             repeats=measure.repeats,
-            threads=measure.threads,
+            threads=options.threads,
             progress=status.update,
         )
     screen = console()

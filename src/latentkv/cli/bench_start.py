@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from latentkv.cli.bench_options import MeasureOptions
-from latentkv.cli.flags import Preset
+from latentkv.cli.bench_options import ONE_MODEL, MeasureOptions
+from latentkv.cli.flags import Preset, as_words
 from latentkv.cli.terminal import console
-from latentkv.options import ModelName
+from latentkv.options import LLMOptions
 
 
-def start(name: ModelName, /, *, measure: Annotated[MeasureOptions, Preset("threads", repeats=5)]) -> None:
+def start(
+    options: Annotated[LLMOptions, ONE_MODEL, Preset("packed_dir", "packed_dir_bytes")],
+    /,
+    *,
+    measure: Annotated[MeasureOptions, Preset("threads", repeats=5)],
+) -> None:
     """Measure how long `latentkv generate` takes to the first token, packing weights anew and mapping them.
 
     Beside it stands `import torch`, which no start can do without; processor time is of the whole process.
@@ -18,7 +23,7 @@ def start(name: ModelName, /, *, measure: Annotated[MeasureOptions, Preset("thre
     Example: latentkv bench start --repeats 9
 
     Args:
-        name: the model.
+        options: the model.
         measure: how it is measured.
     """
     from rich.table import Table
@@ -28,10 +33,9 @@ def start(name: ModelName, /, *, measure: Annotated[MeasureOptions, Preset("thre
     from latentkv.checkpoint.source import model_name
 
     measure.require_folder()
-    model = None if name.model is None else str(name.model)
-    shown = model_name(model) if model else "the embedded model"
+    shown = model_name(options.model) if options.model else "the embedded model"
     with console(stderr=True).status("starting") as status:
-        report = measure_start(model, name=shown, repeats=measure.repeats, progress=status.update)
+        report = measure_start(as_words(options), name=shown, repeats=measure.repeats, progress=status.update)
     torch = report.starts[0]
     table = Table(title=f"Starts of {report.model}, medians of {report.repeats}", title_justify="left")
     for column in ("", "first output after", "of import torch", "processor time", "of import torch"):

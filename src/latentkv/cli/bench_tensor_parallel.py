@@ -7,20 +7,20 @@ from typing import Annotated
 
 import typer
 
-from latentkv.cli.bench_options import MeasureOptions
+from latentkv.cli.bench_options import ONE_MODEL, MeasureOptions
 from latentkv.cli.flags import Preset
 from latentkv.cli.terminal import console
-from latentkv.options import ModelName
+from latentkv.options import LLMOptions
 from latentkv.ranges import Range
+
+_AS_MEASURED = Preset("max_context", "cache_dir", "cache_dir_bytes", model=..., threads=1)
 
 
 def tensor_parallel(
-    name: Annotated[ModelName, Preset(model=...)],
+    options: Annotated[LLMOptions, ONE_MODEL, _AS_MEASURED],
     /,
     *,
     ranks: Annotated[int, Range(2, 64)] = 2,
-    weights: str | None = None,
-    threads: Annotated[int, Range(1, 1024)] = 1,
     prompt_tokens: Annotated[int, Range(1)] = 512,
     new_tokens: Annotated[int, Range(2)] = 33,
     measure: Annotated[MeasureOptions, Preset("threads", repeats=9)],
@@ -33,10 +33,8 @@ def tensor_parallel(
     Example: latentkv bench tensor-parallel models/v2-lite-4 --weights int4
 
     Args:
-        name: the model.
+        options: the model.
         ranks: processes on this machine.
-        weights: quantise the weights as they are read: int8 or int4; None is as they are stored.
-        threads: CPU threads of each process.
         prompt_tokens: tokens of a prompt.
         new_tokens: tokens decoded after it.
         measure: how it is measured.
@@ -53,16 +51,14 @@ def tensor_parallel(
         raise typer.Exit(launch(ranks, sys.argv[1:], end_seconds=5))
     with console(stderr=True).status("measuring"):
         report = measure_tensor_parallel(
-            str(name.model),
+            options,
             ranks,
-            weights=weights,
-            threads=threads,
             prompt_tokens=prompt_tokens,
             new_tokens=new_tokens,
             rounds=measure.repeats,
         )
-    stored = f", weights in {weights}" if weights else ""
-    each = f"{threads} thread{'s' if threads > 1 else ''} each"
+    stored = f", weights in {options.weights}" if options.weights else ""
+    each = f"{report.threads} thread{'s' if report.threads > 1 else ''} each"
     table = Table(title=f"{report.model}{stored}, {each}: medians of {report.rounds} rounds", title_justify="left")
     for column in ("what", "one process, ms", "+-", f"{ranks} processes, ms", "+-", "times as fast"):
         table.add_column(column, justify="right")

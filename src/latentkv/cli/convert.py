@@ -15,7 +15,7 @@ from latentkv.cli.conversion import (
     text_tokens,
 )
 from latentkv.cli.flags import Preset
-from latentkv.cli.loading import use_threads
+from latentkv.cli.loading import model_folder, use_threads
 from latentkv.cli.terminal import console, print_json
 from latentkv.errors import RequestError
 from latentkv.option_types import Flag
@@ -79,7 +79,7 @@ def convert(
         threads: CPU threads; None is all cores.
         as_json: print the report as JSON.
     """
-    from latentkv.checkpoint.source import model_name, resolve_model
+    from latentkv.checkpoint.source import model_name
     from latentkv.convert import (
         ConvertOptions,
         Export,
@@ -98,7 +98,7 @@ def convert(
         raise RequestError(f"--export={export} is not known: choose {', '.join(get_args(Export))}.")
     options = ConvertOptions(rank, rope_dim, kv_budget, cast("Method", method), fold, cast("Export", export))
     require_text_options(sequences, length, calibrate, text)
-    folder = resolve_model(source.model or "")
+    folder = model_folder(source)
     require_convertible(folder, options)
     require_target(target, folder)
     require_length(folder, length)

@@ -68,6 +68,7 @@ def command(function: Callable[..., object]) -> Callable[..., None]:
     arguments = [option for option in options if option.positional]
 
     def run(ctx: typer.Context, **given: Any) -> None:
+        _let_the_line_count(ctx, options, given)
         _place_arguments(ctx, arguments, given)
         values: dict[str, Any] = {}
         for name, several in taken.items():
@@ -83,6 +84,16 @@ def command(function: Callable[..., object]) -> Callable[..., None]:
     run.__signature__ = inspect.Signature([context, *parameters])  # pyright: ignore[reportFunctionMemberAccess]
     run.__annotations__ = {"ctx": typer.Context}
     return run
+
+
+def as_words(options: object) -> list[str]:
+    """Options of a dataclass as the words of a command line, those left out that are as they would be anyway."""
+    words: list[str] = []
+    for option in _fields(type(options), Preset(), positional=False):
+        value = getattr(options, option.name)
+        if value != option.default:
+            words += option.words(value)
+    return words
 
 
 @dataclass(frozen=True)
@@ -156,6 +167,8 @@ class _Option:
             yield _parameter(self.name, kind, typer.Argument(**argument), default)
         if self.is_option:
             about |= {"rich_help_panel": self.panel, "envvar": self.flag.envvar, "show_envvar": bool(self.flag.envvar)}
+            if self.flag.callback:
+                about |= {"callback": self.flag.callback, "is_eager": True}
             if self.range:
                 about |= {"min": self.range.low, "max": None if math.isinf(self.range.high) else self.range.high}
             name, default = (f"{self.name}_option", None) if self.positional else (self.name, self._default())
@@ -182,6 +195,16 @@ class _Option:
         except LatentKVError as error:
             raise type(error)(f"{self._names()[0]}: {error}") from None
 
+    def words(self, value: Any) -> list[str]:
+        """What makes the command line give this value."""
+        name = self._names()[0].split("/")[0]
+        if value is None and self.flag.without:
+            return [self.flag.without]
+        if self.kind is bool:
+            return [name] if value else [f"--no-{name[2:]}"]
+        values: Any = value if self.many else [value]
+        return [word for each in values for word in (name, str(each))]
+
     def _names(self) -> tuple[str, ...]:
         if self.flag.names:
             return tuple(self.flag.names)
@@ -197,6 +220,17 @@ class _Option:
 
     def _shown(self) -> str | bool:
         return self.default is not inspect.Parameter.empty if self.unset is None else self.unset
+
+
+def _let_the_line_count(ctx: typer.Context, options: Sequence[_Option], given: dict[str, Any]) -> None:
+    """Of two ways to say one thing drop that of a file of defaults, where the command line has the other."""
+    for option in options:
+        ways = [option.name, f"{option.name}_option", option.flag.without and _python_name(option.flag.without)]
+        said = {way: ctx.get_parameter_source(way) for way in ways if way in given and given[way] not in (None, False)}
+        if len({source.name for source in said.values() if source}) > 1:
+            for way, source in said.items():
+                if source and source.name == "DEFAULT_MAP":
+                    given[way] = None
 
 
 def _place_arguments(ctx: typer.Context, arguments: Sequence[_Option], given: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
+from latentkv.cli.loading import model_folder
 from latentkv.cli.terminal import console, print_json
 from latentkv.option_types import Flag
 from latentkv.options import ModelName
@@ -23,11 +24,9 @@ def inspect(name: ModelName, /, *, tensors: bool = False, as_json: Annotated[boo
         tensors: list every tensor.
         as_json: print JSON, sizes in bytes.
     """
-    from latentkv.checkpoint import resolve_model
     from latentkv.cli.checkpoint_facts import read_facts
-    from latentkv.llm_options import EMBEDDED_MODEL
 
-    facts = read_facts(EMBEDDED_MODEL if name.model is None else resolve_model(name.model))
+    facts = read_facts(model_folder(name))
     if as_json:
         value = asdict(facts)
         print_json(value if tensors else {key: item for key, item in value.items() if key != "tensors"})

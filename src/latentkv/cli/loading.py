@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
 
 from latentkv.cli.terminal import status
-from latentkv.errors import RequestError
-from latentkv.options import LLMOptions
+from latentkv.errors import ConfigError, RequestError
+from latentkv.options import LLMOptions, ModelName
 from latentkv.ranges import require_range
 
 if TYPE_CHECKING:
@@ -56,9 +59,44 @@ def enter_ranks(options: LLMOptions, *, end_seconds: float = 5) -> None:
 
 def _load(options: LLMOptions) -> LLM:
     with status(f"Loading {options.model or DEFAULT_NAME}"):
-        from latentkv import LLM
+        return load_here(options)
 
+
+def load_here(options: LLMOptions) -> LLM:
+    """Load a model in this process, without a word."""
+    from latentkv import LLM
+
+    with weights_expected(options.model):
         return LLM(**vars(options))
+
+
+@contextmanager
+def weights_expected(model: str | Path | None) -> Generator[None]:
+    """Say of a model that is nowhere that it is a built-in shape, if it is one."""
+    try:
+        yield
+    except ConfigError as error:
+        from latentkv.plan import BUILT_IN
+
+        if str(model).lower() not in BUILT_IN or Path(str(model)).exists():
+            raise
+        raise ConfigError(
+            f"{model} is a built-in shape, which `latentkv plan` takes: it has no weights. Name the folder or the repo "
+            f"id of a model ({error})."
+        ) from error
+
+
+def model_folder(name: ModelName) -> Path:
+    """The folder of a model with its weights, or its GGUF file.
+
+    Raises:
+        ConfigError: there is no such model.
+    """
+    from latentkv.checkpoint.source import resolve_model
+    from latentkv.llm_options import embedded_model
+
+    with weights_expected(name.model):
+        return embedded_model() if name.model is None else resolve_model(name.model)
 
 
 def cache_summary(llm: LLM) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from latentkv.cli.terminal import console, print_json
 from latentkv.errors import RequestError
-from latentkv.option_types import Bytes, Flag, Tokens
+from latentkv.option_types import Bytes, Flag, KVDtype, Tokens
 from latentkv.ranges import Range
 
 if TYPE_CHECKING:
@@ -21,9 +21,9 @@ def plan(
     model: Annotated[str | None, Flag(("--model", "-m"))] = None,
     /,
     *,
-    context: Tokens | None = None,
+    context: Annotated[Tokens | None, Flag(("--context", "-c", "--ctx-size", "--max-model-len"))] = None,
     batch: int = 1,
-    kv_dtype: str = "bf16",
+    kv_dtype: KVDtype = "bf16",
     weights_dtype: str | None = None,
     memory: Bytes | None = None,
     ranks: Annotated[int | None, Range(1, 1024)] = None,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from latentkv.cli.flags import Preset
-from latentkv.cli.loading import use_threads
+from latentkv.cli.loading import model_folder, use_threads
 from latentkv.cli.terminal import console, print_json
 from latentkv.errors import RequestError
 from latentkv.option_types import Flag, TextFile
@@ -65,14 +65,13 @@ def quantize(
         as_json: print the report as JSON.
     """
 
-    from latentkv.checkpoint.source import resolve_model
     from latentkv.quantize import column_importance
 
     use_threads(threads)
     _require_options(target, weights, kind, group, pre, text)
     passage = None if text is None else _passage(text, text_bytes, "--text-bytes")
     calibration = None if calibrate is None else _passage(calibrate, calibrate_bytes, "--calibrate-bytes")
-    folder = resolve_model(source.model or "")
+    folder = model_folder(source)
     write = _gguf_writer(folder, target, kind, pre) if kind else _folder_writer(folder, target, weights or "", group)
     importance = None
     if calibration is not None:

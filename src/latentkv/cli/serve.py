@@ -9,10 +9,12 @@ from typing import Annotated
 
 import typer
 
+from latentkv.cli.config_file import read_config_file
 from latentkv.cli.flags import Preset
 from latentkv.cli.loading import cache_summary, enter_ranks, load_model, store_summary, turn_end_note
 from latentkv.cli.terminal import console
 from latentkv.errors import ConfigError
+from latentkv.option_types import Flag
 from latentkv.options import LLMOptions
 from latentkv.ranges import Range
 from latentkv.server.settings import ServerSettings, read_keys
@@ -31,7 +33,8 @@ def serve(
     *,
     host: str = "127.0.0.1",
     port: Annotated[int, Range(0, 65535)] = 8000,
-    name: str | None = None,
+    config: Annotated[Path | None, Flag(metavar="FILE.toml", callback=read_config_file)] = None,
+    name: Annotated[tuple[str, ...], Flag(("--name", "--served-model-name"))] = (),
     api_key_file: Path | None = None,
     allow_anyone: bool = False,
     tool_format: str | None = None,
@@ -46,7 +49,8 @@ def serve(
         settings: the server.
         host: address to listen on; 0.0.0.0 lets other machines in.
         port: port to listen on; 0 takes a free one.
-        name: what clients call the model; None is its folder or repo id.
+        config: file with options, under the names of their flags, which count for more on the command line.
+        name: what clients call the model, instead of its folder or repo id; repeatable, the first is that of answers.
         api_key_file: file with API keys, one a line; the variable LATENTKV_API_KEYS works too.
         allow_anyone: let other machines in without an API key.
         tool_format: how the model writes tool calls; None is as its template tells.
@@ -68,8 +72,8 @@ def serve(
     enter_ranks(options, end_seconds=end_seconds)
     listening = bind(host, port)
     llm = load_model(options, end_seconds=end_seconds)
-    shown = name or (model_name(options.model) if options.model else "latentkv")
-    server = make_server(llm, shown, settings, tool_format=tool_format)
+    shown, *others = name or (model_name(options.model) if options.model else "latentkv",)
+    server = make_server(llm, shown, settings, tool_format=tool_format, other_names=others)
     out = console(stderr=True)
     shown_host = f"[{host}]" if ":" in host else host
     address = f"http://{shown_host}:{listening.getsockname()[1]}"

@@ -10,11 +10,12 @@ import typer
 
 from latentkv.cli.flags import Preset
 from latentkv.cli.loading import use_threads
+from latentkv.option_types import Flag
 from latentkv.train import TrainingPlan, TrainOptions
 
 
 def train(
-    config: str | None = None,
+    config: Annotated[str | None, Flag(("--model", "-m"))] = None,
     /,
     *,
     plan: Annotated[TrainingPlan, Preset("config", "encoded", "command", out=Path("trained"))],

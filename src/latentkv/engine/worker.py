@@ -35,11 +35,15 @@ class Worker:
     half or a third (`csrc/team.h`). So one thread loads a model and runs all of its steps; while it has nothing to do
     it holds no team, and a model in another thread computes as fast.
 
-    It computes on as many threads as torch was told in the thread that asked last, and with the context variables of
-    the thread that made it.
+    It computes with the context variables of the thread that made it.
+
+    Args:
+        name: of the thread.
+        threads: that compute; None: as many as torch was told in the thread that asked last.
     """
 
-    def __init__(self, name: str = "latentkv-engine") -> None:
+    def __init__(self, name: str = "latentkv-engine", *, threads: int | None = None) -> None:
+        self._threads = threads
         self._commands: SimpleQueue[tuple[int, Callable[[], object]]] = SimpleQueue()
         self._lock = threading.RLock()  # reentrant: garbage may be collected, and give something up, at any point
         self._stopping = self._ended = self._warned = False
@@ -73,7 +77,7 @@ class Worker:
         with self._lock:
             if self._ended or self._stopping or not self._thread.is_alive():
                 raise EngineStoppedError(_STOPPED)
-            self._commands.put((torch.get_num_threads(), command))
+            self._commands.put((self._threads or torch.get_num_threads(), command))
 
     def call(self, work: Callable[[], T]) -> T:
         """Run `work` before the next turn and return what it returns, or raise what it raises.

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import get_args
 
+from latentkv.dtype_names import short_dtype
 from latentkv.errors import CacheError, RequestError
 from latentkv.models.config import GQAConfig, MLAConfig, ModelConfig
 from latentkv.models.parameters import (
@@ -106,10 +107,11 @@ def make_plan(
         raise RequestError(f"A batch of {batch} sequences cannot be planned; ask for 1 or more.")
     kv_format = as_kv_format(kv_dtype)
     context = context or config.max_positions
+    weights_dtype = None if weights_dtype == "auto" else weights_dtype
     if weights_dtype is None and stored is not None:
         dtype, weights = stored.types, stored.nbytes
     else:
-        dtype = weights_dtype or checkpoint_dtype(config)
+        dtype = short_dtype(weights_dtype) if weights_dtype else checkpoint_dtype(config)
         weights = weight_bytes(config, dtype)
     qk_dim, v_dim = _head_dims(config.cached_attention)
     mla = config.cached_attention if isinstance(config.cached_attention, MLAConfig) else None
@@ -176,7 +178,7 @@ def as_kv_format(name: str) -> KVFormat:
         RequestError: if there is none.
     """
     for known in KV_FORMATS:
-        if name == known:
+        if short_dtype(name) == known:
             return known
     raise RequestError(f"{name!r} is not a cache format; choose from {', '.join(KV_FORMATS)}.")
 

@@ -73,7 +73,7 @@ class Context:
 
     def require_model(self, name: str | None) -> None:
         """Raise a 404 unless the one model is meant."""
-        if name is not None and name != self.model.name:
+        if name is not None and name not in self.model.names:
             raise ApiError(
                 404,
                 f"There is no model {name[:200]!r} here: use {self.model.name!r}, or leave model out.",

@@ -8,7 +8,7 @@ import gc
 import math
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from types import FrameType
 from typing import cast
@@ -57,15 +57,29 @@ def bind(host: str, port: int) -> socket.socket:
     return listening
 
 
-def make_server(llm: LLM, name: str, settings: ServerSettings, *, tool_format: str | None = None) -> Server:
+def make_server(
+    llm: LLM,
+    name: str,
+    settings: ServerSettings,
+    *,
+    tool_format: str | None = None,
+    other_names: Sequence[str] = (),
+) -> Server:
     """All that `create_app` needs; the engine's thread keeps the limits of `settings` from now on.
+
+    Args:
+        llm: the model.
+        name: what clients call it, and what answers say.
+        settings: the server's.
+        tool_format: how the model writes tool calls; None: as its template tells.
+        other_names: that clients may call it by, too.
 
     Raises:
         RequestError: there is no tool format of this name.
     """
     template = llm.tokenizer.chat_template_text if llm.tokenizer else ""
     format = choose_format(template, llm.config.model_type, tool_format)
-    model = ServedModel(llm, name, format)
+    model = ServedModel(llm, name, format, other_names)
     llm.thread.guard(max_open=settings.max_open, stall_seconds=settings.stall_seconds, after_step=model.outbox.flush)
     return Server(model, settings, Metrics(llm.engine, name))
 

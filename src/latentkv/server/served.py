@@ -126,16 +126,19 @@ class ServedModel:
         llm: the model.
         name: what clients call it.
         format: how it writes tool calls and reasoning.
+        other_names: that clients may call it by, too.
 
     Attributes:
+        names: all of them, each once.
         thread: that the model was loaded in, and is run in.
         outbox: by which it hands over what came out; to be flushed after every step.
         created: when it was loaded, in seconds since 1970.
     """
 
-    def __init__(self, llm: LLM, name: str, format: OutputFormat) -> None:
+    def __init__(self, llm: LLM, name: str, format: OutputFormat, other_names: Sequence[str] = ()) -> None:
         self.llm = llm
         self.name = name
+        self.names = tuple(dict.fromkeys((name, *other_names)))
         self.thread = llm.thread
         self.outbox = Outbox()
         self.format = format

@@ -132,7 +132,7 @@ class TrainingPlan:
         tokenizer: a model whose tokenizer to take; None is that of `init`, or a BPE trained on the data.
         exclude: name of a file to keep out of training and tokenizer; repeatable.
         eval_files: text to report bits per byte of, never trained on; repeatable.
-        eval_fraction: without `eval_files`: hold out this much of each file.
+        eval_fraction: where no text to evaluate on is named: hold out this much of each file.
         eval_bytes: about how much text to evaluate on.
         rope_scaling: stretch the context of `init`, by yarn:8 eightfold, say, for a longer `seq_len`.
         restart: forget an earlier run in `out`.

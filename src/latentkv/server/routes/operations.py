@@ -49,8 +49,8 @@ async def metrics(context: InContext) -> Response:
 @router.head("/v1/models", include_in_schema=False)
 @router.get("/v1/models")
 async def models(context: InContext) -> ModelList:
-    """The one model."""
-    return ModelList(data=[_card(context)])
+    """The one model, under each of its names."""
+    return ModelList(data=[_card(context, name) for name in context.model.names])
 
 
 @router.head("/v1/models/{name:path}", include_in_schema=False)
@@ -58,7 +58,7 @@ async def models(context: InContext) -> ModelList:
 async def model(name: Annotated[str, Path(max_length=1024)], context: InContext) -> ModelCard:
     """The one model, by name."""
     context.require_model(name)
-    return _card(context)
+    return _card(context, name)
 
 
 @router.post("/tokenize", response_model_exclude_none=True)
@@ -128,9 +128,9 @@ async def stats(context: InContext) -> StatsResponse:
     )
 
 
-def _card(context: InContext) -> ModelCard:
+def _card(context: InContext, name: str) -> ModelCard:
     served = context.model
-    return ModelCard(id=served.name, created=served.created, max_model_len=served.llm.max_context)
+    return ModelCard(id=name, created=served.created, max_model_len=served.llm.max_context)
 
 
 def _version() -> str:
