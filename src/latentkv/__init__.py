@@ -17,17 +17,15 @@ if TYPE_CHECKING:
 
 __all__ = ["LLM", "MultiHeadLatentAttention", "PagedCache", "SamplingParams", "Structure", "mla_decode"]
 
-_HOMES = {
-    "LLM": "latentkv.llm",
-    "PagedCache": "latentkv.state",
-    "MultiHeadLatentAttention": "latentkv.models.mla",
-    "SamplingParams": "latentkv.sampling_params",
-    "Structure": "latentkv.structure",
-    "mla_decode": "latentkv.ops",
-}
-
-
-__getattr__ = lazily(__name__, _HOMES)
+__getattr__ = lazily(
+    __name__,
+    llm=("LLM",),
+    ops=("mla_decode",),
+    sampling_params=("SamplingParams",),
+    state=("PagedCache",),
+    structure=("Structure",),
+    **{"models.mla": ("MultiHeadLatentAttention",)},
+)
 
 
 def __dir__() -> list[str]:

@@ -1,19 +1,20 @@
-"""Names of a package that are imported when they are first used."""
+"""Names that a package imports when they are first used: --help, which reads options, does not wait for torch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any
 
 
-def lazily(package: str, homes: Mapping[str, str]) -> Callable[[str], Any]:
+def lazily(package: str, **names: Sequence[str]) -> Callable[[str], Any]:
     """What a package takes for its `__getattr__`.
 
     Args:
         package: its `__name__`.
-        homes: the module that each of the names is in.
+        names: what is in each of its modules.
     """
+    homes = {name: f"{package}.{module}" for module, several in names.items() for name in several}
 
     def get(name: str) -> Any:
         if name not in homes:

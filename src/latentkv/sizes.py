@@ -40,6 +40,19 @@ def parse_bytes(text: str) -> int:
     return size
 
 
+def parse_share(text: str) -> float:
+    """Read a part of one: 1/4 or 0.25.
+
+    Raises:
+        RequestError: if `text` is no such number.
+    """
+    try:
+        part, _, whole = text.partition("/")
+        return float(part) / float(whole or "1")
+    except (ValueError, ZeroDivisionError):
+        raise RequestError(f"{text!r} is no share; write 1/4 or 0.25.") from None
+
+
 def format_tokens(tokens: int) -> str:
     """Write a number of tokens as `parse_tokens` reads it: 32k."""
     return f"{tokens // 1024}k" if tokens and tokens % 1024 == 0 else str(tokens)

@@ -190,3 +190,23 @@ def test_a_field_that_no_text_can_become_is_the_programmers_error():
 
     with pytest.raises(TypeError, match="give its Flag a way to read one"):
         command(odd)
+
+
+def test_a_dataclass_in_a_dataclass_gives_its_fields_too():
+    @dataclass(frozen=True)
+    class MealOptions:
+        """A meal."""
+
+        dish: DishOptions = DishOptions()
+        guests: int = 2
+
+        def __post_init__(self) -> None:
+            if self.dish.heat > self.guests:
+                raise ValueError("too hot")
+
+    def serve(*, meal: MealOptions) -> None:
+        """Serve."""
+        LAST[:] = [meal]
+
+    serve.__annotations__["meal"] = MealOptions
+    assert run(serve, "--heat", "9", "--guests", "9")[1] == [MealOptions(DishOptions(heat=9.0), 9)]

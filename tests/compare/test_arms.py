@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from latentkv.compare.arms import Sizes, default_arms, matched_width, parse_arm
+from latentkv.compare.arms import default_arms, matched_width, parse_arm
+from latentkv.compare.sizes import Sizes
 from latentkv.errors import RequestError
 from latentkv.models.decoder import Decoder
 from latentkv.plan import count_parameters

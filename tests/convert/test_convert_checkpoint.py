@@ -15,7 +15,7 @@ from sources import CONFIGS, some_tokens, write_source
 from transformers import AutoModelForCausalLM
 
 from latentkv.convert import REPORT_FILE, ConvertOptions, convert_checkpoint
-from latentkv.convert.layer import Method
+from latentkv.convert.options import Method
 from latentkv.convert.report import ConversionReport
 from latentkv.errors import CheckpointError, ConfigError
 from latentkv.models.config import MLAConfig

@@ -8,7 +8,7 @@ import typer
 
 from latentkv.cli.bench_gpu import gpu_attention, require_unset, tune
 from latentkv.cli.bench_model import make_model, model
-from latentkv.cli.bench_options import MeasureOptions, PlotFile
+from latentkv.cli.bench_options import MeasureOptions
 from latentkv.cli.bench_parallel import parallel
 from latentkv.cli.bench_serve import serve
 from latentkv.cli.bench_server_cost import server_cost
@@ -16,13 +16,9 @@ from latentkv.cli.bench_speculation import speculation
 from latentkv.cli.bench_start import start
 from latentkv.cli.bench_tensor_parallel import tensor_parallel
 from latentkv.cli.flags import Preset, command
-from latentkv.cli.terminal import console
 from latentkv.option_types import Flag, KVDtype, Numbers, Words
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
-    from latentkv.bench.environment import Environment
     from latentkv.bench.shapes import AttentionShape
 
 
@@ -33,7 +29,6 @@ def attention(
     contexts: Numbers | None = None,
     kv_dtype: KVDtype = "bf16",
     transformers_attention: str = "sdpa",
-    plot: PlotFile = None,
     device: str = "cpu",
     measure: Annotated[MeasureOptions, Preset(repeats=20)],
 ) -> None:
@@ -49,7 +44,6 @@ def attention(
         contexts: cached tokens, with commas between; None is 1k,8k,32k, or on a GPU 4k to 128k.
         kv_dtype: format of LatentKV's cache: bf16, fp8, int8, fp16 or fp32.
         transformers_attention: how transformers attends: sdpa (its default) or eager.
-        plot: draw milliseconds against context.
         device: cpu, or cuda: there mla_decode alone, over bf16 and fp8 pages, against its ceilings.
         measure: how it is measured.
     """
@@ -59,18 +53,16 @@ def attention(
             "--kv-dtype": kv_dtype != "bf16",
             "--threads": measure.threads is not None,
         }
-        given |= {"--transformers-attention": transformers_attention != "sdpa", "--plot": plot is not None}
+        given |= {"--transformers-attention": transformers_attention != "sdpa", "--plot": measure.plot is not None}
         require_unset(device, given)
         gpu_attention(device, heads=heads, contexts=contexts, options=measure)
         return
     from latentkv.bench.attention import CONTEXTS, measure_attention
-    from latentkv.bench.report import ATTENTION_NOTES, attention_table, ceilings_table, describe
+    from latentkv.bench.report import ATTENTION_NOTES, attention_table, ceilings_table
     from latentkv.plan import as_kv_format
 
     layer, kv_format = _shape(shape, heads), as_kv_format(kv_dtype)
-    measure.require_folder(plot)
-    screen = console()
-    with console(stderr=True).status("starting") as status:
+    with measure.measuring("starting") as progress:
         report = measure_attention(
             layer,
             contexts=contexts or CONTEXTS,
@@ -78,18 +70,12 @@ def attention(
             repeats=measure.repeats,
             threads=measure.threads,
             transformers_attention=transformers_attention,
-            progress=status.update,
+            progress=progress,
         )
-    screen.print(ceilings_table(report.ceilings))
-    screen.print(attention_table(report))
-    screen.print(ATTENTION_NOTES, style="dim")
-    screen.print(describe(report.environment), style="dim")
-    measure.save(report)
-    if plot is not None:
-        from latentkv.bench.plot import plot_attention
+    from latentkv.bench.plot import plot_attention
 
-        plot_attention(report, plot)
-        screen.print(f"Plot in {plot}")
+    tables = ceilings_table(report.ceilings), attention_table(report)
+    measure.show(report, *tables, notes=ATTENTION_NOTES, draw=plot_attention)
 
 
 def mla_decode(
@@ -98,7 +84,6 @@ def mla_decode(
     contexts: Numbers = (8192, 32768, 131072),
     batches: Numbers = (1, 4),
     kv_dtypes: Words = ("bf16", "int8", "fp8"),
-    plot: PlotFile = None,
     measure: Annotated[MeasureOptions, Preset(repeats=10)],
 ) -> None:
     """Compare the op mla_decode alone with torch's matrix products: one step of attention over a filled cache.
@@ -110,15 +95,13 @@ def mla_decode(
         contexts: cached tokens, with commas between.
         batches: numbers of sequences, with commas between.
         kv_dtypes: formats of the pages, with commas between.
-        plot: draw a roofline.
         measure: how it is measured.
     """
     from latentkv.bench.mla_decode import measure_mla_decode
     from latentkv.bench.op_report import MLA_DECODE_NOTES, mla_decode_table
     from latentkv.plan import as_kv_format
 
-    measure.require_folder(plot)
-    with console(stderr=True).status("starting") as status:
+    with measure.measuring("starting") as progress:
         report = measure_mla_decode(
             heads=heads,
             contexts=contexts,
@@ -126,15 +109,11 @@ def mla_decode(
             kv_formats=[as_kv_format(name) for name in kv_dtypes],
             repeats=measure.repeats,
             threads=measure.threads,
-            progress=status.update,
+            progress=progress,
         )
-    _print(mla_decode_table(report), MLA_DECODE_NOTES, report.environment)
-    measure.save(report)
-    if plot is not None:
-        from latentkv.bench.roofline import plot_roofline
+    from latentkv.bench.roofline import plot_roofline
 
-        plot_roofline(report, plot)
-        console().print(f"Plot in {plot}")
+    measure.show(report, mla_decode_table(report), notes=MLA_DECODE_NOTES, draw=plot_roofline)
 
 
 def sparse(
@@ -143,7 +122,7 @@ def sparse(
     *,
     contexts: Numbers = (65536, 131072),
     kv_dtype: KVDtype = "bf16",
-    measure: Annotated[MeasureOptions, Preset(repeats=10)],
+    measure: Annotated[MeasureOptions, Preset("plot", repeats=10)],
 ) -> None:
     """Compare one decode step of a layer of sparse attention with the same layer that reads every token.
 
@@ -159,19 +138,17 @@ def sparse(
     from latentkv.bench.sparse import measure_sparse
     from latentkv.plan import as_kv_format, load_config
 
-    measure.require_folder()
     config, kv_format = load_config(model), as_kv_format(kv_dtype)
-    with console(stderr=True).status("starting") as status:
+    with measure.measuring("starting") as progress:
         report = measure_sparse(
             config,
             contexts=contexts,
             kv_format=kv_format,
             repeats=measure.repeats,
             threads=measure.threads,
-            progress=status.update,
+            progress=progress,
         )
-    _print(sparse_table(report), SPARSE_NOTES, report.environment)
-    measure.save(report)
+    measure.show(report, sparse_table(report), notes=SPARSE_NOTES)
 
 
 def _size(text: str) -> tuple[int, int]:
@@ -194,7 +171,7 @@ def linear(
     formats: Words = ("bf16", "compact", "int8", "int4"),
     group: int | None = None,
     rounded_input: bool = False,
-    measure: Annotated[MeasureOptions, Preset(repeats=15)],
+    measure: Annotated[MeasureOptions, Preset("plot", repeats=15)],
 ) -> None:
     """Compare products with packed weights, which come from memory, with torch's product of bf16 ones.
 
@@ -211,9 +188,8 @@ def linear(
     from latentkv.bench.linear import as_packed_format, measure_linear
     from latentkv.bench.op_report import LINEAR_NOTES, linear_table
 
-    measure.require_folder()
     out_features, in_features = size
-    with console(stderr=True).status("starting") as status:
+    with measure.measuring("starting") as progress:
         report = measure_linear(
             out_features=out_features,
             in_features=in_features,
@@ -223,13 +199,12 @@ def linear(
             rounded_input=rounded_input,
             repeats=measure.repeats,
             threads=measure.threads,
-            progress=status.update,
+            progress=progress,
         )
-    _print(linear_table(report), LINEAR_NOTES, report.environment)
-    measure.save(report)
+    measure.show(report, linear_table(report), notes=LINEAR_NOTES)
 
 
-def ceilings(*, measure: MeasureOptions) -> None:
+def ceilings(*, measure: Annotated[MeasureOptions, Preset("plot")]) -> None:
     """Measure what this machine can do at most: bf16 and fp32 matrix products, and reading memory.
 
     Args:
@@ -237,26 +212,13 @@ def ceilings(*, measure: MeasureOptions) -> None:
     """
     from latentkv.bench.ceilings import CeilingsReport, measure_ceilings
     from latentkv.bench.environment import describe_environment
-    from latentkv.bench.report import ceilings_table, describe
+    from latentkv.bench.report import ceilings_table
     from latentkv.bench.timing import torch_threads
 
-    measure.require_folder()
-    with console(stderr=True).status("measuring this machine's ceilings"), torch_threads(measure.threads) as used:
+    with measure.measuring("measuring this machine's ceilings"), torch_threads(measure.threads) as used:
         environment = describe_environment(used)
         report = CeilingsReport(environment, measure_ceilings(repeats=measure.repeats))
-    screen = console()
-    screen.print(ceilings_table(report.ceilings))
-    screen.print(describe(report.environment), style="dim")
-    measure.save(report)
-
-
-def _print(table: Table, notes: str, environment: Environment) -> None:
-    from latentkv.bench.report import describe
-
-    screen = console()
-    screen.print(table)
-    screen.print(notes, style="dim")
-    screen.print(describe(environment), style="dim")
+    measure.show(report, ceilings_table(report.ceilings))
 
 
 def _shape(name: str, heads: int | None) -> AttentionShape:

@@ -18,14 +18,13 @@ def gpu_attention(device: str, *, heads: int | None, contexts: Sequence[int] | N
     from latentkv.llm_options import as_device
 
     gpu = as_device(device)
-    options.require_folder()
     cases = CASES
     if contexts is not None:
         cases = tuple(GpuCase(h, b, context) for h in (128, 16) for b in (128, 1) for context in contexts)
     if heads is not None:
         cases = tuple(dict.fromkeys(GpuCase(heads, case.batch, case.context) for case in cases))
-    with console(stderr=True).status("starting") as status:
-        report = measure_gpu_attention(gpu, cases=cases, repeats=options.repeats, progress=status.update)
+    with options.measuring("starting") as progress:
+        report = measure_gpu_attention(gpu, cases=cases, repeats=options.repeats, progress=progress)
     screen = console()
     screen.print(gpu_attention_table(report))
     screen.print(GPU_NOTES, style="dim")

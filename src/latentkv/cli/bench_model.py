@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
-from latentkv.cli.bench_options import ONE_MODEL, MeasureOptions, PlotFile
+from latentkv.cli.bench_options import ONE_MODEL, MeasureOptions
 from latentkv.cli.flags import Preset
 from latentkv.cli.loading import load_here
 from latentkv.cli.terminal import console
@@ -27,7 +27,6 @@ def model(
     transformers: bool = False,
     peer: Annotated[tuple[str, ...], Flag(metavar="COMMAND")] = (),
     limit: float = 20.0,
-    plot: PlotFile = None,
 ) -> None:
     """Measure how fast a model reads prompts and decodes at several depths, and the memory it takes.
 
@@ -47,16 +46,13 @@ def model(
         transformers: measure the checkpoint in transformers, too (bf16).
         peer: measure another program, too; benchmarks/llama_cpp has one; repeatable.
         limit: seconds; a contender whose rounds of a case take longer is timed once.
-        plot: draw decode speed against depth.
     """
     from latentkv.bench.model import measure_model
     from latentkv.bench.model_report import MODEL_NOTES, model_facts, model_table, plot_decode
-    from latentkv.bench.report import describe
     from latentkv.checkpoint.source import model_name
 
-    measure.require_folder(plot)
     options = replace(options, max_context=options.max_context or max(*prompts, *depths) + new_tokens)
-    with console(stderr=True).status("loading the model") as status:
+    with measure.measuring("loading the model") as progress:
         report = measure_model(
             load_here(options),
             name=model_name(options.model) if options.model else "the embedded model",
@@ -72,17 +68,10 @@ def model(
             transformers=transformers,
             peers=peer,
             limit_seconds=limit,
-            progress=status.update,
+            progress=progress,
         )
-    screen = console()
-    screen.print(model_table(report))
-    screen.print(model_facts(report))
-    screen.print(MODEL_NOTES, style="dim")
-    screen.print(describe(report.environment), style="dim")
-    measure.save(report)
-    if plot is not None:
-        plot_decode([report], plot)
-        screen.print(f"Plot in {plot}")
+    parts = model_table(report), model_facts(report)
+    measure.show(report, *parts, notes=MODEL_NOTES, draw=lambda report, path: plot_decode([report], path))
 
 
 def make_model(shape: str, folder: Path, /, *, weights: str | None = None, seed: int = 0) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from latentkv.cli.bench_options import JsonFile, require_folder, save
+from typing import Annotated
+
+from latentkv.cli.bench_options import MeasureOptions
+from latentkv.cli.flags import Preset
 from latentkv.cli.terminal import console
 from latentkv.option_types import Numbers, Words
 
@@ -12,7 +15,7 @@ def parallel(
     ranks: Numbers = (1, 2, 4, 8, 16),
     batch: Numbers = (1, 8, 32),
     network: Words = ("10Gb:60us", "1Gb:2000us"),
-    json_file: JsonFile = None,
+    measure: Annotated[MeasureOptions, Preset("repeats", "plot")],
 ) -> None:
     """Simulate a pipeline: the real engine and stages of a small model, with the times of a large one.
 
@@ -25,14 +28,14 @@ def parallel(
         ranks: numbers of ranks, with commas between.
         batch: sequences at once, likewise.
         network: networks, likewise: 10Gb, or 10Gb:50us.
-        json_file: write every number as JSON.
+        measure: on how many threads, and where the numbers go.
     """
     from rich.table import Table
 
     from latentkv.bench.parallel import simulate
+    from latentkv.bench.timing import torch_threads
 
-    require_folder(json_file)
-    with console(stderr=True).status("simulating"):
+    with measure.measuring("simulating"), torch_threads(measure.threads):
         report = simulate(ranks=ranks, batches=batch, networks=network)
     table = Table(title="Tokens a second of a model that takes 100 ms to read", title_justify="left")
     for column in ("ranks", "sequences", "network", "simulated", "planned", "ratio"):
@@ -41,4 +44,4 @@ def parallel(
         shown = (f"{row.simulated:,.1f}", f"{row.planned:,.1f}", f"{row.ratio:.2f}")
         table.add_row(str(row.ranks), str(row.batch), row.network, *shown)
     console().print(table)
-    save(report, json_file)
+    measure.save(report)

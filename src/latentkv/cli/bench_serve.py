@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from latentkv.cli.bench_options import JsonFile, PlotFile, require_folder, save
+from latentkv.cli.bench_options import MeasureOptions, require_folder
+from latentkv.cli.flags import Preset
 from latentkv.cli.terminal import console
 from latentkv.option_types import Flag, Floats, Numbers
 
@@ -58,8 +59,7 @@ def serve(
     body: Annotated[Mapping[str, Any] | None, Flag(read=_json_object, metavar="JSON")] = None,
     timeout: float = 600.0,
     slo: str | None = None,
-    json_file: JsonFile = None,
-    plot: PlotFile = None,
+    measure: Annotated[MeasureOptions, Preset("repeats", "threads")],
 ) -> None:
     """Put any OpenAI-compatible server under load: throughput, latency percentiles, errors.
 
@@ -88,8 +88,7 @@ def serve(
         body: fields for every request, such as {"temperature": 1}.
         timeout: seconds that a request may take.
         slo: objectives to count goodput by, such as ttft=1s,itl=200ms.
-        json_file: write every number as JSON.
-        plot: draw throughput and latency against load.
+        measure: where the numbers go.
     """
     from latentkv.bench.serve import ServeOptions
     from latentkv.bench.serve_lengths import parse_lengths
@@ -97,7 +96,7 @@ def serve(
     from latentkv.bench.serve_text import generated_text, read_text
     from latentkv.bench.serve_workload import Workload
 
-    require_folder(json_file, plot)
+    require_folder(measure.json_file, measure.plot)
     options = ServeOptions(
         url=url,
         levels=_levels(concurrency, rate, burstiness),
@@ -123,12 +122,12 @@ def serve(
     )
     report = _measure(options, workload)
     _print(report)
-    save(report, json_file)
-    if plot is not None:
+    measure.save(report)
+    if measure.plot is not None:
         from latentkv.bench.serve_plot import plot_serve
 
-        plot_serve(report, plot)
-        console().print(f"Plot in {plot}")
+        plot_serve(report, measure.plot)
+        console().print(f"Plot in {measure.plot}")
     if report.interrupted:
         raise typer.Exit(INTERRUPTED)
     if not any(level.completed for level in report.levels):

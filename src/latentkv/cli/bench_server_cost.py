@@ -6,7 +6,6 @@ from typing import Annotated
 
 from latentkv.cli.bench_options import ONE_MODEL, MeasureOptions
 from latentkv.cli.flags import Preset, as_words
-from latentkv.cli.terminal import console
 from latentkv.option_types import Numbers
 from latentkv.options import LLMOptions
 from latentkv.ranges import Range
@@ -18,7 +17,7 @@ def server_cost(
     *,
     concurrency: Numbers = (1, 8),
     new_tokens: Annotated[int, Range(1)] = 128,
-    measure: Annotated[MeasureOptions, Preset("threads", repeats=14)],
+    measure: Annotated[MeasureOptions, Preset("threads", "plot", repeats=14)],
 ) -> None:
     """Measure what is left of LLM.generate's tokens a second when the same model is served and its answers streamed.
 
@@ -35,18 +34,16 @@ def server_cost(
     """
     from rich.table import Table
 
-    from latentkv.bench.report import describe
     from latentkv.bench.server_cost import measure_server_cost
 
-    measure.require_folder()
-    with console(stderr=True).status("loading the model") as status:
+    with measure.measuring("loading the model") as progress:
         report = measure_server_cost(
             options,
             arguments=as_words(options),
             concurrency=concurrency,
             new_tokens=new_tokens,
             rounds=measure.repeats,
-            progress=status.update,
+            progress=progress,
         )
     title = f"Tokens a second of {report.model}: medians of {report.rounds} rounds of {report.new_tokens} tokens"
     table = Table(title=title, title_justify="left")
@@ -62,7 +59,4 @@ def server_cost(
             f"{row.share:.2f}",
             "" if row.loop_ms is None else f"{row.loop_ms:.3f}",
         )
-    screen = console()
-    screen.print(table)
-    screen.print(describe(report.environment), style="dim")
-    measure.save(report)
+    measure.show(report, table)

@@ -8,7 +8,6 @@ from typing import Annotated
 from latentkv.cli.bench_options import ONE_MODEL, MeasureOptions
 from latentkv.cli.flags import Preset
 from latentkv.cli.loading import load_here
-from latentkv.cli.terminal import console
 from latentkv.option_types import Floats
 from latentkv.options import LLMOptions
 from latentkv.ranges import Range
@@ -17,7 +16,7 @@ from latentkv.ranges import Range
 def speculation(
     options: Annotated[LLMOptions, ONE_MODEL],
     /,
-    measure: Annotated[MeasureOptions, Preset("threads", repeats=5)],
+    measure: Annotated[MeasureOptions, Preset("threads", "plot", repeats=5)],
     *,
     speculate: Annotated[int, Range(1, 16)] = 4,
     new_tokens: Annotated[int, Range(1)] = 200,
@@ -36,14 +35,12 @@ def speculation(
         new_tokens: tokens of a completion.
         temperatures: temperatures of sampling, with commas between.
     """
-    from latentkv.bench.report import describe
     from latentkv.bench.speculation import measure_speculation
     from latentkv.bench.speculation_report import SPECULATION_NOTES, speculation_table
     from latentkv.checkpoint.source import model_name
 
-    measure.require_folder()
     options = replace(options, max_context=options.max_context or new_tokens + 256)
-    with console(stderr=True).status("loading the model") as status:
+    with measure.measuring("loading the model") as progress:
         report = measure_speculation(
             load_here(options),
             name=model_name(options.model) if options.model else "the embedded model",
@@ -52,10 +49,6 @@ def speculation(
             temperatures=temperatures,
             repeats=measure.repeats,
             threads=options.threads,
-            progress=status.update,
+            progress=progress,
         )
-    screen = console()
-    screen.print(speculation_table(report))
-    screen.print(SPECULATION_NOTES, style="dim")
-    screen.print(describe(report.environment), style="dim")
-    measure.save(report)
+    measure.show(report, speculation_table(report), notes=SPECULATION_NOTES)

@@ -6,7 +6,6 @@ from typing import Annotated
 
 from latentkv.cli.bench_options import ONE_MODEL, MeasureOptions
 from latentkv.cli.flags import Preset, as_words
-from latentkv.cli.terminal import console
 from latentkv.options import LLMOptions
 
 
@@ -14,7 +13,7 @@ def start(
     options: Annotated[LLMOptions, ONE_MODEL, Preset("packed_dir", "packed_dir_bytes")],
     /,
     *,
-    measure: Annotated[MeasureOptions, Preset("threads", repeats=5)],
+    measure: Annotated[MeasureOptions, Preset("threads", "plot", repeats=5)],
 ) -> None:
     """Measure how long `latentkv generate` takes to the first token, packing weights anew and mapping them.
 
@@ -28,14 +27,12 @@ def start(
     """
     from rich.table import Table
 
-    from latentkv.bench.report import describe
     from latentkv.bench.start import measure_start
     from latentkv.checkpoint.source import model_name
 
-    measure.require_folder()
     shown = model_name(options.model) if options.model else "the embedded model"
-    with console(stderr=True).status("starting") as status:
-        report = measure_start(as_words(options), name=shown, repeats=measure.repeats, progress=status.update)
+    with measure.measuring("starting") as progress:
+        report = measure_start(as_words(options), name=shown, repeats=measure.repeats, progress=progress)
     torch = report.starts[0]
     table = Table(title=f"Starts of {report.model}, medians of {report.repeats}", title_justify="left")
     for column in ("", "first output after", "of import torch", "processor time", "of import torch"):
@@ -48,7 +45,4 @@ def start(
             f"{each.cpu_seconds:.2f} s",
             f"{each.cpu_seconds / torch.cpu_seconds:.2f}x",
         )
-    screen = console()
-    screen.print(table)
-    screen.print(describe(report.environment), style="dim")
-    measure.save(report)
+    measure.show(report, table)

@@ -7,9 +7,8 @@ from typing import Annotated
 
 import typer
 
-from latentkv.cli.bench_options import ONE_MODEL, MeasureOptions
+from latentkv.cli.bench_options import ONE_MODEL, MeasureOptions, require_folder
 from latentkv.cli.flags import Preset
-from latentkv.cli.terminal import console
 from latentkv.options import LLMOptions
 from latentkv.ranges import Range
 
@@ -23,7 +22,7 @@ def tensor_parallel(
     ranks: Annotated[int, Range(2, 64)] = 2,
     prompt_tokens: Annotated[int, Range(1)] = 512,
     new_tokens: Annotated[int, Range(2)] = 33,
-    measure: Annotated[MeasureOptions, Preset("threads", repeats=9)],
+    measure: Annotated[MeasureOptions, Preset("threads", "plot", repeats=9)],
 ) -> None:
     """Measure prompts and tokens of a model in several processes beside the same model in the first of them alone.
 
@@ -41,15 +40,14 @@ def tensor_parallel(
     """
     from rich.table import Table
 
-    from latentkv.bench.report import describe
     from latentkv.bench.tensor_parallel import measure_tensor_parallel
     from latentkv.parallel.launch import launch
     from latentkv.parallel.process import world_size
 
-    measure.require_folder()
+    require_folder(measure.json_file)
     if world_size() == 1:
         raise typer.Exit(launch(ranks, sys.argv[1:], end_seconds=5))
-    with console(stderr=True).status("measuring"):
+    with measure.measuring("measuring"):
         report = measure_tensor_parallel(
             options,
             ranks,
@@ -66,7 +64,4 @@ def tensor_parallel(
     for row in report.rows:
         one, all_ = (f"{row.one_ms:,.4g}", f"{row.one_spread:.0%}"), (f"{row.all_ms:,.4g}", f"{row.all_spread:.0%}")
         table.add_row(named[row.work], *one, *all_, f"{row.times:.2f}")
-    screen = console()
-    screen.print(table)
-    screen.print(describe(report.environment), style="dim")
-    measure.save(report)
+    measure.show(report, table)

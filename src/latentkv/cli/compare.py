@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from latentkv.cli.loading import use_threads
 from latentkv.cli.terminal import console, print_json
-from latentkv.option_types import Flag, Floats, Words
+from latentkv.compare import CompareOptions
+from latentkv.option_types import Flag
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from latentkv.compare import Report
-    from latentkv.compare.options import Match
 
 
 def compare(
@@ -24,18 +24,7 @@ def compare(
     eval_file: Annotated[tuple[Path, ...], Flag(exists=True)],
     out: Path,
     *,
-    arms: Words | None = None,
-    match: str = "parameters",
-    seeds: int = 3,
-    steps: int = 960,
-    lrs: Floats = (1e-3, 2e-3, 4e-3),
-    hidden: int = 128,
-    layers: int = 4,
-    heads: int = 8,
-    vocab: int = 1024,
-    seq_len: int = 256,
-    batch_tokens: int = 1024,
-    eval_bytes: int = 200_000,
+    options: CompareOptions,
     no_speed: bool = False,
     threads: int | None = None,
     trust_network: bool = False,
@@ -52,40 +41,17 @@ def compare(
         data: folder of .txt files, or one text file.
         eval_file: text to measure on, held out of training and tokenizer; repeatable.
         out: folder for results and models; goes on with what it holds.
-        arms: attentions to compare: mha, gqa-GROUPS, mqa and mla-RANK, with commas between; None is mha, gqa and mqa,
-            and mla with as large a cache as these and with 1/16 of mha's.
-        match: parameters: as many in each arm, by the feed-forward layer's width; none: one width.
-        seeds: full runs an arm.
-        steps: steps of a full run; a third of it to choose a learning rate.
-        lrs: peak learning rates to choose from, each arm by itself.
-        hidden: width of the residual stream.
-        layers: decoder layers.
-        heads: query heads a layer.
-        vocab: tokens of the tokenizer, which is trained once for all arms.
-        seq_len: tokens a sequence.
-        batch_tokens: tokens a step.
-        eval_bytes: about how much held-out text to measure on.
+        options: what is compared, and how.
         no_speed: do not time the trained models' decoding.
         threads: CPU threads; None is all cores.
         trust_network: let processes talk over addresses that are not private, in the clear.
         as_json: print the report as JSON.
     """
-    from latentkv.compare import CompareOptions, Sizes, compare_attention
+    from latentkv.compare import compare_attention
     from latentkv.train.ranks import DataRanks
 
     ranks = DataRanks.join(trust_network=trust_network)
     use_threads(threads)
-    options = CompareOptions(
-        sizes=Sizes(hidden, layers, heads, vocab),
-        arms=arms or (),
-        match=cast("Match", match),
-        seeds=seeds,
-        steps=steps,
-        rates=lrs,
-        seq_len=seq_len,
-        batch_tokens=batch_tokens,
-        eval_bytes=eval_bytes,
-    )
     err = console(stderr=True)
     with ranks.together():
         report = compare_attention(data, eval_file, out, options, err, speed=not no_speed, ranks=ranks)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
+from typing import TYPE_CHECKING, Annotated, Any
 
 from latentkv.cli.conversion import (
     EVAL_SEED,
@@ -17,7 +17,7 @@ from latentkv.cli.conversion import (
 from latentkv.cli.flags import Preset
 from latentkv.cli.loading import model_folder, use_threads
 from latentkv.cli.terminal import console, print_json
-from latentkv.errors import RequestError
+from latentkv.convert import ConvertOptions
 from latentkv.option_types import Flag
 from latentkv.options import ModelName
 
@@ -27,26 +27,13 @@ if TYPE_CHECKING:
     from latentkv.convert import ConversionReport
 
 
-def _share(text: str) -> float:
-    try:
-        part, _, whole = text.partition("/")
-        return float(part) / float(whole or "1")
-    except (ValueError, ZeroDivisionError):
-        raise RequestError(f"{text!r} is no share; write 1/4 or 0.25.") from None
-
-
 def convert(
     source: Annotated[ModelName, Preset(model=...)],
     target: Path,
     /,
     *,
-    kv_budget: Annotated[float | None, Flag(read=_share)] = None,
-    rank: int | None = None,
-    rope_dim: int | None = None,
+    options: ConvertOptions,
     calibrate: str = SELF,
-    method: str = "weighted",
-    fold: int = 1,
-    export: str = "transformers",
     sequences: int = 128,
     length: int = 512,
     text: str | None = None,
@@ -65,13 +52,8 @@ def convert(
     Args:
         source: the model.
         target: a new folder for the converted model.
-        kv_budget: share of the source's KV cache to keep, like 1/4; chooses `rank` and `rope_dim`.
-        rank: width of the latent, instead of `kv_budget`.
-        rope_dim: dimensions of the shared key with RoPE; with `rank`.
+        options: sizes and method.
         calibrate: text to choose by: a UTF-8 text file, or self: what the source writes by itself.
-        method: weighted; transmla and svd are there to be compared with.
-        fold: with transmla: frequencies that share a basis.
-        export: the engine, besides LatentKV, that the checkpoint is for: transformers or vllm.
         sequences: sequences of calibration text.
         length: tokens of a sequence.
         text: report the perplexity on this, before and after: a file, or self.
@@ -81,9 +63,6 @@ def convert(
     """
     from latentkv.checkpoint.source import model_name
     from latentkv.convert import (
-        ConvertOptions,
-        Export,
-        Method,
         convert_checkpoint,
         note,
         read_record,
@@ -92,11 +71,6 @@ def convert(
     )
 
     use_threads(threads)
-    if method not in get_args(Method):
-        raise RequestError(f"--method={method} is not known: choose {', '.join(get_args(Method))}.")
-    if export not in get_args(Export):
-        raise RequestError(f"--export={export} is not known: choose {', '.join(get_args(Export))}.")
-    options = ConvertOptions(rank, rope_dim, kv_budget, cast("Method", method), fold, cast("Export", export))
     require_text_options(sequences, length, calibrate, text)
     folder = model_folder(source)
     require_convertible(folder, options)

@@ -1,8 +1,8 @@
 """A command's options, made of its signature: a plain function whose docstring is the help becomes one that typer runs.
 
 - A parameter that stands before `/` is an argument, any other an option of its name; `Flag` says more where need be.
-- A parameter whose type is a dataclass stands for the dataclass's fields, under a heading of its name. Before `/` those
-  of its fields that Python takes by position are arguments too, besides being options.
+- A parameter whose type is a dataclass stands for the dataclass's fields, under a heading of its name, and so does a
+  field. Before `/` those of its fields that Python takes by position are arguments too, besides being options.
 - Help is what the `Args:` of the function or the `Attributes:` of the dataclass say. There `name` becomes --name,
   quotes go, and a last clause "None is all of them" becomes the default that is shown.
 """
@@ -16,13 +16,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import typer
 
 from latentkv.errors import LatentKVError, RequestError
 from latentkv.option_types import Flag
 from latentkv.ranges import Range
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 _NO_FLAG = Flag()
 _KINDS = (Path, str, bool, int, float)
@@ -54,26 +57,19 @@ def command(function: Callable[..., object]) -> Callable[..., None]:
     """What typer is to call instead of this function."""
     hints, own = get_type_hints(function, include_extras=True), inspect.signature(function).parameters
     text, help_of = _read_docstring(function)
-    taken: dict[str, list[_Option]] = {}
-    groups: dict[str, type] = {}
+    taken: dict[str, _Option | _Group] = {}
     for name, parameter in own.items():
         positional = parameter.kind is parameter.POSITIONAL_ONLY
-        kind, _, notes = _unwrap(hints[name])
-        if isinstance(kind, type) and is_dataclass(kind):
-            preset = Preset.of([note for note in notes if isinstance(note, Preset)])
-            groups[name], taken[name] = kind, list(_fields(kind, preset, positional))
-        else:
-            taken[name] = [_Option.of(name, hints[name], parameter.default, help_of.get(name, ""), None, positional)]
-    options = [option for several in taken.values() for option in several]
+        taken[name] = _Group.of(hints[name], positional) or _Option.of(
+            name, hints[name], parameter.default, help_of.get(name, ""), None, positional
+        )
+    options = [option for each in taken.values() for option in each.options()]
     arguments = [option for option in options if option.positional]
 
     def run(ctx: typer.Context, **given: Any) -> None:
         _let_the_line_count(ctx, options, given)
         _place_arguments(ctx, arguments, given)
-        values: dict[str, Any] = {}
-        for name, several in taken.items():
-            found = {option.name: option.value(given) for option in several}
-            values[name] = groups[name](**found) if name in groups else found[name]
+        values = {name: each.value(given) for name, each in taken.items()}
         unnamed = [values.pop(name) for name, each in own.items() if each.kind is each.POSITIONAL_ONLY]
         function(*unnamed, **values)
 
@@ -88,12 +84,39 @@ def command(function: Callable[..., object]) -> Callable[..., None]:
 
 def as_words(options: object) -> list[str]:
     """Options of a dataclass as the words of a command line, those left out that are as they would be anyway."""
+    group = _Group.of(type(options), positional=False)
     words: list[str] = []
-    for option in _fields(type(options), Preset(), positional=False):
+    for option in group.options() if group else ():
         value = getattr(options, option.name)
         if value != option.default:
             words += option.words(value)
     return words
+
+
+@dataclass(frozen=True)
+class _Group:
+    """A dataclass whose fields are options, or such dataclasses in turn."""
+
+    kind: type
+    taken: Mapping[str, _Option | _Group]
+
+    @classmethod
+    def of(cls, hint: Any, positional: bool) -> _Group | None:
+        """The fields that a parameter or a field of this type offers; None where it is no dataclass."""
+        kind, notes = _unwrap(hint)
+        if not (isinstance(kind, type) and is_dataclass(kind)):
+            return None
+        preset = Preset.of([note for note in notes if isinstance(note, Preset)])
+        return cls(kind, dict(_fields(kind, preset, positional)))
+
+    def options(self) -> Iterator[_Option]:
+        """All of them, in order."""
+        for each in self.taken.values():
+            yield from each.options()
+
+    def value(self, given: Mapping[str, Any]) -> Any:
+        """The dataclass, made of what was given."""
+        return self.kind(**{name: each.value(given) for name, each in self.taken.items()})
 
 
 @dataclass(frozen=True)
@@ -103,7 +126,6 @@ class _Option:
     Attributes:
         kind: what its texts are made into, one of `_KINDS`.
         many: it may be given again and again.
-        nullable: its type allows None.
         default: `inspect.Parameter.empty` where it must be given.
         unset: in words, what the default None (or its like) means.
         cleared: in words, what None means where `flag.without` asks for it.
@@ -114,7 +136,6 @@ class _Option:
     name: str
     kind: type
     many: bool
-    nullable: bool
     default: Any
     help: str
     unset: str | None
@@ -126,7 +147,7 @@ class _Option:
 
     @classmethod
     def of(cls, name: str, hint: Any, default: Any, help: str, panel: str | None, positional: bool) -> _Option:
-        kind, nullable, notes = _unwrap(hint)
+        kind, notes = _unwrap(hint)
         flag = _merge([note for note in notes if isinstance(note, Flag)])
         many = get_origin(kind) in (tuple, list) and flag.read is None
         if many:
@@ -139,7 +160,6 @@ class _Option:
             name=name,
             kind=str if flag.read else _kind_of(kind),
             many=many,
-            nullable=nullable,
             default=default,
             help=_as_help(help),
             unset=_plain(unset) if unset and (default is None or flag.without) else None,
@@ -154,6 +174,10 @@ class _Option:
     def is_option(self) -> bool:
         """Whether it has a flag; an argument has one where it is named."""
         return not self.positional or bool(self.flag.names)
+
+    def options(self) -> Iterator[_Option]:
+        """Itself, as a group gives all of its own."""
+        yield self
 
     def parameters(self, flexible: bool) -> Iterator[inspect.Parameter]:
         """What typer reads; with `flexible` arguments are missed in `run`, not by typer."""
@@ -248,7 +272,7 @@ def _place_arguments(ctx: typer.Context, arguments: Sequence[_Option], given: di
         given[option.name] = text
 
 
-def _fields(cls: type, preset: Preset, positional: bool) -> Iterator[_Option]:
+def _fields(cls: type[DataclassInstance], preset: Preset, positional: bool) -> Iterator[tuple[str, _Option | _Group]]:
     """The fields of a dataclass that are offered, those of its bases under their own headings."""
     hints = get_type_hints(cls, include_extras=True)
     help_of: dict[str, str] = {}
@@ -257,14 +281,17 @@ def _fields(cls: type, preset: Preset, positional: bool) -> Iterator[_Option]:
         help_of |= _read_docstring(base)[1]
         owner |= dict.fromkeys(vars(base).get("__annotations__", {}), base)
     for field in fields(cls):
-        _, _, notes = _unwrap(hint := hints[field.name])
+        _, notes = _unwrap(hint := hints[field.name])
         if field.name in preset.without or not field.init or not all(n.offered for n in notes if isinstance(n, Flag)):
             continue
         default = preset.defaults.get(field.name, _default_of(field))
         default = inspect.Parameter.empty if default is ... else default
-        argument = positional and not field.kw_only
-        heading = _heading(owner[field.name], cls)
-        yield _Option.of(field.name, hint, default, help_of.get(field.name, ""), heading, argument)
+        argument, heading = positional and not field.kw_only, _heading(owner[field.name], cls)
+        yield (
+            field.name,
+            _Group.of(hint, argument)
+            or _Option.of(field.name, hint, default, help_of.get(field.name, ""), heading, argument),
+        )
 
 
 def _default_of(field: Field[Any]) -> Any:
@@ -280,17 +307,17 @@ def _heading(owner: type, cls: type) -> str | None:
     return name and re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).capitalize()
 
 
-def _unwrap(hint: Any) -> tuple[Any, bool, list[object]]:
-    """A type without None and notes, whether None is in it, and the notes; of several types one that texts become."""
+def _unwrap(hint: Any) -> tuple[Any, list[object]]:
+    """A type without None and notes, and the notes; of several types the one that texts become."""
     if get_origin(hint) is Annotated:
         inner, *notes = get_args(hint)
-        kind, nullable, more = _unwrap(inner)
-        return kind, nullable, [*notes, *more]
+        kind, more = _unwrap(inner)
+        return kind, [*notes, *more]
     if get_origin(hint) in (Union, UnionType):
         members = [_unwrap(member) for member in get_args(hint) if member is not NoneType]
         best = min(members, key=lambda member: _KINDS.index(member[0]) if member[0] in _KINDS else len(_KINDS))
-        return best[0], NoneType in get_args(hint), [note for member in members for note in member[2]]
-    return hint, False, []
+        return best[0], [note for member in members for note in member[1]]
+    return hint, []
 
 
 def _kind_of(kind: Any) -> type:

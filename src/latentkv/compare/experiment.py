@@ -13,11 +13,12 @@ from rich.console import Console
 
 from latentkv.bench.decode_speed import DEPTH, measure_decode
 from latentkv.bench.environment import describe_environment
-from latentkv.compare.arms import BASELINE, Arm
+from latentkv.compare.arms import Arm
 from latentkv.compare.options import SWEEP_SEED, CompareOptions
 from latentkv.compare.plot import plot_comparison
 from latentkv.compare.report import ArmReport, Report, Speed, choose_rate, report_arm, same_cache_pairs
 from latentkv.compare.runs import Run, RunFolder, RunResult, require_comparison
+from latentkv.compare.sizes import BASELINE
 from latentkv.compare.table import as_markdown
 from latentkv.compare.text import Text
 from latentkv.errors import RequestError, TrainingError

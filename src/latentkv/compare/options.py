@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
-from latentkv.compare.arms import BASELINE, MAX_POSITIONS, Arm, Sizes, default_arms, matched_width, parse_arm
+from latentkv.compare.sizes import BASELINE, MAX_POSITIONS, Sizes
 from latentkv.errors import RequestError
+from latentkv.option_types import Flag, Floats, Words
 from latentkv.ranges import require_range, require_ranges
 from latentkv.train import TrainOptions
+
+if TYPE_CHECKING:
+    from latentkv.compare.arms import Arm
 
 Match = Literal["parameters", "none"]
 
@@ -27,23 +31,23 @@ class CompareOptions:
 
     Attributes:
         sizes: what the models have in common.
-        arms: names, `mha` among them; empty: `default_arms`.
-        match: "parameters": each arm's feed-forward layer is as wide as it takes to have MHA's number of parameters;
-            "none": all have the width of MHA's.
+        arms: attentions to compare: mha, gqa-GROUPS, mqa and mla-RANK, with commas between; without any mha, gqa and
+            mqa, and mla with as large a cache as these and with 1/16 of mha's.
+        match: "parameters": as many in each arm, by the feed-forward layer's width; "none": one width.
         seeds: full runs of each arm.
-        steps: of a full run.
+        steps: steps of a full run; a third of it to choose a learning rate.
         rates: peak learning rates to choose from, for each arm by itself; a single one is taken without trying.
         seq_len: tokens a sequence.
-        batch_tokens: tokens an optimiser step, a multiple of seq_len.
+        batch_tokens: tokens an optimiser step, a multiple of `seq_len`.
         eval_bytes: about how much held-out text to measure on.
     """
 
     sizes: Sizes = field(default_factory=Sizes)
-    arms: tuple[str, ...] = ()
+    arms: Words = ()
     match: Match = "parameters"
     seeds: int = 3
     steps: int = 960
-    rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3)
+    rates: Annotated[Floats, Flag(("--lrs",))] = (1e-3, 2e-3, 4e-3)
     seq_len: int = 256
     batch_tokens: int = 1024
     eval_bytes: int = 200_000
@@ -72,10 +76,17 @@ class CompareOptions:
 
     def list_arms(self) -> list[Arm]:
         """What is compared, in order."""
+        from latentkv.compare.arms import (  # which --help, that reads the fields, does not wait for
+            default_arms,
+            parse_arm,
+        )
+
         return [parse_arm(name, self.sizes) for name in self.arms or default_arms(self.sizes)]
 
     def width(self, arm: Arm) -> int:
         """Of the arm's feed-forward layer."""
+        from latentkv.compare.arms import matched_width
+
         return matched_width(arm, self.sizes) if self.match == "parameters" else self.sizes.mha_width
 
     @property

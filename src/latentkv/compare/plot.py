@@ -11,8 +11,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
 
-from latentkv.compare.arms import BASELINE
 from latentkv.compare.report import ArmReport, Report
+from latentkv.compare.sizes import BASELINE
 from latentkv.files import write_whole
 
 # Colours that stay apart for colour-blind readers (Okabe and Ito).

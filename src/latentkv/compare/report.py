@@ -7,8 +7,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from latentkv.bench.environment import Environment
-from latentkv.compare.arms import BASELINE, Arm
+from latentkv.compare.arms import Arm
 from latentkv.compare.options import SWEEP_SEED, CompareOptions
+from latentkv.compare.sizes import BASELINE
 from latentkv.compare.statistics import Difference, Spread, paired_difference, spread
 from latentkv.plan import count_parameters
 from latentkv.state import bytes_per_token

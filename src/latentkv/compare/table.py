@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from latentkv.bench.decode_speed import DEPTH
-from latentkv.compare.arms import BASELINE
 from latentkv.compare.options import SWEEP_SEED
 from latentkv.compare.report import ArmReport, Report
+from latentkv.compare.sizes import BASELINE
 from latentkv.compare.statistics import Difference, Spread
 
 Row = Sequence[str]

@@ -1,20 +1,24 @@
 """A grouped-query model made into a latent-attention one: converted, and healed."""
 
-from latentkv.convert.export import VLLM_LATENT_WIDTHS, Export
-from latentkv.convert.heal import (
-    Evaluation,
-    Healing,
-    HealOptions,
-    heal_checkpoint,
-    held_out_sequences,
-    require_healable,
-)
-from latentkv.convert.layer import Method
-from latentkv.convert.options import ConvertOptions
-from latentkv.convert.record import PAGE_FILE, REPORT_FILE, note, read_record
-from latentkv.convert.report import ConversionReport
-from latentkv.convert.run import convert_checkpoint, require_convertible
-from latentkv.convert.target import require_target
+from typing import TYPE_CHECKING
+
+from latentkv.convert.options import ConvertOptions, Export, Method
+from latentkv.lazy import lazily
+
+if TYPE_CHECKING:
+    from latentkv.convert.export import VLLM_LATENT_WIDTHS
+    from latentkv.convert.heal import (
+        Evaluation,
+        Healing,
+        HealOptions,
+        heal_checkpoint,
+        held_out_sequences,
+        require_healable,
+    )
+    from latentkv.convert.record import PAGE_FILE, REPORT_FILE, note, read_record
+    from latentkv.convert.report import ConversionReport
+    from latentkv.convert.run import convert_checkpoint, require_convertible
+    from latentkv.convert.target import require_target
 
 __all__ = [
     "PAGE_FILE",
@@ -36,3 +40,13 @@ __all__ = [
     "require_healable",
     "require_target",
 ]
+
+__getattr__ = lazily(
+    __name__,
+    export=("VLLM_LATENT_WIDTHS",),
+    heal=("Evaluation", "HealOptions", "Healing", "heal_checkpoint", "held_out_sequences", "require_healable"),
+    record=("PAGE_FILE", "REPORT_FILE", "note", "read_record"),
+    report=("ConversionReport",),
+    run=("convert_checkpoint", "require_convertible"),
+    target=("require_target",),
+)

@@ -13,13 +13,14 @@ gives them rms_norm_eps, never ties the head, reads a plain RoPE or YaRN, and dr
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from latentkv.convert.attention import MLAWeights
 from latentkv.convert.layer import LayerPlan
+from latentkv.convert.options import Export
 from latentkv.convert.source import SourceModel
 
 DOWN_EXPONENT = -40
@@ -28,9 +29,6 @@ TRANSFORMERS_EPS = 1e-6
 # rank + rope-dim that the latent attention of vLLM 0.32 takes; it runs others with VLLM_MLA_DISABLE=1 alone.
 VLLM_LATENT_WIDTHS = (320, 512, 576)
 BIAS_COLUMNS = 16  # the constant one and zeros, so that the width stays a multiple of 16
-
-Export = Literal["transformers", "vllm"]
-"""The engine, besides LatentKV, that a converted checkpoint is for."""
 
 
 def latent_norm_eps(source: SourceModel, export: Export) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -21,10 +20,9 @@ from latentkv.convert.attention import (
     query_weight,
 )
 from latentkv.convert.factor import Factors
+from latentkv.convert.options import Method
 from latentkv.convert.rotation import Rotation, folded_rotation, unitary_rotation
 from latentkv.convert.statistics import LayerStatistics
-
-Method = Literal["weighted", "transmla", "svd"]
 
 
 @dataclass(frozen=True)

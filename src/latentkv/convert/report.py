@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from latentkv.convert.export import Export
+from latentkv.convert.options import Export
 from latentkv.models.config import ModelConfig
 from latentkv.ops.kv_formats import KVFormat
 from latentkv.saved_values import as_saved

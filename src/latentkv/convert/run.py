@@ -14,6 +14,7 @@ from torch import Tensor
 
 from latentkv.convert.calibration import LayerView, positions_of, view_layer
 from latentkv.convert.export import export_config, export_layer, has_biases, latent_norm_eps, read_by, ties_head
+from latentkv.convert.fit import possible_sizes, require_fit
 from latentkv.convert.layer import ConvertedLayer, LayerPlan, convert_layer, rope_gains
 from latentkv.convert.options import ConvertOptions
 from latentkv.convert.report import CacheBytes, ConversionReport, LayerRow
@@ -42,8 +43,8 @@ HELD_OUT = 0.125
 def require_convertible(folder: Path, options: ConvertOptions) -> SourceModel:
     """The source, if it can be converted like this; else the error of `convert_checkpoint`, before any text is read."""
     source = open_source(folder)
-    options.require_fit(source)
-    options.sizes(source)
+    require_fit(options, source)
+    possible_sizes(options, source)
     return source
 
 
@@ -125,7 +126,7 @@ class _Conversion:
         if finished is not None:
             return finished
         self._target.claim()
-        plan, forecasts = self._plan(self._options.sizes(self._source))
+        plan, forecasts = self._plan(possible_sizes(self._options, self._source))
         rows, frequencies, biases = self._convert(plan)
         config = self._config(plan, frequencies, biases=biases)
         report = ConversionReport(

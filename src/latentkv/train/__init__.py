@@ -10,5 +10,4 @@ if TYPE_CHECKING:
 
 __all__ = ["TrainOptions", "TrainingPlan", "prepare_text", "train_model"]
 
-# Options are read for --help, which is not to wait for torch.
-__getattr__ = lazily(__name__, {"prepare_text": "latentkv.train.run", "train_model": "latentkv.train.run"})
+__getattr__ = lazily(__name__, run=("prepare_text", "train_model"))
