@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -62,3 +65,16 @@ def serving(llm: LLM, *, other_names: tuple[str, ...] = (), **settings: Any) -> 
         thread.join(timeout=20)
         listening.close()
         assert not thread.is_alive(), "the server did not stop"
+
+
+def ask(live: Live, path: str, body: object = None, method: str | None = None, **headers: str) -> tuple[int, Any, Any]:
+    """(status, JSON or text, headers)."""
+    data = None if body is None else json.dumps(body).encode()
+    sent = {"Content-Type": "application/json", **{name.replace("_", "-"): value for name, value in headers.items()}}
+    request = urllib.request.Request(f"{live.url}{path}", data, sent, method=method)
+    try:
+        answer = urllib.request.urlopen(request, timeout=20)
+    except urllib.error.HTTPError as error:
+        answer = error
+    text = answer.read().decode()
+    return answer.status, json.loads(text) if "json" in (answer.headers["content-type"] or "") else text, answer.headers

@@ -8,11 +8,11 @@ from latentkv.errors import RequestError
 NAN, INF = math.nan, math.inf
 REFUSED = {
     "max_tokens": [0, -1, 1.0, True, "3", None, NAN],
-    "temperature": [-0.1, 100.1, NAN, INF, True, "1", None],
-    "top_k": [-1, 1.5, False, None, "all"],
-    "top_p": [0, -0.1, 1.1, NAN, True, None],
+    "temperature": [-0.1, 100.1, NAN, INF, True, "1"],
+    "top_k": [-1, 1.5, False, "all"],
+    "top_p": [0, -0.1, 1.1, NAN, True],
     "min_p": [-0.1, 1.1, NAN, False, "0"],
-    "repetition_penalty": [0, -1, 101, NAN, INF, True, None],
+    "repetition_penalty": [0, -1, 101, NAN, INF, True],
     "seed": [-1, 2**63, 1.0, True, "x"],
     "logprobs": [-1, 2.0, True, "5"],
     "ignore_eos": [1, 0, None, "yes"],

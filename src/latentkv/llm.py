@@ -84,6 +84,8 @@ class LLM:
         thread: where the model was loaded and is run.
         store: what `cache_dir` holds, if there is one.
         packed_file: what the weights are mapped from, if they are.
+        sampling_defaults: values that `SamplingParams` takes where it says None, by name, as `generation_config` has
+            them; what is not named there changes nothing.
         ranks: this process among those that run the model together, if there are several.
 
     Raises:
@@ -110,6 +112,7 @@ class LLM:
         self.decoder, self.packed_file = loaded.decoder, loaded.packed_file
         self.cache, self.max_context, self.store = loaded.cache, loaded.max_context, loaded.store
         self.engine, self.ranks = loaded.engine, loaded.ranks
+        self.sampling_defaults = loaded.sampling_defaults
         self.thread = EngineThread(
             self.engine,
             max_open=None,
@@ -208,7 +211,7 @@ class LLM:
         Raises:
             RequestError: as `generate`.
         """
-        params = _params(sampling_params)
+        params = _params(sampling_params).with_defaults(self.sampling_defaults)
         if params.stop:
             self._require_tokenizer("A stop string")
         ids = self._encode(prompt) if isinstance(prompt, str) else prompt

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,6 +18,7 @@ from latentkv.engine.drafts import Drafter, NGramDrafter
 from latentkv.engine.memory import beside_weights, default_cache_bytes, free_memory
 from latentkv.engine.mtp import MTPDrafter
 from latentkv.errors import ConfigError
+from latentkv.generation_config import sampling_defaults
 from latentkv.llm_options import (
     LoadOptions,
     context_of,
@@ -58,6 +61,7 @@ class LoadedModel:
     store: PageStore | None
     engine: Engine
     ranks: Ranks | None
+    sampling_defaults: Mapping[str, Any]
 
 
 def load(options: LoadOptions) -> LoadedModel:
@@ -87,6 +91,7 @@ def load(options: LoadOptions) -> LoadedModel:
 def _load(options: LoadOptions, ranks: Ranks | None) -> LoadedModel:
     store_folder = None if options.cache_dir is None else StoreFolder(Path(options.cache_dir).expanduser())
     folder = embedded_model() if options.model is None else resolve_model(options.model)
+    defaults = sampling_defaults(options.generation_config, folder)
     config, reader = open_checkpoint(folder)
     if options.int8_products:
         require_int8_products(config, options.kv_dtype, options.device)
@@ -142,7 +147,9 @@ def _load(options: LoadOptions, ranks: Ranks | None) -> LoadedModel:
         store=store,
         pipeline=Pipeline(ranks, team) if ranks else None,
     )
-    return LoadedModel(folder, config, tokenizer, max_context, decoder, packed_file, cache, store, engine, ranks)
+    return LoadedModel(
+        folder, config, tokenizer, max_context, decoder, packed_file, cache, store, engine, ranks, defaults
+    )
 
 
 def _decoder(

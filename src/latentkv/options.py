@@ -50,6 +50,8 @@ class ModelOptions(ModelName):
         packed_dir: folder where packed weights are kept, which the next start maps; None keeps
             nothing for the next start; "auto" is ~/.cache/latentkv/packed.
         packed_dir_bytes: size that the files there may take; None is half of what its disk has free.
+        generation_config: where the defaults of sampling come from: auto (the model's generation_config.json), none, or
+            a folder with such a file.
     """
 
     _: KW_ONLY
@@ -60,6 +62,7 @@ class ModelOptions(ModelName):
     threads: Count | None = None
     packed_dir: Annotated[str | Path | None, Flag(without="--no-packed-dir")] = "auto"
     packed_dir_bytes: Bytes | None = None
+    generation_config: str | Path = "auto"
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Annotated, cast
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Annotated, Any, cast
 
 from latentkv.errors import RequestError
 from latentkv.option_types import Flag
@@ -17,15 +18,39 @@ MAX_CHOICES = 128
 
 
 @dataclass(frozen=True)
+class Choice:
+    """What decides how a token is chosen among the likely ones, where a request and its model leave it open.
+
+    Attributes:
+        temperature: what logits are divided by.
+        top_k: number of likeliest tokens that are kept; 0 keeps all.
+        top_p: probability up to which the likeliest tokens are kept.
+        min_p: how many times as likely as the likeliest a token must be to be kept.
+        repetition_penalty: how much less likely tokens of prompt and text become; 1 changes nothing.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+
+
+@dataclass(frozen=True)
 class SamplingParams:
     """What one request asks of the sampler; every value is checked once, here.
 
+    The model's default, where a value is None, is what its `generation_config.json` says, else what changes nothing
+    (`Choice`).
+
     Attributes:
         max_tokens: new tokens at most (1 or more); clipped to what the context still holds.
-        temperature: what logits are divided by, up to 100; 0 is greedy.
-        top_k: keep the k most likely tokens; 0 keeps all.
-        top_p: keep the smallest set of most likely tokens whose probability reaches this, in (0, 1]; 1 keeps all.
-        min_p: keep tokens at least this times as likely as the likeliest, in [0, 1]; 0 keeps all.
+        temperature: what logits are divided by, up to 100; 0 is greedy; None is the model's default.
+        top_k: keep the k most likely tokens; 0 keeps all; None is the model's default.
+        top_p: keep the smallest set of most likely tokens whose probability reaches this, in (0, 1]; 1 keeps all; None
+            is the model's default.
+        min_p: keep tokens at least this times as likely as the likeliest, in [0, 1]; 0 keeps all; None is the model's
+            default.
         stop: text that ends the answer, which is cut before it; one, or several.
         stop_token_ids: token that ends the answer, besides the model's own; one, or several.
         ignore_eos: do not end at the model's own end tokens (`stop_token_ids` still end it).
@@ -34,7 +59,7 @@ class SamplingParams:
         prompt_logprobs: report those of the prompt's tokens too, but the first; the whole prompt is read for it, even
             what the cache knows.
         repetition_penalty: how much less likely tokens of the prompt and of the text so far become, in (0, 100]; below
-            1 more likely, 1 changes nothing (CTRL, arXiv 1909.05858).
+            1 more likely, 1 changes nothing (CTRL, arXiv 1909.05858); None is the model's default.
         presence_penalty: what is subtracted from the logits of tokens that the text so far holds, in [-2, 2].
         frequency_penalty: what is subtracted once for each time that the text so far holds a token, in [-2, 2].
         logit_bias: what is added to the logits of these token ids, each in [-100, 100]; at most 1,024 of them.
@@ -49,17 +74,17 @@ class SamplingParams:
     """
 
     max_tokens: Annotated[int, Flag(("--max-tokens", "-n"))] = 256
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     seed: int | None = None
     logprobs: int | None = None
     prompt_logprobs: int | None = None
-    repetition_penalty: float = 1.0
+    repetition_penalty: float | None = None
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logit_bias: Mapping[int, float] = field(default_factory=dict[int, float], hash=False)
@@ -70,11 +95,12 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         _require_int("max_tokens", self.max_tokens, low=1)
-        _require_number("temperature", self.temperature, low=0, high=100)
-        _require_int("top_k", self.top_k, low=0, note=" (0: keep all)")
-        _require_number("top_p", self.top_p, low=0, high=1, above_low=True)
-        _require_number("min_p", self.min_p, low=0, high=1)
-        _require_number("repetition_penalty", self.repetition_penalty, low=0, high=100, above_low=True)
+        choice = self.choice
+        _require_number("temperature", choice.temperature, low=0, high=100)
+        _require_int("top_k", choice.top_k, low=0, note=" (0: keep all)")
+        _require_number("top_p", choice.top_p, low=0, high=1, above_low=True)
+        _require_number("min_p", choice.min_p, low=0, high=1)
+        _require_number("repetition_penalty", choice.repetition_penalty, low=0, high=100, above_low=True)
         _require_number("presence_penalty", self.presence_penalty, low=-2, high=2)
         _require_number("frequency_penalty", self.frequency_penalty, low=-2, high=2)
         _require_int("min_tokens", self.min_tokens, low=0, high=self.max_tokens, note=" (max_tokens)")
@@ -99,10 +125,24 @@ class SamplingParams:
         """Completions that are made."""
         return self.best_of or self.n
 
+    @cached_property
+    def choice(self) -> Choice:
+        """How a token is chosen."""
+        return Choice(**{name: value for name in vars(Choice()) if (value := getattr(self, name)) is not None})
+
     @property
     def greedy(self) -> bool:
         """Whether the likeliest token is taken, without chance."""
-        return self.temperature == 0
+        return self.choice.temperature == 0
+
+    def with_defaults(self, defaults: Mapping[str, Any]) -> SamplingParams:
+        """These parameters, and those of `defaults`, by name, that are None here.
+
+        Raises:
+            RequestError: a default is out of range.
+        """
+        missing = {name: value for name, value in defaults.items() if getattr(self, name) is None}
+        return replace(self, **missing) if missing else self
 
 
 def _require_int(name: str, value: object, *, low: int, high: int | None = None, note: str = "") -> None:

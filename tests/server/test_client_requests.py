@@ -9,10 +9,9 @@ import json
 from typing import Any
 
 import pytest
-from test_operations import ask
 
 from latentkv import LLM, SamplingParams
-from live_server import NAME, Live, serving
+from live_server import NAME, Live, ask, serving
 
 CHAT, COMPLETIONS, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"
 MESSAGES = [{"role": "user", "content": "Tell me of the sea."}]
@@ -118,7 +117,7 @@ def test_what_asks_for_nothing_new_changes_no_answer(
         (CHAT, "best_of", 2),
         (CHAT, "max_tokens", 0),
         (CHAT, "max_tokens", -2),
-        (CHAT, "temperature", 50),
+        (CHAT, "temperature", 101),
         (COMPLETIONS, "mirostat", 2),
         (COMPLETIONS, "mirostat", False),
         (COMPLETIONS, "typical_p", 0.9),

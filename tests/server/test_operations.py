@@ -8,7 +8,6 @@ import logging
 import socket
 import urllib.error
 import urllib.request
-from typing import Any
 
 import openai
 import pytest
@@ -19,22 +18,9 @@ from latentkv.plan import mha_bytes
 from latentkv.server.logs import JsonFormatter, logger
 from latentkv.server.metrics import SECONDS, Metrics, RequestClock
 from latentkv.server.run import bind
-from live_server import NAME, Live, serving
+from live_server import NAME, Live, ask, serving
 
 PROMPT = "It was a dark night"
-
-
-def ask(live: Live, path: str, body: object = None, method: str | None = None, **headers: str) -> tuple[int, Any, Any]:
-    """(status, JSON or text, headers)."""
-    data = None if body is None else json.dumps(body).encode()
-    sent = {"Content-Type": "application/json", **{name.replace("_", "-"): value for name, value in headers.items()}}
-    request = urllib.request.Request(f"{live.url}{path}", data, sent, method=method)
-    try:
-        answer = urllib.request.urlopen(request, timeout=20)
-    except urllib.error.HTTPError as error:
-        answer = error
-    text = answer.read().decode()
-    return answer.status, json.loads(text) if "json" in (answer.headers["content-type"] or "") else text, answer.headers
 
 
 def metrics(live: Live) -> dict[str, float]:

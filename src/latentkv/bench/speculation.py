@@ -169,7 +169,7 @@ def _measure_case(
         rows.append(
             SpeculationRow(
                 prompt=prompt,
-                temperature=params.temperature,
+                temperature=params.choice.temperature,
                 drafts=name,
                 tokens_per_second=len(_SEEDS) * params.max_tokens / timings[name].median,
                 spread=timings[name].spread,

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from latentkv.cli.flags import Preset
-from latentkv.cli.generate import Sampling
-from latentkv.cli.loading import cache_summary, load_model, turn_end_note
+from latentkv.cli.generate import OWN_DEFAULTS, Sampling
+from latentkv.cli.loading import cache_summary, load_model, sampling_note, turn_end_note
 from latentkv.cli.terminal import console
 from latentkv.errors import LatentKVError, RequestError
 from latentkv.options import LLMOptions
@@ -51,9 +51,11 @@ def chat(
     from latentkv.cli.conversation import Conversation
 
     llm = load_model(options)
-    conversation = Conversation(llm, sampling, system)
+    conversation = Conversation(llm, sampling.with_defaults(llm.sampling_defaults or OWN_DEFAULTS), system)
     notes = console(stderr=True)
     notes.print(f"{llm.folder.name}; {cache_summary(llm)}", style="dim")
+    if llm.sampling_defaults:
+        notes.print(sampling_note(llm), style="dim")
     if conversation.has_plain_template:
         notes.print(
             "This model has no chat template: a plain one (User: ... Assistant: ...) is used, so it may just write on.",

@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Annotated
 
 from latentkv.cli.flags import Preset
-from latentkv.cli.loading import cache_summary, load_model, store_summary
+from latentkv.cli.loading import cache_summary, load_model, sampling_note, store_summary
 from latentkv.cli.structure_options import StructureOptions
 from latentkv.cli.terminal import console, note, print_json
 from latentkv.errors import RequestError
@@ -26,9 +26,11 @@ if TYPE_CHECKING:
 
 Sampling = Annotated[
     SamplingParams,
-    Preset("logit_bias", "structure", "prompt_logprobs", "n", "best_of", temperature=0.8, top_p=0.95),
+    Preset("logit_bias", "structure", "prompt_logprobs", "n", "best_of"),
 ]
-"""Of the commands: livelier than the bare distribution is safe, and one answer."""
+"""Of the commands: one answer."""
+OWN_DEFAULTS = {"temperature": 0.8, "top_p": 0.95}
+"""Of sampling, where the model recommends nothing: livelier than the bare distribution is safe."""
 
 
 def generate(
@@ -65,7 +67,9 @@ def generate(
     given = _read_given(prompt, token_ids) if given is None else given
     if llm.store:
         note(store_summary(llm.store))
-    run = _Run(llm, given, params)
+    if llm.sampling_defaults:
+        note(sampling_note(llm))
+    run = _Run(llm, given, params.with_defaults(llm.sampling_defaults or OWN_DEFAULTS))
     if as_json:
         run.finish()
         print_json(run.as_json())

@@ -138,3 +138,10 @@ def use_threads(threads: int | None) -> None:
 def turn_end_note(token: str) -> str:
     """That a token ends answers which no file names as an end, for one line."""
     return f"ends: {token}, too, with which the chat template closes a turn, though no file names it as an end"
+
+
+def sampling_note(llm: LLM) -> str:
+    """What the model recommends for sampling, for one line."""
+    from latentkv.generation_config import FILE, describe
+
+    return f"sampling defaults of {FILE}: {describe(llm.sampling_defaults)}"

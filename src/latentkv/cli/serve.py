@@ -11,7 +11,7 @@ import typer
 
 from latentkv.cli.config_file import read_config_file
 from latentkv.cli.flags import Preset
-from latentkv.cli.loading import cache_summary, enter_ranks, load_model, store_summary, turn_end_note
+from latentkv.cli.loading import cache_summary, enter_ranks, load_model, sampling_note, store_summary, turn_end_note
 from latentkv.cli.terminal import console
 from latentkv.errors import ConfigError
 from latentkv.option_types import Flag
@@ -79,6 +79,8 @@ def serve(
     address = f"http://{shown_host}:{listening.getsockname()[1]}"
     out.print(f"Serving {shown} on {address} - chat page at {address}/, API at {address}/v1", highlight=False)
     out.print(cache_summary(llm), style="dim")
+    if llm.sampling_defaults:
+        out.print(sampling_note(llm), style="dim", highlight=False)
     if llm.unnamed_turn_end is not None:
         out.print(turn_end_note(llm.unnamed_turn_end), style="dim", markup=False)
     if llm.store:

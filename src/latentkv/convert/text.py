@@ -25,7 +25,7 @@ def load_writer(folder: Path, length: int) -> LLM:
     specs = read_config(folder).specs("fp32")
     pages = -(-max(length, 1) // PAGE_SIZE) + 1  # the scheduler lets a request in while there is a page in hand for it
     room = default_cache_bytes(specs, TOGETHER * pages * PAGE_SIZE, free_memory() // 2)
-    return LLM(folder, dtype="fp32", kv_cache_bytes=room)
+    return LLM(folder, dtype="fp32", kv_cache_bytes=room, generation_config="none")
 
 
 def tokens_of_file(folder: Path, path: Path, *, sequences: int, length: int) -> Tensor:

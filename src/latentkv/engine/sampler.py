@@ -61,7 +61,9 @@ class NextToken:
     def edits(self) -> bool:
         """Whether logits may change before the choice."""
         params = self.params
-        penalises = params.repetition_penalty != 1 or params.presence_penalty != 0 or params.frequency_penalty != 0
+        penalises = (
+            params.choice.repetition_penalty != 1 or params.presence_penalty != 0 or params.frequency_penalty != 0
+        )
         return self.blocked is not None or bool(params.logit_bias) or penalises or self.may_not_end
 
     @property
@@ -94,7 +96,7 @@ def _edit(logits: Tensor, asked: NextToken) -> Tensor:
     if asked.blocked is not None:
         logits = logits.masked_fill(asked.blocked, -math.inf)
     logits = add_bias(logits, params.logit_bias)
-    logits = penalize_repetition(logits, tokens, params.repetition_penalty)
+    logits = penalize_repetition(logits, tokens, params.choice.repetition_penalty)
     logits = penalize_text(logits, text, params.presence_penalty, params.frequency_penalty)
     if asked.may_not_end:
         # A checkpoint may name end tokens that its vocabulary does not have.
@@ -106,8 +108,8 @@ def _edit(logits: Tensor, asked: NextToken) -> Tensor:
 
 
 def _rule(asked: NextToken) -> ops.ChoiceRule:
-    params = asked.params
-    return ops.ChoiceRule(asked.seed, len(asked.tokens), params.temperature, params.top_k, params.top_p, params.min_p)
+    choice = asked.params.choice
+    return ops.ChoiceRule(asked.seed, len(asked.tokens), choice.temperature, choice.top_k, choice.top_p, choice.min_p)
 
 
 def token_logprobs(logits: Tensor, token_ids: Sequence[int], count: int) -> list[TokenLogprobs]:

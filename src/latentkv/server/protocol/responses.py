@@ -8,7 +8,7 @@ from pydantic import BaseModel, Field
 
 from latentkv.server.protocol import foreign_names
 from latentkv.server.protocol.reasoning import Effort, Verbosity
-from latentkv.server.protocol.sampling import StreamOptions, Strict
+from latentkv.server.protocol.sampling import StreamOptions, Strict, Temperature, TopP
 from latentkv.server.settings import MAX_MESSAGES
 
 
@@ -48,8 +48,8 @@ class ResponsesRequest(Strict):
     )
     instructions: str | None = Field(None, description="A system message before the input.")
     max_output_tokens: int | None = Field(None, ge=1, description="New tokens at most; all that fit if left out.")
-    temperature: float = Field(1.0, ge=0, le=2)
-    top_p: float = Field(1.0, gt=0, le=1)
+    temperature: Temperature = None
+    top_p: TopP = None
     text: TextOptions | None = None
     stream: bool = False
     stream_options: StreamOptions | None = Field(None, description="Of a stream.")

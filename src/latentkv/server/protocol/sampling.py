@@ -16,6 +16,13 @@ from latentkv.server.protocol.foreign import Rules, translate
 from latentkv.server.settings import MAX_STOP_CHARACTERS, MAX_STOPS
 
 MAX_PARAMETERS = 64
+OF_MODEL = "Left out: the model's default."
+Temperature = Annotated[
+    float | None, Field(ge=0, le=100, description=f"0 always takes the likeliest token. {OF_MODEL}")
+]
+TopP = Annotated[
+    float | None, Field(gt=0, le=1, description=f"Keep the likeliest tokens up to this probability. {OF_MODEL}")
+]
 StopString = Annotated[str, Field(max_length=MAX_STOP_CHARACTERS)]
 
 
@@ -84,10 +91,12 @@ class SamplingRequest(Strict):
     foreign = foreign_names.GENERATION
 
     model: str | None = Field(None, description="As /v1/models names it; may be left out.", max_length=1024)
-    temperature: float = Field(1.0, ge=0, le=2, description="0 always takes the likeliest token.")
-    top_p: float = Field(1.0, gt=0, le=1, description="Keep the likeliest tokens up to this probability.")
-    top_k: int = Field(0, ge=0, description="Keep this many likeliest tokens; 0 keeps all.")
-    min_p: float = Field(0.0, ge=0, le=1, description="Keep tokens at least this times as likely as the likeliest.")
+    temperature: Temperature = None
+    top_p: TopP = None
+    top_k: int | None = Field(None, ge=0, description=f"Keep this many likeliest tokens; 0 keeps all. {OF_MODEL}")
+    min_p: float | None = Field(
+        None, ge=0, le=1, description=f"Keep tokens at least this times as likely as the likeliest. {OF_MODEL}"
+    )
     n: int = Field(1, ge=1, le=MAX_CHOICES, description="Completions of each prompt.")
     stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOPS)] | None = Field(
         None, description="Strings that end the text; it is cut before them."
@@ -100,7 +109,9 @@ class SamplingRequest(Strict):
     seed: int | None = Field(None, ge=0, le=MAX_SEED, description="The same seed gives the same text.")
     presence_penalty: float = Field(0.0, ge=-2, le=2, description="Less likely what the text already holds.")
     frequency_penalty: float = Field(0.0, ge=-2, le=2, description="Less likely, each time that the text holds it.")
-    repetition_penalty: float = Field(1.0, gt=0, le=100, description="Above 1: less of prompt and text again.")
+    repetition_penalty: float | None = Field(
+        None, gt=0, le=100, description=f"Above 1: less of prompt and text again. {OF_MODEL}"
+    )
     logit_bias: Annotated[dict[str, float], Field(max_length=MAX_BIASES)] | None = Field(
         None, description="Is added to the logits of these token ids, -100 to 100."
     )

@@ -116,6 +116,7 @@ class _Writer:
         self._model = context.model
         self._body = body
         self._job = job
+        self._choice = job.choices[0].params.choice
         self._id, self._message_id = f"resp_{uuid4().hex}", f"msg_{uuid4().hex}"
         self._created = int(time.time())
         self._answer = Answer(context.model.format, (), reasoning_open=reasoning_open, parallel=True)
@@ -169,8 +170,8 @@ class _Writer:
             output=[] if reason is None else [self._message(reason)],
             instructions=body.instructions,
             max_output_tokens=body.max_output_tokens,
-            temperature=body.temperature,
-            top_p=body.top_p,
+            temperature=self._choice.temperature,
+            top_p=self._choice.top_p,
             parallel_tool_calls=body.parallel_tool_calls,
             tool_choice=body.tool_choice,
             metadata=body.metadata,
