@@ -22,6 +22,7 @@ class Completion:
         prompt_token_ids: what the model read.
         seed: of the sampling; the same seed gives the same text again.
         prompt_logprobs: of the prompt's tokens but the first, None unless asked for.
+        cached_tokens: of the prompt's tokens, those that did not have to be read.
     """
 
     text: str
@@ -31,6 +32,7 @@ class Completion:
     prompt_token_ids: list[int]
     seed: int
     prompt_logprobs: list[TokenLogprobs] | None = None
+    cached_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ class Piece:
         logprobs: one entry a new token, None unless asked for.
         prompt_logprobs: on the first piece, of the prompt's tokens but the first, None unless asked for.
         finish_reason: set on the last piece.
+        cached_tokens: on the first piece: of the prompt's tokens, those that did not have to be read.
     """
 
     text: str
@@ -50,6 +53,7 @@ class Piece:
     logprobs: list[TokenLogprobs] | None = None
     prompt_logprobs: list[TokenLogprobs] | None = None
     finish_reason: FinishReason | None = None
+    cached_tokens: int | None = None
 
 
 class TextOutput:
@@ -102,7 +106,7 @@ def piece_of(event: Event, output: TextOutput) -> Piece:
     if reason and output.finish():
         reason = "stop"
     logprobs = None if event.logprobs is None else [event.logprobs]
-    return Piece(output.take(), [event.token_id], logprobs, event.prompt_logprobs, reason)
+    return Piece(output.take(), [event.token_id], logprobs, event.prompt_logprobs, reason, event.cached_tokens)
 
 
 def joined(pieces: Sequence[Piece]) -> Piece:
@@ -116,6 +120,7 @@ def joined(pieces: Sequence[Piece]) -> Piece:
         None if first.logprobs is None else [entry for piece in pieces for entry in piece.logprobs or ()],
         first.prompt_logprobs,
         last.finish_reason,
+        first.cached_tokens,
     )
 
 
@@ -193,6 +198,7 @@ def join_pieces(request: Request, pieces: list[Piece]) -> Completion:
         prompt_token_ids=list(request.prompt_token_ids),
         seed=request.seed,
         prompt_logprobs=whole.prompt_logprobs,
+        cached_tokens=whole.cached_tokens or 0,
     )
 
 

@@ -226,13 +226,16 @@ class LLM:
     def chat_text(self, messages: Sequence[Mapping[str, Any]], **template_variables: Any) -> str:
         """A conversation as the one text that the model continues.
 
+        With `add_generation_prompt=False` it opens no answer; with `continue_final_message=True` it ends with the text
+        of the last message.
+
         Raises:
             RequestError: the model has no tokenizer.
             TokenizerError: as `chat`.
         """
         tokenizer = self._require_tokenizer("A conversation")
         self.require_not_too_long(text_length(messages), _LEFT_OUT)
-        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, **template_variables)
+        return tokenizer.apply_chat_template(messages, **template_variables)
 
     @property
     def unnamed_turn_end(self) -> str | None:
@@ -240,11 +243,11 @@ class LLM:
         added = self.engine.eos_ids - named_end_ids(self.config, self.tokenizer)
         return self.tokenizer.piece(min(added)) if self.tokenizer and added else None
 
-    def chat_tokens(self, text: str) -> list[int]:
-        """The token ids of what `chat_text` gave."""
+    def chat_tokens(self, text: str, *, add_bos: bool = False) -> list[int]:
+        """The token ids of what `chat_text` gave, which has its begin token already where it needs one."""
         tokenizer = self._require_tokenizer("A conversation")
         self.require_not_too_long(len(text))
-        return tokenizer.encode(text, add_bos=False, allow_special=True)
+        return tokenizer.encode(text, add_bos=add_bos, allow_special=True)
 
     def chat_params(self, sampling_params: SamplingParams | None = None) -> SamplingParams:
         """What `chat` makes of its parameters: where a model knows no turns, the next one's opening is a stop."""

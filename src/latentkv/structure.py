@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, cast, get_args
@@ -57,16 +58,28 @@ class Structure:
     @classmethod
     def choice(cls, choices: Iterable[str]) -> Structure:
         """One of up to 1,024 texts."""
-        known = isinstance(cast(object, choices), Iterable) and not isinstance(choices, (str, bytes))
-        texts = tuple(choices) if known else ()
-        if not 0 < len(texts) <= MAX_CHOICES or not all(isinstance(cast(object, text), str) and text for text in texts):
-            raise RequestError(f"choice must be a list of 1 to {MAX_CHOICES:,} strings, none of them empty.")
+        texts = _texts("choice", choices)
         return cls("grammar", "start: CHOICE\nCHOICE: " + " | ".join(_as_json("choice", text) for text in texts))
+
+    @classmethod
+    def without(cls, texts: Iterable[str]) -> Structure:
+        """Any text in which none of these up to 1,024 occurs."""
+        given = _texts("without", texts)
+        forbidden = "|".join(re.sub(r"([^\w\s])", r"\\\1", text).replace("\n", r"\n") for text in given)
+        return cls("grammar", f"start: TEXT\nTEXT: /(?s:.*)/ & ~/(?s:.*)({forbidden})(?s:.*)/")
 
     @classmethod
     def grammar(cls, lark: str) -> Structure:
         """A text that a context-free grammar derives from `start`, in llguidance's dialect of Lark."""
         return cls("grammar", lark)
+
+
+def _texts(name: str, given: Iterable[str]) -> tuple[str, ...]:
+    known = isinstance(cast(object, given), Iterable) and not isinstance(given, (str, bytes))
+    texts = tuple(given) if known else ()
+    if not 0 < len(texts) <= MAX_CHOICES or not all(isinstance(cast(object, text), str) and text for text in texts):
+        raise RequestError(f"{name} must be a list of 1 to {MAX_CHOICES:,} strings, none of them empty.")
+    return texts
 
 
 def _num_bytes(kind: str, source: object) -> int:

@@ -4,8 +4,10 @@ refused by name.
 
 from __future__ import annotations
 
+import gzip
 import http.client
 import json
+import zlib
 from typing import Any
 
 import pytest
@@ -60,6 +62,7 @@ GENERATION: list[dict[str, Any]] = [
     {"max_tokens": 6.0, "top_k": 0.0},
     {"guided_decoding_backend": "xgrammar", "grammar": "", "options": {}},
     {"prediction": {"type": "content", "content": "It was"}},
+    {"bad_words": ["zanzibar", "(x|y)*\\d/"]},
 ]
 CHATS: list[dict[str, Any]] = [
     {"modalities": ["text"]},
@@ -69,6 +72,7 @@ CHATS: list[dict[str, Any]] = [
     {"verbosity": "medium"},
     {"function_call": "none", "functions": [], "tools": [], "tool_choice": "auto", "parallel_tool_calls": True},
     {"logprobs": False, "top_logprobs": 0},
+    {"logprobs": 0},
     {"add_generation_prompt": True, "continue_final_message": False, "add_special_tokens": False},
     {"best_of": 1, "echo": False, "separate_reasoning": True, "include_reasoning": True, "documents": []},
     {"reasoning_format": "auto"},
@@ -111,7 +115,6 @@ def test_what_asks_for_nothing_new_changes_no_answer(
         (CHAT, "web_search_options", {}),
         (CHAT, "chat_template", "{{ x }}"),
         (CHAT, "documents", [{"text": "x"}]),
-        (CHAT, "continue_final_message", True),
         (CHAT, "thinking", {"type": "enabled", "budget_tokens": 100}),
         (CHAT, "reasoning_effort", "much"),
         (CHAT, "best_of", 2),
@@ -121,7 +124,6 @@ def test_what_asks_for_nothing_new_changes_no_answer(
         (COMPLETIONS, "mirostat", 2),
         (COMPLETIONS, "mirostat", False),
         (COMPLETIONS, "typical_p", 0.9),
-        (COMPLETIONS, "bad_words", ["sea"]),
         (COMPLETIONS, "use_beam_search", True),
         (COMPLETIONS, "include_stop_str_in_output", True),
         (COMPLETIONS, "skip_special_tokens", False),
@@ -131,7 +133,7 @@ def test_what_asks_for_nothing_new_changes_no_answer(
         (COMPLETIONS, "metadata", "a text"),
         (COMPLETIONS, "nobody_knows", False),
         (COMPLETIONS, "top_k", -2),
-        (COMPLETIONS, "seed", -2),
+        (COMPLETIONS, "seed", 2**64),
         (RESPONSES, "tools", [{"type": "web_search"}]),
         (RESPONSES, "truncation", "auto"),
         (RESPONSES, "previous_response_id", "resp_1"),
@@ -227,7 +229,7 @@ def test_a_history_is_read_as_clients_send_it_back(live: Live, reference: LLM, s
     ("message", "named"),
     [
         ({"role": "narrator", "content": "a"}, "messages[1].role"),
-        ({"role": "assistant", "content": "a", "prefix": True}, "messages[1].prefix"),
+        ({"role": "user", "content": "a", "prefix": True}, "messages[1].prefix"),
         ({"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}, "messages[1].content[0]"),
         ({"role": "user", "content": "a", "images": ["x"]}, "messages[1].images"),
         ({"role": "user", "content": None}, "content"),
@@ -261,7 +263,7 @@ def test_the_begin_token_can_be_left_out(live: Live, reference: LLM) -> None:
     assert text_of(bare) == expected.text
 
 
-def raw(live: Live, method: str, path: str, body: str | None = None, **headers: str) -> tuple[int, bytes]:
+def raw(live: Live, method: str, path: str, body: str | bytes | None = None, **headers: str) -> tuple[int, bytes]:
     connection = http.client.HTTPConnection(live.url.removeprefix("http://"), timeout=20)
     connection.request(method, path, body, {name.replace("_", "-"): value for name, value in headers.items()})
     answer = connection.getresponse()
@@ -279,7 +281,7 @@ def test_a_body_without_a_type_is_json_unless_a_web_page_sent_it(live: Live) -> 
 
 
 @pytest.mark.parametrize(
-    "path", ["/health", "/v1/models", f"/v1/models/{NAME}", "/metrics", "/stats", "/openapi.json", "/"]
+    "path", ["/health", "/version", "/v1/models", f"/v1/models/{NAME}", "/metrics", "/stats", "/openapi.json", "/"]
 )
 def test_what_can_be_got_can_be_asked_for_its_head(live: Live, path: str) -> None:
     assert raw(live, "GET", path)[0] == 200
@@ -307,3 +309,88 @@ def test_whoever_salts_shares_prefixes_with_the_same_salt_alone(live: Live) -> N
     assert hits(cache_salt="one") == 0
     assert hits(cache_salt="one") > 0
     assert hits(cache_salt="two") == hits(cache_prompt=False) == hits() == 0
+
+
+def test_seeds_beyond_ours_are_seeds_all_the_same(live: Live) -> None:
+    def text(seed: int) -> str:
+        return text_of(ask(live, COMPLETIONS, {"prompt": "It was a", "max_tokens": 12, "seed": seed})[1])
+
+    for seed in (2**63 - 1, 2**63 + 5, 2**64 - 1, -2, -(2**63)):
+        assert text(seed) == text(seed)
+    assert len({text(seed) for seed in (3, 2**63 + 5, -2)}) == 3
+
+
+def test_bad_words_do_not_occur(live: Live) -> None:
+    asked = {**PLAIN[COMPLETIONS], "max_tokens": 24}
+    free = text_of(ask(live, COMPLETIONS, asked)[1])
+    word = free.split()[1]
+    text = text_of(ask(live, COMPLETIONS, {**asked, "bad_words": [word, word[:3]]})[1])
+    assert text and word[:3] not in text and text != free
+    for other in ({"structured_outputs": {"choice": ["a"]}}, {"response_format": {"type": "json_object"}}):
+        status, answer, _ = ask(live, COMPLETIONS, {**asked, "bad_words": ["sea"], **other})
+        assert status == 400 and f"{next(iter(other))} and bad_words" in answer["error"]["message"]
+
+
+def test_the_last_message_can_be_gone_on_with(live: Live, reference: LLM) -> None:
+    begun = {"role": "assistant", "content": "The sea is"}
+    turn = reference.chat_text([*MESSAGES, begun], add_generation_prompt=False)
+    expected = reference.generate(
+        [reference.chat_tokens(turn[: turn.rindex("is") + 2])], SamplingParams(max_tokens=6, temperature=0)
+    )[0]
+    for extra in ({"continue_final_message": True, "add_generation_prompt": False}, {"continue_final_message": True}):
+        answer = ask(live, CHAT, {**PLAIN[CHAT], "messages": [*MESSAGES, begun], **extra})[1]
+        assert text_of(answer) == expected.text
+        assert answer["usage"]["prompt_tokens"] == len(expected.prompt_token_ids)
+    for key in ("prefix", "partial"):
+        answer = ask(live, CHAT, {**PLAIN[CHAT], "messages": [*MESSAGES, {**begun, key: True}]})[1]
+        assert text_of(answer) == expected.text
+    both = {"continue_final_message": True, "add_generation_prompt": True}
+    assert ask(live, CHAT, {**PLAIN[CHAT], "messages": [*MESSAGES, begun], **both})[0] == 400
+    empty = {"messages": [*MESSAGES, {"role": "assistant", "content": ""}], "continue_final_message": True}
+    status, answer, _ = ask(live, CHAT, {**PLAIN[CHAT], **empty})
+    assert status == 400 and "no text to go on with" in answer["error"]["message"]
+
+
+def test_an_answer_need_not_be_opened_and_may_have_a_begin_token(live: Live, reference: LLM) -> None:
+    closed = reference.chat_text(MESSAGES, add_generation_prompt=False)
+    tokens = reference.chat_tokens(closed)
+    assert ask(live, "/tokenize", {"messages": MESSAGES, "add_generation_prompt": False})[1]["tokens"] == tokens
+    answer = ask(live, CHAT, {**PLAIN[CHAT], "add_generation_prompt": False})[1]
+    assert answer["usage"]["prompt_tokens"] == len(tokens)
+    assert text_of(answer) == reference.generate([tokens], SamplingParams(max_tokens=6, temperature=0))[0].text
+    more = ask(live, CHAT, {**PLAIN[CHAT], "add_special_tokens": True})[1]
+    assert more["usage"]["prompt_tokens"] == len(reference.chat_tokens(reference.chat_text(MESSAGES))) + 1
+
+
+def test_usage_tells_what_was_known_of_the_prompt(live: Live) -> None:
+    prompt = "Of ships and of sealing wax, of cabbages and of kings. " * 10
+    body = {"prompt": prompt, "max_tokens": 1, "cache_salt": "usage", "n": 2}
+    first, second = (ask(live, COMPLETIONS, body)[1]["usage"] for _ in range(2))
+    assert first["prompt_tokens_details"] == {"cached_tokens": 0}
+    assert 64 <= second["prompt_tokens_details"]["cached_tokens"] < second["prompt_tokens"]
+    streamed = ask(live, COMPLETIONS, {**body, "stream": True, "stream_options": {"include_usage": True}})[1]
+    assert json.loads(streamed.split("data: ")[-2])["usage"]["prompt_tokens_details"] == second["prompt_tokens_details"]
+
+
+def test_compressed_bodies_are_read_within_the_limit_on_what_they_hold(live: Live, plain: dict[str, str]) -> None:
+    body = json.dumps(PLAIN[COMPLETIONS]).encode()
+    half = len(body) // 2
+    codings = {
+        "gzip": (gzip.compress(body), gzip.compress(body[:half]) + gzip.compress(body[half:])),
+        "deflate": (zlib.compress(body),),
+        "identity": (body,),
+    }
+    for coding, sent in codings.items():
+        for each in sent:
+            status, answer = raw(live, "POST", COMPLETIONS, each, Content_Encoding=coding)
+            assert (status, text_of(json.loads(answer))) == (200, plain[COMPLETIONS])
+    bomb = gzip.compress(b" " * (8 << 20))
+    assert len(bomb) < 10_000 and raw(live, "POST", COMPLETIONS, bomb, Content_Encoding="gzip")[0] == 413
+    assert raw(live, "POST", COMPLETIONS, gzip.compress(body)[:-9], Content_Encoding="gzip")[0] == 400
+    assert raw(live, "POST", COMPLETIONS, body, Content_Encoding="gzip")[0] == 400
+    status, answer = raw(live, "POST", COMPLETIONS, body, Content_Encoding="br")
+    assert status == 415 and "'br'" in json.loads(answer)["error"]["message"]
+
+
+def test_the_version_is_told(live: Live) -> None:
+    assert ask(live, "/version")[1] == {"version": ask(live, "/stats")[1]["version"]}

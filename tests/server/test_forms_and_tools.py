@@ -227,3 +227,30 @@ def test_a_response_is_held_to_a_schema_and_what_is_not_known_is_refused(client:
     for given in ({"previous_response_id": "resp_1"}, {"store": True}, {"tools": [{"type": "web_search"}]}):
         with pytest.raises(openai.BadRequestError, match=next(iter(given))):
             client.responses.create(**{"model": NAME, "input": "x", **given})
+
+
+def test_what_a_loose_schema_asks_beyond_what_can_be_enforced_is_named_in_a_header(client: openai.OpenAI) -> None:
+    schema = {"type": "array", "items": {"enum": [1, 2, 3, 4, 5]}, "uniqueItems": True, "maxItems": 3}
+    form: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    asked = {"model": NAME, "messages": MESSAGES, "max_tokens": 50, "seed": 1}
+    raw = client.chat.completions.with_raw_response.create(**asked, response_format=form)
+    assert raw.headers["x-latentkv-note"] == "uniqueItems at # is not enforced"
+    assert isinstance(json.loads(raw.parse().choices[0].message.content or ""), list)
+    form["json_schema"]["strict"] = True
+    with pytest.raises(openai.BadRequestError, match="'uniqueItems' at #, which cannot be enforced"):
+        client.chat.completions.create(**asked, response_format=form)
+    text: Any = {"format": {"type": "json_schema", "name": "x", "schema": schema}}
+    response = client.responses.with_raw_response.create(input="x", text=text, max_output_tokens=40)
+    assert response.headers["x-latentkv-note"] == "uniqueItems at # is not enforced"
+    plain = client.chat.completions.with_raw_response.create(**asked)
+    assert "x-latentkv-note" not in plain.headers
+
+
+def test_of_the_tools_only_those_allowed_are_offered(tool_client: openai.OpenAI) -> None:
+    chosen = [{"type": "function", "function": {"name": "sail"}}]
+    asked: Any = {"model": NAME, "messages": MESSAGES, "max_tokens": 120, "seed": 3}
+    choice: Any = {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": chosen}}
+    got = tool_client.chat.completions.create(**asked, tools=TOOLS, tool_choice=choice)
+    alone = tool_client.chat.completions.create(**asked, tools=TOOLS[:1], tool_choice="required")
+    assert got.choices[0].message.tool_calls and got.choices[0].message.tool_calls[0].function.name == "sail"
+    assert got.usage.prompt_tokens == alone.usage.prompt_tokens

@@ -48,6 +48,7 @@ class Event:
         token_id: the token.
         logprobs: where the request asked for them.
         prompt_logprobs: on the first event, where the request asked for them: of the prompt's tokens but the first.
+        cached_tokens: on the first event: of the prompt's tokens, those that did not have to be read.
         finish_reason: "stop" (an end token, or the text ended), "length" (no more tokens allowed), None (goes on).
             Where a structure allows no further token, it is "stop" if the text is complete, else "length".
     """
@@ -56,6 +57,7 @@ class Event:
     token_id: int
     logprobs: TokenLogprobs | None = None
     prompt_logprobs: list[TokenLogprobs] | None = None
+    cached_tokens: int | None = None
     finish_reason: FinishReason | None = None
 
 
@@ -464,11 +466,12 @@ class Engine:
             reason = "stop" if state.may_end else "length"
         elif len(tokens) - prompt_len == job.request.max_new_tokens:
             reason = "length"
-        scores = job.prompt_logprobs
-        of_prompt = None
-        if params.prompt_logprobs is not None and len(tokens) == prompt_len + 1:
-            of_prompt = [scores[position] for position in range(1, prompt_len)]
-        return Event(job.sequence.index, token, logprobs, of_prompt, reason)
+        of_prompt = found = None
+        if len(tokens) == prompt_len + 1:
+            found = job.sequence.num_found
+            if params.prompt_logprobs is not None:
+                of_prompt = [job.prompt_logprobs[position] for position in range(1, prompt_len)]
+        return Event(job.sequence.index, token, logprobs, of_prompt, found, reason)
 
     def _score_prompt(self, reading: Reading) -> None:
         """Keep what the states of the tokens that were just read say of the prompt's tokens after them."""

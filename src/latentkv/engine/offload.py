@@ -98,6 +98,8 @@ class Offload:
             return False
         pages, stored.loading = stored.loading.pages(), None
         sequence.num_cached += pages * self._page_size
+        if not sequence.times_given_back:
+            sequence.num_found = sequence.num_cached
         self._counters.store_hits += pages * self._page_size
         self._counters.loaded_bytes += pages * self._store.page_bytes
         return True

@@ -192,6 +192,8 @@ class Scheduler:
             pool.share(each.page for each in known)
             sequence.pages = [each.page for each in known] + pool.allocate(new)
             sequence.num_cached = len(known) * self._cache.page_size
+            if not sequence.times_given_back:
+                sequence.num_found = sequence.num_cached
             if slots and self._snapshots:
                 snapshot = self.prefixes.snapshot(known[-1]) if known else None
                 sequence.slot = slots.resume(snapshot) if snapshot else slots.allocate()

@@ -19,6 +19,7 @@ class Sequence:
         pages: cache pages that the sequence holds, in order.
         slot: where the recurrent state of its tokens lies, where a layer is recurrent.
         num_cached: how many of the tokens the cache holds already, or will when the steps under way are done.
+        num_found: how many of the prompt's tokens the cache or the store had when it was first taken in.
         draft: tokens that may come next; they are read together with the newest one, and checked.
         times_given_back: how often it has given its pages back, to be read again: what was under way then is void.
     """
@@ -28,6 +29,7 @@ class Sequence:
     pages: list[int] = field(default_factory=list[int])
     slot: Slot | None = None
     num_cached: int = 0
+    num_found: int = 0
     draft: list[int] = field(default_factory=list[int])
     times_given_back: int = 0
 

@@ -17,6 +17,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from latentkv.errors import LatentKVError
+from latentkv.server.compression import Inflate
 from latentkv.server.context import Server
 from latentkv.server.errors import ApiError, as_api_error
 from latentkv.server.logs import LogRequests, logger
@@ -24,7 +25,9 @@ from latentkv.server.protocol.operations import ErrorResponse
 from latentkv.server.routes import chat, completions, operations, page, responses
 from latentkv.server.security import JsonByDefault, LimitBody, RequireKey
 
-REFUSALS = (400, 401, 404, 405, 413, 429, 500, 503, 504)
+REFUSALS = (400, 401, 404, 405, 413, 415, 429, 500, 503, 504)
+EXPOSED = ("X-Request-Id", "X-LatentKV-Note", "Retry-After", "WWW-Authenticate")
+"""Headers that scripts of other origins may read."""
 WATCH_SECONDS = 1.0
 
 
@@ -72,13 +75,14 @@ def create_app(server: Server, *, died: Callable[[str], None] | None = None) -> 
     settings = server.settings
     most_held = max(settings.max_body_bytes, settings.max_held_bytes)
     guarded: ASGIApp = LimitBody(JsonByDefault(app), settings.max_body_bytes, most_held, server.held)
-    guarded = RequireKey(guarded, server.settings.api_keys)
+    guarded = RequireKey(Inflate(guarded), server.settings.api_keys)
     if server.settings.cors_origins:
         guarded = CORSMiddleware(
             guarded,
             allow_origins=server.settings.cors_origins,
             allow_methods=["GET", "HEAD", "POST"],
             allow_headers=["*"],
+            expose_headers=EXPOSED,
         )
     return LogRequests(guarded)
 

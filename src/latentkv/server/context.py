@@ -48,12 +48,14 @@ class Context:
         http: the request.
         salt: who shares prefixes with it.
         log: what its line in the log says beside the usual.
+        notes: what its answer says in a header: parts of what was asked that are left out, as was allowed.
     """
 
     server: Server
     http: HttpRequest
     salt: str
     log: dict[str, Any] = field(default_factory=dict[str, Any])
+    notes: list[str] = field(default_factory=list[str])
 
     @property
     def model(self) -> ServedModel:
@@ -105,6 +107,7 @@ async def _context(http: HttpRequest) -> Context:  # async: FastAPI would run it
     server = cast(Server, http.app.state.server)
     context = Context(server, http, salt=http.scope.get("latentkv.salt", ""))
     http.scope["latentkv.log"] = context.log
+    http.scope["latentkv.notes"] = context.notes
     return context
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncGenerator, Collection
+from itertools import accumulate
 
 from latentkv.completion import Completion, Piece, best_of, join_pieces
 from latentkv.engine import Request
@@ -41,6 +42,7 @@ class Job:
         self._context = context
         self._prompts = prompts
         self._tokens = [0] * len(self.choices)
+        self._cached = [0] * len(self.choices)
         self._texts = [""] * len(self.choices)
         self._clocks = [RequestClock(time.monotonic()) for _ in self.choices]
         server = context.server
@@ -50,13 +52,19 @@ class Job:
     @property
     def usage(self) -> Usage:
         """Tokens so far."""
-        return Usage.of(sum(len(prompt.prompt_token_ids) for prompt in self._prompts), sum(self._tokens))
+        firsts = accumulate((prompt.params.num_choices for prompt in self._prompts[:-1]), initial=0)
+        return Usage.of(
+            sum(len(prompt.prompt_token_ids) for prompt in self._prompts),
+            sum(self._tokens),
+            sum(self._cached[first] for first in firsts),  # the others find what the first one has read
+        )
 
     async def pieces(self) -> AsyncGenerator[tuple[int, Piece]]:
         """(choice, what is new of it), until all have ended."""
         metrics = self._context.server.metrics
         async for index, piece in self._generation.pieces():
             self._tokens[index] += len(piece.token_ids)
+            self._cached[index] += piece.cached_tokens or 0
             if self._logs_text:
                 self._texts[index] += piece.text
             metrics.tokens(self._clocks[index], len(piece.token_ids))
@@ -71,7 +79,11 @@ class Job:
         self._generation.close()
         self._context.server.metrics.give_up(self._unfinished)
         self._unfinished = 0
-        self._context.log |= self.usage.model_dump()
+        usage = self.usage
+        self._context.log |= {
+            **usage.model_dump(exclude={"prompt_tokens_details"}),
+            "cached_tokens": usage.prompt_tokens_details.cached_tokens,
+        }
         if self._logs_text:
             text_of = self._context.model.text_of
             self._context.log["prompts"] = [text_of(prompt.prompt_token_ids) for prompt in self._prompts]

@@ -44,8 +44,15 @@ def log_to_stderr() -> None:
     logging.getLogger("latentkv").setLevel(logging.INFO)
 
 
+MAX_NOTE = 1000
+"""Characters of the header that says what was left out."""
+
+
 class LogRequests:
-    """Gives every request an id, takes the client's if it is plain, and logs its end."""
+    """Gives every request an id, takes the client's if it is plain, and logs its end.
+
+    The answer's headers tell the id, and what was left out of what was asked.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -65,7 +72,10 @@ class LogRequests:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)["x-request-id"] = request_id
+                headers = MutableHeaders(scope=message)
+                headers["x-request-id"] = request_id
+                if notes := scope.get("latentkv.notes"):
+                    headers["x-latentkv-note"] = "; ".join(notes)[:MAX_NOTE].encode("unicode_escape").decode()
             await send(message)
 
         try:

@@ -51,6 +51,7 @@ class ChatTemplate:
         messages: Sequence[Mapping[str, Any]],
         *,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
         documents: Sequence[Mapping[str, Any]] | None = None,
         **json_kwargs: Any,
@@ -62,12 +63,15 @@ class ChatTemplate:
                 parts, which are joined; it may be None or absent beside `tool_calls`, whose arguments are JSON text or
                 an object, whichever the template wants. Other keys reach the template.
             add_generation_prompt: end with the opening of the assistant's turn.
+            continue_final_message: end with the text of the last message, which is to be gone on with, and open no
+                turn.
             tools: functions as OpenAI's API writes them; an empty list is none.
             documents: documents, if the template knows them.
             json_kwargs: further variables for the template (`enable_thinking=False`), JSON values only.
 
         Raises:
-            TokenizerError: messages are malformed, an argument is not JSON, or the template fails or refuses.
+            TokenizerError: messages are malformed, an argument is not JSON, or the template fails or refuses, or does
+                not write the last message as it is.
             RequestError: tools are malformed, or the template takes none.
         """
         if tools is not None and read_tools(tools) and not self.takes_tools:
@@ -81,12 +85,13 @@ class ChatTemplate:
             **{name: _plain_json(value, name) for name, value in json_kwargs.items()},
             "tools": _plain_json(tools, "tools") or None,
             "documents": _plain_json(documents, "documents"),
-            "add_generation_prompt": bool(add_generation_prompt),
+            "add_generation_prompt": bool(add_generation_prompt) and not continue_final_message,
         }
         name = self._name(with_tools=bool(tools))
         if has_calls(checked):
             checked = with_style(checked, self._style(name))
-        return self._write(name, {**variables, "messages": checked})
+        text = self._write(name, {**variables, "messages": checked})
+        return _up_to(text, checked[-1].get("content")) if continue_final_message else text
 
     def _style(self, name: str) -> CallStyle:
         """Found with no variable of a request, because it holds for all of them."""
@@ -103,6 +108,16 @@ class ChatTemplate:
 
     def _name(self, *, with_tools: bool) -> str:
         return "tool_use" if with_tools and "tool_use" in self._sources else "default"
+
+
+def _up_to(text: str, last: object) -> str:
+    """A conversation up to the end of its last message, whose blanks a template may cut off."""
+    if not isinstance(last, str) or not last.strip():
+        raise TokenizerError("The last message has no text to go on with: give it some, or ask for a new message.")
+    for content in (last, last.rstrip(), last.strip()):
+        if (start := text.rfind(content)) >= 0:
+            return text[: start + len(content)]
+    raise TokenizerError("The chat template changes the last message, so it cannot be gone on with.")
 
 
 def text_length(messages: Sequence[Mapping[str, Any]]) -> int:

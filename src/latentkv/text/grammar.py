@@ -16,6 +16,7 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 from numpy.typing import NDArray
 
 from latentkv.errors import RequestError
+from latentkv.text.digit_limit import DigitLimit, NumberState
 from latentkv.text.grammar_process import PARSER_LIMITS, grammar_processes
 from latentkv.text.lark import as_lark
 from latentkv.text.token_bytes import token_bytes
@@ -45,6 +46,7 @@ class GrammarCompiler:
         tokens += [b""] * (vocab_size - len(tokens))
         # Not only those with bytes: a grammar may name special tokens by their numbers, but no others.
         self._tokens = np.array([i not in end_ids and tokenizer.piece(i) is not None for i in range(vocab_size)])
+        self._digits = DigitLimit(tokens)
         self._tokenizer = LLTokenizer(TokenizerWrapper(_Vocabulary(tokens)))
         self._slots = threading.BoundedSemaphore(_COMPILATIONS_AT_ONCE)
         self._lock = threading.Lock()
@@ -81,7 +83,7 @@ class GrammarCompiler:
         if error:
             raise RequestError(f"The {name} cannot be used: {_reason(error, kind)}.")
         matcher = LLMatcher(self._tokenizer, lark, log_level=0, limits=LLParserLimits(**PARSER_LIMITS))
-        grammar = Grammar(matcher, self._tokens)
+        grammar = Grammar(matcher, self._tokens, self._digits if kind == "json_schema" else None)
         if not grammar.start().allowed.any():
             reason = _reason(matcher.get_error(), kind) or "change it"
             raise RequestError(f"The {name} allows no text that this tokenizer can write: {reason}.")
@@ -102,13 +104,15 @@ class Grammar:
     Args:
         matcher: at the beginning of a text.
         tokens: [V] those that a text may hold at all.
+        digits: of a text that is JSON: how long its numbers may grow.
 
     Attributes:
         worn: a completion has used up what its states may take; the next one needs a freshly compiled grammar.
     """
 
-    def __init__(self, matcher: LLMatcher, tokens: NDArray[np.bool_]) -> None:
+    def __init__(self, matcher: LLMatcher, tokens: NDArray[np.bool_], digits: DigitLimit | None = None) -> None:
         self.worn = False
+        self.digits = digits
         self._tokens = tokens
         self._matcher = matcher
         self._first = self.allowed_by(matcher)
@@ -134,6 +138,7 @@ class GrammarState:
         self.allowed = allowed
         self._grammar = grammar
         self._matcher = matcher
+        self._number = NumberState()
 
     @property
     def may_end(self) -> bool:
@@ -144,6 +149,9 @@ class GrammarState:
         """Take an allowed token; False when no token may follow it."""
         self._matcher.consume_token(token_id)
         self.allowed = self._grammar.allowed_by(self._matcher)
+        if (digits := self._grammar.digits) is not None:
+            digits.follow(self._number, token_id)
+            self.allowed = digits.within(self._number, self.allowed, may_end=self.may_end)
         if self._matcher.is_error():
             self._grammar.worn = True
         return bool(self.allowed.any())

@@ -7,21 +7,21 @@ from typing import Any, cast
 
 from latentkv.errors import RequestError
 
-_ONE_SCHEMA = frozenset({"items", "additionalItems", "additionalProperties"})
-_LISTED_SCHEMAS = frozenset({"anyOf", "oneOf", "allOf", "prefixItems"})
-_NAMED_SCHEMAS = frozenset({"properties", "patternProperties", "$defs", "definitions"})
+ONE_SCHEMA = frozenset({"items", "additionalItems", "additionalProperties"})
+LISTED_SCHEMAS = frozenset({"anyOf", "oneOf", "allOf", "prefixItems"})
+NAMED_SCHEMAS = frozenset({"properties", "patternProperties", "$defs", "definitions"})
 _LIMITS = frozenset({"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"})
 _COUNTS = frozenset({"minItems", "maxItems", "minProperties", "maxProperties", "minLength", "maxLength"})
 _PLAIN = frozenset({"$ref", "const", "enum", "type", "required", "pattern", "format"})
 # They say something about the values, and nothing about which are valid; so do all that begin with "x-".
-_ANNOTATIONS = frozenset(
+ANNOTATIONS = frozenset(
     {
         *("$anchor", "$comment", "$id", "$schema", "id", "title", "description", "default", "example", "examples"),
         *("deprecated", "readOnly", "writeOnly", "contentEncoding", "contentMediaType", "contentSchema"),
         *("discriminator", "externalDocs", "xml", "markdownDescription", "enumDescriptions", "enumNames"),
     }
 )
-_KNOWN = _ONE_SCHEMA | _LISTED_SCHEMAS | _NAMED_SCHEMAS | _LIMITS | _COUNTS | _PLAIN | _ANNOTATIONS
+ENFORCED = ONE_SCHEMA | LISTED_SCHEMAS | NAMED_SCHEMAS | _LIMITS | _COUNTS | _PLAIN | ANNOTATIONS
 # Those of `format` that the grammar's compiler knows. Any other says what a text is for, as the standard has it.
 _FORMATS = frozenset({"date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri"})
 # Words with these values demand nothing.
@@ -47,11 +47,11 @@ def without_idle_words(schema: Any) -> Any:
     for key, value in cast("dict[str, Any]", schema).items():
         if _is_idle(key, value):
             continue
-        if key in _NAMED_SCHEMAS and isinstance(value, dict):
+        if key in NAMED_SCHEMAS and isinstance(value, dict):
             value = {name: without_idle_words(each) for name, each in cast("dict[str, Any]", value).items()}
-        elif key in _LISTED_SCHEMAS | _ONE_SCHEMA and isinstance(value, list):
+        elif key in LISTED_SCHEMAS | ONE_SCHEMA and isinstance(value, list):
             value = [without_idle_words(each) for each in cast("list[Any]", value)]
-        elif key in _ONE_SCHEMA:
+        elif key in ONE_SCHEMA:
             value = without_idle_words(value)
         kept[key] = value
     return kept
@@ -61,7 +61,7 @@ def _is_idle(key: str, value: Any) -> bool:
     if key == "format":
         return isinstance(value, str) and value not in _FORMATS
     if key == "propertyNames" and isinstance(value, dict):  # names are strings anyway
-        asked = {name: each for name, each in cast("dict[str, Any]", value).items() if name not in _ANNOTATIONS}
+        asked = {name: each for name, each in cast("dict[str, Any]", value).items() if name not in ANNOTATIONS}
         return asked in ({}, {"type": "string"})
     return any(key == word and value == idle and type(value) is type(idle) for word, idle in _IDLE)
 
@@ -86,7 +86,7 @@ def require_enforced(schema: dict[str, Any]) -> None:
 def _check(path: str, schema: dict[str, Any]) -> None:
     for key, value in schema.items():
         found = f"The JSON schema has {_short(repr(key))} at {_short(path)}"
-        if key not in _KNOWN and (not key.startswith("x-") or key == _COMPILER_OPTIONS):
+        if key not in ENFORCED and (not key.startswith("x-") or key == _COMPILER_OPTIONS):
             raise RequestError(f"{found}, which cannot be enforced: leave it out.")
         if key == "$ref" and not str(value).startswith("#"):
             raise RequestError(f"{found} to {_short(repr(value))}, which is not fetched: put it under $defs.")
@@ -110,9 +110,9 @@ def _short(text: str) -> str:
 
 def _inside(path: str, schema: dict[str, Any]) -> Iterator[_Found]:
     for key, value in schema.items():
-        if key in _NAMED_SCHEMAS and isinstance(value, dict):
+        if key in NAMED_SCHEMAS and isinstance(value, dict):
             yield from ((f"{path}/{key}/{name}", each) for name, each in cast("dict[str, Any]", value).items())
-        elif key in _LISTED_SCHEMAS | _ONE_SCHEMA and isinstance(value, list):
+        elif key in LISTED_SCHEMAS | ONE_SCHEMA and isinstance(value, list):
             yield from ((f"{path}/{key}/{i}", each) for i, each in enumerate(cast("list[Any]", value)))
-        elif key in _ONE_SCHEMA:
+        elif key in ONE_SCHEMA:
             yield f"{path}/{key}", value

@@ -73,7 +73,7 @@ def test_a_choice_as_others_write_it_means_the_same(theirs: object, ours: object
         ("required", [], "needs tools"),
         ("any", [], "needs tools"),
         ("some", TOOLS, "must be"),
-        ({"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": []}}, TOOLS, "must be"),
+        ({"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": []}}, TOOLS, "allows no tool"),
         ({"type": "function", "function": {"name": "else"}}, TOOLS, "names 'else'"),
         ({"type": "function"}, TOOLS, "must be"),
     ],

@@ -37,6 +37,9 @@ class ChatRequest(SamplingRequest):
     )
     reasoning_effort: Effort | None = Field(None, description="Of a model that reasons; none turns it off.")
     verbosity: Verbosity | None = Field(None, description="Of a model whose template knows it.")
+    add_generation_prompt: bool | None = Field(None, description="End with the opening of an answer; left out: yes.")
+    continue_final_message: bool = Field(False, description="Go on with the last message instead of a new one.")
+    add_special_tokens: bool = Field(False, description="Put the begin token before what the template writes.")
     documents: list[dict[str, Any]] | None = Field(None, description="Of a model whose template takes them.")
 
 

@@ -85,7 +85,6 @@ GENERATION: dict[str, Rule] = {
     "length_penalty": Only((1,), "there is no beam search"),
     "early_stopping": Only((False,), "there is no beam search; leave it out or send false"),
     "use_beam_search": Only((False,), "there is no beam search; use best_of of /v1/completions, or send false"),
-    "bad_words": Only(([],), "words of several tokens cannot be forbidden; forbid single tokens by logit_bias of -100"),
     "allowed_token_ids": Only(([],), "say what may be written by structured_outputs"),
     "logits_processors": Only(([],), "no code of a request runs; leave it out"),
     "priority": Only((0,), "all requests are equal; leave it out or send 0"),
@@ -130,9 +129,7 @@ CHAT: dict[str, Rule] = {
     "functions": Only(([],), "give them as tools"),
     "function_call": Only(("none", "auto"), "give tools and tool_choice"),
     "web_search_options": Only((), "nothing is fetched from anywhere; leave it out"),
-    "add_generation_prompt": Only((True,), "the answer is always a turn of its own; leave it out or send true"),
-    "continue_final_message": Only((False,), "the answer is always a turn of its own; use /v1/completions"),
-    "add_special_tokens": Only((False,), "the template writes them; leave it out or send false"),
+    "logprobs": Turned(((0, False), (1, True))),
     "chat_template": Only(("",), "a template is taken from the checkpoint alone; leave it out"),
     "best_of": Only((1,), "use /v1/completions"),
     "echo": Only((False,), "use /v1/completions"),
@@ -160,8 +157,6 @@ STRUCTURED_OUTPUTS: dict[str, Rule] = {
     "disable_any_whitespace": Only((False,), _LEAVE_OR_FALSE),
     "disable_additional_properties": Only((False,), "say additionalProperties: false in the schema"),
 }
-
-TOKENIZE: dict[str, Rule] = {"add_generation_prompt": CHAT["add_generation_prompt"]}
 
 REASONING: dict[str, Rule] = {
     "summary": Only(("auto", "none"), "reasoning is not shown; leave it out"),

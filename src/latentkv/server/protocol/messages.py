@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, cast
 
 from latentkv.server.errors import ApiError
@@ -12,9 +12,10 @@ ROLES = frozenset({"system", "user", "assistant", "tool"})
 """That every template is given; others must be written in the template."""
 _KEYS = ("role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content")
 """That mean something with any template. Of others, those that the template knows reach it."""
+_GOES_ON = ("prefix", "partial")
+"""Keys of a last message of the assistant's that is to be gone on with, DeepSeek's and Moonshot's."""
 _ASKS = {
-    "prefix": "an answer is always a turn of its own",
-    "partial": "an answer is always a turn of its own",
+    **dict.fromkeys(_GOES_ON, "only the last message, if it is the assistant's, can be gone on with"),
     "images": "this server takes text only",
     "audio": "this server takes text only",
     "function_call": "give calls as tool_calls",
@@ -37,12 +38,21 @@ def read_messages(
     Raises:
         ApiError: a message asks for what cannot be, or is malformed; the message names it.
     """
-    return [_read(message, template, f"{where}[{index}]", where) for index, message in enumerate(messages)]
+    last = len(messages) - 1
+    return [
+        _read(message, template, f"{where}[{index}]", where, _GOES_ON if index == last and goes_on(messages) else ())
+        for index, message in enumerate(messages)
+    ]
 
 
-def _read(given: Mapping[str, Any], template: str, where: str, param: str) -> dict[str, Any]:
+def goes_on(messages: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the last message says of itself that it is the beginning of the answer."""
+    return messages[-1].get("role") == "assistant" and any(messages[-1].get(key) is True for key in _GOES_ON)
+
+
+def _read(given: Mapping[str, Any], template: str, where: str, param: str, heard: Collection[str]) -> dict[str, Any]:
     for key, remedy in _ASKS.items():
-        if given.get(key) and not _writes(template, key):
+        if given.get(key) and key not in heard and not _writes(template, key):
             raise ApiError(400, f"{where}.{key} is not possible here: {remedy}; leave it out.", param=param)
     message = {key: value for key, value in given.items() if key in _KEYS or _writes(template, key)}
     role = message.get("role")

@@ -6,7 +6,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field
 
-from latentkv.server.protocol import foreign_names
 from latentkv.server.protocol.sampling import Strict
 from latentkv.server.settings import MAX_MESSAGES
 
@@ -46,12 +45,14 @@ class ModelList(BaseModel):
 class TokenizeRequest(Strict):
     """A text or a conversation."""
 
-    foreign = foreign_names.TOKENIZE
-
     model: str | None = Field(None, max_length=1024)
     prompt: str | None = Field(None, description="A text; or give messages.")
     messages: Annotated[list[dict[str, Any]], Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
-    add_special_tokens: bool = Field(True, description="Put the begin token before a text, as /v1/completions does.")
+    add_special_tokens: bool | None = Field(
+        None, description="Put the begin token before it; of a text, left out: yes; of a conversation: no."
+    )
+    add_generation_prompt: bool | None = Field(None, description="End with the opening of an answer; left out: yes.")
+    continue_final_message: bool = Field(False, description="End amid the last message, which is to be gone on with.")
     return_token_strs: bool = Field(False, description="Also each token's text.")
 
 
@@ -82,6 +83,12 @@ class HealthResponse(BaseModel):
 
     status: Literal["idle", "working", "late", "draining", "stopped", "dead"]
     reason: str = ""
+
+
+class VersionResponse(BaseModel):
+    """Which release it is."""
+
+    version: str
 
 
 class RequestCounts(BaseModel):

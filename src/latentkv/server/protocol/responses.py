@@ -8,7 +8,7 @@ from pydantic import BaseModel, Field
 
 from latentkv.server.protocol import foreign_names
 from latentkv.server.protocol.reasoning import Effort, Verbosity
-from latentkv.server.protocol.sampling import StreamOptions, Strict, Temperature, TopP
+from latentkv.server.protocol.sampling import STRICT, StreamOptions, Strict, Temperature, TopP
 from latentkv.server.settings import MAX_MESSAGES
 
 
@@ -19,7 +19,7 @@ class TextFormat(Strict):
     name: str | None = Field(None, max_length=256)
     description: str | None = Field(None, max_length=4096)
     schema_: dict[str, Any] | None = Field(None, alias="schema")
-    strict: bool = Field(True, description="Schemas are always held to strictly.")
+    strict: bool = Field(False, description=STRICT)
 
 
 class TextOptions(Strict):

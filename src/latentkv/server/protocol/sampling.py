@@ -14,8 +14,12 @@ from latentkv.server.errors import ApiError
 from latentkv.server.protocol import foreign_names
 from latentkv.server.protocol.foreign import Rules, translate
 from latentkv.server.settings import MAX_STOP_CHARACTERS, MAX_STOPS
+from latentkv.text.schema_strictness import read_schema
 
 MAX_PARAMETERS = 64
+MAX_BAD_WORDS = 256
+FORMS = ("response_format", "structured_outputs", "bad_words")
+"""Parameters that each give the text a form."""
 OF_MODEL = "Left out: the model's default."
 Temperature = Annotated[
     float | None, Field(ge=0, le=100, description=f"0 always takes the likeliest token. {OF_MODEL}")
@@ -48,6 +52,9 @@ class Strict(BaseModel):
         return translate(found, {field.alias or name for name, field in cls.model_fields.items()}, cls.foreign)
 
 
+STRICT = "Objects are closed, and what cannot be enforced is refused; else it is left out, and a header says so."
+
+
 class StreamOptions(Strict):
     """How a stream is written; of an answer that is none they ask nothing."""
 
@@ -63,7 +70,7 @@ class JsonSchema(Strict):
     name: str | None = Field(None, max_length=256)
     description: str | None = Field(None, max_length=4096)
     schema_: dict[str, Any] = Field(alias="schema")
-    strict: bool = Field(True, description="Schemas are always held to strictly.")
+    strict: bool = Field(False, description=STRICT)
 
 
 class ResponseFormat(Strict):
@@ -106,7 +113,9 @@ class SamplingRequest(Strict):
     )
     ignore_eos: bool = Field(False, description="Go on after the model's own end tokens.")
     min_tokens: int = Field(0, ge=0, description="New tokens before an end token may come.")
-    seed: int | None = Field(None, ge=0, le=MAX_SEED, description="The same seed gives the same text.")
+    seed: int | None = Field(
+        None, ge=-(2**63), lt=2**64, description="The same seed gives the same text; -1: a fresh one."
+    )
     presence_penalty: float = Field(0.0, ge=-2, le=2, description="Less likely what the text already holds.")
     frequency_penalty: float = Field(0.0, ge=-2, le=2, description="Less likely, each time that the text holds it.")
     repetition_penalty: float | None = Field(
@@ -114,6 +123,9 @@ class SamplingRequest(Strict):
     )
     logit_bias: Annotated[dict[str, float], Field(max_length=MAX_BIASES)] | None = Field(
         None, description="Is added to the logits of these token ids, -100 to 100."
+    )
+    bad_words: Annotated[list[str], Field(max_length=MAX_BAD_WORDS)] = Field(
+        default_factory=list[str], description="Texts that must not occur in the answer."
     )
     response_format: ResponseFormat | None = Field(None, description="Hold the text to JSON.")
     structured_outputs: StructuredOutputs | None = Field(None, description="Hold the text to another form.")
@@ -123,8 +135,8 @@ class SamplingRequest(Strict):
     cache_salt: str | None = Field(None, max_length=256, description="Prefixes are shared under the same one only.")
     user: str | None = Field(None, max_length=256, description="Is written into the server's log.")
 
-    def sampling(self, max_tokens: int, **more: Any) -> SamplingParams:
-        """These parameters, and `more`, as the engine knows them.
+    def sampling(self, max_tokens: int, structure: Structure | None, **more: Any) -> SamplingParams:
+        """These parameters, and `more`, as the engine knows them; `structure` is what `form` gave, or another.
 
         Raises:
             ApiError: a token id of logit_bias is no number.
@@ -142,30 +154,41 @@ class SamplingRequest(Strict):
             stop_token_ids=tuple(self.stop_token_ids),
             ignore_eos=self.ignore_eos,
             min_tokens=self.min_tokens,
-            seed=self.seed,
+            seed=None if self.seed is None else self.seed & MAX_SEED,
             presence_penalty=self.presence_penalty,
             frequency_penalty=self.frequency_penalty,
             repetition_penalty=self.repetition_penalty,
             logit_bias=_biases(self.logit_bias or {}),
-            structure=self.structure,
+            structure=structure,
         )
         return replace(params, **more)
 
-    @property
-    def structure(self) -> Structure | None:
-        """The form that the text must have.
+    def form(self, notes: list[str]) -> Structure | None:
+        """The form that the text must have; what of it is not enforced is added to `notes`.
 
         Raises:
             ApiError: two forms were given, or one without what it needs.
             RequestError: it is malformed or too large.
         """
         forms = [
-            *_of_response_format(self.response_format),
+            *_of_response_format(self.response_format, notes),
             *_of_structured_outputs(self.structured_outputs),
+            *([Structure.without(self.bad_words)] if self.bad_words else ()),
         ]
         if len(forms) > 1:
-            raise ApiError(400, "response_format and structured_outputs: give one form.", param="structured_outputs")
+            names = [name for name in FORMS if getattr(self, name)]
+            raise ApiError(400, f"{' and '.join(names)}: give one form of the text.", param=names[-1])
         return forms[0] if forms else None
+
+    @property
+    def has_form(self) -> bool:
+        """Whether the text must have a form, which is to be compiled."""
+        return self.form_name is not None
+
+    @property
+    def form_name(self) -> str | None:
+        """The parameter that asks for a form."""
+        return next((name for name in FORMS if getattr(self, name)), None)
 
     @property
     def includes_usage(self) -> bool:
@@ -178,10 +201,17 @@ class SamplingRequest(Strict):
         return self.stream_options is not None and self.stream_options.continuous_usage_stats
 
 
-def _of_response_format(given: ResponseFormat | None) -> list[Structure]:
+def structure_of(schema: dict[str, Any], *, strict: bool, notes: list[str]) -> Structure:
+    """A schema as a form; what of it is not enforced is added to `notes`."""
+    read = read_schema(schema, strict=strict)
+    notes += read.notes
+    return Structure.json_schema(read.schema)
+
+
+def _of_response_format(given: ResponseFormat | None, notes: list[str]) -> list[Structure]:
     match given:
         case ResponseFormat(json_schema=None, type="json_object" | "json_schema", schema_=dict() as schema):
-            return [Structure.json_schema(schema)]
+            return [structure_of(schema, strict=False, notes=notes)]
         case ResponseFormat(schema_=dict()):
             raise ApiError(
                 400,
@@ -195,7 +225,7 @@ def _of_response_format(given: ResponseFormat | None) -> list[Structure]:
         case ResponseFormat(type="json_object"):
             return [Structure.json_object()]
         case ResponseFormat(type="json_schema", json_schema=JsonSchema() as schema):
-            return [Structure.json_schema(schema.schema_)]
+            return [structure_of(schema.schema_, strict=schema.strict, notes=notes)]
         case ResponseFormat(type="json_schema"):
             raise ApiError(400, "response_format of type json_schema needs json_schema.", param="response_format")
         case _:
@@ -226,14 +256,26 @@ def _biases(given: dict[str, float]) -> dict[int, float]:
     return {int(token): bias for token, bias in given.items()}
 
 
+class PromptTokensDetails(BaseModel):
+    """Of the tokens of prompts."""
+
+    cached_tokens: int = Field(description="Known from earlier requests: they did not have to be read.")
+
+
 class Usage(BaseModel):
     """Tokens of a request; a prompt counts once, however many completions it gets."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
 
     @classmethod
-    def of(cls, prompt: int, completion: int) -> Usage:
-        """The two and their sum."""
-        return cls(prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion)
+    def of(cls, prompt: int, completion: int, cached: int) -> Usage:
+        """The first two and their sum; `cached` tokens of the prompt were known."""
+        return cls(
+            prompt_tokens=prompt,
+            completion_tokens=completion,
+            total_tokens=prompt + completion,
+            prompt_tokens_details=PromptTokensDetails(cached_tokens=cached),
+        )

@@ -30,15 +30,15 @@ from latentkv.server.protocol.chat import (
     TokenLogprob,
     TopLogprob,
 )
+from latentkv.server.protocol.messages import goes_on
 from latentkv.server.protocol.reasoning import template_variables
 from latentkv.server.protocol.sampling import Usage
-from latentkv.server.served import ServedModel
 from latentkv.server.sse import HOLE, STREAMS, EventStream, TextEvent, data
 from latentkv.text.tools import Tool, call_grammar, read_tool_choice, read_tools, reasoning_is_open
 
 router = APIRouter(route_class=BodyRoute)
 
-RESERVED = {"self", "messages", "tools", "documents", "add_generation_prompt"}
+RESERVED = {"self", "messages", "tools", "documents", "add_generation_prompt", "continue_final_message"}
 """What a template is given from elsewhere."""
 
 
@@ -48,8 +48,8 @@ async def chat(body: ChatRequest, context: InContext) -> Response:
     context.require_model(body.model)
     context.note_user(body.user)
     context.part_prefixes(body.cache_salt, cached=body.cache_prompt)
-    compiles = body.response_format is not None or body.structured_outputs is not None or bool(body.tools)
-    conversation = await context.model.off_loop(lambda: _read(context.model, body), compiles=compiles)
+    compiles = body.has_form or bool(body.tools)
+    conversation = await context.model.off_loop(lambda: _read(context, body), compiles=compiles)
     job = Job(context, [conversation.request], keep=context.model.format.markers)
     writer = _Writer(context, conversation, len(job.choices))
     if body.stream:
@@ -83,8 +83,9 @@ class _Conversation:
     parallel: bool
 
 
-def _read(model: ServedModel, body: ChatRequest) -> _Conversation:
+def _read(context: Context, body: ChatRequest) -> _Conversation:
     """Everything that takes long: the template, the tokens, the grammar."""
+    model = context.model
     if body.top_logprobs and not body.logprobs:
         raise ApiError(400, "top_logprobs needs logprobs=true: set it, or leave it out.", param="top_logprobs")
     if body.max_tokens is not None and body.max_completion_tokens not in (None, body.max_tokens):
@@ -97,26 +98,41 @@ def _read(model: ServedModel, body: ChatRequest) -> _Conversation:
         raise ApiError(
             400, "documents: this model's chat template takes none; put them into a message.", param="documents"
         )
+    continues = body.continue_final_message or goes_on(body.messages)
+    if continues and body.add_generation_prompt:
+        raise ApiError(
+            400, "add_generation_prompt and continue_final_message exclude each other: give one of them.",
+            param="continue_final_message",
+        )  # fmt: skip
     tools = read_tools(body.tools)
     choice = read_tool_choice(body.tool_choice, tools)
+    given_tools = choice.offered(body.tools or ())
+    tools = tuple(tool for tool in tools if choice.allows(tool.name))
+    if tools and body.bad_words:
+        raise ApiError(400, "bad_words and tools exclude each other: give one of them.", param="bad_words")
     variables = {
         **template_variables(
             body.reasoning_effort, body.verbosity, model.template, reasons=model.format.reasoning is not None
         ),
         **body.chat_template_kwargs,
-        **({"tools": body.tools} if tools else {}),
+        **({"tools": given_tools} if tools else {}),
         **({"documents": body.documents} if body.documents else {}),
     }
-    text = model.chat_text(body.messages, **variables)
+    text = model.chat_text(
+        body.messages,
+        add_generation_prompt=body.add_generation_prompt is not False,
+        continue_final_message=continues,
+        **variables,
+    )
     reasoning_open = reasoning_is_open(text, model.format)
-    prompt = model.llm.chat_tokens(text)
-    structure = body.structure
+    prompt = model.llm.chat_tokens(text, add_bos=body.add_special_tokens)
+    structure = body.form(context.notes)
     if structure and reasoning_open:
         raise ApiError(
             400,
-            "response_format cannot be held to while the model reasons: turn its reasoning off, with most templates by "
-            'chat_template_kwargs={"enable_thinking": false}.',
-            param="response_format",
+            f"{body.form_name} cannot be held to while the model reasons: turn its reasoning off, with most templates "
+            'by chat_template_kwargs={"enable_thinking": false}.',
+            param=body.form_name,
         )
     grammar = call_grammar(
         model.format,
@@ -130,8 +146,8 @@ def _read(model: ServedModel, body: ChatRequest) -> _Conversation:
         raise ApiError(400, "tool_choice and response_format ask for different forms: give one.", param="tool_choice")
     params = body.sampling(
         body.max_completion_tokens or body.max_tokens or model.room_after(len(prompt)),
+        Structure.grammar(grammar) if grammar else structure,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-        **({"structure": Structure.grammar(grammar)} if grammar else {}),
     )
     request = model.llm.request(prompt, model.llm.chat_params(params))
     return _Conversation(

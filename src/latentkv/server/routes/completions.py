@@ -10,7 +10,7 @@ from uuid import uuid4
 from fastapi import APIRouter
 
 from latentkv.completion import Completion, Piece
-from latentkv.engine import Request, SamplingParams, TokenLogprobs
+from latentkv.engine import Request, SamplingParams, Structure, TokenLogprobs
 from latentkv.server.bodies import TokensRoute
 from latentkv.server.context import Context, InContext
 from latentkv.server.errors import ApiError
@@ -35,8 +35,7 @@ async def complete(body: CompletionRequest, context: InContext) -> CompletionRes
     context.require_model(body.model)
     context.note_user(body.user)
     context.part_prefixes(body.cache_salt, cached=body.cache_prompt)
-    compiles = body.response_format is not None or body.structured_outputs is not None
-    prompts = await context.model.off_loop(lambda: _requests(context.model, body), compiles=compiles)
+    prompts = await context.model.off_loop(lambda: _requests(context, body), compiles=body.has_form)
     job = Job(context, prompts)
     writer = _Writer(context, body, prompts)
     if body.stream:
@@ -129,7 +128,7 @@ class _Writer:
     def _response(self, choices: list[CompletionChoice], job: Job, *, usage: bool = False) -> CompletionResponse:
         counted = job.usage if usage else None
         if counted and self._body.max_tokens == 0:
-            counted = counted.of(counted.prompt_tokens, 0)
+            counted = counted.of(counted.prompt_tokens, 0, counted.prompt_tokens_details.cached_tokens)
         return CompletionResponse(
             id=self._id, created=self._created, model=self._model.name, choices=choices, usage=counted
         )
@@ -138,7 +137,7 @@ class _Writer:
         return self._model.text_of(tokens)
 
 
-def _params(body: CompletionRequest, capacity: int) -> SamplingParams:
+def _params(body: CompletionRequest, capacity: int, structure: Structure | None) -> SamplingParams:
     if body.stream and (body.best_of or body.n) > body.n:
         raise ApiError(400, "best_of cannot be streamed: which is best is known at the end.", param="best_of")
     if body.max_tokens == 0 and not body.echo:
@@ -147,15 +146,17 @@ def _params(body: CompletionRequest, capacity: int) -> SamplingParams:
         )
     return body.sampling(
         capacity if body.max_tokens == AS_MANY_AS_FIT else max(body.max_tokens, 1),
+        structure,
         best_of=body.best_of,
         logprobs=body.logprobs,
         prompt_logprobs=body.logprobs if body.echo else None,
     )
 
 
-def _requests(model: ServedModel, body: CompletionRequest) -> list[Request]:
+def _requests(context: Context, body: CompletionRequest) -> list[Request]:
     """Everything that takes long: the grammar, the tokens."""
-    params = _params(body, model.capacity)
+    model = context.model
+    params = _params(body, model.capacity, body.form(context.notes))
     return [_request(model, prompt, params, body) for prompt in _prompts(body)]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated
 
 from fastapi import APIRouter, Path
@@ -13,6 +12,7 @@ from latentkv.plan import mha_bytes
 from latentkv.server.bodies import TokensRoute
 from latentkv.server.context import InContext
 from latentkv.server.errors import ApiError
+from latentkv.server.protocol.messages import goes_on
 from latentkv.server.protocol.operations import (
     CacheState,
     DetokenizeRequest,
@@ -25,7 +25,9 @@ from latentkv.server.protocol.operations import (
     Throughput,
     TokenizeRequest,
     TokenizeResponse,
+    VersionResponse,
 )
+from latentkv.server.version import own_version
 
 router = APIRouter(route_class=TokensRoute)
 
@@ -37,6 +39,13 @@ async def health(context: InContext, response: Response) -> HealthResponse:
     found = context.model.thread.health()
     response.status_code = 200 if found.ok else 503
     return HealthResponse(status=found.state, reason=found.reason)
+
+
+@router.head("/version", include_in_schema=False)
+@router.get("/version")
+async def version() -> VersionResponse:
+    """Of this server."""
+    return VersionResponse(version=own_version())
 
 
 @router.head("/metrics", include_in_schema=False)
@@ -72,10 +81,16 @@ async def tokenize(body: TokenizeRequest, context: InContext) -> TokenizeRespons
 
     def encoded() -> tuple[list[int], list[str] | None]:
         if body.messages is not None:
-            tokens = served.llm.chat_tokens(served.chat_text(body.messages))
+            text = served.chat_text(
+                body.messages,
+                add_generation_prompt=body.add_generation_prompt is not False,
+                continue_final_message=body.continue_final_message or goes_on(body.messages),
+            )
+            tokens = served.llm.chat_tokens(text, add_bos=body.add_special_tokens is True)
         else:
             served.llm.require_not_too_long(len(body.prompt or ""))
-            tokens = tokenizer.encode(body.prompt or "", add_bos=body.add_special_tokens and tokenizer.adds_bos)
+            bare = body.add_special_tokens is False
+            tokens = tokenizer.encode(body.prompt or "", add_bos=tokenizer.adds_bos and not bare)
         return tokens, [served.text_of([token]) for token in tokens] if body.return_token_strs else None
 
     tokens, pieces = await served.off_loop(encoded)
@@ -108,7 +123,7 @@ async def stats(context: InContext) -> StatsResponse:
     mha = mha_bytes(llm.config)
     return StatsResponse(
         model=context.model.name,
-        version=_version(),
+        version=own_version(),
         uptime_s=round(time.time() - server.metrics.started_at, 3),
         context=context.model.capacity,
         requests=RequestCounts(
@@ -131,10 +146,3 @@ async def stats(context: InContext) -> StatsResponse:
 def _card(context: InContext, name: str) -> ModelCard:
     served = context.model
     return ModelCard(id=name, created=served.created, max_model_len=served.llm.max_context)
-
-
-def _version() -> str:
-    try:
-        return version("latentkv")
-    except PackageNotFoundError:
-        return "unknown"

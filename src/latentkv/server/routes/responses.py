@@ -27,7 +27,7 @@ from latentkv.server.protocol.responses import (
     ResponsesUsage,
     TextFormat,
 )
-from latentkv.server.served import ServedModel
+from latentkv.server.protocol.sampling import structure_of
 from latentkv.server.sse import STREAMS, EventStream
 from latentkv.text.tools import reasoning_is_open
 
@@ -45,9 +45,7 @@ async def respond(body: ResponsesRequest, context: InContext) -> ResponsesRespon
     """Answer a text or a conversation."""
     context.require_model(body.model)
     context.note_user(body.user)
-    request, reasoning_open = await context.model.off_loop(
-        lambda: _read(context.model, body), compiles=body.text is not None
-    )
+    request, reasoning_open = await context.model.off_loop(lambda: _read(context, body), compiles=body.text is not None)
     job = Job(context, [request], keep=context.model.format.markers)
     writer = _Writer(context, body, job, reasoning_open=reasoning_open)
     if body.stream:
@@ -56,7 +54,8 @@ async def respond(body: ResponsesRequest, context: InContext) -> ResponsesRespon
     return writer.whole(completion)
 
 
-def _read(model: ServedModel, body: ResponsesRequest) -> tuple[Request, bool]:
+def _read(context: Context, body: ResponsesRequest) -> tuple[Request, bool]:
+    model = context.model
     if "message.output_text.logprobs" in (body.include or ()):
         raise ApiError(400, "include: log-probabilities come from /v1/chat/completions only.", param="include")
     variables = template_variables(
@@ -72,7 +71,7 @@ def _read(model: ServedModel, body: ResponsesRequest) -> tuple[Request, bool]:
         max_tokens=body.max_output_tokens or model.room_after(len(prompt)),
         temperature=body.temperature,
         top_p=body.top_p,
-        structure=_structure(body.text.format if body.text else None),
+        structure=_structure(body.text.format if body.text else None, context.notes),
     )
     if params.structure and reasoning_open:
         raise ApiError(400, "text.format cannot be held to by a model that reasons first: leave it out.", param="text")
@@ -95,14 +94,14 @@ def _messages(body: ResponsesRequest) -> list[dict[str, Any]]:
     return messages
 
 
-def _structure(format: TextFormat | None) -> Structure | None:
+def _structure(format: TextFormat | None, notes: list[str]) -> Structure | None:
     match format:
         case TextFormat(type="text" | "json_object", schema_=dict()):
             raise ApiError(400, "text.format: only its type json_schema takes a schema.", param="text")
         case TextFormat(type="json_object"):
             return Structure.json_object()
         case TextFormat(type="json_schema", schema_=dict() as schema):
-            return Structure.json_schema(schema)
+            return structure_of(schema, strict=format.strict, notes=notes)
         case TextFormat(type="json_schema"):
             raise ApiError(400, "text.format of type json_schema needs a schema.", param="text")
         case _:

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
 from latentkv.errors import RequestError
@@ -39,10 +39,20 @@ class ToolChoice:
     Attributes:
         mode: "none" (it must not), "auto" (it may), "required" (it must).
         name: the one tool that it must call, None for any.
+        allowed: names of the tools that it is told of, None for all.
     """
 
     mode: Literal["none", "auto", "required"]
     name: str | None = None
+    allowed: frozenset[str] | None = None
+
+    def allows(self, name: str) -> bool:
+        """Whether the model is told of a tool."""
+        return self.allowed is None or name in self.allowed
+
+    def offered(self, tools: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+        """Those of tools, as OpenAI's API writes them, that the model is told of."""
+        return [tool for tool in tools if self.allows(tool["function"]["name"])]
 
 
 def read_tools(tools: Sequence[Mapping[str, Any]] | None) -> tuple[Tool, ...]:
@@ -84,6 +94,15 @@ def read_tool_choice(value: object, tools: Sequence[Tool]) -> ToolChoice:
             if all(tool.name != name for tool in tools):
                 raise RequestError(f"tool_choice names {name!r}, which is not among the tools.")
             return ToolChoice("required", name)
+        case {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": [*chosen]}} | {
+            "type": "allowed_tools",
+            "mode": mode,
+            "tools": [*chosen],
+        }:
+            if not chosen:
+                raise RequestError("tool_choice allows no tool: name one, or leave the tools out.")
+            forced = [read_tool_choice(each, tools).name for each in chosen]
+            return replace(read_tool_choice(mode, tools), allowed=frozenset(name for name in forced if name))
         case _:
             raise RequestError(
                 'tool_choice must be "none", "auto", "required" or {"type": "function", "function": {"name": ...}}.'
