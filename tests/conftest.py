@@ -66,7 +66,10 @@ def pytest_xdist_auto_num_workers() -> int | None:
     return cores + 1
 
 
-SHARED = {"live": "server", "reference": "server", "client": "server", "browser": "browser"}
+SHARED = {
+    **dict.fromkeys(("live", "reference", "client", "with_tools", "with_thinking"), "server"),
+    "browser": "browser",
+}
 """Fixtures that take long to make, and the group of tests that share one."""
 
 MODULES = {
@@ -89,7 +92,7 @@ def pytest_collection() -> Generator[None, object, object]:
         atexit.register(gc.unfreeze)  # Triton's library looks at the end whether all is given back
 
 
-NOT_USUAL = {"slow", "gpu", "rank", "client", "mutation"}
+NOT_USUAL = {"slow", "gpu", "rank", "clients", "mutation"}
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest chooses by marks, and pytest-xdist reads the groups

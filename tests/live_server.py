@@ -77,4 +77,8 @@ def ask(live: Live, path: str, body: object = None, method: str | None = None, *
     except urllib.error.HTTPError as error:
         answer = error
     text = answer.read().decode()
-    return answer.status, json.loads(text) if "json" in (answer.headers["content-type"] or "") else text, answer.headers
+    return (
+        answer.status,
+        json.loads(text) if (answer.headers["content-type"] or "").startswith("application/json") else text,
+        answer.headers,
+    )

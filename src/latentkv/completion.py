@@ -23,6 +23,7 @@ class Completion:
         seed: of the sampling; the same seed gives the same text again.
         prompt_logprobs: of the prompt's tokens but the first, None unless asked for.
         cached_tokens: of the prompt's tokens, those that did not have to be read.
+        stop_string: of `SamplingParams.stop`, the one that ended the text, if one did.
     """
 
     text: str
@@ -33,6 +34,7 @@ class Completion:
     seed: int
     prompt_logprobs: list[TokenLogprobs] | None = None
     cached_tokens: int = 0
+    stop_string: str | None = None
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class Piece:
         prompt_logprobs: on the first piece, of the prompt's tokens but the first, None unless asked for.
         finish_reason: set on the last piece.
         cached_tokens: on the first piece: of the prompt's tokens, those that did not have to be read.
+        stop_string: on the last piece: of `SamplingParams.stop`, the one that ended the text, if one did.
     """
 
     text: str
@@ -54,6 +57,7 @@ class Piece:
     prompt_logprobs: list[TokenLogprobs] | None = None
     finish_reason: FinishReason | None = None
     cached_tokens: int | None = None
+    stop_string: str | None = None
 
 
 class TextOutput:
@@ -89,6 +93,11 @@ class TextOutput:
             self._text += self._stops.finish()
         return self._stops.matched is not None
 
+    @property
+    def stop_string(self) -> str | None:
+        """The stop string that the text ended in."""
+        return self._stops.matched
+
     def take(self) -> str:
         """The text that became certain since it was last taken."""
         text, self._text = self._text, ""
@@ -106,7 +115,8 @@ def piece_of(event: Event, output: TextOutput) -> Piece:
     if reason and output.finish():
         reason = "stop"
     logprobs = None if event.logprobs is None else [event.logprobs]
-    return Piece(output.take(), [event.token_id], logprobs, event.prompt_logprobs, reason, event.cached_tokens)
+    stop = output.stop_string if reason else None
+    return Piece(output.take(), [event.token_id], logprobs, event.prompt_logprobs, reason, event.cached_tokens, stop)
 
 
 def joined(pieces: Sequence[Piece]) -> Piece:
@@ -121,6 +131,7 @@ def joined(pieces: Sequence[Piece]) -> Piece:
         first.prompt_logprobs,
         last.finish_reason,
         first.cached_tokens,
+        last.stop_string,
     )
 
 
@@ -199,6 +210,7 @@ def join_pieces(request: Request, pieces: list[Piece]) -> Completion:
         seed=request.seed,
         prompt_logprobs=whole.prompt_logprobs,
         cached_tokens=whole.cached_tokens or 0,
+        stop_string=whole.stop_string,
     )
 
 

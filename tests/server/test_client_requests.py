@@ -70,6 +70,7 @@ CHATS: list[dict[str, Any]] = [
     {"reasoning": {"effort": "high"}},
     {"thinking": {"type": "disabled"}, "think": False},
     {"verbosity": "medium"},
+    {"verbosity": "low", "web_search_options": {}},
     {"function_call": "none", "functions": [], "tools": [], "tool_choice": "auto", "parallel_tool_calls": True},
     {"logprobs": False, "top_logprobs": 0},
     {"logprobs": 0},
@@ -109,10 +110,9 @@ def test_what_asks_for_nothing_new_changes_no_answer(
     [
         (CHAT, "store", True),
         (RESPONSES, "store", True),
-        (CHAT, "verbosity", "low"),
         (CHAT, "modalities", ["text", "audio"]),
         (CHAT, "functions", [{"name": "f"}]),
-        (CHAT, "web_search_options", {}),
+        (CHAT, "web_search_options", {"search_context_size": "low"}),
         (CHAT, "chat_template", "{{ x }}"),
         (CHAT, "documents", [{"text": "x"}]),
         (CHAT, "thinking", {"type": "enabled", "budget_tokens": 100}),
@@ -394,3 +394,8 @@ def test_compressed_bodies_are_read_within_the_limit_on_what_they_hold(live: Liv
 
 def test_the_version_is_told(live: Live) -> None:
     assert ask(live, "/version")[1] == {"version": ask(live, "/stats")[1]["version"]}
+
+
+def test_a_wish_that_the_template_does_not_know_is_named_in_a_header(live: Live) -> None:
+    assert "verbosity" in ask(live, CHAT, {**PLAIN[CHAT], "verbosity": "low"})[2]["X-LatentKV-Note"]
+    assert "X-LatentKV-Note" not in ask(live, CHAT, PLAIN[CHAT])[2]

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Generator
-from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
 
 from latentkv import LLM, SamplingParams
-from latentkv.llm_options import EMBEDDED_MODEL
-from live_server import NAME, Live, serving
+from live_server import NAME, Live
 
 MESSAGES = [{"role": "user", "content": "Tell me of the sea."}]
 SCHEMA = {
@@ -39,28 +36,6 @@ TOOLS: list[Any] = [
     },
     {"type": "function", "function": {"name": "rest"}},
 ]
-# In the manner of Hermes and Qwen: tools in the system turn, calls between tags.
-TEMPLATE = """\
-{%- if tools %}Tools: {{ tools | tojson }} Answer with <tool_call>{"name": ..., "arguments": ...}</tool_call>
-
-{% endif %}
-{%- for message in messages -%}
-{{ message.role | capitalize }}: {{ message.content or '' }}
-{%- for call in message.tool_calls or [] %}<tool_call>
-{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}
-</tool_call>{% endfor %}
-
-{% endfor -%}
-{% if add_generation_prompt %}Assistant:{% endif %}"""
-
-
-@pytest.fixture(scope="module")
-def with_tools(tmp_path_factory: pytest.TempPathFactory) -> Generator[Live]:
-    folder = tmp_path_factory.mktemp("model") / "model"
-    shutil.copytree(EMBEDDED_MODEL, folder)
-    (Path(folder) / "chat_template.jinja").write_text(TEMPLATE)
-    with serving(LLM(folder, dtype="fp32", kv_cache_bytes=16 << 20)) as server:
-        yield server
 
 
 @pytest.fixture(scope="module")

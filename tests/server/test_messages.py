@@ -51,17 +51,18 @@ def test_keys_and_roles_that_the_template_knows_reach_it() -> None:
 
 
 def test_an_effort_goes_as_far_as_the_template_knows_it() -> None:
-    assert template_variables("high", None, GRADES, reasons=True) == {"reasoning_effort": "high"}
-    assert template_variables("none", None, SWITCH, reasons=True) == {"enable_thinking": False}
-    assert template_variables("low", None, SWITCH, reasons=True) == {"enable_thinking": True}
-    assert template_variables("low", None, NO_VARIABLE, reasons=True) == {}
-    assert template_variables("none", None, NO_VARIABLE, reasons=False) == {}
+    assert template_variables("high", None, GRADES, reasons=True, notes=[]) == {"reasoning_effort": "high"}
+    assert template_variables("none", None, SWITCH, reasons=True, notes=[]) == {"enable_thinking": False}
+    assert template_variables("low", None, SWITCH, reasons=True, notes=[]) == {"enable_thinking": True}
+    assert template_variables("low", None, NO_VARIABLE, reasons=True, notes=[]) == {}
+    assert template_variables("none", None, NO_VARIABLE, reasons=False, notes=[]) == {}
     with pytest.raises(ApiError, match="cannot turn its reasoning off"):
-        template_variables("none", None, NO_VARIABLE, reasons=True)
+        template_variables("none", None, NO_VARIABLE, reasons=True, notes=[])
 
 
 def test_verbosity_is_for_a_template_that_knows_it() -> None:
-    assert template_variables(None, "low", GRADES, reasons=False) == {"verbosity": "low"}
-    assert template_variables(None, "medium", NO_VARIABLE, reasons=False) == {}
-    with pytest.raises(ApiError, match='verbosity="low"'):
-        template_variables(None, "low", NO_VARIABLE, reasons=False)
+    assert template_variables(None, "low", GRADES, reasons=False, notes=[]) == {"verbosity": "low"}
+    assert template_variables(None, "medium", NO_VARIABLE, reasons=False, notes=[]) == {}
+    notes: list[str] = []
+    assert template_variables(None, "low", NO_VARIABLE, reasons=False, notes=notes) == {}
+    assert notes == ["verbosity is not known to the chat template"]

@@ -21,6 +21,14 @@ OPERATIONS = [
     ("POST", "/v1/completions"),
     ("POST", "/v1/chat/completions"),
     ("POST", "/v1/responses"),
+    ("POST", "/v1/messages"),
+    ("POST", "/v1/messages/count_tokens"),
+    ("POST", "/api/chat"),
+    ("POST", "/api/generate"),
+    ("POST", "/api/show"),
+    ("GET", "/api/tags"),
+    ("GET", "/api/version"),
+    ("GET", "/version"),
     ("POST", "/tokenize"),
     ("POST", "/detokenize"),
     ("GET", "/v1/models/{name}"),
@@ -62,6 +70,11 @@ def shorten(body: object, path: str) -> None:
     unset = {"/v1/chat/completions": "max_tokens", "/v1/responses": "max_output_tokens"}.get(path)
     if unset and body.get(unset) is None:
         body[unset] = 8
+    if path in ("/api/chat", "/api/generate"):
+        options = body.setdefault("options", {}) or {}
+        if isinstance(options, dict):
+            body["options"] = {"max_tokens": 8, **{key: each for key, each in options.items() if each is not None}}
+            shorten(body["options"], "")
     caps = {"max_tokens": 8, "max_completion_tokens": 8, "max_output_tokens": 8, "n": 4, "best_of": 4}
     for name, most in caps.items():
         if isinstance(body.get(name), (int, float)):

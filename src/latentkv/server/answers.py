@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from latentkv.engine import FinishReason
 from latentkv.server.protocol import chat as protocol
 from latentkv.text.tools import (
-    Content,
+    AssistantMessage,
     Delta,
     OutputFormat,
     OutputParser,
-    Reasoning,
     Tool,
     ToolCallArguments,
     ToolCallStart,
@@ -34,22 +33,27 @@ class Answer:
         self._most = None if parallel else 1
         self._deltas: list[Delta] = []
 
-    def push(self, text: str, *, last: bool) -> list[protocol.ChatDelta]:
+    def push(self, text: str, *, last: bool) -> list[Delta]:
         """What the next text adds; `last` says that there is no more."""
         deltas = self._parser.push(text) if text else []
         if last:
             deltas += self._parser.finish()
         kept = [delta for delta in deltas if not self._is_too_much(delta)]
         self._deltas += kept
-        return [_as_protocol(delta) for delta in kept]
+        return kept
 
     def finish_reason(self, reason: FinishReason) -> protocol.FinishReason:
         """Why it ended: for the sake of its calls, if it made any and was not cut short."""
         return "tool_calls" if reason == "stop" and self._parser.num_calls else reason
 
-    def message(self) -> protocol.ChatMessage:
+    @property
+    def whole(self) -> AssistantMessage:
         """All of it."""
-        joined = join_deltas(self._deltas)
+        return join_deltas(self._deltas)
+
+    def message(self) -> protocol.ChatMessage:
+        """All of it, as OpenAI's chats have it."""
+        joined = self.whole
         calls = [
             protocol.ToolCall(id=call.id, function=protocol.FunctionCall(name=call.name, arguments=call.arguments))
             for call in joined.tool_calls
@@ -63,17 +67,3 @@ class Answer:
     def _is_too_much(self, delta: Delta) -> bool:
         calls = isinstance(delta, (ToolCallStart, ToolCallArguments))
         return calls and self._most is not None and delta.index >= self._most
-
-
-def _as_protocol(delta: Delta) -> protocol.ChatDelta:
-    match delta:
-        case Content(text):
-            return protocol.ChatDelta(content=text)
-        case Reasoning(text):
-            return protocol.ChatDelta(reasoning_content=text)
-        case ToolCallStart(index, id, name):
-            function = protocol.FunctionCall(name=name, arguments="")
-            call = protocol.ToolCallDelta(index=index, id=id, type="function", function=function)
-        case ToolCallArguments(index, text):
-            call = protocol.ToolCallDelta(index=index, function=protocol.FunctionCall(arguments=text))
-    return protocol.ChatDelta(tool_calls=[call])

@@ -19,13 +19,12 @@ from starlette.types import ASGIApp
 from latentkv.errors import LatentKVError
 from latentkv.server.compression import Inflate
 from latentkv.server.context import Server
-from latentkv.server.errors import ApiError, as_api_error
+from latentkv.server.errors import ApiError, as_api_error, body_for, refusals
 from latentkv.server.logs import LogRequests, logger
 from latentkv.server.protocol.operations import ErrorResponse
-from latentkv.server.routes import chat, completions, operations, page, responses
+from latentkv.server.routes import chat, completions, messages, ollama, operations, page, responses
 from latentkv.server.security import JsonByDefault, LimitBody, RequireKey
 
-REFUSALS = (400, 401, 404, 405, 413, 415, 429, 500, 503, 504)
 EXPOSED = ("X-Request-Id", "X-LatentKV-Note", "Retry-After", "WWW-Authenticate")
 """Headers that scripts of other origins may read."""
 WATCH_SECONDS = 1.0
@@ -59,10 +58,10 @@ def create_app(server: Server, *, died: Callable[[str], None] | None = None) -> 
         lifespan=lifespan,
         docs_url=None,  # its page loads scripts from elsewhere
         redoc_url=None,
-        responses={status: {"model": ErrorResponse} for status in REFUSALS},
+        responses=refusals(ErrorResponse),
     )
     app.state.server = server
-    for routes in (completions, chat, responses, operations, page):
+    for routes in (completions, chat, responses, messages, ollama, operations, page):
         app.include_router(routes.router)
     app.add_exception_handler(ApiError, _answer)
     app.add_exception_handler(LatentKVError, _answer)
@@ -99,12 +98,13 @@ async def _watch(server: Server, died: Callable[[str], None]) -> None:
         await asyncio.sleep(WATCH_SECONDS)
 
 
-async def _answer(_: HttpRequest, error: Exception) -> Response:
+async def _answer(request: HttpRequest, error: Exception) -> Response:
     found = as_api_error(error)
     if found.status == 500:
         logger.error("request failed", exc_info=error)
     # Written in ASCII: what it quotes of a request may not be valid Unicode.
-    return Response(json.dumps(found.body), found.status, headers=found.headers, media_type="application/json")
+    body = json.dumps(body_for(request.url.path, found))
+    return Response(body, found.status, headers=found.headers, media_type="application/json")
 
 
 async def _answer_http(request: HttpRequest, error: Exception) -> Response:

@@ -38,7 +38,7 @@ class Inflate:
             await self._app({**scope, "headers": headers}, _Inflated(receive, WINDOW_BITS[coding]), send)
         else:
             message = f"Content-Encoding {coding[:40]!a} is not read here: send gzip, or the body as it is."
-            await send_error(ApiError(415, message, headers={"Connection": "close"}), send)
+            await send_error(ApiError(415, message, headers={"Connection": "close"}), scope, send)
 
 
 class _Inflated:

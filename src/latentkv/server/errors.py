@@ -4,9 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
+from pydantic import BaseModel
+
 from latentkv.errors import BusyError, EngineStoppedError, LatentKVError, RequestError, TokenizerError
 
 RETRY_SECONDS = 2
+REFUSALS = (400, 401, 404, 405, 413, 415, 429, 500, 503, 504)
+"""Statuses that any path may answer with."""
+
+
+def refusals(body: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
+    """For the schema of paths whose errors look so."""
+    return {status: {"model": body} for status in REFUSALS}
 
 
 class ApiError(Exception):
@@ -63,6 +72,35 @@ def as_api_error(error: BaseException) -> ApiError:
             return ApiError(500, str(error), code="engine_error")
         case _:
             return ApiError(500, "The server failed on this request; its log says why.", code="internal_error")
+
+
+def anthropic_body(error: BaseException) -> dict[str, Any]:
+    """As Anthropic's API writes an error."""
+    found = as_api_error(error)
+    kind = _ANTHROPIC_TYPES.get(found.status, "api_error" if found.status >= 500 else "invalid_request_error")
+    return {"type": "error", "error": {"type": kind, "message": found.message}}
+
+
+def ollama_body(error: BaseException) -> dict[str, Any]:
+    """As Ollama writes an error."""
+    return {"error": as_api_error(error).message}
+
+
+def body_for(path: str, error: ApiError) -> dict[str, Any]:
+    """An error as the API that a path belongs to writes it."""
+    if path.startswith("/v1/messages"):
+        return anthropic_body(error)
+    return ollama_body(error) if path.startswith("/api/") else error.body
+
+
+_ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
 
 
 def _type_of(status: int) -> str:

@@ -25,6 +25,8 @@ class Job:
 
     Attributes:
         choices: all completions of all prompts, those of a prompt one after another.
+        arrived: when the request did, on the monotonic clock, in seconds.
+        began: when its first token came, likewise; None before.
 
     Raises:
         ApiError: more completions than are allowed.
@@ -44,7 +46,9 @@ class Job:
         self._tokens = [0] * len(self.choices)
         self._cached = [0] * len(self.choices)
         self._texts = [""] * len(self.choices)
-        self._clocks = [RequestClock(time.monotonic()) for _ in self.choices]
+        self.arrived = time.monotonic()
+        self.began: float | None = None
+        self._clocks = [RequestClock(self.arrived) for _ in self.choices]
         server = context.server
         self._logs_text = server.settings.log_prompts
         self._generation = server.model.submit(self.choices, context.salt, server.settings.request_seconds, keep=keep)
@@ -63,6 +67,7 @@ class Job:
         """(choice, what is new of it), until all have ended."""
         metrics = self._context.server.metrics
         async for index, piece in self._generation.pieces():
+            self.began = self.began or time.monotonic()
             self._tokens[index] += len(piece.token_ids)
             self._cached[index] += piece.cached_tokens or 0
             if self._logs_text:

@@ -13,7 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from latentkv.server.context import HeldBytes
-from latentkv.server.errors import RETRY_SECONDS, ApiError
+from latentkv.server.errors import RETRY_SECONDS, ApiError, body_for
 from latentkv.server.routes.page import FILES
 
 OPEN_PATHS = frozenset({"/health", *FILES})
@@ -54,7 +54,7 @@ class RequireKey:
                 code="invalid_api_key",
                 headers={"WWW-Authenticate": "Bearer"},
             )
-            await send_error(error, send)
+            await send_error(error, scope, send)
         else:
             await send({"type": "websocket.close", "code": 1008})
 
@@ -83,7 +83,7 @@ class LimitBody:
         declared = Headers(scope=scope).get("content-length", "0")
         if not (declared.isascii() and declared.isdecimal()) or int(declared[:20]) > self._max_bytes:
             await _discard(receive)
-            await send_error(self._too_large(), send)
+            await send_error(self._too_large(), scope, send)
             return
         seen = 0
 
@@ -161,9 +161,9 @@ async def _discard(receive: Receive) -> None:
                 left -= len(message.get("body", b""))
 
 
-async def send_error(error: ApiError, send: Send) -> None:
+async def send_error(error: ApiError, scope: Scope, send: Send) -> None:
     """Answer with `error`."""
-    body = json.dumps(error.body).encode()
+    body = json.dumps(body_for(scope["path"], error)).encode()
     headers = {"Content-Type": "application/json", "Content-Length": str(len(body)), **error.headers}
     raw = [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
     await send({"type": "http.response.start", "status": error.status, "headers": raw})

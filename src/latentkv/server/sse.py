@@ -45,6 +45,10 @@ class TextEvent:
         return f"{self._before}{json.dumps(text)}{self._after}"
 
 
+def _failed(error: Exception) -> str:
+    return f"data: {json.dumps(as_api_error(error).body)}\n\n"
+
+
 class EventStream(StreamingResponse):
     """`events`, then `done`; an error becomes a last event of its own, as OpenAI's clients expect it.
 
@@ -52,10 +56,20 @@ class EventStream(StreamingResponse):
         events: written by `data`.
         close: called at the end, however it comes, even before the first event.
         done: the last event.
+        failed: writes an error.
+        media_type: of the stream.
     """
 
-    def __init__(self, events: AsyncIterator[str], close: Callable[[], None], *, done: str = DONE) -> None:
-        super().__init__(_with_errors(events, done), media_type="text/event-stream", headers=HEADERS)
+    def __init__(
+        self,
+        events: AsyncIterator[str],
+        close: Callable[[], None],
+        *,
+        done: str = DONE,
+        failed: Callable[[Exception], str] = _failed,
+        media_type: str = "text/event-stream",
+    ) -> None:
+        super().__init__(_with_errors(events, done, failed), media_type=media_type, headers=HEADERS)
         self._close = close
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -66,13 +80,14 @@ class EventStream(StreamingResponse):
             self._close()
 
 
-async def _with_errors(events: AsyncIterator[str], done: str) -> AsyncGenerator[str]:
+async def _with_errors(
+    events: AsyncIterator[str], done: str, failed: Callable[[Exception], str]
+) -> AsyncGenerator[str]:
     try:
         async for event in events:
             yield event
     except Exception as error:  # the status was sent long ago, so it comes as an event
-        found = as_api_error(error)
-        if found.status == 500:
+        if as_api_error(error).status == 500:
             logger.error("stream failed", exc_info=error)
-        yield f"data: {json.dumps(found.body)}\n\n"
+        yield failed(error)
     yield done

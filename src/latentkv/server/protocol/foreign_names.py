@@ -59,6 +59,10 @@ def _as_max_tokens(value: Any) -> Any:
     return value
 
 
+def _num_predict(value: Any) -> Any:
+    return None if value in (AS_MANY_AS_FIT, -2) else _as_max_tokens(value)
+
+
 GENERATION: dict[str, Rule] = {
     **TAGS,
     "metadata": Tag((dict,)),
@@ -128,7 +132,7 @@ CHAT: dict[str, Rule] = {
     "modalities": Only((["text"],), 'this server writes text only; send ["text"]'),
     "functions": Only(([],), "give them as tools"),
     "function_call": Only(("none", "auto"), "give tools and tool_choice"),
-    "web_search_options": Only((), "nothing is fetched from anywhere; leave it out"),
+    "web_search_options": Only(({},), "nothing is fetched from anywhere; leave it out"),
     "logprobs": Turned(((0, False), (1, True))),
     "chat_template": Only(("",), "a template is taken from the checkpoint alone; leave it out"),
     "best_of": Only((1,), "use /v1/completions"),
@@ -158,9 +162,53 @@ STRUCTURED_OUTPUTS: dict[str, Rule] = {
     "disable_additional_properties": Only((False,), "say additionalProperties: false in the schema"),
 }
 
+OLLAMA_OPTIONS: dict[str, Rule] = {
+    **{name: rule for name, rule in GENERATION.items() if not (isinstance(rule, Means) or rule in TAGS.values())},
+    "num_predict": Means("max_tokens", _num_predict),
+    "repeat_penalty": Means("repetition_penalty"),
+    "penalize_newline": Only((True,), "repetition_penalty is for all tokens alike"),
+    # How it runs elsewhere.
+    **dict.fromkeys(("num_keep", "num_batch", "num_gpu", "main_gpu", "num_thread"), Tag((int,))),
+    **dict.fromkeys(("numa", "low_vram", "f16_kv", "use_mmap", "use_mlock"), Tag((bool,))),
+    **dict.fromkeys(("logits_all", "vocab_only", "embedding_only"), Only((False,), _LEAVE_OR_FALSE)),
+}
+"""Of `options` in Ollama's API."""
+
+OLLAMA: dict[str, Rule] = {
+    "keep_alive": Tag((str, int, float)),
+    "logprobs": Only((False,), "use /v1/chat/completions"),
+    "top_logprobs": Only((0,), "use /v1/chat/completions"),
+    "format": Turned((("", None),)),
+}
+OLLAMA_GENERATE: dict[str, Rule] = {
+    **OLLAMA,
+    "suffix": Only(("",), "text cannot be filled in before it"),
+    "template": Only(("",), "a template is taken from the checkpoint alone; leave it out"),
+    "context": Only(([],), "nothing is stored; use /api/chat with all messages"),
+    "images": Only(([],), "this server takes text only"),
+    **dict.fromkeys(("width", "height", "steps"), Only((), "this server writes text only")),
+}
+OLLAMA_SHOW: dict[str, Rule] = {"verbose": Only((False,), "there is no more to tell; leave it out")}
+
+ANTHROPIC: dict[str, Rule] = {
+    **TAGS,
+    "top_k": Turned(((-1, 0),)),
+    "betas": Tag((list,)),
+    "mcp_servers": Only(([],), "this server runs no tools; leave it out"),
+    "container": Only((), "this server runs no code; leave it out"),
+    "context_management": Only(({},), "a conversation is never changed; leave it out"),
+    "cache_control": Tag((dict,)),  # what prompts have in common is always kept
+    "diagnostics": Tag((dict,)),
+    "inference_geo": Tag(),
+    "speed": Tag(),
+    "user_profile_id": Tag(),
+    "workspace_id": Tag(),
+}
+"""Of /v1/messages."""
+
 REASONING: dict[str, Rule] = {
-    "summary": Only(("auto", "none"), "reasoning is not shown; leave it out"),
-    "generate_summary": Only(("auto", "none"), "reasoning is not shown; leave it out"),
+    "summary": Only(("auto", "none"), "reasoning comes as it is; leave it out"),
+    "generate_summary": Only(("auto", "none"), "reasoning comes as it is; leave it out"),
 }
 """Of `reasoning` in /v1/responses."""
 
@@ -168,7 +216,6 @@ RESPONSES: dict[str, Rule] = {
     **TAGS,
     "max_output_tokens": Turned(((AS_MANY_AS_FIT, None),)),
     "max_tool_calls": Tag((int,)),
-    "tools": Only(([],), "/v1/responses knows no tools; use /v1/chat/completions"),
     "truncation": Only(("disabled",), 'a conversation is never cut; send "disabled"'),
     "background": Only((False,), "answers are not kept; leave it out or send false"),
     "previous_response_id": Only(("",), "nothing is stored; send the whole conversation as input"),

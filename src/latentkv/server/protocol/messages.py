@@ -128,6 +128,15 @@ def mended(arguments: str) -> str:
     return arguments
 
 
+def as_object(arguments: str) -> dict[str, Any]:
+    """A call's arguments; of those that were cut off, the members that are whole."""
+    try:
+        found = json.loads(mended(arguments) or "{}")
+    except (ValueError, RecursionError):
+        return {}
+    return cast("dict[str, Any]", found) if isinstance(found, dict) else {}
+
+
 _TRIES = 8  # places where a cut-off text may end, from its end on
 _DEPTH = 100  # brackets within each other; what nests deeper is not mended
 

@@ -26,13 +26,17 @@ class ErrorResponse(BaseModel):
 
 
 class ModelCard(BaseModel):
-    """A model."""
+    """A model, as OpenAI's clients and Anthropic's know it."""
 
     id: str
     object: Literal["model"] = "model"
+    type: Literal["model"] = "model"
+    display_name: str
     created: int
+    created_at: str
     owned_by: str = "latentkv"
     max_model_len: int = Field(description="Tokens of a prompt and its completion together.")
+    max_input_tokens: int
 
 
 class ModelList(BaseModel):
@@ -40,6 +44,9 @@ class ModelList(BaseModel):
 
     object: Literal["list"] = "list"
     data: list[ModelCard]
+    first_id: str
+    last_id: str
+    has_more: Literal[False] = False
 
 
 class TokenizeRequest(Strict):

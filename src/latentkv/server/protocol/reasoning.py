@@ -16,19 +16,20 @@ _OPENING, _CLOSING = re.compile(r"\{[%{]"), re.compile(r"[%}]\}")
 
 
 def template_variables(
-    effort: Effort | None, verbosity: Verbosity | None, template: str, *, reasons: bool
+    effort: Effort | None, verbosity: Verbosity | None, template: str, *, reasons: bool, notes: list[str]
 ) -> dict[str, Any]:
     """What a template is told.
 
     Args:
         effort: goes to a template that knows `reasoning_effort`; one that can only turn reasoning on or off is told
             that, and a model that does not reason has none to grade.
-        verbosity: likewise; "medium" is what happens where nothing is said.
+        verbosity: likewise, a wish; "medium" is what happens where nothing is said.
         template: source of the chat template.
         reasons: whether the model is known to reason.
+        notes: what has no effect is added to it.
 
     Raises:
-        ApiError: reasoning cannot be turned off, or nobody would notice the verbosity.
+        ApiError: reasoning cannot be turned off.
     """
     variables: dict[str, Any] = {}
     switch = next((name for name in _SWITCHES if _knows(template, name)), None)
@@ -46,13 +47,13 @@ def template_variables(
     if verbosity is not None and _knows(template, "verbosity"):
         variables["verbosity"] = verbosity
     elif verbosity in ("low", "high"):
-        raise ApiError(
-            400,
-            f'verbosity="{verbosity}" is not possible here: this model\'s chat template knows none; ask for it in a '
-            "message.",
-            param="verbosity",
-        )
+        notes.append("verbosity is not known to the chat template")
     return variables
+
+
+def can_be_switched(template: str) -> bool:
+    """Whether a template can be told to leave reasoning out."""
+    return any(_knows(template, name) for name in ("reasoning_effort", *_SWITCHES))
 
 
 def _knows(template: str, variable: str) -> bool:

@@ -1,4 +1,4 @@
-"""`/v1/responses`, for text: the newer of OpenAI's two ways to ask."""
+"""`/v1/responses`: the newer of OpenAI's two ways to ask."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from latentkv.server.protocol import foreign_names
 from latentkv.server.protocol.reasoning import Effort, Verbosity
 from latentkv.server.protocol.sampling import STRICT, StreamOptions, Strict, Temperature, TopP
 from latentkv.server.settings import MAX_MESSAGES
+from latentkv.text.tools.specs import MAX_TOOLS
 
 
 class TextFormat(Strict):
@@ -30,7 +31,7 @@ class TextOptions(Strict):
 
 
 class ReasoningOptions(Strict):
-    """How a model reasons; its reasoning is not a part of the answer."""
+    """How a model reasons."""
 
     foreign = foreign_names.REASONING
 
@@ -44,7 +45,7 @@ class ResponsesRequest(Strict):
 
     model: str | None = Field(None, max_length=1024, description="As /v1/models names it; may be left out.")
     input: str | Annotated[list[dict[str, Any]], Field(min_length=1, max_length=MAX_MESSAGES)] = Field(
-        description="A text, or messages, oldest first."
+        description="A text, or items, oldest first: messages, calls, their outputs, reasoning."
     )
     instructions: str | None = Field(None, description="A system message before the input.")
     max_output_tokens: int | None = Field(None, ge=1, description="New tokens at most; all that fit if left out.")
@@ -57,13 +58,21 @@ class ResponsesRequest(Strict):
     include: Annotated[list[str], Field(max_length=16)] | None = Field(
         None, description="More of what there may be beside text; there is nothing else here."
     )
-    tool_choice: Literal["none", "auto"] = Field("auto", description="There are no tools to choose.")
-    parallel_tool_calls: bool = Field(True, description="There are no tools to call.")
+    tools: Annotated[list[dict[str, Any]], Field(max_length=MAX_TOOLS)] | None = Field(
+        None, description="Functions that the model may call; no others."
+    )
+    tool_choice: str | dict[str, Any] | None = Field(
+        None, description="none, auto, required, or a function that must be called."
+    )
+    parallel_tool_calls: bool = Field(True, description="Whether one answer may make several calls.")
     metadata: Annotated[dict[str, str], Field(max_length=16)] = Field(
         default_factory=dict[str, str], description="Is given back."
     )
     store: Literal[False] | None = Field(None, description="Nothing is stored here.")
     user: str | None = Field(None, max_length=256, description="Is written into the server's log.")
+
+
+Status = Literal["in_progress", "completed", "incomplete"]
 
 
 class OutputText(BaseModel):
@@ -75,20 +84,65 @@ class OutputText(BaseModel):
 
 
 class OutputMessage(BaseModel):
-    """The answer."""
+    """Text of the answer."""
 
     type: Literal["message"] = "message"
     id: str
     role: Literal["assistant"] = "assistant"
-    status: Literal["in_progress", "completed", "incomplete"]
+    status: Status
     content: list[OutputText]
+
+
+class ReasoningText(BaseModel):
+    """What the model thought."""
+
+    type: Literal["reasoning_text"] = "reasoning_text"
+    text: str
+
+
+class OutputReasoning(BaseModel):
+    """What the model thought before it answered."""
+
+    type: Literal["reasoning"] = "reasoning"
+    id: str
+    summary: list[Any] = Field(default_factory=list[Any])
+    content: list[ReasoningText]
+    status: Status
+
+
+class OutputCall(BaseModel):
+    """A call that the model makes."""
+
+    type: Literal["function_call"] = "function_call"
+    id: str
+    call_id: str
+    name: str
+    arguments: str
+    status: Status
+
+
+OutputItem = OutputMessage | OutputReasoning | OutputCall
+
+
+class InputTokensDetails(BaseModel):
+    """Of the tokens that were read."""
+
+    cached_tokens: int
+
+
+class OutputTokensDetails(BaseModel):
+    """Of the tokens that were written."""
+
+    reasoning_tokens: int
 
 
 class ResponsesUsage(BaseModel):
     """Tokens."""
 
     input_tokens: int
+    input_tokens_details: InputTokensDetails
     output_tokens: int
+    output_tokens_details: OutputTokensDetails
     total_tokens: int
 
 
@@ -104,16 +158,16 @@ class ResponsesResponse(BaseModel):
     id: str
     object: Literal["response"] = "response"
     created_at: int
-    status: Literal["in_progress", "completed", "incomplete"]
+    status: Status
     model: str
-    output: list[OutputMessage]
+    output: list[OutputItem]
     instructions: str | None = None
     max_output_tokens: int | None = None
     temperature: float
     top_p: float
     parallel_tool_calls: bool = True
-    tool_choice: Literal["none", "auto"] = "auto"
-    tools: list[Any] = Field(default_factory=list[Any])
+    tool_choice: str | dict[str, Any] = "auto"
+    tools: list[dict[str, Any]] = Field(default_factory=list[dict[str, Any]])
     store: Literal[False] = False
     incomplete_details: IncompleteDetails | None = None
     error: None = None

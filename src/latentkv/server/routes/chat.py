@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass
 from typing import Any
 from uuid import uuid4
 
@@ -13,11 +12,10 @@ from fastapi import APIRouter
 from starlette.responses import Response
 
 from latentkv.completion import Completion
-from latentkv.engine import Request, Structure, TokenLogprobs
-from latentkv.server.answers import Answer
+from latentkv.engine import TokenLogprobs
 from latentkv.server.bodies import BodyRoute
 from latentkv.server.context import Context, InContext
-from latentkv.server.errors import ApiError
+from latentkv.server.conversation import Conversation, begin_conversation
 from latentkv.server.generation import Job
 from latentkv.server.protocol.chat import (
     ChatChoice,
@@ -27,29 +25,22 @@ from latentkv.server.protocol.chat import (
     ChatLogprobs,
     ChatRequest,
     ChatResponse,
+    FunctionCall,
     TokenLogprob,
+    ToolCallDelta,
     TopLogprob,
 )
-from latentkv.server.protocol.messages import goes_on
-from latentkv.server.protocol.reasoning import template_variables
 from latentkv.server.protocol.sampling import Usage
 from latentkv.server.sse import HOLE, STREAMS, EventStream, TextEvent, data
-from latentkv.text.tools import Tool, call_grammar, read_tool_choice, read_tools, reasoning_is_open
+from latentkv.text.tools import Content, Delta, Reasoning, ToolCallArguments, ToolCallStart
 
 router = APIRouter(route_class=BodyRoute)
-
-RESERVED = {"self", "messages", "tools", "documents", "add_generation_prompt", "continue_final_message"}
-"""What a template is given from elsewhere."""
 
 
 @router.post("/v1/chat/completions", response_model=ChatResponse, responses=STREAMS)
 async def chat(body: ChatRequest, context: InContext) -> Response:
     """Answer a conversation."""
-    context.require_model(body.model)
-    context.note_user(body.user)
-    context.part_prefixes(body.cache_salt, cached=body.cache_prompt)
-    compiles = body.has_form or bool(body.tools)
-    conversation = await context.model.off_loop(lambda: _read(context, body), compiles=compiles)
+    conversation = await begin_conversation(context, body)
     job = Job(context, [conversation.request], keep=context.model.format.markers)
     writer = _Writer(context, conversation, len(job.choices))
     if body.stream:
@@ -66,99 +57,10 @@ def _as_json(answer: ChatResponse) -> Response:
     return Response(json.dumps(fields), media_type="application/json")
 
 
-@dataclass(frozen=True)
-class _Conversation:
-    """What was asked.
-
-    Attributes:
-        request: for the engine.
-        tools: that may be called.
-        reasoning_open: whether the prompt ends inside of reasoning.
-        parallel: whether an answer may make several calls.
-    """
-
-    request: Request
-    tools: tuple[Tool, ...]
-    reasoning_open: bool
-    parallel: bool
-
-
-def _read(context: Context, body: ChatRequest) -> _Conversation:
-    """Everything that takes long: the template, the tokens, the grammar."""
-    model = context.model
-    if body.top_logprobs and not body.logprobs:
-        raise ApiError(400, "top_logprobs needs logprobs=true: set it, or leave it out.", param="top_logprobs")
-    if body.max_tokens is not None and body.max_completion_tokens not in (None, body.max_tokens):
-        raise ApiError(400, "max_tokens and max_completion_tokens differ: give one of them.", param="max_tokens")
-    reserved = RESERVED & body.chat_template_kwargs.keys()
-    if reserved:
-        name = min(reserved)
-        raise ApiError(400, f"chat_template_kwargs may not set {name}: leave it out.", param="chat_template_kwargs")
-    if body.documents and "documents" not in model.template:
-        raise ApiError(
-            400, "documents: this model's chat template takes none; put them into a message.", param="documents"
-        )
-    continues = body.continue_final_message or goes_on(body.messages)
-    if continues and body.add_generation_prompt:
-        raise ApiError(
-            400, "add_generation_prompt and continue_final_message exclude each other: give one of them.",
-            param="continue_final_message",
-        )  # fmt: skip
-    tools = read_tools(body.tools)
-    choice = read_tool_choice(body.tool_choice, tools)
-    given_tools = choice.offered(body.tools or ())
-    tools = tuple(tool for tool in tools if choice.allows(tool.name))
-    if tools and body.bad_words:
-        raise ApiError(400, "bad_words and tools exclude each other: give one of them.", param="bad_words")
-    variables = {
-        **template_variables(
-            body.reasoning_effort, body.verbosity, model.template, reasons=model.format.reasoning is not None
-        ),
-        **body.chat_template_kwargs,
-        **({"tools": given_tools} if tools else {}),
-        **({"documents": body.documents} if body.documents else {}),
-    }
-    text = model.chat_text(
-        body.messages,
-        add_generation_prompt=body.add_generation_prompt is not False,
-        continue_final_message=continues,
-        **variables,
-    )
-    reasoning_open = reasoning_is_open(text, model.format)
-    prompt = model.llm.chat_tokens(text, add_bos=body.add_special_tokens)
-    structure = body.form(context.notes)
-    if structure and reasoning_open:
-        raise ApiError(
-            400,
-            f"{body.form_name} cannot be held to while the model reasons: turn its reasoning off, with most templates "
-            'by chat_template_kwargs={"enable_thinking": false}.',
-            param=body.form_name,
-        )
-    grammar = call_grammar(
-        model.format,
-        tools,
-        choice,
-        special=model.special_markers,
-        reasoning_open=reasoning_open,
-        parallel=body.parallel_tool_calls,
-    )
-    if grammar and structure:
-        raise ApiError(400, "tool_choice and response_format ask for different forms: give one.", param="tool_choice")
-    params = body.sampling(
-        body.max_completion_tokens or body.max_tokens or model.room_after(len(prompt)),
-        Structure.grammar(grammar) if grammar else structure,
-        logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-    )
-    request = model.llm.request(prompt, model.llm.chat_params(params))
-    return _Conversation(
-        request, () if choice.mode == "none" else tools, reasoning_open, parallel=body.parallel_tool_calls
-    )
-
-
 class _Writer:
     """Writes answers."""
 
-    def __init__(self, context: Context, conversation: _Conversation, choices: int) -> None:
+    def __init__(self, context: Context, conversation: Conversation, choices: int) -> None:
         self._model = context.model
         self._conversation = conversation
         self._id, self._created = f"chatcmpl-{uuid4().hex}", int(time.time())
@@ -166,7 +68,7 @@ class _Writer:
     def whole(self, completions: list[Completion], usage: Usage) -> ChatResponse:
         choices: list[ChatChoice] = []
         for index, completion in enumerate(completions):
-            answer = self._answer()
+            answer = self._conversation.answer(self._model.format)
             answer.push(completion.text, last=True)
             choices.append(
                 ChatChoice(
@@ -183,13 +85,13 @@ class _Writer:
             choice = ChatChunkChoice(index=index, delta=delta, **more)
             return self._chunk(choice, usage=job.usage if always else None)
 
-        answers = [self._answer() for _ in job.choices]
+        answers = [self._conversation.answer(self._model.format) for _ in job.choices]
         contents = [TextEvent(chunk(index, ChatDelta(content=HOLE))) for index in range(len(answers))]
         for index in range(len(answers)):
             yield chunk(index, ChatDelta(role="assistant", content=""))
         async for index, piece in job.pieces():
             answer, logprobs = answers[index], self._logprobs(piece.logprobs)
-            deltas = answer.push(piece.text, last=piece.finish_reason is not None)
+            deltas = [_as_delta(delta) for delta in answer.push(piece.text, last=piece.finish_reason is not None)]
             for delta in deltas or ([ChatDelta(content="")] if logprobs else []):
                 content = delta.content if delta.model_fields_set == {"content"} else None
                 if content is None or logprobs or always:
@@ -201,10 +103,6 @@ class _Writer:
                 yield chunk(index, ChatDelta(), finish_reason=answer.finish_reason(piece.finish_reason))
         if usage:
             yield self._chunk(usage=job.usage)
-
-    def _answer(self) -> Answer:
-        asked = self._conversation
-        return Answer(self._model.format, asked.tools, reasoning_open=asked.reasoning_open, parallel=asked.parallel)
 
     def _chunk(self, *choices: ChatChunkChoice, usage: Usage | None = None) -> str:
         return data(
@@ -226,3 +124,17 @@ class _Writer:
 
     def _token(self, token: int, logprob: float) -> TopLogprob:
         return TopLogprob(token=self._model.text_of([token]), logprob=logprob, bytes=list(self._model.bytes_of(token)))
+
+
+def _as_delta(delta: Delta) -> ChatDelta:
+    match delta:
+        case Content(text):
+            return ChatDelta(content=text)
+        case Reasoning(text):
+            return ChatDelta(reasoning_content=text)
+        case ToolCallStart(index, id, name):
+            function = FunctionCall(name=name, arguments="")
+            call = ToolCallDelta(index=index, id=id, type="function", function=function)
+        case ToolCallArguments(index, text):
+            call = ToolCallDelta(index=index, function=FunctionCall(arguments=text))
+    return ChatDelta(tool_calls=[call])

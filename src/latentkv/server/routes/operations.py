@@ -59,7 +59,8 @@ async def metrics(context: InContext) -> Response:
 @router.get("/v1/models")
 async def models(context: InContext) -> ModelList:
     """The one model, under each of its names."""
-    return ModelList(data=[_card(context, name) for name in context.model.names])
+    cards = [_card(context, name) for name in context.model.names]
+    return ModelList(data=cards, first_id=cards[0].id, last_id=cards[-1].id)
 
 
 @router.head("/v1/models/{name:path}", include_in_schema=False)
@@ -145,4 +146,11 @@ async def stats(context: InContext) -> StatsResponse:
 
 def _card(context: InContext, name: str) -> ModelCard:
     served = context.model
-    return ModelCard(id=name, created=served.created, max_model_len=served.llm.max_context)
+    return ModelCard(
+        id=name,
+        display_name=name,
+        created=served.created,
+        created_at=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(served.created)),
+        max_model_len=served.llm.max_context,
+        max_input_tokens=served.capacity - 1,
+    )
