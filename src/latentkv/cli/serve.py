@@ -3,21 +3,33 @@
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from latentkv.cli.config_file import read_config_file
 from latentkv.cli.flags import Preset
-from latentkv.cli.loading import cache_summary, enter_ranks, load_model, sampling_note, store_summary, turn_end_note
+from latentkv.cli.loading import (
+    DEFAULT_NAME,
+    cache_summary,
+    enter_ranks,
+    load_model,
+    sampling_note,
+    store_summary,
+    turn_end_note,
+)
 from latentkv.cli.terminal import console
 from latentkv.errors import ConfigError
 from latentkv.option_types import Flag
 from latentkv.options import LLMOptions
 from latentkv.ranges import Range
 from latentkv.server.settings import ServerSettings, read_keys
+
+if TYPE_CHECKING:
+    from latentkv.server.context import Server
 
 KEYS_VARIABLE = "LATENTKV_API_KEYS"
 END_SECONDS = 10
@@ -71,24 +83,35 @@ def serve(
     options, end_seconds = replace(options, step_seconds=STEP_SECONDS), settings.drain_seconds + END_SECONDS
     enter_ranks(options, end_seconds=end_seconds)
     listening = bind(host, port)
-    llm = load_model(options, end_seconds=end_seconds)
     shown, *others = name or (model_name(options.model) if options.model else "latentkv",)
-    server = make_server(llm, shown, settings, tool_format=tool_format, other_names=others)
-    out = console(stderr=True)
     shown_host = f"[{host}]" if ":" in host else host
     address = f"http://{shown_host}:{listening.getsockname()[1]}"
-    out.print(f"Serving {shown} on {address} - chat page at {address}/, API at {address}/v1", highlight=False)
-    out.print(cache_summary(llm), style="dim")
-    if llm.sampling_defaults:
-        out.print(sampling_note(llm), style="dim", highlight=False)
-    if llm.unnamed_turn_end is not None:
-        out.print(turn_end_note(llm.unnamed_turn_end), style="dim", markup=False)
-    if llm.store:
-        out.print(store_summary(llm.store), style="dim")
-    code = serve_forever(listening, server)
-    if server.model.thread.alive:
-        os._exit(code or 1)  # it hangs in a step, and would keep the process alive
-    if server.model.thread.health().state == "dead":
+    out = console(stderr=True)
+    source = options.model or DEFAULT_NAME
+    out.print(f"Loading {shown} ({source}); until it stands, {address}/health says 503", markup=False, style="dim")
+    loaded: list[Server] = []
+
+    def load() -> Server:
+        llm = load_model(options, end_seconds=end_seconds)
+        loaded.append(make_server(llm, shown, settings, tool_format=tool_format, other_names=others))
+        return loaded[0]
+
+    def ready(server: Server) -> None:
+        llm = server.model.llm
+        out.print(f"Serving {shown} on {address} - chat page at {address}/, API at {address}/v1", highlight=False)
+        out.print(cache_summary(llm), style="dim")
+        if llm.sampling_defaults:
+            out.print(sampling_note(llm), style="dim", highlight=False)
+        if llm.unnamed_turn_end is not None:
+            out.print(turn_end_note(llm.unnamed_turn_end), style="dim", markup=False)
+        if llm.store:
+            out.print(store_summary(llm.store), style="dim")
+
+    code = serve_forever(listening, load, settings, ready)
+    if not loaded or loaded[0].model.thread.alive:
+        sys.stderr.flush()
+        os._exit(code if not loaded else code or 1)  # it loads, or hangs in a step, and would keep the process alive
+    if loaded[0].model.thread.health().state == "dead":
         raise typer.Exit(code or 1)
-    llm.close()
+    loaded[0].model.llm.close()
     raise typer.Exit(code)

@@ -14,12 +14,14 @@ from types import FrameType
 from typing import cast
 
 import uvicorn
+from starlette.types import ASGIApp
 
 from latentkv.errors import ConfigError
 from latentkv.llm import LLM
 from latentkv.server.app import create_app
 from latentkv.server.connection import TimelyProtocol
 from latentkv.server.context import Server
+from latentkv.server.loading import LoadingApp
 from latentkv.server.logs import log_to_stderr
 from latentkv.server.metrics import Metrics
 from latentkv.server.served import ServedModel
@@ -84,33 +86,78 @@ def make_server(
     return Server(model, settings, Metrics(llm.engine, name))
 
 
-def serve_forever(listening: socket.socket, server: Server) -> int:
-    """Serve until a signal or the engine's death.
+def serve_forever(
+    listening: socket.socket, load: Callable[[], Server], settings: ServerSettings, ready: Callable[[Server], None]
+) -> int:
+    """Answer at once, and serve a model from when it is loaded until a signal or the engine's death.
+
+    Args:
+        listening: as `bind` gives it.
+        load: loads the model, in a thread of its own; meanwhile every path answers 503.
+        settings: that the model will be served with.
+        ready: called with what was loaded when it is served.
 
     Returns:
-        The exit code: 0 after a signal, 1 if the engine died. A thread that hangs in a step may still run.
+        The exit code: 0 after a signal, 1 if the engine died. A thread that hangs in a step, or still loads, may run.
+
+    Raises:
+        Exception: what `load` raised.
     """
-    log_to_stderr()
-    # What is loaded stays: a collection that looks through all of it has everybody wait for a tenth of a second.
-    gc.collect()
-    gc.freeze()
-    deaths: list[str] = []
-
-    def died(reason: str) -> None:
-        deaths.append(reason)
-        uvicorn_server.should_exit = True
-
-    uvicorn_server = _Server(uvicorn_config(server, died), server.model.thread.drain, server.settings.drain_seconds)
-    uvicorn_server.run(sockets=[listening])
+    run = _Run(load, settings, ready)
+    run.web.run(sockets=[listening])
     gc.unfreeze()
-    return 1 if deaths else 0
+    if run.failure is not None:
+        raise run.failure
+    return 1 if run.died else 0
 
 
-def uvicorn_config(server: Server, died: Callable[[str], None] | None = None) -> uvicorn.Config:
-    """How uvicorn is to serve `create_app(server, died=died)`."""
-    settings = server.settings
+class _Run:
+    """A server from its first moment to its last.
+
+    Attributes:
+        web: the HTTP server.
+        failure: why there is no model.
+        died: why the engine is dead; "" while it is not.
+    """
+
+    def __init__(self, load: Callable[[], Server], settings: ServerSettings, ready: Callable[[Server], None]) -> None:
+        self.failure: BaseException | None = None
+        self.died = ""
+        self._load_server = load
+        self._tell_ready = ready
+        self._server: Server | None = None
+        app = LoadingApp(self._load, self._ready, self._failed)
+        self.web = _Server(uvicorn_config(app, settings), self._drain, settings.drain_seconds)
+
+    def _load(self) -> ASGIApp:
+        self._server = server = self._load_server()
+        return create_app(server, died=self._has_died)
+
+    def _ready(self) -> None:
+        log_to_stderr()
+        # What is loaded stays: a collection that looks through all of it has everybody wait for a tenth of a second.
+        gc.collect()
+        gc.freeze()
+        if self._server is not None:
+            self._tell_ready(self._server)
+
+    def _failed(self, error: BaseException) -> None:
+        self.failure = error
+        self.web.should_exit = True
+
+    def _has_died(self, reason: str) -> None:
+        self.died = reason
+        self.web.should_exit = True
+
+    def _drain(self, seconds: float) -> None:
+        if self._server is not None:
+            self._server.model.thread.drain(seconds)
+
+
+def uvicorn_config(app: ASGIApp, settings: ServerSettings) -> uvicorn.Config:
+    """How uvicorn is to serve an app."""
     return uvicorn.Config(
-        create_app(server, died=died),
+        app,
         http=cast("type[asyncio.Protocol]", partial(TimelyProtocol, receive_seconds=settings.receive_seconds)),
         ws="none",
         log_config=None,

@@ -88,7 +88,7 @@ class DetokenizeResponse(BaseModel):
 class HealthResponse(BaseModel):
     """How the engine does."""
 
-    status: Literal["idle", "working", "late", "draining", "stopped", "dead"]
+    status: Literal["loading", "idle", "working", "late", "draining", "stopped", "dead"]
     reason: str = ""
 
 
