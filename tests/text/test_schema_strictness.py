@@ -90,12 +90,30 @@ def test_what_cannot_be_enforced_is_left_out_with_a_note_unless_it_is_strict(
             holds(schema, valid, strict=True)
 
 
-def test_objects_are_closed_where_it_is_strict(holds: Callable[..., bool]) -> None:
+def test_objects_that_list_properties_have_no_others_unless_they_say_so(holds: Callable[..., bool]) -> None:
     for schema in (A, {"oneOf": [A, B]}, {"type": "array", "items": A}, {**A, "additionalProperties": True}):
         more = '{"a": true, "more": 1}' if "items" not in schema else '[{"a": true, "more": 1}]'
         less = '{"a": true}' if "items" not in schema else '[{"a": true}]'
-        assert holds(schema, more, strict=False) and holds(schema, less, strict=True)
-        assert holds(schema, more, strict=True) == ("additionalProperties" in schema)
+        for strict in (False, True):
+            assert holds(schema, less, strict=strict)
+            assert holds(schema, more, strict=strict) == ("additionalProperties" in schema)
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "object"},
+        {**A, "required": ["a", "b"]},
+        {"allOf": [A, {"properties": {"b": {"type": "integer"}}, "required": ["b"]}]},
+        {**A, "patternProperties": {"^b$": {"type": "integer"}}},
+        {**A, "minProperties": 2},
+    ],
+    ids=str,
+)
+def test_objects_that_need_other_properties_have_them_unless_it_is_strict(
+    holds: Callable[..., bool], schema: dict
+) -> None:
+    assert holds(schema, '{"a": true, "b": 1}', strict=False)
 
 
 def test_numbers_end_where_they_may(holds: Callable[..., bool]) -> None:

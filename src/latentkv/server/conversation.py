@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fastapi.exceptions import RequestValidationError
@@ -15,6 +15,7 @@ from latentkv.server.errors import ApiError
 from latentkv.server.protocol.chat import ChatRequest
 from latentkv.server.protocol.messages import goes_on
 from latentkv.server.protocol.reasoning import template_variables
+from latentkv.text.schema_strictness import read_schema
 from latentkv.text.tools import OutputFormat, Tool, call_grammar, read_tool_choice, read_tools, reasoning_is_open
 
 RESERVED = {"self", "messages", "tools", "documents", "add_generation_prompt", "continue_final_message"}
@@ -123,9 +124,10 @@ def _read(context: Context, body: ChatRequest) -> Conversation:
             'by chat_template_kwargs={"enable_thinking": false}.',
             param=body.form_name,
         )
+    forced = [_enforceable(tool, context.notes) for tool in tools] if choice.mode == "required" else tools
     grammar = call_grammar(
         model.format,
-        tools,
+        forced,
         choice,
         special=model.special_markers,
         reasoning_open=reasoning_open,
@@ -142,3 +144,10 @@ def _read(context: Context, body: ChatRequest) -> Conversation:
     return Conversation(
         request, () if choice.mode == "none" else tools, reasoning_open, parallel=body.parallel_tool_calls
     )
+
+
+def _enforceable(tool: Tool, notes: list[str]) -> Tool:
+    """A tool whose arguments can be held to its schema; what cannot is added to `notes`."""
+    read = read_schema(tool.parameters, strict=False)
+    notes += [f"{tool.name}: {note}" for note in read.notes]
+    return replace(tool, parameters=read.schema)

@@ -25,6 +25,8 @@ MAX_UNIQUE = 4
 # Lookaround and back references: a pattern of a grammar has none.
 _LOOKS_AROUND = re.compile(r"\(\?<?[=!]|\\[1-9]")
 _KIND = {"integer": "number"}
+_JOINING = {"allOf", "anyOf", "oneOf", "$ref", "patternProperties"}
+"""Words that may ask for properties beside those that are listed."""
 _DEFINITIONS = ("$defs", "definitions")
 
 
@@ -46,8 +48,9 @@ def read_schema(schema: Mapping[str, Any], *, strict: bool) -> ReadSchema:
 
     Args:
         schema: as a client wrote it.
-        strict: objects that do not say what other properties they may have get none, and what cannot be enforced stays
-            in the schema, to be refused; otherwise it is left out.
+        strict: what cannot be enforced stays in the schema, to be refused; otherwise it is left out. Objects that do
+            not say what other properties they may have get none; otherwise only those that list some, because a model
+            that does not know the form would make up properties for ever.
 
     Raises:
         RequestError: it nests too deeply.
@@ -61,6 +64,7 @@ class _Reader:
     def __init__(self, root: dict[str, Any], *, strict: bool) -> None:
         self.root = root
         self.strict = strict
+        self._joins = _has_joined_parts(root)
         self.notes: list[str] = []
 
     def read(self, schema: Any, path: str, depth: int) -> Any:
@@ -71,7 +75,7 @@ class _Reader:
             return schema
         found = self._with_enforceable_words(cast("dict[str, Any]", schema))
         found = self._with_any_of(found, path)
-        found = self._closed(found) if self.strict else self._loosened(found, path)
+        found = self._closed(found if self.strict else self._loosened(found, path))
         for key, value in found.items():
             if key in NAMED_SCHEMAS and isinstance(value, dict):
                 inside = cast("dict[str, Any]", value)
@@ -134,8 +138,19 @@ class _Reader:
 
     def _closed(self, schema: dict[str, Any]) -> dict[str, Any]:
         is_object = schema.get("type") == "object" or "properties" in schema
+        if not is_object or "additionalProperties" in schema or not (self.strict or self._may_be_closed(schema)):
+            return schema
+        return {**schema, "additionalProperties": False}
+
+    def _may_be_closed(self, schema: dict[str, Any]) -> bool:
+        """Whether an object has values of its own without properties that it does not list."""
+        listed = schema.get("properties")
+        if not isinstance(listed, dict) or not listed or self._joins or not _JOINING.isdisjoint(schema):
+            return False
+        required, least = schema.get("required", []), schema.get("minProperties", 0)
+        known = cast("dict[str, Any]", listed).keys()
         return (
-            {**schema, "additionalProperties": False} if is_object and "additionalProperties" not in schema else schema
+            isinstance(required, list) and known >= set(map(str, cast("list[Any]", required))) and least <= len(known)
         )
 
     def _loosened(self, schema: dict[str, Any], path: str) -> dict[str, Any]:
@@ -183,6 +198,19 @@ class _Reader:
             for name in reference[2:].split("/"):
                 schema = cast("dict[str, Any]", schema).get(name) if isinstance(schema, dict) else None
         return cast("dict[str, Any]", schema) if isinstance(schema, dict) else {}
+
+
+def _has_joined_parts(schema: Any) -> bool:
+    """Whether some value must be of several schemas at once: if one is closed, the others' properties are shut out."""
+    if isinstance(schema, list):
+        return any(map(_has_joined_parts, cast("list[Any]", schema)))
+    if not isinstance(schema, dict):
+        return False
+    found = cast("dict[str, Any]", schema)
+    parts = found.get("allOf")
+    if isinstance(parts, list) and len(cast("list[Any]", parts)) > 1:
+        return True
+    return any(map(_has_joined_parts, found.values()))
 
 
 def _fixed_properties(schema: dict[str, Any]) -> dict[str, list[Any]]:
