@@ -229,3 +229,17 @@ def test_of_the_tools_only_those_allowed_are_offered(tool_client: openai.OpenAI)
     alone = tool_client.chat.completions.create(**asked, tools=TOOLS[:1], tool_choice="required")
     assert got.choices[0].message.tool_calls and got.choices[0].message.tool_calls[0].function.name == "sail"
     assert got.usage.prompt_tokens == alone.usage.prompt_tokens
+
+
+def test_json_is_asked_for_after_reasoning_and_other_forms_are_not(with_thinking: Live) -> None:
+    client = openai.OpenAI(base_url=f"{with_thinking.url}/v1", api_key="unused", max_retries=0, timeout=30)
+    asked: Any = {"model": NAME, "messages": MESSAGES, "max_tokens": 12, "reasoning_effort": "high"}
+    form: Any = {"type": "json_schema", "json_schema": {"name": "person", "schema": SCHEMA}}
+    message = client.chat.completions.create(**asked, response_format=form).choices[0].message
+    assert message.model_extra and message.model_extra["reasoning_content"] and not message.content
+    with pytest.raises(openai.BadRequestError, match="while the model reasons, unless it is JSON"):
+        client.chat.completions.create(**asked, extra_body={"structured_outputs": {"regex": "a+"}})
+    whole = client.chat.completions.create(
+        **{**asked, "reasoning_effort": "none", "max_tokens": 200}, response_format=form
+    )
+    assert set(json.loads(whole.choices[0].message.content or "")) == {"name", "age"}

@@ -16,7 +16,15 @@ from latentkv.server.protocol.chat import ChatRequest
 from latentkv.server.protocol.messages import goes_on
 from latentkv.server.protocol.reasoning import template_variables
 from latentkv.text.schema_strictness import read_schema
-from latentkv.text.tools import OutputFormat, Tool, call_grammar, read_tool_choice, read_tools, reasoning_is_open
+from latentkv.text.tools import (
+    OutputFormat,
+    Tool,
+    call_grammar,
+    json_after_reasoning,
+    read_tool_choice,
+    read_tools,
+    reasoning_is_open,
+)
 
 RESERVED = {"self", "messages", "tools", "documents", "add_generation_prompt", "continue_final_message"}
 """What a template is given from elsewhere."""
@@ -117,13 +125,16 @@ def _read(context: Context, body: ChatRequest) -> Conversation:
     reasoning_open = reasoning_is_open(text, model.format)
     prompt = model.llm.chat_tokens(text, add_bos=body.add_special_tokens)
     structure = body.form(context.notes)
-    if structure and reasoning_open:
-        raise ApiError(
-            400,
-            f"{body.form_name} cannot be held to while the model reasons: turn its reasoning off, with most templates "
-            'by chat_template_kwargs={"enable_thinking": false}.',
-            param=body.form_name,
-        )
+    if structure and reasoning_open and model.format.reasoning:
+        if structure.kind != "json_schema":
+            raise ApiError(
+                400,
+                f"{body.form_name} cannot be held to while the model reasons, unless it is JSON: turn its reasoning "
+                'off, with most templates by reasoning_effort "none".',
+                param=body.form_name,
+            )
+        source, special = structure.source, model.special_markers
+        structure = Structure.grammar(json_after_reasoning(model.format.reasoning, source, special=special))
     forced = [_enforceable(tool, context.notes) for tool in tools] if choice.mode == "required" else tools
     grammar = call_grammar(
         model.format,

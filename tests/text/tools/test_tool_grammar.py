@@ -14,6 +14,7 @@ from latentkv.text.tools import (
     ToolChoice,
     call_grammar,
     choose_format,
+    json_after_reasoning,
     read_tools,
 )
 
@@ -127,3 +128,16 @@ def test_a_schema_that_nests_without_end_is_refused() -> None:
     tools = read_tools([{"type": "function", "function": {"name": "f", "parameters": {"properties": {"a": deep}}}}])
     with pytest.raises(RequestError, match="nested too deeply"):
         call_grammar(OutputFormat(CALL_FORMATS["hermes"]), tools, REQUIRED)
+
+
+@pytest.mark.parametrize("as_tokens", [True, False])
+def test_json_after_reasoning_takes_any_thought_and_then_the_form_alone(as_tokens: bool) -> None:
+    tags = choose_format("<think>", "").reasoning
+    assert tags is not None
+    engine = Engine((tags.open, tags.close), as_tokens=as_tokens)
+    schema = '{"type": "object", "properties": {"a": {"type": "boolean"}}, "additionalProperties": false}'
+    grammar = json_after_reasoning(tags, schema, special=engine.special)
+    assert engine.accepts(grammar, 'a {"a": 1}, or so' + tags.close + '\n\n{"a": true}')
+    assert engine.accepts(grammar, tags.close + "{}")
+    for wrong in ('{"a": true}', "a" + tags.close + '{"a": 1}', "a" + tags.close + "b"):
+        assert not engine.accepts(grammar, wrong)

@@ -11,7 +11,7 @@ from latentkv.text.tools.deltas import (
     join_deltas,
 )
 from latentkv.text.tools.formats import CALL_FORMATS, OutputFormat, choose_format, reasoning_is_open
-from latentkv.text.tools.grammar import call_grammar
+from latentkv.text.tools.grammar import call_grammar, json_after_reasoning
 from latentkv.text.tools.parser import OutputParser
 from latentkv.text.tools.specs import Tool, ToolChoice, read_tool_choice, read_tools
 
@@ -31,6 +31,7 @@ __all__ = [
     "call_grammar",
     "choose_format",
     "join_deltas",
+    "json_after_reasoning",
     "read_tool_choice",
     "read_tools",
     "reasoning_is_open",

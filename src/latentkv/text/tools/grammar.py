@@ -58,7 +58,7 @@ def call_grammar(
     if format.calls is None:
         raise RequestError('This model has no known tool call format: use tool_choice "auto" or "none".')
     chosen = [tool for tool in tools if choice.name in (None, tool.name)]
-    writer = _Writer(format.calls, special or {})
+    writer = _CallRules(format.calls, special or {})
     once = choice.name is not None or not parallel or format.calls.between is None
     start = "calls"
     if format.reasoning:
@@ -68,11 +68,24 @@ def call_grammar(
     return writer.text()
 
 
-class _Writer:
+def json_after_reasoning(tags: ReasoningTags, schema: str, *, special: Mapping[str, int]) -> str:
+    """Writes the grammar of an output that ends its reasoning, which the prompt has opened, and then is JSON.
+
+    Args:
+        tags: around the reasoning.
+        schema: text of the JSON schema.
+        special: as in `call_grammar`.
+    """
+    rules = _Rules(special)
+    rules.rule("start", f"{rules.reasoning(tags, is_open=True)} form")
+    rules.rule("form", f"%json {schema}")
+    return rules.text()
+
+
+class _Rules:
     """Collects the rules of one grammar."""
 
-    def __init__(self, format: CallFormat, special: Mapping[str, int]) -> None:
-        self._format = format
+    def __init__(self, special: Mapping[str, int]) -> None:
         self._special = special
         self._split = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True)))) if special else None
         self._rules: list[str] = []
@@ -88,6 +101,32 @@ class _Writer:
         if is_open:
             return f"thought {_SPACE}"
         return f"({_SPACE} {self._literal(tags.open)} thought {_SPACE})?"
+
+    def _text_before(self, rule: str, end: str) -> None:
+        """A rule for any text up to the first `end`, and `end` itself."""
+        if end in self._special:
+            self.rule(rule, f"{_ANY_TEXT} {self._literal(end)}")
+        else:
+            self.rule(f"{rule}[suffix={_quoted(end)}]", _ANY_TEXT)
+
+    def _literal(self, text: str) -> str:
+        """A text as tokens by id where they are special, and as strings between them."""
+        parts: list[str] = []
+        at = 0
+        for match in self._split.finditer(text) if self._split else ():
+            parts += [_quoted(text[at : match.start()])] if match.start() > at else []
+            parts.append(f"<[{self._special[match.group()]}]>")
+            at = match.end()
+        parts += [_quoted(text[at:])] if at < len(text) else []
+        return " ".join(parts)
+
+
+class _CallRules(_Rules):
+    """Those of calls."""
+
+    def __init__(self, format: CallFormat, special: Mapping[str, int]) -> None:
+        super().__init__(special)
+        self._format = format
 
     def calls(self, tools: Sequence[Tool], *, once: bool) -> None:
         format = self._format
@@ -156,13 +195,6 @@ class _Writer:
             self._text_before(rule, close)
         return rule
 
-    def _text_before(self, rule: str, end: str) -> None:
-        """A rule for any text up to the first `end`, and `end` itself."""
-        if end in self._special:
-            self.rule(rule, f"{_ANY_TEXT} {self._literal(end)}")
-        else:
-            self.rule(f"{rule}[suffix={_quoted(end)}]", _ANY_TEXT)
-
     @staticmethod
     def _with_definitions(schema: Mapping[str, Any], tool: Tool) -> Mapping[str, Any]:
         """What a part of a schema refers to stands in the whole."""
@@ -178,17 +210,6 @@ class _Writer:
     @staticmethod
     def _space(written: str | None) -> str:
         return _GAP if written else ""
-
-    def _literal(self, text: str) -> str:
-        """A text as tokens by id where they are special, and as strings between them."""
-        parts: list[str] = []
-        at = 0
-        for match in self._split.finditer(text) if self._split else ():
-            parts += [_quoted(text[at : match.start()])] if match.start() > at else []
-            parts.append(f"<[{self._special[match.group()]}]>")
-            at = match.end()
-        parts += [_quoted(text[at:])] if at < len(text) else []
-        return " ".join(parts)
 
 
 def _quoted(text: str) -> str:
