@@ -92,6 +92,7 @@ def test_library_command_line_and_server_sample_alike_by_the_models_defaults(rec
         assert ask(live, "/v1/completions", body)[1]["choices"][0]["text"] == expected.text
         assert ask(live, "/v1/completions", {**body, "temperature": 1, "top_p": 1, "top_k": -1,
                                              "repetition_penalty": 1})[1]["choices"][0]["text"] == neutral  # fmt: skip
+        assert ask(live, "/stats")[1]["sampling_defaults"] == RECOMMENDED
         response = ask(live, "/v1/responses", {"input": "x", "max_output_tokens": 2})[1]
         assert (response["temperature"], response["top_p"]) == (0.3, 0.9)
 

@@ -109,7 +109,9 @@ def test_other_origins_are_let_in_only_if_they_are_named(live: Live) -> None:
     origin = "https://example.org"
     assert ask(live, "/v1/models", Origin=origin)[2]["access-control-allow-origin"] is None
     with serving(LLM(kv_cache_bytes=4 << 20), cors_origins=(origin,)) as own:
-        assert ask(own, "/v1/models", Origin=origin)[2]["access-control-allow-origin"] == origin
+        headers = ask(own, "/v1/models", Origin=origin)[2]
+        assert headers["access-control-allow-origin"] == origin
+        assert {"X-Request-Id", "X-LatentKV-Note"} <= set(headers["access-control-expose-headers"].split(", "))
         assert ask(own, "/v1/models", Origin="https://evil.example")[2]["access-control-allow-origin"] is None
 
 

@@ -133,6 +133,7 @@ class StatsResponse(BaseModel):
     version: str
     uptime_s: float
     context: int
+    sampling_defaults: dict[str, float] = Field(description="Of requests, as the checkpoint recommends them.")
     requests: RequestCounts
     throughput: Throughput
     cache: CacheState

@@ -127,6 +127,7 @@ async def stats(context: InContext) -> StatsResponse:
         version=own_version(),
         uptime_s=round(time.time() - server.metrics.started_at, 3),
         context=context.model.capacity,
+        sampling_defaults=dict(llm.sampling_defaults),
         requests=RequestCounts(
             running=engine.num_running, waiting=engine.num_waiting, finished=server.metrics.finished
         ),
