@@ -120,7 +120,7 @@ def test_what_asks_for_nothing_new_changes_no_answer(
         (CHAT, "best_of", 2),
         (CHAT, "max_tokens", 0),
         (CHAT, "max_tokens", -2),
-        (CHAT, "temperature", 101),
+        (CHAT, "temperature", 50),
         (COMPLETIONS, "mirostat", 2),
         (COMPLETIONS, "mirostat", False),
         (COMPLETIONS, "typical_p", 0.9),

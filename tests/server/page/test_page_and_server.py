@@ -52,6 +52,6 @@ def test_the_page_asks_for_the_key_and_goes_on_with_it(browser: webdriver.Chrome
 def test_the_page_offers_the_temperatures_that_the_server_takes() -> None:
     html = (files("latentkv.server") / "page" / "index.html").read_text("utf-8")
     label = re.search(r'Temperature <span class="small">(\d+) to (\d+);.*?\n.*?min="(\d+)" max="(\d+)"', html)
-    limits = CompletionRequest.model_json_schema()["properties"]["temperature"]
+    limits = CompletionRequest.model_json_schema()["properties"]["temperature"]["anyOf"][0]
     assert label is not None
     assert [int(each) for each in label.groups()] == [limits["minimum"], limits["maximum"]] * 2

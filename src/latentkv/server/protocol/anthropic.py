@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field
 
 from latentkv.server.protocol import foreign_names
-from latentkv.server.protocol.sampling import Strict
+from latentkv.server.protocol.sampling import Strict, Temperature, TopP
 from latentkv.server.settings import MAX_MESSAGES, MAX_STOP_CHARACTERS, MAX_STOPS
 from latentkv.text.tools.specs import MAX_TOOLS
 
@@ -37,8 +37,8 @@ class MessagesRequest(CountRequest):
     """A conversation to answer."""
 
     max_tokens: int = Field(ge=1, description="New tokens at most.")
-    temperature: float | None = Field(None, ge=0, le=100)
-    top_p: float | None = Field(None, gt=0, le=1)
+    temperature: Temperature = None
+    top_p: TopP = None
     top_k: int | None = Field(None, ge=0)
     stop_sequences: Annotated[list[StopString], Field(max_length=MAX_STOPS)] | None = None
     stream: bool = False

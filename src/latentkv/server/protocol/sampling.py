@@ -21,9 +21,7 @@ MAX_BAD_WORDS = 256
 FORMS = ("response_format", "structured_outputs", "bad_words")
 """Parameters that each give the text a form."""
 OF_MODEL = "Left out: the model's default."
-Temperature = Annotated[
-    float | None, Field(ge=0, le=100, description=f"0 always takes the likeliest token. {OF_MODEL}")
-]
+Temperature = Annotated[float | None, Field(ge=0, le=2, description=f"0 always takes the likeliest token. {OF_MODEL}")]
 TopP = Annotated[
     float | None, Field(gt=0, le=1, description=f"Keep the likeliest tokens up to this probability. {OF_MODEL}")
 ]
