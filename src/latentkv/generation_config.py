@@ -28,12 +28,13 @@ def sampling_defaults(asked: str | Path, model: Path) -> Mapping[str, Any]:
     Raises:
         ConfigError: the file that was asked for is missing, or a value of it is out of range.
     """
-    if asked == "none":
+    is_own = str(asked) == "auto"
+    if str(asked) == "none":
         return NONE
-    file = model / FILE if asked == "auto" else Path(asked).expanduser()
+    file = model / FILE if is_own else Path(asked).expanduser()
     file = file / FILE if file.is_dir() else file
     if not file.is_file():
-        if asked == "auto":
+        if is_own:
             return NONE
         raise ConfigError(f'There is no {file}: name a folder that has a {FILE}, or say "auto" or "none".')
     return MappingProxyType(_read(file))

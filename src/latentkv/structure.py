@@ -14,6 +14,8 @@ StructureKind = Literal["json_schema", "regex", "grammar"]
 
 MAX_SOURCE_BYTES = 1 << 16
 MAX_CHOICES = 1024
+_SIGNS = re.compile(r"[!-/:;=?@\[-`{-~]")
+"""That mean something in a regular expression, or may be escaped there all the same; \\< and \\> are ends of words."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ class Structure:
     def without(cls, texts: Iterable[str]) -> Structure:
         """Any text in which none of these up to 1,024 occurs."""
         given = _texts("without", texts)
-        forbidden = "|".join(re.sub(r"([^\w\s])", r"\\\1", text).replace("\n", r"\n") for text in given)
+        forbidden = "|".join(_SIGNS.sub(r"\\\g<0>", text).replace("\n", r"\n").replace("\r", r"\r") for text in given)
         return cls("grammar", f"start: TEXT\nTEXT: /(?s:.*)/ & ~/(?s:.*)({forbidden})(?s:.*)/")
 
     @classmethod

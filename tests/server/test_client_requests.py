@@ -62,7 +62,7 @@ GENERATION: list[dict[str, Any]] = [
     {"max_tokens": 6.0, "top_k": 0.0},
     {"guided_decoding_backend": "xgrammar", "grammar": "", "options": {}},
     {"prediction": {"type": "content", "content": "It was"}},
-    {"bad_words": ["zanzibar", "(x|y)*\\d/"]},
+    {"bad_words": ["zanzibar", "(x|y)*\\d/<>!\"'#-&~`{}[]^$.,;=?@:%", "\U0001f600\u2014\n\r\t"]},
 ]
 CHATS: list[dict[str, Any]] = [
     {"modalities": ["text"]},

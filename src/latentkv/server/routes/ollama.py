@@ -109,14 +109,13 @@ async def generate(body: OllamaGenerateRequest, context: InContext) -> OllamaGen
 @router.get("/api/tags")
 @router.get("/api/ps")
 async def tags(context: InContext) -> OllamaModels:
-    """The one model, which is always loaded."""
+    """The one model, under each of its names; it is always loaded."""
     served = context.model
     size = sum(file.stat().st_size for file in _weight_files(served))
-    name = served.name if ":" in served.name else served.name + TAG
+    details, created = _details(served), _time(served.created)
+    tagged = [name if ":" in name else name + TAG for name in served.names]
     return OllamaModels(
-        models=[
-            OllamaModel(name=name, model=name, modified_at=_time(served.created), size=size, details=_details(served))
-        ]
+        models=[OllamaModel(name=name, model=name, modified_at=created, size=size, details=details) for name in tagged]
     )
 
 
@@ -159,7 +158,7 @@ def _begin(context: Context, body: OllamaRequest) -> None:
 
 
 def _require_model(context: Context, name: str) -> None:
-    context.require_model(name if name == context.model.name else name.removesuffix(TAG))
+    context.require_model(name if name in context.model.names else name.removesuffix(TAG))
 
 
 async def _answer(
