@@ -145,8 +145,8 @@ class Page:
 
     @property
     def focused(self) -> str:
-        """The id of the element with the focus, or its text where it has none."""
-        return self.run("const e = document.activeElement; return e.id || e.textContent.trim() || e.localName")
+        """The id of the element with the focus, or its text or name where it has none."""
+        return self.run("const e = document.activeElement; return e.id || e.textContent.trim() || e.ariaLabel || e.localName")
 
     def run(self, script: str, *arguments: Any) -> Any:
         """Runs a script in the page."""

@@ -88,6 +88,7 @@ def numbers(**cache: Any) -> dict[str, Any]:
         "version": "0.1.0",
         "uptime_s": 61.0,
         "context": 4096,
+        "chat_template": True,
         "requests": {"running": 1, "waiting": 2, "finished": 34},
         "throughput": {"generated_tokens_per_s": 41.25, "prompt_tokens_per_s": 512.0},
         "cache": {

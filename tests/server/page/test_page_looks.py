@@ -1,6 +1,12 @@
+import re
+import threading
+import time
+from importlib.resources import files
+from typing import Any
+
 import pytest
 from page_browser import Page
-from page_server import PageServer, Reply, ending, piece, refusal
+from page_server import PageServer, Reply, ending, piece, refusal, whole
 from selenium.webdriver.common.keys import Keys
 
 TEXT = (
@@ -8,6 +14,12 @@ TEXT = (
 
 1. one
 2. two
+
+> a quote, with [a link](https://example.com) and ![a picture](https://example.com/a.png)
+
+| a table | with | numbers | and | more | columns | than | a | telephone | is | wide |
+|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|
+| row | 1 | 2 | 3 | 4 | 5 | 6 | 7 | 8 | 9 | 10 |
 
 ```python
 print("a line of code that is much longer than any telephone is wide, and must scroll in its own box")
@@ -47,7 +59,18 @@ while (walker.nextNode()) {
 return low;
 """
 OVERFLOW = "const root = document.documentElement; return root.scrollWidth - root.clientWidth"
+# What scrolls up and down with a bar of its own: the whole page, and nothing in it.
+SCROLL_BARS = """
+return [...document.querySelectorAll("*")].filter((node) => {
+  const style = getComputedStyle(node);
+  const scrolls = node === document.documentElement || ["auto", "scroll"].includes(style.overflowY);
+  return scrolls && node.scrollHeight > node.clientHeight + 1 && style.scrollbarWidth !== "none" && node.checkVisibility();
+}).map((node) => node.id || node.localName);
+"""
 BACKGROUND = "return getComputedStyle(document.body).backgroundColor"
+
+
+DEVICES = {"desktop": (1280, 800), "phone": (390, 780)}
 
 
 def show_everything(server: PageServer, page: Page) -> None:
@@ -108,7 +131,7 @@ def test_nothing_scrolls_sideways(server: PageServer, page: Page, width: int):
 
 def test_on_a_phone_the_numbers_unfold_from_the_head(server: PageServer, page: Page):
     page.open(width=390, height=700)
-    page.wait(lambda: page.text("#show-panel") == "41.3 tok/s · 15 %")
+    page.wait(lambda: page.text("#show-panel") == "Cache 15 %")
     toggle = page.one("#show-panel")
     assert (toggle.get_attribute("aria-expanded"), page.one("#panel").is_displayed()) == ("false", False)
     toggle.send_keys(Keys.ENTER)
@@ -136,3 +159,69 @@ def test_every_field_and_button_has_a_name(server: PageServer, page: Page):
     named = [(role, name) for role, name in found if role in roles]
     assert {"button", "textbox", "meter", "log", "complementary"} <= {role for role, _ in named}
     assert [role for role, name in named if not name] == []
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_nothing_serious(server: PageServer, page: Page, scheme: str, device: str):
+    pytest.importorskip("axe_core_python", reason="axe-core comes with the package axe-core-python")
+    axe = files("axe_core_python").joinpath("axe.min.js").read_text("utf-8")
+    width, height = DEVICES[device]
+    page.open(width=width, height=height, scheme=scheme)
+    page.run(axe)
+
+    def serious() -> list[tuple[str, list[Any]]]:
+        found = page.driver.execute_async_script("axe.run(document).then(arguments[0])")["violations"]
+        return [
+            (each["id"], [node["target"] for node in each["nodes"]])
+            for each in found
+            if each["impact"] in ("serious", "critical")
+        ]
+
+    assert serious() == []
+    show_everything(server, page)
+    assert serious() == []
+    for toggle in ("#show-chats", "#show-panel"):
+        if page.one(toggle).is_displayed():
+            page.one(toggle).click()
+            assert serious() == []
+            page.press(Keys.ESCAPE)
+    page.click("Settings")
+    assert serious() == []
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_page_has_one_scroll_bar(server: PageServer, page: Page, device: str):
+    width, height = DEVICES[device]
+    server.replies += [whole("Yes\n\n" * 40) for _ in range(3)]
+    page.open(width=width, height=height)
+    page.wait(lambda: page.text("#panel-state") == "Live.")
+    page.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", {
+        "width": width, "height": 400, "deviceScaleFactor": 1, "mobile": False,
+    })  # fmt: skip
+    for number in range(3):
+        page.ask(f"Question {number}")
+        page.wait(lambda number=number: page.text(".question .body") == f"Question {number}")
+        page.wait_idle()
+    page.one("#message").send_keys(*["line", Keys.SHIFT + Keys.ENTER, Keys.NULL] * 12)
+    for toggle in ("#show-chats", "#show-panel"):
+        if page.one(toggle).is_displayed():
+            page.one(toggle).click()
+            assert page.run(SCROLL_BARS) == ["html"]
+    assert page.run(SCROLL_BARS) == ["html"]
+
+
+def test_a_speed_is_said_once(server: PageServer, page: Page):
+    """Beside the answer that it is of, and nowhere else."""
+    counted = {"prompt_tokens": 5, "completion_tokens": 1}
+    pause = threading.Event()
+    server.replies.append(Reply([piece(content="One") | {"usage": counted}, pause, piece(content=" two"), *ending()]))
+    page.open()
+    page.wait(lambda: page.text("#panel-state") == "Live.")
+    page.ask("Count")
+    page.wait(lambda: page.answer == "One")
+    time.sleep(0.1)  # or there is none to speak of
+    pause.set()
+    page.wait_idle()
+    shown = page.run("return document.body.innerText")
+    assert re.findall(r"tok\w*/s|tokens a second|tokens per second", shown) == ["tokens/s"]

@@ -20,8 +20,6 @@ WIDTHS = "return [...document.querySelectorAll(arguments[0])].map((bar) => bar.g
 def test_the_panel_shows_the_servers_numbers(server: PageServer, page: Page):
     page.open()
     page.wait(lambda: page.text("#panel-state") == "Live.")
-    assert page.text("#generated-rate") == "41.3"
-    assert page.text("#prompt-rate") == "512"
     assert page.text("#cache-format") == "bf16"
     assert page.text("#fill-text") == "15 % of 7.68 MB, room for 10,000 tokens"
     assert (page.text("#used-bytes"), page.text("#kept-bytes")) == ("768 kB", "384 kB")

@@ -1,240 +1,299 @@
-// The little of Markdown that models write, as DOM nodes. Text only ever becomes text nodes: nothing in it can be
-// markup, a link, an image or a script. Time is linear in the text, whatever is in it.
+// Markdown as DOM nodes, drawn as it comes. markdown-it reads it; what it gives are tokens, and text only ever becomes
+// text nodes: nothing in it can be markup or a script, an image is a link, and links lead to the web or to mail.
+//
+// Of a growing text only what is still open is read and drawn again: the last block, since a block is over where the
+// next one has begun. A block that does not end is drawn in parts, so that what a piece of text costs has a limit.
 
-import { copyButton } from "./copying.js";
-import { element } from "./dom.js";
+import { copyButton, element } from "./dom.js";
+import MarkdownIt from "./markdown-it.js";
 
-const FENCE = /^ {0,3}(`{3,}|~{3,})(.*)$/;
-const HEADING = /^ {0,3}(#{1,6}) +(.*)$/;
-const RULE = /^ {0,3}([-*_])(?: *\1){2,} *$/;
-const ITEM = /^( *)([-*+]|\d{1,9}[.)])( +|$)(.*)$/;
-const MAX_DEPTH = 6; // of lists in lists; deeper ones are shown as they were written
+const PIECE = 8192; // characters that are read at a time
+const LONGEST = 24_576; // characters of a block that is drawn as one
+const PART = 50; // blocks that are laid out together: parts out of sight are not laid out at all
+const REREAD = 1_000_000; // characters of a text that is read again for addresses that its end gives
 
-/** A container that follows a growing text: blocks that did not change keep their nodes. */
+const reader = new MarkdownIt({ linkify: true });
+reader.linkify.set({ fuzzyLink: false, fuzzyEmail: false });
+reader.validateLink = (address) => !/^[a-z][a-z0-9+.-]*:/i.test(address) || /^(https?|mailto):/i.test(address);
+
+/** Shows a text in a container, at once or as it comes. */
 export class Markdown {
   #container;
-  #text = "";
-  #sources = [];
+  #waiting = []; // pieces of text that are not read yet
+  #tail = ""; // the source of what is open
+  #open = []; // its nodes
+  #host = null; // the node that a block too long for one goes on in
+  #part = null; // the node that blocks are added to
+  #addresses = Object.create(null); // of reference links, by label, as the source before #tail gives them
+  #found = this.#addresses; // and with those in #tail
+  #isCut = false; // some of the text is before #tail
+  #whole = null; // the complete text, where it may have to be read again
 
   constructor(container) {
     this.#container = container;
   }
 
-  /** Shows `text` in place of what was there. */
-  draw(text) {
-    if (text === this.#text) return;
-    this.#text = text;
-    const blocks = parse(text.split("\n"), 0);
+  /** Whether there is text that is not drawn yet. */
+  get isBehind() {
+    return this.#waiting.length > 0;
+  }
+
+  /** Forgets the text. */
+  clear() {
+    this.#begin(Object.create(null));
+    this.#waiting = [];
+  }
+
+  /** More of the text, for `draw` to draw. */
+  push(text) {
+    const last = this.#waiting.length - 1;
+    if (last >= 0 && this.#waiting[last].length + text.length <= PIECE) {
+      this.#waiting[last] += text;
+      return;
+    }
+    for (let at = 0; at < text.length; at += PIECE) this.#waiting.push(text.slice(at, at + PIECE));
+  }
+
+  /** The text, `whole`, is complete: reference links find the addresses that come after them, too. */
+  finish(whole) {
+    this.#whole = whole.length <= REREAD ? whole : null;
+  }
+
+  /** Draws what has come; at a time of `performance.now()` it stops after the piece under way. */
+  draw(until = Infinity) {
+    while (this.isBehind) {
+      this.#read(this.#waiting.shift());
+      if (performance.now() > until) return;
+    }
+    const whole = this.#whole;
+    this.#whole = null;
+    if (whole === null || !this.#isCut || !hasAny(this.#found)) return;
+    this.#begin(this.#found);
+    this.push(whole);
+    this.draw(until);
+  }
+
+  #begin(addresses) {
+    this.#container.replaceChildren();
+    this.#tail = "";
+    this.#open = [];
+    this.#host = this.#part = this.#whole = null;
+    this.#addresses = this.#found = addresses;
+    this.#isCut = false;
+  }
+
+  #read(piece) {
+    this.#tail = (this.#tail + piece).replace(/\r\n|\r(?!$)/g, "\n"); // the \n may come with the next piece
+    const blocks = this.#redraw();
+    // The last block that began in a line which is complete will stay; a line that is not may yet turn out otherwise.
+    const complete = lineAt(this.#tail, this.#tail.length);
+    const last = blocks.findLastIndex((block) => block.start < complete);
+    if (last > 0) {
+      this.#settle(offset(this.#tail, blocks[last - 1].end));
+      this.#open.splice(0, last);
+      this.#host = null;
+    }
+    if (this.#tail.length > LONGEST) this.#drawInParts();
+  }
+
+  /** Draws what is open. @returns its blocks */
+  #redraw() {
+    this.#found = Object.create(this.#addresses);
+    const blocks = blocksOf(reader.parse(this.#tail, { references: this.#found }));
     blocks.forEach((block, index) => {
-      const old = this.#container.children[index];
-      if (old && this.#sources[index] === block.source) return;
-      const node = block.build();
-      node.dir = "auto";
-      if (old) old.replaceWith(node);
-      else this.#container.append(node);
+      const isGuest = index === 0 && this.#host !== null;
+      const node = isGuest ? guestOf(nodeOf(block)) : nodeOf(block);
+      if (index < this.#open.length) this.#open[index] = renewed(this.#open[index], node);
+      else this.#open.push((isGuest ? this.#host : this.#partWithRoom()).appendChild(node));
     });
-    while (this.#container.children.length > blocks.length) this.#container.lastElementChild.remove();
-    this.#sources = blocks.map((block) => block.source);
+    for (const node of this.#open.splice(blocks.length)) node.remove();
+    return blocks;
+  }
+
+  /** The source up to here is drawn for good. */
+  #settle(end) {
+    if (hasOwn(this.#found)) reader.parse(this.#tail.slice(0, end), { references: this.#addresses });
+    this.#tail = this.#tail.slice(end);
+    this.#isCut = true;
+  }
+
+  /** Draws for good what there is of a long block, which goes on where the text can be cut. */
+  #drawInParts() {
+    const { at, opening } = cut(this.#tail);
+    const rest = this.#tail.slice(at);
+    this.#tail = this.#tail.slice(0, at);
+    this.#redraw();
+    this.#host = opening ? (this.#host ?? this.#open[0].querySelector("pre, table")) : null;
+    this.#settle(at);
+    this.#open = [];
+    this.#tail = opening + rest;
+    this.#redraw();
+  }
+
+  #partWithRoom() {
+    if (this.#part === null || this.#part.childElementCount >= PART) {
+      this.#part?.classList.add("full");
+      this.#part = this.#container.appendChild(element("div", "part"));
+    }
+    return this.#part;
   }
 }
 
-/** Blocks of these lines: their source, and what builds their node. */
-function parse(lines, depth) {
-  const blocks = [];
+const hasOwn = (addresses) => Object.keys(addresses).length > 0;
+const hasAny = (addresses) => { for (const _ in addresses) return true; return false; };
+
+/** How many lines end before an offset. */
+function lineAt(text, end) {
+  let lines = 0;
+  for (let at = text.indexOf("\n"); at !== -1 && at < end; at = text.indexOf("\n", at + 1)) lines += 1;
+  return lines;
+}
+
+/** Where a line begins; the text's end for one that it does not have. */
+function offset(text, line) {
   let at = 0;
-  while (at < lines.length) {
-    if (lines[at].trim() === "") {
-      at += 1;
-      continue;
-    }
-    const [build, next] = block(lines, at, depth);
-    blocks.push({ source: lines.slice(at, next).join("\n"), build });
-    at = next;
+  for (let left = line; left > 0; left -= 1) {
+    at = text.indexOf("\n", at) + 1;
+    if (at === 0) return text.length;
   }
+  return at;
+}
+
+/** The blocks that do not stand in others: their tokens, the line that they begin at, and the one after them. */
+function blocksOf(tokens) {
+  const blocks = [];
+  let first = 0;
+  tokens.forEach((token, index) => {
+    if (token.level > 0 || token.nesting === 1) return;
+    const [start, end] = tokens[first].map;
+    blocks.push({ tokens: tokens.slice(first, index + 1), start, end });
+    first = index + 1;
+  });
   return blocks;
 }
 
-/** The block that begins at a line: [what builds its node, the line after it]. */
-function block(lines, at, depth) {
-  const fence = openFence(lines[at]);
-  if (fence) return code(lines, at, fence);
-  const heading = HEADING.exec(lines[at]);
-  if (heading) {
-    // The page has its own h1 to h3.
-    const name = `h${Math.min(6, heading[1].length + 3)}`;
-    return [() => inline(element(name, ""), heading[2]), at + 1];
+/** Where to cut a text whose first block is too long, and the lines that open the block anew for the rest. */
+function cut(text) {
+  const [block] = blocksOf(reader.parse(text, {}));
+  const line = text.lastIndexOf("\n") + 1;
+  const kind = block?.tokens[0].type;
+  const begin = block ? offset(text, block.start) : 0;
+  if (kind === "table_open" || (kind === "fence" && isOpen(text.slice(begin, line)))) {
+    const opening = text.slice(begin, offset(text, block.start + (kind === "fence" ? 1 : 2)));
+    return { at: line - begin > opening.length ? line : text.length, opening };
   }
-  if (RULE.test(lines[at])) return [() => element("hr", ""), at + 1];
-  if (depth < MAX_DEPTH && ITEM.test(lines[at])) return list(lines, at, depth);
-  let end = at + 1;
-  while (end < lines.length && lines[end].trim() !== "" && !interrupts(lines[end], depth)) end += 1;
-  const text = lines.slice(at, end).join("\n");
-  return [() => inline(element("p", ""), text), end];
+  const items = block?.tokens.filter((token) => token.type === "list_item_open" && token.level === 1) ?? [];
+  const item = items.length > 1 ? offset(text, items.at(-1).map[0]) : 0;
+  return { at: item || line || text.lastIndexOf(" ") + 1 || text.length, opening: "" };
 }
 
-function beginsBlock(line, depth) {
-  return openFence(line) || HEADING.test(line) || RULE.test(line) || (depth < MAX_DEPTH && ITEM.test(line));
-}
+/** Whether a fence, in whole lines, goes on after them. */
+const isOpen = (lines) => lines !== "" && blocksOf(reader.parse(`${lines}x`, {})).length === 1;
 
-/** Whether a line ends the paragraph above. A number does only if it is 1: a line may well begin with a year. */
-function interrupts(line, depth) {
-  const marker = ITEM.exec(line);
-  return beginsBlock(line, depth) && !(marker && /^\d/.test(marker[2]) && Number.parseInt(marker[2], 10) !== 1);
-}
+/** What of a block's node goes on in the node that shows its beginning. */
+const guestOf = (node) => node.querySelector("pre > code, tbody") ?? document.createElement("tbody");
 
-function openFence(line) {
-  const match = FENCE.exec(line);
-  return match && !match[2].includes("`") ? { mark: match[1], language: match[2].trim() } : null;
-}
-
-function code(lines, at, { mark, language }) {
-  let end = at + 1;
-  while (end < lines.length && !closes(lines[end], mark)) end += 1;
-  const text = lines.slice(at + 1, end).join("\n");
-  const build = () => {
-    const pre = element("pre", "", element("code", "", text));
-    pre.tabIndex = 0; // long lines scroll sideways, with the arrow keys too
-    pre.setAttribute("role", "region");
-    pre.setAttribute("aria-label", language ? `Code, ${language}` : "Code");
-    const bar = element("div", "code-bar", element("span", "", language), copyButton("Copy code", () => text));
-    return element("div", "code", bar, pre);
-  };
-  return [build, Math.min(end + 1, lines.length)];
-}
-
-function closes(line, mark) {
-  const text = line.trim();
-  return text.length >= mark.length && text === mark[0].repeat(text.length);
-}
-
-function list(lines, start, depth) {
-  const first = ITEM.exec(lines[start]);
-  const ordered = first[2].length > 1;
-  const indent = first[1].length;
-  const items = [];
-  let at = start;
-  while (at < lines.length) {
-    const marker = ITEM.exec(lines[at]);
-    const sibling = marker && marker[1].length <= indent + 1 && marker[2].length > 1 === ordered;
-    if (!sibling) break;
-    const width = lines[at].length - marker[4].length;
-    const content = [marker[4]];
-    at += 1;
-    while (at < lines.length && continuesItem(lines, at, indent, depth)) {
-      const spaces = lines[at].length - lines[at].trimStart().length;
-      content.push(lines[at].slice(Math.min(spaces, width)));
-      at += 1;
-    }
-    items.push(content);
+/** The old node made like a new one, with what is equal of it left in peace; or the new one in its place. */
+function renewed(old, fresh) {
+  if (old.isEqualNode(fresh)) return old;
+  if (old.nodeType === Node.TEXT_NODE && fresh.nodeType === Node.TEXT_NODE) {
+    if (fresh.data.startsWith(old.data)) old.appendData(fresh.data.slice(old.length));
+    else old.data = fresh.data;
+    return old;
   }
-  const build = () => {
-    const node = element(ordered ? "ol" : "ul", "");
-    if (ordered) node.start = Number.parseInt(first[2], 10);
-    for (const content of items) node.append(item(content, depth + 1));
-    return node;
-  };
-  return [build, at];
-}
-
-/** Whether a line belongs to the item above: deeper than its marker, or the rest of its paragraph. */
-function continuesItem(lines, at, indent, depth) {
-  const line = lines[at];
-  if (line.trim() === "") {
-    const next = lines[at + 1];
-    return next !== undefined && (next.trim() === "" || isDeeper(next, indent) || ITEM.test(next));
+  if (!old.cloneNode(false).isEqualNode(fresh.cloneNode(false))) {
+    old.replaceWith(fresh);
+    return fresh;
   }
-  return isDeeper(line, indent) || (lines[at - 1].trim() !== "" && !beginsBlock(line, depth));
+  const children = [...fresh.childNodes];
+  children.forEach((child, index) => {
+    if (index < old.childNodes.length) renewed(old.childNodes[index], child);
+    else old.append(child);
+  });
+  while (old.childNodes.length > children.length) old.lastChild.remove();
+  return old;
 }
 
-const isDeeper = (line, indent) => line.length - line.trimStart().length >= indent + 2;
-
-function item(lines, depth) {
-  const node = element("li", "");
-  const blocks = parse(lines, depth);
-  // An item of one paragraph is that text, without the space around a paragraph.
-  const built = blocks.map((part) => part.build());
-  if (built[0]?.localName === "p") node.append(...built.shift().childNodes);
-  node.append(...built);
-  return node;
+function nodeOf(block) {
+  const parent = document.createDocumentFragment();
+  append(parent, block.tokens);
+  parent.firstElementChild.dir = "auto";
+  return parent.firstElementChild;
 }
 
-const EMPHASIS = { "**": "strong", __: "strong", "*": "em", _: "em" };
-const isWord = (character) => character !== undefined && /[\p{L}\p{N}_]/u.test(character);
-const isSpace = (character) => character === undefined || /\s/.test(character);
-
-/** Appends text with `code`, **bold** and *italic* to `parent`; `outer` are the marks that it already stands in. */
-function inline(parent, text, outer = []) {
-  const missing = new Set(); // marks that nothing further on closes: looked for once, not once for each
-  let plain = "";
-  let at = 0;
-  const flush = () => {
-    if (plain) parent.append(plain);
-    plain = "";
-  };
-  const add = (node) => {
-    flush();
-    parent.append(node);
-  };
-  while (at < text.length) {
-    const character = text[at];
-    if (character === "\\" && "\\`*_".includes(text[at + 1] ?? "none")) {
-      plain += text[at + 1];
-      at += 2;
-      continue;
-    }
-    const mark = markAt(text, at);
-    const end = mark && !missing.has(mark) && !outer.includes(mark) ? closing(text, at, mark) : null;
-    if (end === null) {
-      // A longer run of backticks is not the end of a shorter one: it is passed over whole.
-      const width = mark && mark[0] === "`" ? mark.length : 1;
-      plain += text.slice(at, at + width);
-      at += width;
-      continue;
-    }
-    if (end === -1) {
-      missing.add(mark);
-      continue;
-    }
-    const inner = text.slice(at + mark.length, end);
-    if (mark[0] === "`") add(element("code", "", /^ .*[^ ].* $/s.test(inner) ? inner.slice(1, -1) : inner));
-    else add(inline(element(EMPHASIS[mark], ""), inner, [...outer, mark]));
-    at = end + mark.length;
-  }
-  flush();
-  return parent;
-}
-
-/** The mark at a place: a whole run of backticks, or two or one of * and _. */
-function markAt(text, at) {
-  const character = text[at];
-  if (character === "`") {
-    let end = at + 1;
-    while (text[end] === "`") end += 1;
-    return text.slice(at, end);
-  }
-  if (character !== "*" && character !== "_") return null;
-  return text[at + 1] === character ? character + character : character;
-}
-
-/** Where the mark at a place is closed: an index, -1 where nothing further on closes it, null where it opens nothing. */
-function closing(text, at, mark) {
-  const start = at + mark.length;
-  const isCode = mark[0] === "`";
-  if (!isCode && (isSpace(text[start]) || (mark[0] === "_" && isWord(text[at - 1])))) return null;
-  let found = text.indexOf(mark, start + (isCode ? 0 : 1));
-  while (found !== -1) {
-    let runEnd = found;
-    while (text[runEnd] === mark[0]) runEnd += 1;
-    const run = runEnd - found;
-    if (isCode) {
-      if (run === mark.length) return found;
+/** Appends the nodes of these tokens. */
+function append(parent, tokens) {
+  const outer = [];
+  let at = parent;
+  for (const token of tokens) {
+    if (token.hidden) continue; // the paragraph of an item that is nothing else
+    if (token.nesting === -1) {
+      at = outer.pop();
+    } else if (token.nesting === 1) {
+      outer.push(at);
+      at = opened(at, token);
     } else {
-      // Of a run of three, the last two close a pair and the first closes what is inside.
-      const end = mark.length === 2 ? runEnd - 2 : found;
-      const fits = mark.length === 2 || run !== 2;
-      if (fits && !isSpace(text[end - 1]) && !(mark[0] === "_" && isWord(text[runEnd]))) return end;
+      (LEAVES[token.type] ?? LEAVES.text)(at, token);
     }
-    found = text.indexOf(mark, runEnd);
   }
-  return -1;
+}
+
+/** Appends the node that a token opens. @returns the node that its content goes into */
+function opened(parent, token) {
+  if (token.type === "table_open") {
+    const box = scrolling(element("div", "table"), "Table");
+    parent.append(box);
+    return box.appendChild(element("table", ""));
+  }
+  const isHeading = token.type === "heading_open";
+  // The page has its own h1 to h3.
+  const node = element(isHeading ? `h${Math.min(6, Number(token.tag[1]) + 3)}` : token.tag, "");
+  if (token.type === "link_open") leadTo(node, token.attrGet("href"), token.attrGet("title"));
+  if (token.attrGet("start") !== null) node.setAttribute("start", token.attrGet("start"));
+  const align = /^text-align:(left|center|right)$/.exec(token.attrGet("style"));
+  if (align) node.style.textAlign = align[1];
+  return parent.appendChild(node);
+}
+
+const LEAVES = {
+  text: (parent, token) => parent.append(token.content),
+  inline: (parent, token) => append(parent, token.children),
+  softbreak: (parent) => parent.append("\n"),
+  hardbreak: (parent) => parent.append(element("br", "")),
+  hr: (parent) => parent.append(element("hr", "")),
+  code_inline: (parent, token) => parent.append(element("code", "", token.content)),
+  code_block: (parent, token) => parent.append(code(token.content, "")),
+  fence: (parent, token) => parent.append(code(token.content, reader.utils.unescapeAll(token.info).trim().split(/\s/)[0])),
+  image: (parent, token) => {
+    const words = reader.renderer.renderInlineAsText(token.children, reader.options, {});
+    if (parent.closest?.("a")) {
+      parent.append(words);
+      return;
+    }
+    const node = element("a", "image", words || "without a name");
+    leadTo(node, token.attrGet("src"), token.attrGet("title"));
+    parent.append(node);
+  },
+};
+
+/** Makes a link of a node: in a tab of its own, which learns nothing of this one. */
+function leadTo(node, address, title) {
+  node.setAttribute("href", address);
+  if (title) node.title = title;
+  node.target = "_blank";
+  node.rel = "noopener noreferrer nofollow";
+}
+
+function code(text, language) {
+  const pre = scrolling(element("pre", "", element("code", "", text)), language ? `Code, ${language}` : "Code");
+  const copied = (button) => button.closest(".code").querySelector("pre").textContent.replace(/\n$/, "");
+  return element("div", "code", element("div", "code-bar", element("span", "", language), copyButton("Copy code", copied)), pre);
+}
+
+/** A box that scrolls sideways, with the arrow keys too. */
+function scrolling(node, name) {
+  node.tabIndex = 0;
+  node.setAttribute("role", "group");
+  node.setAttribute("aria-label", name);
+  return node;
 }

@@ -134,6 +134,7 @@ class StatsResponse(BaseModel):
     uptime_s: float
     context: int
     sampling_defaults: dict[str, float] = Field(description="Of requests, as the checkpoint recommends them.")
+    chat_template: bool = Field(description="Whether the model has one; conversations are written as a script without.")
     requests: RequestCounts
     throughput: Throughput
     cache: CacheState

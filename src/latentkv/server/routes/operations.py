@@ -128,6 +128,7 @@ async def stats(context: InContext) -> StatsResponse:
         uptime_s=round(time.time() - server.metrics.started_at, 3),
         context=context.model.capacity,
         sampling_defaults=dict(llm.sampling_defaults),
+        chat_template=llm.tokenizer is not None and llm.tokenizer.chat_template_source == "checkpoint",
         requests=RequestCounts(
             running=engine.num_running, waiting=engine.num_waiting, finished=server.metrics.finished
         ),

@@ -1,6 +1,10 @@
-// The server's API, and what to tell people when it says no.
+// The server's API, what to tell people when it says no, and the server's numbers, read again and again.
 
-import { eventData } from "./sse.js";
+const BUSY_MS = 1000;
+const IDLE_MS = 5000;
+const HIDDEN_MS = 30_000;
+const LONGEST_MS = 60_000;
+const IDLE_AFTER_MS = 15_000; // without a request on the server or a touch of the page
 
 /** A request that failed, in one sentence for people. */
 export class Problem extends Error {
@@ -35,7 +39,7 @@ export async function* streamChat(body, key, signal) {
   const response = await send("v1/chat/completions", {
     method: "POST",
     headers: { "Content-Type": "application/json", Accept: "text/event-stream", ...authorization(key) },
-    body: JSON.stringify({ ...body, stream: true, stream_options: { include_usage: true } }),
+    body: JSON.stringify({ ...body, stream: true, stream_options: { include_usage: true, continuous_usage_stats: true } }),
     signal,
   });
   if (!response.headers.get("Content-Type")?.startsWith("text/event-stream")) {
@@ -119,4 +123,124 @@ function wait(header) {
   const seconds = Math.ceil(/^\d+$/.test(header ?? "") ? Number(header) : (Date.parse(header ?? "") - Date.now()) / 1000);
   if (!(seconds > 0)) return "in a moment";
   return seconds === 1 ? "in a second" : `in ${seconds} seconds`;
+}
+
+/**
+ * The data of each event, as it arrives. Bytes may be cut anywhere, inside a character or a line end too.
+ *
+ * @param {ReadableStream<Uint8Array>} body
+ * @yields {string} the event's `data` lines, joined; comments and events without data are passed over
+ */
+async function* eventData(body) {
+  const reader = body.pipeThrough(new TextDecoderStream()).getReader();
+  let rest = "";
+  let data = [];
+  try {
+    for (;;) {
+      const { value, done } = await reader.read();
+      if (done) return;
+      const lines = (rest + value).split(/\r\n|\n|\r(?!$)/);
+      rest = lines.pop();
+      for (const line of lines) {
+        if (line.startsWith("data:")) {
+          data.push(line.slice(line[5] === " " ? 6 : 5));
+        } else if (line === "" && data.length > 0) {
+          yield data.join("\n");
+          data = [];
+        }
+      }
+    }
+  } finally {
+    // Whoever stops reading hangs up: the server frees the answer's pages then.
+    reader.cancel().catch(() => {});
+  }
+}
+
+/** Reads `GET /stats` again and again, and hands on what comes. */
+export class Stats {
+  #key;
+  #onNumbers;
+  #onProblem;
+  #latest = null;
+  #failures = 0;
+  #touched = performance.now();
+  #reading = false;
+  #timer = null;
+  #refused; // the key that the server did not take, or null for none; undefined where it took it
+
+  /**
+   * @param {import("./dialogs.js").ApiKey} key
+   * @param {(numbers: object) => void} onNumbers
+   * @param {(problem: Problem, next: number|null) => void} onProblem `next`: milliseconds to the next try; null: none
+   */
+  constructor(key, onNumbers, onProblem) {
+    this.#key = key;
+    this.#onNumbers = onNumbers;
+    this.#onProblem = onProblem;
+    document.addEventListener("visibilitychange", () => this.#wake());
+    document.addEventListener("pointerdown", () => this.#wake());
+    document.addEventListener("keydown", () => this.#wake());
+  }
+
+  /** The last numbers that came, or null. */
+  get latest() {
+    return this.#latest;
+  }
+
+  /** Reads now, and goes on from here; not with a key that was refused already. */
+  poke() {
+    this.#touched = performance.now();
+    if (this.#reading || this.#refused === this.#key.value) return;
+    clearTimeout(this.#timer);
+    this.#read();
+  }
+
+  /** Someone is looking again: not a reason to hurry a server that does not answer. */
+  #wake() {
+    const slept = this.#pause() > BUSY_MS;
+    this.#touched = performance.now();
+    if (slept && this.#failures === 0 && !document.hidden) this.poke();
+  }
+
+  async #read() {
+    this.#reading = true;
+    const key = this.#key.value;
+    try {
+      const numbers = await readStats(key);
+      this.#onNumbers(numbers);
+      this.#latest = numbers;
+      this.#failures = 0;
+      this.#refused = undefined;
+      this.#plan(this.#pause());
+    } catch (error) {
+      await this.#explain(error, key);
+    } finally {
+      this.#reading = false;
+    }
+  }
+
+  async #explain(error, key) {
+    const problem = error instanceof Problem ? error : new Problem("The server's numbers cannot be read.");
+    if (problem.status === 401) {
+      this.#refused = key;
+      this.#onProblem(problem, null);
+      if (await this.#key.renew(key)) this.#plan(0);
+      return;
+    }
+    this.#failures += 1;
+    const next = Math.min(LONGEST_MS, BUSY_MS * 2 ** this.#failures);
+    this.#onProblem(problem, next);
+    this.#plan(next);
+  }
+
+  #plan(milliseconds) {
+    this.#timer = setTimeout(() => this.#read(), milliseconds);
+  }
+
+  #pause() {
+    if (document.hidden) return HIDDEN_MS;
+    const requests = this.#latest?.requests;
+    const busy = requests && requests.running + requests.waiting > 0;
+    return busy || performance.now() - this.#touched < IDLE_AFTER_MS ? BUSY_MS : IDLE_MS;
+  }
 }

@@ -1,22 +1,81 @@
-// The panel of live numbers, drawn from what `GET /stats` answers.
+// What stands beside the conversation: the list of those that this browser keeps, and the server's numbers.
 
-import { byId, element, setText } from "./dom.js";
-import { bytes, count, duration, percent, rate, tokens } from "./format.js";
+import { bytes, byId, count, duration, element, percent, setText, signButton, tokens } from "./dom.js";
 
-const TRACE_MS = 60_000;
+/** The list of conversations. */
+export class ConversationList {
+  #node = byId("list");
+  #actions;
+  #renaming = null;
+
+  /**
+   * @param {object} actions
+   * @param {(id: string) => void} actions.open
+   * @param {(id: string, name: string) => void} actions.rename "" for the conversation's first words
+   * @param {(id: string) => void} actions.remove
+   */
+  constructor(actions) {
+    this.#actions = actions;
+  }
+
+  /**
+   * @param {{id: string, title: string}[]} heads the latest first
+   * @param {string} openId which of them is open
+   */
+  draw(heads, openId) {
+    if (this.#renaming !== null) return; // drawn when that is over
+    const focused = document.activeElement?.closest("#list li")?.dataset.id;
+    this.#node.replaceChildren(...heads.map((head) => this.#row(head, head.id === openId)));
+    byId("no-chats").hidden = heads.length > 0;
+    const again = focused && this.#node.querySelector(`[data-id="${CSS.escape(focused)}"] .open`);
+    if (again) again.focus();
+  }
+
+  #row(head, isOpen) {
+    const open = element("button", "open", head.title);
+    open.type = "button";
+    open.title = head.title;
+    open.addEventListener("click", () => this.#actions.open(head.id));
+    if (isOpen) open.setAttribute("aria-current", "true");
+    const rename = signButton("sign-rename", `Rename “${head.title}”`, () => this.#rename(row, head));
+    const remove = signButton("sign-delete", `Delete “${head.title}”`, () => this.#actions.remove(head.id));
+    const row = element("li", isOpen ? "current" : "", open, rename, remove);
+    row.dataset.id = head.id;
+    return row;
+  }
+
+  #rename(row, head) {
+    const box = element("input", "");
+    box.value = head.title;
+    box.setAttribute("aria-label", "Name of the conversation; empty for its first words");
+    this.#renaming = head.id;
+    const end = (name) => {
+      if (this.#renaming === null) return;
+      this.#renaming = null;
+      this.#actions.rename(head.id, name);
+    };
+    box.addEventListener("keydown", (event) => {
+      if (event.isComposing || !["Enter", "Escape"].includes(event.key)) return;
+      event.stopPropagation();
+      end(event.key === "Enter" ? box.value.trim() : null);
+    });
+    box.addEventListener("blur", () => end(box.value.trim()));
+    row.replaceChildren(box);
+    box.select();
+    box.focus();
+  }
+}
+
 const MAX_LINES = 8;
 const SMALLEST = 1 / 32; // of a line: a shorter bar is hard to see, and both are drawn larger
 
 /** Shows numbers; it asks for none. */
 export class Panel {
-  #trace = [];
-
   /** @param {object} numbers the answer of `GET /stats` */
   show(numbers) {
     setText(byId("panel-state"), "Live.");
     byId("numbers").classList.remove("old");
     byId("enter-key").hidden = true;
-    this.#showSpeed(numbers);
     showFill(numbers.cache);
     showComparison(numbers.cache);
     for (const name of ["running", "waiting", "finished"]) setText(byId(name), count(numbers.requests[name]));
@@ -36,36 +95,17 @@ export class Panel {
       ? "The numbers need the API key."
       : `No numbers from the server; asking again in ${Math.round(next / 1000)} s.`;
     setText(byId("panel-state"), words);
-    setHead("Numbers", "");
-  }
-
-  #showSpeed({ throughput, cache }) {
-    const speed = throughput.generated_tokens_per_s;
-    setText(byId("generated-rate"), rate(speed));
-    setText(byId("prompt-rate"), rate(throughput.prompt_tokens_per_s));
-    setHead(`${rate(speed)} tok/s`, ` · ${percent(fillShare(cache))}`);
-    const now = performance.now();
-    this.#trace = [...this.#trace.filter((point) => now - point.at <= TRACE_MS), { at: now, speed }];
-    const peak = Math.max(...this.#trace.map((point) => point.speed));
-    const points = this.#trace.map((point) => {
-      const x = 60 - (now - point.at) / 1000;
-      const y = 19 - (peak > 0 ? (point.speed / peak) * 18 : 0);
-      return `${x.toFixed(2)},${y.toFixed(2)}`;
-    });
-    byId("trace").querySelector("polyline").setAttribute("points", points.join(" "));
-    setText(byId("trace-text"), peak > 0 ? `written, last minute; most ${rate(peak)}` : "written, last minute; nothing yet");
+    setHead("Numbers");
   }
 }
 
 /** What the button says that unfolds the panel on a narrow screen. */
-function setHead(rateText, fillText) {
-  setText(byId("head-rate"), rateText);
-  setText(byId("head-fill"), fillText);
-}
+const setHead = (text) => setText(byId("show-panel"), text);
 
 const fillShare = (cache) => (cache.used_bytes + cache.kept_bytes) / cache.capacity_bytes;
 
 function showFill(cache) {
+  setHead(`Cache ${percent(fillShare(cache))}`);
   setText(byId("cache-format"), cache.format);
   const bar = byId("fill");
   setShare(bar.querySelector(".used"), cache.used_bytes / cache.capacity_bytes);
