@@ -95,6 +95,7 @@ def test_stats_compare_the_cache_with_multi_head_attention(live: Live) -> None:
     assert status == 200
     cache, own = stats["cache"], live.llm.cache
     assert (stats["model"], cache["format"], cache["used_tokens"]) == (NAME, own.format, 0)
+    assert stats["chat_template"] is False
     assert cache["capacity_bytes"] == own.allocated_bytes
     assert cache["mha_ratio"] == round(mha_bytes(live.llm.config) / own.bytes_per_token, 2)
 

@@ -21,7 +21,8 @@ const tree = (node) => {
   if (node.style.textAlign) attributes.align = node.style.textAlign;
   if (node.className === "image") attributes.image = true;
   if (node.className === "code") {
-    return ["pre", {}, ["code", { language: node.querySelector("span").textContent }, node.querySelector("pre").textContent]];
+    const [language, text] = ["span", "pre"].map((name) => node.querySelector(name).textContent);
+    return ["pre", {}, ["code", { language }, text]];
   }
   return [node.localName, attributes, ...[...node.childNodes].map(tree)];
 };
@@ -34,7 +35,7 @@ const drawn = (text) => {
   }
   view.finish(text);
   view.draw();
-  return [...box.children].flatMap((part) => [...part.childNodes].map(tree));
+  return [...box.querySelectorAll(".part")].flatMap((part) => [...part.childNodes].map(tree));
 };
 return given[0].map(drawn);
 """
@@ -56,7 +57,7 @@ class _Reader(HTMLParser):
             title = {"title": given["title"]} if given.get("title") else {}
             self._add(_image(given["alt"], {"href": given["src"], **title}, self.stack))
             return
-        node = [f"h{min(6, int(tag[1]) + 3)}" if tag[0] == "h" and tag[1:].isdecimal() else tag, kept]
+        node = [f"h{min(6, int(tag[1]) + 2)}" if tag[0] == "h" and tag[1:].isdecimal() else tag, kept]
         self._add(node)
         if tag not in VOID:
             self.stack.append(node)

@@ -146,7 +146,9 @@ class Page:
     @property
     def focused(self) -> str:
         """The id of the element with the focus, or its text or name where it has none."""
-        return self.run("const e = document.activeElement; return e.id || e.textContent.trim() || e.ariaLabel || e.localName")
+        return self.run(
+            "const e = document.activeElement; return e.id || e.textContent.trim() || e.ariaLabel || e.localName"
+        )
 
     def run(self, script: str, *arguments: Any) -> Any:
         """Runs a script in the page."""

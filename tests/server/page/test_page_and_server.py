@@ -11,7 +11,7 @@ from page_browser import Page
 from selenium import webdriver
 
 from latentkv import LLM
-from latentkv.server.protocol.completions import CompletionRequest
+from latentkv.server.protocol.chat import ChatRequest
 from live_server import NAME, Live, serving
 
 KEY = "a-long-enough-key"
@@ -30,6 +30,8 @@ def test_a_conversation_with_the_real_server(browser: webdriver.Chrome, live: Li
     page.ask("Tell me of the sea.")
     page.wait(lambda: len(page.answer) > 20)
     page.wait(lambda: "0 of" not in page.text("#panel"))
+    page.wait(lambda: re.search(r"^[\d.,]+ tokens/s · first token after .* · [\d,]+ tokens · ", page.text(".figures")))
+    assert page.one("#no-template").is_displayed()
     page.click("Stop")
     page.wait_idle()
     live.wait_until_free()
@@ -49,9 +51,14 @@ def test_the_page_asks_for_the_key_and_goes_on_with_it(browser: webdriver.Chrome
     locked.wait_until_free()
 
 
-def test_the_page_offers_the_temperatures_that_the_server_takes() -> None:
+@pytest.mark.parametrize("name", ["temperature", "top_p", "max_tokens", "seed"])
+def test_the_page_offers_no_number_that_the_server_refuses(name: str) -> None:
     html = (files("latentkv.server") / "page" / "index.html").read_text("utf-8")
-    label = re.search(r'Temperature <span class="small">(\d+) to (\d+);.*?\n.*?min="(\d+)" max="(\d+)"', html)
-    limits = CompletionRequest.model_json_schema()["properties"]["temperature"]["anyOf"][0]
-    assert label is not None
-    assert [int(each) for each in label.groups()] == [limits["minimum"], limits["maximum"]] * 2
+    field = re.search(rf'<input name="{name}" type="number" min="([\d.]+)" max="([\d.]+)"', html)
+    assert field is not None
+    low, high = (float(each) if "." in each else int(each) for each in field.groups())
+    for offered in (low, high):
+        ChatRequest.model_validate({"messages": [{"role": "user", "content": "Hello"}], name: offered})
+    if name == "temperature":
+        with pytest.raises(ValueError, match="temperature"):
+            ChatRequest.model_validate({"messages": [{"role": "user", "content": "Hello"}], name: high + 0.1})

@@ -64,7 +64,8 @@ SCROLL_BARS = """
 return [...document.querySelectorAll("*")].filter((node) => {
   const style = getComputedStyle(node);
   const scrolls = node === document.documentElement || ["auto", "scroll"].includes(style.overflowY);
-  return scrolls && node.scrollHeight > node.clientHeight + 1 && style.scrollbarWidth !== "none" && node.checkVisibility();
+  const isLonger = node.scrollHeight > node.clientHeight + 1;
+  return scrolls && isLonger && style.scrollbarWidth !== "none" && node.checkVisibility();
 }).map((node) => node.id || node.localName);
 """
 BACKGROUND = "return getComputedStyle(document.body).backgroundColor"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ TABLES = [
     "| only | a head |\n| --- | --- |\n",
     "text before\n| and | a table |\n| --- | --- |\n| 1 | 2 |\n",
 ]
-"""A table for each rule of GitHub's specification: alignment, bars in cells, where it ends, too few and too many cells."""
+"""A table for each rule of GitHub's: alignment, bars in cells, where it ends, too few and too many cells."""
 
 
 def has_html(text: str) -> bool:
@@ -101,7 +102,7 @@ def test_html_is_shown_letter_by_letter(draw: Draw) -> None:
         return {node[0]}.union(*(names(child) for child in node[2:] if isinstance(child, list)))
 
     found = set().union(*(names(["root", {}, *tree]) for tree in draw(texts, 0)))
-    markdown = {"root", "p", "pre", "code", "em", "strong", "a", "blockquote", "ul", "ol", "li", "hr", "br", "h4", "h5"}
+    markdown = {"root", "p", "pre", "code", "em", "strong", "a", "blockquote", "ul", "ol", "li", "hr", "br", "h3", "h4"}
     assert found <= markdown
     assert draw(["<b onclick='x()'>a</b>"], 0) == [[["p", {}, "<b onclick='x()'>a</b>"]]]
 
@@ -125,7 +126,9 @@ def test_links_open_a_tab_that_learns_nothing_of_this_one(open_page: Page) -> No
         view.draw();
         return [...box.querySelectorAll("*")].map((node) => [node.localName, node.target, node.rel]);""",
     )
-    assert found[2:] == [["a", "_blank", "noopener noreferrer nofollow"]] * 2  # after the part and the paragraph
+    assert (
+        found[3:] == [["a", "_blank", "noopener noreferrer nofollow"]] * 2
+    )  # after the chapter, its part and the paragraph
 
 
 @pytest.mark.parametrize("step", [0, 7, 4000])
@@ -171,7 +174,10 @@ const [text, step] = given;
 const { default: MarkdownIt } = await import(new URL("markdown-it.js", location.href));
 let read = 0;
 const parse = MarkdownIt.prototype.parse;
-MarkdownIt.prototype.parse = function counted(source, env) { read += source.length; return parse.call(this, source, env); };
+MarkdownIt.prototype.parse = function counted(source, env) {
+  read += source.length;
+  return parse.call(this, source, env);
+};
 const box = document.createElement("div");
 document.body.append(box);
 const view = new module.Markdown(box);
@@ -220,7 +226,7 @@ def test_drawing_a_growing_text_costs_what_its_last_block_does(open_page: Page, 
 def test_a_block_too_long_to_be_drawn_as_one_stays_one(draw: Draw, kind: str) -> None:
     (tree,) = draw([BLOCKS[kind]], PIECE)
     names = {"code": ["pre"], "a table": ["table"], "a list": ["ul"]}[kind]
-    assert set(node[0] for node in tree) == set(names)
+    assert {node[0] for node in tree} == set(names)
     if kind != "a list":
         assert len(tree) == 1
     if kind == "code":
@@ -236,15 +242,56 @@ def test_what_was_drawn_stays_while_the_text_grows(open_page: Page) -> None:
         const view = new module.Markdown(box);
         const show = (text) => { view.push(text); view.draw(); };
         show("One\\n\\n- Tw");
-        const [first, list] = box.firstChild.children;
+        const part = box.querySelector('.part');
+        const [first, list] = part.children;
         const item = list.firstChild;
         show("o **bold**\\n- three\\n\\n```\\ncode");
         const pre = box.querySelector("pre");
         show(" and more\\n```\\n");
         const stayed = [first, list, item, pre].map((node) => box.contains(node));
-        return [...stayed, box.firstChild.children.length, item.textContent, pre.textContent];""",
+        return [...stayed, part.children.length, item.textContent, pre.textContent];""",
     )
     assert kept == [True, True, True, True, 3, "Two bold", "code and more\n"]
+
+
+# What the page reads of Markdown between a key press and the next frame, in characters.
+WATCH_KEYS = """
+window.costs = [];
+let read = 0;
+const MarkdownIt = module.default;
+const parse = MarkdownIt.prototype.parse;
+MarkdownIt.prototype.parse = function counted(source, env) {
+  read += source.length;
+  return parse.call(this, source, env);
+};
+addEventListener("keydown", () => {
+  const before = read;
+  requestAnimationFrame(() => costs.push(read - before));
+}, true);
+"""
+PROSE = "A paragraph with **bold** and `code` here and there, as a model writes it when it explains at length.\n\n"
+
+
+@pytest.mark.slow
+def test_twenty_megabytes_on_their_way_do_not_hold_up_a_key(server: PageServer, page: Page) -> None:
+    """What stands between a key and the next frame is the drawing of a piece, however much has come or waits."""
+    text = PROSE * (20_000_000 // len(PROSE))
+    server.replies.append(
+        Reply([*(piece(content=text[at : at + 2000]) for at in range(0, len(text), 2000)), *ending()])
+    )
+    page.open()
+    page.imported("markdown-it.js", WATCH_KEYS)
+    page.ask("Tell me everything")
+    page.wait(lambda: page.answer)
+    for number in range(60):
+        for kind in ("keyDown", "keyUp"):
+            page.driver.execute_cdp_cmd("Input.dispatchKeyEvent", {"type": kind, "text": "x", "key": "x"})
+        if number % 10 == 9:
+            time.sleep(1)  # nobody types for a while: the page draws on
+    page.wait(lambda: len(page.run("return costs")) >= 60)
+    assert max(page.run("return costs")) <= 8 * (LONGEST + 2048)
+    assert page.one("#message").get_property("value") == "x" * 60
+    page.wait_idle()
 
 
 def test_code_can_be_copied(server: PageServer, page: Page) -> None:

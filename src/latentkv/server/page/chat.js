@@ -73,7 +73,7 @@ function retry() {
   else if (conversation.last && !asking.isBusy) answering = ask();
 }
 
-/** Takes an edited text: an answer's is what the model wrote from now on, a question's is asked in place of the old one. */
+/** Takes an edited text: an answer's is what the model wrote from now on, a question's is asked in the old one's place. */
 function change(turn, content) {
   if (asking.isBusy) return false;
   const { turns } = conversation;
@@ -169,7 +169,8 @@ async function keep(kept, updated) {
 /** Keeps an answer as it grows, now and then. */
 function saveGrowing() {
   const { last } = conversation;
-  if (performance.now() - saved < SAVE_MS || !hasBegun(last) || last.content.length + last.reasoning.length > MOST_SAVED) return;
+  const length = last.content.length + last.reasoning.length;
+  if (performance.now() - saved < SAVE_MS || !hasBegun(last) || length > MOST_SAVED) return;
   saved = performance.now();
   shelf.write(conversation).catch(() => {});
 }

@@ -68,10 +68,10 @@ export const hasBegun = (turn) => Boolean(turn.content || turn.reasoning || turn
 
 /** The words that a conversation goes by: the beginning of its first question, or a file's name. */
 function firstWords(turn) {
-  const line = turn?.content.trim().slice(0, 4 * TITLE_LENGTH).replace(/\s+/g, " ") || turn?.files?.[0]?.name || "New chat";
+  const words = turn?.content.trim().slice(0, 4 * TITLE_LENGTH).replace(/\s+/g, " ");
+  const line = words || turn?.files?.[0]?.name || "New chat";
   if (line.length <= TITLE_LENGTH) return line;
-  const words = line.slice(0, TITLE_LENGTH).replace(/\s+\S*$/, "");
-  return `${words}…`;
+  return `${line.slice(0, TITLE_LENGTH).replace(/\s+\S*$/, "")}…`;
 }
 
 /** A turn's text with its files before it, each in a fence that nothing in the file can close. */
@@ -145,7 +145,9 @@ export class Shelf {
   /** A conversation that was kept, or null. An answer that the page was closed on did not go on without it. */
   async read(id) {
     const database = await this.#database;
-    const kept = database ? await result(database.transaction("bodies").objectStore("bodies").get(id)) : this.#visit.get(id)?.body;
+    const kept = database
+      ? await result(database.transaction("bodies").objectStore("bodies").get(id))
+      : this.#visit.get(id)?.body;
     if (!kept) return null;
     const conversation = new Conversation(id);
     conversation.name = kept.name;

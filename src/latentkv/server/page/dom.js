@@ -1,4 +1,5 @@
-// Elements from strings that stay strings: text goes in as text nodes, never as markup. And numbers as people read them.
+// Elements from strings that stay strings: text goes in as text nodes, never as markup. And numbers as people read
+// them.
 
 /** The element of the page with this id. */
 export const byId = (id) => document.getElementById(id);

@@ -1,5 +1,5 @@
-// What a person fills in: the message with its files, the settings, which this browser keeps, and the API key, which this
-// tab keeps.
+// What a person fills in: the message with its files, the settings, which this browser keeps, and the API key, which
+// this tab keeps.
 
 import { browserStore, tabStore } from "./conversations.js";
 import { byId, element, fitHeight, isSend, setText, signButton, sizeOf } from "./dom.js";
@@ -45,7 +45,7 @@ export class Composer {
     return taken;
   }
 
-  /** Gives the message box the focus that a button took away with itself; not where that opens a keyboard on the screen. */
+  /** Gives the message box the focus that a button took with itself; not where that opens a keyboard on the screen. */
   focus() {
     if (!matchMedia("(pointer: coarse)").matches) this.#message.focus({ preventScroll: true });
   }

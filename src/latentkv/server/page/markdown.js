@@ -7,9 +7,10 @@
 import { copyButton, element } from "./dom.js";
 import MarkdownIt from "./markdown-it.js";
 
-const PIECE = 8192; // characters that are read at a time
+const PIECE = 2048; // characters that are read at a time
 const LONGEST = 24_576; // characters of a block that is drawn as one
-const PART = 50; // blocks that are laid out together: parts out of sight are not laid out at all
+const PART = 50; // blocks
+const CHAPTER = 30; // parts
 const REREAD = 1_000_000; // characters of a text that is read again for addresses that its end gives
 
 const reader = new MarkdownIt({ linkify: true });
@@ -86,7 +87,7 @@ export class Markdown {
     this.#tail = (this.#tail + piece).replace(/\r\n|\r(?!$)/g, "\n"); // the \n may come with the next piece
     const blocks = this.#redraw();
     // The last block that began in a line which is complete will stay; a line that is not may yet turn out otherwise.
-    const complete = lineAt(this.#tail, this.#tail.length);
+    const complete = this.#tail.split("\n").length - 1;
     const last = blocks.findLastIndex((block) => block.start < complete);
     if (last > 0) {
       this.#settle(offset(this.#tail, blocks[last - 1].end));
@@ -130,24 +131,22 @@ export class Markdown {
     this.#redraw();
   }
 
+  /** Where a new block goes: blocks lie in parts and parts in chapters, so that no node has very many children. */
   #partWithRoom() {
-    if (this.#part === null || this.#part.childElementCount >= PART) {
-      this.#part?.classList.add("full");
-      this.#part = this.#container.appendChild(element("div", "part"));
+    if (hasRoom(this.#part, PART)) return this.#part;
+    let chapter = this.#part?.parentNode;
+    if (!hasRoom(chapter, CHAPTER)) {
+      chapter?.classList.add("full");
+      chapter = this.#container.appendChild(element("div", "chapter"));
     }
+    this.#part = chapter.appendChild(element("div", "part"));
     return this.#part;
   }
 }
 
+const hasRoom = (node, most) => Boolean(node) && node.childElementCount < most;
 const hasOwn = (addresses) => Object.keys(addresses).length > 0;
 const hasAny = (addresses) => { for (const _ in addresses) return true; return false; };
-
-/** How many lines end before an offset. */
-function lineAt(text, end) {
-  let lines = 0;
-  for (let at = text.indexOf("\n"); at !== -1 && at < end; at = text.indexOf("\n", at + 1)) lines += 1;
-  return lines;
-}
 
 /** Where a line begins; the text's end for one that it does not have. */
 function offset(text, line) {
@@ -246,8 +245,8 @@ function opened(parent, token) {
     return box.appendChild(element("table", ""));
   }
   const isHeading = token.type === "heading_open";
-  // The page has its own h1 to h3.
-  const node = element(isHeading ? `h${Math.min(6, Number(token.tag[1]) + 3)}` : token.tag, "");
+  // The page has its own h1, and an h2 for each turn.
+  const node = element(isHeading ? `h${Math.min(6, Number(token.tag[1]) + 2)}` : token.tag, "");
   if (token.type === "link_open") leadTo(node, token.attrGet("href"), token.attrGet("title"));
   if (token.attrGet("start") !== null) node.setAttribute("start", token.attrGet("start"));
   const align = /^text-align:(left|center|right)$/.exec(token.attrGet("style"));
@@ -263,7 +262,10 @@ const LEAVES = {
   hr: (parent) => parent.append(element("hr", "")),
   code_inline: (parent, token) => parent.append(element("code", "", token.content)),
   code_block: (parent, token) => parent.append(code(token.content, "")),
-  fence: (parent, token) => parent.append(code(token.content, reader.utils.unescapeAll(token.info).trim().split(/\s/)[0])),
+  fence: (parent, token) => {
+    const [language] = reader.utils.unescapeAll(token.info).trim().split(/\s/);
+    parent.append(code(token.content, language));
+  },
   image: (parent, token) => {
     const words = reader.renderer.renderInlineAsText(token.children, reader.options, {});
     if (parent.closest?.("a")) {
@@ -287,7 +289,8 @@ function leadTo(node, address, title) {
 function code(text, language) {
   const pre = scrolling(element("pre", "", element("code", "", text)), language ? `Code, ${language}` : "Code");
   const copied = (button) => button.closest(".code").querySelector("pre").textContent.replace(/\n$/, "");
-  return element("div", "code", element("div", "code-bar", element("span", "", language), copyButton("Copy code", copied)), pre);
+  const bar = element("div", "code-bar", element("span", "", language), copyButton("Copy code", copied));
+  return element("div", "code", bar, pre);
 }
 
 /** A box that scrolls sideways, with the arrow keys too. */

@@ -39,7 +39,9 @@ export async function* streamChat(body, key, signal) {
   const response = await send("v1/chat/completions", {
     method: "POST",
     headers: { "Content-Type": "application/json", Accept: "text/event-stream", ...authorization(key) },
-    body: JSON.stringify({ ...body, stream: true, stream_options: { include_usage: true, continuous_usage_stats: true } }),
+    body: JSON.stringify({
+      ...body, stream: true, stream_options: { include_usage: true, continuous_usage_stats: true },
+    }),
     signal,
   });
   if (!response.headers.get("Content-Type")?.startsWith("text/event-stream")) {

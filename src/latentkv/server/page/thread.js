@@ -7,7 +7,9 @@ import { Markdown } from "./markdown.js";
 
 const NEAR_PX = 80;
 const WORK_MS = 8; // of drawing at a time: between two of them, keys are heard
-const PAUSE_MS = 16;
+const PAUSE_MS = 4;
+const TYPING_MS = 300; // after a key, whoever types comes first
+const TYPING_PAUSE_MS = 100;
 
 /** The views of a conversation. */
 export class Thread {
@@ -19,12 +21,15 @@ export class Thread {
   #height = 0; // of the page, when it was last drawn
   #isBusy = false;
   #timer = null;
+  #typed = -Infinity; // when the last key was pressed
+  #worked = -Infinity; // when the last drawing ended
 
   /** @param {TurnActions} actions */
   constructor(actions) {
     this.#actions = actions;
     addEventListener("scroll", () => this.#look(), { passive: true });
     this.#toEnd.addEventListener("click", () => this.toEnd());
+    document.addEventListener("keydown", () => { this.#typed = performance.now(); });
   }
 
   /** Draws every turn of a conversation; views of turns that stayed are kept. */
@@ -52,8 +57,8 @@ export class Thread {
 
   /** Draws what the last turn has grown by. */
   drawLast() {
-    this.#drawView(this.#views.at(-1));
-    this.follow();
+    const view = this.#views.at(-1);
+    if (!view.isBehind || performance.now() - this.#worked >= this.#pause) this.#work(view);
     this.#catchUp();
   }
 
@@ -73,14 +78,32 @@ export class Thread {
     this.#look();
   }
 
-  #drawView(view) {
+  /** Draws some of a view, a piece at a time, and lays each out: that takes longer than to draw it. */
+  #work(view) {
+    const until = this.#isTyping ? 0 : performance.now() + WORK_MS;
+    do {
+      this.#drawView(view, 0);
+      this.follow();
+    } while (view.isBehind && performance.now() < until);
+    this.#worked = performance.now();
+  }
+
+  get #isTyping() {
+    return performance.now() - this.#typed < TYPING_MS;
+  }
+
+  get #pause() {
+    return this.#isTyping ? TYPING_PAUSE_MS : PAUSE_MS;
+  }
+
+  #drawView(view, until = performance.now() + WORK_MS) {
     const { turn } = view;
     view.draw({
       isLast: turn === this.#conversation.last,
       isLive: turn === this.#conversation.last && turn.role === "assistant" && this.#isBusy,
       isBusy: this.#isBusy,
       isUnanswered: this.#conversation.isUnanswered(turn),
-    });
+    }, until);
   }
 
   /** Draws on, a little at a time, until everything is drawn. */
@@ -89,10 +112,9 @@ export class Thread {
     const behind = this.#views.find((view) => view.isBehind);
     if (!behind) return;
     this.#timer = setTimeout(() => {
-      this.#drawView(behind);
-      this.follow();
+      this.#work(behind);
       this.#catchUp();
-    }, PAUSE_MS);
+    }, this.#pause);
   }
 
   #look() {
@@ -128,7 +150,8 @@ class QuestionView {
     body.dir = "auto";
     this.#edit = button("Edit", () => editInPlace(this.node, body, "Ask again", turn, actions));
     const files = (turn.files ?? []).map(({ name, text }) => element(
-      "details", "file", element("summary", "", name, " ", element("span", "small", sizeOf(text))), element("pre", "", text),
+      "details", "file",
+      element("summary", "", name, " ", element("span", "small", sizeOf(text))), element("pre", "", text),
     ));
     this.node = article("question", "You", body, ...files, this.#note, element("div", "actions", this.#edit));
   }
@@ -181,12 +204,12 @@ class AnswerView {
     for (const [name, text] of Object.entries(this.#texts)) if (news[name]) text.push(news[name]);
   }
 
-  draw({ isLast, isLive, isBusy }) {
+  draw({ isLast, isLive, isBusy }, until) {
     const { turn } = this;
     this.node.classList.toggle("last", isLast);
     this.node.classList.toggle("live", isLive);
     this.node.setAttribute("aria-busy", String(isLive));
-    this.#drawTexts(isLive);
+    this.#drawTexts(isLive, until);
     this.#drawReasoning(isLive && !turn.content);
     this.#drawCalls();
     setText(this.#note, turn.end === "stop" && !hasBegun(turn) ? "The answer is empty." : (ENDINGS[turn.end] ?? ""));
@@ -197,12 +220,12 @@ class AnswerView {
     regenerate.hidden = !isLast || isBusy;
   }
 
-  #drawTexts(isLive) {
+  /** Draws what is not drawn yet, until a time of `performance.now()`; a piece at least. */
+  #drawTexts(isLive, until) {
     if (!isLive && !this.#isOver) {
       this.#isOver = true;
       for (const [name, text] of Object.entries(this.#texts)) text.finish(this.turn[name]);
     }
-    const until = performance.now() + WORK_MS;
     for (const text of Object.values(this.#texts)) text.draw(until);
   }
 
@@ -220,7 +243,7 @@ class AnswerView {
 }
 
 function article(kind, who, ...children) {
-  const node = element("article", `turn ${kind}`, element("h3", "who", who), ...children);
+  const node = element("article", `turn ${kind}`, element("h2", "who", who), ...children);
   node.setAttribute("aria-label", who);
   return node;
 }
