@@ -9,8 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from latentkv import LLM
+from latentkv import LLM, kernels
 from latentkv.cli import self_test
+from latentkv.cli.advice import platform_advice, torch_advice
 from latentkv.models.config_reader import read_config
 from latentkv.models.decoder import Decoder
 from latentkv.models.loading import save_pretrained
@@ -248,6 +249,30 @@ def test_doctor_reads_as_a_table(latentkv):
     assert result.exit_code == 0, result.stderr
     for words in ("CPU ", "Memory ", "torch ", "mla_attend", "checks pass"):
         assert words in result.stdout
+
+
+def test_doctor_says_loudly_that_kernels_are_missing_and_how_to_get_them(latentkv, monkeypatch):
+    monkeypatch.setattr(kernels, "extension", None)
+    monkeypatch.setattr(kernels, "_import_error", "No module named 'latentkv._native'")
+    monkeypatch.setattr(kernels, "available_isas", lambda: ("torch",))
+    result = latentkv("doctor")
+    (line,) = (line for line in result.stdout.splitlines() if line.startswith("Kernels"))
+    assert "torch computes everything, several times slower" in line and "install a C++ compiler" in line
+
+
+def test_doctor_names_a_cuda_build_without_a_gpu_and_a_system_that_is_not_tested(latentkv, monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr("platform.system", lambda: "Windows")
+    windows, cuda = as_json(latentkv("doctor", "--json"))["machine"]["advice"]
+    assert "Windows is not supported" in windows and "WSL 2" in windows
+    assert "CUDA 13.0" in cuda and "whl/cpu" in cuda
+    assert "Note     Windows is not supported" in latentkv("doctor").stdout
+
+
+def test_advice_is_silent_where_there_is_nothing_better():
+    assert platform_advice("Linux") is torch_advice(None, 0) is torch_advice("13.0", 1) is None
+    assert "macOS" in str(platform_advice("Darwin")) and "FreeBSD" in str(platform_advice("FreeBSD"))
 
 
 @pytest.mark.parametrize("wrong", [1.02, float("nan")])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import re
 import shutil
 from collections import deque
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from latentkv.cli.advice import platform_advice, torch_advice
 from latentkv.cli.terminal import console, print_json
 from latentkv.option_types import Flag
 
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 
 _CPUINFO = Path("/proc/cpuinfo")
 _MAPS = Path("/proc/self/maps")
+_NO_KERNELS = "none, torch computes everything, several times slower"
 _OPENMP = re.compile(r"/lib(gomp|iomp5|omp)[^/]*$")
 _ISA_FLAGS = (
     "avx2",
@@ -47,6 +50,7 @@ class Machine:
             where one thread computes at a time, 0 where there is nothing to share out or nothing that counts, None
             where operations are wrong and no model was run.
         openmp: files of the OpenMP runtimes in this process; each has threads of its own.
+        advice: what is not tested, or could be better, a sentence each.
     """
 
     cpu: str
@@ -63,6 +67,7 @@ class Machine:
     memory: tuple[Memory, ...]
     disk_free: int
     packed: PackedSummary | None
+    advice: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -131,7 +136,15 @@ def _look_around(teams: int | None) -> Machine:
         memory=machine_memory(),
         disk_free=shutil.disk_usage(Path.cwd()).free,
         packed=_packed(),
+        advice=_advice(),
     )
+
+
+def _advice() -> tuple[str, ...]:
+    import torch
+
+    found = (platform_advice(platform.system()), torch_advice(torch.version.cuda, torch.cuda.device_count()))
+    return tuple(sentence for sentence in found if sentence is not None)
 
 
 def _teams_beside_a_model() -> int:
@@ -166,7 +179,7 @@ def _kernels() -> str:
 
     reason = why_not_native(torch.device("cpu"))
     if reason is not None:
-        return f"none, torch computes everything: the native kernels {reason}"
+        return f"{_NO_KERNELS}: the native kernels {reason}"
     others = ", ".join(isa for isa in available_isas()[1:] if isa != current_isa())
     return f"native, {current_isa()} (also here: {others}; LATENTKV_ISA chooses)"
 
@@ -222,9 +235,12 @@ def _print_machine(machine: Machine) -> None:
         f"torch    {machine.torch} on Python {machine.python}, {machine.threads} threads, uses {machine.torch_isa}"
     )
     out.print(f"Threads  {_threads(machine)}")
-    out.print(f"Kernels  {machine.kernels}")
+    style = "bold yellow" if machine.kernels.startswith(_NO_KERNELS) else None
+    out.print(f"Kernels  {machine.kernels}", style=style, markup=False)
     for index, kernels in enumerate(machine.gpu_kernels):
         out.print(f"GPU {index}    {kernels}")
+    for sentence in machine.advice:
+        out.print(f"Note     {sentence}", style="bold yellow", markup=False)
     out.print()
 
 
