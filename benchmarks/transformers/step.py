@@ -57,10 +57,9 @@ def main() -> None:
             worst = (logits[0] - logits[1]).abs().max() / logits[1].abs().max()
     ours, theirs = (median(each) for each in seconds.values())
     print(
-        f"{asked.depth} tokens, {asked.dtype}: {theirs * 1e3:.1f} ms as it is, {ours * 1e3:.1f} ms accelerated, ",
-        end="",
+        f"{asked.depth} tokens, {asked.dtype}: {theirs * 1e3:.1f} ms as it is, {ours * 1e3:.1f} ms accelerated, "
+        f"{theirs / ours:.1f}x; logits differ by {worst:.1e} of the largest"
     )
-    print(f"{theirs / ours:.1f}x; logits differ by {worst:.1e} of the largest")
 
 
 if __name__ == "__main__":
