@@ -87,6 +87,7 @@ def show_everything(server: PageServer, page: Page) -> None:
     page.wait(lambda: page.notice)
 
 
+@pytest.mark.slow  # the same is asked of axe, in less detail
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_text_stands_out_from_what_is_behind_it(server: PageServer, page: Page, scheme: str):
     page.open(scheme=scheme)
@@ -151,6 +152,7 @@ def test_a_reader_who_wants_no_motion_sees_none(server: PageServer, page: Page):
     assert page.run(moving) > 0
 
 
+@pytest.mark.slow  # axe asks it, too
 def test_every_field_and_button_has_a_name(server: PageServer, page: Page):
     page.open()
     show_everything(server, page)
