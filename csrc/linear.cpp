@@ -12,8 +12,8 @@ namespace latentkv::LATENTKV_ISA {
 
 namespace {
 
-// Rows of float32 become two rows of bf16, high and low parts, where units are bf16: about 16 bits of each number.
-LATENTKV_INLINE int planes(DType x) { return UNIT == 2 && x == DType::f32 ? 2 : 1; }
+// Where units are bf16, a row of float32 becomes three of them, whose sum it is: all 24 bits of each number.
+LATENTKV_INLINE int planes(DType x) { return UNIT == 2 && x == DType::f32 ? 3 : 1; }
 
 LATENTKV_INLINE std::int64_t units_of(const Layout& layout) { return layout.padded_ins / UNIT; }
 
@@ -31,16 +31,17 @@ void pack_units(const bf16* x, std::int64_t ins, std::int64_t first, std::int64_
 }
 void pack_units(const float* x, std::int64_t ins, std::int64_t first, std::int64_t end, Unit* out, int lanes) {
   for (std::int64_t i = first; i < end; i++) {
-    Unit high = 0, low = 0;
+    Unit parts[3] = {};
     for (int half = 0; half < 2 && 2 * i + half < ins; half++) {
-      const float value = x[2 * i + half];
-      const bf16 rounded = float_to_bf16(value);
-      const float rest = value - bf16_to_float(rounded);
-      high |= (Unit)rounded << (16 * half);
-      if (rest - rest == 0) low |= (Unit)float_to_bf16(rest) << (16 * half);  // not for infinity and NaN
+      float rest = x[2 * i + half];
+      for (Unit& part : parts) {
+        const bf16 rounded = float_to_bf16(rest);
+        part |= (Unit)rounded << (16 * half);
+        rest -= bf16_to_float(rounded);
+        if (rest - rest != 0) break;  // infinity and NaN have no rest
+      }
     }
-    out[i * lanes] = high;
-    out[i * lanes + 1] = low;
+    std::memcpy(out + i * lanes, parts, sizeof parts);
   }
 }
 #else
@@ -206,7 +207,7 @@ Layout layout_of(const PackedWeight& w) {
 }
 
 std::int64_t row_blocks(const PackedWeight& w, DType x, std::int64_t rows) {
-  return w.rounds_input ? int8_row_blocks(rows) : ceil_div(rows * planes(x), at_once(rows));
+  return w.rounds_input ? int8_row_blocks(rows) : ceil_div(rows, at_once(rows) / planes(x));
 }
 
 std::int64_t packed_input_bytes(const PackedWeight& w, DType x, std::int64_t rows) {

@@ -84,8 +84,11 @@ inline void write_rows(const float* sums, int planes, RowBlock rows, std::int64_
   for (std::int64_t r = rows.first; r < rows.first + rows.count; r++, sums += planes * BLOCK_OUTS) {
     const std::int64_t y = r * to.stride + out, residual = r * to.residual_stride + out;
     alignas(64) float row[BLOCK_OUTS];
-    for (int o = 0; o < BLOCK_OUTS; o += W)
-      store(row + o, planes == 2 ? load(sums + o) + load(sums + BLOCK_OUTS + o) : load(sums + o));
+    for (int o = 0; o < BLOCK_OUTS; o += W) {
+      vf sum = load(sums + (planes - 1) * BLOCK_OUTS + o);  // the smallest first
+      for (int plane = planes - 2; plane >= 0; plane--) sum += load(sums + plane * BLOCK_OUTS + o);
+      store(row + o, sum);
+    }
     int o = 0;
     for (; o + W <= valid; o += W) {
       vf value = load(row + o);

@@ -29,9 +29,9 @@ def linear(
     """`x W^T + bias + residual`: x [..., D], weight [O, D], bias [O], residual [..., O] -> [..., O].
 
     With a packed weight the sum, the bias and the residual are added in float32 and rounded once. Weights count as what
-    was packed, exactly; bfloat16 x is taken as it is, float32 x to 16 bits of each number (2^-17 of it); or, where the
-    weight rounds its input, both as `weights.activations.round_to_int8` makes them. A row's result does not depend, bit
-    for bit, on the other rows or the number of threads.
+    was packed, exactly, and x as it is; or, where the weight rounds its input, both as
+    `weights.activations.round_to_int8` makes them. A row's result does not depend, bit for bit, on the other rows or
+    the number of threads.
 
     Args:
         x: bfloat16 or float32 for a packed weight, else the weight's dtype.

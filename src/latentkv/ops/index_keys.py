@@ -9,8 +9,6 @@ all its numbers and changes no product of two vectors that are both rotated so, 
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -184,9 +182,16 @@ def rotate_first(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tens
 
 
 def hadamard(x: Tensor) -> Tensor:
-    """Rows x [..., D] times the orthogonal Hadamard matrix of D, a power of two; float32 at least."""
-    wide = x if x.dtype == torch.float64 else x.float()
-    return wide @ _hadamard_matrix(x.shape[-1], wide.dtype, wide.device)
+    """Rows x [..., D] times the orthogonal Hadamard matrix of D, a power of two; float32 at least.
+
+    By sums and differences, for a library's product may round a row otherwise where there are more rows.
+    """
+    wide, dim, half = x if x.dtype == torch.float64 else x.float(), x.shape[-1], 1
+    while half < dim:
+        first, second = wide.unflatten(-1, (-1, 2, half)).unbind(-2)
+        wide = torch.stack([first + second, first - second], dim=-2).flatten(-3)
+        half *= 2
+    return wide * dim**-0.5
 
 
 def encode_keys(keys: Tensor) -> Tensor:
@@ -205,11 +210,3 @@ def decode_keys(rows: Tensor, dtype: torch.dtype) -> Tensor:
         return rows.to(dtype, copy=True)
     scales = rows[:, -SCALE_BYTES:].contiguous().view(torch.float32)
     return rows[:, :-SCALE_BYTES].to(dtype) * scales.to(dtype)
-
-
-@cache
-def _hadamard_matrix(dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    matrix = torch.ones(1, 1, dtype=dtype, device=device)
-    while len(matrix) < dim:
-        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
-    return matrix * dim**-0.5
