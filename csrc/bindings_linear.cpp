@@ -26,7 +26,7 @@ static void linear(Isa isa, Address weight, int format, std::int64_t outs, std::
   out.residual = (const void*)residual;
   out.residual_dtype = (DType)residual_dtype;
   out.residual_stride = residual_stride;
-  linear_kernels(isa).linear(w, in, out);
+  linear_kernels(multiplying(isa, in.dtype, w.rounds_input)).linear(w, in, out);
 }
 
 void bind_linear(nb::module_& m) {

@@ -56,6 +56,10 @@ Routing& routing() {
   return routing;
 }
 
+void run(Isa isa, const GatedProducts& p) {
+  moe(multiplying(isa, p.x.dtype, p.gate_up.rounds_input && p.down.rounds_input)).gated(p);
+}
+
 }  // namespace
 
 void bind_moe(nb::module_& m) {
@@ -96,7 +100,7 @@ void bind_moe(nb::module_& m) {
           p.token_of_row = r.token_of_row.data();
           p.row_of_choice = r.row_of_choice.data();
           p.weights = reinterpret_cast<const float*>(weights) + first * chosen;
-          moe(isa).gated(p);
+          run(isa, p);
         });
         return -1;
       }),
@@ -121,7 +125,7 @@ void bind_moe(nb::module_& m) {
           p.segments = r.segments.data();
           p.num_segments = static_cast<std::int64_t>(r.segments.size());
           p.rows = p.x.rows;
-          moe(isa).gated(p);
+          run(isa, p);
         });
       }),
       nb::call_guard<nb::gil_scoped_release>(), "out = down (silu(gate x) * up x) + residual.");
@@ -130,9 +134,10 @@ void bind_moe(nb::module_& m) {
       recordable(+[](Isa isa, Address weight, int format, std::int64_t heads, std::int64_t outs, std::int64_t ins,
          std::int64_t group, Address x, std::ptrdiff_t x_token, std::ptrdiff_t x_head, int x_dtype, Address out,
          std::ptrdiff_t out_token, std::ptrdiff_t out_head, int out_dtype, int tokens) {
-        headwise(isa).linear(packed_weight(weight, format, heads, outs, ins, group),
-                             {reinterpret_cast<void*>(x), x_token, x_head, static_cast<DType>(x_dtype)},
-                             {reinterpret_cast<void*>(out), out_token, out_head, static_cast<DType>(out_dtype)}, tokens);
+        const PackedWeight w = packed_weight(weight, format, heads, outs, ins, group);
+        const Heads in{reinterpret_cast<void*>(x), x_token, x_head, static_cast<DType>(x_dtype)};
+        const Heads to{reinterpret_cast<void*>(out), out_token, out_head, static_cast<DType>(out_dtype)};
+        headwise(multiplying(isa, in.dtype, w.rounds_input)).linear(w, in, to, tokens);
       }),
       nb::call_guard<nb::gil_scoped_release>(), "x [tokens, heads, ins] -> out [tokens, heads, outs].");
 }

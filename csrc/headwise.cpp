@@ -26,9 +26,9 @@ void multiply_head(const PackedWeight& w, Heads x, Heads out, std::int64_t token
     to.y = head_at(out, t, head);
     to.dtype = out.dtype;
     to.stride = out.token_stride;
-    char* packed = thread_scratch(Scratch::own, packed_input_bytes(w, x.dtype, rows));
-    pack_input(w, in, 0, row_blocks(w, x.dtype, rows), packed);
-    multiply(w, head, packed, x.dtype, rows, first, end, to);
+    char* packed = thread_scratch(Scratch::own, packed_input_bytes(w, rows));
+    pack_input(w, in, 0, row_blocks(w, rows), packed);
+    multiply(w, head, packed, rows, first, end, to);
   }
 }
 

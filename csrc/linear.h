@@ -66,6 +66,11 @@ struct LinearOutput {
   std::int64_t residual_stride;
 };
 
+// What multiplies rows of type x by weights: by bf16 instructions a row of float32 could be multiplied only in parts.
+inline Isa multiplying(Isa isa, DType x, bool all_round_input) {
+  return isa > Isa::avx512 && x == DType::f32 && !all_round_input ? Isa::avx512 : isa;
+}
+
 struct LinearKernels {
   // The first of the stacked matrices times all rows.
   void (*linear)(const PackedWeight&, const LinearInput&, const LinearOutput&);

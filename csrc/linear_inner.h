@@ -29,16 +29,16 @@ struct Layout {
 Layout layout_of(const PackedWeight& w);
 
 // Activations are packed in blocks of a few rows; all but the number of rows of a block is private to the kernels.
-std::int64_t row_blocks(const PackedWeight& w, DType x, std::int64_t rows);
-std::int64_t packed_input_bytes(const PackedWeight& w, DType x, std::int64_t rows);
+std::int64_t row_blocks(const PackedWeight& w, std::int64_t rows);
+std::int64_t packed_input_bytes(const PackedWeight& w, std::int64_t rows);
 void pack_input(const PackedWeight& w, const LinearInput& in, std::int64_t first_block, std::int64_t end_block,
                 void* packed);
 
 // Outputs [32 first_block, 32 end_block) of matrix `e` for all `rows` that were packed; y is at the matrix' output 0.
-void multiply(const PackedWeight& w, std::int64_t e, const void* packed, DType x, std::int64_t rows,
-              std::int64_t first_block, std::int64_t end_block, const LinearOutput& out);
+void multiply(const PackedWeight& w, std::int64_t e, const void* packed, std::int64_t rows, std::int64_t first_block,
+              std::int64_t end_block, const LinearOutput& out);
 // The same for blocks [first_rows, end_rows) of the rows.
-void multiply_rows(const PackedWeight& w, std::int64_t e, const void* packed, DType x, std::int64_t rows,
+void multiply_rows(const PackedWeight& w, std::int64_t e, const void* packed, std::int64_t rows,
                    std::int64_t first_rows, std::int64_t end_rows, std::int64_t first_block, std::int64_t end_block,
                    const LinearOutput& out);
 

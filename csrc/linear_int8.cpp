@@ -156,7 +156,7 @@ void int8_multiply_rows(const PackedWeight& w, std::int64_t e, const void* packe
       const RowBlock block_rows = row_block(rows, blocks, first_rows + turn);
       panel.ahead = ahead_of(w.format, stored.words, stored.words + block_words, words, turn, turns, fetches);
       tiles[block_rows.count - 1](panel, units + block_rows.first * words_of_row, sums);
-      write_rows(sums, 1, block_rows, o * BLOCK_OUTS, w.outs, out);
+      write_rows(sums, block_rows, o * BLOCK_OUTS, w.outs, out);
     }
   }
 }

@@ -77,27 +77,21 @@ LATENTKV_INLINE RowBlock row_block(std::int64_t rows, std::int64_t blocks, std::
   return {b * size + (b < larger ? b : larger), size + (b < larger)};
 }
 
-// One block's sums [planes * rows][32] to rows of results.
-inline void write_rows(const float* sums, int planes, RowBlock rows, std::int64_t out, std::int64_t outs,
+// One block's sums [rows][32] to rows of results.
+inline void write_rows(const float* sums, RowBlock rows, std::int64_t out, std::int64_t outs,
                        const LinearOutput& to) {
   const int valid = outs - out < BLOCK_OUTS ? (int)(outs - out) : BLOCK_OUTS;
-  for (std::int64_t r = rows.first; r < rows.first + rows.count; r++, sums += planes * BLOCK_OUTS) {
+  for (std::int64_t r = rows.first; r < rows.first + rows.count; r++, sums += BLOCK_OUTS) {
     const std::int64_t y = r * to.stride + out, residual = r * to.residual_stride + out;
-    alignas(64) float row[BLOCK_OUTS];
-    for (int o = 0; o < BLOCK_OUTS; o += W) {
-      vf sum = load(sums + (planes - 1) * BLOCK_OUTS + o);  // the smallest first
-      for (int plane = planes - 2; plane >= 0; plane--) sum += load(sums + plane * BLOCK_OUTS + o);
-      store(row + o, sum);
-    }
     int o = 0;
     for (; o + W <= valid; o += W) {
-      vf value = load(row + o);
+      vf value = load(sums + o);
       if (to.bias) value += load_any(to.bias, to.bias_dtype, out + o);
       if (to.residual) value += load_any(to.residual, to.residual_dtype, residual + o);
       store_any(to.y, to.dtype, y + o, value);
     }
     for (; o < valid; o++) {
-      float value = row[o];
+      float value = sums[o];
       if (to.bias) value += load_one(to.bias, to.bias_dtype, out + o);
       if (to.residual) value += load_one(to.residual, to.residual_dtype, residual + o);
       store_one(to.y, to.dtype, y + o, value);

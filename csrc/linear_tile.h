@@ -280,6 +280,29 @@ struct Fp8Words : PlainWords {
   }
 };
 
+template <class Decoder>
+struct Of {
+  using type = Decoder;
+};
+// f(Of<what decodes such weights>{}).
+template <class F>
+decltype(auto) with_decoder(WeightFormat format, std::int64_t groups, F f) {
+  switch (format) {
+    case WeightFormat::int8: return groups > 1 ? f(Of<GroupedInt8Words>{}) : f(Of<Int8Words>{});
+    case WeightFormat::int4: return f(Of<TableWords<Int4Numbers>>{});
+    case WeightFormat::compact: return f(Of<CompactWords>{});
+    case WeightFormat::uint2: return f(Of<CodeWords<2, true>>{});
+    case WeightFormat::uint4: return f(Of<CodeWords<4, true>>{});
+    case WeightFormat::uint5: return f(Of<CodeWords<5, true>>{});
+    case WeightFormat::int5: return f(Of<CodeWords<5, false>>{});
+    case WeightFormat::int6: return f(Of<CodeWords<6, false>>{});
+    case WeightFormat::fp4: return f(Of<TableWords<Fp4Numbers>>{});
+    case WeightFormat::nl4: return f(Of<TableWords<Nl4Numbers>>{});
+    case WeightFormat::fp8: return groups > 1 ? f(Of<Fp8Words<true>>{}) : f(Of<Fp8Words<false>>{});
+    default: return f(Of<Bf16Words>{});
+  }
+}
+
 // sums [R][32] = x [groups * group_words * units][R] times the panel; where it continues another, with that one's sums.
 template <class Decoder, int R>
 void multiply_tile(const Panel& panel, const Unit* x, float* sums) {

@@ -22,9 +22,9 @@ struct Temporaries {
 
 Temporaries allocate(const GatedProducts& p) {
   const auto whole_lines = [](std::int64_t bytes) { return (bytes + 63) / 64 * 64; };
-  const std::int64_t x = whole_lines(packed_input_bytes(p.gate_up, p.x.dtype, p.rows));
+  const std::int64_t x = whole_lines(packed_input_bytes(p.gate_up, p.rows));
   const std::int64_t inner = whole_lines(p.rows * p.down.ins * size_of(p.x.dtype));
-  const std::int64_t packed = whole_lines(packed_input_bytes(p.down, p.x.dtype, p.rows));
+  const std::int64_t packed = whole_lines(packed_input_bytes(p.down, p.rows));
   const std::int64_t products = p.row_of_choice ? p.rows * p.down.outs * 4 : 0;
   char* base = thread_scratch(Scratch::team, x + inner + packed + products);
   return {base, base + x, base + x + inner, (float*)(base + x + inner + packed)};
@@ -54,19 +54,19 @@ void pack_rows(const GatedProducts& p, const PackedWeight& w, InputOf input_of, 
   for (std::int64_t i = 0; i < p.num_segments; i++) {
     const Segment& s = p.segments[i];
     const LinearInput in = input_of(s);
-    for (std::int64_t b = 0; b < row_blocks(w, in.dtype, in.rows); b++)
-      if (turn++ % threads == thread) pack_input(w, in, b, b + 1, packed + packed_input_bytes(w, in.dtype, s.first));
+    for (std::int64_t b = 0; b < row_blocks(w, in.rows); b++)
+      if (turn++ % threads == thread) pack_input(w, in, b, b + 1, packed + packed_input_bytes(w, s.first));
   }
 }
 
 // Outputs from `out` (the first of a block) on, at most `width` of them, into rows [width] of float32.
-void multiply_into(float* rows, int width, const PackedWeight& w, const Segment& s, const char* packed, DType x,
-                   std::int64_t out, std::int64_t end) {
+void multiply_into(float* rows, int width, const PackedWeight& w, const Segment& s, const char* packed, std::int64_t out,
+                   std::int64_t end) {
   LinearOutput to{};
   to.y = rows - out;  // `multiply` counts from the matrix' output 0
   to.dtype = DType::f32;
   to.stride = width;
-  multiply(w, s.expert, packed, x, s.rows, out / BLOCK_OUTS, ceil_div(end, BLOCK_OUTS), to);
+  multiply(w, s.expert, packed, s.rows, out / BLOCK_OUTS, ceil_div(end, BLOCK_OUTS), to);
 }
 
 // 32 columns of a segment's intermediate.
@@ -76,9 +76,9 @@ void activate(const GatedProducts& p, const Temporaries& t, const Segment& s, st
   const int skipped = (int)(up % BLOCK_OUTS);  // where the gate does not end with a block
   float* gates = (float*)thread_scratch(Scratch::own, s.rows * 3 * BLOCK_OUTS * sizeof(float));
   float* ups = gates + s.rows * BLOCK_OUTS;
-  const char* packed = t.x + packed_input_bytes(p.gate_up, p.x.dtype, s.first);
-  multiply_into(gates, BLOCK_OUTS, p.gate_up, s, packed, p.x.dtype, column, column + valid);
-  multiply_into(ups, 2 * BLOCK_OUTS, p.gate_up, s, packed, p.x.dtype, up - skipped, up + valid);
+  const char* packed = t.x + packed_input_bytes(p.gate_up, s.first);
+  multiply_into(gates, BLOCK_OUTS, p.gate_up, s, packed, column, column + valid);
+  multiply_into(ups, 2 * BLOCK_OUTS, p.gate_up, s, packed, up - skipped, up + valid);
   for (std::int64_t r = 0; r < s.rows; r++) {
     float* gate = gates + r * BLOCK_OUTS;
     const float* row_up = ups + r * 2 * BLOCK_OUTS + skipped;
@@ -100,8 +100,8 @@ void project(const GatedProducts& p, const Temporaries& t, const Segment& s, std
     to.y = (char*)p.out.y + s.first * p.out.stride * size_of(p.out.dtype);
     if (to.residual) to.residual = (const char*)p.out.residual + s.first * p.out.residual_stride * size_of(p.out.residual_dtype);
   }
-  const char* packed = t.packed + packed_input_bytes(p.down, p.x.dtype, s.first);
-  multiply(p.down, s.expert, packed, p.x.dtype, s.rows, block, block + 1, to);
+  const char* packed = t.packed + packed_input_bytes(p.down, s.first);
+  multiply(p.down, s.expert, packed, s.rows, block, block + 1, to);
 }
 
 // A token's result: what its choices give in their order, added in float32 and rounded once.
