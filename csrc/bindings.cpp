@@ -25,7 +25,8 @@ NB_MODULE(_native, m) {
       .value("portable", Isa::portable)
       .value("avx2", Isa::avx2)
       .value("avx512", Isa::avx512)
-      .value("avx512bf16", Isa::avx512bf16);
+      .value("avx512bf16", Isa::avx512bf16)
+      .value("amx", Isa::amx);
   m.def("runs", &latentkv::runs, "Whether this CPU runs kernels of the instruction set.");
   using latentkv::Recording;
   nb::class_<Recording>(m, "Recording", "Native calls of one thread, to be run again.")

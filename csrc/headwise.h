@@ -10,6 +10,6 @@ struct HeadwiseKernels {
   // x [tokens, H, D] -> out [tokens, H, O]: head h by matrix h of the H stacked ones
   void (*linear)(const PackedWeight& w, Heads x, Heads out, int tokens);
 };
-LATENTKV_TABLE(HeadwiseKernels, headwise)
+LATENTKV_AMX_TABLE(HeadwiseKernels, headwise)
 
 }  // namespace latentkv

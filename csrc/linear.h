@@ -75,6 +75,6 @@ struct LinearKernels {
   // The first of the stacked matrices times all rows.
   void (*linear)(const PackedWeight&, const LinearInput&, const LinearOutput&);
 };
-LATENTKV_TABLE(LinearKernels, linear_kernels)
+LATENTKV_AMX_TABLE(LinearKernels, linear_kernels)
 
 }  // namespace latentkv

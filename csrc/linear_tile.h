@@ -51,7 +51,7 @@ struct Bf16Words : PlainWords {
 // See compact.h. Half of a word is a pair's first weight, the other half its second.
 struct CompactWords {
   static constexpr bool short_groups = false, fetches_pages = true, has_minima = false;
-  static constexpr float scale = 1;
+  static constexpr float scale = 1, middle = 0;
   static constexpr int words = COMPACT_WORDS, units = COMPACT_WEIGHTS / UNIT;
 #if defined(__AVX512BF16__)
   __m512i high_bytes;  // of the codes in the lower 4 bits of an index; a look-up by 6 bits takes no notice of the others

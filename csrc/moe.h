@@ -30,6 +30,6 @@ struct GatedProducts {
 struct MoeKernels {
   void (*gated)(const GatedProducts&);
 };
-LATENTKV_TABLE(MoeKernels, moe)
+LATENTKV_AMX_TABLE(MoeKernels, moe)
 
 }  // namespace latentkv

@@ -23,11 +23,14 @@ except ImportError as error:
 else:
     _import_error = ""
 
-Isa = Literal["torch", "triton", "portable", "avx2", "avx512", "avx512bf16"]
+Isa = Literal["torch", "triton", "portable", "avx2", "avx512", "avx512bf16", "amx"]
 """What computes: torch alone, Triton's kernels (on a CPU through their interpreter, so only where they are named), or
 the native kernels for one instruction set, ordered from slow to fast."""
 
 _NOT_NATIVE = ("torch", "triton")
+
+BF16_ISAS: tuple[Isa, ...] = ("avx512bf16", "amx")
+"""Those that multiply pairs of bf16, and bytes (VNNI), as they are."""
 
 ENVIRONMENT_VARIABLE = "LATENTKV_ISA"
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -73,7 +76,7 @@ def native_isa() -> Any | None:
 
 def has_int8_products() -> bool:
     """Whether attention over int8 pages may be computed in int8 products: the kernels for VNNI have them."""
-    return current_isa() == "avx512bf16"
+    return current_isa() in BF16_ISAS
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import torch
 from engine_models import CONFIGS, HY4, LONGCAT, SPARSE
 from latentkv.engine.runner import Runner
 from latentkv.engine.sequence import Sequence
-from latentkv.kernels import available_isas, use_isa
+from latentkv.kernels import BF16_ISAS, available_isas, use_isa
 from latentkv.models import replay as module
 from latentkv.models.config_reader import read_config
 from latentkv.models.decoder import Decoder
@@ -114,7 +114,7 @@ def test_quantised_caches_are_recorded_too(kv_format: KVFormat, model: str, monk
 def test_int8_products_and_other_numbers_of_threads_are_recorded_too(monkeypatch: pytest.MonkeyPatch) -> None:
     decoder = packed_decoder(MODELS["mla"])
     for layer in decoder.model.layers:
-        layer.self_attn.int8_products = available_isas()[-1] == "avx512bf16"
+        layer.self_attn.int8_products = available_isas()[-1] in BF16_ISAS
     threads = torch.get_num_threads()
     try:
         recorded, runner = decode(decoder, "int8", [17], 3)

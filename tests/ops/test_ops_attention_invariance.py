@@ -13,7 +13,7 @@ import torch
 from ops_cases import gqa_case, mla_case, tenth
 from torch import Tensor
 
-from latentkv.kernels import current_isa
+from latentkv.kernels import BF16_ISAS, current_isa
 from latentkv.ops import KVFormat, gqa_attend, mla_attend, mla_prefill
 
 Attend = Callable[[], tuple[Tensor, Tensor]]
@@ -44,7 +44,7 @@ def attentions(dtype: torch.dtype) -> list[Attend]:
     calls: list[Attend] = [
         partial(mla_attend, *case.args, latent_dim=64, kv_format=kv, scale=0.3) for kv, case in lanes
     ]
-    if current_isa() == "avx512bf16" and dtype == torch.bfloat16:  # the kernels with int8 products
+    if current_isa() in BF16_ISAS and dtype == torch.bfloat16:  # the kernels with int8 products
         short = mla_case([3, 1, 9], [1500, 700, 40], heads=21, latent_dim=44, rope_dim=9, dtype=dtype, kv_format="int8")
         long = mla_case([1], [2500], heads=16, dtype=dtype, kv_format="int8")
         options: dict[str, Any] = {"kv_format": "int8", "int8_products": True, "scale": 0.3}

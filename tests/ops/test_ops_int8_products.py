@@ -9,10 +9,12 @@ import torch
 from ops_cases import Paged, mla_case, token_slots
 
 from latentkv.errors import OpError
-from latentkv.kernels import available_isas, use_isa
+from latentkv.kernels import BF16_ISAS, available_isas, use_isa
 from latentkv.ops import mla_attend, mla_decode, reference
 
-needs_vnni = pytest.mark.skipif("avx512bf16" not in available_isas(), reason="this CPU has no AVX-512 VNNI kernels")
+needs_vnni = pytest.mark.skipif(
+    not set(BF16_ISAS) & set(available_isas()), reason="this CPU has no AVX-512 VNNI kernels"
+)
 OPTIONS: dict[str, Any] = {"kv_format": "int8", "int8_products": True}
 
 
@@ -142,7 +144,7 @@ def test_what_the_kernels_cannot_take_is_named() -> None:
         mla_attend(*args, latent_dim=64, scale=0.1, **OPTIONS)
 
 
-@pytest.mark.parametrize("isa", [name for name in available_isas() if name != "avx512bf16"])
+@pytest.mark.parametrize("isa", [name for name in available_isas() if name not in BF16_ISAS])
 def test_kernels_without_int8_products_refuse_instead_of_falling_back(isa: Any) -> None:
     case = mla_case([1], [9], heads=2, kv_format="int8")
     with use_isa(isa), pytest.raises(OpError, match="int8_products cannot be had here"):

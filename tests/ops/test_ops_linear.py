@@ -269,7 +269,7 @@ def test_more_activations_than_the_cache_holds_change_no_bit(isa: kernels.Isa, f
     if isa == "torch":
         pytest.skip("torch's products depend on the number of rows")
     ins = 8192
-    rows = 40 + 2**22 // (ins * (2 if isa == "avx512bf16" else 4))  # beyond what passes by each block at once
+    rows = 40 + 2**22 // (ins * (2 if isa in kernels.BF16_ISAS else 4))  # beyond what passes by each block at once
     packed, _ = weights(256, ins, fmt=fmt, group=None)
     x = numbers(rows, ins, seed=1, dtype=torch.bfloat16)
     threads = torch.get_num_threads()

@@ -41,7 +41,7 @@ def why_no_int8_products(device: torch.device) -> str | None:
     if (reason := why_not_native(device)) is not None:
         return f"the native kernels {reason}"
     if not kernels.has_int8_products():
-        return f"the kernels for {kernels.current_isa()} have none, avx512bf16's do (AVX-512 VNNI)"
+        return f"the kernels for {kernels.current_isa()} have none, those for AVX-512 VNNI do"
     return None
 
 
@@ -58,7 +58,7 @@ def describe_backends(device: torch.device, dtype: torch.dtype) -> dict[str, str
         return _torch_backends(device, dtype)
     isa = kernels.current_isa()
     native = f"native, {isa}"
-    by_dtype = f"{native}, {'bf16' if isa == 'avx512bf16' and dtype == torch.bfloat16 else 'float32'} products"
+    by_dtype = f"{native}, {'bf16' if isa in kernels.BF16_ISAS and dtype == torch.bfloat16 else 'float32'} products"
     return {
         "mla_attend": by_dtype,
         "gqa_attend": by_dtype,
