@@ -8,6 +8,9 @@
 #include <math.h>
 #include <omp.h>
 
+#if LATENTKV_TILES
+#include "attention_amx.h"
+#endif
 #include "attention_bf16.h"
 #include "attention_float.h"
 #include "attention_float_lanes.h"
@@ -47,9 +50,9 @@ struct Chunk {
   int index;
 
   int begin() const { return (group->first / group->chunk + index) * group->chunk; }
-  // Down to where a vector of weights or a pair of values could begin: what lies beside what does not depend on the
+  // Down to where a vector of weights, or a tile of values, could begin: what lies beside what does not depend on the
   // group.
-  int first() const { return begin() > group->first / 16 * 16 ? begin() : group->first / 16 * 16; }
+  int first() const { return begin() > group->first / 32 * 32 ? begin() : group->first / 32 * 32; }
   int last() const { return group->last - begin() > group->chunk ? begin() + group->chunk : group->last; }
 };
 
@@ -202,10 +205,30 @@ void attend_with(const Attention& a) {
   }
 }
 
+#if LATENTKV_TILES
+template <class Codes>
+bool attend_by_tiles(const Attention& a) {
+  if (!AmxEngine<Codes>::takes(a)) return false;
+  attend_with<AmxEngine<Codes>>(a);
+  return true;
+}
+bool attend_by_tiles(const Attention& a) {
+  switch (a.kv_format) {
+    case RowFormat::int8: return attend_by_tiles<Int8Rows>(a);
+    case RowFormat::fp8: return attend_by_tiles<Fp8Rows>(a);
+    default: return attend_by_tiles<Bf16Rows>(a);
+  }
+}
+#endif
+
 #if defined(__AVX512BF16__)
+// bf16 does not hold a code times its scale.
+template <class Codes>
+using PagesArithmetic = std::conditional_t<Codes::SCALED, FloatArithmetic, Bf16Arithmetic>;
+
 template <class Codes>
 void attend_pages(const Attention& a) {
-  LanesEngine<Codes>::takes(a) ? attend_with<LanesEngine<Codes>>(a) : attend_with<RowsEngine<Bf16Arithmetic>>(a);
+  LanesEngine<Codes>::takes(a) ? attend_with<LanesEngine<Codes>>(a) : attend_with<RowsEngine<PagesArithmetic<Codes>>>(a);
 }
 #endif
 
@@ -216,6 +239,9 @@ void attend(const Attention& a) {
 #endif
 #if defined(__AVX512BF16__)
   if (a.q_dtype == DType::bf16 && a.kv_format != RowFormat::fp32 && a.kv_format != RowFormat::fp16) {
+#if LATENTKV_TILES
+    if (attend_by_tiles(a)) return;
+#endif
     if (a.gather) return attend_with<PackedEngine>(a);
     switch (a.kv_format) {
       case RowFormat::int8: return attend_pages<Int8Rows>(a);

@@ -64,6 +64,6 @@ struct AttentionKernels {
   void (*attend)(const Attention&);
 };
 
-LATENTKV_TABLE(AttentionKernels, attention)
+LATENTKV_AMX_TABLE(AttentionKernels, attention)
 
 }  // namespace latentkv
