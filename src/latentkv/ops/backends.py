@@ -46,8 +46,8 @@ def why_no_int8_products(device: torch.device) -> str | None:
 
 
 def compact_is_fast() -> bool:
-    """Whether compact weights are worth it here: measured on avx512bf16 only, where they were."""
-    return kernels.current_isa() == "avx512bf16"
+    """Whether compact weights are worth it here: measured on these instruction sets only, where they were."""
+    return kernels.current_isa() in kernels.BF16_ISAS
 
 
 def describe_backends(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
