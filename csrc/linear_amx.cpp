@@ -17,6 +17,7 @@ namespace {
 constexpr int ROWS = 2 * TILE_ROWS;  // of a block
 constexpr std::int64_t PART_STEPS = 16;  // whose weights are decoded at once: 32 KB
 constexpr std::int64_t AT_A_TIME = 2;    // steps, where they are decoded for one turn
+constexpr int GROUPS_AT_A_TIME = 4;      // whose sums are scaled and added
 
 // How weights become units, and are multiplied by a few rows.
 struct Decoding {
@@ -168,22 +169,29 @@ void multiply_part(const Decoding& d, const Part& part, const Unit* x, std::int6
     return;
   }
   if (!part.continues) std::memset(sums, 0, rows * BLOCK_OUTS * sizeof(float));
-  alignas(64) float of_group[ROWS * BLOCK_OUTS];
-  for (std::int64_t g = 0; g < part.groups; g++) {
-    zero_sums<TWO>();
-    add_group(x + g * part.steps * rows * STEP, g);
-    store_sums<TWO>(of_group);
+  alignas(64) float of_groups[GROUPS_AT_A_TIME][ROWS * BLOCK_OUTS];
+  for (std::int64_t first = 0; first < part.groups; first += GROUPS_AT_A_TIME) {
+    const int groups = (int)(part.groups - first < GROUPS_AT_A_TIME ? part.groups - first : GROUPS_AT_A_TIME);
+    for (int j = 0; j < groups; j++) {
+      zero_sums<TWO>();
+      add_group(x + (first + j) * part.steps * rows * STEP, first + j);
+      store_sums<TWO>(of_groups[j]);
+    }
     for (int o = 0; o < BLOCK_OUTS; o += W) {
-      const vf stored = load_any(part.scales, part.scales_dtype, g * part.scales_stride + o), scale = d.scale * stored;
-      const auto minimum = [&] {
-        return load_any(part.scales, part.scales_dtype, g * part.scales_stride + BLOCK_OUTS + o) + d.middle * stored;
-      };
-      const vf least = d.has_minima ? minimum() : vf{};
+      vf scales[GROUPS_AT_A_TIME], minima[GROUPS_AT_A_TIME];
+      for (int j = 0; j < groups; j++) {
+        const std::int64_t at = (first + j) * part.scales_stride + o;
+        const vf stored = load_any(part.scales, part.scales_dtype, at);
+        scales[j] = d.scale * stored;
+        if (d.has_minima) minima[j] = load_any(part.scales, part.scales_dtype, at + BLOCK_OUTS) + d.middle * stored;
+      }
       for (std::int64_t r = 0; r < rows; r++) {
-        float* const total = sums + r * BLOCK_OUTS + o;
-        vf so_far = load(total);
-        if (d.has_minima) so_far = multiply_add(splat(group_sums[r * groups_of_row + g]), least, so_far);
-        store(total, multiply_add(load(of_group + r * BLOCK_OUTS + o), scale, so_far));
+        vf total = load(sums + r * BLOCK_OUTS + o);
+        for (int j = 0; j < groups; j++) {
+          if (d.has_minima) total = multiply_add(splat(group_sums[r * groups_of_row + first + j]), minima[j], total);
+          total = multiply_add(load(of_groups[j] + r * BLOCK_OUTS + o), scales[j], total);
+        }
+        store(sums + r * BLOCK_OUTS + o, total);
       }
     }
   }
