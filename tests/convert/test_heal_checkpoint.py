@@ -65,7 +65,7 @@ def test_an_interrupted_healing_goes_on_and_ends_with_the_same_weights(
     models: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, folder = models
-    monkeypatch.setattr("latentkv.convert.heal._SAVE_SECONDS", 0)
+    monkeypatch.setattr("latentkv.convert.heal_loop._SAVE_SECONDS", 0)
 
     shutil.copytree(folder, tmp_path / "whole")
     whole = heal_checkpoint(tmp_path / "whole", source, TOKENS, OPTIONS)
@@ -119,7 +119,7 @@ def test_the_evaluations_of_an_interrupted_healing_have_no_gap_and_none_twice(
     models: tuple[Path, Path], killed_at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, folder = models
-    monkeypatch.setattr("latentkv.convert.heal._SAVE_SECONDS", 0)
+    monkeypatch.setattr("latentkv.convert.heal_loop._SAVE_SECONDS", 0)
     shutil.copytree(folder, tmp_path / "whole")
     whole = heal_checkpoint(tmp_path / "whole", source, TOKENS, EVALUATED, held_out=HELD_OUT)
 
@@ -169,7 +169,7 @@ def test_after_a_healing_that_diverged_another_rate_can_be_tried(
 ) -> None:
     source, folder = models
     before = contents(folder)
-    monkeypatch.setattr("latentkv.convert.heal._SAVE_SECONDS", 0)
+    monkeypatch.setattr("latentkv.convert.heal_loop._SAVE_SECONDS", 0)
     with pytest.raises(TrainingError, match="Healing diverged at step"):
         heal_checkpoint(folder, source, TOKENS, HealOptions(steps=20, batch_size=4, lr=1e20))
     assert contents(folder) == before
@@ -221,7 +221,7 @@ def test_a_damaged_resume_state_is_one_sentence_that_names_it_and_the_remedy(
     models: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, folder = models
-    monkeypatch.setattr("latentkv.convert.heal._SAVE_SECONDS", 0)
+    monkeypatch.setattr("latentkv.convert.heal_loop._SAVE_SECONDS", 0)
 
     def killed(stage: str, done: int, total: int) -> None:
         if stage.startswith("train") and done == 3:

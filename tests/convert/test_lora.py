@@ -103,7 +103,7 @@ def test_an_interrupted_healing_by_low_rank_updates_ends_with_the_same_weights(
     models: tuple[Path, Path], killed_at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, folder = models
-    monkeypatch.setattr("latentkv.convert.heal._SAVE_SECONDS", 0)
+    monkeypatch.setattr("latentkv.convert.heal_loop._SAVE_SECONDS", 0)
     shutil.copytree(folder, tmp_path / "whole")
     whole = heal_checkpoint(tmp_path / "whole", source, TOKENS, SHORT, held_out=TOKENS)
 

@@ -22,7 +22,7 @@ from latentkv.ranges import require_range
 
 if TYPE_CHECKING:
     from latentkv.convert import Healing
-    from latentkv.convert.heal import Trained
+    from latentkv.convert.heal_options import Trained
 
 
 def heal(

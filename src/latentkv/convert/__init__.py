@@ -7,14 +7,9 @@ from latentkv.lazy import lazily
 
 if TYPE_CHECKING:
     from latentkv.convert.export import VLLM_LATENT_WIDTHS
-    from latentkv.convert.heal import (
-        Evaluation,
-        Healing,
-        HealOptions,
-        heal_checkpoint,
-        held_out_sequences,
-        require_healable,
-    )
+    from latentkv.convert.heal import Healing, heal_checkpoint, held_out_sequences, require_healable
+    from latentkv.convert.heal_loop import Evaluation
+    from latentkv.convert.heal_options import HealOptions
     from latentkv.convert.record import PAGE_FILE, REPORT_FILE, note, read_record
     from latentkv.convert.report import ConversionReport
     from latentkv.convert.run import convert_checkpoint, require_convertible
@@ -44,7 +39,9 @@ __all__ = [
 __getattr__ = lazily(
     __name__,
     export=("VLLM_LATENT_WIDTHS",),
-    heal=("Evaluation", "HealOptions", "Healing", "heal_checkpoint", "held_out_sequences", "require_healable"),
+    heal=("Healing", "heal_checkpoint", "held_out_sequences", "require_healable"),
+    heal_loop=("Evaluation",),
+    heal_options=("HealOptions",),
     record=("PAGE_FILE", "REPORT_FILE", "note", "read_record"),
     report=("ConversionReport",),
     run=("convert_checkpoint", "require_convertible"),

@@ -6,12 +6,8 @@ import filecmp
 import hashlib
 import json
 import shutil
-import signal
-from collections.abc import Generator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -32,9 +28,11 @@ from latentkv.text import Tokenizer, has_tokenizer, load_tokenizer
 from latentkv.text.bpe_trainer import save_tokenizer, train_bpe
 from latentkv.train.data import Corpus, find_corpus, write_tokens
 from latentkv.train.evaluate import eval_sets
+from latentkv.train.gathered import gathered
 from latentkv.train.options import TrainingPlan, TrainOptions
-from latentkv.train.ranks import DataRanks, whole
+from latentkv.train.ranks import DataRanks
 from latentkv.train.report import Reporter, plot_losses
+from latentkv.train.stopping import stop_on_signal
 from latentkv.train.trainer import Trainer
 from latentkv.train.weights import initialize
 from latentkv.train.windows import Windows
@@ -114,7 +112,7 @@ def train_model(
     resumed = trainer.resume(checkpoints)
     with (
         Reporter(plan.out, console, resume_step=trainer.step, silent=not ranks.is_first) as reporter,
-        _stop_on_signal(together=ranks.size > 1) as stopped,
+        stop_on_signal(together=ranks.size > 1) as stopped,
     ):
         verb = f"Resuming at step {trainer.step}" if resumed else "Training"
         reporter.say(
@@ -125,26 +123,12 @@ def train_model(
         if not trainer.run(checkpoints, reporter, lambda: bool(stopped)):
             reporter.say(f"Stopped and saved at step {trainer.step}. The same command goes on from there.")
             return False
-        finished = _gathered(decoder, ranks)
+        finished = gathered(decoder, ranks)
         if ranks.is_first:
             save_pretrained(finished, plan.out)
             _write_summary(plan, options, trainer, reporter.records)
         reporter.say(f"Done: {plan.out} holds the model.")
     return True
-
-
-def _gathered(decoder: Decoder, ranks: DataRanks) -> Decoder:
-    """The decoder with all of its weights, in the first process; the others get it without storage."""
-    if ranks.size == 1:
-        return decoder
-    with torch.device("meta"):
-        gathered = Decoder(decoder.config)
-    gathered.drop_mtp_modules(keep=range(len(decoder.mtp)))
-    for name, tensor in decoder.state_dict().items():
-        found = whole(tensor)
-        if ranks.is_first:
-            gathered.load_state_dict({name: found.detach()}, strict=False, assign=True)
-    return gathered
 
 
 def prepare_text(plan: TrainingPlan, console: Console) -> None:
@@ -312,28 +296,3 @@ def _write_summary(plan: TrainingPlan, options: TrainOptions, trainer: Trainer, 
     }
     write_json(plan.out / "training.json", summary)
     plot_losses(records, plan.out / "loss.png", f"{plan.out.name}: {tokens / 1e6:.1f}M tokens")
-
-
-@contextmanager
-def _stop_on_signal(*, together: bool = False) -> Generator[list[int]]:
-    """Ctrl-C and SIGTERM end the run after the step in hand; a second one ends it at once.
-
-    Where several processes train `together`, each hears of Ctrl-C from the terminal and from torchrun: that is one.
-    """
-    caught: list[int] = []
-
-    def note(number: int, _: FrameType | None) -> None:
-        if caught and not together:
-            raise KeyboardInterrupt
-        caught.append(number)
-
-    try:
-        before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not the main thread: signals are someone else's
-        yield caught
-        return
-    try:
-        yield caught
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

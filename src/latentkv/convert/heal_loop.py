@@ -1,0 +1,173 @@
+"""The steps of a healing, resumable at any of them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from latentkv.convert.distances import divergence, mismatch
+from latentkv.convert.heal_options import HealOptions
+from latentkv.convert.quality import Quality, compare
+from latentkv.convert.record import read_record
+from latentkv.errors import TrainingError
+from latentkv.models.decoder import Decoder
+from latentkv.saved_values import as_saved, saved_in
+from latentkv.train.checkpoints import Checkpoint, list_checkpoints, load_checkpoint, restore_weights, save_checkpoint
+from latentkv.train.optimizers import optimizer_tensors, restore_optimizers
+from latentkv.train.schedule import warmed_cosine
+
+STATE = ".healing"
+_SAVE_SECONDS = 60
+_WARMUP_STEPS = 20
+_FLOOR = 0.1  # of the learning rate, at the end
+
+
+class Evaluation(Quality):
+    """The model beside its source after so many steps, and the tokens that it had been trained on by then."""
+
+    step: int
+    healing_tokens: int
+
+
+@dataclass
+class Progress:
+    """What a healing has done so far; `number` healings of this model came before it."""
+
+    number: int
+    losses: list[float] = field(default_factory=list[float])
+    evaluations: list[Evaluation] = field(default_factory=list[Evaluation])
+    seconds: float = 0.0
+
+
+def train(
+    student: Decoder,
+    teacher: Decoder,
+    tokens: Tensor,
+    options: HealOptions,
+    held_out: Tensor | None,
+    folder: Path,
+    on_progress: Callable[[str, int, int], object],
+) -> Progress:
+    """Train a student whose norms are out, or go on training it; it is left in evaluation mode."""
+    trained = dict(_trained(student, options))
+    optimizer = torch.optim.AdamW(trained.values(), lr=options.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    fingerprint = _fingerprint(tokens, options, held_out)
+    state = folder / STATE
+    done = _resume(state, student, trained, optimizer, fingerprint)
+    done = done or Progress(number=len(read_record(folder).get("healings", ())))
+
+    def save(weights: Mapping[str, Tensor]) -> None:
+        moment = {"fingerprint": fingerprint} | asdict(done)
+        save_checkpoint(
+            state, len(done.losses), Checkpoint(dict(weights), optimizer_tensors(trained, [optimizer]), moment)
+        )
+
+    saved = time.monotonic()
+    student.train()
+    for step in range(len(done.losses), options.steps):
+        if held_out is not None and step % (options.eval_every or options.steps) == 0:
+            quality = compare(teacher, student, held_out)
+            if not math.isfinite(quality["converted"]):
+                raise _diverged(state, step, options)
+            done.evaluations.append(evaluation(quality, step, tokens, options))
+        began = time.monotonic()
+        for group in optimizer.param_groups:
+            group["lr"] = options.lr * warmed_cosine(step, step / options.steps, warmup=_WARMUP_STEPS, floor=_FLOOR)
+        batch = tokens[_batch(step, len(tokens), options)]
+        measure = mismatch if step < options.match_steps else divergence
+        loss = measure(student, teacher, batch)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(trained.values(), 1.0)
+        optimizer.step()
+        done.losses.append(float(loss.detach()))
+        done.seconds += time.monotonic() - began
+        if not math.isfinite(done.losses[-1]):
+            raise _diverged(state, step, options)
+        if step < options.match_steps:
+            on_progress(f"match layers, error {done.losses[-1]:.4f}, steps", step + 1, options.match_steps)
+        else:
+            on_progress(f"train, KL {done.losses[-1]:.4f}, steps", step + 1, options.steps)
+        if time.monotonic() - saved > _SAVE_SECONDS:
+            saved = time.monotonic()
+            save(trained)
+    # All weights, for those in the folder are about to be replaced: a run that is killed meanwhile begins from here.
+    save(dict(student.named_parameters()))
+    student.eval()
+    return done
+
+
+def evaluation(quality: Quality, step: int, tokens: Tensor, options: HealOptions) -> Evaluation:
+    """Of what was measured after so many steps."""
+    return Evaluation(**quality, step=step, healing_tokens=tokens_after(step, tokens, options))
+
+
+def tokens_after(step: int, tokens: Tensor, options: HealOptions) -> int:
+    """How many tokens so many steps train on, repetitions counted."""
+    return step * options.batch_size * tokens.shape[1]
+
+
+def _diverged(state: Path, step: int, options: HealOptions) -> TrainingError:
+    """The error to raise; what was saved of the run goes, so that another --lr can be tried."""
+    shutil.rmtree(state, ignore_errors=True)
+    return TrainingError(
+        f"Healing diverged at step {step}, and {state.parent} stays as it was: give a lower --lr than {options.lr:g}."
+    )
+
+
+def _batch(step: int, count: int, options: HealOptions) -> Tensor:
+    """Every sequence once a round, in an order of its own: a function of the step, so that runs resume exactly."""
+    per_round = count // options.batch_size
+    generator = torch.Generator().manual_seed((options.seed * 1_000_003 + step // per_round) % 2**63)
+    order = torch.randperm(count, generator=generator)
+    first = step % per_round * options.batch_size
+    return order[first : first + options.batch_size]
+
+
+def _trained(student: Decoder, options: HealOptions) -> Iterator[tuple[str, nn.Parameter]]:
+    for name, parameter in student.named_parameters():
+        wanted = {
+            "all": True,
+            "attention": ".self_attn." in name,
+            "lora": name.endswith((".lora_a", ".lora_b")),
+        }[options.train]
+        parameter.requires_grad_(wanted)
+        if wanted:
+            yield name, parameter
+
+
+def _resume(
+    state: Path, student: Decoder, trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, fingerprint: str
+) -> Progress | None:
+    """Go back to where an earlier run was interrupted, if one was."""
+    found = list_checkpoints(state)
+    if not found:
+        return None
+    saved = load_checkpoint(found[-1])
+    moment = saved.state
+    with saved_in(found[-1], TrainingError, f"remove {state} to begin this healing again"):
+        if moment.pop("fingerprint") != fingerprint:
+            raise TrainingError(
+                f"{state.parent} holds an unfinished healing with other text or options: repeat those, or remove "
+                f"{state}."
+            )
+        done = as_saved(Progress, moment)
+        restore_weights(dict(student.named_parameters()), saved.weights, required=trained)
+        restore_optimizers(trained, [optimizer], saved.optimizer)
+    return done
+
+
+def _fingerprint(tokens: Tensor, options: HealOptions, held_out: Tensor | None) -> str:
+    digest = hashlib.sha256(json.dumps(asdict(options), sort_keys=True).encode())
+    for text in (tokens,) if held_out is None else (tokens, held_out):
+        digest.update(text.numpy().tobytes())
+    return digest.hexdigest()
