@@ -62,19 +62,19 @@ def text_tokens(folder: Path, text: str, sequences: int, length: int, *, seed: i
 
 
 @contextmanager
-def progress(title: str) -> Generator[Callable[[str, int, int], None]]:
+def progress(title: str, *, silent: bool = False) -> Generator[Callable[[str, int, int], None]]:
     """A bar on a terminal that names stage and count: called with the stage, what is done of it, and of how much."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     out = console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=out, disable=not out.is_terminal) as bar:
+    with Progress(*columns, console=out, disable=silent or not out.is_terminal) as bar:
         task = bar.add_task(title, total=None)
         yield lambda what, done, total: bar.update(task, description=f"{title}: {what}", completed=done, total=total)
 
 
-def run_facts() -> dict[str, Any]:
-    """For the report: the command, and the machine and versions it runs on."""
+def run_facts(processes: int = 1) -> dict[str, Any]:
+    """For the report: the command, the machine and versions it runs on, and in how many processes if in several."""
     from dataclasses import asdict
     from importlib.metadata import PackageNotFoundError, version
 
@@ -87,4 +87,6 @@ def run_facts() -> dict[str, Any]:
     except PackageNotFoundError:  # run from its source
         own = None
     environment = {"latentkv": own} | asdict(describe_environment(torch.get_num_threads()))
+    if processes > 1:
+        environment["processes"] = processes
     return {"command": shlex.join(["latentkv", *sys.argv[1:]]), "environment": environment}

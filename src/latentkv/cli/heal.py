@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
 
+import typer
+
 from latentkv.cli.conversion import (
     EVAL_SEED,
     SELF,
@@ -21,6 +23,8 @@ from latentkv.option_types import Flag
 from latentkv.ranges import require_range
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from latentkv.convert import Healing
     from latentkv.convert.heal_options import Trained
 
@@ -43,6 +47,7 @@ def heal(
     text: str | None = None,
     eval_every: int | None = None,
     threads: int | None = None,
+    trust_network: bool = False,
     as_json: Annotated[bool, Flag(("--json",))] = False,
 ) -> None:
     """Train a converted model to predict what its source predicts (distillation), which wins its quality back.
@@ -50,6 +55,7 @@ def heal(
     The model is replaced only by one that is no farther from its source on text that it was not trained on: that of
     --text, or else a part of --data. Its report.html and report.json tell what was done. An interrupted run goes on
     when the same command is given again.
+    Under torchrun (torchrun --nproc-per-node 2 -m latentkv heal ...) all processes train the model together.
 
     Example: latentkv heal llama-mla --teacher path/to/llama --data book.txt
 
@@ -70,13 +76,16 @@ def heal(
             was measured on.
         eval_every: measure it every so many steps as well; None is before and after.
         threads: CPU threads; None is all cores.
+        trust_network: let processes talk over addresses that are not private, in the clear.
         as_json: print what was done as JSON.
     """
     from dataclasses import asdict
 
     from latentkv.checkpoint.source import local_folder, resolve_model
     from latentkv.convert import HealOptions, heal_checkpoint, held_out_sequences, require_healable
+    from latentkv.train.ranks import DataRanks
 
+    ranks = DataRanks.join(trust_network=trust_network)
     use_threads(threads)
     options = HealOptions(steps, match_steps, batch_size, lr, cast("Trained", train), lora_rank, lora_alpha, eval_every)
     require_text_options(sequences, length, data, text)
@@ -86,21 +95,36 @@ def heal(
     if text is None and eval_every is not None:
         raise RequestError("--eval-every needs a text to measure on: give --text.")
     folder = resolve_model(teacher)
-    require_healable(target, folder, options)
+    require_healable(target, folder, options, processes=ranks.size)
     require_length(folder, max(length, width))
     own = held_out_sequences(sequences) if text is None else 0
-    tokens = text_tokens(folder, data, sequences + own, length, seed=sequences, stage="Healing text")
-    held_out = None if text is None else text_tokens(folder, text, count, width, seed=EVAL_SEED, stage="Held-out text")
-    with progress("Heal") as on_progress:
-        healing = heal_checkpoint(
-            target,
-            folder,
-            tokens,
-            options,
-            held_out=held_out,
-            about={"data": data, "text": text, **run_facts()},
-            on_progress=on_progress,
+
+    def tokens_of(text: str, sequences: int, length: int, seed: int, stage: str) -> Tensor:
+        return ranks.from_first(
+            lambda: text_tokens(folder, text, sequences, length, seed=seed, stage=stage), (sequences, length)
         )
+
+    with ranks.together():
+        tokens = tokens_of(data, sequences + own, length, sequences, "Healing text")
+        held_out = None if text is None else tokens_of(text, count, width, EVAL_SEED, "Held-out text")
+        with progress("Heal", silent=not ranks.is_first) as on_progress:
+            healing = heal_checkpoint(
+                target,
+                folder,
+                tokens,
+                options,
+                held_out=held_out,
+                about={"data": data, "text": text, **run_facts(ranks.size)},
+                on_progress=on_progress,
+                ranks=ranks,
+            )
+        ranks.leave()
+    if healing is None:
+        if ranks.is_first:
+            console(stderr=True).print("Stopped and saved. The same command goes on from there.")
+        raise typer.Exit(130)
+    if not ranks.is_first:
+        return
     if as_json:
         print_json(asdict(healing))
     else:

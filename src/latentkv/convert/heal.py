@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,6 +26,8 @@ from latentkv.models.decoder import Decoder
 from latentkv.models.loading import load_model, save_pretrained
 from latentkv.models.stored_config import stored_dtype
 from latentkv.targets import require_folder
+from latentkv.train.gathered import gathered
+from latentkv.train.ranks import DataRanks, own_rows
 
 _CURVE_POINTS = 200
 
@@ -58,7 +60,8 @@ def heal_checkpoint(
     held_out: Tensor | None = None,
     about: Mapping[str, Any] | None = None,
     on_progress: Callable[[str, int, int], object] = lambda stage, done, total: None,
-) -> Healing:
+    ranks: DataRanks | None = None,
+) -> Healing | None:
     """Train the converted model in `folder` in place; an interrupted run goes on when called again.
 
     What was done is added to the folder's report. The model there is replaced only by one that is finite and whose
@@ -73,13 +76,18 @@ def heal_checkpoint(
             are then not trained on, and of which the report says nothing.
         about: further facts for the report, such as where the texts are from.
         on_progress: called with the stage, and how much of it is done and of how much.
+        ranks: the processes that train it together, of which the first one writes; None: this one alone.
+
+    Returns:
+        What was done, in each process; None where a signal to one of several has stopped all, and the run is saved.
 
     Raises:
         TrainingError: the models do not belong together (see `require_healable`), there are fewer sequences than a
             batch needs, an interrupted run cannot be gone on with, or healing would make the model worse.
         CheckpointError: a model cannot be read or written.
     """
-    require_healable(folder, teacher, options)
+    ranks = ranks or DataRanks()
+    require_healable(folder, teacher, options, processes=ranks.size)
     guard = held_out
     if guard is None:
         tokens, guard = hold_out(tokens)
@@ -90,25 +98,33 @@ def heal_checkpoint(
         )
     student = load_model(folder, dtype=torch.float32)
     source = load_model(teacher, dtype=torch.float32).requires_grad_(False)
+    ranks.shard(source, torch.float32)
 
     def measured(stage: str) -> Quality:
-        return compare(source, student, guard, on_progress=lambda done, total: on_progress(stage, done, total))
+        return compare(
+            source, student, guard, on_progress=lambda done, total: on_progress(stage, done, total), ranks=ranks
+        )
 
     before = measured("measure before, sequences")
     with without_norms(student), _updates(student, options):
-        done = train(student, source, tokens, options, held_out, folder, on_progress)
+        done = train(student, source, tokens, options, held_out, folder, on_progress, ranks)
+    if done is None:
+        return None
     dtype = stored_dtype(student.config)
     _round(student, dtype)
     after = measured("measure after, sequences")
-    _require_no_worse(folder, student, before, after, options)
+    _require_no_worse(folder, student, before, after, options, ranks)
     if held_out is not None:
         done.evaluations.append(evaluation(after, options.steps, tokens, options))
     healing = Healing(
         tuple(done.losses), tuple(done.evaluations), tokens_after(options.steps, tokens, options), done.seconds
     )
-    save_pretrained(student, folder, dtype=dtype)
-    add_healing(folder, dict(about or {}) | _described(healing, tokens, options), number=done.number)
-    shutil.rmtree(folder / STATE, ignore_errors=True)
+    healed = gathered(student, ranks)
+    if ranks.is_first:
+        save_pretrained(healed, folder, dtype=dtype)
+        add_healing(folder, dict(about or {}) | _described(healing, tokens, options), number=done.number)
+        shutil.rmtree(folder / STATE, ignore_errors=True)
+    ranks.wait()
     return healing
 
 
@@ -127,13 +143,19 @@ def held_out_sequences(count: int) -> int:
     return max(1, count // 16)
 
 
-def require_healable(folder: Path, teacher: Path, options: HealOptions) -> None:
+def require_healable(folder: Path, teacher: Path, options: HealOptions, *, processes: int = 1) -> None:
     """Refuse what `heal_checkpoint` cannot heal, by the two configs alone: before any text or weight is read.
 
     Raises:
-        TrainingError: the target is the teacher, was not converted or cannot be written, or the two do not fit.
+        TrainingError: the target is the teacher, was not converted or cannot be written, or the two do not fit; a
+            batch has not as many sequences for each of the processes.
         ConfigError: a config cannot be read.
     """
+    if options.batch_size % processes:
+        raise TrainingError(
+            f"A batch of {options.batch_size} sequences cannot be shared out among {processes} processes: make "
+            f"--batch-size a multiple of {processes}."
+        )
     if not folder.is_dir():
         raise TrainingError(f"{folder} is no folder: name the model that `latentkv convert` wrote.")
     require_folder(folder, TrainingError, apart=[("the teacher", teacher)])
@@ -151,12 +173,15 @@ def require_healable(folder: Path, teacher: Path, options: HealOptions) -> None:
     require_record(folder)
 
 
-def _require_no_worse(folder: Path, student: Decoder, before: Quality, after: Quality, options: HealOptions) -> None:
+def _require_no_worse(
+    folder: Path, student: Decoder, before: Quality, after: Quality, options: HealOptions, ranks: DataRanks
+) -> None:
     """Refuse, before anything is replaced, a model that is not finite or farther from its source than it was."""
-    finite = all(bool(torch.isfinite(parameter).all()) for parameter in student.parameters())
+    finite = not ranks.any(not all(bool(torch.isfinite(rows).all()) for rows in _own_weights(student)))
     if finite and math.isfinite(after["converted"]) and after["divergence"] <= before["divergence"]:
         return
-    shutil.rmtree(folder / STATE, ignore_errors=True)  # so that another --lr can be tried
+    if ranks.is_first:
+        shutil.rmtree(folder / STATE, ignore_errors=True)  # so that another --lr can be tried
     what = f"{before['divergence']:.4g} before, {after['divergence']:.4g} after" if finite else "weights not finite"
     raise TrainingError(
         f"Healing would make {folder} worse (KL to the source on held-out text: {what}), so it stays as it was: give a "
@@ -173,8 +198,14 @@ def _updates(student: Decoder, options: HealOptions) -> AbstractContextManager[N
 @torch.no_grad()
 def _round(student: Decoder, dtype: torch.dtype) -> None:
     """To the numbers that will be stored."""
-    for parameter in student.parameters():
-        parameter.copy_(parameter.to(dtype))
+    for rows in _own_weights(student):
+        rows.copy_(rows.to(dtype))
+
+
+def _own_weights(student: Decoder) -> Iterator[Tensor]:
+    """Of every weight the rows that this process has, to be read and written in place."""
+    # Of what was gathered to compute with, `parameters` would give copies, which are dropped again.
+    return (own_rows(tensor)[0] for tensor in student.state_dict().values())
 
 
 def _described(healing: Healing, tokens: Tensor, options: HealOptions) -> dict[str, Any]:

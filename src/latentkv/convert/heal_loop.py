@@ -7,7 +7,8 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -23,7 +24,9 @@ from latentkv.models.decoder import Decoder
 from latentkv.saved_values import as_saved, saved_in
 from latentkv.train.checkpoints import Checkpoint, list_checkpoints, load_checkpoint, restore_weights, save_checkpoint
 from latentkv.train.optimizers import optimizer_tensors, restore_optimizers
+from latentkv.train.ranks import DataRanks
 from latentkv.train.schedule import warmed_cosine
+from latentkv.train.stopping import stop_on_signal
 
 STATE = ".healing"
 _SAVE_SECONDS = 60
@@ -56,54 +59,70 @@ def train(
     held_out: Tensor | None,
     folder: Path,
     on_progress: Callable[[str, int, int], object],
-) -> Progress:
-    """Train a student whose norms are out, or go on training it; it is left in evaluation mode."""
-    trained = dict(_trained(student, options))
+    ranks: DataRanks,
+) -> Progress | None:
+    """Train a student whose norms are out, or go on training it; it is left in evaluation mode.
+
+    Where there are several processes its weights are shared out among them here, and a signal to one stops all.
+
+    Returns:
+        What was done; None: a signal has stopped it, and it is saved.
+    """
+    _choose(student, options)
+    ranks.shard(student, torch.float32)
+    # Noted before anything is computed, which puts whole weights in their place for a while.
+    weights = dict(student.named_parameters())
+    trained = {name: weight for name, weight in weights.items() if weight.requires_grad}
     optimizer = torch.optim.AdamW(trained.values(), lr=options.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     fingerprint = _fingerprint(tokens, options, held_out)
     state = folder / STATE
     done = _resume(state, student, trained, optimizer, fingerprint)
     done = done or Progress(number=len(read_record(folder).get("healings", ())))
 
-    def save(weights: Mapping[str, Tensor]) -> None:
+    def save(saved: Mapping[str, Tensor]) -> None:
         moment = {"fingerprint": fingerprint} | asdict(done)
-        save_checkpoint(
-            state, len(done.losses), Checkpoint(dict(weights), optimizer_tensors(trained, [optimizer]), moment)
-        )
+        checkpoint = Checkpoint(saved, optimizer_tensors(trained, [optimizer]), moment)
+        save_checkpoint(state, len(done.losses), checkpoint, ranks)
 
-    saved = time.monotonic()
+    last_save = time.monotonic()
     student.train()
-    for step in range(len(done.losses), options.steps):
-        if held_out is not None and step % (options.eval_every or options.steps) == 0:
-            quality = compare(teacher, student, held_out)
-            if not math.isfinite(quality["converted"]):
-                raise _diverged(state, step, options)
-            done.evaluations.append(evaluation(quality, step, tokens, options))
-        began = time.monotonic()
-        for group in optimizer.param_groups:
-            group["lr"] = options.lr * warmed_cosine(step, step / options.steps, warmup=_WARMUP_STEPS, floor=_FLOOR)
-        batch = tokens[_batch(step, len(tokens), options)]
-        measure = mismatch if step < options.match_steps else divergence
-        loss = measure(student, teacher, batch)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(trained.values(), 1.0)
-        optimizer.step()
-        done.losses.append(float(loss.detach()))
-        done.seconds += time.monotonic() - began
-        if not math.isfinite(done.losses[-1]):
-            raise _diverged(state, step, options)
-        if step < options.match_steps:
-            on_progress(f"match layers, error {done.losses[-1]:.4f}, steps", step + 1, options.match_steps)
-        else:
-            on_progress(f"train, KL {done.losses[-1]:.4f}, steps", step + 1, options.steps)
-        if time.monotonic() - saved > _SAVE_SECONDS:
-            saved = time.monotonic()
-            save(trained)
-    # All weights, for those in the folder are about to be replaced: a run that is killed meanwhile begins from here.
-    save(dict(student.named_parameters()))
-    student.eval()
-    return done
+    # One process that is interrupted ends at once, and goes on from what it saved last; several have to agree.
+    with stop_on_signal(together=True) if ranks.size > 1 else nullcontext(list[int]()) as caught:
+        for step in range(len(done.losses), options.steps):
+            if held_out is not None and step % (options.eval_every or options.steps) == 0:
+                quality = compare(teacher, student, held_out, ranks=ranks)
+                if not math.isfinite(quality["converted"]):
+                    raise _diverged(state, step, options, ranks)
+                done.evaluations.append(evaluation(quality, step, tokens, options))
+            began = time.monotonic()
+            for group in optimizer.param_groups:
+                group["lr"] = options.lr * warmed_cosine(step, step / options.steps, warmup=_WARMUP_STEPS, floor=_FLOOR)
+            (batch,) = ranks.own(tokens[_batch(step, len(tokens), options)].split(options.batch_size // ranks.size))
+            measure = mismatch if step < options.match_steps else divergence
+            loss = measure(student, teacher, batch, ranks)
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(trained.values(), 1.0)
+            optimizer.step()
+            done.losses.append(float(ranks.mean(loss.detach())))
+            done.seconds += time.monotonic() - began
+            if not math.isfinite(done.losses[-1]):
+                raise _diverged(state, step, options, ranks)
+            if step < options.match_steps:
+                on_progress(f"match layers, error {done.losses[-1]:.4f}, steps", step + 1, options.match_steps)
+            else:
+                on_progress(f"train, KL {done.losses[-1]:.4f}, steps", step + 1, options.steps)
+            due = time.monotonic() - last_save > _SAVE_SECONDS
+            stop, done.seconds, due = ranks.agree(stop=bool(caught), elapsed=done.seconds, due=due)
+            if stop:
+                break
+            if due:
+                last_save = time.monotonic()
+                save(trained)
+        # All weights, for those in the folder are about to be replaced: who is killed meanwhile begins from here.
+        save(weights)
+        student.eval()
+        return None if ranks.any(bool(caught)) else done
 
 
 def evaluation(quality: Quality, step: int, tokens: Tensor, options: HealOptions) -> Evaluation:
@@ -116,9 +135,10 @@ def tokens_after(step: int, tokens: Tensor, options: HealOptions) -> int:
     return step * options.batch_size * tokens.shape[1]
 
 
-def _diverged(state: Path, step: int, options: HealOptions) -> TrainingError:
+def _diverged(state: Path, step: int, options: HealOptions, ranks: DataRanks) -> TrainingError:
     """The error to raise; what was saved of the run goes, so that another --lr can be tried."""
-    shutil.rmtree(state, ignore_errors=True)
+    if ranks.is_first:
+        shutil.rmtree(state, ignore_errors=True)
     return TrainingError(
         f"Healing diverged at step {step}, and {state.parent} stays as it was: give a lower --lr than {options.lr:g}."
     )
@@ -133,7 +153,8 @@ def _batch(step: int, count: int, options: HealOptions) -> Tensor:
     return order[first : first + options.batch_size]
 
 
-def _trained(student: Decoder, options: HealOptions) -> Iterator[tuple[str, nn.Parameter]]:
+def _choose(student: Decoder, options: HealOptions) -> None:
+    """Have those weights alone learn that are to."""
     for name, parameter in student.named_parameters():
         wanted = {
             "all": True,
@@ -141,8 +162,6 @@ def _trained(student: Decoder, options: HealOptions) -> Iterator[tuple[str, nn.P
             "lora": name.endswith((".lora_a", ".lora_b")),
         }[options.train]
         parameter.requires_grad_(wanted)
-        if wanted:
-            yield name, parameter
 
 
 def _resume(

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from latentkv.models.decoder import Decoder
 from latentkv.models.layers import Linear
 from latentkv.models.mla import MultiHeadLatentAttention
+from latentkv.train.ranks import own_rows, whole
 
 PROJECTIONS = ("q_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
 """What is adapted. A query's bottleneck (q_a_proj) holds biases alone after a conversion, and stays as it is."""
@@ -46,7 +47,8 @@ class LoRALinear(nn.Module):
     @torch.no_grad()
     def merged(self) -> Linear:
         """The projection with the update added to its weight, in place."""
-        self.base.weight += self.scale * self.lora_b @ self.lora_a
+        rows, _ = own_rows(self.base.weight)  # of which the update's are as many
+        rows += self.scale * own_rows(self.lora_b)[0] @ whole(self.lora_a)
         return self.base
 
 

@@ -14,6 +14,7 @@ from latentkv.convert.export import NORM_EXPONENT
 from latentkv.errors import TrainingError
 from latentkv.models.decoder import Decoder
 from latentkv.models.mla import MultiHeadLatentAttention
+from latentkv.train.ranks import own_rows
 
 
 @contextmanager
@@ -56,7 +57,7 @@ def _gain(norm: Any) -> float:
 
 @torch.no_grad()
 def _scale(projection: nn.Linear, rank: int, factor: float) -> None:
-    projection.weight[:rank] *= factor
-    for name, parameter in projection.named_parameters():
-        if name == "bias":
-            parameter[:rank] *= factor
+    """The first `rank` rows, of which this process may have some."""
+    for parameter in projection.parameters():
+        rows, first = own_rows(parameter)
+        rows[: max(rank - first, 0)] *= factor

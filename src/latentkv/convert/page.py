@@ -236,7 +236,10 @@ def _origin(record: Record) -> str:
 
 def _machine(environment: Mapping[str, Any]) -> str:
     versions = [f"{name} {environment[name]}" for name in ("latentkv", "torch", "python") if environment.get(name)]
-    return escape(", ".join([environment["cpu"], _count(environment["threads"], "thread"), *versions]))
+    threads = _count(environment["threads"], "thread")
+    if processes := environment.get("processes"):
+        threads += f" in each of {processes} processes"
+    return escape(", ".join([environment["cpu"], threads, *versions]))
 
 
 def _plot(title: str, said: str, draw: Callable[[Theme], bytes]) -> str:

@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from latentkv.models.decoder import Decoder
 from latentkv.models.loading import load_model
+from latentkv.train.ranks import DataRanks
 
 _SEQUENCES_AT_ONCE = 4
 
@@ -51,33 +52,43 @@ def compare(
     tokens: Tensor,
     *,
     on_progress: Callable[[int, int], object] = lambda done, total: None,
+    ranks: DataRanks | None = None,
 ) -> Quality:
     """Predict every token of [sequences, length] int64 ids but the first with both.
 
     A perplexity too large for a float is infinite. `on_progress` is called with the sequences done, and all of them.
+    Of several processes each predicts its part of the sequences, and all return the same.
     """
+    ranks = ranks or DataRanks()
     rows_done = 0
     nats, divergence, same, count = [0.0, 0.0], 0.0, 0, 0
-    for rows in tokens.split(_SEQUENCES_AT_ONCE):
+    batches = tokens.split(_SEQUENCES_AT_ONCE)
+    for first in range(0, len(batches), ranks.size):
+        # Models whose weights are shared out compute in all processes at once, in those too that have none left to do.
+        together = batches[first : first + ranks.size]
+        rows = together[min(ranks.rank, len(together) - 1)]
         targets = rows[:, 1:].flatten()
         log_p, log_q = (
             model.logits(model.forward_train(rows[:, :-1])).flatten(0, 1).log_softmax(-1)
             for model in (source, converted)
         )
-        for index, found in enumerate((log_p, log_q)):
-            nats[index] += float(functional.nll_loss(found, targets, reduction="sum"))
-        divergence += float((log_p.exp() * (log_p - log_q)).sum())
-        same += int((log_p.argmax(-1) == log_q.argmax(-1)).sum())
-        count += len(targets)
-        rows_done += len(rows)
+        if ranks.rank < len(together):
+            for index, found in enumerate((log_p, log_q)):
+                nats[index] += float(functional.nll_loss(found, targets, reduction="sum"))
+            divergence += float((log_p.exp() * (log_p - log_q)).sum())
+            same += int((log_p.argmax(-1) == log_q.argmax(-1)).sum())
+            count += len(targets)
+        rows_done += sum(map(len, together))
         on_progress(rows_done, len(tokens))
+    sums = ranks.total(torch.tensor([*nats, divergence, same, count], dtype=torch.float64)).tolist()
+    *nats, divergence, same, count = sums
     before, after = (_perplexity(total / count) for total in nats)
     return Quality(
         source=before,
         converted=after,
         divergence=divergence / count,
         agreement=same / count,
-        tokens=count,
+        tokens=int(count),
         sample=hashlib.sha256(tokens.numpy().tobytes()).hexdigest()[:16],
     )
 

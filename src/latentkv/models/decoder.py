@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterable, Iterator, Sequence
 from typing import cast
 
 import torch
@@ -118,6 +118,10 @@ class DecoderLayer(nn.Module):
         h, residual = self.post_attention_layernorm(x), x if plain else None
         block = self._feed(h, residual)
         return self._follow_shortcut(h, block if plain else self._add(x, block), positions)
+
+    def attend_whole(self, h: Tensor, positions: Rotary) -> Tensor:
+        """What attention alone gives of whole sequences, normed already: [B, S, hidden] -> the same."""
+        return self.self_attn(h, positions)
 
     def _attend(
         self,
@@ -346,6 +350,19 @@ class Decoder(nn.Module):
         for layer in self.model.layers:
             x = layer(x, positions)
         return self._normed(x)
+
+    def attention_outputs(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """What each layer's attention alone gives of an input of its own, differentiable.
+
+        Args:
+            inputs: [B, S, hidden] for each layer, whole sequences, normed already.
+
+        Returns:
+            [B, S, hidden] for each layer.
+        """
+        positions = self.angles(inputs[0].shape[1])
+        layers = cast("Iterable[DecoderLayer]", self.model.layers)
+        return [layer.attend_whole(h, positions) for layer, h in zip(layers, inputs, strict=True)]
 
     def angles(self, length: int) -> Rotary:
         """Rotary angles of whole sequences of `length` tokens, [1, length, ...]."""

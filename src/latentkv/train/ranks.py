@@ -7,7 +7,7 @@ computes, and adds the gradients up. What is here is what a training loop needs 
 from __future__ import annotations
 
 import sys
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar, cast
 
@@ -106,8 +106,17 @@ class DataRanks:
         for part in (*model.model.layers, *model.mtp):
             fully_shard(part, mesh=mesh, mp_policy=policy)
         fully_shard(model, mesh=mesh, mp_policy=policy)
-        for method in ("forward_train", "logits", "mtp_hidden"):
+        for layer in model.model.layers:
+            register_fsdp_forward_method(layer, "attend_whole")
+        for method in ("forward_train", "logits", "mtp_hidden", "attention_outputs"):
             register_fsdp_forward_method(model, method)
+
+    def from_first(self, make: Callable[[], Tensor], shape: Sequence[int]) -> Tensor:
+        """What the first process makes, int64 of this shape; the others are given it."""
+        made = make() if self.is_first else torch.empty(tuple(shape), dtype=torch.int64)
+        if self._ranks:
+            dist.broadcast(made, 0)
+        return made
 
     def own(self, shared: Sequence[T]) -> Sequence[T]:
         """Of what is to be done, such as a step's micro-batches, what this process does."""
