@@ -62,7 +62,7 @@ def compare(
     ranks = ranks or DataRanks()
     rows_done = 0
     nats, divergence, same, count = [0.0, 0.0], 0.0, 0, 0
-    batches = tokens.split(_SEQUENCES_AT_ONCE)
+    batches = tokens.split(min(_SEQUENCES_AT_ONCE, -(-len(tokens) // ranks.size)))
     for first in range(0, len(batches), ranks.size):
         # Models whose weights are shared out compute in all processes at once, in those too that have none left to do.
         together = batches[first : first + ranks.size]
