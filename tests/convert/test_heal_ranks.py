@@ -91,6 +91,7 @@ def task_of(
     *,
     held_out: torch.Tensor | None = HELD_OUT,
     stopped: Sequence[int] = (),
+    stop_after: int = 7,
     sign: str = "SIGTERM",
     save_seconds: float = 60,
 ) -> str:
@@ -101,7 +102,7 @@ def task_of(
             "options": asdict(options),
             "texts": [TOKENS.tolist(), None if held_out is None else held_out.tolist()],
             "stopped": list(stopped),
-            "stop_after": 7,
+            "stop_after": stop_after,
             "sign": sign,
             "save_seconds": save_seconds,
         }
@@ -219,6 +220,20 @@ def test_a_signal_to_one_or_all_stops_all_saves_once_and_any_number_goes_on(
     else:
         losses = heal(size, models, CASES[train])[0]["losses"]
     assert losses == pytest.approx(alone.losses, abs=1e-5)
+    assert_healed_as_alone(models)
+
+
+@pytest.mark.rank
+@OF_ONE
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_healing_that_is_stopped_after_its_last_step_is_finished_by_any_number(models: Models, size: int):
+    heal_alone(models, CASES["lora"])
+    assert heal(2, models, CASES["lora"], stopped=[1], stop_after=20)[0] is None
+    assert saved(models).name == "step-00000020"
+    if size == 1:
+        heal_checkpoint(models[1], models[0], TOKENS, CASES["lora"], held_out=HELD_OUT)
+    else:
+        heal(size, models, CASES["lora"])
     assert_healed_as_alone(models)
 
 
