@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from sources import some_tokens
 
 from command_line import run_here
-from latentkv.convert import Healing, HealOptions, heal_checkpoint, read_record
+from latentkv.convert import PAGE_FILE, Healing, HealOptions, heal_checkpoint, read_record
 from rank_programs import BEGIN, ranks_of
 
 pytestmark = pytest.mark.usefixtures("unpainted")
@@ -329,6 +329,8 @@ rank_of_this = sys.argv[1]
     healing, wanted = json.loads(out), json.loads(alone.stdout)
     assert healing["losses"] == pytest.approx(wanted["losses"], abs=1e-5)
     assert_healed_as_alone(models)
+    assert read_record(models[1])["healings"][0]["environment"]["processes"] == 2
+    assert "1 thread in each of 2 processes" in (models[1] / PAGE_FILE).read_text()
 
 
 @pytest.mark.rank
