@@ -170,6 +170,12 @@ def test_several_processes_heal_as_one(models: Models, train: str, size: int):
 
 
 @pytest.mark.rank
+@pytest.mark.parametrize("models", ["llama tied"], indirect=True)
+def test_three_processes_heal_a_model_whose_output_head_is_its_embedding_as_one(models: Models):
+    assert_several_heal_as_one(models, replace(ALL, batch_size=6, match_steps=4), 3)
+
+
+@pytest.mark.rank
 @OF_ONE
 def test_without_held_out_text_several_processes_hold_out_what_one_does(models: Models):
     heal_alone(models, ALL, held_out=None)
@@ -268,6 +274,25 @@ def test_a_killed_process_ends_the_others_and_the_healing_goes_on_from_what_was_
         assert ranks[0].wait(30) not in (0, None)
     assert "RankError: Rank 1 is gone, or another one" in said
     heal(2, models, ALL)
+    assert_healed_as_alone(models)
+
+
+@pytest.mark.rank
+@pytest.mark.parametrize("train", ["all", "lora"])
+def test_a_healing_whose_first_process_ends_once_its_weights_are_written_is_noted_by_the_next(
+    models: Models, train: str
+):
+    heal_alone(models, CASES[train])
+    ends = """
+import os
+import latentkv.convert.heal
+latentkv.convert.heal.add_healing = lambda *given, **how: os._exit(9)
+"""
+    with ranks_of(ends + HEAL, 2, task_of(models, CASES[train])) as ranks:
+        said = ranks[1].stderr.read()
+        assert [rank.wait(60) for rank in ranks] == [9, 1]
+    assert "RankError: Rank 0 is gone" in said
+    heal(2, models, CASES[train])
     assert_healed_as_alone(models)
 
 
