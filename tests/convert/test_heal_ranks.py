@@ -159,7 +159,7 @@ def assert_several_heal_as_one(models: Models, options: HealOptions, size: int) 
 
 @OF_ONE
 def test_two_processes_heal_as_one(models: Models):
-    assert_several_heal_as_one(models, replace(ALL, steps=4, match_steps=2, eval_every=2), 2)
+    assert_several_heal_as_one(models, replace(ALL, steps=2, match_steps=1, eval_every=1), 2)
 
 
 @pytest.mark.rank
