@@ -7,14 +7,14 @@ import pytest
 from bench_cases import CEILINGS
 
 from command_line import run_here
-from latentkv.bench import attention as attention_module
 from latentkv.bench import ceilings as ceilings_module
-from latentkv.bench import linear as linear_module
-from latentkv.bench import mla_decode as mla_decode_module
 from latentkv.bench import shapes
-from latentkv.bench import sparse as sparse_module
-from latentkv.bench import speculation as speculation_module
 from latentkv.bench.ceilings import CeilingProbe, Ceilings
+from latentkv.bench.layer import attention as attention_module
+from latentkv.bench.layer import sparse as sparse_module
+from latentkv.bench.models import speculation as speculation_module
+from latentkv.bench.ops import linear as linear_module
+from latentkv.bench.ops import mla_decode as mla_decode_module
 from latentkv.bench.shapes import AttentionShape
 from latentkv.errors import RequestError
 from latentkv.models.config import MLAConfig

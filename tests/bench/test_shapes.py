@@ -1,8 +1,8 @@
 import pytest
 from torch.utils.flop_counter import FlopCounterMode
 
-from latentkv.bench.contenders import MHA_MATMUL, latentkv_entry, mha_entries
-from latentkv.bench.decode_case import DecodeCase
+from latentkv.bench.layer.contenders import MHA_MATMUL, latentkv_entry, mha_entries
+from latentkv.bench.ops.decode_case import DecodeCase
 from latentkv.bench.shapes import SHAPES, AttentionShape
 from latentkv.kernels import use_isa
 from latentkv.models.config import MLAConfig

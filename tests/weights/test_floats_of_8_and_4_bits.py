@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from latentkv.bench.step_work import weight_format
+from latentkv.bench.models.step_work import weight_format
 from latentkv.checkpoint import CheckpointReader
 from latentkv.errors import CheckpointError
 from latentkv.models.config_reader import read_config

@@ -9,8 +9,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
-from latentkv.bench.attention import CONTENDERS, AttentionReport
-from latentkv.bench.contenders import LATENTKV, MHA_MATMUL, MHA_SDPA, TRANSFORMERS
+from latentkv.bench.layer.attention import CONTENDERS, AttentionReport
+from latentkv.bench.layer.contenders import LATENTKV, MHA_MATMUL, MHA_SDPA, TRANSFORMERS
 from latentkv.bench.report import describe
 from latentkv.files import write_whole
 

@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from latentkv.bench.contenders import LATENTKV, TRANSFORMERS
+from latentkv.bench.layer.contenders import LATENTKV, TRANSFORMERS
 
 if TYPE_CHECKING:
-    from latentkv.bench.attention import AttentionReport, AttentionRow
     from latentkv.bench.ceilings import Ceilings
     from latentkv.bench.environment import Environment
+    from latentkv.bench.layer.attention import AttentionReport, AttentionRow
 
 
 def describe(environment: Environment) -> str:

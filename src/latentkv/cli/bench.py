@@ -57,7 +57,7 @@ def attention(
         require_unset(device, given)
         gpu_attention(device, heads=heads, contexts=contexts, options=measure)
         return
-    from latentkv.bench.attention import CONTEXTS, measure_attention
+    from latentkv.bench.layer.attention import CONTEXTS, measure_attention
     from latentkv.bench.report import ATTENTION_NOTES, attention_table, ceilings_table
     from latentkv.plan import as_kv_format
 
@@ -97,8 +97,8 @@ def mla_decode(
         kv_dtypes: formats of the pages, with commas between.
         measure: how it is measured.
     """
-    from latentkv.bench.mla_decode import measure_mla_decode
-    from latentkv.bench.op_report import MLA_DECODE_NOTES, mla_decode_table
+    from latentkv.bench.ops.mla_decode import measure_mla_decode
+    from latentkv.bench.ops.report import MLA_DECODE_NOTES, mla_decode_table
     from latentkv.plan import as_kv_format
 
     with measure.measuring("starting") as progress:
@@ -111,7 +111,7 @@ def mla_decode(
             threads=measure.threads,
             progress=progress,
         )
-    from latentkv.bench.roofline import plot_roofline
+    from latentkv.bench.ops.roofline import plot_roofline
 
     measure.show(report, mla_decode_table(report), notes=MLA_DECODE_NOTES, draw=plot_roofline)
 
@@ -134,8 +134,8 @@ def sparse(
         kv_dtype: format of LatentKV's cache: bf16, fp8, int8, fp16 or fp32.
         measure: how it is measured.
     """
-    from latentkv.bench.op_report import SPARSE_NOTES, sparse_table
-    from latentkv.bench.sparse import measure_sparse
+    from latentkv.bench.layer.sparse import measure_sparse
+    from latentkv.bench.ops.report import SPARSE_NOTES, sparse_table
     from latentkv.plan import as_kv_format, load_config
 
     config, kv_format = load_config(model), as_kv_format(kv_dtype)
@@ -185,8 +185,8 @@ def linear(
         rounded_input: measure products with activations of 8 bits, too.
         measure: how it is measured.
     """
-    from latentkv.bench.linear import as_packed_format, measure_linear
-    from latentkv.bench.op_report import LINEAR_NOTES, linear_table
+    from latentkv.bench.ops.linear import as_packed_format, measure_linear
+    from latentkv.bench.ops.report import LINEAR_NOTES, linear_table
 
     out_features, in_features = size
     with measure.measuring("starting") as progress:

@@ -13,8 +13,8 @@ from latentkv.option_types import Flag, Numbers, Tokens, Words
 
 def gpu_attention(device: str, *, heads: int | None, contexts: Sequence[int] | None, options: MeasureOptions) -> None:
     """Measure `mla_decode` on a GPU and print the table."""
-    from latentkv.bench.gpu_attention import CASES, GpuCase, measure_gpu_attention
-    from latentkv.bench.gpu_report import GPU_NOTES, describe_gpu_environment, gpu_attention_table
+    from latentkv.bench.gpu.attention import CASES, GpuCase, measure_gpu_attention
+    from latentkv.bench.gpu.report import GPU_NOTES, describe_gpu_environment, gpu_attention_table
     from latentkv.llm_options import as_device
 
     gpu = as_device(device)
@@ -69,10 +69,10 @@ def tune(
         kv_dtypes: formats of the pages, with commas between.
         out: where the block sizes go; None is LatentKV's own file.
     """
-    from latentkv.bench.gpu_attention import GpuCase
-    from latentkv.bench.gpu_report import describe_gpu_environment, tuned_table
-    from latentkv.bench.gpu_timing import describe_gpu
-    from latentkv.bench.gpu_tune import tune_attention
+    from latentkv.bench.gpu.attention import GpuCase
+    from latentkv.bench.gpu.report import describe_gpu_environment, tuned_table
+    from latentkv.bench.gpu.timing import describe_gpu
+    from latentkv.bench.gpu.tune import tune_attention
     from latentkv.llm_options import as_device
     from latentkv.ops.triton.tuned import TUNED_FILE
     from latentkv.plan import as_kv_format

@@ -47,8 +47,8 @@ def model(
         peer: measure another program, too; benchmarks/llama_cpp has one; repeatable.
         limit: seconds; a contender whose rounds of a case take longer is timed once.
     """
-    from latentkv.bench.model import measure_model
-    from latentkv.bench.model_report import MODEL_NOTES, model_facts, model_table, plot_decode
+    from latentkv.bench.models.model import measure_model
+    from latentkv.bench.models.report import MODEL_NOTES, model_facts, model_table, plot_decode
     from latentkv.checkpoint.source import model_name
 
     options = replace(options, max_context=options.max_context or max(*prompts, *depths) + new_tokens)
@@ -90,7 +90,7 @@ def make_model(shape: str, folder: Path, /, *, weights: str | None = None, seed:
         weights: store int8 or int4 weights; None is bf16.
         seed: seed of the weights.
     """
-    from latentkv.bench.synthetic import synthetic_config, write_synthetic
+    from latentkv.bench.models.synthetic import synthetic_config, write_synthetic
     from latentkv.weights.weight import require_format
 
     form = None if weights is None else require_format(weights, None)

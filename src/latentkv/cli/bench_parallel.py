@@ -32,7 +32,7 @@ def parallel(
     """
     from rich.table import Table
 
-    from latentkv.bench.parallel import simulate
+    from latentkv.bench.models.parallel import simulate
     from latentkv.bench.timing import torch_threads
 
     with measure.measuring("simulating"), torch_threads(measure.threads):

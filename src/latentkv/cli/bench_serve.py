@@ -14,9 +14,9 @@ from latentkv.cli.terminal import console
 from latentkv.option_types import Flag, Floats, Numbers
 
 if TYPE_CHECKING:
-    from latentkv.bench.serve import ServeOptions, ServeReport
-    from latentkv.bench.serve_load import Level
-    from latentkv.bench.serve_workload import Workload
+    from latentkv.bench.load.load import Level
+    from latentkv.bench.load.run import ServeOptions, ServeReport
+    from latentkv.bench.load.workload import Workload
 
 ALL_FAILED, INTERRUPTED = 1, 130
 _CONCURRENCY = (1, 4, 16)
@@ -90,11 +90,11 @@ def serve(
         slo: objectives to count goodput by, such as ttft=1s,itl=200ms.
         measure: where the numbers go.
     """
-    from latentkv.bench.serve import ServeOptions
-    from latentkv.bench.serve_lengths import parse_lengths
-    from latentkv.bench.serve_slo import parse_slo
-    from latentkv.bench.serve_text import generated_text, read_text
-    from latentkv.bench.serve_workload import Workload
+    from latentkv.bench.load.lengths import parse_lengths
+    from latentkv.bench.load.run import ServeOptions
+    from latentkv.bench.load.slo import parse_slo
+    from latentkv.bench.load.text import generated_text, read_text
+    from latentkv.bench.load.workload import Workload
 
     require_folder(measure.json_file, measure.plot)
     options = ServeOptions(
@@ -124,7 +124,7 @@ def serve(
     _print(report)
     measure.save(report)
     if measure.plot is not None:
-        from latentkv.bench.serve_plot import plot_serve
+        from latentkv.bench.load.plot import plot_serve
 
         plot_serve(report, measure.plot)
         console().print(f"Plot in {measure.plot}")
@@ -135,7 +135,7 @@ def serve(
 
 
 def _levels(concurrency: Sequence[int] | None, rate: Sequence[float] | None, burstiness: float) -> list[Level]:
-    from latentkv.bench.serve_load import Level
+    from latentkv.bench.load.load import Level
     from latentkv.errors import RequestError
 
     if rate is None:
@@ -149,7 +149,7 @@ def _measure(options: ServeOptions, workload: Workload) -> ServeReport:
     """Measure, with a bar on a terminal that says how far the level is."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from latentkv.bench.serve import LoadProgress, measure_serve
+    from latentkv.bench.load.run import LoadProgress, measure_serve
 
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[ended]}"), TimeElapsedColumn())
     screen = console(stderr=True)
@@ -169,7 +169,7 @@ def _measure(options: ServeOptions, workload: Workload) -> ServeReport:
 
 
 def _print(report: ServeReport) -> None:
-    from latentkv.bench.serve_report import SERVE_NOTES, describe_load, latency_table, serve_remarks, throughput_table
+    from latentkv.bench.load.report import SERVE_NOTES, describe_load, latency_table, serve_remarks, throughput_table
 
     screen = console()
     screen.print(throughput_table(report))

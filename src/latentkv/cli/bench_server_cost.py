@@ -34,7 +34,7 @@ def server_cost(
     """
     from rich.table import Table
 
-    from latentkv.bench.server_cost import measure_server_cost
+    from latentkv.bench.load.server_cost import measure_server_cost
 
     with measure.measuring("loading the model") as progress:
         report = measure_server_cost(

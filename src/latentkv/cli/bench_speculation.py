@@ -35,8 +35,8 @@ def speculation(
         new_tokens: tokens of a completion.
         temperatures: temperatures of sampling, with commas between.
     """
-    from latentkv.bench.speculation import measure_speculation
-    from latentkv.bench.speculation_report import SPECULATION_NOTES, speculation_table
+    from latentkv.bench.models.speculation import measure_speculation
+    from latentkv.bench.models.speculation_report import SPECULATION_NOTES, speculation_table
     from latentkv.checkpoint.source import model_name
 
     options = replace(options, max_context=options.max_context or new_tokens + 256)

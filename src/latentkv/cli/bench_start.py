@@ -27,7 +27,7 @@ def start(
     """
     from rich.table import Table
 
-    from latentkv.bench.start import measure_start
+    from latentkv.bench.models.start import measure_start
     from latentkv.checkpoint.source import model_name
 
     shown = model_name(options.model) if options.model else "the embedded model"

@@ -40,7 +40,7 @@ def tensor_parallel(
     """
     from rich.table import Table
 
-    from latentkv.bench.tensor_parallel import measure_tensor_parallel
+    from latentkv.bench.models.tensor_parallel import measure_tensor_parallel
     from latentkv.parallel.launch import launch
     from latentkv.parallel.process import world_size
 

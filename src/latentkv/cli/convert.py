@@ -115,7 +115,7 @@ def _quality(source: Path, converted: Path, tokens: Tensor) -> dict[str, Any]:
 def _speed(source: Path, converted: Path) -> dict[str, Any]:
     from dataclasses import asdict
 
-    from latentkv.bench.decode_speed import measure_decode
+    from latentkv.bench.models.decode_speed import measure_decode
     from latentkv.models.config_reader import read_config
     from latentkv.models.stored_config import stored_dtype
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from latentkv.bench.decode_speed import DEPTH, measure_decode
 from latentkv.bench.environment import describe_environment
+from latentkv.bench.models.decode_speed import DEPTH, measure_decode
 from latentkv.compare.arms import Arm
 from latentkv.compare.options import SWEEP_SEED, CompareOptions
 from latentkv.compare.plot import plot_comparison

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from latentkv.bench.decode_speed import DEPTH
+from latentkv.bench.models.decode_speed import DEPTH
 from latentkv.compare.options import SWEEP_SEED
 from latentkv.compare.report import ArmReport, Report
 from latentkv.compare.sizes import BASELINE

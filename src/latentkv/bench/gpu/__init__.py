@@ -1,0 +1,1 @@
+"""Attention on a GPU, and the search for its block sizes."""

@@ -1,0 +1,1 @@
+"""One attention layer beside its peers."""

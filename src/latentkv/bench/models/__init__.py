@@ -1,0 +1,1 @@
+"""Whole models: prompts, decoding, drafts, starts, several processes."""
