@@ -2,14 +2,14 @@
 //
 // Scores are the product of 16 rows of keys as they lie and of 16 query vectors beside each other, so that query vectors
 // are in lanes as they are in attention_lanes.h, whose way with scales this one shares. For the values the weights of
-// 32 tokens are turned, and pairs of tokens interleaved, which permutes the columns inside each 32 (`in_order`).
+// 32 tokens are transposed, and pairs of tokens interleaved, which permutes the columns inside each 32 (`in_order`).
 #pragma once
 
 #include "amx.h"
 #include "attention_bf16.h"
 #include "attention_codes.h"
 #include "attention_lane_softmax.h"
-#include "turn.h"
+#include "transpose.h"
 
 namespace latentkv::LATENTKV_ISA {
 
@@ -53,7 +53,7 @@ class AmxEngine : public LaneSoftmax<128> {
         rows[i] = v + i < vectors ? a_.q + (row * a_.q_row + head * a_.q_head) * sizeof(bf16) : (const char*)zeros_;
       }
       for (int d = 0; d < key_width_; d += STEP)
-        turn_16_words(rows, d * sizeof(bf16), q_ + ((std::ptrdiff_t)v * key_width_ + d * LANES) / 2, LANES);
+        transpose_16_words(rows, d * sizeof(bf16), q_ + ((std::ptrdiff_t)v * key_width_ + d * LANES) / 2, LANES);
     }
     TileShapes shapes;
     for (int tile = 0; tile < 8; tile++) shapes.set(tile, TILE_ROWS);
@@ -219,7 +219,7 @@ class AmxEngine : public LaneSoftmax<128> {
         const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)weight(t + 2 * i + 1), (__m512)weight(t + 2 * i));
         _mm512_store_si512(words + i * LANES, _mm512_permutexvar_epi16(pairs, both));
       }
-      turn_16_words(rows, 0, weights_of(v, t), LANES);
+      transpose_16_words(rows, 0, weights_of(v, t), LANES);
     }
   }
   std::uint32_t* weights_of(int v, int t) { return weights_ + ((std::ptrdiff_t)v * TILE + t * LANES) / 2; }

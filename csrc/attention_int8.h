@@ -10,7 +10,7 @@
 
 #include "attention_codes.h"
 #include "attention_lane_softmax.h"
-#include "turn.h"
+#include "transpose.h"
 
 #if defined(__AVX512VNNI__)
 
@@ -110,7 +110,7 @@ class Int8Engine : public LaneSoftmax<256> {
         for (int g = 0; g <= latent_groups_; g++) quantise_query(v + i, g);
       }
       for (int d = 0; d < width_; d += 64)
-        turn_16_words(rows, d, q_ + ((std::ptrdiff_t)v * width_ + d * LANES) / 4, LANES);
+        transpose_16_words(rows, d, q_ + ((std::ptrdiff_t)v * width_ + d * LANES) / 4, LANES);
     }
   }
 

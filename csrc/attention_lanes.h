@@ -9,7 +9,7 @@
 #include "attention_bf16.h"
 #include "attention_codes.h"
 #include "attention_lane_softmax.h"
-#include "turn.h"
+#include "transpose.h"
 
 #if defined(__AVX512BF16__)
 
@@ -83,7 +83,7 @@ class LanesEngine : public LaneSoftmax<128> {
         rows[i] = v + i < vectors ? a_.q + (row * a_.q_row + head * a_.q_head) * sizeof(bf16) : zeros_;
       }
       for (int d = 0; d < width_; d += 32)
-        turn_16_words(rows, d * sizeof(bf16), q_ + ((std::ptrdiff_t)v * width_ + d * LANES) / 2, LANES);
+        transpose_16_words(rows, d * sizeof(bf16), q_ + ((std::ptrdiff_t)v * width_ + d * LANES) / 2, LANES);
     }
   }
 

@@ -1,12 +1,12 @@
 // The bf16 engine for groups of many query vectors over short keys: expanded prefill.
 //
 // The finishing reduction of a dot product costs as much as 90 of its numbers, half of a 192 wide key. So the keys of a
-// tile are turned once, pairs of numbers by tokens, and scores are summed for 16 tokens in the lanes of a register.
+// tile are transposed once, pairs of numbers by tokens, and scores are summed for 16 tokens in the lanes of a register.
 #pragma once
 
 #include "attention_bf16.h"
 #include "attention_rows.h"
-#include "turn.h"
+#include "transpose.h"
 
 #if defined(__AVX512BF16__)
 
@@ -20,7 +20,7 @@ class PackedEngine : public RowsEngine<Bf16Arithmetic> {
 
   void place(Memory& memory) {
     RowsEngine::place(memory);
-    turned_ = memory.take<std::uint32_t>((std::size_t)key_width_ / 2 * TILE);
+    transposed_ = memory.take<std::uint32_t>((std::size_t)key_width_ / 2 * TILE);
     tile_.in_place = key_width_ == a_.keys.width && value_width_ == a_.values.width;
   }
 
@@ -28,7 +28,7 @@ class PackedEngine : public RowsEngine<Bf16Arithmetic> {
               const State& state) {
     const int vectors = group.rows * group.heads;
     for (int i = 0; i < (stored.tokens + 15) / 16 * 16; i++) tile_.take(a_, stored, i);
-    turn_keys(stored.tokens);
+    transpose_keys(stored.tokens);
     if (tile_.in_place) gather_values(stored.tokens);
     ranges_.find(a_, group, first, stored.tokens);
     score(vectors, next);
@@ -38,9 +38,9 @@ class PackedEngine : public RowsEngine<Bf16Arithmetic> {
   }
 
  private:
-  void turn_keys(int tokens) {
+  void transpose_keys(int tokens) {
     for (int t = 0; t < tokens; t += 16)
-      for (int d = 0; d < key_width_; d += 32) turn_16_words(tile_.keys + t, d * sizeof(bf16), turned_ + d / 2 * TILE + t, TILE);
+      for (int d = 0; d < key_width_; d += 32) transpose_16_words(tile_.keys + t, d * sizeof(bf16), transposed_ + d / 2 * TILE + t, TILE);
   }
 
   // Rows of one head lie so far apart that a few of them would fill their sets of the first-level cache.
@@ -76,7 +76,7 @@ class PackedEngine : public RowsEngine<Bf16Arithmetic> {
 #pragma GCC unroll 8
       for (int c = 0; c < C; c++) a[i][c] = _mm512_setzero_ps();
     for (int d = 0; d < key_width_; d += 2) {
-      const std::uint32_t* words = turned_ + d / 2 * TILE + t;
+      const std::uint32_t* words = transposed_ + d / 2 * TILE + t;
       __m512bh y[C];
 #pragma GCC unroll 8
       for (int c = 0; c < C; c++) y[c] = (__m512bh)_mm512_load_si512(words + c * 16);
@@ -93,7 +93,7 @@ class PackedEngine : public RowsEngine<Bf16Arithmetic> {
       for (int c = 0; c < C; c++) _mm512_store_ps(scores_ + (v + i) * TILE + t + c * 16, a[i][c]);
   }
 
-  std::uint32_t* turned_;  // [padded key width / 2, TILE] pairs of numbers
+  std::uint32_t* transposed_;  // [padded key width / 2, TILE] pairs of numbers
 };
 
 }  // namespace latentkv::LATENTKV_ISA

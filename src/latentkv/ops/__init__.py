@@ -2,7 +2,6 @@
 
 from latentkv.ops.attention import gqa_attend, mla_attend, mla_decode
 from latentkv.ops.backends import describe_backends
-from latentkv.ops.basic import linear, output_logits
 from latentkv.ops.causal import causal_attention
 from latentkv.ops.choice import ChoiceRule, choose_tokens
 from latentkv.ops.elementwise import apply_rope, gate_heads, gated_rms_norm, norm_beside, rms_norm, silu_mul, sink_heads
@@ -19,6 +18,7 @@ from latentkv.ops.kv_formats import (
     storage_dtype,
 )
 from latentkv.ops.lightning import LightningState, LightningWeights, lightning_attend, lightning_whole
+from latentkv.ops.linear import linear, output_logits
 from latentkv.ops.moe import gated_mlp, moe_experts
 from latentkv.ops.pages import norm_rope_write, read_latents, write_latents
 from latentkv.ops.prefill import mla_prefill

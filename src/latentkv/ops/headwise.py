@@ -7,7 +7,7 @@ from torch import Tensor
 
 from latentkv.checks import require_floats
 from latentkv.errors import OpError
-from latentkv.ops.basic import linear
+from latentkv.ops.linear import linear
 from latentkv.ops.native import headwise as native
 from latentkv.weights.layout import PackedWeight
 

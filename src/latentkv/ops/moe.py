@@ -7,8 +7,8 @@ from torch import Tensor
 
 from latentkv.checks import require_floats, require_integers, require_same_dtype, require_shape
 from latentkv.errors import OpError
-from latentkv.ops.basic import linear
 from latentkv.ops.elementwise import silu_mul
+from latentkv.ops.linear import linear
 from latentkv.ops.native import moe as native
 from latentkv.ops.swiglu_limit import SwigluLimit
 from latentkv.ops.triton import calls as triton

@@ -24,7 +24,7 @@ def format_code(weight: PackedWeight) -> int:
 def linear(
     isa: Any, x: Tensor, weight: PackedWeight, bias: Tensor | None, residual: Tensor | None, out_dtype: torch.dtype
 ) -> Tensor:
-    """`x W^T + bias + residual`, see `ops.basic.linear`."""
+    """`x W^T + bias + residual`, see `ops.linear.linear`."""
     out_features = weight.out_features
     x, x_stride = _rows(x)
     bias = None if bias is None else bias.contiguous()

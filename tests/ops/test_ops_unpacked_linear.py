@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 
 from latentkv.errors import OpError
-from latentkv.ops import basic, linear, output_logits
+from latentkv.ops import linear, output_logits
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 def test_logits_of_rounded_weights_are_not_rounded_again(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(basic, "_WIDENED_NUMBERS", 100)
+    monkeypatch.setattr(sys.modules["latentkv.ops.linear"], "_WIDENED_NUMBERS", 100)
     x, weight = torch.randn(3, 2, 32).to(dtype), torch.randn(50, 32).to(dtype)
     logits = output_logits(x, weight)
     assert logits.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)

@@ -1,4 +1,4 @@
-// 16 rows of 16 words turned into 16 columns.
+// 16 rows of 16 words transposed.
 #pragma once
 
 #include "simd.h"
@@ -9,7 +9,7 @@ namespace latentkv::LATENTKV_ISA {
 
 // out[i * stride ..] = word i of each of the 16 rows, 64 bytes each from byte `at` on, with the bits of FLIP turned over.
 template <std::uint32_t FLIP = 0, class Row>
-LATENTKV_INLINE void turn_16_words(const Row* const* rows, std::ptrdiff_t at, std::uint32_t* out, int stride) {
+LATENTKV_INLINE void transpose_16_words(const Row* const* rows, std::ptrdiff_t at, std::uint32_t* out, int stride) {
   __m512i a[16], b[16];
 #pragma GCC unroll 16
   for (int i = 0; i < 16; i++) {
