@@ -145,10 +145,17 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--max-tokens", type=int, default=16384 + 512, help="deepest cache, new tokens included")
     parser.add_argument("--sequences", type=int, default=1, help="that may decode together")
+    parser.add_argument(
+        "--no-repack",
+        action="store_true",
+        help="weights as the file has them: 0.3.36 repacks them for AMX, and aborts on latent attention then",
+    )
     args = parser.parse_args()
     answers = _take_stdout()
     llama_cpp.llama_backend_init()
-    model = llama_cpp.llama_model_load_from_file(args.model.encode(), llama_cpp.llama_model_default_params())
+    params = llama_cpp.llama_model_default_params()
+    params.use_extra_bufts = not args.no_repack
+    model = llama_cpp.llama_model_load_from_file(args.model.encode(), params)
     if not model:
         raise SystemExit(f"llama.cpp could not load {args.model}.")
     sizes = {"threads": args.threads, "max_tokens": args.max_tokens, "sequences": args.sequences}
