@@ -15,7 +15,7 @@ namespace latentkv::LATENTKV_ISA {
 namespace {
 
 constexpr int ROWS = 2 * TILE_ROWS;  // of a block
-constexpr std::int64_t PART_STEPS = 16;  // whose weights are decoded at once: 32 KB
+constexpr std::int64_t PART_STEPS = 8;  // whose weights are decoded at once: 16 KB
 constexpr std::int64_t AT_A_TIME = 2;    // steps, where they are decoded for one turn
 constexpr int GROUPS_AT_A_TIME = 4;      // whose sums are scaled and added
 
