@@ -18,7 +18,7 @@ from latentkv import LLM, SamplingParams, llm_loading, llm_options
 from latentkv.engine.drafts import NGramDrafter
 from latentkv.engine.mtp import MTPDrafter
 from latentkv.errors import CacheError, CheckpointError, ConfigError, RequestError, TokenizerError
-from latentkv.kernels import has_int8_products, use_isa
+from latentkv.kernels import has_int8_products, use_backend
 from latentkv.llm import Completion, Piece
 from latentkv.models.decoder import Decoder
 from latentkv.ops.backends import why_not_native
@@ -323,7 +323,10 @@ def test_int8_products_that_cannot_be_had_are_refused(folders: dict[str, Path], 
 
 
 def test_kernels_without_int8_products_are_named(folders: dict[str, Path]):
-    with use_isa("torch"), pytest.raises(ConfigError, match=r"the native kernels (are switched off|were not built)"):
+    with (
+        use_backend("torch"),
+        pytest.raises(ConfigError, match=r"the native kernels (are switched off|were not built)"),
+    ):
         LLM(folders["mla"], kv_dtype="int8", int8_products=True)
 
 

@@ -23,28 +23,28 @@ except ImportError as error:
 else:
     _import_error = ""
 
-Isa = Literal["torch", "triton", "portable", "avx2", "avx512", "avx512bf16", "amx"]
+Backend = Literal["torch", "triton", "portable", "avx2", "avx512", "avx512bf16", "amx"]
 """What computes: torch alone, Triton's kernels (on a CPU through their interpreter, so only where they are named), or
 the native kernels for one instruction set, ordered from slow to fast."""
 
 _NOT_NATIVE = ("torch", "triton")
 
-BF16_ISAS: tuple[Isa, ...] = ("avx512bf16", "amx")
+BF16_BACKENDS: tuple[Backend, ...] = ("avx512bf16", "amx")
 """Those that multiply pairs of bf16, and bytes (VNNI), as they are."""
 
 ENVIRONMENT_VARIABLE = "LATENTKV_ISA"
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Element types as `csrc/dtypes.h` numbers them."""
 
-_forced: ContextVar[Isa | None] = ContextVar("latentkv_isa", default=None)
+_forced: ContextVar[Backend | None] = ContextVar("latentkv_backend", default=None)
 
 
 @cache
-def available_isas() -> tuple[Isa, ...]:
+def available_backends() -> tuple[Backend, ...]:
     """What may compute on this CPU without being named, best last."""
     if extension is None:
         return ("torch",)
-    names = (name for name in get_args(Isa) if name not in _NOT_NATIVE)
+    names = (name for name in get_args(Backend) if name not in _NOT_NATIVE)
     return ("torch", *(name for name in names if extension.runs(getattr(extension.Isa, name))))
 
 
@@ -58,35 +58,35 @@ def why_no_extension() -> str:
     return _import_error
 
 
-def named_isa() -> Isa | None:
+def named_backend() -> Backend | None:
     """The forced one, else the one that LATENTKV_ISA names; None where nobody named one."""
     return _forced.get() or _named_by_environment()
 
 
-def current_isa() -> Isa:
+def current_backend() -> Backend:
     """The named one, else this CPU's best."""
-    return named_isa() or available_isas()[-1]
+    return named_backend() or available_backends()[-1]
 
 
 def native_isa() -> Any | None:
     """The extension's number of the current instruction set; None where the extension is not to compute."""
-    name = current_isa()
+    name = current_backend()
     return None if name in _NOT_NATIVE else _numbers()[name]
 
 
 def has_int8_products() -> bool:
     """Whether attention over int8 pages may be computed in int8 products: the kernels for VNNI have them."""
-    return current_isa() in BF16_ISAS
+    return current_backend() in BF16_BACKENDS
 
 
 @contextmanager
-def use_isa(isa: Isa) -> Generator[None]:
-    """Compute with `isa` in this block (and this thread).
+def use_backend(backend: Backend) -> Generator[None]:
+    """Compute with `backend` in this block (and this thread).
 
     Raises:
         ConfigError: it does not run here.
     """
-    token = _forced.set(_require_available(isa, "isa"))
+    token = _forced.set(_require_available(backend, "backend"))
     try:
         yield
     finally:
@@ -94,19 +94,19 @@ def use_isa(isa: Isa) -> Generator[None]:
 
 
 @cache
-def _named_by_environment() -> Isa | None:
+def _named_by_environment() -> Backend | None:
     named = os.environ.get(ENVIRONMENT_VARIABLE)
     return _require_available(named, ENVIRONMENT_VARIABLE) if named else None
 
 
 @cache
 def _numbers() -> dict[str, Any]:
-    return {name: getattr(extension.Isa, name) for name in available_isas() if name not in _NOT_NATIVE}
+    return {name: getattr(extension.Isa, name) for name in available_backends() if name not in _NOT_NATIVE}
 
 
-def _require_available(name: str, source: str) -> Isa:
-    choices: tuple[Isa, ...] = (*available_isas(), "triton") if has_triton() else available_isas()
-    for isa in choices:
-        if isa == name:
-            return isa
+def _require_available(name: str, source: str) -> Backend:
+    choices: tuple[Backend, ...] = (*available_backends(), "triton") if has_triton() else available_backends()
+    for backend in choices:
+        if backend == name:
+            return backend
     raise ConfigError(f"{source}={name!r} does not run here; choose one of {', '.join(choices)}.")

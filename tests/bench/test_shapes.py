@@ -4,7 +4,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from latentkv.bench.layer.contenders import MHA_MATMUL, latentkv_entry, mha_entries
 from latentkv.bench.ops.decode_case import DecodeCase
 from latentkv.bench.shapes import SHAPES, AttentionShape
-from latentkv.kernels import use_isa
+from latentkv.kernels import use_backend
 from latentkv.models.config import MLAConfig
 
 # H=2, L=4, Dn=3, R=2, Dv=2 on a residual stream of 5.
@@ -30,7 +30,7 @@ def test_flops_of_a_query_bottleneck_count_both_of_its_products():
 
 def test_torch_counts_the_same_flops_in_what_is_run():
     case = DecodeCase.random(AttentionShape(64, 4, MLAConfig(32, 16, 8, 16)), 70)
-    with use_isa("torch"):  # whose products can be counted
+    with use_backend("torch"):  # whose products can be counted
         runs = {"absorbed": latentkv_entry(case, "bf16"), "expanded cache": mha_entries(case)[MHA_MATMUL]}
         for form, entry in runs.items():
             with FlopCounterMode(display=False) as counter:

@@ -254,7 +254,7 @@ def test_doctor_reads_as_a_table(latentkv):
 def test_doctor_says_loudly_that_kernels_are_missing_and_how_to_get_them(latentkv, monkeypatch):
     monkeypatch.setattr(kernels, "extension", None)
     monkeypatch.setattr(kernels, "_import_error", "No module named 'latentkv._native'")
-    monkeypatch.setattr(kernels, "available_isas", lambda: ("torch",))
+    monkeypatch.setattr(kernels, "available_backends", lambda: ("torch",))
     result = latentkv("doctor")
     (line,) = (line for line in result.stdout.splitlines() if line.startswith("Kernels"))
     assert "torch computes everything, several times slower" in line and "install a C++ compiler" in line

@@ -9,7 +9,7 @@ import torch
 from engine_models import cache_for, tiny_decoder
 from latentkv import LLM, SamplingParams
 from latentkv.engine.runner import Runner
-from latentkv.kernels import Isa, has_triton, use_isa
+from latentkv.kernels import Backend, has_triton, use_backend
 from latentkv.models.transfer import to_device, to_host
 from latentkv.ops.triton.launch import Launch
 from triton_interpreter import patch_language_once
@@ -21,12 +21,12 @@ needs_triton = pytest.mark.skipif(not has_triton(), reason="triton is not instal
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
 
 
-def hidden_states(kind: str, isa: Isa) -> torch.Tensor:
+def hidden_states(kind: str, backend: Backend) -> torch.Tensor:
     """Of two prompts, one of them read in two steps, and of two tokens decoded after each."""
     decoder = tiny_decoder(kind)
     runner = Runner(decoder, cache_for(decoder, 20))
     tokens = [[1, *range(5, 16)], [1, 9, 33, 7, 20]]
-    with use_isa(isa), runner.sequences(tokens) as sequences:
+    with use_backend(backend), runner.sequences(tokens) as sequences:
         parts = [runner.read(sequences, [7, 3]), runner.read(sequences[:1], [3])]
         parts += [runner.read(sequences, [1, 1]), runner.read(sequences, [1, 1])]
     return torch.cat(parts)

@@ -13,7 +13,7 @@ from offload_cases import store_for
 from engine_models import MTP, SPARSE_MTP, VOCAB, cache_for, tiny_decoder
 from latentkv.engine import Engine, Request, SamplingParams, mtp
 from latentkv.engine.mtp import MTPDrafter
-from latentkv.kernels import available_isas
+from latentkv.kernels import available_backends
 from latentkv.models import replay as replay_module
 from latentkv.models.config_reader import read_config
 from latentkv.models.decoder import Decoder
@@ -113,7 +113,7 @@ def test_a_prefix_that_comes_back_from_files_serves_drafts_as_well(tmp_path: Pat
     assert drafter.checked[3] > 0
 
 
-@pytest.mark.skipif(len(available_isas()) == 1, reason="the native kernels were not built")
+@pytest.mark.skipif(len(available_backends()) == 1, reason="the native kernels were not built")
 @pytest.mark.parametrize("config", [MTP, SPARSE_MTP], ids=["dense", "sparse"])
 def test_recorded_steps_draft_the_same(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)

@@ -10,7 +10,7 @@ import torch
 from engine_models import CONFIGS, HY4, LONGCAT, SPARSE
 from latentkv.engine.runner import Runner
 from latentkv.engine.sequence import Sequence
-from latentkv.kernels import BF16_ISAS, available_isas, use_isa
+from latentkv.kernels import BF16_BACKENDS, available_backends, use_backend
 from latentkv.models import replay as module
 from latentkv.models.config_reader import read_config
 from latentkv.models.decoder import Decoder
@@ -19,7 +19,7 @@ from latentkv.ops import KVFormat
 from latentkv.state import PagedCache
 from latentkv.weights.formats import INT8
 
-pytestmark = pytest.mark.skipif(len(available_isas()) == 1, reason="the native kernels were not built")
+pytestmark = pytest.mark.skipif(len(available_backends()) == 1, reason="the native kernels were not built")
 
 MODELS: dict[str, dict[str, Any]] = {
     "mla": {**CONFIGS["mla"], "q_lora_rank": 24},
@@ -114,7 +114,7 @@ def test_quantised_caches_are_recorded_too(kv_format: KVFormat, model: str, monk
 def test_int8_products_and_other_numbers_of_threads_are_recorded_too(monkeypatch: pytest.MonkeyPatch) -> None:
     decoder = packed_decoder(MODELS["mla"])
     for layer in decoder.model.layers:
-        layer.self_attn.int8_products = available_isas()[-1] in BF16_ISAS
+        layer.self_attn.int8_products = available_backends()[-1] in BF16_BACKENDS
     threads = torch.get_num_threads()
     try:
         recorded, runner = decode(decoder, "int8", [17], 3)
@@ -176,7 +176,7 @@ def test_steps_of_prompts_are_not_recorded() -> None:
 
 def test_a_step_on_torch_does_not_end_recording() -> None:
     decoder = packed_decoder(MODELS["mla"])
-    with use_isa("torch"):
+    with use_backend("torch"):
         _, runner = decode(decoder, "bf16", [5], 2)
         assert not runner.replay._steps  # pyright: ignore[reportPrivateUsage]
     assert runner.replay.why_not is None

@@ -12,7 +12,7 @@ from latentkv.engine.drafts import Wish
 from latentkv.engine.runner import Runner
 from latentkv.engine.scoring import score_text, sequence_logits
 from latentkv.errors import CacheError
-from latentkv.kernels import available_isas
+from latentkv.kernels import available_backends
 from latentkv.models.decoder import Decoder
 from latentkv.models.packing import Packing, pack_module
 from latentkv.state import PagedCache
@@ -207,7 +207,7 @@ class Parrot:
         return [*right, *[(token + 1) % VOCAB for token in self.text[start + len(right) : start + most]]]
 
 
-@pytest.mark.skipif(len(available_isas()) == 1, reason="the native kernels were not built")
+@pytest.mark.skipif(len(available_backends()) == 1, reason="the native kernels were not built")
 @pytest.mark.parametrize("kind", ["bailing mtp", "kimi", "ling25 mtp"])
 def test_recorded_steps_with_drafts_choose_the_tokens_of_single_steps(kind: str):
     model = tiny_decoder(kind).bfloat16()

@@ -11,7 +11,7 @@ import torch
 
 from latentkv.engine.worker import Worker
 from latentkv.errors import EngineStoppedError
-from latentkv.kernels import current_isa, extension, use_isa
+from latentkv.kernels import current_backend, extension, use_backend
 from latentkv.ops import rms_norm
 from latentkv.ops.native.team import live_teams, release_team
 
@@ -129,8 +129,8 @@ def test_it_computes_with_the_threads_and_the_instruction_set_of_who_asks(worker
             assert worker.call(torch.get_num_threads) == threads
     finally:
         torch.set_num_threads(before)
-    with use_isa("torch"):
-        assert worker.call(current_isa) == "torch"
+    with use_backend("torch"):
+        assert worker.call(current_backend) == "torch"
 
 
 @pytest.mark.skipif(extension is None, reason="the native kernels were not built, which count the teams")

@@ -32,7 +32,7 @@ from latentkv.engine import (
 from latentkv.engine.adaptive import AdaptiveDrafter
 from latentkv.engine.drafts import NGramDrafter, Wish
 from latentkv.engine.mtp import MTPDrafter
-from latentkv.kernels import Isa, available_isas, use_isa
+from latentkv.kernels import Backend, available_backends, use_backend
 from latentkv.state import PagedCache
 from local_ranks import LocalRanks
 
@@ -297,7 +297,7 @@ class HybridWorkload(Workload):
 
     @initialize(
         kind=st.sampled_from(HYBRIDS),
-        isa=st.sampled_from(["torch", available_isas()[-1]]),
+        backend=st.sampled_from(["torch", available_backends()[-1]]),
         pages=st.integers(6, 14),
         slots=st.integers(1, 6),
         every=st.integers(1, 3),
@@ -310,7 +310,7 @@ class HybridWorkload(Workload):
     def start(
         self,
         kind: str,
-        isa: Isa,
+        backend: Backend,
         pages: int,
         slots: int,
         every: int,
@@ -320,7 +320,7 @@ class HybridWorkload(Workload):
         drafter: str,
         most_drafted: int,
     ) -> None:
-        self.kind, self.isa = kind, isa
+        self.kind, self.backend = kind, backend
         self.patch = with_steady_clock()
         self.patch.setattr(snapshots, "LEAST_PAGES", least)
         if not decoder(kind).mtp and drafter in ("MTP", "adaptive"):
@@ -342,7 +342,7 @@ class HybridWorkload(Workload):
         self.add([*text[:end], *[44] * more], 4, 0.0, 0, salt)
 
     def one_step(self) -> None:
-        with use_isa(self.isa):
+        with use_backend(self.backend):
             super().one_step()
         self.what_is_known_stays()
 

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from latentkv.kernels import available_isas, use_isa
+from latentkv.kernels import available_backends, use_backend
 from latentkv.models import fingerprint
 from latentkv.models.config_reader import read_config
 from latentkv.models.decoder import Decoder
@@ -101,8 +101,8 @@ def test_the_longest_context_counts_where_the_frequencies_depend_on_it(rope: dic
 
 def test_the_program_counts(monkeypatch: pytest.MonkeyPatch, tmp_path):
     before = of()
-    if len(available_isas()) > 1:
-        with use_isa("torch"):
+    if len(available_backends()) > 1:
+        with use_backend("torch"):
             assert of() != before
     monkeypatch.setattr(fingerprint, "_PACKAGE", tmp_path)
     (tmp_path / "models").mkdir()

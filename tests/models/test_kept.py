@@ -134,7 +134,7 @@ def test_a_change_of_the_config_is_noticed(model: Path, folder: PackedFolder) ->
         {"packing": Packing(INT4, 64)},
         {"dtype": torch.float32},
         {"identity": "other files"},
-        {"isa": "portable"},
+        {"backend": "portable"},
         {"torch": "2.99.0"},
         {"program": b"other"},
         {"config": "v2-groups"},
@@ -151,8 +151,8 @@ def test_whatever_packed_weights_depend_on_has_a_key_of_its_own(
 
     before = key()
     assert key() == before
-    if "isa" in changes:
-        with kernels.use_isa(changes["isa"]):
+    if "backend" in changes:
+        with kernels.use_backend(changes["backend"]):
             assert key() != before
     elif "torch" in changes:
         monkeypatch.setattr(torch, "__version__", changes["torch"])

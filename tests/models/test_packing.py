@@ -155,7 +155,7 @@ def test_only_bfloat16_is_packed_unasked() -> None:
     assert choose_packing(None, torch.float32, cpu) is None
     assert choose_packing(None, torch.float16, cpu) is None
     assert choose_packing("int4", torch.float32, cpu) == Packing(INT4, compact=compact_is_fast())
-    with kernels.use_isa("torch"):
+    with kernels.use_backend("torch"):
         assert choose_packing(None, torch.bfloat16, cpu) is None
 
 
@@ -169,7 +169,7 @@ def test_int8_activations_are_for_quantised_weights_and_native_kernels() -> None
         choose_packing("int4", torch.bfloat16, cpu, "int4")
     with pytest.raises(ConfigError, match=r"add weights='int8' or weights='int4', or leave it out"):
         choose_packing(None, torch.float32, cpu, "int8")
-    with kernels.use_isa("torch"), pytest.raises(ConfigError, match="unset LATENTKV_ISA"):
+    with kernels.use_backend("torch"), pytest.raises(ConfigError, match="unset LATENTKV_ISA"):
         choose_packing("int4", torch.bfloat16, cpu, "int8")
 
 
@@ -199,7 +199,7 @@ def test_quantised_weights_are_refused_where_nothing_can_compute_with_them() -> 
         choose_packing("int8", torch.float16, cpu)
     with pytest.raises(ConfigError, match="run on a CPU only, not on cuda"):
         choose_packing("int8", torch.bfloat16, torch.device("cuda"))
-    with kernels.use_isa("torch"), pytest.raises(ConfigError, match="unset LATENTKV_ISA"):
+    with kernels.use_backend("torch"), pytest.raises(ConfigError, match="unset LATENTKV_ISA"):
         choose_packing("int8", torch.bfloat16, cpu)
 
 

@@ -17,7 +17,7 @@ from transformers import Glm5NextForConditionalGeneration
 
 from latentkv import ops
 from latentkv.errors import CacheError, ConfigError
-from latentkv.kernels import available_isas
+from latentkv.kernels import available_backends
 from latentkv.models.batch import Batch, SlotUse
 from latentkv.models.config import KDAConfig, LayerConfig
 from latentkv.models.config_reader import read_config
@@ -115,7 +115,7 @@ def test_up_to_topk_tokens_give_the_bits_of_dense_attention(case: Case, form: An
     assert not torch.allclose(run(decoder, more, form)[whole], run(dense(decoder), more, form)[whole], atol=1e-4)
 
 
-@pytest.mark.skipif(len(available_isas()) == 1, reason="the native kernels were not built")
+@pytest.mark.skipif(len(available_backends()) == 1, reason="the native kernels were not built")
 @pytest.mark.parametrize("kv_format", ["fp32", "bf16", "int8"])
 def test_a_prompt_cut_anywhere_gives_the_same_bits(kv_format: KVFormat) -> None:
     dtype = torch.float32 if kv_format == "fp32" else torch.bfloat16

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from latentkv.kernels import available_isas
+from latentkv.kernels import available_backends
 from latentkv.models.batch import Batch, SlotUse
 from latentkv.models.config_reader import read_config
 from latentkv.models.decoder import Decoder
@@ -18,7 +18,7 @@ from latentkv.ops import KVFormat
 from latentkv.state import PagedCache
 from latentkv.weights.formats import INT8
 
-pytestmark = pytest.mark.skipif(len(available_isas()) == 1, reason="the native kernels were not built")
+pytestmark = pytest.mark.skipif(len(available_backends()) == 1, reason="the native kernels were not built")
 
 SIZES: dict[str, Any] = {
     "vocab_size": 61,

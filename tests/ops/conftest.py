@@ -6,11 +6,11 @@ from collections.abc import Generator
 
 import pytest
 
-from latentkv.kernels import Isa, available_isas, use_isa
+from latentkv.kernels import Backend, available_backends, use_backend
 
 
-@pytest.fixture(params=available_isas(), scope="module")
-def isa(request: pytest.FixtureRequest) -> Generator[Isa]:
+@pytest.fixture(params=available_backends(), scope="module")
+def backend(request: pytest.FixtureRequest) -> Generator[Backend]:
     """Every test of a module that uses it runs on every instruction set that this machine has, and on torch."""
-    with use_isa(request.param):
+    with use_backend(request.param):
         yield request.param

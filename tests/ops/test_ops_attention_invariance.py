@@ -13,15 +13,15 @@ import torch
 from ops_cases import gqa_case, mla_case, tenth
 from torch import Tensor
 
-from latentkv.kernels import BF16_ISAS, current_isa
+from latentkv.kernels import BF16_BACKENDS, current_backend
 from latentkv.ops import KVFormat, gqa_attend, mla_attend, mla_prefill
 
 Attend = Callable[[], tuple[Tensor, Tensor]]
 
 
 @pytest.fixture(autouse=True)
-def native(isa: str) -> None:
-    if isa == "torch":
+def native(backend: str) -> None:
+    if backend == "torch":
         pytest.skip("only the native kernels promise this")
 
 
@@ -44,7 +44,7 @@ def attentions(dtype: torch.dtype) -> list[Attend]:
     calls: list[Attend] = [
         partial(mla_attend, *case.args, latent_dim=64, kv_format=kv, scale=0.3) for kv, case in lanes
     ]
-    if current_isa() in BF16_ISAS and dtype == torch.bfloat16:  # the kernels with int8 products
+    if current_backend() in BF16_BACKENDS and dtype == torch.bfloat16:  # the kernels with int8 products
         short = mla_case([3, 1, 9], [1500, 700, 40], heads=21, latent_dim=44, rope_dim=9, dtype=dtype, kv_format="int8")
         long = mla_case([1], [2500], heads=16, dtype=dtype, kv_format="int8")
         options: dict[str, Any] = {"kv_format": "int8", "int8_products": True, "scale": 0.3}

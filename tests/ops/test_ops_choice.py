@@ -10,12 +10,12 @@ from torch import Tensor
 from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from latentkv.errors import OpError
-from latentkv.kernels import available_isas, use_isa
+from latentkv.kernels import available_backends, use_backend
 from latentkv.ops import ChoiceRule, choose_tokens
 from latentkv.ops.choice import gumbel_noise, keep_min_p, keep_top_k, keep_top_p
 
 SIZE = 50
-every_isa = pytest.mark.parametrize("isa", ["torch", available_isas()[-1]])
+every_backend = pytest.mark.parametrize("backend", ["torch", available_backends()[-1]])
 
 
 def some_logits(seed: int, size: int = SIZE) -> Tensor:
@@ -82,29 +82,29 @@ def test_noise_depends_on_seed_and_position_alone():
     assert gumbel_noise(2**63 - 1, 0, 100_000).isfinite().all()
 
 
-@every_isa
-def test_samples_follow_the_distribution(isa):
+@every_backend
+def test_samples_follow_the_distribution(backend):
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0])
-    with use_isa(isa):
+    with use_backend(backend):
         draws = choose_tokens(logits.expand(4000, 4).contiguous(), [ChoiceRule(7, n) for n in range(4000)])
     share = torch.bincount(torch.tensor(draws), minlength=4) / len(draws)
     assert torch.allclose(share, logits.softmax(-1), atol=0.03)
 
 
-@every_isa
+@every_backend
 @pytest.mark.parametrize("rule", [{"top_k": 1}, {"top_p": 1e-9}, {"min_p": 1.0}])
-def test_filters_apply_before_the_choice(isa, rule):
+def test_filters_apply_before_the_choice(backend, rule):
     logits = some_logits(2)
-    with use_isa(isa):
+    with use_backend(backend):
         draws = choose_tokens(logits.expand(30, SIZE).contiguous(), [ChoiceRule(seed, 0, **rule) for seed in range(30)])
     assert set(draws) == {int(logits.argmax())}
 
 
-@every_isa
+@every_backend
 @pytest.mark.parametrize("temperature", [0, 1e-300, 1e-30, 1e-6])
-def test_greedy_and_a_temperature_near_zero_take_the_likeliest_and_of_equals_the_first(isa, temperature):
+def test_greedy_and_a_temperature_near_zero_take_the_likeliest_and_of_equals_the_first(backend, temperature):
     logits = some_logits(8)
-    with use_isa(isa):
+    with use_backend(backend):
         assert choose_tokens(logits[None], [ChoiceRule(1, 0, temperature)]) == [int(logits.argmax())]
         if temperature == 0:
             assert choose_tokens(torch.tensor([[1.0, 2, 0, 2, 2] + [0] * 40]), [ChoiceRule(1, 0, 0)]) == [1]
@@ -122,7 +122,7 @@ RULES = st.builds(
 )
 
 
-@pytest.mark.skipif(available_isas()[-1] == "torch", reason="the native kernels are not built")
+@pytest.mark.skipif(available_backends()[-1] == "torch", reason="the native kernels are not built")
 @given(
     rules=st.lists(RULES, min_size=1, max_size=6),
     size=st.sampled_from([1, 3, 17, 50, 1000, 32_769]),
@@ -134,13 +134,13 @@ def test_the_kernel_chooses_what_the_definition_does(rules, size, spread, forbid
     logits = torch.randn(len(rules), size, generator=generator) * spread
     logits[torch.rand(len(rules), size, generator=generator) < forbidden] = -torch.inf
     logits[:, size // 2] = 0.5  # one is always allowed
-    with use_isa("torch"):
+    with use_backend("torch"):
         expected = choose_tokens(logits, rules)
-    with use_isa(available_isas()[-1]):
+    with use_backend(available_backends()[-1]):
         assert choose_tokens(logits, rules) == expected
 
 
-@pytest.mark.skipif(available_isas()[-1] == "torch", reason="the native kernels are not built")
+@pytest.mark.skipif(available_backends()[-1] == "torch", reason="the native kernels are not built")
 def test_the_kernels_noise_is_the_definitions_for_every_token():
     """With two candidates at a time, every one of them is chosen exactly where its noise is the greater."""
     size = 4099
@@ -152,11 +152,11 @@ def test_the_kernels_noise_is_the_definitions_for_every_token():
             assert choose_tokens(logits, [rule]) == [first + int(noise[first : first + 2].argmax())]
 
 
-@every_isa
-def test_a_row_does_not_depend_on_the_others(isa):
+@every_backend
+def test_a_row_does_not_depend_on_the_others(backend):
     logits = torch.stack([some_logits(seed, 300) for seed in range(9)])
     rules = [ChoiceRule(seed, 5, top_k=(0, 7)[seed % 2], top_p=(1.0, 1.0, 0.8)[seed % 3]) for seed in range(9)]
-    with use_isa(isa):
+    with use_backend(backend):
         together = choose_tokens(logits, rules)
         assert together == [choose_tokens(logits[i : i + 1], rules[i : i + 1])[0] for i in range(9)]
 
@@ -175,11 +175,11 @@ def test_what_are_no_logits_of_rules_is_refused(logits, rules):
         choose_tokens(logits, rules)
 
 
-@every_isa
+@every_backend
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("rule", [{}, {"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.1}, {"temperature": 0}])
-def test_rows_in_which_nothing_is_finite_get_some_token(isa, value, rule):
-    with use_isa(isa):
+def test_rows_in_which_nothing_is_finite_get_some_token(backend, value, rule):
+    with use_backend(backend):
         tokens = choose_tokens(torch.full((2, 7), value), [ChoiceRule(3, 4, **rule)] * 2)
         assert all(0 <= token < 7 for token in tokens)
         mixed = torch.full((1, 7), value)

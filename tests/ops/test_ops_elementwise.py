@@ -22,9 +22,9 @@ from latentkv.ops import (
 )
 
 
-@pytest.fixture(params=kernels.available_isas(), autouse=True)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    with kernels.use_isa(request.param):
+@pytest.fixture(params=kernels.available_backends(), autouse=True)
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    with kernels.use_backend(request.param):
         yield request.param
 
 
@@ -130,7 +130,7 @@ def test_rope_makes_scores_depend_on_distance_only(interleaved: bool) -> None:
 def test_rms_norm_of_a_slice_is_within_one_rounding_of_torchs(dtype: torch.dtype, dim: int) -> None:
     x = torch.randn(5, dim + 9).to(dtype)[:, 4 : 4 + dim]
     for weight in (torch.randn(dim).to(dtype), torch.randn(dim)):
-        with kernels.use_isa("torch"):
+        with kernels.use_backend("torch"):
             expected = rms_norm(x, weight, 1e-5)
         # The normed number may fall to the other side of one rounding, and its product with the weight with it.
         torch.testing.assert_close(rms_norm(x, weight, 1e-5), expected, atol=0, rtol=2 * torch.finfo(dtype).eps)
@@ -150,7 +150,7 @@ def test_rope_of_a_slice_into_a_slice_equals_torchs_bit_for_bit(
     dtype: torch.dtype, interleaved: bool, half: int
 ) -> None:
     x, (cos, sin) = torch.randn(300, 2, 5 + 2 * half).to(dtype)[..., 5:], angles(300, half)
-    with kernels.use_isa("torch"):
+    with kernels.use_backend("torch"):
         expected = apply_rope(x, cos[:, None], sin[:, None], interleaved=interleaved)
     wider = torch.zeros(300, 2, 7 + 2 * half, dtype=dtype)
     out = apply_rope(x, cos[:, None], sin[:, None], interleaved=interleaved, out=wider[..., 7:])
@@ -160,7 +160,7 @@ def test_rope_of_a_slice_into_a_slice_equals_torchs_bit_for_bit(
     apply_rope(x, cos[:, None], sin[:, None], interleaved=interleaved, out=x)
     assert torch.equal(x, expected)
     key = apply_rope(wider[:, 0, 7:], cos, sin, interleaved=interleaved)
-    with kernels.use_isa("torch"):
+    with kernels.use_backend("torch"):
         assert torch.equal(key, apply_rope(wider[:, 0, 7:], cos, sin, interleaved=interleaved))
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from latentkv.errors import OpError
 from latentkv.ops import gqa_attend, reference
 
-pytestmark = pytest.mark.usefixtures("isa")
+pytestmark = pytest.mark.usefixtures("backend")
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (4, 4), (6, 2), (9, 3), (8, 1), (64, 8)])

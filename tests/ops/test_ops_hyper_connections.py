@@ -10,7 +10,7 @@ from latentkv.errors import OpError
 from latentkv.ops import StreamMix, collapse_streams, expand_streams, gate_streams, mix_streams, reference
 from latentkv.ops.native.recording import Recording
 
-pytestmark = pytest.mark.usefixtures("isa")
+pytestmark = pytest.mark.usefixtures("backend")
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float64: 1e-12}
 OPTIONS = {"norm_eps": 1e-3, "eps": 1e-2, "iterations": 3}
 
@@ -67,8 +67,8 @@ def test_without_a_mix_streams_stay_and_without_weights_their_mean_is_read() -> 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_token_gives_the_same_bits_alone_and_among_others(dtype: torch.dtype, isa: str) -> None:
-    if isa == "torch":
+def test_a_token_gives_the_same_bits_alone_and_among_others(dtype: torch.dtype, backend: str) -> None:
+    if backend == "torch":
         pytest.skip("torch's sums depend on how many there are")
     streams, *weights, block = case(9, 4, 40, dtype)
 
@@ -89,8 +89,8 @@ def test_everything_has_gradients() -> None:
     assert all(tensor.grad is not None and tensor.grad.any() for tensor in (streams, *weights, block))
 
 
-def test_the_kernels_can_be_recorded(isa: str) -> None:
-    if isa == "torch":
+def test_the_kernels_can_be_recorded(backend: str) -> None:
+    if backend == "torch":
         pytest.skip("there are native calls to record only where the kernels run")
     streams, *weights, block = case(2, 4, 24, torch.bfloat16)
     with torch.inference_mode(), (recording := Recording()).record():
@@ -134,10 +134,10 @@ def test_independent_streams_are_gated_by_the_definition(dtype: torch.dtype, cou
             torch.testing.assert_close(got[t].double(), wanted, atol=2e-5, rtol=2e-5)
 
 
-def test_gates_of_a_token_have_the_same_bits_alone_and_among_others_and_gradients(isa: str) -> None:
+def test_gates_of_a_token_have_the_same_bits_alone_and_among_others_and_gradients(backend: str) -> None:
     streams, fn, base, scale = torch.randn(9, 3, 40), torch.randn(6, 120) * 0.3, torch.randn(6), torch.randn(2)
     options = {"norm_eps": 1e-3, "eps": 1e-2, "magnitude": 1.7}
-    if isa != "torch":
+    if backend != "torch":
         with torch.inference_mode():
             together = gate_streams(streams, fn, base, scale, **options)
             for t in range(9):

@@ -9,11 +9,11 @@ import torch
 from ops_cases import Paged, mla_case, token_slots
 
 from latentkv.errors import OpError
-from latentkv.kernels import BF16_ISAS, available_isas, use_isa
+from latentkv.kernels import BF16_BACKENDS, available_backends, use_backend
 from latentkv.ops import mla_attend, mla_decode, reference
 
 needs_vnni = pytest.mark.skipif(
-    not set(BF16_ISAS) & set(available_isas()), reason="this CPU has no AVX-512 VNNI kernels"
+    not set(BF16_BACKENDS) & set(available_backends()), reason="this CPU has no AVX-512 VNNI kernels"
 )
 OPTIONS: dict[str, Any] = {"kv_format": "int8", "int8_products": True}
 
@@ -144,10 +144,10 @@ def test_what_the_kernels_cannot_take_is_named() -> None:
         mla_attend(*args, latent_dim=64, scale=0.1, **OPTIONS)
 
 
-@pytest.mark.parametrize("isa", [name for name in available_isas() if name not in BF16_ISAS])
-def test_kernels_without_int8_products_refuse_instead_of_falling_back(isa: Any) -> None:
+@pytest.mark.parametrize("backend", [name for name in available_backends() if name not in BF16_BACKENDS])
+def test_kernels_without_int8_products_refuse_instead_of_falling_back(backend: Any) -> None:
     case = mla_case([1], [9], heads=2, kv_format="int8")
-    with use_isa(isa), pytest.raises(OpError, match="int8_products cannot be had here"):
+    with use_backend(backend), pytest.raises(OpError, match="int8_products cannot be had here"):
         mla_attend(*case.args, latent_dim=64, scale=0.1, **OPTIONS)
 
 

@@ -100,7 +100,7 @@ def committed_part(state: KDAState, slot: int) -> list[Tensor]:
 
 @pytest.mark.parametrize("bounded", [True, False])
 @pytest.mark.parametrize("heads, dim", [(1, 16), (2, 128), (3, 10), (2, 68)])
-def test_a_sequence_gives_what_the_reference_gives(isa: str, heads: int, dim: int, bounded: bool) -> None:
+def test_a_sequence_gives_what_the_reference_gives(backend: str, heads: int, dim: int, bounded: bool) -> None:
     layer = Layer.random(heads, dim, 21, bounded=bounded)
     state = layer.state(2)
     out = layer.step(state, [(0, 21)], [1])
@@ -111,7 +111,7 @@ def test_a_sequence_gives_what_the_reference_gives(isa: str, heads: int, dim: in
     assert state.matrices[0].isnan().all()
 
 
-def test_bf16_rows_are_computed_in_float32_and_rounded_once(isa: str) -> None:
+def test_bf16_rows_are_computed_in_float32_and_rounded_once(backend: str) -> None:
     layer = Layer.random(2, 32, 20, dtype=torch.bfloat16)
     out = layer.step(layer.state(1), [(0, 20)], [0])
     assert out.dtype == torch.bfloat16
@@ -120,7 +120,7 @@ def test_bf16_rows_are_computed_in_float32_and_rounded_once(isa: str) -> None:
 
 @pytest.mark.parametrize("gate", [-200.0, 200.0])
 @pytest.mark.parametrize("bounded", [True, False])
-def test_extreme_gates_stay_finite(isa: str, gate: float, bounded: bool) -> None:
+def test_extreme_gates_stay_finite(backend: str, gate: float, bounded: bool) -> None:
     layer = Layer.random(1, 16, 40, bounded=bounded)
     layer.rows[1].fill_(gate)
     out = layer.step(state := layer.state(1), [(0, 40)], [0])
@@ -129,7 +129,7 @@ def test_extreme_gates_stay_finite(isa: str, gate: float, bounded: bool) -> None
 
 @pytest.mark.parametrize("cuts", [[1] * 40, [3, 1, 13, 16, 7], [16, 17, 7], [39, 1]])
 @pytest.mark.parametrize("dim", [20, 128])
-def test_where_a_sequence_is_cut_changes_no_bit(isa: str, cuts: list[int], dim: int) -> None:
+def test_where_a_sequence_is_cut_changes_no_bit(backend: str, cuts: list[int], dim: int) -> None:
     layer = Layer.random(2, dim, 40, dtype=torch.bfloat16)
     whole, pieces = layer.state(1), layer.state(3)
     expected = layer.step(whole, [(0, 40)], [0])
@@ -142,7 +142,7 @@ def test_where_a_sequence_is_cut_changes_no_bit(isa: str, cuts: list[int], dim: 
         assert torch.equal(one, other)
 
 
-def test_what_else_is_in_the_batch_changes_no_bit(isa: str) -> None:
+def test_what_else_is_in_the_batch_changes_no_bit(backend: str) -> None:
     layer = Layer.random(2, 32, 30)
     alone, together = layer.state(1), layer.state(4)
     expected = layer.step(alone, [(0, 30)], [0])
@@ -153,7 +153,7 @@ def test_what_else_is_in_the_batch_changes_no_bit(isa: str) -> None:
 
 
 @pytest.mark.parametrize("accepted", [0, 1, 2, 3])
-def test_drafts_leave_no_trace_but_those_that_are_accepted(isa: str, accepted: int) -> None:
+def test_drafts_leave_no_trace_but_those_that_are_accepted(backend: str, accepted: int) -> None:
     layer = Layer.random(2, 20, 30)
     plain, drafted = layer.state(1), layer.state(1)
     expected = torch.cat([layer.step(plain, [(t, t + 1)], [0]) for t in range(20)])
@@ -169,7 +169,7 @@ def test_drafts_leave_no_trace_but_those_that_are_accepted(isa: str, accepted: i
         assert torch.equal(one, other)
 
 
-def test_a_sequence_that_begins_reads_nothing_of_its_slot(isa: str) -> None:
+def test_a_sequence_that_begins_reads_nothing_of_its_slot(backend: str) -> None:
     layer = Layer.random(2, 16, 12)
     state = layer.state(1)
     layer.step(state, [(0, 12)], [0])
@@ -178,7 +178,7 @@ def test_a_sequence_that_begins_reads_nothing_of_its_slot(isa: str) -> None:
     assert torch.equal(state.matrices[0], first[0])
 
 
-def test_the_number_of_threads_changes_no_bit(isa: str) -> None:
+def test_the_number_of_threads_changes_no_bit(backend: str) -> None:
     layer = Layer.random(4, 128, 20)
     threads = torch.get_num_threads()
     outs = list[Tensor]()
@@ -200,8 +200,8 @@ def test_whole_sequences_without_a_state_are_the_same_and_have_gradients() -> No
     assert all(t.grad is not None and t.grad.abs().sum() > 0 for t in rows)
 
 
-def test_a_recorded_call_goes_on_from_the_state_that_it_left(isa: str) -> None:
-    if isa == "torch":
+def test_a_recorded_call_goes_on_from_the_state_that_it_left(backend: str) -> None:
+    if backend == "torch":
         pytest.skip("there are native calls to record only where the kernels run")
     layer = Layer.random(2, 32, 8, dtype=torch.bfloat16)
     plain, recorded = layer.state(1), layer.state(1)
@@ -233,14 +233,16 @@ def test_a_recorded_call_goes_on_from_the_state_that_it_left(isa: str) -> None:
         ({"spans": [(1, 4), (1, 4)], "slots": [1, 1]}, "another sequence"),
     ],
 )
-def test_numbers_that_name_what_there_is_not_are_refused(isa: str, changed: dict[str, object], message: str) -> None:
+def test_numbers_that_name_what_there_is_not_are_refused(
+    backend: str, changed: dict[str, object], message: str
+) -> None:
     layer = Layer.random(1, 16, 8)
     call: dict[str, object] = {"spans": [(0, 8)], "slots": [0]} | changed
     with pytest.raises(OpError, match=message):
         layer.step(layer.state(2), **call)  # pyright: ignore[reportArgumentType]
 
 
-def test_shapes_and_dtypes_that_do_not_fit_are_refused_by_name(isa: str) -> None:
+def test_shapes_and_dtypes_that_do_not_fit_are_refused_by_name(backend: str) -> None:
     layer = Layer.random(2, 16, 4)
     state = layer.state(1)
     for field in KDAState._fields:

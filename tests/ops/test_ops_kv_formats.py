@@ -10,7 +10,7 @@ from ops_cases import assert_meets_bar, mla_case, token_slots
 from torch import Tensor
 
 from latentkv.errors import OpError
-from latentkv.kernels import available_isas, use_isa
+from latentkv.kernels import available_backends, use_backend
 from latentkv.ops import (
     KVFormat,
     decode_latents,
@@ -177,14 +177,14 @@ def test_int8_codes_and_scales_by_hand(c: list[float], codes: list[int], scale: 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("fmt", KV_FORMATS)
 def test_attention_over_a_token_that_is_not_finite_is_not_finite(fmt: KVFormat, bad: float) -> None:
-    for isa in available_isas():
+    for backend in available_backends():
         for heads in (2, 16):
             shape = {"heads": heads, "latent_dim": 128, "rope_dim": 16, "dtype": torch.float32}
             case = mla_case([1], [9], kv_format=fmt, **shape)
             c, k_rope = torch.zeros(1, 128), torch.zeros(1, 16)
             c[0, 3] = bad
             slot = token_slots(case.table, 0, 9, 16)[4:5]
-            with use_isa(isa):
+            with use_backend(backend):
                 write_latents(case.pages, slot, c, k_rope, kv_format=fmt)
                 out, _ = mla_attend(*case.args, latent_dim=128, scale=0.1, kv_format=fmt)
             assert not out[..., 3].isfinite().any()

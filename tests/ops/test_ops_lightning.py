@@ -94,7 +94,9 @@ SIZES = [(1, 16, 1, 16), (2, 128, 2, 64), (3, 10, 1, 4), (4, 68, 2, 34), (6, 20,
 
 
 @pytest.mark.parametrize("heads, dim, groups, turned", SIZES)
-def test_a_sequence_gives_what_the_reference_gives(isa: str, heads: int, dim: int, groups: int, turned: int) -> None:
+def test_a_sequence_gives_what_the_reference_gives(
+    backend: str, heads: int, dim: int, groups: int, turned: int
+) -> None:
     layer = Layer.random(heads, dim, 21, groups=groups, turned=turned)
     state = layer.state(2)
     out = layer.step(state, [(0, 21)], [1])
@@ -105,7 +107,7 @@ def test_a_sequence_gives_what_the_reference_gives(isa: str, heads: int, dim: in
     assert state.matrices[0].isnan().all() and state.waiting.isnan().all()
 
 
-def test_bf16_rows_are_computed_in_float32_and_rounded_once(isa: str) -> None:
+def test_bf16_rows_are_computed_in_float32_and_rounded_once(backend: str) -> None:
     layer = Layer.random(2, 32, 20, dtype=torch.bfloat16)
     out = layer.step(layer.state(1), [(0, 20)], [0])
     assert out.dtype == torch.bfloat16
@@ -114,7 +116,7 @@ def test_bf16_rows_are_computed_in_float32_and_rounded_once(isa: str) -> None:
 
 @pytest.mark.parametrize("cuts", [[1] * 40, [3, 1, 13, 16, 7], [16, 17, 7], [39, 1]])
 @pytest.mark.parametrize("dim", [20, 128])
-def test_where_a_sequence_is_cut_changes_no_bit(isa: str, cuts: list[int], dim: int) -> None:
+def test_where_a_sequence_is_cut_changes_no_bit(backend: str, cuts: list[int], dim: int) -> None:
     layer = Layer.random(2, dim, 40, dtype=torch.bfloat16)
     whole, pieces = layer.state(1), layer.state(3)
     expected = layer.step(whole, [(0, 40)], [0])
@@ -126,7 +128,7 @@ def test_where_a_sequence_is_cut_changes_no_bit(isa: str, cuts: list[int], dim: 
     assert torch.equal(pieces.matrices[2], whole.matrices[0])
 
 
-def test_what_else_is_in_the_batch_changes_no_bit(isa: str) -> None:
+def test_what_else_is_in_the_batch_changes_no_bit(backend: str) -> None:
     layer = Layer.random(2, 32, 30)
     alone, together = layer.state(1), layer.state(4)
     expected = layer.step(alone, [(0, 30)], [0])
@@ -138,7 +140,7 @@ def test_what_else_is_in_the_batch_changes_no_bit(isa: str) -> None:
 
 @pytest.mark.parametrize("dim", [20, 128])
 @pytest.mark.parametrize("accepted", [0, 1, 2, 3])
-def test_drafts_leave_no_trace_but_those_that_are_accepted(isa: str, accepted: int, dim: int) -> None:
+def test_drafts_leave_no_trace_but_those_that_are_accepted(backend: str, accepted: int, dim: int) -> None:
     layer = Layer.random(2, dim, 30)
     plain, drafted = layer.state(1), layer.state(1)
     expected = torch.cat([layer.step(plain, [(t, t + 1)], [0]) for t in range(20)])
@@ -154,7 +156,7 @@ def test_drafts_leave_no_trace_but_those_that_are_accepted(isa: str, accepted: i
 
 
 @pytest.mark.parametrize("dim", [20, 128])
-def test_drafts_alone_take_in_what_has_waited_and_nothing_of_their_own(isa: str, dim: int) -> None:
+def test_drafts_alone_take_in_what_has_waited_and_nothing_of_their_own(backend: str, dim: int) -> None:
     layer = Layer.random(2, dim, 12)
     plain, drafted = layer.state(1), layer.state(1)
     expected = layer.step(plain, [(0, 8)], [0])
@@ -167,7 +169,7 @@ def test_drafts_alone_take_in_what_has_waited_and_nothing_of_their_own(isa: str,
     assert torch.equal(begun.matrices, torch.zeros_like(begun.matrices))
 
 
-def test_a_sequence_that_begins_reads_nothing_of_its_slot(isa: str) -> None:
+def test_a_sequence_that_begins_reads_nothing_of_its_slot(backend: str) -> None:
     layer = Layer.random(2, 16, 12)
     state = layer.state(1)
     layer.step(state, [(0, 12)], [0])
@@ -176,7 +178,7 @@ def test_a_sequence_that_begins_reads_nothing_of_its_slot(isa: str) -> None:
     assert torch.equal(state.matrices, first)
 
 
-def test_the_number_of_threads_changes_no_bit(isa: str) -> None:
+def test_the_number_of_threads_changes_no_bit(backend: str) -> None:
     layer = Layer.random(4, 128, 20, groups=2)
     threads = torch.get_num_threads()
     outs = list[Tensor]()
@@ -204,8 +206,8 @@ def test_whole_sequences_without_a_state_are_the_same_and_have_gradients() -> No
     assert all(tensor.grad is not None and tensor.grad.abs().sum() > 0 for tensor in learned)
 
 
-def test_a_recorded_call_goes_on_from_the_state_that_it_left(isa: str) -> None:
-    if isa == "torch":
+def test_a_recorded_call_goes_on_from_the_state_that_it_left(backend: str) -> None:
+    if backend == "torch":
         pytest.skip("there are native calls to record only where the kernels run")
     layer = Layer.random(2, 32, 8, dtype=torch.bfloat16)
     plain, recorded = layer.state(1), layer.state(1)
@@ -237,14 +239,16 @@ def test_a_recorded_call_goes_on_from_the_state_that_it_left(isa: str) -> None:
         ({"spans": [(1, 4), (1, 4)], "slots": [1, 1]}, "another sequence"),
     ],
 )
-def test_numbers_that_name_what_there_is_not_are_refused(isa: str, changed: dict[str, object], message: str) -> None:
+def test_numbers_that_name_what_there_is_not_are_refused(
+    backend: str, changed: dict[str, object], message: str
+) -> None:
     layer = Layer.random(1, 16, 8)
     call: dict[str, object] = {"spans": [(0, 8)], "slots": [0]} | changed
     with pytest.raises(OpError, match=message):
         layer.step(layer.state(2), **call)  # pyright: ignore[reportArgumentType]
 
 
-def test_shapes_and_dtypes_that_do_not_fit_are_refused_by_name(isa: str) -> None:
+def test_shapes_and_dtypes_that_do_not_fit_are_refused_by_name(backend: str) -> None:
     layer = Layer.random(2, 16, 4)
     state = layer.state(1)
     for field in LightningState._fields:

@@ -15,7 +15,7 @@ from torch import Tensor
 from latentkv.errors import OpError
 from latentkv.ops import KVFormat, mla_attend, mla_decode, reference
 
-pytestmark = pytest.mark.usefixtures("isa")
+pytestmark = pytest.mark.usefixtures("backend")
 
 HEADS = [1, 3, 9, 16, 20, 40, 63, 64, 126, 128]
 STEPS = [1, 2, 3, 4, 17]

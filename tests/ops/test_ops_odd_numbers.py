@@ -22,7 +22,7 @@ from latentkv.ops import (
 )
 from latentkv.weights import pack_weight
 
-pytestmark = pytest.mark.usefixtures("isa")
+pytestmark = pytest.mark.usefixtures("backend")
 
 X, KV = torch.zeros(1, 2, 24), torch.zeros(3, 4, 24)
 BEYOND = [2**31, 2**32 + 1, 2**40 + 1, 2**63 - 1]

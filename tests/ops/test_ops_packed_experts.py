@@ -22,9 +22,9 @@ FORMATS = [
 every_format = pytest.mark.parametrize(("fmt", "group"), FORMATS)
 
 
-@pytest.fixture(params=kernels.available_isas(), autouse=True)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    with kernels.use_isa(request.param):
+@pytest.fixture(params=kernels.available_backends(), autouse=True)
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    with kernels.use_backend(request.param):
         yield request.param
 
 
@@ -194,8 +194,8 @@ def test_each_of_several_compact_matrices_is_read_with_its_own_window() -> None:
 
 
 @every_format
-def test_a_token_does_not_depend_on_the_others_or_on_the_threads(isa: str, fmt: str, group: int | None) -> None:
-    if isa == "torch":
+def test_a_token_does_not_depend_on_the_others_or_on_the_threads(backend: str, fmt: str, group: int | None) -> None:
+    if backend == "torch":
         pytest.skip("torch's products depend on the number of rows")
     gate_up, down = (weights(*s, fmt=fmt, group=group, seed=1)[0] for s in [(8, 192, 128), (8, 128, 96)])
     x, (ids, scales) = numbers(60, 128, seed=2), choices(60, 3, 8)
@@ -206,8 +206,8 @@ def test_a_token_does_not_depend_on_the_others_or_on_the_threads(isa: str, fmt: 
         assert torch.equal(moe_experts(x[part], ids[part], scales[part], gate_up, down), whole[part])
 
 
-def test_many_tokens_are_the_same_tokens_in_several_passes(isa: str) -> None:
-    if isa in ("torch", "portable"):
+def test_many_tokens_are_the_same_tokens_in_several_passes(backend: str) -> None:
+    if backend in ("torch", "portable"):
         pytest.skip("slow for so many tokens")
     gate_up, down = (weights(*s, seed=1)[0] for s in [(2, 64, 4096), (2, 4096, 32)])
     x, (ids, scales) = numbers(3000, 4096, seed=2), choices(3000, 2, 2)
@@ -248,8 +248,8 @@ def test_a_gated_mlp_matches_the_reference(
         assert_close(gated_mlp(x, gate_up, down, residual=residual), expected + residual.double(), size)
 
 
-def test_a_row_of_a_gated_mlp_does_not_depend_on_the_others_or_on_the_threads(isa: str) -> None:
-    if isa == "torch":
+def test_a_row_of_a_gated_mlp_does_not_depend_on_the_others_or_on_the_threads(backend: str) -> None:
+    if backend == "torch":
         pytest.skip("torch's products depend on the number of rows")
     gate_up, down = weights(192, 128)[0], weights(128, 96)[0]
     x = numbers(600, 128, seed=2)
@@ -262,11 +262,11 @@ def test_a_row_of_a_gated_mlp_does_not_depend_on_the_others_or_on_the_threads(is
 @every_format
 @pytest.mark.parametrize(("heads", "outs", "dim"), [(1, 1, 1), (3, 33, 40), (16, 64, 32)])
 def test_headwise_linear_multiplies_slices_into_slices(
-    isa: str, fmt: str, group: int | None, heads: int, outs: int, dim: int
+    backend: str, fmt: str, group: int | None, heads: int, outs: int, dim: int
 ) -> None:
     weight, exact = weights(heads, outs, dim, fmt=fmt, group=group)
     exact = exact.view(heads, outs, dim)
-    for tokens in (19,) if isa == "torch" else (1, 2, 19, 600):  # how many chooses kernels of ours alone
+    for tokens in (19,) if backend == "torch" else (1, 2, 19, 600):  # how many chooses kernels of ours alone
         for dtype in (torch.bfloat16, torch.float32):
             x = numbers(tokens, heads, dim + 3, seed=tokens, dtype=dtype)[..., 3:]
             expected = torch.einsum("thd,hod->tho", x.double(), exact)
@@ -280,8 +280,8 @@ def test_headwise_linear_multiplies_slices_into_slices(
             assert torch.equal(headwise_linear(x, weight), wider[..., :outs])
 
 
-def test_headwise_results_do_not_depend_on_other_tokens_or_on_the_threads(isa: str) -> None:
-    if isa == "torch":
+def test_headwise_results_do_not_depend_on_other_tokens_or_on_the_threads(backend: str) -> None:
+    if backend == "torch":
         pytest.skip("torch's products depend on the number of rows")
     weight, x = weights(5, 96, 64)[0], numbers(40, 5, 64, seed=1)
     whole = on_threads(1, lambda: headwise_linear(x, weight))

@@ -24,9 +24,9 @@ from latentkv.ops import (
 from latentkv.ops.kv_formats import FLOAT_DTYPES, KV_FORMATS, storage_dtype
 
 
-@pytest.fixture(params=kernels.available_isas(), autouse=True)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    with kernels.use_isa(request.param):
+@pytest.fixture(params=kernels.available_backends(), autouse=True)
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    with kernels.use_backend(request.param):
         yield request.param
 
 

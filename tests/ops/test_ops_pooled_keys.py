@@ -14,7 +14,7 @@ from torch import Tensor
 from latentkv.errors import OpError
 from latentkv.ops import reference, select_slots, write_pooled_keys
 
-pytestmark = pytest.mark.usefixtures("isa")
+pytestmark = pytest.mark.usefixtures("backend")
 PAGE, DIM, EPS = 8, 16, 1e-6
 
 

@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from latentkv.errors import OpError
-from latentkv.kernels import BF16_ISAS
+from latentkv.kernels import BF16_BACKENDS
 from latentkv.ops import describe_backends, merge_states, mla_prefill, prefill, reference
 
-pytestmark = pytest.mark.usefixtures("isa")
+pytestmark = pytest.mark.usefixtures("backend")
 
 
 def ragged(
@@ -68,7 +68,7 @@ def test_float64_is_exact_over_several_blocks_and_chunks() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_partial_results_over_a_split_context_merge_to_the_whole(isa: str, dtype: torch.dtype) -> None:
+def test_partial_results_over_a_split_context_merge_to_the_whole(backend: str, dtype: torch.dtype) -> None:
     q, k, v, q_start, _ = ragged([9], [60], dtype=dtype)
     parts = [
         mla_prefill(
@@ -80,7 +80,7 @@ def test_partial_results_over_a_split_context_merge_to_the_whole(isa: str, dtype
     assert all(out.dtype == torch.float32 for out, _ in parts)
     expected = reference.mla_prefill(q, k, v, q_start, torch.tensor([0, 60]), scale=4.0)
     assert_meets_bar(merged, expected)
-    if dtype == torch.bfloat16 and isa in BF16_ISAS:
+    if dtype == torch.bfloat16 and backend in BF16_BACKENDS:
         return  # weights are rounded to bf16 before they multiply the values
     for actual, exact in zip(merged, expected, strict=True):
         torch.testing.assert_close(actual.double(), exact, atol=1e-6, rtol=1e-5)
@@ -143,9 +143,9 @@ def test_the_scores_of_a_whole_sequence_are_never_held(dtype: torch.dtype) -> No
     assert largest.numel <= 4096 * 1024  # a block of query-head rows by a chunk of keys; all scores are 8 times that
 
 
-def test_every_op_says_what_computes_it(isa: str) -> None:
+def test_every_op_says_what_computes_it(backend: str) -> None:
     cpu = torch.device("cpu")
-    assert ("flash" if isa == "torch" else isa) in describe_backends(cpu, torch.bfloat16)["mla_prefill"]
+    assert ("flash" if backend == "torch" else backend) in describe_backends(cpu, torch.bfloat16)["mla_prefill"]
     assert "float64" in describe_backends(cpu, torch.float64)["mla_prefill"]
 
 

@@ -12,8 +12,8 @@ from latentkv.weights import pack_weight
 
 
 @pytest.fixture(autouse=True)
-def native(isa: str) -> None:
-    if isa == "torch":
+def native(backend: str) -> None:
+    if backend == "torch":
         pytest.skip("there are native calls to record only where the kernels run")
 
 

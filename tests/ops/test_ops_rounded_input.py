@@ -22,7 +22,7 @@ FORMATS = [
 SHAPES = [(1, 1), (17, 30), (33, 127), (64, 130), (96, 256), (40, 24)]
 ROWS = [0, 1, 2, 3, 4, 5, 8, 9, 17, 64]
 
-every_isa = pytest.mark.parametrize("isa", kernels.available_isas())
+every_backend = pytest.mark.parametrize("backend", kernels.available_backends())
 every_format = pytest.mark.parametrize(("fmt", "group"), FORMATS)
 
 
@@ -51,13 +51,13 @@ def test_all_formats_of_integers_are_tried() -> None:
 
 
 @pytest.mark.thin(meet=2)
-@every_isa
+@every_backend
 @every_format
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_a_product_is_that_of_the_rounded_activations(
-    isa: kernels.Isa, fmt: str, group: int | None, dtype: torch.dtype
+    backend: kernels.Backend, fmt: str, group: int | None, dtype: torch.dtype
 ) -> None:
-    with kernels.use_isa(isa):
+    with kernels.use_backend(backend):
         for out_features, in_features in SHAPES:
             packed, weight = weights(out_features, in_features, fmt=fmt, group=group)
             for rows in ROWS:
@@ -65,37 +65,41 @@ def test_a_product_is_that_of_the_rounded_activations(
                 assert_close(linear(x, packed, out_dtype=torch.float32), x, packed, weight)
 
 
-@every_isa
+@every_backend
 @every_format
-def test_the_largest_codes_and_activations_do_not_overflow(isa: kernels.Isa, fmt: str, group: int | None) -> None:
+def test_the_largest_codes_and_activations_do_not_overflow(
+    backend: kernels.Backend, fmt: str, group: int | None
+) -> None:
     packed, weight = weights(64, 256, fmt=fmt, group=group)
     ends = weight.sign()
     for extremes in (ends * weight.abs().amax(), -ends.abs() * weight.abs().amax()):
         integers = quantised(extremes.bfloat16(), fmt, group)
         packed = pack_weight(integers).rounding_input()
-        with kernels.use_isa(isa):
+        with kernels.use_backend(backend):
             for x in (torch.full((5, 256), 3.0), torch.full((5, 256), -3.0), ends[:5].float()):
                 assert_close(linear(x, packed), x, packed, integers.dequantize().double())
 
 
-@every_isa
-def test_codes_of_minus_128_are_exact_beside_activations_of_either_sign(isa: kernels.Isa) -> None:
+@every_backend
+def test_codes_of_minus_128_are_exact_beside_activations_of_either_sign(backend: kernels.Backend) -> None:
     codes = torch.tensor([[-128] * 64, [127] * 64, [-128, 127] * 32], dtype=torch.int8)
     packed = pack_weight(QuantizedWeight(codes, torch.ones(3, 1, dtype=torch.bfloat16), INT8, 64)).rounding_input()
     signs = torch.tensor([[1.0] * 64, [-1.0] * 64, [1.0, -1.0] * 32])
-    with kernels.use_isa(isa):
+    with kernels.use_backend(backend):
         assert torch.equal(linear(127 * signs, packed), 127 * signs @ codes.float().T)
 
 
-@every_isa
+@every_backend
 @every_format
-def test_a_row_depends_on_no_other_row_and_no_number_of_threads(isa: kernels.Isa, fmt: str, group: int | None) -> None:
-    if isa == "torch":
+def test_a_row_depends_on_no_other_row_and_no_number_of_threads(
+    backend: kernels.Backend, fmt: str, group: int | None
+) -> None:
+    if backend == "torch":
         pytest.skip("torch's products depend on the number of rows")
     packed, _ = weights(70, 256, fmt=fmt, group=group)
     x = numbers(100, 256, seed=1, dtype=torch.bfloat16)
     threads = torch.get_num_threads()
-    with kernels.use_isa(isa):
+    with kernels.use_backend(backend):
         alone = torch.cat([linear(row, packed) for row in x.split(1)])
         try:
             for count, rows in ((1, 2), (2, 7), (3, 8), (1, 9), (2, 15), (3, 100)):
@@ -105,42 +109,42 @@ def test_a_row_depends_on_no_other_row_and_no_number_of_threads(isa: kernels.Isa
             torch.set_num_threads(threads)
 
 
-@every_isa
-def test_more_activations_than_the_cache_holds_change_no_bit(isa: kernels.Isa) -> None:
-    if isa == "torch":
+@every_backend
+def test_more_activations_than_the_cache_holds_change_no_bit(backend: kernels.Backend) -> None:
+    if backend == "torch":
         pytest.skip("torch's products depend on the number of rows")
     packed, _ = weights(128, 4096, fmt="int4", group=128)
     x = numbers(300, 4096, seed=1, dtype=torch.bfloat16)
-    with kernels.use_isa(isa):
+    with kernels.use_backend(backend):
         assert torch.equal(torch.cat([linear(part, packed) for part in x.split(8)]), linear(x, packed))
 
 
-@every_isa
+@every_backend
 @pytest.mark.parametrize("bad", [float("inf"), -float("inf"), float("nan")])
 @pytest.mark.parametrize("fmt", ["int8", "uint4 f16", "nl4 f16"])
-def test_what_is_not_finite_stays_visible_in_its_row(isa: kernels.Isa, fmt: str, bad: float) -> None:
+def test_what_is_not_finite_stays_visible_in_its_row(backend: kernels.Backend, fmt: str, bad: float) -> None:
     packed, weight = weights(50, 96, fmt=fmt, group=32)
     x = numbers(4, 96, seed=1)
     x[1, 40] = bad
-    with kernels.use_isa(isa):
+    with kernels.use_backend(backend):
         out = linear(x, packed)
     assert out[1].isnan().all()
     assert_close(out[[0, 2, 3]], x[[0, 2, 3]], packed, weight)
 
 
-@every_isa
-def test_zeros_and_the_smallest_and_largest_numbers_are_multiplied(isa: kernels.Isa) -> None:
+@every_backend
+def test_zeros_and_the_smallest_and_largest_numbers_are_multiplied(backend: kernels.Backend) -> None:
     packed, weight = weights(50, 32, fmt="int8", group=None)
     x = torch.stack([torch.zeros(32), torch.full((32,), 1e-38), torch.full((32,), 1e-25), torch.full((32,), 1e30)])
-    with kernels.use_isa(isa):
+    with kernels.use_backend(backend):
         out = linear(x, packed)
     assert not out[:2].any()
     assert_close(out[2:], x[2:], packed, weight)
 
 
-@every_isa
+@every_backend
 @pytest.mark.parametrize(("fmt", "group"), [("int4", 32), ("uint4 f16", 32)])
-def test_experts_and_mlps_round_both_of_their_inputs(isa: kernels.Isa, fmt: str, group: int) -> None:
+def test_experts_and_mlps_round_both_of_their_inputs(backend: kernels.Backend, fmt: str, group: int) -> None:
     gate_up, wide = weights(3, 128, 96, fmt=fmt, group=group)
     down, narrow = weights(3, 96, 64, fmt=fmt, group=group, seed=1)
     x, ids = numbers(6, 96, seed=2), torch.tensor([[0, 2], [1, 0], [2, 1], [0, 1], [1, 2], [2, 0]])
@@ -152,7 +156,7 @@ def test_experts_and_mlps_round_both_of_their_inputs(isa: kernels.Isa, fmt: str,
 
     of_all = torch.stack([torch.stack([one(row, expert) for expert in range(3)]) for row in x])
     expected = (chosen[:, :, None] * of_all.gather(1, ids[:, :, None].expand(-1, -1, 96))).sum(1)
-    with kernels.use_isa(isa):
+    with kernels.use_backend(backend):
         out = moe_experts(x, ids, chosen, gate_up, down)
         single = gated_mlp(x, gate_up.matrix(1), down.matrix(1))
         # A zero expert gives what was not rounded.

@@ -14,7 +14,7 @@ from torch import Tensor
 from latentkv.errors import OpError
 from latentkv.ops import select_experts
 
-pytestmark = pytest.mark.usefixtures("isa")
+pytestmark = pytest.mark.usefixtures("backend")
 
 
 def by_definition(

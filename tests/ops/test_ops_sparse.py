@@ -24,7 +24,7 @@ from latentkv.ops import (
 from latentkv.ops.index_keys import encode_keys
 
 PAGE = 8
-pytestmark = pytest.mark.usefixtures("isa")
+pytestmark = pytest.mark.usefixtures("backend")
 
 
 def case(

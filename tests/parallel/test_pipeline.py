@@ -12,7 +12,7 @@ import torch
 from engine_models import BAILING, HY4, KIMI, MLA, SPARSE
 from latentkv import LLM, SamplingParams
 from latentkv.engine.pace import Pace
-from latentkv.kernels import available_isas
+from latentkv.kernels import available_backends
 from latentkv.state import pages_and_slots
 from rank_programs import BEGIN, Task, Turn, generate, ranks_of
 from stored_models import write_model
@@ -146,7 +146,7 @@ def test_drafts_change_no_token(folders: dict[str, Path], name: str, draft: str)
     assert driver["counters"]["drafted_tokens"] > 0
 
 
-@pytest.mark.skipif(len(available_isas()) == 1, reason="the native kernels were not built")
+@pytest.mark.skipif(len(available_backends()) == 1, reason="the native kernels were not built")
 @pytest.mark.parametrize(
     "options",
     [

@@ -13,7 +13,7 @@ from test_faults import AT_MOST, OPTIONS, SERVE, Cluster, Stream, ask, cluster
 from test_pipeline import FLOAT32, LOW_RANK, MODELS, TURNS, folders, greedy, in_one_process, prompt, seeded
 
 from latentkv import LLM
-from latentkv.kernels import available_isas
+from latentkv.kernels import available_backends
 from latentkv.state import pages_and_slots
 from rank_programs import BEGIN, Task, Turn, generate, ranks_of
 from stored_models import write_model
@@ -25,7 +25,7 @@ HEADS = {"num_attention_heads": 5, "num_key_value_heads": 5, "linear_num_heads":
 
 WITHOUT_KERNELS = "import latentkv.parallel.ranks as ranks_\nranks_.extension = None\n"
 
-needs_kernels = pytest.mark.skipif(len(available_isas()) == 1, reason="the native kernels were not built")
+needs_kernels = pytest.mark.skipif(len(available_backends()) == 1, reason="the native kernels were not built")
 
 
 def assert_like_one_process(size: int, task: Task, team: int | None = None) -> list[dict[str, Any]]:

@@ -108,7 +108,7 @@ def test_products_are_those_with_the_files_weights(kind: TensorType) -> None:
     packed = pack_weight(kind.coded(raw.view(-1, kind.nbytes)).as_weight(40))
     exact = oracle(raw, kind).double()
     x = torch.randn(3, exact.shape[1]).bfloat16()
-    for isa in kernels.available_isas():
-        with kernels.use_isa(isa):
+    for backend in kernels.available_backends():
+        with kernels.use_backend(backend):
             found = linear(x, packed, out_dtype=torch.float32).double()
         assert ((found - x.double() @ exact.T).abs() <= 2**-11 * (x.double().abs() @ exact.abs().T) + 1e-4).all()

@@ -100,8 +100,8 @@ def test_every_code_of_every_format_is_in_products_what_it_stands_for(form: Code
     shared = torch.linspace(0.5, 2, 32)[:, None]
     weight = QuantizedWeight(codes, shared, form, count, shared / 3 if form.has_minima else None)
     x = torch.eye(count, dtype=dtype)
-    for isa in kernels.available_isas():
-        with kernels.use_isa(isa):
+    for backend in kernels.available_backends():
+        with kernels.use_backend(backend):
             found = linear(x, pack_weight(weight))
         torch.testing.assert_close(found.T, weight.dequantize(), rtol=1e-6, atol=1e-6 * form.highest)
 
@@ -227,9 +227,9 @@ def test_a_weight_or_scale_that_is_not_finite_shows_in_every_product_with_it(kin
         weight[5, 200] = bad
     packed = pack_weight(packed, compact=kind == "compact")
     assert packed.format == kind or kernels.extension is None
-    for isa in kernels.available_isas():
+    for backend in kernels.available_backends():
         for dtype in (torch.bfloat16, torch.float32):
-            with kernels.use_isa(isa):
+            with kernels.use_backend(backend):
                 out = linear(torch.ones(3, 512).to(dtype), packed)
             assert not out[:, 5].isfinite().any()
             assert out[:, [4, 6]].isfinite().all()

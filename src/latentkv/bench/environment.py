@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from latentkv.kernels import current_isa
+from latentkv.kernels import current_backend
 
 _CPUINFO = Path("/proc/cpuinfo")
 
@@ -42,7 +42,7 @@ def describe_environment(threads: int) -> Environment:
     return Environment(
         cpu=cpu_name(),
         threads=threads,
-        kernels=current_isa(),
+        kernels=current_backend(),
         load_before=round(os.getloadavg()[0], 2),
         python=platform.python_version(),
         torch=version("torch"),

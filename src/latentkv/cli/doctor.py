@@ -58,7 +58,7 @@ class Machine:
     isa: tuple[str, ...]
     python: str
     torch: str
-    torch_isa: str
+    torch_backend: str
     threads: int
     teams: int | None
     openmp: tuple[str, ...]
@@ -127,7 +127,7 @@ def _look_around(teams: int | None) -> Machine:
         isa=_isa_flags(),
         python=environment.python,
         torch=environment.torch,
-        torch_isa=torch.backends.cpu.get_cpu_capability(),
+        torch_backend=torch.backends.cpu.get_cpu_capability(),
         threads=environment.threads,
         teams=teams,
         openmp=_openmp_runtimes(),
@@ -174,14 +174,14 @@ def _kernels() -> str:
     """Which of LatentKV's own kernels compute on this CPU, or why none do."""
     import torch
 
-    from latentkv.kernels import available_isas, current_isa
+    from latentkv.kernels import available_backends, current_backend
     from latentkv.ops.backends import why_not_native
 
     reason = why_not_native(torch.device("cpu"))
     if reason is not None:
         return f"{_NO_KERNELS}: the native kernels {reason}"
-    others = ", ".join(isa for isa in available_isas()[1:] if isa != current_isa())
-    return f"native, {current_isa()} (also here: {others}; LATENTKV_ISA chooses)"
+    others = ", ".join(isa for isa in available_backends()[1:] if isa != current_backend())
+    return f"native, {current_backend()} (also here: {others}; LATENTKV_ISA chooses)"
 
 
 def _gpu_kernels(index: int) -> str:
@@ -232,7 +232,7 @@ def _print_machine(machine: Machine) -> None:
         models = f"{kept.files} model{'s' if kept.files != 1 else ''}"
         out.print(f"Packed   weights of {models} in {kept.folder}, {format_bytes(kept.bytes)}")
     out.print(
-        f"torch    {machine.torch} on Python {machine.python}, {machine.threads} threads, uses {machine.torch_isa}"
+        f"torch    {machine.torch} on Python {machine.python}, {machine.threads} threads, uses {machine.torch_backend}"
     )
     out.print(f"Threads  {_threads(machine)}")
     style = "bold yellow" if machine.kernels.startswith(_NO_KERNELS) else None

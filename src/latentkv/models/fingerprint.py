@@ -37,7 +37,7 @@ def model_fingerprint(decoder: Decoder, weights: bytes, *, packing: Packing | No
         repr((decoder.dtype, next(decoder.parameters()).device.type, packing, int8_products)).encode(),
         inverse_frequencies(config.rope, max_context=decoder.max_context).numpy().tobytes(),
         repr(attention_factor(config.rope)).encode(),
-        repr((torch.__version__, kernels.current_isa())).encode(),
+        repr((torch.__version__, kernels.current_backend())).encode(),
         program_digest(),
     )
     return sha256(b"".join(sha256(part).digest() for part in parts)).digest()

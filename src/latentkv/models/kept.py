@@ -110,7 +110,7 @@ def kept_key(
         identity.encode(),
         repr(config).encode(),
         json.dumps(dict(config.source), sort_keys=True).encode(),
-        repr((replace(packing, rounds_input=False), dtype, torch.__version__, kernels.current_isa())).encode(),
+        repr((replace(packing, rounds_input=False), dtype, torch.__version__, kernels.current_backend())).encode(),
         repr(stage).encode(),
         program_digest(),
     )

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from latentkv.kernels import current_isa
+from latentkv.kernels import current_backend
 from latentkv.models.batch import Batch
 from latentkv.models.decoder import Decoder
 from latentkv.models.forms import Form
@@ -92,14 +92,14 @@ class Replay:
             batch: new tokens of some sequences.
             inputs: what the layers read of it; called only where that is needed.
         """
-        rows, isa = sum(batch.query_lens), current_isa()
-        if self.why_not is not None or rows > MOST_ROWS or isa in ("torch", "triton"):
+        rows, backend = sum(batch.query_lens), current_backend()
+        if self.why_not is not None or rows > MOST_ROWS or backend in ("torch", "triton"):
             return None
         # A first token takes the expanded form.
         if max(batch.query_lens) > MOST_EACH or min(batch.kv_lens) == 1:
             return None
         x, positions = inputs(batch)
-        key = len(batch.query_lens), rows, isa
+        key = len(batch.query_lens), rows, backend
         step = self._steps.pop(key, None)
         if step is None:
             step = self._record(x, positions, batch)

@@ -41,13 +41,13 @@ def why_no_int8_products(device: torch.device) -> str | None:
     if (reason := why_not_native(device)) is not None:
         return f"the native kernels {reason}"
     if not kernels.has_int8_products():
-        return f"the kernels for {kernels.current_isa()} have none, those for AVX-512 VNNI do"
+        return f"the kernels for {kernels.current_backend()} have none, those for AVX-512 VNNI do"
     return None
 
 
 def compact_is_fast() -> bool:
     """Whether compact weights are worth it here: measured on these instruction sets only, where they were."""
-    return kernels.current_isa() in kernels.BF16_ISAS
+    return kernels.current_backend() in kernels.BF16_BACKENDS
 
 
 def describe_backends(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
@@ -56,9 +56,11 @@ def describe_backends(device: torch.device, dtype: torch.dtype) -> dict[str, str
         return _triton_backends(device, dtype)
     if why_not_native(device) is not None or dtype not in kernels.DTYPE_CODES:
         return _torch_backends(device, dtype)
-    isa = kernels.current_isa()
-    native = f"native, {isa}"
-    by_dtype = f"{native}, {'bf16' if isa in kernels.BF16_ISAS and dtype == torch.bfloat16 else 'float32'} products"
+    backend = kernels.current_backend()
+    native = f"native, {backend}"
+    by_dtype = (
+        f"{native}, {'bf16' if backend in kernels.BF16_BACKENDS and dtype == torch.bfloat16 else 'float32'} products"
+    )
     return {
         "mla_attend": by_dtype,
         "gqa_attend": by_dtype,

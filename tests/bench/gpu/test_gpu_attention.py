@@ -16,7 +16,7 @@ from latentkv.bench.gpu.timing import GpuCeilings, time_on
 from latentkv.bench.gpu.tune import all_candidates, tune_attention
 from latentkv.bench.timing import Timing
 from latentkv.errors import OpError, RequestError
-from latentkv.kernels import has_triton, use_isa
+from latentkv.kernels import has_triton, use_backend
 from latentkv.ops.triton.blocks import NVIDIA, AttendBlocks, AttendShape, attend_shared_bytes
 from latentkv.ops.triton.tuned import read_tuned, shape_key
 from triton_interpreter import patch_language_once
@@ -33,7 +33,7 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         pytest.skip("with a GPU here, Triton does not interpret")
     patch_language_once(monkeypatch)
     monkeypatch.setattr(module, "PAGE_SIZE", 16)  # whole pages are written, which the interpreter is slow at
-    with use_isa("triton"):
+    with use_backend("triton"):
         yield
 
 

@@ -16,7 +16,7 @@ from latentkv.bench.models.step_work import decode_flops, prefill_flops, weight_
 from latentkv.bench.models.variants import mha_config, mha_twin
 from latentkv.engine.runner import Runner
 from latentkv.errors import RequestError
-from latentkv.kernels import current_isa
+from latentkv.kernels import current_backend
 from latentkv.llm import LLM
 from latentkv.models.config import GQAConfig
 from latentkv.models.config_reader import read_config
@@ -105,7 +105,7 @@ def test_every_case_has_a_row_for_each_contender(llm: LLM, tmp_path: Path):
     assert (report.cache_bytes_per_token, report.mha_cache_bytes_per_token) == (96, 256)
     assert report.parameters == sum(p.numel() for p in Decoder(read_config(CONFIG)).parameters())
     assert report.agreement[TRANSFORMERS] > 0.99
-    assert (report.outside_kernels_ms is None) == (current_isa() == "torch")
+    assert (report.outside_kernels_ms is None) == (current_backend() == "torch")
     assert report.peak_rss_bytes > report.allocated_cache_bytes
     assert model_table(report).row_count == len(report.rows)
     assert "96 B a token" in model_facts(report)
@@ -113,7 +113,7 @@ def test_every_case_has_a_row_for_each_contender(llm: LLM, tmp_path: Path):
     assert (tmp_path / "decode.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.skipif(current_isa() == "torch", reason="the native kernels do not run here")
+@pytest.mark.skipif(current_backend() == "torch", reason="the native kernels do not run here")
 def test_the_mha_twin_takes_activations_as_the_model_does(folder: Path, monkeypatch: pytest.MonkeyPatch):
     twins: list[Decoder] = []
     monkeypatch.setattr(module, "mha_twin", lambda *given: twins.append(mha_twin(*given)) or twins[-1])
@@ -129,7 +129,7 @@ def test_the_mha_twin_takes_activations_as_the_model_does(folder: Path, monkeypa
     assert any(rounding)
 
 
-@pytest.mark.skipif(current_isa() == "torch", reason="the native kernels do not run here")
+@pytest.mark.skipif(current_backend() == "torch", reason="the native kernels do not run here")
 def test_time_outside_kernels_is_a_part_of_the_step(llm: LLM):
     report = measure_model(llm, name="tiny", prompts=[], depths=[4], new_tokens=2, repeats=2, probe=PROBE)
     assert report.outside_kernels_ms is not None

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from latentkv.kernels import has_triton, use_isa
+from latentkv.kernels import has_triton, use_backend
 from latentkv.ops.triton.launch import Launch
 from triton_interpreter import patch_language_once
 
@@ -46,7 +46,7 @@ def run(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Run:
     def call(op: Callable[..., Any], *args: Any, launches: bool = True, **options: Any) -> Any:
         launched.clear()
         moved = [_to(arg, device) for arg in args]
-        with use_isa("triton"), np.errstate(all="ignore"):  # the interpreter computes with numpy
+        with use_backend("triton"), np.errstate(all="ignore"):  # the interpreter computes with numpy
             result = op(*moved, **{name: _to(value, device) for name, value in options.items()})
         assert bool(launched) == launches
         for arg, copy in zip(args, moved, strict=True):

@@ -8,7 +8,7 @@ from ops_cases import mla_case
 
 from latentkv import kernels
 from latentkv.errors import ConfigError
-from latentkv.kernels import use_isa
+from latentkv.kernels import use_backend
 from latentkv.ops import describe_backends, mla_attend
 from latentkv.ops.triton import eligible
 from latentkv.ops.triton.eligible import takes, why_not_triton
@@ -40,7 +40,7 @@ def test_a_cpu_is_left_to_other_kernels_unless_triton_is_named(monkeypatch: pyte
 
 def test_on_a_cpu_it_has_to_be_interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "has_triton", lambda: True)
-    with use_isa("triton"):
+    with use_backend("triton"):
         monkeypatch.setenv("TRITON_INTERPRET", "1")
         assert why_not_triton(CPU) is None
         monkeypatch.delenv("TRITON_INTERPRET")
@@ -49,14 +49,17 @@ def test_on_a_cpu_it_has_to_be_interpreted(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_triton_cannot_be_named_where_it_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "has_triton", lambda: False)
-    with pytest.raises(ConfigError, match="isa='triton' does not run here; choose one of torch"), use_isa("triton"):
+    with (
+        pytest.raises(ConfigError, match="backend='triton' does not run here; choose one of torch"),
+        use_backend("triton"),
+    ):
         pass
 
 
 @pytest.mark.usefixtures("ampere")
 def test_a_gpu_computes_with_triton_unless_torch_is_named() -> None:
     assert why_not_triton(GPU) is None
-    with use_isa("torch"):
+    with use_backend("torch"):
         assert why_not_triton(GPU) == "are switched off: unset LATENTKV_ISA"
 
 
@@ -75,7 +78,7 @@ def test_every_op_says_what_computes_it_on_a_gpu() -> None:
     for op in ("mla_attend", "gqa_attend", "mla_prefill", "moe_experts", "norm_rope_write", "merge_states", "rms_norm"):
         assert by_op[op].startswith("Triton")
     assert "Triton" not in describe_backends(GPU, torch.float64)["mla_attend"]
-    with use_isa("torch"):
+    with use_backend("torch"):
         assert "Triton" not in describe_backends(GPU, torch.bfloat16)["mla_attend"]
 
 
@@ -84,7 +87,7 @@ def test_torch_computes_gradients_and_float64(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(kernels, "has_triton", lambda: True)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     x = torch.zeros(2)
-    with use_isa("triton"):
+    with use_backend("triton"):
         assert takes(x, x.bfloat16())
         assert not takes(x, x.double())
         assert not takes(x, x.clone().requires_grad_())

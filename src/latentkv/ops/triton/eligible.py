@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from latentkv.kernels import ENVIRONMENT_VARIABLE, has_triton, named_isa
+from latentkv.kernels import ENVIRONMENT_VARIABLE, has_triton, named_backend
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OLDEST_CAPABILITY = (8, 0)
@@ -19,7 +19,7 @@ INTERPRETER_VARIABLE = "TRITON_INTERPRET"
 
 def why_not_triton(device: torch.device) -> str | None:
     """Why Triton's kernels do not compute on `device`, to follow "Triton's kernels"; None where they do."""
-    named = named_isa()
+    named = named_backend()
     if device.type == "cuda":
         if named == "torch":
             return f"are switched off: unset {ENVIRONMENT_VARIABLE}"
