@@ -26,7 +26,7 @@ def flags_of(*path: str) -> dict[str, str]:
     return {flag: option.name for option in command.params for flag in option.opts if flag.startswith("-")}
 
 
-@pytest.mark.parametrize("command", ["generate", "chat", "serve", "run"])
+@pytest.mark.parametrize("command", ["generate", "chat", "serve", "run", "run-batch"])
 def test_every_option_of_a_model_is_one_of_each_command_that_runs_it(command):
     wanted = {f"--{field.name.replace('_', '-')}" for field in fields(LLMOptions) if field.name not in NOT_OFFERED}
     assert wanted <= flags_of(command).keys()

@@ -17,10 +17,10 @@ from latentkv.errors import LatentKVError, RankError
 USAGE_ERROR, RANK_LOST, INTERRUPTED = 2, 1, 130
 
 COMMANDS = (
-    *("generate", "chat", "serve", "plan", "inspect", "quantize", "convert", "heal", "train", "compare", "doctor"),
-    "bench",
+    *("generate", "chat", "serve", "run-batch", "plan", "inspect", "quantize", "convert", "heal", "train", "compare"),
+    *("doctor", "bench"),
 )
-"""In the order of --help; each is a function in the module of its name, and "bench" a group of commands."""
+"""In the order of --help; each is a function in the module of its name (with _ for -), "bench" a group of commands."""
 OTHER_NAMES = {"run": "chat"}
 """Words that other programs have for a command; not in --help."""
 
@@ -86,7 +86,7 @@ def make_app(names: Iterable[str] = (*COMMANDS, *OTHER_NAMES)) -> typer.Typer:
     )
     app.callback()(latentkv)
     for name in names:
-        meant = OTHER_NAMES.get(name, name)
+        meant = OTHER_NAMES.get(name, name).replace("-", "_")
         module = import_module(f"latentkv.cli.{meant}")
         if meant == "bench":
             app.add_typer(module.bench_app, name=name)

@@ -187,7 +187,7 @@ class _Option:
             about |= {"exists": True, "dir_okay": not self.flag.file}
         if self.positional:
             default = None if flexible else self._default()
-            argument: dict[str, Any] = {**about, "metavar": self.name.upper()}
+            argument: dict[str, Any] = {**about, "metavar": self.flag.metavar or self.name.upper()}
             yield _parameter(self.name, kind, typer.Argument(**argument), default)
         if self.is_option:
             about |= {"rich_help_panel": self.panel, "envvar": self.flag.envvar, "show_envvar": bool(self.flag.envvar)}

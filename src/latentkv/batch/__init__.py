@@ -1,0 +1,1 @@
+"""Many requests of a file, in the form of OpenAI's batches, answered into another."""
