@@ -9,20 +9,15 @@ asks of what kind it is.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from pathlib import Path
 
 from latentkv.checkpoint.gguf.tensors import is_gguf
+from latentkv.checkpoint.hub import MODEL_FILES, TOKENIZER_FILES, fetch
 from latentkv.checkpoint.layouts import why_missing
 from latentkv.checkpoint.locate import CONFIG_FILE
 from latentkv.errors import ConfigError
 
-_TOKENIZER = ("*.json", "*.model", "tokenizer.model.v[0-9]", "*.tiktoken", "*.jinja", "merges.txt", "vocab.txt")
-_WANTED = ("*.safetensors", *_TOKENIZER)
-# Second copies of the same weights in other layouts, which some repositories carry.
-_UNWANTED = ("consolidated*", "original/*", "onnx/*")
 _REPO = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?)(@(?P<revision>[\w.-]+(/[\w.-]+)*))?")
-_SECONDS_TO_ANSWER = 10
 
 
 def resolve_model(model: str | Path) -> Path:
@@ -39,7 +34,7 @@ def resolve_model(model: str | Path) -> Path:
     """
     local = _local(model)
     if local is None:
-        return _fetch(str(model), _WANTED)
+        return fetch(str(model), MODEL_FILES)
     return local if local.is_dir() or is_gguf(local) else local.parent
 
 
@@ -70,7 +65,7 @@ def resolve_config(model: str | Path) -> Path:
     """
     local = _local(model, any_config=True)
     if local is None:
-        return _fetch(str(model), (CONFIG_FILE, "generation_config.json"))
+        return fetch(str(model), (CONFIG_FILE, "generation_config.json"))
     return local if local.is_dir() or local.name != CONFIG_FILE else local.parent
 
 
@@ -78,8 +73,20 @@ def resolve_tokenizer(model: str | Path) -> Path:
     """Where a model's tokenizer lies; of a repository nothing else is fetched. Raises as `resolve_model`."""
     local = _local(model)
     if local is None:
-        return _fetch(str(model), _TOKENIZER)
+        return fetch(str(model), TOKENIZER_FILES)
     return local if local.is_dir() or is_gguf(local) else local.parent
+
+
+def require_repository(model: str) -> None:
+    """Refuse what is no name of a repository of the hub, but something on this machine, or nothing.
+
+    Raises:
+        ConfigError: it is so.
+    """
+    if (local := _local(model)) is not None:
+        raise ConfigError(
+            f"{local} lies on this machine already: name a Hugging Face repository as org/name or org/name@revision"
+        )
 
 
 def local_folder(model: Path) -> Path:
@@ -140,43 +147,3 @@ def _local(model: str | Path, *, any_config: bool = False) -> Path | None:
             f"no folder {model}: name an existing folder, or a Hugging Face repository as org/name or org/name@revision"
         )
     return None
-
-
-def _fetch(repo: str, wanted: Sequence[str]) -> Path:
-    # Imported here: it is slow to import, and a local folder needs none of it.
-    from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    repo_id, _, revision = repo.partition("@")
-    try:
-        path = snapshot_download(
-            repo_id,
-            revision=revision or None,
-            allow_patterns=list(wanted),
-            ignore_patterns=list(_UNWANTED),
-            etag_timeout=_SECONDS_TO_ANSWER,
-        )
-    except GatedRepoError as error:
-        reason = "its owner asks you to accept terms on its page, then log in with `hf auth login`"
-        raise _not_found(repo, reason) from error
-    except RevisionNotFoundError as error:
-        raise _not_found(repo, f"the repository has no revision {revision!r}") from error
-    except RepositoryNotFoundError as error:
-        raise _not_found(repo, "the hub has no such public repository") from error
-    except LocalEntryNotFoundError as error:
-        offline = constants.HF_HUB_OFFLINE
-        reason = "HF_HUB_OFFLINE is set" if offline else f"{constants.ENDPOINT} cannot be reached"
-        raise _not_found(repo, f"{reason} and no copy is on this machine") from error
-    except Exception as error:  # The hub's client raises errors of its HTTP library, of the disk and its own.
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise _not_found(repo, first_line) from error
-    return Path(path)
-
-
-def _not_found(name: str, reason: str) -> ConfigError:
-    return ConfigError(f"no folder {name}, and no repo {name} could be fetched: {reason}")

@@ -14,7 +14,7 @@ from latentkv.ranges import Range
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from latentkv.plan import CacheRow, Plan
+    from latentkv.plan import CacheRow, Memory, Plan
 
 
 def plan(
@@ -168,7 +168,7 @@ def _print_plan(result: Plan) -> None:
     )
     out.print()
     for memory in result.memory:
-        out.print(_verdict(result, memory.name, memory.total, memory.free))
+        out.print(verdict(result, memory))
     out.print("Working memory (activations, the program itself) is not counted.", style="dim")
 
 
@@ -205,10 +205,11 @@ def _sequences(result: Plan) -> str:
     return f"{result.batch} sequences" if result.batch > 1 else "one sequence"
 
 
-def _verdict(result: Plan, name: str, total: int, free: int) -> str:
+def verdict(result: Plan, memory: Memory) -> str:
+    """Whether a model fits into a memory, in rich's markup."""
     from latentkv.sizes import format_bytes
 
-    own = result.cache[0]
+    own, name, total, free = result.cache[0], memory.name, memory.total, memory.free
     size = format_bytes(free) if free == total else f"{format_bytes(free)} free of {format_bytes(total)}"
     needed = format_bytes(result.weights_bytes + own.cache_bytes)
     longest = own.longest_context[name]

@@ -78,6 +78,14 @@ def open_gguf(path: str | Path) -> GGUFFile:
     return GGUFFile(_read_parts(path, header, data))
 
 
+def part_paths(path: Path) -> list[Path]:
+    """The files of a model of which this is one, in order, by their names: itself unless it is named as a part."""
+    named = _PART.fullmatch(path.name)
+    if named is None:
+        return [path]
+    return [path.with_name(f"{named[1]}-{number:05}-of-{named[3]}.gguf") for number in range(1, int(named[3]) + 1)]
+
+
 def _read_parts(path: Path, header: Header, data: mmap.mmap) -> dict[Path, tuple[Header, mmap.mmap]]:
     """All files of a split model, one of which is read already."""
     count = header.whole_number("split.count", 0)
@@ -87,7 +95,7 @@ def _read_parts(path: Path, header: Header, data: mmap.mmap) -> dict[Path, tuple
             f"{path} is one of {count} parts, which its name does not say: name it NAME-00001-of-0000N.gguf as "
             "it was published, and its other parts likewise"
         )
-    paths = [path.with_name(f"{named[1]}-{number:05}-of-{named[3]}.gguf") for number in range(1, int(named[3]) + 1)]
+    paths = part_paths(path)
     if missing := [part.name for part in paths if not os.path.lexists(part)]:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise CheckpointError(
