@@ -92,7 +92,7 @@ def _load(options: LoadOptions, ranks: Ranks | None) -> LoadedModel:
     store_folder = None if options.cache_dir is None else StoreFolder(Path(options.cache_dir).expanduser())
     folder = embedded_model() if options.model is None else resolve_model(options.model)
     defaults = sampling_defaults(options.generation_config, folder)
-    config, reader = open_checkpoint(folder)
+    config, reader = open_checkpoint(folder, options.lora)
     if options.int8_products:
         require_int8_products(config, options.kv_dtype, options.device)
         if options.speculate:
@@ -133,7 +133,7 @@ def _load(options: LoadOptions, ranks: Ranks | None) -> LoadedModel:
         cache = PagedCache.sized(specs, num_bytes, device=options.device)
     store: PageStore | None = None
     if store_folder:
-        weights = weights_digest(folder, store_folder.path / "weights.json")
+        weights = weights_digest(reader.files, store_folder.path / "weights.json")
         fingerprint = model_fingerprint(decoder, weights, packing=packing, int8_products=options.int8_products)
         store = PageStore(store_folder, options.cache_dir_bytes, fingerprint, cache)
     engine = Engine(
@@ -168,7 +168,15 @@ def _decoder(
     if packing is not None and packed_folder is not None:
         kept = load_kept(config, reader, packed_folder, packing, dtype=dtype, max_context=max_context, stage=stage)
     decoder, file = kept or (
-        load_model(folder, dtype=dtype, device=options.device, max_context=max_context, packing=packing, stage=stage),
+        load_model(
+            folder,
+            dtype=dtype,
+            device=options.device,
+            max_context=max_context,
+            packing=packing,
+            stage=stage,
+            lora=options.lora,
+        ),
         None,
     )
     if options.int8_products:

@@ -45,6 +45,7 @@ class LoadOptions(LLMOptions):
     _: KW_ONLY
     device: torch.device = _CPU
     dtype: torch.dtype | None = None
+    lora: Path | None = None
 
     @classmethod
     def of(cls, asked: LLMOptions) -> LoadOptions:
@@ -62,6 +63,7 @@ class LoadOptions(LLMOptions):
             raise ConfigError("packed_dir=None (--no-packed-dir) excludes packed_dir_bytes: leave one of them out.")
         found: dict[str, Any] = {"device": as_device(asked.device), "dtype": as_dtype(asked.dtype)}
         found["kv_dtype"] = short_dtype(asked.kv_dtype)
+        found["lora"] = None if asked.lora is None else Path(asked.lora).expanduser()
         return cls(**vars(asked) | found)
 
 

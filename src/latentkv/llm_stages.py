@@ -9,6 +9,7 @@ from hashlib import sha256
 
 import torch
 
+from latentkv.checkpoint.adapter import adapter_digest
 from latentkv.checkpoint.names import layer_of
 from latentkv.checkpoint.tensors import Tensors
 from latentkv.engine.memory import default_cache_bytes, free_memory
@@ -69,6 +70,7 @@ def agree_on_stage(
             "a model of the digest": _digest(config, reader),
             "dtype": str(dtype).removeprefix("torch."),
             "weights": options.weights,
+            "lora": None if options.lora is None else adapter_digest(options.lora),
             "activations": options.activations,
             "kv_dtype": options.kv_dtype,
             "int8_products": options.int8_products,

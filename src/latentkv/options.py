@@ -44,6 +44,7 @@ class ModelOptions(ModelName):
         device: where it runs: cpu, or cuda (cuda:1) where there is an NVIDIA GPU.
         dtype: dtype of weights and activations: bf16, fp16 or fp32, or auto, the checkpoint's; None is auto.
         weights: quantise the large matrices as they are read: int8 or int4; None is as the checkpoint stores them.
+        lora: folder of a LoRA adapter as PEFT writes it, merged into the weights as they are read; None is no adapter.
         activations: how they meet quantised weights: exact, or rounded to 8 bits by int8, which is faster and less
             exact.
         threads: CPU threads that compute; None is all cores.
@@ -58,6 +59,7 @@ class ModelOptions(ModelName):
     device: str | Device = "cpu"
     dtype: str | DType | None = None
     weights: str | None = None
+    lora: str | Path | None = None
     activations: str = "exact"
     threads: Count | None = None
     packed_dir: Annotated[str | Path | None, Flag(without="--no-packed-dir")] = "auto"

@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from latentkv.checkpoint.tensors import open_tensors
 from latentkv.errors import CheckpointError
 from latentkv.files import write_json
 from latentkv.json_files import INDEX_BYTES, read_json
 
 
-def weights_digest(folder: Path, memo: Path) -> bytes:
+def weights_digest(files: Iterable[Path], memo: Path) -> bytes:
     """SHA-256 of the weights of a checkpoint.
 
     All bytes are read: a fine-tune may differ from its base in a few rows of one tensor, so no sample would do. A file
     whose size, times of change and inode are those of the last time is not read again.
 
     Args:
-        folder: the checkpoint.
+        files: that hold them.
         memo: a JSON file of digests; it may be missing, and is written if it can be.
 
     Raises:
@@ -28,7 +28,7 @@ def weights_digest(folder: Path, memo: Path) -> bytes:
     """
     known = _read_memo(memo)
     digests: dict[str, list[Any]] = {}
-    for path in open_tensors(folder).files:
+    for path in files:
         name, state = str(path.resolve()), _state(path)
         entry = known.get(name)
         if entry is None or entry[:-1] != state:

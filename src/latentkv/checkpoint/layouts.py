@@ -13,7 +13,7 @@ from latentkv.weights.files import modelopt
 ORIGINAL = "use its original release (bf16, or fp8 with weight_scale_inv); `latentkv quantize` makes int8 or int4 of it"
 """What to do about weights in a layout that is not read."""
 
-_MERGE = "merge it into its base model first (peft: `merge_and_unload`, then `save_pretrained`), and name the result"
+_MERGE = "name its base model, and this folder by --lora (LLM: lora=), or merge it first (peft: `merge_and_unload`)"
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 _METHODS: Mapping[str, str] = {

@@ -201,6 +201,10 @@ class CheckpointReader:
         self._require(name)
         return self._packed[name].unpack(self._load) if name in self._packed else None
 
+    def reopened(self) -> CheckpointReader:
+        """The same folder, as it is now."""
+        return CheckpointReader(self.folder)
+
     def _load(self, name: str) -> Tensor:
         shard = self._shard_of[name]
         if shard != self._open_shard or self._mapped_bytes > _MAX_MAPPED_BYTES:

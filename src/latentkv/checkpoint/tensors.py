@@ -73,6 +73,10 @@ class Tensors(Protocol):
         """A weight's integers and scales as they are stored; None where it is stored in another way."""
         ...
 
+    def reopened(self) -> Tensors:
+        """The same, of the files that have these names now."""
+        ...
+
 
 def open_tensors(path: Path) -> Tensors:
     """The tensors of a model that `checkpoint.source.resolve_model` found; headers alone are read.

@@ -24,7 +24,7 @@ from latentkv import kernels
 from latentkv.checkpoint.locate import CONFIG_FILE, INDEX_FILE
 from latentkv.checkpoint.names import layer_of, mtp_index
 from latentkv.checkpoint.quantization import QUANTIZATION_FILES
-from latentkv.checkpoint.tensors import Tensors, open_tensors
+from latentkv.checkpoint.tensors import Tensors
 from latentkv.models.config import ModelConfig
 from latentkv.models.decoder import Decoder
 from latentkv.models.fingerprint import program_digest
@@ -74,7 +74,7 @@ def load_kept(
             if (file := folder.find(key)) is None:
                 _require_room(reader, packing, folder, stage)
                 # Opened anew: what was open before may be a file that had the name before.
-                _write(config, open_tensors(reader.folder), identity, folder, key, packing, dtype, stage)
+                _write(config, reader.reopened(), identity, folder, key, packing, dtype, stage)
                 file = folder.find(key)
                 if file is not None and file.nbytes >= _WORTH_SAYING:
                     logger.warning(

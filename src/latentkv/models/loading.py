@@ -43,6 +43,7 @@ def load_model(
     max_context: int | None = None,
     packing: Packing | None = None,
     stage: Stage | None = None,
+    lora: Path | None = None,
 ) -> Decoder:
     """Build the decoder of a checkpoint and fill it layer by layer.
 
@@ -57,6 +58,7 @@ def load_model(
         packing: pack each layer once it is read, so that memory never holds more than one layer unpacked; None: leave
             all as parameters.
         stage: the layers to load; nothing of the others is read. None: all.
+        lora: folder of an adapter that is merged into the weights as they are read.
 
     Returns:
         The decoder in eval mode. MTP modules that the config counts but the files lack are left out.
@@ -65,7 +67,7 @@ def load_model(
         ConfigError: the config cannot be read or is not supported.
         CheckpointError: weights are missing, unexpected, damaged or misshapen.
     """
-    config, reader = open_checkpoint(Path(folder))
+    config, reader = open_checkpoint(Path(folder), lora)
     decoder, match = match_decoder(config, reader, dtype=dtype, max_context=max_context, stage=stage)
     for name, part in decoder.parts():
         load_part(name, part, match, torch.device(device), packing)

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from latentkv.checkpoint.adapter import Adapter
+from latentkv.checkpoint.merged import MergedTensors
 from latentkv.checkpoint.names import text_model_names
 from latentkv.checkpoint.tensors import Tensors, open_tensors
 from latentkv.checkpoint.wrapper import config_levels
@@ -30,7 +32,7 @@ _OTHER_NAMES = {"float": "float32", "half": "float16", "fp32": "float32", "fp16"
 _AS_STORED = (None, "", "auto")
 
 
-def open_checkpoint(folder: Path) -> tuple[ModelConfig, Tensors]:
+def open_checkpoint(folder: Path, lora: Path | None = None) -> tuple[ModelConfig, Tensors]:
     """Read a checkpoint's config and the headers of its files.
 
     Where config.json does not say whether the output head is the embedding, it is if the files hold one of the two, and
@@ -38,13 +40,17 @@ def open_checkpoint(folder: Path) -> tuple[ModelConfig, Tensors]:
 
     Args:
         folder: with config.json and safetensors.
+        lora: folder of an adapter that is merged into the weights as they are read.
 
     Raises:
         ConfigError: the config cannot be read or is not supported.
-        CheckpointError: the files are damaged, or of a kind that is not read.
+        CheckpointError: the files are damaged, or of a kind that is not read; or the adapter cannot be merged.
     """
     config, reader = read_config(folder), open_tensors(folder)
-    return settle_by_files(config, reader), reader
+    config = settle_by_files(config, reader)
+    if lora is not None:
+        reader = MergedTensors(reader, Adapter(lora), tied=config.tie_word_embeddings)
+    return config, reader
 
 
 def settle_by_files(config: ModelConfig, reader: Tensors) -> ModelConfig:

@@ -154,6 +154,10 @@ class GGUFTensors:
             raise CheckpointError(f"tensor {name} of {self.folder} has NaN or infinite scales: download it again")
         return weight
 
+    def reopened(self) -> GGUFTensors:
+        """The same file, as it is now."""
+        return GGUFTensors(self.folder)
+
     @cached_property
     def _recipes(self) -> Mapping[str, Recipe]:
         return sources_of(self.config, self._shapes)
