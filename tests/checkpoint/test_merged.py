@@ -79,7 +79,7 @@ def test_modules_that_were_saved_whole_take_the_places_of_the_models_own(model, 
     save_file({**tensors, "base_model.model.model.norm.weight": norm}, path)
     assert np.array_equal(opened(folder, adapter).read("model.norm.weight").numpy(), norm)
     save_file(tensors, path)
-    with pytest.raises(CheckpointError, match="modules_to_save names 'norm', which adapter_model.safetensors lacks"):
+    with pytest.raises(CheckpointError, match=r"modules_to_save names 'norm', which adapter_model\.safetensors lacks"):
         opened(folder, adapter)
 
 

@@ -25,6 +25,8 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 
 _MERGE = "merge it with peft (`merge_and_unload`, then `save_pretrained`), and run the result without an adapter"
 _PREFIX = "base_model.model."
+_BASE_LAYER = ".base_layer."
+"""In the name of a weight that PEFT writes beside what is added to it: of an embedding, and of an output head then."""
 _PART = re.compile(r"(?P<module>.+)\.lora_(?P<kind>embedding_)?(?P<side>[AB])(\.default)?(?(kind)|\.weight)")
 _OTHER_PART = re.compile(r"\.lora_\w+")
 
@@ -73,8 +75,8 @@ class Adapter:
 
     Attributes:
         updates: by the name of the weight that they change, as the adapter calls it.
-        replacements: likewise, the names of whole tensors in the file that stand for the model's own
-            (`modules_to_save`).
+        replacements: likewise, the names of whole tensors in the file that stand for the model's own, to which updates
+            are added (`modules_to_save`, and what PEFT writes beside an embedding's update).
 
     Raises:
         CheckpointError: it is no such folder, is damaged, or changes weights in a way that is not supported.
@@ -101,7 +103,7 @@ class Adapter:
             elif _OTHER_PART.search(known_as):
                 raise self._refused(f"a {name}")
             else:
-                self.replacements[known_as] = name
+                self.replacements[known_as.replace(_BASE_LAYER, ".")] = name
         self._require_saved_modules()
         scales = self._scales(
             {module: self._shapes[each["A"]][0] for (module, _), each in sides.items() if "A" in each}

@@ -107,12 +107,13 @@ class MergedTensors:
         Raises:
             CheckpointError: it, or what the adapter has for it, cannot be read or is not finite.
         """
-        if (replacement := self._replacements.get(name)) is not None:
-            return self._adapter.read(replacement).to(dtype or torch.float32)
-        if (update := self._updates.get(name)) is None:
+        replacement, update = self._replacements.get(name), self._updates.get(name)
+        if replacement is None and update is None:
             return self._base.read(name, dtype)
-        merged = self._base.read(name, torch.float32) + self._adapter.delta(update)
-        return merged.to(dtype or torch.float32)
+        exact = self._base.read(name, torch.float32) if replacement is None else self._adapter.read(replacement)
+        if update is not None:
+            exact = exact + self._adapter.delta(update)
+        return exact.to(dtype or torch.float32)
 
     def quantized(self, name: str) -> QuantizedWeight | None:
         """As the model's; None where it is changed."""
@@ -146,8 +147,8 @@ class MergedTensors:
         if self._base.is_quantized(source):
             raise CheckpointError(
                 f"{source} is stored as {self._base.shown_dtype(source)} in {self.folder}, and an adapter is merged "
-                "into weights that are not quantised: name the original release, which --weights int4 quantises as it is "
-                "read."
+                "into weights that are not quantised: name the original release, which --weights int4 quantises as it "
+                "is read."
             )
         if shape != self._base.shape(source):
             raise CheckpointError(
