@@ -20,6 +20,7 @@ from test_packing import checkpoint, logits
 
 from gguf_models import write_deepseek2
 from latentkv import kernels
+from latentkv.checkpoint.reader import CheckpointReader
 from latentkv.checkpoint.tensors import open_tensors
 from latentkv.llm_options import embedded_model
 from latentkv.models import kept
@@ -250,6 +251,6 @@ def test_the_files_are_looked_at_before_they_are_opened_to_be_read(
     """What the reader that was given has open may be a file that had the name before."""
     config, reader = open_checkpoint(model)
     opened: list[Path] = []
-    monkeypatch.setattr(kept, "open_tensors", lambda path: (opened.append(path), open_tensors(path))[1])
+    monkeypatch.setattr(CheckpointReader, "reopened", lambda self: (opened.append(self.folder), open_tensors(model))[1])
     load_kept(config, reader, folder, Packing(), dtype=None, max_context=None)
     assert opened == [model]
