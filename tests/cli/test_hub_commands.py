@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import namedtuple
+from hashlib import sha256
 from types import SimpleNamespace
 
 import huggingface_hub
@@ -27,7 +28,7 @@ def keep(cache, repo_id, files, *, commit=COMMIT, ref="main"):
         (repo / "refs" / ref).write_text(commit)
     for name, content in files.items():
         data = content if isinstance(content, bytes) else content.read_bytes()
-        blob = repo / "blobs" / f"{hash((name, data)) % 2**40:x}"
+        blob = repo / "blobs" / sha256(name.encode() + data).hexdigest()
         blob.write_bytes(data)
         link = repo / "snapshots" / commit / name
         link.unlink(missing_ok=True)
@@ -102,7 +103,7 @@ def test_of_a_model_that_is_not_known_the_config_alone_is_fetched(latentkv, hub)
     refused = latentkv("pull", "org/tiny")
     assert refused.exit_code == 2
     assert "org/tiny cannot run here: " in refused.stderr and "something_new" in refused.stderr
-    assert "Nothing was fetched; --force does it anyway." in refused.stderr
+    assert "Its weights were not fetched; --force fetches them." in refused.stderr
     assert [names - {"config.json", "generation_config.json"} for names in hub.fetched] == [set()]
     assert latentkv("pull", "org/tiny", "--force").exit_code == 0
     assert "model.safetensors" in hub.fetched[-1]

@@ -46,6 +46,19 @@ def test_every_request_is_answered_and_failures_are_counted(latentkv, model_fold
     assert files[1].read_bytes() == before
 
 
+def test_what_requests_leave_open_of_sampling_is_said_once(latentkv, model_folder, files):
+    command = ("run-batch", files[0], "-m", model_folder, "--kv-cache-bytes", "1MiB", "--temperature", 0)
+    texts = []
+    for i in range(2):
+        result = latentkv(*command[:2], files[1].with_name(f"{i}.jsonl"), *command[2:])
+        assert result.exit_code == 0, result.stderr
+        assert "what requests leave open of sampling: temperature 0" in result.stderr
+        texts.append({k: r["body"].get("choices") for k, r in answered(files[1].with_name(f"{i}.jsonl")).items()})
+    assert texts[0] == texts[1]
+    refused = latentkv("run-batch", *files, "-m", model_folder, "--temperature", -1)
+    assert refused.exit_code == 2 and "temperature=-1" in refused.stderr
+
+
 def test_after_ctrl_c_the_same_command_goes_on(latentkv, model_folder, files, monkeypatch):
     command = ("run-batch", *files, "-m", model_folder, "--kv-cache-bytes", "1MiB", "--max-running", 1)
     add, count = AnswerFile.add, 0

@@ -60,7 +60,9 @@ def pull(
             "(HF_HUB_CACHE names another folder)"
         )
     if reasons and not force:
-        raise ConfigError(f"{name} cannot run here: {'; '.join(reasons)}. Nothing was fetched; --force does it anyway.")
+        raise ConfigError(
+            f"{name} cannot run here: {'; '.join(reasons)}. Its weights were not fetched; --force fetches them."
+        )
     folder = fetch(name, patterns)
     path = folder if file is None else folder / patterns[0]
     note(f"run it: latentkv chat -m {name if file is None else path}")

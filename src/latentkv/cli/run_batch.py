@@ -5,20 +5,29 @@ from __future__ import annotations
 import asyncio
 import sys
 from contextlib import closing
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated
 
-from latentkv.cli.loading import cache_summary, load_model, sampling_note, store_summary
+from latentkv.cli.flags import Preset
+from latentkv.cli.loading import cache_summary, load_model, store_summary
 from latentkv.cli.terminal import note
+from latentkv.generation_config import NAMES, describe
 from latentkv.option_types import Flag
 from latentkv.options import LLMOptions
+from latentkv.sampling_params import SamplingParams
+
+Defaults = Annotated[SamplingParams, Preset(*(each.name for each in fields(SamplingParams) if each.name not in NAMES))]
+"""Of sampling, what requests may leave open."""
 
 
 def run_batch(
     requests: Annotated[Path, Flag(metavar="IN.jsonl")],
     answers: Annotated[Path, Flag(metavar="OUT.jsonl")],
     /,
+    sampling: Defaults,
     options: LLMOptions,
     *,
     name: Annotated[tuple[str, ...], Flag(("--name", "--served-model-name"))] = (),
@@ -34,6 +43,7 @@ def run_batch(
         requests: file with a request a line: custom_id, method, url (/v1/chat/completions, /v1/completions or
             /v1/responses) and body.
         answers: file for the answers, one a line, in the order in which they are ready.
+        sampling: what requests leave open of it.
         options: the model.
         name: what requests call the model, instead of its folder or repo id; repeatable, the first is that of answers.
         tool_format: how the model writes tool calls; None is as its template tells.
@@ -59,8 +69,10 @@ def run_batch(
         note(f"{done:,} of {len(asked):,} requests are answered in {answers} already")
     if llm.store:
         note(store_summary(llm.store))
+    given = {name: value for name in NAMES if (value := getattr(sampling, name)) is not None}
+    llm.sampling_defaults = MappingProxyType({**llm.sampling_defaults, **given})
     if llm.sampling_defaults:
-        note(sampling_note(llm))
+        note(f"what requests leave open of sampling: {describe(llm.sampling_defaults)}")
     shown, *others = name or (model_name(options.model) if options.model else "latentkv",)
     server = make_server(llm, shown, SETTINGS, tool_format=tool_format, other_names=others)
     try:
