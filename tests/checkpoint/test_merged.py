@@ -70,6 +70,23 @@ def test_a_weight_is_rounded_once(model, tmp_path):
         assert torch.equal(tensors.read(f"{module}.weight", torch.bfloat16), exact.to(torch.bfloat16))
 
 
+@pytest.mark.parametrize(
+    ("in_files", "in_adapter"), [("language_model.model.", "model.language_model."), ("", "model.")]
+)
+def test_what_stands_before_a_name_does_not_count(model, tmp_path, in_files, in_adapter):
+    folder, modules = model
+    adapter, wrapped = write_adapter(tmp_path / "adapter", folder, modules[:4]), tmp_path / "wrapped"
+    expected = merged(folder, adapter)
+    wrapped.mkdir()
+    renamed = {name.replace("model.", in_files, 1): t for name, t in load_file(folder / "model.safetensors").items()}
+    save_file(renamed, wrapped / "model.safetensors")
+    path = adapter / "adapter_model.safetensors"
+    save_file({name.replace("model.model.", f"model.{in_adapter}", 1): t for name, t in load_file(path).items()}, path)
+    for module in modules[:4]:
+        found = opened(wrapped, adapter).read(f"{module}.weight".replace("model.", in_files, 1)).numpy()
+        np.testing.assert_allclose(found, expected[f"{module}.weight"], rtol=1e-5, atol=1e-5)
+
+
 def test_modules_that_were_saved_whole_take_the_places_of_the_models_own(model, tmp_path):
     folder, _ = model
     adapter = write_adapter(tmp_path / "adapter", folder, ["model.layers.0.self_attn.q_proj"], modules_to_save=["norm"])
@@ -140,6 +157,23 @@ def test_files_that_do_not_fit_the_model_are_refused(model, tmp_path, tensors, s
     save_file(tensors, adapter / "adapter_model.safetensors")
     with pytest.raises(CheckpointError, match=said):
         opened(folder, adapter)
+
+
+@pytest.mark.parametrize(
+    "key", ["r", "lora_alpha", "rank_pattern", "alpha_pattern", "modules_to_save", "peft_type", "bias"]
+)
+@pytest.mark.parametrize(
+    "value", [None, [], {}, "x", 1e308, -1, 10**60, True, [{}], {"(": 1}, {"q_proj": None}], ids=repr
+)
+def test_whatever_a_config_holds_it_is_read_or_refused_in_one_sentence(model, tmp_path, key, value):
+    folder, modules = model
+    adapter = write_adapter(tmp_path / "adapter", folder, modules[:1])
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    try:
+        opened(folder, adapter).read(f"{modules[0]}.weight")
+    except CheckpointError as refused:
+        assert "\n" not in str(refused)
 
 
 def test_values_that_are_not_finite_are_refused(model, tmp_path):

@@ -212,8 +212,8 @@ class Adapter:
             raise CheckpointError(
                 f"{self.folder} holds an adapter of the kind {kind!r}, and LORA alone is merged here."
             )
-        if config.get("bias", "none") != "none":
-            raise self._refused(f"bias {config['bias']!r}")
+        if (bias := config.get("bias") or "none") != "none":
+            raise self._refused(f"bias {bias!r}")
         if key := next((key for key in _CHANGES if config.get(key)), None):
             raise self._refused(key)
         if (begun := config.get("init_lora_weights", True)) not in _PLAIN_BEGINNINGS:

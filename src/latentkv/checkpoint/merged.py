@@ -14,6 +14,7 @@ from latentkv.checkpoint.gguf.tensors import is_gguf
 from latentkv.checkpoint.names import text_model_names
 from latentkv.checkpoint.tensors import Tensors
 from latentkv.errors import CheckpointError
+from latentkv.weights.files.dtypes import short_name
 from latentkv.weights.weight import QuantizedWeight
 
 T = TypeVar("T")
@@ -113,7 +114,13 @@ class MergedTensors:
         exact = self._base.read(name, torch.float32) if replacement is None else self._adapter.read(replacement)
         if update is not None:
             exact = exact + self._adapter.delta(update)
-        return exact.to(dtype or torch.float32)
+        rounded = exact.to(dtype or torch.float32)
+        if not bool(torch.isfinite(rounded).all()):
+            raise CheckpointError(
+                f"{name} of {self.folder} with what {self._adapter.folder} adds holds NaN or infinite values as "
+                f"{short_name(rounded.dtype)}: the adapter is damaged, or its values need a wider dtype."
+            )
+        return rounded
 
     def quantized(self, name: str) -> QuantizedWeight | None:
         """As the model's; None where it is changed."""
