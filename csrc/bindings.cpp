@@ -20,6 +20,7 @@ void bind_small(nb::module_& m);
 }  // namespace latentkv
 
 NB_MODULE(_native, m) {
+  nb::set_leak_warnings(false);  // a program may hold a model until its end
   using latentkv::Isa;
   nb::enum_<Isa>(m, "Isa")
       .value("portable", Isa::portable)
