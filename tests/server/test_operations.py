@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
 import logging
 import socket
@@ -133,12 +134,20 @@ def test_the_log_is_a_line_of_json_a_request_without_anyones_text_unless_asked(l
         with serving(LLM(kv_cache_bytes=4 << 20), log_prompts=log_prompts) as own:
             body = {"prompt": "a secret word", "max_tokens": 3, "user": "alice"}
             assert ask(own, "/v1/completions", body, X_Request_Id="the-one")[0] == 200
+            for request_id, encoded, headers in (
+                ("a-form", json.dumps(body).encode(), {"Content-Type": "application/x-www-form-urlencoded"}),
+                ("packed", gzip.compress(json.dumps(body).encode()), {"Content-Encoding": "gzip"}),
+            ):
+                url, headers = f"{own.url}/v1/completions", {**headers, "X-Request-Id": request_id}
+                with urllib.request.urlopen(urllib.request.Request(url, encoded, headers), timeout=20) as answer:
+                    assert answer.status == 200
     finally:
         logger.removeHandler(handler)
         logger.setLevel(level)
-    (line,) = [json.loads(line) for line in lines if "the-one" in line]
-    assert (line["path"], line["status"], line["user"]) == ("/v1/completions", 200, "alice")
-    assert line["completion_tokens"] == 3 and line["prompt_tokens"] > 0 and line["seconds"] >= 0
+    for request_id in ("the-one", "a-form", "packed"):
+        (line,) = [json.loads(line) for line in lines if request_id in line]
+        assert (line["path"], line["status"], line["user"]) == ("/v1/completions", 200, "alice")
+        assert line["completion_tokens"] == 3 and line["prompt_tokens"] > 0 and line["seconds"] >= 0
     assert any("a secret word" in text for text in lines) == log_prompts
 
 

@@ -54,8 +54,8 @@ class Context:
     server: Server
     http: HttpRequest
     salt: str
-    log: dict[str, Any] = field(default_factory=dict[str, Any])
-    notes: list[str] = field(default_factory=list[str])
+    log: dict[str, Any]
+    notes: list[str]
 
     @property
     def model(self) -> ServedModel:
@@ -105,10 +105,8 @@ async def _until_disconnect(receive: Callable[[], Awaitable[Any]]) -> None:
 
 async def _context(http: HttpRequest) -> Context:  # async: FastAPI would run it in a thread
     server = cast(Server, http.app.state.server)
-    context = Context(server, http, salt=http.scope.get("latentkv.salt", ""))
-    http.scope["latentkv.log"] = context.log
-    http.scope["latentkv.notes"] = context.notes
-    return context
+    scope = http.scope
+    return Context(server, http, scope.get("latentkv.salt", ""), scope["latentkv.log"], scope["latentkv.notes"])
 
 
 InContext = Annotated[Context, Depends(_context)]

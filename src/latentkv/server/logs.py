@@ -66,6 +66,10 @@ class LogRequests:
         given = Headers(scope=scope).get("x-request-id", "")
         request_id = given if _PLAIN_ID.fullmatch(given) else uuid4().hex
         scope["latentkv.request_id"] = request_id
+        # Made here, for what is inside may be given a copy of the scope.
+        log: dict[str, Any] = {}
+        notes: list[str] = []
+        scope["latentkv.log"], scope["latentkv.notes"] = log, notes
         status: int | None = None
 
         async def noted(message: Message) -> None:
@@ -74,7 +78,7 @@ class LogRequests:
                 status = message["status"]
                 headers = MutableHeaders(scope=message)
                 headers["x-request-id"] = request_id
-                if notes := scope.get("latentkv.notes"):
+                if notes:
                     headers["x-latentkv-note"] = "; ".join(notes)[:MAX_NOTE].encode("unicode_escape").decode()
             await send(message)
 
@@ -87,7 +91,7 @@ class LogRequests:
                 "path": scope["path"],
                 "status": status,
                 "seconds": round(time.monotonic() - began, 4),
-                **scope.get("latentkv.log", {}),
+                **log,
             }
             level = logging.DEBUG if scope["path"] in ("/health", "/metrics", "/stats") else logging.INFO
             logger.log(level, "request", extra={"fields": fields})
