@@ -148,8 +148,9 @@ def test_where_pages_lie_and_how_large_they_are_changes_nothing(
         assert_same_bits(result, expected)
 
 
-def test_prefill_in_pieces_gives_the_same_bits_as_prefill_in_one() -> None:
-    q, k, v = (tenth((300, 2, d), torch.bfloat16, d) for d in (48, 48, 32))
+@pytest.mark.parametrize(("key", "value"), [(48, 32), (64, 64), (192, 128)])
+def test_prefill_in_pieces_gives_the_same_bits_as_prefill_in_one(key: int, value: int) -> None:
+    q, k, v = (tenth((300, 2, d), torch.bfloat16, d) for d in (key, key, value))
     whole = mla_prefill(q, k, v, torch.tensor([0, 300]), torch.tensor([0, 300]), scale=0.3)
     pieces = [
         mla_prefill(q[a:b], k[:b], v[:b], torch.tensor([0, b - a]), torch.tensor([0, b]), scale=0.3)

@@ -26,8 +26,9 @@ def round_plainly(
     """
     columns = weight.shape[-1]
     grouped = functional.pad(weight.float(), (0, -columns % group)).unflatten(-1, (-1, group))
-    numbers = form.values(torch.arange(form.lowest, form.highest + 1, dtype=torch.int16).to(torch.int8))
-    numbers, codes = numbers.nan_to_num(0).sort()
+    codes = torch.arange(form.lowest, form.highest + 1, dtype=torch.int16).to(torch.int8)
+    codes = codes[~form.values(codes).isnan()]  # not all of a float8's codes are numbers
+    numbers, order = form.values(codes).sort()
     minima = None
     if form.has_minima:
         minima = grouped.amin(-1).to(scales_dtype)
@@ -38,5 +39,5 @@ def round_plainly(
     shifted = grouped if minima is None else grouped - minima.float()[..., None]
     wanted = shifted / scales.float()[..., None].clamp(min=torch.finfo(torch.float32).tiny)
     middles = (numbers[1:] + numbers[:-1]) / 2
-    found = (codes + form.lowest).to(torch.int8)[torch.bucketize(wanted.contiguous(), middles)]
+    found = codes[order][torch.bucketize(wanted.contiguous(), middles)]
     return QuantizedWeight(found.flatten(-2)[..., :columns].contiguous(), scales, form, group, minima)
