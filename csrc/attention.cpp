@@ -228,7 +228,8 @@ using PagesArithmetic = std::conditional_t<Codes::SCALED, FloatArithmetic, Bf16A
 
 template <class Codes>
 void attend_pages(const Attention& a) {
-  LanesEngine<Codes>::takes(a) ? attend_with<LanesEngine<Codes>>(a) : attend_with<RowsEngine<PagesArithmetic<Codes>>>(a);
+  if (LanesEngine<Codes>::takes(a)) return attend_with<LanesEngine<Codes>>(a);
+  attend_with<RowsEngine<PagesArithmetic<Codes>>>(a);
 }
 #endif
 

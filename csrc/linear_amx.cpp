@@ -14,8 +14,8 @@ namespace latentkv::LATENTKV_ISA {
 
 namespace {
 
-constexpr int ROWS = 2 * TILE_ROWS;  // of a block
-constexpr std::int64_t PART_STEPS = 8;  // whose weights are decoded at once: 16 KB
+constexpr int ROWS = 2 * TILE_ROWS;      // of a block
+constexpr std::int64_t PART_STEPS = 8;   // whose weights are decoded at once: 16 KB
 constexpr std::int64_t AT_A_TIME = 2;    // steps, where they are decoded for one turn
 constexpr int GROUPS_AT_A_TIME = 4;      // whose sums are scaled and added
 
@@ -41,7 +41,9 @@ const Decoding& decoding_of(WeightFormat format, std::int64_t groups) {
 // Steps of a group and of a row; the units that a group's last step lacks are zeros in both factors.
 LATENTKV_INLINE std::int64_t steps_of(std::int64_t units) { return ceil_div(units, STEP); }
 LATENTKV_INLINE std::int64_t group_units_of(const Layout& layout) { return layout.padded_ins / layout.groups / UNIT; }
-LATENTKV_INLINE std::int64_t row_steps(const Layout& layout) { return layout.groups * steps_of(group_units_of(layout)); }
+LATENTKV_INLINE std::int64_t row_steps(const Layout& layout) {
+  return layout.groups * steps_of(group_units_of(layout));
+}
 
 // Calls to(step, x, count) with each step's numbers of a row, of which the last of a group may have fewer.
 template <class F>
@@ -49,8 +51,8 @@ LATENTKV_INLINE void for_steps(const bf16* x, std::int64_t ins, const Layout& la
   const std::int64_t group_ins = layout.padded_ins / layout.groups, steps = steps_of(group_units_of(layout));
   for (std::int64_t g = 0; g < layout.groups; g++)
     for (std::int64_t i = 0; i < steps; i++) {
-      const std::int64_t first = g * group_ins + i * STEP_INS, in_group = group_ins - i * STEP_INS, inside = ins - first;
-      const std::int64_t most = inside < in_group ? inside : in_group;
+      const std::int64_t first = g * group_ins + i * STEP_INS, in_group = group_ins - i * STEP_INS;
+      const std::int64_t most = ins - first < in_group ? ins - first : in_group;
       to(g * steps + i, x + first, most < 0 ? 0 : most < STEP_INS ? most : STEP_INS);
     }
 }
@@ -205,6 +207,43 @@ const Word* decode(const Decoding& d, const Panel& panel, std::int64_t steps) {
   return decoded;
 }
 
+// How a block's weights are taken: so many groups at a time, or so many steps of one.
+struct Cut {
+  std::int64_t groups, steps;
+  bool decodes, once;  // once: while they are multiplied, for one turn
+
+  Cut(const Decoding& d, const Layout& layout, std::int64_t turns) {
+    const std::int64_t units = group_units_of(layout), of_group = steps_of(units);
+    decodes = d.decode || units % STEP;
+    once = decodes && turns == 1;
+    groups = once ? layout.groups : d.in_groups && of_group < PART_STEPS ? PART_STEPS / of_group : 1;
+    steps = once || d.in_groups ? of_group : PART_STEPS;
+  }
+};
+
+// The part from a step of a group on.
+Part part_at(const Decoding& d, const Layout& layout, const Panel& panel, Cut cut, std::int64_t group,
+             std::int64_t step) {
+  const std::int64_t units = group_units_of(layout) - step * STEP, groups = layout.groups - group;
+  const std::int64_t steps = steps_of(units) < cut.steps ? steps_of(units) : cut.steps;
+  Panel stored = panel;
+  stored.groups = groups < cut.groups ? groups : cut.groups;
+  stored.words += group * panel.words_stride + step * STEP / d.units * d.words * BLOCK_OUTS;
+  stored.group_words = (units < steps * STEP ? units : steps * STEP) / d.units * d.words;
+  Part part = {};
+  part.units = cut.once ? nullptr : cut.decodes ? decode(d, stored, steps) : stored.words;
+  part.stored = stored;
+  part.group_stride = cut.decodes ? steps * STEP * BLOCK_OUTS : stored.words_stride;
+  part.groups = stored.groups;
+  part.steps = steps;
+  if (stored.scales) part.scales = (const Word*)stored.scales + group * panel.words_stride;
+  part.scales_dtype = stored.scales_dtype;
+  part.scales_stride = stored.scales_stride;
+  part.continues = group + step > 0;
+  part.ends = stored.groups == groups && steps == steps_of(units);
+  return part;
+}
+
 // Adds what a block's exceptions contribute to sums [rows][32] of activations, of which activation(row, column) is one.
 template <class F>
 void add_exceptions(const CompactEnd& end, std::int64_t rows, float* sums, F activation) {
@@ -281,12 +320,8 @@ void exact_multiply_rows(const PackedWeight& w, std::int64_t e, const void* pack
     return;
   }
   const Decoding& d = decoding_of(w.format, layout.groups);
-  const std::int64_t group_units = group_units_of(layout), group_steps = steps_of(group_units);
-  const bool decodes = d.decode || group_units % STEP;
-  // A part is whole groups, or some steps of one.
-  const bool once = decodes && turns == 1;
-  const std::int64_t part_groups = once ? layout.groups : d.in_groups && group_steps < PART_STEPS ? PART_STEPS / group_steps : 1;
-  const std::int64_t part_steps = once || d.in_groups ? group_steps : PART_STEPS;
+  const Cut cut(d, layout, turns);
+  const std::int64_t group_steps = steps / layout.groups;
   const float* const group_sums = sums_behind(packed, rows, steps);
   const std::int64_t blocks = exact_row_blocks(w, rows), block_words = layout.block_stride();
   float* const sums = (float*)thread_scratch(Scratch::sums, turns * ROWS * BLOCK_OUTS * sizeof(float));
@@ -304,39 +339,25 @@ void exact_multiply_rows(const PackedWeight& w, std::int64_t e, const void* pack
     if (rows <= FEW) {
       panel.sums = group_sums;
       d.multiply_few[rows - 1](panel, (const float*)packed, sums);
-      const auto activation = [&](std::int64_t r, std::int64_t i) { return ((const float*)packed)[r * steps * STEP_INS + i]; };
+      const auto activation = [&](std::int64_t r, std::int64_t column) {
+        return ((const float*)packed)[r * steps * STEP_INS + column];
+      };
       if (end) add_exceptions(*end, rows, sums, activation);
       write_rows(sums, {0, rows}, o * BLOCK_OUTS, w.outs, out);
       continue;
     }
-    for (std::int64_t g = 0; g < layout.groups; g += part_groups)
-      for (std::int64_t i = 0; i < group_steps; i += part_steps) {
-        Panel stored = panel;
-        stored.groups = layout.groups - g < part_groups ? layout.groups - g : part_groups;
-        const std::int64_t part = group_steps - i < part_steps ? group_steps - i : part_steps;
-        const std::int64_t first = i * STEP, units = group_units - first < part * STEP ? group_units - first : part * STEP;
-        stored.words += g * panel.words_stride + first / d.units * d.words * BLOCK_OUTS;
-        stored.group_words = units / d.units * d.words;
-        Part weights = {};
-        weights.units = once ? nullptr : decodes ? decode(d, stored, part) : stored.words;
-        weights.stored = stored;
-        weights.group_stride = decodes ? part * STEP * BLOCK_OUTS : stored.words_stride;
-        weights.groups = stored.groups;
-        weights.steps = part;
-        if (stored.scales) weights.scales = (const Word*)stored.scales + g * panel.words_stride;
-        weights.scales_dtype = stored.scales_dtype;
-        weights.scales_stride = stored.scales_stride;
-        weights.continues = g + i > 0;
-        weights.ends = g + stored.groups == layout.groups && i + part == group_steps;
+    for (std::int64_t g = 0; g < layout.groups; g += cut.groups)
+      for (std::int64_t i = 0; i < group_steps; i += cut.steps) {
+        const Part part = part_at(d, layout, panel, cut, g, i);
         for (std::int64_t turn = 0; turn < turns; turn++) {
           const RowBlock block_rows = row_block(rows, blocks, first_rows + turn);
           if (block_rows.count != shaped) tiles.shape(shapes_for(shaped = block_rows.count));
           const Unit* const x = (const Unit*)packed + block_rows.first * steps * STEP;
           float* const of_rows = sums + turn * ROWS * BLOCK_OUTS;
           const auto multiplies = block_rows.count > TILE_ROWS ? multiply_part<true> : multiply_part<false>;
-          multiplies(d, weights, x + (g * group_steps + i) * block_rows.count * STEP, block_rows.count,
+          multiplies(d, part, x + (g * group_steps + i) * block_rows.count * STEP, block_rows.count,
                      group_sums + block_rows.first * layout.groups + g, layout.groups, of_rows);
-          if (!weights.ends) continue;
+          if (!part.ends) continue;
           const auto activation = [&](std::int64_t r, std::int64_t column) {
             const bf16* const step = (const bf16*)(x + (column / STEP_INS * block_rows.count + r) * STEP);
             return bf16_to_float(step[column % STEP_INS]);

@@ -13,7 +13,7 @@ struct Panel {
   const Word* words;
   const void* scales;
   DType scales_dtype;
-  const float* sums;  // of each group's activations, where something is added to all weights: [groups][rows]; AMX: [rows][groups]
+  const float* sums;  // of each group's activations [groups][rows], with AMX [rows][groups], where weights have minima
   int window;  // of compact weights
   std::int64_t groups, group_words;
   std::int64_t words_stride, scales_stride;  // from group to group
