@@ -200,12 +200,6 @@ class AmxEngine : public LaneSoftmax<128> {
 
   // Weights times the scales of group g, in bf16: of 16 query vectors and 32 tokens at a time, tokens beside each other.
   void weigh(int v, int tokens, int g) {
-    alignas(64) std::uint16_t side_by_side[2 * LANES];
-    for (int i = 0; i < LANES; i++) {
-      side_by_side[2 * i] = i;
-      side_by_side[2 * i + 1] = LANES + i;
-    }
-    const __m512i pairs = _mm512_load_si512(side_by_side);
     const auto weight = [&](int t) {
       if (t >= tokens) return vf{};
       const vf w = load(scores(t, v));
@@ -216,8 +210,8 @@ class AmxEngine : public LaneSoftmax<128> {
     for (int i = 0; i < LANES; i++) rows[i] = (const char*)(words + i * LANES);
     for (int t = 0; t < tokens; t += PAIR) {
       for (int i = 0; i < LANES; i++) {
-        const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)weight(t + 2 * i + 1), (__m512)weight(t + 2 * i));
-        _mm512_store_si512(words + i * LANES, _mm512_permutexvar_epi16(pairs, both));
+        const __m512i pairs = side_by_side((__m512)weight(t + 2 * i), (__m512)weight(t + 2 * i + 1));
+        _mm512_store_si512(words + i * LANES, pairs);
       }
       transpose_16_words(rows, 0, weights_of(v, t), LANES);
     }

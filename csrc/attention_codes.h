@@ -8,6 +8,19 @@
 
 namespace latentkv::LATENTKV_ISA {
 
+// Numbers of two tokens, for 16 query vectors each, in bf16: each vector's two beside each other.
+LATENTKV_INLINE __m512i side_by_side(__m512 first, __m512 second) {
+  struct InTurn {
+    std::uint16_t lanes[32];
+    constexpr InTurn() : lanes() {
+      for (int i = 0; i < 32; i++) lanes[i] = (std::uint16_t)(i / 2 + i % 2 * 16);
+    }
+  };
+  alignas(64) static constexpr InTurn in_turn;
+  const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(second, first);
+  return _mm512_permutexvar_epi16(_mm512_load_si512(in_turn.lanes), both);
+}
+
 // The first `coded` of a row's numbers are codes that `decode` takes TOGETHER of.
 struct Bf16Rows {
   using Number = bf16;

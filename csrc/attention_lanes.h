@@ -216,20 +216,14 @@ class LanesEngine : public LaneSoftmax<128> {
 
   // Weights times the scales of group g, in bf16, the pair of tokens t and t + 1 of a query vector side by side.
   void weigh(int v, int tokens, int g) {
-    alignas(64) std::uint16_t side_by_side[2 * LANES];
-    for (int i = 0; i < LANES; i++) {
-      side_by_side[2 * i] = i;
-      side_by_side[2 * i + 1] = LANES + i;
-    }
-    const __m512i pairs = _mm512_load_si512(side_by_side);
     const auto weight = [&](int t) {
       if (t >= tokens) return vf{};
       const vf w = load(scores(t, v));
       return Codes::SCALED ? w * scales_of(t)[g] : w;
     };
     for (int t = 0; t < tokens; t += 2) {
-      const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)weight(t + 1), (__m512)weight(t));
-      _mm512_store_si512(weights_ + (std::ptrdiff_t)t / 2 * stride_ + v, _mm512_permutexvar_epi16(pairs, both));
+      const __m512i pairs = side_by_side((__m512)weight(t), (__m512)weight(t + 1));
+      _mm512_store_si512(weights_ + (std::ptrdiff_t)t / 2 * stride_ + v, pairs);
     }
   }
 

@@ -34,11 +34,12 @@ void* skip_rows(const void* data, std::int64_t rows, std::int64_t stride, DType 
   return begin ? begin + rows * stride * (dtype == DType::f32 ? 4 : 2) : nullptr;
 }
 
-// Calls f(first, tokens) for as many of p's tokens at a time as keep its temporaries bounded, p then being theirs.
+// Computes as many tokens at a time as keep temporaries bounded: sort(first, p) says which rows of which experts p's
+// tokens from `first` on are.
 template <class F>
-void in_passes(const GatedProducts& all, F f) {
-  const std::int64_t row_bytes = 6 * all.gate_up.ins + 4 * all.down.ins;
-  const std::int64_t most = std::max<std::int64_t>(1, BYTES_AT_A_TIME / (row_bytes * all.chosen));
+void in_passes(Isa isa, const GatedProducts& all, F sort) {
+  const MoeKernels& kernels = moe(multiplying(isa, all.x.dtype, all.gate_up.rounds_input && all.down.rounds_input));
+  const std::int64_t most = std::max<std::int64_t>(1, BYTES_AT_A_TIME / (kernels.row_bytes(all) * all.chosen));
   const std::int64_t passes = (all.x.rows + most - 1) / most;
   for (std::int64_t i = 0; i < passes; i++) {
     const std::int64_t first = all.x.rows * i / passes, end = all.x.rows * (i + 1) / passes;
@@ -47,17 +48,14 @@ void in_passes(const GatedProducts& all, F f) {
     p.x.x = skip_rows(p.x.x, first, p.x.stride, p.x.dtype);
     p.out.y = skip_rows(p.out.y, first, p.out.stride, p.out.dtype);
     p.out.residual = skip_rows(p.out.residual, first, p.out.residual_stride, p.out.residual_dtype);
-    f(first, p);
+    sort(first, p);
+    kernels.gated(p);
   }
 }
 
 Routing& routing() {
   static thread_local Routing routing;
   return routing;
-}
-
-void run(Isa isa, const GatedProducts& p) {
-  moe(multiplying(isa, p.x.dtype, p.gate_up.rounds_input && p.down.rounds_input)).gated(p);
 }
 
 }  // namespace
@@ -91,7 +89,7 @@ void bind_moe(nb::module_& m) {
         const auto* choices = reinterpret_cast<const std::int64_t*>(ids);
         const std::int64_t bad = first_unknown(choices, tokens * chosen, experts + zero_experts);
         if (bad >= 0) return bad;
-        in_passes(all, [&](std::int64_t first, GatedProducts& p) {
+        in_passes(isa, all, [&](std::int64_t first, GatedProducts& p) {
           Routing& r = routing();
           r.sort(choices + first * chosen, p.x.rows, chosen, experts);
           p.segments = r.segments.data();
@@ -100,7 +98,6 @@ void bind_moe(nb::module_& m) {
           p.token_of_row = r.token_of_row.data();
           p.row_of_choice = r.row_of_choice.data();
           p.weights = reinterpret_cast<const float*>(weights) + first * chosen;
-          run(isa, p);
         });
         return -1;
       }),
@@ -119,13 +116,12 @@ void bind_moe(nb::module_& m) {
         all.bounds_gate = bounds_gate;
         all.chosen = 1;
         all.out = output(out, outs, out_dtype, residual, residual_dtype);
-        in_passes(all, [&](std::int64_t, GatedProducts& p) {
+        in_passes(isa, all, [&](std::int64_t, GatedProducts& p) {
           Routing& r = routing();
           r.all_to_one(p.x.rows);
           p.segments = r.segments.data();
           p.num_segments = static_cast<std::int64_t>(r.segments.size());
           p.rows = p.x.rows;
-          run(isa, p);
         });
       }),
       nb::call_guard<nb::gil_scoped_release>(), "out = down (silu(gate x) * up x) + residual.");

@@ -162,8 +162,13 @@ void gated(const GatedProducts& p) {
   }
 }
 
+std::int64_t row_bytes(const GatedProducts& p) {
+  const std::int64_t packed = packed_input_bytes(p.gate_up, 1) + packed_input_bytes(p.down, 1);
+  return packed + p.down.ins * size_of(p.x.dtype) + p.down.outs * (std::int64_t)sizeof(float);
+}
+
 }  // namespace
 
-const MoeKernels moe = {gated};
+const MoeKernels moe = {gated, row_bytes};
 
 }  // namespace latentkv::LATENTKV_ISA

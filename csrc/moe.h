@@ -29,6 +29,8 @@ struct GatedProducts {
 
 struct MoeKernels {
   void (*gated)(const GatedProducts&);
+  // Of temporaries for each of the rows.
+  std::int64_t (*row_bytes)(const GatedProducts&);
 };
 LATENTKV_AMX_TABLE(MoeKernels, moe)
 
