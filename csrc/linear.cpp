@@ -59,6 +59,10 @@ std::int64_t packed_input_bytes(const PackedWeight& w, std::int64_t rows) {
   return w.rounds_input ? int8_input_bytes(w, rows) : exact_input_bytes(w, rows);
 }
 
+std::int64_t packed_row_bytes(const PackedWeight& w) {
+  return w.rounds_input ? int8_input_bytes(w, 1) : exact_row_bytes(w);
+}
+
 void pack_input(const PackedWeight& w, const LinearInput& in, std::int64_t first_block, std::int64_t end_block,
                 void* packed) {
   (w.rounds_input ? int8_pack_input : exact_pack_input)(w, in, first_block, end_block, packed);

@@ -276,11 +276,15 @@ float* sums_behind(const void* packed, std::int64_t rows, std::int64_t steps) {
 
 std::int64_t exact_row_blocks(const PackedWeight&, std::int64_t rows) { return ceil_div(rows, ROWS); }
 
-// Room for rows of float32, which a few are, for segments of experts differ.
+// Room for rows of float32, which a few are, for segments of experts differ; of many rows half of it stays untouched.
 std::int64_t exact_input_bytes(const PackedWeight& w, std::int64_t rows) {
+  return rows * (exact_row_bytes(w) + row_steps(layout_of(w)) * TILE_BYTES);
+}
+
+std::int64_t exact_row_bytes(const PackedWeight& w) {
   const Layout layout = layout_of(w);
   const std::int64_t sums = has_minima(w.format) ? layout.groups : 0;
-  return rows * (row_steps(layout) * STEP_INS + sums) * (std::int64_t)sizeof(float);
+  return row_steps(layout) * TILE_BYTES + sums * (std::int64_t)sizeof(float);
 }
 
 void exact_pack_input(const PackedWeight& w, const LinearInput& in, std::int64_t first_block, std::int64_t end_block,

@@ -31,6 +31,8 @@ Layout layout_of(const PackedWeight& w);
 // Activations are packed in blocks of a few rows; all but the number of rows of a block is private to the kernels.
 std::int64_t row_blocks(const PackedWeight& w, std::int64_t rows);
 std::int64_t packed_input_bytes(const PackedWeight& w, std::int64_t rows);
+// What is written of it for each of many rows.
+std::int64_t packed_row_bytes(const PackedWeight& w);
 void pack_input(const PackedWeight& w, const LinearInput& in, std::int64_t first_block, std::int64_t end_block,
                 void* packed);
 

@@ -144,6 +144,8 @@ std::int64_t exact_input_bytes(const PackedWeight& w, std::int64_t rows) {
   return rows * (units_of(layout) + sums_of(w, layout)) * (std::int64_t)sizeof(Unit);
 }
 
+std::int64_t exact_row_bytes(const PackedWeight& w) { return exact_input_bytes(w, 1); }
+
 void exact_pack_input(const PackedWeight& w, const LinearInput& in, std::int64_t first_block, std::int64_t end_block,
                       void* packed) {
   const Layout layout = layout_of(w);

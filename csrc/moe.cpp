@@ -163,7 +163,7 @@ void gated(const GatedProducts& p) {
 }
 
 std::int64_t row_bytes(const GatedProducts& p) {
-  const std::int64_t packed = packed_input_bytes(p.gate_up, 1) + packed_input_bytes(p.down, 1);
+  const std::int64_t packed = packed_row_bytes(p.gate_up) + packed_row_bytes(p.down);
   return packed + p.down.ins * size_of(p.x.dtype) + p.down.outs * (std::int64_t)sizeof(float);
 }
 
