@@ -66,6 +66,7 @@ RANGES: dict[str, Range] = {
     "grad_clip": _NOT_NEGATIVE,
     "heads": Range(1, 1024, whole=True),
     "hidden": Range(1, 2**16, whole=True),
+    "hidden_weight": _NOT_NEGATIVE,
     "kv_budget": Range(0, 1, above=True),
     "layers": Range(1, 1024, whole=True),
     "length": Range(16, MOST, whole=True),

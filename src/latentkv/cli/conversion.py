@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import shlex
 import sys
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,9 +22,10 @@ EVAL_SEED = 1_000_000
 """Of the held-out text that the source writes."""
 
 
-def require_text_options(sequences: int, length: int, *texts: str | None) -> None:
+def require_text_options(sequences: int | None, length: int, *texts: str | None) -> None:
     """Raise `RequestError` for sizes that no model takes, and for a text that is no readable file."""
-    require_range("sequences", sequences, RequestError)
+    if sequences is not None:
+        require_range("sequences", sequences, RequestError)
     require_range("length", length, RequestError)
     for text in texts:
         if text is None or text == SELF:
@@ -44,21 +46,59 @@ def require_length(folder: Path, length: int) -> None:
     require_range("length", length, RequestError, high=read_config(folder).max_positions)
 
 
-def text_tokens(folder: Path, text: str, sequences: int, length: int, *, seed: int, stage: str) -> Tensor:
-    """[sequences, length] ids of a file, or of what the source writes with this seed; `stage` is what they are for."""
+def text_tokens(
+    folder: Path,
+    texts: Sequence[str],
+    sequences: int,
+    length: int,
+    *,
+    seed: int,
+    stage: str,
+    at_most: bool = False,
+    kept: Path | None = None,
+) -> Tensor:
+    """[sequences, length] ids of files, and of what the source writes.
+
+    Args:
+        folder: of the source.
+        texts: names of files, or `SELF`; each gives as many sequences as the others, the first ones one more.
+        sequences: of all texts together.
+        length: tokens of each.
+        seed: of what the source writes.
+        stage: what they are for, to be shown.
+        at_most: a file that has not as many may give fewer.
+        kept: a folder where what the source has written is found again after an interruption; None: nothing is kept.
+    """
+    import torch
+
     from latentkv.convert.text import load_writer, tokens_of_file, tokens_of_model
 
-    if text != SELF:
-        with console(stderr=True).status(f"{stage}: read {text}"):
-            return tokens_of_file(folder, Path(text), sequences=sequences, length=length)
-    with progress(stage) as on_progress:
-        return tokens_of_model(
-            load_writer(folder, length),
-            sequences=sequences,
-            length=length,
-            seed=seed,
-            on_token=lambda done, total: on_progress("the source writes, tokens", done, total),
-        )
+    found: list[Tensor] = []
+    for number, text in enumerate(texts):
+        own = sequences // len(texts) + (number < sequences % len(texts))
+        if text != SELF:
+            with console(stderr=True).status(f"{stage}: read {text}"):
+                found.append(tokens_of_file(folder, Path(text), sequences=own, length=length, at_most=at_most))
+            continue
+        with progress(stage) as on_progress:
+            written = tokens_of_model(
+                load_writer(folder, length),
+                sequences=own,
+                length=length,
+                seed=seed,
+                kept=None if kept is None else kept / f"{_identity(folder, length, seed)}.u32",
+                on_token=lambda done, total: on_progress("the source writes, tokens", done, total),
+            )
+        found.append(written)
+    return torch.cat(found)
+
+
+def _identity(folder: Path, length: int, seed: int) -> str:
+    """Tells what a source writes with a seed from what any other writes."""
+    from latentkv.checkpoint.tensors import open_tensors
+
+    files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in open_tensors(folder).files]
+    return hashlib.sha256(repr((files, length, seed)).encode()).hexdigest()[:16]
 
 
 @contextmanager

@@ -33,7 +33,7 @@ def convert(
     /,
     *,
     options: ConvertOptions,
-    calibrate: str = SELF,
+    calibrate: tuple[str, ...] = (SELF,),
     sequences: int = 128,
     length: int = 512,
     text: str | None = None,
@@ -53,7 +53,8 @@ def convert(
         source: the model.
         target: a new folder for the converted model.
         options: sizes and method.
-        calibrate: text to choose by: a UTF-8 text file, or self: what the source writes by itself.
+        calibrate: text to choose by: a UTF-8 text file, or self: what the source writes by itself; given several times,
+            equal shares of each.
         sequences: sequences of calibration text.
         length: tokens of a sequence.
         text: report the perplexity on this, before and after: a file, or self.
@@ -71,14 +72,16 @@ def convert(
     )
 
     use_threads(threads)
-    require_text_options(sequences, length, calibrate, text)
+    require_text_options(sequences, length, *calibrate, text)
     folder = model_folder(source)
     require_convertible(folder, options)
     require_target(target, folder)
     require_length(folder, length)
     tokens = text_tokens(folder, calibrate, sequences, length, seed=0, stage="Calibration text")
     count = max(sequences // 4, 8)
-    held_out = None if text is None else text_tokens(folder, text, count, length, seed=EVAL_SEED, stage="Held-out text")
+    held_out = (
+        None if text is None else text_tokens(folder, [text], count, length, seed=EVAL_SEED, stage="Held-out text")
+    )
     with progress("Convert") as on_progress:
         report = convert_checkpoint(folder, target, tokens, options, on_progress=on_progress)
     record = read_record(target)

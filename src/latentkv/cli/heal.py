@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -18,6 +19,7 @@ from latentkv.cli.conversion import (
 )
 from latentkv.cli.loading import use_threads
 from latentkv.cli.terminal import console, print_json
+from latentkv.convert import HealOptions
 from latentkv.errors import RequestError
 from latentkv.option_types import Flag
 from latentkv.ranges import require_range
@@ -26,7 +28,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from latentkv.convert import Healing
-    from latentkv.convert.heal_options import Trained
+
+WRITTEN = ".healing-text"
+"""Folder in the target of what the source has written, for who goes on after an interruption."""
+_HELD_OUT = 32
+"""Sequences to measure on, where nothing else says it."""
 
 
 def heal(
@@ -34,18 +40,11 @@ def heal(
     /,
     teacher: str,
     *,
-    data: str = SELF,
-    sequences: int = 512,
+    options: HealOptions,
+    data: tuple[str, ...] = (SELF,),
+    sequences: int | None = None,
     length: int = 512,
-    steps: int = 500,
-    match_steps: int = 0,
-    batch_size: int = 8,
-    lr: float = 1e-3,
-    train: str = "all",
-    lora_rank: int = 16,
-    lora_alpha: float = 16.0,
     text: str | None = None,
-    eval_every: int | None = None,
     threads: int | None = None,
     trust_network: bool = False,
     as_json: Annotated[bool, Flag(("--json",))] = False,
@@ -62,19 +61,14 @@ def heal(
     Args:
         target: the converted model, a local folder; it is trained in place.
         teacher: its source: a folder, its config.json, a .gguf file, or a repo id, also as org/name@revision.
-        data: text to train on: a UTF-8 text file, or self: what the source writes by itself.
-        sequences: sequences of text; they are gone through again and again.
+        options: how.
+        data: text to train on: a UTF-8 text file, or self: what the source writes by itself; given several times, equal
+            shares of each.
+        sequences: sequences of text, gone through again and again; None is one for each sequence of every step, as far
+            as a file has them.
         length: tokens of a sequence.
-        steps: steps of the optimiser.
-        match_steps: how many of these come first and match each layer's attention alone.
-        batch_size: sequences a step.
-        lr: highest learning rate.
-        train: what learns: all weights, attention, or lora: low-rank updates of attention.
-        lora_rank: rank of the updates, with `train` lora.
-        lora_alpha: an update counts alpha / rank times.
         text: measure the perplexity on this, before and after: a file, or self; None is the text that the conversion
             was measured on.
-        eval_every: measure it every so many steps as well; None is before and after.
         threads: CPU threads; None is all cores.
         trust_network: let processes talk over addresses that are not private, in the clear.
         as_json: print what was done as JSON.
@@ -82,31 +76,43 @@ def heal(
     from dataclasses import asdict
 
     from latentkv.checkpoint.source import local_folder, resolve_model
-    from latentkv.convert import HealOptions, heal_checkpoint, held_out_sequences, require_healable
+    from latentkv.convert import heal_checkpoint, held_out_sequences, require_healable
     from latentkv.train.ranks import DataRanks
 
     ranks = DataRanks.join(trust_network=trust_network)
     use_threads(threads)
-    options = HealOptions(steps, match_steps, batch_size, lr, cast("Trained", train), lora_rank, lora_alpha, eval_every)
-    require_text_options(sequences, length, data, text)
-    require_range("batch_size", batch_size, RequestError, high=sequences)
+    require_text_options(sequences, length, *data, text)
+    if sequences is not None:
+        require_range("batch_size", options.batch_size, RequestError, high=sequences)
+    asked = sequences or options.steps * options.batch_size
     target = local_folder(target)
-    text, count, width = _held_out(target, text, max(sequences // 16, 8), length)
-    if text is None and eval_every is not None:
+    text, count, width = _held_out(target, text, _held_out_count(sequences), length)
+    if text is None and options.eval_every is not None:
         raise RequestError("--eval-every needs a text to measure on: give --text.")
     folder = resolve_model(teacher)
     require_healable(target, folder, options, processes=ranks.size)
     require_length(folder, max(length, width))
-    own = held_out_sequences(sequences) if text is None else 0
+    own = held_out_sequences(asked) if text is None else 0
+    written = target / WRITTEN
 
-    def tokens_of(text: str, sequences: int, length: int, seed: int, stage: str) -> Tensor:
-        return ranks.from_first(
-            lambda: text_tokens(folder, text, sequences, length, seed=seed, stage=stage), (sequences, length)
+    def training_text() -> Tensor:
+        return text_tokens(
+            folder,
+            data,
+            asked + own,
+            length,
+            seed=asked,
+            stage="Healing text",
+            at_most=sequences is None,
+            kept=written,
         )
 
+    def held_out_text(text: str) -> Tensor:
+        return text_tokens(folder, [text], count, width, seed=EVAL_SEED, stage="Held-out text")
+
     with ranks.together():
-        tokens = tokens_of(data, sequences + own, length, sequences, "Healing text")
-        held_out = None if text is None else tokens_of(text, count, width, EVAL_SEED, "Held-out text")
+        tokens = ranks.from_first(training_text)
+        held_out = None if text is None else ranks.from_first(lambda: held_out_text(text))
         with progress("Heal", silent=not ranks.is_first) as on_progress:
             healing = heal_checkpoint(
                 target,
@@ -114,10 +120,12 @@ def heal(
                 tokens,
                 options,
                 held_out=held_out,
-                about={"data": data, "text": text, **run_facts(ranks.size)},
+                about={"data": data[0] if len(data) == 1 else data, "text": text, **run_facts(ranks.size)},
                 on_progress=on_progress,
                 ranks=ranks,
             )
+        if ranks.is_first and healing is not None:
+            shutil.rmtree(written, ignore_errors=True)
         ranks.leave()
     if healing is None:
         if ranks.is_first:
@@ -129,6 +137,11 @@ def heal(
         print_json(asdict(healing))
     else:
         _print_healing(healing, target)
+
+
+def _held_out_count(sequences: int | None) -> int:
+    """How many sequences to measure on where nothing else says it."""
+    return _HELD_OUT if sequences is None else max(sequences // 16, 8)
 
 
 def _held_out(target: Path, text: str | None, sequences: int, length: int) -> tuple[str | None, int, int]:

@@ -1,4 +1,4 @@
-"""`heal_checkpoint`: a converted model learns what its source predicts (KL alone: X-EcoMLA, arXiv 2503.11132)."""
+"""`heal_checkpoint`: a converted model learns what its source predicts (as X-EcoMLA, arXiv 2503.11132)."""
 
 from __future__ import annotations
 
@@ -97,8 +97,7 @@ def heal_checkpoint(
             "smaller --batch-size."
         )
     student = load_model(folder, dtype=torch.float32)
-    source = load_model(teacher, dtype=torch.float32).requires_grad_(False)
-    ranks.shard(source, torch.float32)
+    source = _load_teacher(teacher, torch.float32, ranks)
 
     def measured(stage: str) -> Quality:
         return compare(
@@ -106,12 +105,16 @@ def heal_checkpoint(
         )
 
     before = measured("measure before, sequences")
+    if options.dtype == "bf16":
+        source = _load_teacher(teacher, torch.bfloat16, ranks)
     with without_norms(student), _updates(student, options):
         done = train(student, source, tokens, options, held_out, folder, on_progress, ranks)
     if done is None:
         return None
     dtype = stored_dtype(student.config)
     _round(student, dtype)
+    if options.dtype == "bf16":
+        source = _load_teacher(teacher, torch.float32, ranks)
     after = measured("measure after, sequences")
     _require_no_worse(folder, student, before, after, options, ranks)
     if held_out is not None:
@@ -126,6 +129,13 @@ def heal_checkpoint(
         shutil.rmtree(folder / STATE, ignore_errors=True)
     ranks.wait()
     return healing
+
+
+def _load_teacher(teacher: Path, dtype: torch.dtype, ranks: DataRanks) -> Decoder:
+    """The source, shared out among the processes."""
+    source = load_model(teacher, dtype=dtype).requires_grad_(False)
+    ranks.shard(source, dtype)
+    return source
 
 
 def hold_out(tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -162,7 +172,8 @@ def require_healable(folder: Path, teacher: Path, options: HealOptions, *, proce
     student, source = read_config(folder), read_config(teacher)
     if not isinstance(student.attention, MLAConfig):
         raise TrainingError(f"{folder} has no latent attention: heal what `latentkv convert` wrote.")
-    shapes = ("vocab_size", "hidden_size", "num_layers") if options.match_steps else ("vocab_size",)
+    shapes = ["vocab_size", *(["hidden_size"] if options.match_steps or options.hidden_weight else [])]
+    shapes += ["num_layers"] if options.match_steps else []
     for name in shapes:
         ours, theirs = getattr(student, name), getattr(source, name)
         if ours != theirs:

@@ -13,9 +13,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from latentkv.convert.distances import divergence, mismatch
+from latentkv.convert.distances import backward_distance, backward_mismatch
 from latentkv.convert.heal_options import HealOptions
 from latentkv.convert.quality import Quality, compare
 from latentkv.convert.record import read_record
@@ -27,11 +27,11 @@ from latentkv.train.optimizers import optimizer_tensors, restore_optimizers
 from latentkv.train.ranks import DataRanks
 from latentkv.train.schedule import warmed_cosine
 from latentkv.train.stopping import stop_on_signal
+from latentkv.train.weights import MasterWeights
 
 STATE = ".healing"
 _SAVE_SECONDS = 60
 _WARMUP_STEPS = 20
-_FLOOR = 0.1  # of the learning rate, at the end
 
 
 class Evaluation(Quality):
@@ -69,14 +69,17 @@ def train(
         What was done; None: a signal has stopped it, and it is saved.
     """
     _choose(student, options)
-    ranks.shard(student, torch.float32)
-    # Noted before anything is computed, which puts whole weights in their place for a while.
-    weights = dict(student.named_parameters())
+    dtype = torch.bfloat16 if options.dtype == "bf16" else torch.float32
+    ranks.shard(student, dtype)
+    # Made before anything is computed, which puts whole weights in their place for a while. Weights that are shared out
+    # stay float32 where they lie, and are rounded as they are gathered.
+    masters = MasterWeights(student, dtype if ranks.size == 1 else torch.float32)
+    weights = masters.by_name
     trained = {name: weight for name, weight in weights.items() if weight.requires_grad}
     optimizer = torch.optim.AdamW(trained.values(), lr=options.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     fingerprint = _fingerprint(tokens, options, held_out)
     state = folder / STATE
-    done = _resume(state, student, trained, optimizer, fingerprint)
+    done = _resume(state, masters, trained, optimizer, fingerprint)
     done = done or Progress(number=len(read_record(folder).get("healings", ())))
 
     def save(saved: Mapping[str, Tensor]) -> None:
@@ -96,15 +99,15 @@ def train(
                 done.evaluations.append(evaluation(quality, step, tokens, options))
             began = time.monotonic()
             for group in optimizer.param_groups:
-                group["lr"] = options.lr * warmed_cosine(step, step / options.steps, warmup=_WARMUP_STEPS, floor=_FLOOR)
+                group["lr"] = options.lr * warmed_cosine(step, step / options.steps, warmup=_WARMUP_STEPS, floor=0.0)
             (batch,) = ranks.own(tokens[_batch(step, len(tokens), options)].split(options.batch_size // ranks.size))
-            measure = mismatch if step < options.match_steps else divergence
-            loss = measure(student, teacher, batch, ranks)
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(trained.values(), 1.0)
+            loss = _backward(student, teacher, batch, options, ranks, matching=step < options.match_steps)
+            masters.collect_gradients()
+            masters.clip_gradients(1.0)
             optimizer.step()
-            done.losses.append(float(ranks.mean(loss.detach())))
+            masters.drop_gradients()
+            masters.publish()
+            done.losses.append(float(ranks.mean(loss)))
             done.seconds += time.monotonic() - began
             if not math.isfinite(done.losses[-1]):
                 raise _diverged(state, step, options, ranks)
@@ -121,8 +124,20 @@ def train(
                 save(trained)
         # All weights, for those in the folder are about to be replaced: who is killed meanwhile begins from here.
         save(weights)
+        masters.withdraw()
         student.eval()
         return None if ranks.any(bool(caught)) else done
+
+
+def _backward(
+    student: Decoder, teacher: Decoder, batch: Tensor, options: HealOptions, ranks: DataRanks, *, matching: bool
+) -> Tensor:
+    """The gradients of a step's loss; what is told of it: the layers' error, or the KL."""
+    if matching:
+        return backward_mismatch(student, teacher, batch, ranks)
+    return backward_distance(
+        student, teacher, batch, ranks, hidden_weight=options.hidden_weight, recompute=options.recompute
+    ).divergence
 
 
 def evaluation(quality: Quality, step: int, tokens: Tensor, options: HealOptions) -> Evaluation:
@@ -165,7 +180,7 @@ def _choose(student: Decoder, options: HealOptions) -> None:
 
 
 def _resume(
-    state: Path, student: Decoder, trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, fingerprint: str
+    state: Path, masters: MasterWeights, trained: dict[str, Tensor], optimizer: torch.optim.Optimizer, fingerprint: str
 ) -> Progress | None:
     """Go back to where an earlier run was interrupted, if one was."""
     found = list_checkpoints(state)
@@ -180,7 +195,8 @@ def _resume(
                 f"{state}."
             )
         done = as_saved(Progress, moment)
-        restore_weights(dict(student.named_parameters()), saved.weights, required=trained)
+        restore_weights(masters.by_name, saved.weights, required=trained)
+        masters.publish()
         restore_optimizers(trained, [optimizer], saved.optimizer)
     return done
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,6 +19,7 @@ from latentkv.state import PAGE_SIZE
 
 TOGETHER = 64
 """Sequences that the source writes at a time."""
+_KEPT = np.dtype("<u4")
 
 
 def load_writer(folder: Path, length: int) -> LLM:
@@ -28,7 +30,7 @@ def load_writer(folder: Path, length: int) -> LLM:
     return LLM(folder, dtype="fp32", kv_cache_bytes=room, generation_config="none")
 
 
-def tokens_of_file(folder: Path, path: Path, *, sequences: int, length: int) -> Tensor:
+def tokens_of_file(folder: Path, path: Path, *, sequences: int, length: int, at_most: bool = False) -> Tensor:
     """[sequences, length] ids: windows spread evenly over a UTF-8 text, each after the token that begins texts.
 
     Args:
@@ -36,6 +38,7 @@ def tokens_of_file(folder: Path, path: Path, *, sequences: int, length: int) -> 
         path: of the text.
         sequences: windows.
         length: tokens of each.
+        at_most: take fewer where the text has not as many.
 
     Raises:
         RequestError: the model has no tokenizer, or the text is too short.
@@ -52,6 +55,8 @@ def tokens_of_file(folder: Path, path: Path, *, sequences: int, length: int) -> 
     first = [tokenizer.bos_id] if tokenizer.adds_bos and tokenizer.bos_id is not None else []
     own = length - len(first)
     ids = torch.tensor(tokenizer.encode(text, add_bos=False), dtype=torch.int64)
+    if at_most:
+        sequences = max(min(sequences, len(ids) // own), 1)
     if len(ids) < sequences * own:
         raise RequestError(
             f"{path} has {len(ids):,} tokens, {sequences * own:,} are needed: give a longer text, or ask for fewer."
@@ -67,9 +72,19 @@ def tokens_of_model(
     sequences: int,
     length: int,
     seed: int = 0,
+    kept: Path | None = None,
     on_token: Callable[[int, int], object] = lambda done, total: None,
 ) -> Tensor:
     """[sequences, length] ids that the model itself writes at temperature 1, from the token that begins texts.
+
+    Args:
+        llm: the model.
+        sequences: to write.
+        length: tokens of each.
+        seed: each sequence has one of its own, from this one on.
+        kept: a file that holds the finished sequences of an interrupted run of the same call, and to which those that
+            are finished now are added; None: nothing is kept.
+        on_token: called with the tokens that are written, and all of them.
 
     Raises:
         RequestError: the model has no such token, or the sequences are longer than its context.
@@ -77,12 +92,30 @@ def tokens_of_model(
     begin = llm.config.bos_token_id
     if begin is None:
         raise RequestError("This model has no token to begin a text with: give a text.")
-    params = [
-        SamplingParams(max_tokens=length - 1, temperature=1.0, ignore_eos=True, seed=seed + i) for i in range(sequences)
-    ]
-    rows: list[list[int]] = [[begin] for _ in params]
-    events = llm.engine.run([llm.request([begin], each) for each in params])
-    for done, event in enumerate(events, 1):
-        rows[event.index].append(event.token_id)
-        on_token(done, sequences * (length - 1))
+    rows = [] if kept is None else _kept_rows(kept, length)[:sequences]
+    total = sequences * (length - 1)
+    while len(rows) < sequences:
+        first = len(rows)
+        seeds = range(seed + first, seed + min(first + TOGETHER, sequences))
+        params = [SamplingParams(max_tokens=length - 1, temperature=1.0, ignore_eos=True, seed=each) for each in seeds]
+        written: list[list[int]] = [[begin] for _ in params]
+        events = llm.engine.run([llm.request([begin], each) for each in params])
+        for done, event in enumerate(events, first * (length - 1) + 1):
+            written[event.index].append(event.token_id)
+            on_token(done, total)
+        if kept is not None:
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            with kept.open("ab") as file:
+                file.write(np.array(written, dtype=_KEPT).tobytes())
+        rows += written
     return torch.tensor(rows)
+
+
+def _kept_rows(path: Path, length: int) -> list[list[int]]:
+    """The whole sequences in a file; a last one that is not whole is cut off."""
+    if not path.exists():
+        return []
+    size = path.stat().st_size // (_KEPT.itemsize * length) * _KEPT.itemsize * length
+    with path.open("r+b") as file:
+        file.truncate(size)
+    return np.fromfile(path, dtype=_KEPT).reshape(-1, length).tolist()

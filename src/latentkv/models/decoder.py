@@ -7,6 +7,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from latentkv import ops
 from latentkv.errors import ConfigError
@@ -343,12 +344,17 @@ class Decoder(nn.Module):
             x = layer(x, positions, batch, cache.view(index), form)
         return self._normed(x) if self.stage.is_last else x
 
-    def forward_train(self, input_ids: Tensor) -> Tensor:
-        """Whole causal sequences without a cache, differentiable: ids [B, S] -> final hidden states [B, S, hidden]."""
+    def forward_train(self, input_ids: Tensor, *, recompute: bool = False) -> Tensor:
+        """Whole causal sequences without a cache, differentiable: ids [B, S] -> final hidden states [B, S, hidden].
+
+        Args:
+            input_ids: [B, S] int64.
+            recompute: keep only each layer's input for the backward pass, which computes the layer once more.
+        """
         x = self._streams(self.embed(input_ids))
         positions = self.angles(input_ids.shape[1])
         for layer in self.model.layers:
-            x = layer(x, positions)
+            x = checkpoint(layer, x, positions, use_reentrant=False) if recompute else layer(x, positions)
         return self._normed(x)
 
     def attention_outputs(self, inputs: Sequence[Tensor]) -> list[Tensor]:

@@ -111,10 +111,13 @@ class DataRanks:
         for method in ("forward_train", "logits", "mtp_hidden", "attention_outputs"):
             register_fsdp_forward_method(model, method)
 
-    def from_first(self, make: Callable[[], Tensor], shape: Sequence[int]) -> Tensor:
-        """What the first process makes, int64 of this shape; the others are given it."""
-        made = make() if self.is_first else torch.empty(tuple(shape), dtype=torch.int64)
+    def from_first(self, make: Callable[[], Tensor]) -> Tensor:
+        """What the first process makes, an int64 matrix; the others are given it."""
+        made = make() if self.is_first else torch.empty(0, 0, dtype=torch.int64)
         if self._ranks:
+            shape = torch.tensor(made.shape)
+            dist.broadcast(shape, 0)
+            made = made if self.is_first else torch.empty(*shape.tolist(), dtype=torch.int64)
             dist.broadcast(made, 0)
         return made
 

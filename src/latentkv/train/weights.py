@@ -23,7 +23,9 @@ class MasterWeights:
         self.by_name: dict[str, Tensor] = {}
         for name, parameter in self._parameters.items():
             if self._copied:
-                self.by_name[name] = parameter.detach().to(torch.float32, copy=True).requires_grad_()
+                self.by_name[name] = (
+                    parameter.detach().to(torch.float32, copy=True).requires_grad_(parameter.requires_grad)
+                )
                 parameter.data = parameter.data.to(dtype)
             else:
                 self.by_name[name] = parameter
@@ -61,6 +63,11 @@ class MasterWeights:
         if self._copied:
             for name, parameter in self._parameters.items():
                 parameter.copy_(self.by_name[name])
+
+    def withdraw(self) -> None:
+        """After training: let the model have the masters themselves."""
+        for name, parameter in self._parameters.items():
+            parameter.data = self.by_name[name].data
 
 
 @torch.no_grad()
