@@ -14,7 +14,7 @@ from latentkv.engine import Engine, Event, Request, SamplingParams
 from latentkv.engine.adaptive import AdaptiveDrafter
 from latentkv.engine.drafts import NGramDrafter
 from latentkv.engine.scoring import sequence_logits
-from latentkv.engine.thread import FAILURES, EngineThread
+from latentkv.engine.thread import FAILURES, EngineThread, Health
 from latentkv.errors import EngineStoppedError, StageError
 from latentkv.models.batch import Batch
 from latentkv.models.decoder import Decoder
@@ -145,11 +145,13 @@ def test_a_stage_that_always_fails_ends_a_guarded_engine(
     thread = EngineThread(engine)
     thread.start()
     thread.guard(max_open=9, stall_seconds=60)
-    heard: SimpleQueue[Event | Exception] = SimpleQueue()
-    for _ in range(FAILURES):
-        thread.submit(ask([7, 3]), heard.put)
-        assert isinstance(heard.get(timeout=20), StageError | EngineStoppedError)
-    assert "no memory" in thread.health().reason and thread.health().state == "dead"
+    heard: SimpleQueue[tuple[Event | Exception, Health]] = SimpleQueue()
+    for number in range(FAILURES):
+        thread.submit(ask([7, 3]), lambda said: heard.put((said, thread.health())))
+        said, health = heard.get(timeout=20)
+        assert isinstance(said, StageError | EngineStoppedError)
+        assert (health.state == "dead") == (number == FAILURES - 1), "whoever hears of the last failure finds it dead"
+    assert "no memory" in health.reason
 
 
 def test_whoever_is_given_up_while_on_the_way_leaves_nothing(ranks: LocalRanks):

@@ -16,8 +16,8 @@ from torch.nn import functional
 from latentkv.models.decoder import Decoder, DecoderLayer
 from latentkv.train.ranks import DataRanks
 
-_CHUNK_TOKENS = 512
-"""Tokens whose logits exist at a time; of a vocabulary of 128k they take 256 MiB in float32."""
+_CHUNK_TOKENS = 256
+"""Tokens whose logits exist at a time; those of a vocabulary of 128k take 128 MiB in float32."""
 
 
 @dataclass(frozen=True)

@@ -248,10 +248,14 @@ class EngineThread:
             self.die_of(error)
         except Exception as error:  # whatever the model raised: those in the step get it, the others go on
             self._failures += 1
+            last = f"{FAILURES} steps failed one after another, the last one so: {error}"
+            fatal = self._failures == FAILURES and self._max_open is not None
+            if fatal:  # said first: whoever hears of the last failure finds the engine dead
+                self._condemn(last)
             if not self._report_failed(error) and self._max_open is None:
                 self._give_up_all(error)  # it would fail for ever, and whoever asked would wait as long
-            if self._failures == FAILURES and self._max_open is not None:
-                self._die(f"{FAILURES} steps failed one after another, the last one so: {error}")
+            if fatal:
+                self._die(last)
         except BaseException:
             self._die("Its thread ended.")
             raise
@@ -330,9 +334,13 @@ class EngineThread:
             self._finish(ticket, error)
 
     def _die(self, reason: str, error: RankError | None = None) -> None:
-        with self._lock:
-            if self._reason is None:
-                self._reason = reason
+        self._condemn(reason)
         self._fail_all(error or EngineStoppedError(f"The engine is dead: {reason}"))
         if self._worker:
             self._worker.stop(0)
+
+    def _condemn(self, reason: str) -> None:
+        """Say why it is dead, which the first reason answers."""
+        with self._lock:
+            if self._reason is None:
+                self._reason = reason
