@@ -8,6 +8,7 @@ from sources import write_source
 from latentkv import LLM
 from latentkv.convert import text
 from latentkv.convert.text import load_writer, tokens_of_file, tokens_of_model
+from latentkv.errors import RequestError
 from latentkv.llm_options import EMBEDDED_MODEL
 
 
@@ -51,3 +52,41 @@ def test_a_file_is_read_with_the_tokenizer_alone(tmp_path: Path):
     llm = LLM()
     assert tokens.shape == (8, 32)
     assert tokens[0].tolist() == list(llm.request(text_file.read_text(encoding="utf-8")[:400]).prompt_token_ids[:32])
+
+
+def test_what_an_interrupted_run_has_written_is_gone_on_with_and_the_text_is_the_same(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(text, "TOGETHER", 3)
+    whole = tokens_of_model(load_writer(folder, 24), sequences=8, length=24, seed=5)
+    kept, told = tmp_path / "text" / "kept.u32", []
+
+    def stopped(done: int, total: int) -> None:
+        if done == 5 * 23:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tokens_of_model(load_writer(folder, 24), sequences=8, length=24, seed=5, kept=kept, on_token=stopped)
+    assert kept.stat().st_size == 3 * 24 * 4, "those that were finished together"
+    kept.write_bytes(kept.read_bytes() + b"torn")
+    resumed = tokens_of_model(
+        load_writer(folder, 24), sequences=8, length=24, seed=5, kept=kept, on_token=lambda *done: told.append(done)
+    )
+    assert torch.equal(resumed, whole)
+    assert told[0] == (3 * 23 + 1, 8 * 23) and told[-1] == (8 * 23, 8 * 23)
+    monkeypatch.setattr("latentkv.engine.Engine.step", None)  # nothing is left to be written
+    assert torch.equal(tokens_of_model(load_writer(folder, 24), sequences=8, length=24, seed=5, kept=kept), whole)
+    assert torch.equal(tokens_of_model(load_writer(folder, 24), sequences=2, length=24, seed=5, kept=kept), whole[:2])
+
+
+def test_a_file_that_is_too_short_is_refused_or_gives_what_it_has(tmp_path: Path):
+    text_file = tmp_path / "text.txt"
+    text_file.write_text("It was a dark and stormy night. " * 20, encoding="utf-8")
+    with pytest.raises(RequestError, match=r"are needed: give a longer text, or ask for fewer"):
+        tokens_of_file(EMBEDDED_MODEL, text_file, sequences=80, length=32)
+    given = tokens_of_file(EMBEDDED_MODEL, text_file, sequences=80, length=32, at_most=True)
+    assert 1 < len(given) < 80
+    assert torch.equal(given, tokens_of_file(EMBEDDED_MODEL, text_file, sequences=len(given), length=32))
+    text_file.write_text("It was.", encoding="utf-8")
+    with pytest.raises(RequestError, match="are needed: give a longer text"):
+        tokens_of_file(EMBEDDED_MODEL, text_file, sequences=80, length=32, at_most=True)

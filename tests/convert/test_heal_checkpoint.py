@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,35 @@ def test_an_interrupted_healing_goes_on_and_ends_with_the_same_weights(
     assert not (folder / ".healing").exists()
     expected, found = (load_model(path, dtype=torch.float32).state_dict() for path in (tmp_path / "whole", folder))
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+@OF_ONE
+@pytest.mark.parametrize("train", ["all", "attention", "lora"])
+def test_in_bf16_healing_brings_the_model_as_much_nearer_and_goes_on_exactly(
+    models: tuple[Path, Path], train: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, folder = models
+    monkeypatch.setattr("latentkv.convert.heal_loop._SAVE_SECONDS", 0)
+    options = HealOptions(steps=20, batch_size=4, lr=1e-2 if train == "lora" else 2e-3, train=train)
+    nearer: list[float] = []
+    for name, dtype in (("exact", "fp32"), ("whole", "bf16")):
+        shutil.copytree(folder, tmp_path / name)
+        done = heal_checkpoint(tmp_path / name, source, TOKENS, replace(options, dtype=dtype), held_out=TOKENS)
+        nearer.append(done.evaluations[-1]["divergence"] / done.evaluations[0]["divergence"])
+    assert nearer[1] < 0.9 and nearer[1] == pytest.approx(nearer[0], abs=0.03)
+
+    def killed(stage: str, step: int, steps: int) -> None:
+        if stage.startswith("train") and step == 9:
+            raise KeyboardInterrupt
+
+    before = load_model(folder, dtype=torch.float32).state_dict()
+    with pytest.raises(KeyboardInterrupt):
+        heal_checkpoint(folder, source, TOKENS, replace(options, dtype="bf16"), held_out=TOKENS, on_progress=killed)
+    heal_checkpoint(folder, source, TOKENS, replace(options, dtype="bf16"), held_out=TOKENS)
+    expected, found = (load_model(path, dtype=torch.float32).state_dict() for path in (tmp_path / "whole", folder))
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    moved = {name for name in before if not torch.equal(before[name], found[name])}
+    assert moved and (train == "all" or all(".self_attn." in name for name in moved))
 
 
 @OF_ONE
@@ -264,5 +294,10 @@ def test_what_cannot_be_healed_is_refused(models: tuple[Path, Path]) -> None:
     source, folder = models
     with pytest.raises(TrainingError, match="fewer than a batch"):
         heal_checkpoint(folder, source, TOKENS[:2], OPTIONS)
+    for name, asked in (("train", "norms"), ("dtype", "int8")):
+        with pytest.raises(TrainingError, match=f"--{name}={asked} is not allowed: choose "):
+            HealOptions(**{name: asked})
+    with pytest.raises(TrainingError, match="--hidden-weight must be"):
+        HealOptions(hidden_weight=-1)
     with pytest.raises(TrainingError, match="--eval-every must be a whole number from 1"):
         HealOptions(eval_every=0)

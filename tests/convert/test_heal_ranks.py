@@ -78,6 +78,7 @@ CASES = {
     "attention": replace(ALL, train="attention", match_steps=6),
     "matched": replace(ALL, match_steps=20),
     "lora": replace(ALL, match_steps=4, train="lora", lora_rank=5, lora_alpha=5, lr=1e-2),
+    "recomputed": replace(ALL, recompute=True, hidden_weight=0.0),
 }
 Models = tuple[Path, Path]
 """Source, and converted."""
@@ -331,16 +332,16 @@ def test_the_command_writes_its_text_once_stops_at_a_signal_and_goes_on(models: 
 import os, signal, sys
 from latentkv.convert import heal_loop
 from latentkv.cli import conversion
-divergence, text_of, calls = heal_loop.divergence, conversion.text_tokens, []
-def stopped(*given):
+distance, text_of, calls = heal_loop.backward_distance, conversion.text_tokens, []
+def stopped(*given, **how):
     calls.append(given)
     if rank == "1" and len(calls) == 5:
         os.kill(os.getpid(), signal.SIGTERM)
-    return divergence(*given)
+    return distance(*given, **how)
 def written(*given, **how):
     print("text is written", file=sys.stderr)
     return text_of(*given, **how)
-heal_loop.divergence, conversion.text_tokens = stopped, written
+heal_loop.backward_distance, conversion.text_tokens = stopped, written
 """
     (first, *said), (second, *silent) = run_command(2, arguments(models), told)
     assert (first, second) == (130, 130)
