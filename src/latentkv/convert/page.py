@@ -183,19 +183,19 @@ def _healing(record: Record) -> str:
     if not healings:
         return ""
     losses: list[tuple[int, float]] = []
-    perplexities: list[tuple[int, float]] = []
+    measures: list[tuple[int, float, float]] = []
     source: float | None = None
     before = 0
     for healing in healings:
         losses += [(before + tokens, loss) for tokens, loss in healing["curve"]]
         for measure in healing["evaluations"]:
-            perplexities.append((before + measure["healing_tokens"], measure["converted"]))
+            measures.append((before + measure["healing_tokens"], measure["divergence"], measure["converted"]))
             source = measure["source"]
         before += healing["tokens"]
     said = " ".join(_healing_sentence(healing) for healing in healings)
     if not losses:
         return f'<div class="row"><section><h2>Healing</h2><p class="faint">{said}</p></section></div>'
-    plot = _plot("Healing", said, lambda theme: plot_healing(losses, perplexities, source, theme))
+    plot = _plot("Healing", said, lambda theme: plot_healing(losses, measures, source, theme))
     return f'<div class="row">{plot}</div>'
 
 

@@ -57,27 +57,28 @@ def plot_sizes(forecasts: Sequence[Sequence[float]], chosen: tuple[int, int], th
 
 def plot_healing(
     losses: Sequence[tuple[int, float]],
-    perplexities: Sequence[tuple[int, float]],
+    measures: Sequence[tuple[int, float, float]],
     source: float | None,
     theme: Theme,
 ) -> bytes:
-    """KL against tokens, and beside it the held-out perplexity with the source's as a line.
+    """KL against tokens, of the text that is trained on and of the held-out one; beside it the latter's perplexity.
 
     Args:
-        losses: (healing tokens, KL in nats a token).
-        perplexities: (healing tokens, perplexity); none: the first picture alone.
-        source: the source's perplexity.
+        losses: (healing tokens, KL in nats per token) of what is trained on.
+        measures: (healing tokens, KL in nats per token, perplexity) of held-out text; none: the first picture alone.
+        source: the source's perplexity, drawn as a line.
         theme: of the page.
     """
-    figure = _figure((10.6 if perplexities else 5.2, 2.9), theme)
-    axes = _axes(figure, 2 if perplexities else 1, theme)
-    axes[0].plot(*zip(*losses, strict=True), color=theme.main, linewidth=1.4)
-    axes[0].set_ylabel("KL to the source, nats a token")
-    axes[0].set_ylim(bottom=0)
-    if perplexities:
-        axes[1].plot(
-            *zip(*perplexities, strict=True), color=theme.main, linewidth=1.4, marker="o", markersize=4, clip_on=False
-        )
+    figure = _figure((10.6 if measures else 5.2, 2.9), theme)
+    axes = _axes(figure, 2 if measures else 1, theme)
+    axes[0].plot(*zip(*losses, strict=True), color=theme.main, linewidth=1.4, label="text trained on")
+    axes[0].set_ylabel("KL to the source, nats per token")
+    if measures:
+        tokens, divergences, perplexities = zip(*measures, strict=True)
+        marked: dict[str, Any] = {"linewidth": 1.4, "marker": "o", "markersize": 4, "clip_on": False}
+        axes[0].plot(tokens, divergences, color=theme.other, label="held-out text", **marked)
+        axes[0].legend(frameon=False, labelcolor=theme.faint, fontsize=9)
+        axes[1].plot(tokens, perplexities, color=theme.main, **marked)
         axes[1].set_ylabel("perplexity, held-out text")
         if source is not None:
             axes[1].axhline(source, color=theme.other, linewidth=1.4, linestyle="--")
@@ -92,6 +93,7 @@ def plot_healing(
                 fontsize=9,
             )
             axes[1].margins(y=0.12)
+    axes[0].set_ylim(bottom=0)
     for axis in axes:
         axis.set_xlabel("healing tokens")
         axis.set_xlim(left=0)
