@@ -272,7 +272,7 @@ def test_a_damaged_resume_state_is_one_sentence_that_names_it_and_the_remedy(sou
     whole = claim.read_bytes()
     for damage in (b"", b"[" * 100_000, whole[:-9]):
         claim.write_bytes(damage)
-        with pytest.raises(CheckpointError, match=r"conversion\.json is .*: remove the folder of the copy"):
+        with pytest.raises(CheckpointError, match=r"conversion\.json is .*: remove the folder of the quantised copy"):
             quantize_checkpoint(source, out, "int4", max_shard_bytes=20_000)
     claim.write_bytes(whole)
     for damage in (b"", b"[" * 100_000, b"{}", b"[{}]", rows.read_bytes().replace(b'"tensors": 1', b'"tensors": "1"')):
@@ -336,7 +336,7 @@ def test_an_unfinished_copy_with_other_options_or_of_another_source_is_refused(s
         quantize_checkpoint(source, tmp_path / "out", "int4", on_progress=stopping_after(3))
     other = Path(shutil.copytree(source, tmp_path / "other", copy_function=shutil.copyfile))
     for folder, fmt, group in ((source, "int8", None), (source, "int4", 32), (other, "int4", None)):
-        with pytest.raises(CheckpointError, match="unfinished copy of another source, or with other options"):
+        with pytest.raises(CheckpointError, match="unfinished quantised copy of another source, or with other options"):
             quantize_checkpoint(folder, tmp_path / "out", fmt, group)
     quantize_checkpoint(source, tmp_path / "out", "int4")
     with pytest.raises(CheckpointError, match="exists and is not empty"):
