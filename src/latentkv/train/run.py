@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import filecmp
-import hashlib
-import json
 import shutil
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +15,7 @@ from rich.console import Console
 from latentkv.checkpoint.wrapper import text_config
 from latentkv.errors import TrainingError
 from latentkv.files import write_json
+from latentkv.fingerprint import fingerprint
 from latentkv.json_files import read_json
 from latentkv.models.config_reader import read_config, read_model_json
 from latentkv.models.decoder import Decoder
@@ -105,7 +103,7 @@ def train_model(
         options,
         mtp_layers=len(decoder.mtp),
         evaluations=eval_sets(corpus, encode, separator, merged=not plan.eval_files),
-        identity=_identity(plan, raw),
+        identity=fingerprint([_data_facts(plan)["sha256"].encode(), raw]),
         ranks=ranks,
     )
     checkpoints = plan.out / "checkpoints"
@@ -162,7 +160,7 @@ def _encoded(
         lambda text: tokenizer.encode(text, add_bos=False),
         _separator(tokenizer),
         vocab_size,
-        _fingerprint(plan.out),
+        fingerprint((plan.out / name).read_bytes() for name in TOKENIZER_FILES[:3] if (plan.out / name).is_file()),
     )
     return tokenizer, tokens
 
@@ -260,23 +258,9 @@ def _decoder(plan: TrainingPlan, raw: dict[str, Any], seed: int) -> Decoder:
     return decoder.train()
 
 
-def _fingerprint(folder: Path) -> str:
-    """A hash of the tokenizer's files."""
-    digest = hashlib.sha256()
-    for name in TOKENIZER_FILES[:3]:
-        if (folder / name).is_file():
-            digest.update((folder / name).read_bytes())
-    return digest.hexdigest()
-
-
 def _data_facts(plan: TrainingPlan) -> dict[str, Any]:
     """What `write_tokens` noted of the encoded text."""
     return read_json(plan.tokens_file.with_name(f"{plan.tokens_file.name}.json"), TrainingError)
-
-
-def _identity(plan: TrainingPlan, raw: dict[str, Any]) -> str:
-    """A hash of the data and the model's config."""
-    return hashlib.sha256((_data_facts(plan)["sha256"] + json.dumps(raw, sort_keys=True)).encode()).hexdigest()
 
 
 def _write_summary(plan: TrainingPlan, options: TrainOptions, trainer: Trainer, records: list[dict[str, Any]]) -> None:
