@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from latentkv.errors import LatentKVError
-from latentkv.files import sync, write_json
+from latentkv.files import lock, sync, write_json
 from latentkv.json_files import read_any_json, read_json
 from latentkv.saved_values import saved_in
 
@@ -71,20 +71,24 @@ class ResumableFolder:
         """Make the folder this work's own; refuse one that is another's. A disk that is full is one sentence.
 
         Raises:
-            LatentKVError: it holds something else, or other work; its state is damaged; it cannot be written.
+            LatentKVError: it holds something else, or other work; another process writes to it; its state is damaged;
+                it cannot be written.
         """
         claim = self.state / _CLAIM
         try:
-            if not claim.is_file():
-                self._require_empty()
-                self.state.mkdir(parents=True, exist_ok=True)
-                write_json(claim, fingerprint)
-            if self._read(claim, lambda claimed: claimed != fingerprint):
-                raise self._error(
-                    f"{self.path} holds an unfinished {self._what} of another source, or with other options: remove it "
-                    "first"
-                )
-            yield
+            self.require_free()
+            self.path.mkdir(parents=True, exist_ok=True)
+            with alone_in(self.path, self._error):
+                if not claim.is_file():
+                    self._require_empty()
+                    self.state.mkdir(exist_ok=True)
+                    write_json(claim, fingerprint)
+                if self._read(claim, lambda claimed: claimed != fingerprint):
+                    raise self._error(
+                        f"{self.path} holds an unfinished {self._what} of another source, or with other options: "
+                        "remove it first"
+                    )
+                yield
         except OSError as problem:
             raise self._error(
                 f"{self.path} cannot be written ({problem.strerror or problem}): what is finished stays, the same "
@@ -123,6 +127,25 @@ class ResumableFolder:
         remedy = remedy or self.remedy
         with saved_in(path, self._error, remedy):
             return read(read_any_json(path, self._error, remedy=remedy))
+
+
+@contextmanager
+def alone_in(folder: Path, error: type[LatentKVError]) -> Generator[None]:
+    """Write to a folder, which must exist, as no other process that asks so does meanwhile.
+
+    Raises:
+        LatentKVError: of type `error`: another process does.
+    """
+    if os.name != "posix":  # only there a folder can be opened, and locked
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        if not lock(descriptor, otherwise=True):
+            raise error(f"{folder} is being written by another process: wait for its end")
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def found_in(

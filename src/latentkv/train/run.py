@@ -21,6 +21,7 @@ from latentkv.models.config_reader import read_config, read_model_json
 from latentkv.models.decoder import Decoder
 from latentkv.models.loading import load_model, save_pretrained
 from latentkv.ranges import require_range
+from latentkv.resumable import alone_in
 from latentkv.targets import require_folder
 from latentkv.text import Tokenizer, has_tokenizer, load_tokenizer
 from latentkv.text.bpe_trainer import save_tokenizer, train_bpe
@@ -77,8 +78,19 @@ def train_model(
     require_range("eval_bytes", plan.eval_bytes, TrainingError)
     require_folder(plan.out, TrainingError, apart=[("the checkpoint of --init", plan.init)] if plan.init else [])
     corpus = _corpus(plan)
+    if not ranks.is_first:
+        return _train(plan, options, raw, corpus, console, ranks)
+    plan.out.mkdir(parents=True, exist_ok=True)
+    with alone_in(plan.out, TrainingError):
+        return _train(plan, options, raw, corpus, console, ranks)
+
+
+def _train(
+    plan: TrainingPlan, options: TrainOptions, raw: dict[str, Any], corpus: Corpus, console: Console, ranks: DataRanks
+) -> bool:
+    """`train_model`, once nothing stands against it."""
+    config = read_config(raw)
     with ranks.first_alone():
-        plan.out.mkdir(parents=True, exist_ok=True)
         if plan.restart:
             for name in ("checkpoints", "data"):
                 shutil.rmtree(plan.out / name, ignore_errors=True)
