@@ -23,6 +23,7 @@ from latentkv.quantize.layout import CopyLayout, Part, plan_copy
 from latentkv.quantize.report import QuantizationReport, ReportRow, squared_error
 from latentkv.resumable import ResumableFolder
 from latentkv.saved_values import as_saved
+from latentkv.targets import require_folder
 from latentkv.text.gguf_files import write_companions
 from latentkv.weights.files.compressed_tensors import pack
 from latentkv.weights.weight import quantize_weight, require_format
@@ -66,14 +67,7 @@ def quantize_checkpoint(
         OpError: unknown format or group.
     """
     layout = plan_copy(source, require_format(fmt, group), group, max_shard_bytes, importance)
-    folder = ResumableFolder(
-        target,
-        state=".quantizing",
-        report=REPORT_FILE,
-        last=CONFIG_FILE,
-        what="quantised copy",
-        error=CheckpointError,
-    )
+    folder = _resumable_folder(target)
     report = folder.finished(layout.fingerprint, QuantizationReport.from_json, layout.shards)
     if report is not None:
         return report
@@ -83,6 +77,27 @@ def quantize_checkpoint(
         _write_rest(layout, target, {"source": str(source), "weights": fmt, "group": group} | report.as_json())
         folder.finish(layout.config)
     return report
+
+
+def require_target(target: Path) -> None:
+    """Refuse, before any text is read, what no copy can be written to.
+
+    Raises:
+        CheckpointError: it is a file, not writable, or holds something else than a quantised copy.
+    """
+    require_folder(target, CheckpointError)
+    _resumable_folder(target).require_free()
+
+
+def _resumable_folder(target: Path) -> ResumableFolder:
+    return ResumableFolder(
+        target,
+        state=".quantizing",
+        report=REPORT_FILE,
+        last=CONFIG_FILE,
+        what="quantised copy",
+        error=CheckpointError,
+    )
 
 
 def _require_room(layout: CopyLayout, target: Path) -> None:
