@@ -16,9 +16,7 @@ from latentkv.resumable import ResumableFolder, found_in
 
 
 def folder_of(path: Path) -> ResumableFolder:
-    return ResumableFolder(
-        path, state=".working", report="report.json", last="config.json", what="copy", error=CheckpointError
-    )
+    return ResumableFolder(path, state=".working", report="report.json", last="config.json", what="copy")
 
 
 def work(path: Path, *, mark: str = "mine", steps: int = 2, taken: list[str] | None = None) -> list[int]:

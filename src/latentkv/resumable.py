@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from latentkv.errors import LatentKVError
+from latentkv.errors import CheckpointError, LatentKVError
 from latentkv.files import lock, sync, write_json
 from latentkv.json_files import read_any_json, read_json
 from latentkv.saved_values import saved_in
@@ -32,22 +32,19 @@ class ResumableFolder:
         report: name of the report, a JSON object with the fingerprint as "fingerprint".
         last: name of the file that is written last.
         what: is written there, for sentences.
-        error: the type that is raised.
 
     Attributes:
         remedy: what to do about a damaged file, to end a sentence with.
     """
 
-    def __init__(
-        self, path: Path, *, state: str, report: str, last: str, what: str, error: type[LatentKVError]
-    ) -> None:
+    def __init__(self, path: Path, *, state: str, report: str, last: str, what: str) -> None:
         self.path, self.state = path, path / state
         self._report, self._last = path / report, path / last
-        self._what, self._error = what, error
+        self._what = what
         self.remedy = f"remove the folder of the {what}, and the same command begins again"
 
     def require_free(self) -> None:
-        """Raise unless it is new, empty, or holds such work, whichever that is."""
+        """Raise `CheckpointError` unless it is new, empty, or holds such work, whichever that is."""
         if not ((self.state / _CLAIM).is_file() or self._is_finished()):
             self._require_empty()
 
@@ -61,7 +58,7 @@ class ResumableFolder:
         """
         if not self._is_finished() or not all((self.path / name).is_file() for name in shards):
             return None
-        found = found_in(self._report, {"fingerprint": fingerprint}, read, self._error, self.remedy)
+        found = found_in(self._report, {"fingerprint": fingerprint}, read, CheckpointError, self.remedy)
         if found is not None:
             shutil.rmtree(self.state, ignore_errors=True)
         return found
@@ -71,26 +68,26 @@ class ResumableFolder:
         """Make the folder this work's own; refuse one that is another's. A disk that is full is one sentence.
 
         Raises:
-            LatentKVError: it holds something else, or other work; another process writes to it; its state is damaged;
+            CheckpointError: it holds something else, or other work; another process writes to it; its state is damaged;
                 it cannot be written.
         """
         claim = self.state / _CLAIM
         try:
             self.require_free()
             self.path.mkdir(parents=True, exist_ok=True)
-            with alone_in(self.path, self._error):
+            with alone_in(self.path, CheckpointError):
                 if not claim.is_file():
                     self._require_empty()
                     self.state.mkdir(exist_ok=True)
                     write_json(claim, fingerprint)
                 if self._read(claim, lambda claimed: claimed != fingerprint):
-                    raise self._error(
+                    raise CheckpointError(
                         f"{self.path} holds an unfinished {self._what} of another source, or with other options: "
                         "remove it first"
                     )
                 yield
         except OSError as problem:
-            raise self._error(
+            raise CheckpointError(
                 f"{self.path} cannot be written ({problem.strerror or problem}): what is finished stays, the same "
                 "command goes on"
             ) from problem
@@ -121,12 +118,12 @@ class ResumableFolder:
 
     def _require_empty(self) -> None:
         if self.path.exists() and (not self.path.is_dir() or any(each != self.state for each in self.path.iterdir())):
-            raise self._error(f"{self.path} exists and is not empty: name a new folder for the {self._what}")
+            raise CheckpointError(f"{self.path} exists and is not empty: name a new folder for the {self._what}")
 
     def _read(self, path: Path, read: Callable[[Any], T], remedy: str | None = None) -> T:
         remedy = remedy or self.remedy
-        with saved_in(path, self._error, remedy):
-            return read(read_any_json(path, self._error, remedy=remedy))
+        with saved_in(path, CheckpointError, remedy):
+            return read(read_any_json(path, CheckpointError, remedy=remedy))
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,9 @@ class RunFolder:
     def result(self, run: Run) -> RunResult | None:
         """What came of a run; None where it has not been finished."""
         remedy = "remove it, and the same command trains this run again"
-        return found_in(self._result_file(run), self._described(run), _as_result, RequestError, remedy)
+        return found_in(
+            self._result_file(run), self._described(run), partial(as_saved, RunResult), RequestError, remedy
+        )
 
     def model(self, run: Run) -> Path:
         """Where the trained model of a run is."""
@@ -174,10 +177,6 @@ class RunFolder:
     def _measured(self, summary: Mapping[str, Any]) -> RunResult:
         bits = self.held_out.mean_bits(summary["bits_per_byte"])
         return RunResult(self.held_out.loss(bits), bits, summary["minutes"], torch.get_num_threads())
-
-
-def _as_result(values: dict[str, Any]) -> RunResult:
-    return as_saved(RunResult, values)
 
 
 def _require_same(out: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:

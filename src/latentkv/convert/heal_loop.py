@@ -21,7 +21,7 @@ from latentkv.errors import TrainingError
 from latentkv.fingerprint import fingerprint
 from latentkv.models.decoder import Decoder
 from latentkv.saved_values import as_saved
-from latentkv.train.checkpoints import Checkpoint, restore_weights, resume_from, save_checkpoint
+from latentkv.train.checkpoints import Checkpoint, newest_checkpoint, restore_weights, save_checkpoint
 from latentkv.train.optimizers import optimizer_tensors, restore_optimizers
 from latentkv.train.ranks import DataRanks
 from latentkv.train.schedule import warmed_cosine
@@ -186,14 +186,13 @@ def _resume(
     optimizer: torch.optim.Optimizer,
 ) -> Progress | None:
     """Go back to where an earlier run was interrupted, if one was."""
-
-    def restore(saved: Checkpoint) -> Progress:
+    refusal = f"{state.parent} holds an unfinished healing with other text or options: repeat those, or remove {state}."
+    remedy = f"remove {state} to begin this healing again"
+    with newest_checkpoint(state, identity, refusal=refusal, remedy=remedy) as saved:
+        if saved is None:
+            return None
         done = as_saved(Progress, saved.state)
         restore_weights(masters.by_name, saved.weights, required=trained)
         masters.publish()
         restore_optimizers(trained, [optimizer], saved.optimizer)
-        return done
-
-    refusal = f"{state.parent} holds an unfinished healing with other text or options: repeat those, or remove {state}."
-    remedy = f"remove {state} to begin this healing again"
-    return resume_from(state, identity, restore, refusal=refusal, remedy=remedy)
+    return done

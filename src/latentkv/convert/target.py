@@ -35,14 +35,7 @@ def require_target(folder: Path, source: Path) -> None:
 
 def resumable_folder(folder: Path) -> ResumableFolder:
     """A folder that is, or is to be, some conversion's."""
-    return ResumableFolder(
-        folder,
-        state=".converting",
-        report=REPORT_FILE,
-        last=CONFIG_FILE,
-        what="converted model",
-        error=CheckpointError,
-    )
+    return ResumableFolder(folder, state=".converting", report=REPORT_FILE, last=CONFIG_FILE, what="converted model")
 
 
 class TargetFolder:

@@ -90,14 +90,7 @@ def require_target(target: Path) -> None:
 
 
 def _resumable_folder(target: Path) -> ResumableFolder:
-    return ResumableFolder(
-        target,
-        state=".quantizing",
-        report=REPORT_FILE,
-        last=CONFIG_FILE,
-        what="quantised copy",
-        error=CheckpointError,
-    )
+    return ResumableFolder(target, state=".quantizing", report=REPORT_FILE, last=CONFIG_FILE, what="quantised copy")
 
 
 def _require_room(layout: CopyLayout, target: Path) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Generator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -22,8 +23,6 @@ from latentkv.train.ranks import DataRanks, own_rows
 
 KEEP = 2
 PREFIX = "step-"
-
-T = TypeVar("T")
 
 _REMEDY = "remove its folder to resume from the checkpoint before"
 
@@ -90,29 +89,30 @@ def load_checkpoint(path: Path) -> Checkpoint:
         )
 
 
-def resume_from(
-    folder: Path, identity: Mapping[str, str], restore: Callable[[Checkpoint], T], *, refusal: str, remedy: str
-) -> T | None:
-    """Go on from the newest checkpoint in a folder; None where there is none.
+@contextmanager
+def newest_checkpoint(
+    folder: Path, identity: Mapping[str, str], *, refusal: str, remedy: str
+) -> Generator[Checkpoint | None]:
+    """The newest checkpoint in a folder, to be put back inside the block; None where there is none.
 
     Args:
         folder: of the checkpoints.
-        identity: values of the checkpoint's state that tell this run from others.
-        restore: puts tensors back and reads the other values; what it raises means that they are damaged.
-        refusal: the sentence for checkpoints of another run.
-        remedy: what to do about damaged values, to end a sentence with.
+        identity: values of its state that tell this run from others; they are taken out.
+        refusal: the sentence for a checkpoint of another run.
+        remedy: what to do about damage that shows inside the block, to end a sentence with.
 
     Raises:
         TrainingError: the checkpoint is damaged, or another run's.
     """
     found = list_checkpoints(folder)
     if not found:
-        return None
+        yield None
+        return
     checkpoint = load_checkpoint(found[-1])
     with saved_in(found[-1], TrainingError, remedy):
         if any(checkpoint.state.pop(name) != value for name, value in identity.items()):
             raise TrainingError(refusal)
-        return restore(checkpoint)
+        yield checkpoint
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from latentkv.errors import DivergedError, TrainingError
 from latentkv.models.decoder import Decoder
 from latentkv.saved_values import as_saved
 from latentkv.train.balance import LoadBalancer
-from latentkv.train.checkpoints import Checkpoint, restore_weights, resume_from, save_checkpoint
+from latentkv.train.checkpoints import Checkpoint, newest_checkpoint, restore_weights, save_checkpoint
 from latentkv.train.evaluate import EvalSet, bits_per_byte
 from latentkv.train.loss import backward_language_loss
 from latentkv.train.optimizers import build_optimizers, optimizer_tensors, restore_optimizers
@@ -221,19 +221,15 @@ class Trainer:
             "another --out, or --restart."
         )
         remedy = "remove it to resume from the one before, or give --restart"
-        moment = resume_from(folder, {"identity": self._identity}, self._restore, refusal=refusal, remedy=remedy)
-        if moment is None:
-            return False
+        with newest_checkpoint(folder, {"identity": self._identity}, refusal=refusal, remedy=remedy) as checkpoint:
+            if checkpoint is None:
+                return False
+            moment = as_saved(_Moment, checkpoint.state)
+            self.options.check_resumes(moment.options)
+            if moment.step < 0 or not 0 <= moment.elapsed < math.inf:
+                raise ValueError(f"step {moment.step} after {moment.elapsed} seconds")
+            restore_weights({**self.weights.by_name, **self._buffers}, checkpoint.weights)
+            self.weights.publish()
+            restore_optimizers(self.weights.by_name, self._optimizers, checkpoint.optimizer)
         self.step, self.clock.before, self._elapsed = moment.step, moment.elapsed, moment.elapsed
         return True
-
-    def _restore(self, checkpoint: Checkpoint) -> _Moment:
-        """Put a checkpoint's tensors back; the rest of it."""
-        moment = as_saved(_Moment, checkpoint.state)
-        self.options.check_resumes(moment.options)
-        if moment.step < 0 or not 0 <= moment.elapsed < math.inf:
-            raise ValueError(f"step {moment.step} after {moment.elapsed} seconds")
-        restore_weights({**self.weights.by_name, **self._buffers}, checkpoint.weights)
-        self.weights.publish()
-        restore_optimizers(self.weights.by_name, self._optimizers, checkpoint.optimizer)
-        return moment
