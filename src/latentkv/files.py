@@ -81,6 +81,24 @@ def open_regular(path: str | Path, flags: int = os.O_RDONLY) -> int:
     return descriptor
 
 
+def lock(descriptor: int, *, otherwise: bool) -> bool:
+    """Hold a file's lock as long as it is open; False where another process does.
+
+    Args:
+        descriptor: of the open file, or folder.
+        otherwise: what is returned where the system, or the disk, has no locks.
+    """
+    try:
+        import fcntl  # POSIX's
+
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except (ImportError, OSError):
+        return otherwise
+    return True
+
+
 def sync(path: Path) -> None:
     """Wait until a file, or a folder's list of names, is on disk."""
     descriptor = os.open(path, os.O_RDONLY)

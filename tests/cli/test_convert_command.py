@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from latentkv import LLM
 from latentkv.convert import PAGE_FILE, REPORT_FILE
+from latentkv.errors import TrainingError
 from latentkv.llm_options import EMBEDDED_MODEL
+from latentkv.resumable import alone_in
 
 pytestmark = pytest.mark.usefixtures("unpainted")
 
@@ -189,6 +192,17 @@ def test_a_teacher_that_is_the_target_is_refused_before_text_is_written(
     worse = latentkv("heal", out, "--teacher", source, "--data", text, "--steps", 1, "--lr", 50, *SMALL)
     assert worse.exit_code == 2 and "so it stays as it was: give a lower --lr than 50" in worse.stderr
     assert len(worse.stderr.splitlines()) == 1 and (out / REPORT_FILE).read_text() == report
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="folders are locked where POSIX is")
+def test_a_model_that_another_process_heals_is_left_alone(latentkv, source: Path, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert latentkv("convert", source, out, *SIZES, "--calibrate", text, *SMALL).exit_code == 0
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    with alone_in(out, TrainingError):
+        result = latentkv("heal", out, "--teacher", source, "--data", "self", "--steps", 1, *SMALL)
+    assert result.exit_code == 2 and "out is being written by another process: wait for its end" in result.stderr
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
 
 
 def test_a_text_that_the_conversion_was_measured_on_and_that_is_gone_is_named(

@@ -94,6 +94,16 @@ def test_wrong_usage_is_said_and_nothing_is_made(latentkv, model_folder, tmp_pat
     assert not (tmp_path / "out").exists()
 
 
+def test_a_target_that_holds_something_else_is_refused_before_the_model_is_looked_for(latentkv, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    (tmp_path / "file").write_text("")
+    for name, words in (("out", "out exists and is not empty: name a new folder"), ("file", "is a file, not a folder")):
+        refused = latentkv("quantize", tmp_path / "nothing", tmp_path / name, "--weights", "int8")
+        assert refused.exit_code == 2 and words in refused.stderr
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["notes.txt"]
+
+
 GGUF = ("--type", "q8_0", "--pre", "qwen2")
 
 

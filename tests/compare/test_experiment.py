@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from hashlib import sha256
 from io import StringIO
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from rich.console import Console
 from latentkv.compare import CompareOptions, Sizes, compare_attention
 from latentkv.compare.report import choose_rate
 from latentkv.errors import RequestError, TrainingError
+from latentkv.train.data import find_corpus
 from rank_programs import BEGIN, ranks_of
 
 pytestmark = pytest.mark.usefixtures("unpainted")
@@ -62,6 +64,37 @@ def test_a_single_rate_is_taken_without_trying(texts: Path, tmp_path: Path) -> N
     assert report is not None
     assert report.total == report.finished == 2
     assert [(arm.rate, dict(arm.sweep), arm.rate_at_edge) for arm in report.arms] == [(2e-3, {}, False)] * 2
+
+
+def test_runs_of_an_earlier_version_are_known_by_the_fingerprints_that_they_wrote(texts: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert compare(texts, out, (2e-3,)) is not None
+    facts, name = json.loads((out / "options.json").read_text()), "mha_lr0.002_seed1_steps6"
+    corpus = find_corpus(texts, eval_files=[texts / "dog.txt"], eval_bytes=400)
+    text = [sha256(each.encode()).digest() for each in corpus.training_texts()]
+    for path, pieces in corpus.evaluation:
+        text += [path.stem.encode(), *(sha256(piece.encode()).digest() for piece in pieces)]
+    assert facts["text"] == sha256(b"".join(text)).hexdigest()
+    config = json.loads((out / "arms" / "mha.json").read_text())
+    options = json.loads((out / "runs" / name / "training.json").read_text())["options"]
+    decides = json.dumps([facts, config, options], sort_keys=True).encode()
+    assert json.loads((out / "runs" / f"{name}.json").read_text())["fingerprint"] == sha256(decides).hexdigest()
+
+
+def test_a_damaged_result_is_one_sentence_and_a_result_of_other_text_is_made_anew(texts: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert compare(texts, out, (2e-3,)) is not None
+    path = out / "runs" / "mha_lr0.002_seed1_steps6.json"
+    whole = json.loads(path.read_text())
+    for damage in ("{", "[]", json.dumps(whole | {"loss": "low"})):
+        path.write_text(damage)
+        with pytest.raises(
+            RequestError, match=rf"{path.name} .*: remove it, and the same command trains this run again"
+        ):
+            compare(texts, out, (2e-3,))
+    path.write_text(json.dumps(whole | {"fingerprint": "another"}))
+    assert compare(texts, out, (2e-3,)) is not None
+    assert json.loads(path.read_text())["fingerprint"] == whole["fingerprint"]
 
 
 def test_a_folder_with_something_else_is_left_alone(texts: Path, tmp_path: Path) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -241,6 +243,15 @@ def test_the_report_is_in_the_folder_and_finite(halved: Conversion) -> None:
     for damage, said in damages:
         with pytest.raises(ValueError, match=said):
             ConversionReport.from_json(stored | damage)
+
+
+def test_a_conversion_of_an_earlier_version_is_known_by_the_fingerprint_that_it_wrote(tmp_path: Path) -> None:
+    source, options = write_source("llama", tmp_path / "source"), ConvertOptions(rank=16, rope_dim=8)
+    convert_checkpoint(source, tmp_path / "out", TOKENS, options)
+    files = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in source.glob("*.safetensors")]
+    described = json.dumps([files, asdict(options), list(TOKENS.shape)], sort_keys=True)
+    expected = hashlib.sha256(described.encode() + TOKENS.numpy().tobytes()).hexdigest()
+    assert json.loads((tmp_path / "out" / REPORT_FILE).read_text())["fingerprint"] == expected
 
 
 def test_a_damaged_resume_state_is_one_sentence_that_names_it_and_the_remedy(tmp_path: Path) -> None:

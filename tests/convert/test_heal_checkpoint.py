@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -231,6 +233,14 @@ def test_what_does_not_belong_together_is_refused_before_any_weight_is_read(mode
         heal_checkpoint(folder, source, TOKENS, options)
 
 
+def interrupted_after(steps: int) -> Callable[[str, int, int], None]:
+    def on_progress(stage: str, done: int, total: int) -> None:
+        if stage.startswith("train") and done == steps:
+            raise KeyboardInterrupt
+
+    return on_progress
+
+
 DAMAGES = [
     ("state.json", b""),
     ("state.json", b"[]"),
@@ -246,6 +256,20 @@ DAMAGES = [
 ]
 
 
+@OF_ONE
+def test_a_healing_of_an_earlier_version_is_known_by_the_fingerprint_that_it_wrote(
+    models: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, folder = models
+    monkeypatch.setattr("latentkv.convert.heal_loop._SAVE_SECONDS", 0)
+    with pytest.raises(KeyboardInterrupt):
+        heal_checkpoint(folder, source, TOKENS, OPTIONS, held_out=HELD_OUT, on_progress=interrupted_after(3))
+    newest = sorted((folder / ".healing").iterdir())[-1]
+    texts = TOKENS.numpy().tobytes() + HELD_OUT.numpy().tobytes()
+    expected = hashlib.sha256(json.dumps(asdict(OPTIONS), sort_keys=True).encode() + texts).hexdigest()
+    assert json.loads((newest / "state.json").read_text())["fingerprint"] == expected
+
+
 @pytest.mark.parametrize("models", ["llama"], indirect=True)
 def test_a_damaged_resume_state_is_one_sentence_that_names_it_and_the_remedy(
     models: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
@@ -253,12 +277,8 @@ def test_a_damaged_resume_state_is_one_sentence_that_names_it_and_the_remedy(
     source, folder = models
     monkeypatch.setattr("latentkv.convert.heal_loop._SAVE_SECONDS", 0)
 
-    def killed(stage: str, done: int, total: int) -> None:
-        if stage.startswith("train") and done == 3:
-            raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        heal_checkpoint(folder, source, TOKENS, OPTIONS, on_progress=killed)
+        heal_checkpoint(folder, source, TOKENS, OPTIONS, on_progress=interrupted_after(3))
     newest = sorted((folder / ".healing").iterdir())[-1]
     whole = contents(newest)
     for name, damage in DAMAGES:

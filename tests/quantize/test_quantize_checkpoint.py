@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import shutil
@@ -272,7 +273,7 @@ def test_a_damaged_resume_state_is_one_sentence_that_names_it_and_the_remedy(sou
     whole = claim.read_bytes()
     for damage in (b"", b"[" * 100_000, whole[:-9]):
         claim.write_bytes(damage)
-        with pytest.raises(CheckpointError, match=r"conversion\.json is .*: remove the folder of the copy"):
+        with pytest.raises(CheckpointError, match=r"conversion\.json is .*: remove the folder of the quantised copy"):
             quantize_checkpoint(source, out, "int4", max_shard_bytes=20_000)
     claim.write_bytes(whole)
     for damage in (b"", b"[" * 100_000, b"{}", b"[{}]", rows.read_bytes().replace(b'"tensors": 1', b'"tensors": "1"')):
@@ -282,6 +283,20 @@ def test_a_damaged_resume_state_is_one_sentence_that_names_it_and_the_remedy(sou
         assert "\n" not in str(refused.value)
     rows.unlink()
     assert quantize_checkpoint(source, out, "int4", max_shard_bytes=20_000).total.bytes_before > 0
+
+
+def test_a_copy_that_an_earlier_version_began_is_known_by_the_fingerprint_that_it_wrote(source, tmp_path):
+    columns = {"model.layers.1.self_attn.o_proj.weight": torch.linspace(1, 2, 64)}
+    assert CheckpointReader(source).shape(next(iter(columns)))[1] == 64
+    with pytest.raises(Stop):
+        quantize_checkpoint(source, tmp_path / "out", "int4", importance=columns, on_progress=stopping_after(3))
+    quantize_checkpoint(source, tmp_path / "whole", "int4")
+    config = json.loads((tmp_path / "whole" / "config.json").read_text())
+    files = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in CheckpointReader(source).files]
+    digest = hashlib.sha256(json.dumps([files, config, 2 * 10**9], sort_keys=True).encode())
+    for name, counts in columns.items():
+        digest.update(name.encode() + counts.numpy().tobytes())
+    assert json.loads((tmp_path / "out" / ".quantizing" / "conversion.json").read_text()) == digest.hexdigest()
 
 
 def test_a_finished_run_given_again_does_nothing(source, tmp_path):
@@ -336,7 +351,7 @@ def test_an_unfinished_copy_with_other_options_or_of_another_source_is_refused(s
         quantize_checkpoint(source, tmp_path / "out", "int4", on_progress=stopping_after(3))
     other = Path(shutil.copytree(source, tmp_path / "other", copy_function=shutil.copyfile))
     for folder, fmt, group in ((source, "int8", None), (source, "int4", 32), (other, "int4", None)):
-        with pytest.raises(CheckpointError, match="unfinished copy of another source, or with other options"):
+        with pytest.raises(CheckpointError, match="unfinished quantised copy of another source, or with other options"):
             quantize_checkpoint(folder, tmp_path / "out", fmt, group)
     quantize_checkpoint(source, tmp_path / "out", "int4")
     with pytest.raises(CheckpointError, match="exists and is not empty"):

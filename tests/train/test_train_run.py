@@ -1,5 +1,7 @@
+import hashlib
 import json
 import math
+import sys
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
@@ -11,8 +13,10 @@ from safetensors.torch import load_file, save_file
 
 from latentkv.errors import TrainingError
 from latentkv.models.loading import load_model
+from latentkv.resumable import alone_in
 from latentkv.text import load_tokenizer
 from latentkv.train import TrainingPlan, TrainOptions, train_model
+from latentkv.train.data import find_corpus
 from latentkv.train.report import Reporter
 from latentkv.train.trainer import Trainer
 
@@ -100,6 +104,32 @@ def test_other_mathematics_is_not_resumed(tiny_config: Path, text_folder: Path, 
     (text_folder / "cat.txt").write_text("Another text. " * 300)
     with pytest.raises(TrainingError, match="other data"):
         train_model(plan, OPTIONS, quiet())
+
+
+def test_a_run_of_an_earlier_version_is_known_by_the_fingerprints_that_it_wrote(
+    tiny_config: Path, text_folder: Path, tmp_path: Path
+) -> None:
+    plan = TrainingPlan(text_folder, tmp_path / "out", tiny_config)
+    train_model(plan, replace(OPTIONS, steps=1), quiet())
+    tokenizer = b"".join((plan.out / name).read_bytes() for name in ("tokenizer.json", "tokenizer_config.json"))
+    texts = "".join(find_corpus(text_folder).training_texts())
+    data = hashlib.sha256((hashlib.sha256(tokenizer).hexdigest() + texts).encode()).hexdigest()
+    assert json.loads((plan.out / "data" / "tokens.bin.json").read_text())["sha256"] == data
+    config = json.dumps(json.loads(tiny_config.read_text()), sort_keys=True)
+    state = json.loads((plan.out / "checkpoints" / "step-00000001" / "state.json").read_text())
+    assert state["identity"] == hashlib.sha256((data + config).encode()).hexdigest()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="folders are locked where POSIX is")
+def test_a_folder_that_another_process_trains_in_is_refused_and_left_alone(
+    tiny_config: Path, text_folder: Path, tmp_path: Path
+) -> None:
+    plan = TrainingPlan(text_folder, tmp_path / "out", tiny_config, restart=True)
+    train_model(plan, replace(OPTIONS, steps=1), quiet())
+    before = sorted(plan.out.rglob("*"))
+    with alone_in(plan.out, TrainingError), pytest.raises(TrainingError, match="out is being written by another pro"):
+        train_model(plan, OPTIONS, quiet())
+    assert sorted(plan.out.rglob("*")) == before
 
 
 def test_what_cannot_be_trained_on_is_refused(tiny_config: Path, text_folder: Path, tmp_path: Path) -> None:

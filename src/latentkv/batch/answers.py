@@ -11,6 +11,7 @@ from typing import Any, cast
 
 from latentkv.batch.requests import BatchRequest
 from latentkv.errors import RequestError
+from latentkv.files import lock
 from latentkv.json_files import parse_json
 from latentkv.targets import require_folder
 
@@ -104,7 +105,7 @@ class AnswerFile:
     def __init__(self, path: Path, answered: Answered) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("ab")
-        if not _lock(self._file.fileno()) or self._file.tell() != answered.all_bytes:
+        if not lock(self._file.fileno(), otherwise=True) or self._file.tell() != answered.all_bytes:
             self._file.close()
             raise RequestError(f"{path} is written by another run: wait for its end, or name another file.")
         self._file.truncate(answered.whole_bytes)
@@ -128,16 +129,3 @@ class AnswerFile:
         if not self._file.closed:
             os.fsync(self._file.fileno())
             self._file.close()
-
-
-def _lock(descriptor: int) -> bool:
-    """Hold a file's lock as long as it is open; False where another process does."""
-    try:
-        import fcntl  # POSIX's; a system without it goes without
-    except ImportError:
-        return True
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import shlex
 import sys
 from collections.abc import Callable, Generator, Sequence
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from latentkv.cli.terminal import console
 from latentkv.errors import RequestError
+from latentkv.fingerprint import file_states, fingerprint
 from latentkv.ranges import require_range
 
 if TYPE_CHECKING:
@@ -97,8 +97,7 @@ def _identity(folder: Path, length: int, seed: int) -> str:
     """Tells what a source writes with a seed from what any other writes."""
     from latentkv.checkpoint.tensors import open_tensors
 
-    files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in open_tensors(folder).files]
-    return hashlib.sha256(repr((files, length, seed)).encode()).hexdigest()[:16]
+    return fingerprint([repr((file_states(open_tensors(folder).files), length, seed)).encode()])[:16]
 
 
 @contextmanager

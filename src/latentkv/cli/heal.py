@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -20,9 +21,10 @@ from latentkv.cli.conversion import (
 from latentkv.cli.loading import use_threads
 from latentkv.cli.terminal import console, print_json
 from latentkv.convert import HealOptions
-from latentkv.errors import RequestError
+from latentkv.errors import RequestError, TrainingError
 from latentkv.option_types import Flag
 from latentkv.ranges import require_range
+from latentkv.resumable import alone_in
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -110,7 +112,7 @@ def heal(
     def held_out_text(text: str) -> Tensor:
         return text_tokens(folder, [text], count, width, seed=EVAL_SEED, stage="Held-out text")
 
-    with ranks.together():
+    with ranks.together(), alone_in(target, TrainingError) if ranks.is_first else nullcontext():
         tokens = ranks.from_first(training_text)
         held_out = None if text is None else ranks.from_first(lambda: held_out_text(text))
         with progress("Heal", silent=not ranks.is_first) as on_progress:

@@ -95,6 +95,7 @@ def _require_options(
     target: Path, weights: str | None, kind: str | None, group: int | None, pre: str | None, text: Path | None
 ) -> None:
     """Refuse options of the other kind of target, and what cannot be had, before anything is read."""
+    from latentkv.quantize import require_target
     from latentkv.quantize.gguf import GGUF_TYPES, NO_TOKENIZER, require_gguf_type, require_new_file
     from latentkv.weights.weight import require_format
 
@@ -111,6 +112,7 @@ def _require_options(
                 "ends in .gguf and say --type."
             )
         require_format(weights, group)
+        require_target(target)
         return
     for option, given in (("--weights", weights), ("--group", group)):
         if given is not None:

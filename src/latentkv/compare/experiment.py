@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -24,7 +25,8 @@ from latentkv.compare.text import Text
 from latentkv.errors import RequestError, TrainingError
 from latentkv.files import write_json, write_text
 from latentkv.json_files import read_json
-from latentkv.saved_values import as_saved, saved_in
+from latentkv.resumable import found_in
+from latentkv.saved_values import as_saved
 from latentkv.train.ranks import DataRanks
 
 REPORT_FILE, TABLE_FILE, PLOT_FILE = "compare.json", "compare.md", "compare.png"
@@ -169,10 +171,14 @@ class _Experiment:
         path = self._folder.out / _SPEED_FILE
         models = {run.arm.name: self._folder.model(run) for run in self._full_runs(self._seeds[0])}
         asked = {"models": {name: folder.name for name, folder in models.items()}, "depth": DEPTH}
-        stored = read_json(path, RequestError) if path.exists() else {}
-        if stored.get("asked") == asked:
-            with saved_in(path, RequestError, "remove it, and the same command measures again"):
-                return {name: as_saved(Speed, stored["speeds"][name]) for name in models}
+
+        def read(stored: dict[str, Any]) -> dict[str, Speed]:
+            return {name: as_saved(Speed, stored["speeds"][name]) for name in models}
+
+        remedy = "remove it, and the same command measures again"
+        known = found_in(path, {"asked": asked}, read, RequestError, remedy)
+        if known is not None:
+            return known
         with self._console.status("Decode speed"):
             found = measure_decode(models, torch.bfloat16)
         speeds = {name: Speed(found.tokens_per_second[name], found.spread[name]) for name in models}

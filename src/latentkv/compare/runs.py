@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,10 @@ from latentkv.compare.options import CompareOptions
 from latentkv.compare.text import HeldOut, Text
 from latentkv.errors import DivergedError, RequestError
 from latentkv.files import write_json
+from latentkv.fingerprint import fingerprint
 from latentkv.json_files import INDEX_BYTES, read_json
-from latentkv.saved_values import as_saved, saved_in
+from latentkv.resumable import found_in
+from latentkv.saved_values import as_saved
 from latentkv.targets import require_folder
 from latentkv.train import TrainingPlan, TrainOptions, prepare_text, train_model
 
@@ -101,12 +102,10 @@ class RunFolder:
 
     def result(self, run: Run) -> RunResult | None:
         """What came of a run; None where it has not been finished."""
-        path = self._result_file(run)
-        found = read_json(path, RequestError) if path.exists() else {}
-        if found.get("fingerprint") != self._fingerprint(run):
-            return None
-        with saved_in(path, RequestError, "remove it, and the same command trains this run again"):
-            return as_saved(RunResult, {name: found[name] for name in RunResult.__dataclass_fields__})
+        remedy = "remove it, and the same command trains this run again"
+        return found_in(
+            self._result_file(run), self._described(run), partial(as_saved, RunResult), RequestError, remedy
+        )
 
     def model(self, run: Run) -> Path:
         """Where the trained model of a run is."""
@@ -160,18 +159,14 @@ class RunFolder:
         return self.out / "runs" / f"{run.name}.json"
 
     def _described(self, run: Run) -> dict[str, Any]:
+        decides = [self._facts, self._config(run), self._training(run).to_dict()]
         return {
             "arm": run.arm.name,
             "lr": run.rate,
             "seed": run.seed,
             "steps": run.steps,
-            "fingerprint": self._fingerprint(run),
+            "fingerprint": fingerprint([decides]),
         }
-
-    def _fingerprint(self, run: Run) -> str:
-        """A hash of all that decides the run's result."""
-        decides = [self._facts, self._config(run), self._training(run).to_dict()]
-        return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
 
     def _config(self, run: Run) -> dict[str, Any]:
         return run.arm.config_json(self._options.sizes, self._options.width(run.arm))

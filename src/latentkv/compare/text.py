@@ -6,9 +6,11 @@ import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from latentkv.errors import RequestError
+from latentkv.fingerprint import fingerprint
 from latentkv.text import has_tokenizer, load_tokenizer
 from latentkv.text.bpe_trainer import save_tokenizer, train_bpe
 from latentkv.train.data import Corpus, find_corpus
@@ -46,12 +48,11 @@ class Text:
 
     def digest(self) -> str:
         """A hash of all of it."""
-        found = hashlib.sha256()
-        for text in self.corpus.training_texts():
-            found.update(hashlib.sha256(text.encode()).digest())
-        for path, texts in self.corpus.evaluation:
-            found.update(path.stem.encode() + b"".join(hashlib.sha256(text.encode()).digest() for text in texts))
-        return found.hexdigest()
+        training = (_digest(text) for text in self.corpus.training_texts())
+        evaluation = (
+            part for path, texts in self.corpus.evaluation for part in (path.stem.encode(), *map(_digest, texts))
+        )
+        return fingerprint(chain(training, evaluation))
 
     def train_tokenizer(self, folder: Path, vocab_size: int) -> None:
         """A byte-level BPE of the training text, unless `folder` holds one."""
@@ -64,6 +65,10 @@ class Text:
         return HeldOut(
             tuple(eval_sets(self.corpus, lambda text: tokenizer.encode(text, add_bos=False), separator=0, merged=False))
         )
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.sha256(text.encode()).digest()
 
 
 @dataclass(frozen=True)

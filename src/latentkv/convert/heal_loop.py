@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import shutil
 import time
@@ -20,9 +18,10 @@ from latentkv.convert.heal_options import HealOptions
 from latentkv.convert.quality import Quality, compare
 from latentkv.convert.record import read_record
 from latentkv.errors import TrainingError
+from latentkv.fingerprint import fingerprint
 from latentkv.models.decoder import Decoder
-from latentkv.saved_values import as_saved, saved_in
-from latentkv.train.checkpoints import Checkpoint, list_checkpoints, load_checkpoint, restore_weights, save_checkpoint
+from latentkv.saved_values import as_saved
+from latentkv.train.checkpoints import Checkpoint, newest_checkpoint, restore_weights, save_checkpoint
 from latentkv.train.optimizers import optimizer_tensors, restore_optimizers
 from latentkv.train.ranks import DataRanks
 from latentkv.train.schedule import warmed_cosine
@@ -77,14 +76,14 @@ def train(
     weights = masters.by_name
     trained = {name: weight for name, weight in weights.items() if weight.requires_grad}
     optimizer = torch.optim.AdamW(trained.values(), lr=options.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    fingerprint = _fingerprint(tokens, options, held_out)
+    texts = (tokens,) if held_out is None else (tokens, held_out)
+    identity = {"fingerprint": fingerprint([asdict(options), *(text.numpy().tobytes() for text in texts)])}
     state = folder / STATE
-    done = _resume(state, masters, trained, optimizer, fingerprint)
+    done = _resume(state, identity, masters, trained, optimizer)
     done = done or Progress(number=len(read_record(folder).get("healings", ())))
 
     def save(saved: Mapping[str, Tensor]) -> None:
-        moment = {"fingerprint": fingerprint} | asdict(done)
-        checkpoint = Checkpoint(saved, optimizer_tensors(trained, [optimizer]), moment)
+        checkpoint = Checkpoint(saved, optimizer_tensors(trained, [optimizer]), identity | asdict(done))
         save_checkpoint(state, len(done.losses), checkpoint, ranks)
 
     last_save = time.monotonic()
@@ -180,29 +179,20 @@ def _choose(student: Decoder, options: HealOptions) -> None:
 
 
 def _resume(
-    state: Path, masters: MasterWeights, trained: dict[str, Tensor], optimizer: torch.optim.Optimizer, fingerprint: str
+    state: Path,
+    identity: Mapping[str, str],
+    masters: MasterWeights,
+    trained: dict[str, Tensor],
+    optimizer: torch.optim.Optimizer,
 ) -> Progress | None:
     """Go back to where an earlier run was interrupted, if one was."""
-    found = list_checkpoints(state)
-    if not found:
-        return None
-    saved = load_checkpoint(found[-1])
-    moment = saved.state
-    with saved_in(found[-1], TrainingError, f"remove {state} to begin this healing again"):
-        if moment.pop("fingerprint") != fingerprint:
-            raise TrainingError(
-                f"{state.parent} holds an unfinished healing with other text or options: repeat those, or remove "
-                f"{state}."
-            )
-        done = as_saved(Progress, moment)
+    refusal = f"{state.parent} holds an unfinished healing with other text or options: repeat those, or remove {state}."
+    remedy = f"remove {state} to begin this healing again"
+    with newest_checkpoint(state, identity, refusal=refusal, remedy=remedy) as saved:
+        if saved is None:
+            return None
+        done = as_saved(Progress, saved.state)
         restore_weights(masters.by_name, saved.weights, required=trained)
         masters.publish()
         restore_optimizers(trained, [optimizer], saved.optimizer)
     return done
-
-
-def _fingerprint(tokens: Tensor, options: HealOptions, held_out: Tensor | None) -> str:
-    digest = hashlib.sha256(json.dumps(asdict(options), sort_keys=True).encode())
-    for text in (tokens,) if held_out is None else (tokens, held_out):
-        digest.update(text.numpy().tobytes())
-    return digest.hexdigest()

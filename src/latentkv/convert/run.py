@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +19,15 @@ from latentkv.convert.options import ConvertOptions
 from latentkv.convert.report import CacheBytes, ConversionReport, LayerRow
 from latentkv.convert.source import SourceModel, open_source
 from latentkv.convert.states import HiddenStates
-from latentkv.convert.target import TargetFolder, require_target
-from latentkv.errors import CheckpointError
-from latentkv.files import write_json
-from latentkv.json_files import read_json
+from latentkv.convert.target import TargetFolder, require_target, resumable_folder
+from latentkv.fingerprint import file_states, fingerprint
 from latentkv.llm_options import kv_format
 from latentkv.models.config import ModelConfig
 from latentkv.models.config_reader import read_config
 from latentkv.models.decoder import DecoderLayer
 from latentkv.models.rope import Rotary, rotary
 from latentkv.models.stored_config import stored_dtype
-from latentkv.saved_values import as_saved, saved_in
-
-_REMEDY = "remove the folder of the converted model and convert again"
+from latentkv.saved_values import as_saved
 
 BALANCES = (1 / 16, 1 / 4, 1.0, 4.0)
 """Of keys against values, as multiples of what is predicted; the one with the least measured error is taken."""
@@ -75,12 +70,7 @@ def convert_checkpoint(
     """
     source = require_convertible(folder, options)
     require_target(target, folder)
-    try:
-        return _Conversion(source, target, tokens, options, on_progress).run()
-    except OSError as error:
-        raise CheckpointError(
-            f"{target} cannot be written ({error.strerror or error}): what is finished stays, the same command goes on"
-        ) from error
+    return _Conversion(source, target, tokens, options, on_progress).run()
 
 
 @dataclass(frozen=True)
@@ -118,14 +108,20 @@ class _Conversion:
         self._positions = positions_of(source, tokens.shape[1])
         self._dtype = _export_dtype(stored_dtype(source.config))
         self._eps = latent_norm_eps(source, options.export)
-        fingerprint, tied = _fingerprint(source, tokens, options), ties_head(source, options.export)
-        self._target = TargetFolder(target, source, fingerprint, self._dtype, tied=tied)
+        decides = [file_states(source.reader.files), asdict(options), list(tokens.shape)]
+        self._fingerprint = fingerprint([decides, tokens.numpy().tobytes()])
+        self._folder = resumable_folder(target)
+        tied = ties_head(source, options.export)
+        self._target = TargetFolder(self._folder, source, self._fingerprint, self._dtype, tied=tied)
 
     def run(self) -> ConversionReport:
-        finished = self._target.finished()
+        finished = self._folder.finished(self._fingerprint, ConversionReport.from_json)
         if finished is not None:
             return finished
-        self._target.claim()
+        with self._folder.claimed(self._fingerprint):
+            return self._run()
+
+    def _run(self) -> ConversionReport:
         plan, forecasts = self._plan(possible_sizes(self._options, self._source))
         rows, frequencies, biases = self._convert(plan)
         config = self._config(plan, frequencies, biases=biases)
@@ -142,20 +138,25 @@ class _Conversion:
             self._options.export,
             read_by(self._source, self._options.export),
         )
-        self._target.finish(config, report)
+        self._target.write_rest(report)
+        self._folder.finish(config)
         return report
 
     def _plan(self, sizes: list[tuple[int, int]]) -> tuple[LayerPlan, tuple[tuple[int, int, float], ...]]:
         """Choose sizes and RoPE for all layers together."""
-        path = self._target.state / "plan.json"
-        if not path.exists():
+
+        def make() -> dict[str, Any]:
             plan, errors = self._survey([LayerPlan(*size, **self._method) for size in sizes])
             forecasts = tuple((*size, error) for size, error in zip(sizes, errors, strict=True)) if errors else ()
-            write_json(path, asdict(_SavedPlan(plan, forecasts)))
-        with saved_in(path, CheckpointError, _REMEDY):
-            found = as_saved(_SavedPlan, read_json(path, CheckpointError, remedy=_REMEDY))
+            return asdict(_SavedPlan(plan, forecasts))
+
+        def read(values: object) -> _SavedPlan:
+            found = as_saved(_SavedPlan, values)
             if (found.plan.rank, found.plan.rope_dim) not in sizes:
                 raise ValueError(f"rank {found.plan.rank} and rope_dim {found.plan.rope_dim} are not this conversion's")
+            return found
+
+        found = self._folder.step("plan.json", make, read)
         return found.plan, found.forecasts
 
     @property
@@ -176,7 +177,7 @@ class _Conversion:
                 errors[number] += self._output_error(view, plan, self._candidate(view, plan, 1.0), states) / layers
             found = rope_gains(view.weights, view.statistics, source.shape, source.frequencies)
             saved = found if index == 0 else saved + found
-            path = self._target.state / f"survey-{index % 2}.f32"
+            path = self._folder.state / f"survey-{index % 2}.f32"
             states = states.mapped(path, lambda piece, layer=view.layer: layer(piece, self._positions))
             self._on_progress("survey", index + 1, layers)
         best = plans[min(range(len(plans)), key=lambda number: errors[number])]
@@ -189,23 +190,22 @@ class _Conversion:
         rows: list[LayerRow] = []
         frequencies, biases = torch.zeros(0), False
         for index in range(layers):
-            path, after = self._target.state / f"layer-{index}.json", self._states(f"hidden-{index}.f32")
-            if not path.exists():
-                self._convert_layer(index, plan, states, after, path)
-                if index:
-                    states.path.unlink(missing_ok=True)
-            with saved_in(path, CheckpointError, _REMEDY):
-                found = as_saved(_SavedLayer, read_json(path, CheckpointError, remedy=_REMEDY))
+            after = self._states(f"hidden-{index}.f32")
+            found = self._folder.step(
+                f"layer-{index}.json",
+                partial(self._convert_layer, index, plan, states, after),
+                lambda values: as_saved(_SavedLayer, values),
+            )
+            if index:
+                states.path.unlink(missing_ok=True)
             rows.append(found.row)
             frequencies, biases = torch.tensor(found.frequencies, dtype=torch.float64), found.biases
             states = after
             self._on_progress("convert", index + 1, layers)
         return rows, frequencies, biases
 
-    def _convert_layer(
-        self, index: int, plan: LayerPlan, states: HiddenStates, after: HiddenStates, done: Path
-    ) -> None:
-        """Write a layer and its outputs, which the next one is calibrated on; the file `done` comes last."""
+    def _convert_layer(self, index: int, plan: LayerPlan, states: HiddenStates, after: HiddenStates) -> dict[str, Any]:
+        """Write a layer and its outputs, which the next one is calibrated on; what is kept of it."""
         converted, row = self._best_layer(index, plan, states)
         biases = has_biases(converted.weights)
         tensors = self._layer_tensors(index, converted)
@@ -217,7 +217,7 @@ class _Conversion:
         angles = self._angles(config)
         self._target.write_layer(index, tensors)
         states.mapped(after.path, lambda piece: layer(piece, angles))
-        write_json(done, asdict(_SavedLayer(row, tuple(converted.frequencies.tolist()), biases)))
+        return asdict(_SavedLayer(row, tuple(converted.frequencies.tolist()), biases))
 
     def _best_layer(self, index: int, plan: LayerPlan, states: HiddenStates) -> tuple[ConvertedLayer, LayerRow]:
         """Convert with every balance, and take the one whose attention comes nearest to the source's."""
@@ -278,7 +278,7 @@ class _Conversion:
 
     def _states(self, name: str) -> HiddenStates:
         shape = (self._tokens.shape[0], self._tokens.shape[1], self._source.config.hidden_size)
-        return HiddenStates(self._target.state / name, shape)
+        return HiddenStates(self._folder.state / name, shape)
 
     def _first_states(self) -> HiddenStates:
         """What the first layer reads."""
@@ -287,14 +287,6 @@ class _Conversion:
             table = self._source.read("model.embed_tokens.weight", torch.float32)
             states.write(table[row[None]] for row in self._tokens)
         return states
-
-
-def _fingerprint(source: SourceModel, tokens: Tensor, options: ConvertOptions) -> str:
-    files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in source.reader.files]
-    described = json.dumps([files, asdict(options), list(tokens.shape)], sort_keys=True)
-    digest = hashlib.sha256(described.encode())
-    digest.update(tokens.numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _export_dtype(dtype: torch.dtype) -> torch.dtype:

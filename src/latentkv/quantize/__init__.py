@@ -1,6 +1,6 @@
 """A quantised copy of a checkpoint, made tensor by tensor: a folder, or a GGUF file (`quantize.gguf`)."""
 
-from latentkv.quantize.convert import REPORT_FILE, quantize_checkpoint
+from latentkv.quantize.convert import REPORT_FILE, quantize_checkpoint, require_target
 from latentkv.quantize.importance import Importance, column_importance
 from latentkv.quantize.report import QuantizationReport, ReportRow
 
@@ -11,4 +11,5 @@ __all__ = [
     "ReportRow",
     "column_importance",
     "quantize_checkpoint",
+    "require_target",
 ]

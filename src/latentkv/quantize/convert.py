@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -17,23 +17,19 @@ from latentkv.checkpoint.locate import CONFIG_FILE, INDEX_FILE
 from latentkv.checkpoint.names import published_parts
 from latentkv.checkpoint.shard import write_shard
 from latentkv.errors import CheckpointError, OpError
-from latentkv.files import sync, write_json
-from latentkv.json_files import read_any_json, read_json
+from latentkv.files import write_json
 from latentkv.quantize.importance import Importance
 from latentkv.quantize.layout import CopyLayout, Part, plan_copy
 from latentkv.quantize.report import QuantizationReport, ReportRow, squared_error
-from latentkv.saved_values import as_saved, saved_in
+from latentkv.resumable import ResumableFolder
+from latentkv.saved_values import as_saved
+from latentkv.targets import require_folder
 from latentkv.text.gguf_files import write_companions
 from latentkv.weights.files.compressed_tensors import pack
 from latentkv.weights.weight import quantize_weight, require_format
 
 REPORT_FILE = "quantization_report.json"
 MAX_SHARD_BYTES = 2 * 10**9
-
-# What a run that is under way has finished; gone when the copy is complete.
-_STATE = ".quantizing"
-_REMEDY = "remove the folder of the copy and quantize again"
-_AGAIN = "remove it, and the same command makes it again"
 
 
 def quantize_checkpoint(
@@ -71,75 +67,69 @@ def quantize_checkpoint(
         OpError: unknown format or group.
     """
     layout = plan_copy(source, require_format(fmt, group), group, max_shard_bytes, importance)
-    try:
-        report = _finished_report(target, layout)
-        if report is None:
-            _claim(target, layout)
-            report = QuantizationReport.of(_convert(layout, target, on_progress))
-            _finish(layout, target, {"source": str(source), "weights": fmt, "group": group} | report.as_json())
-        shutil.rmtree(target / _STATE, ignore_errors=True)
-    except OSError as error:
-        raise CheckpointError(
-            f"{target} cannot be written ({error.strerror or error}): what is finished stays, the same command goes on"
-        ) from error
+    folder = _resumable_folder(target)
+    report = folder.finished(layout.fingerprint, QuantizationReport.from_json, layout.shards)
+    if report is not None:
+        return report
+    _require_room(layout, target)
+    with folder.claimed(layout.fingerprint):
+        report = QuantizationReport.of(_convert(layout, folder, on_progress))
+        _write_rest(layout, target, {"source": str(source), "weights": fmt, "group": group} | report.as_json())
+        folder.finish(layout.config)
     return report
 
 
-def _finished_report(target: Path, layout: CopyLayout) -> QuantizationReport | None:
-    """The report of a complete copy that this very conversion made; None where there is none."""
-    if not all((target / name).is_file() for name in (REPORT_FILE, CONFIG_FILE, *layout.shards)):
-        return None
-    with saved_in(target / REPORT_FILE, CheckpointError, _REMEDY):
-        content = read_json(target / REPORT_FILE, CheckpointError, remedy=_REMEDY)
-        return QuantizationReport.from_json(content) if content.get("fingerprint") == layout.fingerprint else None
+def require_target(target: Path) -> None:
+    """Refuse, before any text is read, what no copy can be written to.
+
+    Raises:
+        CheckpointError: it is a file, not writable, or holds something else than a quantised copy.
+    """
+    require_folder(target, CheckpointError)
+    _resumable_folder(target).require_free()
 
 
-def _claim(target: Path, layout: CopyLayout) -> None:
-    """Make the folder this conversion's own; refuse one that is another's, or on a disk too small."""
-    state = target / _STATE / "conversion.json"
-    if state.is_file():
-        with saved_in(state, CheckpointError, _REMEDY):
-            claimed = read_any_json(state, CheckpointError, remedy=_REMEDY)
-        if claimed != layout.fingerprint:
-            raise CheckpointError(
-                f"{target} holds an unfinished copy of another source, or with other options: remove it first"
-            )
-    elif target.exists() and (not target.is_dir() or any(path.name != _STATE for path in target.iterdir())):
-        raise CheckpointError(f"{target} exists and is not empty: name a new folder for the quantised copy")
-    state.parent.mkdir(parents=True, exist_ok=True)
+def _resumable_folder(target: Path) -> ResumableFolder:
+    return ResumableFolder(target, state=".quantizing", report=REPORT_FILE, last=CONFIG_FILE, what="quantised copy")
+
+
+def _require_room(layout: CopyLayout, target: Path) -> None:
+    """Refuse, before it is anyone's, a folder on a disk too small."""
     missing = [part for name, parts in layout.shards.items() if not (target / name).exists() for part in parts]
-    needed, free = sum(part.nbytes for part in missing), shutil.disk_usage(target).free
+    nearest = next(path for path in (target, *target.absolute().parents) if path.exists())
+    needed, free = sum(part.nbytes for part in missing), shutil.disk_usage(nearest).free
     if needed > free:
         raise CheckpointError(
             f"{target} needs {needed / 1e9:.1f} GB and its disk has {free / 1e9:.1f} GB free: make room"
         )
-    write_json(state, layout.fingerprint)
 
 
-def _convert(layout: CopyLayout, target: Path, on_progress: Callable[[int, int], object]) -> list[ReportRow]:
+def _convert(layout: CopyLayout, folder: ResumableFolder, on_progress: Callable[[int, int], object]) -> list[ReportRow]:
     """Write the files that are not there yet; rows of all of them."""
     total = sum(layout.reader.nbytes(name) for name in layout.reader.names)
     rows: list[ReportRow] = []
     for name, parts in layout.shards.items():
         done = sum(row.bytes_before for row in rows)
-        state = target / _STATE / f"{name}.json"
-        if not (state.is_file() and (target / name).is_file()):
-            own: list[ReportRow] = []
-            entries = {stored: entry for part in parts for stored, entry in part.entries.items()}
-            tensors = _converted(layout, parts, own, lambda n, done=done: on_progress(done + n, total))
-            write_shard(target / name, entries, tensors)
-            write_json(state, [asdict(row) for row in QuantizationReport.of(own).rows])
-        with saved_in(state, CheckpointError, _AGAIN):
-            rows += as_saved(
-                QuantizationReport,
-                {
-                    "rows": read_any_json(
-                        state, CheckpointError, remedy="remove it, and the same command makes it again"
-                    )
-                },
-            ).rows
+        if not (folder.path / name).is_file():
+            (folder.state / f"{name}.json").unlink(missing_ok=True)
+        rows += folder.step(
+            f"{name}.json",
+            partial(_write_parts, layout, parts, folder.path / name, lambda n, done=done: on_progress(done + n, total)),
+            lambda rows: as_saved(QuantizationReport, {"rows": rows}).rows,
+            remedy="remove it, and the same command makes it again",
+        )
     on_progress(total, total)
     return rows
+
+
+def _write_parts(
+    layout: CopyLayout, parts: list[Part], path: Path, on_done: Callable[[int], object]
+) -> list[dict[str, Any]]:
+    """Write one file; its rows."""
+    rows: list[ReportRow] = []
+    entries = {stored: entry for part in parts for stored, entry in part.entries.items()}
+    write_shard(path, entries, _converted(layout, parts, rows, on_done))
+    return [asdict(row) for row in QuantizationReport.of(rows).rows]
 
 
 def _converted(
@@ -179,8 +169,8 @@ def _convert_part(
     return row, stored
 
 
-def _finish(layout: CopyLayout, target: Path, report: dict[str, Any]) -> None:
-    """Everything but weights; config.json, without which nobody reads the rest, comes last."""
+def _write_rest(layout: CopyLayout, target: Path, report: dict[str, Any]) -> None:
+    """Everything but weights and config.json."""
     write_companions(layout.reader.folder, target)
     if len(layout.shards) > 1:
         weight_map = {
@@ -190,6 +180,3 @@ def _finish(layout: CopyLayout, target: Path, report: dict[str, Any]) -> None:
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
         write_json(target / INDEX_FILE, index)
     write_json(target / REPORT_FILE, {"fingerprint": layout.fingerprint} | report)
-    write_json(target / CONFIG_FILE, layout.config)
-    if os.name == "posix":
-        sync(target)

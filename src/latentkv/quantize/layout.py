@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +15,7 @@ from latentkv.checkpoint.shard import Entry, entry_bytes
 from latentkv.checkpoint.tensors import Tensors
 from latentkv.checkpoint.wrapper import without
 from latentkv.errors import CheckpointError
+from latentkv.fingerprint import file_states, fingerprint
 from latentkv.models.stored_config import open_checkpoint
 from latentkv.quantize.importance import Importance
 from latentkv.weights import CodeFormat
@@ -101,13 +100,16 @@ def plan_copy(
     kept = [_module(part) for part in parts if part.scheme is None and _is_linear(part)]
     raw = without(config.source, "quantization_config")
     raw["quantization_config"] = build_config(schemes, kept)
+    counted = importance or {}
+    decides = [file_states(reader.files), raw, max_shard_bytes]
+    columns = (name.encode() + column.numpy().tobytes() for name, column in sorted(counted.items()))
     return CopyLayout(
         reader=reader,
         num_layers=config.num_layers,
         shards=_named_shards(list(_shards(parts, max_shard_bytes))),
         config=raw,
-        fingerprint=_fingerprint(reader, raw, max_shard_bytes, importance or {}),
-        importance=importance or {},
+        fingerprint=fingerprint([decides, *columns]),
+        importance=counted,
     )
 
 
@@ -174,12 +176,3 @@ def _named_shards(shards: list[list[Part]]) -> dict[str, list[Part]]:
     if len(shards) == 1:
         return {SINGLE_FILE: shards[0]}
     return {f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards)}
-
-
-def _fingerprint(reader: Tensors, config: dict[str, Any], max_shard_bytes: int, importance: Importance) -> str:
-    files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in reader.files]
-    described = json.dumps([files, config, max_shard_bytes], sort_keys=True)
-    digest = hashlib.sha256(described.encode())
-    for name, columns in sorted(importance.items()):
-        digest.update(name.encode() + columns.numpy().tobytes())
-    return digest.hexdigest()

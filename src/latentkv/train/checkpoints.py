@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Generator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,32 @@ def load_checkpoint(path: Path) -> Checkpoint:
             _load(path, "optimizer"),
             read_json(path / "state.json", TrainingError, most_bytes=INDEX_BYTES, remedy=_REMEDY),
         )
+
+
+@contextmanager
+def newest_checkpoint(
+    folder: Path, identity: Mapping[str, str], *, refusal: str, remedy: str
+) -> Generator[Checkpoint | None]:
+    """The newest checkpoint in a folder, to be put back inside the block; None where there is none.
+
+    Args:
+        folder: of the checkpoints.
+        identity: values of its state that tell this run from others; they are taken out.
+        refusal: the sentence for a checkpoint of another run.
+        remedy: what to do about damage that shows inside the block, to end a sentence with.
+
+    Raises:
+        TrainingError: the checkpoint is damaged, or another run's.
+    """
+    found = list_checkpoints(folder)
+    if not found:
+        yield None
+        return
+    checkpoint = load_checkpoint(found[-1])
+    with saved_in(found[-1], TrainingError, remedy):
+        if any(checkpoint.state.pop(name) != value for name, value in identity.items()):
+            raise TrainingError(refusal)
+        yield checkpoint
 
 
 @torch.no_grad()

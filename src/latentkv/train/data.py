@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from latentkv.errors import TrainingError
 from latentkv.files import write_json, write_whole
-from latentkv.json_files import read_json
+from latentkv.fingerprint import fingerprint
+from latentkv.resumable import found_in
 
 BLOCK_CHARACTERS = 1 << 20
 EVAL_PIECES_PER_FILE = 8
@@ -118,11 +119,11 @@ def blocks(text: str) -> Iterator[str]:
 
 
 def write_tokens(
-    path: Path, corpus: Corpus, encode: Callable[[str], list[int]], separator: int, vocab_size: int, fingerprint: str
+    path: Path, corpus: Corpus, encode: Callable[[str], list[int]], separator: int, vocab_size: int, tokenizer: str
 ) -> NDArray[np.uint16 | np.uint32]:
     """The training documents as one memory-mapped array of ids, each document after `separator`.
 
-    The file is reused when it was made from the same texts with the same tokenizer (`fingerprint`).
+    The file is reused when it was made from the same texts with the same tokenizer.
 
     Args:
         path: where; `path` + ".json" describes it.
@@ -130,16 +131,13 @@ def write_tokens(
         encode: text -> ids, without special tokens.
         separator: the id before each document (begin of sequence).
         vocab_size: ids are stored as uint16 where they fit, else as uint32.
-        fingerprint: of the tokenizer.
+        tokenizer: its fingerprint.
     """
     dtype = np.uint16 if vocab_size <= 1 << 16 else np.uint32
     meta_path = path.with_name(path.name + ".json")
-    digest = hashlib.sha256(fingerprint.encode())
-    for text in corpus.training_texts():
-        digest.update(text.encode())
-    identity = digest.hexdigest()
-    known = read_json(meta_path, TrainingError, remedy=_REMEDY) if path.exists() and meta_path.exists() else {}
-    if known.get("sha256") != identity:
+    texts = (text.encode() for text in corpus.training_texts())
+    identity = {"sha256": fingerprint(chain([tokenizer.encode()], texts))}
+    if not path.exists() or found_in(meta_path, identity, dict, TrainingError, _REMEDY) is None:
         path.parent.mkdir(parents=True, exist_ok=True)
         meta_path.unlink(missing_ok=True)
         size = 0
@@ -155,5 +153,5 @@ def write_tokens(
 
         write_whole(path, write)
         tokens = path.stat().st_size // np.dtype(dtype).itemsize
-        write_json(meta_path, {"sha256": identity, "tokens": tokens, "bytes": size, "documents": len(corpus.training)})
+        write_json(meta_path, identity | {"tokens": tokens, "bytes": size, "documents": len(corpus.training)})
     return np.memmap(path, dtype=dtype, mode="r")

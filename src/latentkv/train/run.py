@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import filecmp
-import hashlib
-import json
 import shutil
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,11 +15,13 @@ from rich.console import Console
 from latentkv.checkpoint.wrapper import text_config
 from latentkv.errors import TrainingError
 from latentkv.files import write_json
+from latentkv.fingerprint import fingerprint
 from latentkv.json_files import read_json
 from latentkv.models.config_reader import read_config, read_model_json
 from latentkv.models.decoder import Decoder
 from latentkv.models.loading import load_model, save_pretrained
 from latentkv.ranges import require_range
+from latentkv.resumable import alone_in
 from latentkv.targets import require_folder
 from latentkv.text import Tokenizer, has_tokenizer, load_tokenizer
 from latentkv.text.bpe_trainer import save_tokenizer, train_bpe
@@ -79,8 +78,19 @@ def train_model(
     require_range("eval_bytes", plan.eval_bytes, TrainingError)
     require_folder(plan.out, TrainingError, apart=[("the checkpoint of --init", plan.init)] if plan.init else [])
     corpus = _corpus(plan)
+    if not ranks.is_first:
+        return _train(plan, options, raw, corpus, console, ranks)
+    plan.out.mkdir(parents=True, exist_ok=True)
+    with alone_in(plan.out, TrainingError):
+        return _train(plan, options, raw, corpus, console, ranks)
+
+
+def _train(
+    plan: TrainingPlan, options: TrainOptions, raw: dict[str, Any], corpus: Corpus, console: Console, ranks: DataRanks
+) -> bool:
+    """`train_model`, once nothing stands against it."""
+    config = read_config(raw)
     with ranks.first_alone():
-        plan.out.mkdir(parents=True, exist_ok=True)
         if plan.restart:
             for name in ("checkpoints", "data"):
                 shutil.rmtree(plan.out / name, ignore_errors=True)
@@ -105,7 +115,7 @@ def train_model(
         options,
         mtp_layers=len(decoder.mtp),
         evaluations=eval_sets(corpus, encode, separator, merged=not plan.eval_files),
-        identity=_identity(plan, raw),
+        identity=fingerprint([_data_facts(plan)["sha256"].encode(), raw]),
         ranks=ranks,
     )
     checkpoints = plan.out / "checkpoints"
@@ -162,7 +172,7 @@ def _encoded(
         lambda text: tokenizer.encode(text, add_bos=False),
         _separator(tokenizer),
         vocab_size,
-        _fingerprint(plan.out),
+        fingerprint((plan.out / name).read_bytes() for name in TOKENIZER_FILES[:3] if (plan.out / name).is_file()),
     )
     return tokenizer, tokens
 
@@ -260,23 +270,9 @@ def _decoder(plan: TrainingPlan, raw: dict[str, Any], seed: int) -> Decoder:
     return decoder.train()
 
 
-def _fingerprint(folder: Path) -> str:
-    """A hash of the tokenizer's files."""
-    digest = hashlib.sha256()
-    for name in TOKENIZER_FILES[:3]:
-        if (folder / name).is_file():
-            digest.update((folder / name).read_bytes())
-    return digest.hexdigest()
-
-
 def _data_facts(plan: TrainingPlan) -> dict[str, Any]:
     """What `write_tokens` noted of the encoded text."""
     return read_json(plan.tokens_file.with_name(f"{plan.tokens_file.name}.json"), TrainingError)
-
-
-def _identity(plan: TrainingPlan, raw: dict[str, Any]) -> str:
-    """A hash of the data and the model's config."""
-    return hashlib.sha256((_data_facts(plan)["sha256"] + json.dumps(raw, sort_keys=True)).encode()).hexdigest()
 
 
 def _write_summary(plan: TrainingPlan, options: TrainOptions, trainer: Trainer, records: list[dict[str, Any]]) -> None:

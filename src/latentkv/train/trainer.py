@@ -14,9 +14,9 @@ from torch import Tensor
 
 from latentkv.errors import DivergedError, TrainingError
 from latentkv.models.decoder import Decoder
-from latentkv.saved_values import as_saved, saved_in
+from latentkv.saved_values import as_saved
 from latentkv.train.balance import LoadBalancer
-from latentkv.train.checkpoints import Checkpoint, list_checkpoints, load_checkpoint, restore_weights, save_checkpoint
+from latentkv.train.checkpoints import Checkpoint, newest_checkpoint, restore_weights, save_checkpoint
 from latentkv.train.evaluate import EvalSet, bits_per_byte
 from latentkv.train.loss import backward_language_loss
 from latentkv.train.optimizers import build_optimizers, optimizer_tensors, restore_optimizers
@@ -47,12 +47,11 @@ class Clock:
 
 @dataclass(frozen=True)
 class _Moment:
-    """What a checkpoint says of its run, besides tensors."""
+    """What a checkpoint says of its run, besides tensors and the run's identity."""
 
     step: int
     elapsed: float
     options: dict[str, Any]
-    identity: str
 
 
 class Trainer:
@@ -209,24 +208,23 @@ class Trainer:
 
     def save(self, folder: Path) -> None:
         """Write a checkpoint of this moment."""
-        state = asdict(_Moment(self.step, self.clock.elapsed, self.options.to_dict(), self._identity))
+        moment = _Moment(self.step, self.clock.elapsed, self.options.to_dict())
+        state = asdict(moment) | {"identity": self._identity}
         tensors = {**self.weights.by_name, **self._buffers}
         optimizer = optimizer_tensors(self.weights.by_name, self._optimizers)
         save_checkpoint(folder, self.step, Checkpoint(tensors, optimizer, state), self.ranks)
 
     def resume(self, folder: Path) -> bool:
         """Go on from the newest checkpoint in `folder`; whether there was one."""
-        found = list_checkpoints(folder)
-        if not found:
-            return False
-        checkpoint = load_checkpoint(found[-1])
-        with saved_in(found[-1], TrainingError, "remove it to resume from the one before, or give --restart"):
+        refusal = (
+            f"{folder} holds checkpoints of other data, another tokenizer or another model: give the same ones, "
+            "another --out, or --restart."
+        )
+        remedy = "remove it to resume from the one before, or give --restart"
+        with newest_checkpoint(folder, {"identity": self._identity}, refusal=refusal, remedy=remedy) as checkpoint:
+            if checkpoint is None:
+                return False
             moment = as_saved(_Moment, checkpoint.state)
-            if moment.identity != self._identity:
-                raise TrainingError(
-                    f"{found[-1]} was made from other data, another tokenizer or another model: give the same ones, "
-                    "another --out, or --restart."
-                )
             self.options.check_resumes(moment.options)
             if moment.step < 0 or not 0 <= moment.elapsed < math.inf:
                 raise ValueError(f"step {moment.step} after {moment.elapsed} seconds")

@@ -16,7 +16,7 @@ from io import FileIO
 from pathlib import Path
 
 from latentkv.errors import CacheError
-from latentkv.files import open_regular, sync
+from latentkv.files import lock, open_regular, sync
 from latentkv.weights.packed_file import DamagedPackedFileError, PackedFile, PackedFileWriter
 
 logger = logging.getLogger("latentkv.weights")
@@ -117,7 +117,7 @@ class PackedFolder:
         temporary = self.path / f".{key.hex()}.{secrets.token_hex(8)}.partial"
         try:
             with FileIO(str(temporary), "x", opener=open_regular) as file:
-                _lock(file)
+                lock(file.fileno(), otherwise=False)
                 writer = PackedFileWriter(file, key, lambda size: self._make_room(size, most, beside=path))
                 yield writer
                 writer.finish()
@@ -159,19 +159,8 @@ class PackedFolder:
             for entry in entries:
                 if _PARTIAL.fullmatch(entry.name):
                     with suppress(OSError), FileIO(entry.path, opener=open_regular) as file:
-                        if _lock(file):
+                        if lock(file.fileno(), otherwise=False):
                             Path(entry).unlink()
-
-
-def _lock(file: FileIO) -> bool:
-    """Hold a file's lock as long as it is open, unless another process does or the system has none."""
-    try:
-        import fcntl  # POSIX's
-
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (ImportError, OSError):
-        return False
-    return True
 
 
 def _require_own(path: Path) -> None:

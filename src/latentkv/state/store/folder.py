@@ -14,7 +14,7 @@ from io import FileIO
 from pathlib import Path
 
 from latentkv.errors import CacheError
-from latentkv.files import open_regular, sync
+from latentkv.files import lock, open_regular, sync
 from latentkv.state.store.stored_files import StoredFile, in_blocks
 
 SECRET_BYTES = 32
@@ -53,19 +53,13 @@ class StoreFolder:
 
     def lock(self) -> bool:
         """Become the one process that writes, unless another one is."""
-        try:
-            import fcntl  # POSIX's; a system without it can still do all else
-        except ImportError:
-            return False
         if self._lock is None:
-            with suppress(OSError):  # read-only, or locked
+            with suppress(OSError):  # read-only
                 file = FileIO(self.path / "lock", "a", opener=open_private)
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except OSError:
+                if lock(file.fileno(), otherwise=False):
+                    self._lock = file
+                else:
                     file.close()
-                    raise
-                self._lock = file
         return self._lock is not None
 
     def require_same(self) -> None:
