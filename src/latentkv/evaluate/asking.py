@@ -19,14 +19,16 @@ class Asker:
 
     Args:
         llm: the model.
+        name: what it is called.
         chat: by its chat template, else as plain text.
 
     Raises:
         RequestError: the model has no tokenizer.
     """
 
-    def __init__(self, llm: LLM, *, chat: bool) -> None:
+    def __init__(self, llm: LLM, name: str, *, chat: bool) -> None:
         self.llm = llm
+        self.name = name
         self._chat = chat
         self._tokenizer = require_tokenizer(llm)
 

@@ -108,9 +108,7 @@ def _possible(length: int, text: Text, askers: Sequence[Asker], notes: list[str]
     """Whether there can be prompts of a length; if not, a note says why."""
     for asker in askers:
         if length > (most := longest(asker.llm)):
-            notes.append(
-                f"lookup at {format_tokens(length)} is left out: {asker.llm.folder.name} holds {most:,} tokens"
-            )
+            notes.append(f"lookup at {format_tokens(length)} is left out: {asker.name} holds {most:,} tokens")
             return False
     if text.num_characters < _MOST_CHARACTERS * length and (tokens := askers[0].count(text.sentences)) < length:
         notes.append(f"lookup at {format_tokens(length)} is left out: the text has {tokens:,} tokens")
@@ -123,6 +121,6 @@ def _require_room(task: str, examples: Sequence[Example], askers: Sequence[Asker
         needed, most = max(map(asker.size, examples)), longest(asker.llm)
         if needed > most:
             raise RequestError(
-                f"{task} needs {needed:,} tokens for a question with its shots, and {asker.llm.folder.name} holds "
+                f"{task} needs {needed:,} tokens for a question with its shots, and {asker.name} holds "
                 f"{most:,}: give fewer --shots, or leave it out of --tasks."
             )

@@ -43,6 +43,9 @@ class EvaluateOptions:
     def __post_init__(self) -> None:
         """Refuse what cannot be asked."""
         require_ranges(self, RequestError)
+        for name in ("lengths", "depths"):
+            if not getattr(self, name):
+                raise RequestError(f"--{name} names none: write one or more numbers with commas between.")
         _ = self.task_names
 
     @property

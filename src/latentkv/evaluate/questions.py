@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import random
 import string
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 EDGES = string.punctuation + string.whitespace + "“”‘’«»—–…"
@@ -51,6 +53,15 @@ class Example:
         first = messages[0]
         first["content"] = "\n\n".join(part for part in (self.context, first["content"]) if part)
         return messages[:-1]
+
+
+def with_shots(questions: Sequence[Question], *, samples: int, shots: int, rng: random.Random) -> list[Example]:
+    """So many of these questions, none twice, each after `shots` others; there must be more of them than shots."""
+    examples: list[Example] = []
+    for question in rng.sample(questions, min(samples, len(questions))):
+        others = [other for other in rng.sample(questions, shots + 1) if other != question]
+        examples.append(Example(question, tuple(others[:shots])))
+    return examples
 
 
 def is_answer(text: str, answer: str) -> bool:

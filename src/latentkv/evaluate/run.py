@@ -78,11 +78,11 @@ class _Run:
     ) -> None:
         self._model, self._source, self._text, self._options = model, source, text, options
         self._facts, self._folder = facts, folder
-        self._llms = [each.llm for each in (model, source) if each is not None]
-        with_template = all(require_tokenizer(llm).chat_template_source == "checkpoint" for llm in self._llms)
+        both = [each for each in (model, source) if each is not None]
+        with_template = all(require_tokenizer(each.llm).chat_template_source == "checkpoint" for each in both)
         self._chat = with_template if options.chat is None else options.chat
-        self._askers = [Asker(llm, chat=self._chat) for llm in self._llms]
-        self._window = min(options.window, *map(longest, self._llms))
+        self._askers = [Asker(each.llm, each.name, chat=self._chat) for each in both]
+        self._window = min(options.window, *(longest(each.llm) for each in both))
         self._asked = Asked.of(text, options, self._askers)
         self._about = self._description()
         self._found = folder.found(self._about) if folder else Found()

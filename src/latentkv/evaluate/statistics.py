@@ -91,7 +91,7 @@ def share(right: Sequence[bool]) -> Share:
     value, z2 = count / total, _Z95**2
     center = (value + z2 / (2 * total)) / (1 + z2 / total)
     half = _Z95 / (1 + z2 / total) * math.sqrt(value * (1 - value) / total + z2 / (4 * total**2))
-    return Share(count, total, max(0.0, center - half), min(1.0, center + half))
+    return Share(count, total, min(value, max(0.0, center - half)), max(value, min(1.0, center + half)))
 
 
 def paired(model: Sequence[bool], source: Sequence[bool]) -> Paired:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from latentkv.errors import RequestError
 from latentkv.evaluate.passages import Text
-from latentkv.evaluate.questions import EDGES, Example, Question
+from latentkv.evaluate.questions import EDGES, Example, Question, with_shots
 
 FEWEST_WORDS, MOST_WORDS = 30, 120
 """Of a paragraph; of a longer one its end is shown."""
@@ -26,12 +26,7 @@ def cloze_examples(text: Text, *, samples: int, shots: int, seed: int) -> list[E
             f"The text has {len(questions)} paragraphs of {FEWEST_WORDS} words that end with a word: cloze needs "
             f"{shots + 1} and more, so name a longer one, or leave out cloze."
         )
-    asked = rng.sample(questions, min(samples, len(questions)))
-    examples: list[Example] = []
-    for question in asked:
-        others = [other for other in rng.sample(questions, shots + 1) if other != question]
-        examples.append(Example(question, tuple(others[:shots])))
-    return examples
+    return with_shots(questions, samples=samples, shots=shots, rng=rng)
 
 
 def _questions(text: Text) -> Iterator[Question]:

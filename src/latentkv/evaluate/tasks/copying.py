@@ -1,4 +1,4 @@
-"""`copy`: a passage that is to be repeated word for word."""
+"""`copy`: a sentence that is to be repeated word for word."""
 
 from __future__ import annotations
 
@@ -6,27 +6,27 @@ import random
 
 from latentkv.errors import RequestError
 from latentkv.evaluate.passages import Text
-from latentkv.evaluate.questions import Example, Question
+from latentkv.evaluate.questions import Example, Question, with_shots
 
-WORDS = 24
-"""Of a passage."""
+FEWEST_WORDS, MOST_WORDS = 12, 30
+"""Of a sentence."""
 
 
 def copy_examples(text: Text, *, samples: int, shots: int, seed: int) -> list[Example]:
-    """So many passages of a text, each after others with their copies.
+    """So many sentences of a text (fewer, where there are not as many), each after others with their copies.
 
     Raises:
-        RequestError: no paragraph of the text is long enough.
+        RequestError: the text has too few sentences.
     """
     rng = random.Random(f"{seed} copy")
-    long = [words for paragraph in text.paragraphs if len(words := paragraph.split()) >= WORDS]
-    if not long:
-        raise RequestError(f"The text has no paragraph of {WORDS} words to copy: name a longer one, or leave out copy.")
-
-    def question() -> Question:
-        words = rng.choice(long)
-        start = rng.randrange(len(words) - WORDS + 1)
-        passage = " ".join(words[start : start + WORDS])
-        return Question(f"Repeat this text word for word:\n\n{passage}", f"Text: {passage}\nCopy:", passage)
-
-    return [Example(question(), tuple(question() for _ in range(shots))) for _ in range(samples)]
+    questions = [
+        Question(f"Repeat this text word for word:\n\n{sentence}", f"Text: {sentence}\nCopy:", sentence)
+        for sentence in dict.fromkeys(text.sentences)
+        if FEWEST_WORDS <= len(sentence.split()) <= MOST_WORDS
+    ]
+    if len(questions) <= shots:
+        raise RequestError(
+            f"The text has {len(questions)} sentences of {FEWEST_WORDS} to {MOST_WORDS} words: copy needs {shots + 1} "
+            "and more, so name a longer one, or leave out copy."
+        )
+    return with_shots(questions, samples=samples, shots=shots, rng=rng)
