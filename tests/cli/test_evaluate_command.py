@@ -110,13 +110,13 @@ def test_ctrl_c_keeps_what_was_found_and_the_same_command_goes_on(
     assert f"What was found is kept in {out}: the same command goes on." in result.stderr
     assert len(json.loads((out / REPORT_FILE).read_text())["found"]["cells"]) == 2
     assert latentkv(*small, "--out", out).exit_code == 0
-    assert calls == 3 + 3  # copy, two depths of lookup, arithmetic and cloze, the one that was interrupted twice
+    assert calls == 3 + 3  # copy, arithmetic, cloze (twice: it was interrupted) and both depths of lookup
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--tasks", "chess"), "--tasks: 'chess' is no task: choose of copy, lookup, arithmetic, cloze, or say all"),
+        (("--tasks", "chess"), "--tasks: 'chess' is no task: choose of copy, arithmetic, cloze, lookup, or say all"),
         (("--shots", "99"), "--shots must be a whole number from 0 to 16, not 99."),
         (("--depths", "0,200"), "--depths must be a whole number from 0 to 100, not 200."),
         (("--against", "org/none", "--pipeline-parallel", "2"), "--against takes both models in one process"),

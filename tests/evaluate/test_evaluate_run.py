@@ -60,7 +60,7 @@ def test_of_text_that_a_model_wrote_itself_it_knows_every_last_word():
 
 def test_a_model_beside_itself_gives_the_same_answers(source: LLM, text: Text):
     report = evaluate(source, source, text, SMALL)
-    assert [task.name for task in report.tasks] == ["copy", "lookup", "arithmetic", "cloze"]
+    assert [task.name for task in report.tasks] == ["copy", "arithmetic", "cloze", "lookup"]
     for task in report.tasks:
         assert task.source == task.model
         assert task.pair is not None and (task.pair.only_model, task.pair.only_source) == (0, 0)
@@ -191,7 +191,7 @@ def test_the_page_needs_nothing_from_outside_and_draws_lookup_of_both_models(
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"tasks": ("copy", "chess")}, r"--tasks: 'chess' is no task: choose of copy, lookup, arithmetic, cloze"),
+        ({"tasks": ("copy", "chess")}, r"--tasks: 'chess' is no task: choose of copy, arithmetic, cloze, lookup"),
         ({"tasks": ("all", "copy")}, r"--tasks: 'all' is no task"),
         ({"depths": (0, 101)}, r"--depths must be a whole number from 0 to 100, not 101"),
         ({"lengths": (16,)}, r"--lengths must be a whole number from 64 to"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 
 from latentkv.errors import RequestError
@@ -19,17 +21,22 @@ PARAGRAPHS = [
     for i, (animal, other) in enumerate((a, b) for a in ANIMALS for b in ANIMALS if a != b)
 ]
 TEXT = Text(("animals.txt",), ("\n\n".join(PARAGRAPHS),))
+
+
+def words(example: Example) -> int:
+    return len(example.as_text().split())
+
+
+lookup = partial(lookup_examples, TEXT, size=words)
 GIVEN = {"samples": 6, "shots": 2, "seed": 1}
 MAKE = {
     "copy": lambda **given: copy_examples(TEXT, **given),
     "arithmetic": arithmetic_examples,
     "cloze": lambda **given: cloze_examples(TEXT, **given),
-    "lookup": lambda **given: lookup_examples(TEXT, length=200, depth=50, size=words, **given),
+    "lookup": lambda samples, **given: [
+        example for i in range(samples) for example in lookup(length=200, depths=(50,), number=i, **given)
+    ],
 }
-
-
-def words(example: Example) -> int:
-    return len(example.as_text().split())
 
 
 @pytest.mark.parametrize("task", MAKE)
@@ -69,7 +76,8 @@ def test_a_cloze_is_a_paragraph_without_its_last_word():
 
 @pytest.mark.parametrize("depth", [0, 30, 100])
 def test_the_line_that_is_looked_up_is_hidden_at_its_depth_and_asked_for_at_the_end(depth: int):
-    for example in lookup_examples(TEXT, length=300, depth=depth, size=words, samples=3, shots=2, seed=1):
+    for number in range(3):
+        (example,) = lookup(length=300, depths=(depth,), number=number, shots=2, seed=1)
         line = f"{example.question.opening} {example.question.answer}."
         before, found, after = example.context.partition(line)
         assert found
@@ -81,14 +89,12 @@ def test_the_line_that_is_looked_up_is_hidden_at_its_depth_and_asked_for_at_the_
 
 
 def test_a_prompt_is_as_long_as_asked_up_to_one_sentence():
-    for example in lookup_examples(TEXT, length=300, depth=50, size=words, **GIVEN):
+    for example in lookup(length=300, depths=(100, 50, 0), number=0, shots=2, seed=1):
         assert 300 - 25 < words(example) <= 300
 
 
 def test_prompts_of_all_depths_differ_by_where_the_line_is_only():
-    shallow, deep = (
-        lookup_examples(TEXT, length=300, depth=depth, size=words, samples=1, shots=2, seed=1)[0] for depth in (0, 100)
-    )
+    shallow, deep = lookup(length=300, depths=(0, 100), number=0, shots=2, seed=1)
     assert (shallow.question, shallow.shots) == (deep.question, deep.shots)
     line = f"{deep.question.opening} {deep.question.answer}."
     assert shallow.context.replace(line, "").split() == deep.context.replace(line, "").split()
@@ -103,7 +109,7 @@ def test_a_text_or_a_length_that_is_too_short_is_refused_in_a_sentence():
     with pytest.raises(RequestError, match=r"0 paragraphs of 30 words that end with a word: cloze needs 3 and more"):
         cloze_examples(short, **GIVEN)
     with pytest.raises(RequestError, match=r"--lengths 20 is too short for a question of lookup with 2 shots"):
-        lookup_examples(TEXT, length=20, depth=50, size=words, **GIVEN)
+        lookup(length=20, depths=(50,), number=0, shots=2, seed=1)
 
 
 def test_a_text_that_is_short_gives_as_many_questions_as_it_has():

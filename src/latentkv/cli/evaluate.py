@@ -41,8 +41,8 @@ def evaluate(
 ) -> None:
     """Measure how good a model is: on held-out text, and on questions whose answers are known.
 
-    Of text: perplexity and bits a byte, with standard errors. Questions (greedy, exact match): copy a passage, look up
-    a line hidden in a long prompt by its length and depth, add numbers, and end a paragraph. With --against all of it
+    Of text: perplexity and bits a byte, with standard errors. Questions (greedy, exact match): copy a sentence, add
+    numbers, end a paragraph, and look up a line hidden in a long prompt, by length and depth. With --against all of it
     for another model as well, and differences of pairs: what quantising, converting or a smaller cache cost.
 
     Example: latentkv evaluate path/to/model --text book.txt --out evaluation
@@ -122,8 +122,8 @@ def _print(report: Report, out: Path | None) -> None:
 
 def _show_cells(screen: Console, task: TaskReport) -> None:
     """Right answers by depth and length; with a source, its share after a stroke."""
-    lengths = sorted({cell.length for cell in task.cells if cell.length is not None})
-    depths = sorted({cell.depth for cell in task.cells if cell.depth is not None})
+    lengths = sorted({cell.length for cell in task.cells})
+    depths = sorted({cell.depth for cell in task.cells})
     shown = {
         (cell.length, cell.depth): f"{cell.model.value:.0%}" + (f" / {cell.source.value:.0%}" if cell.source else "")
         for cell in task.cells

@@ -47,8 +47,15 @@ class Asker:
         """Tokens of a text of these sentences."""
         return len(self._encode(" ".join(sentences)))
 
-    def answer(self, examples: Sequence[Example]) -> list[str]:
-        """What the model says, its likeliest token each time."""
+    def answer(self, examples: Sequence[Example], *, in_turn: bool = False) -> list[str]:
+        """What the model says, its likeliest token each time.
+
+        Args:
+            examples: that are answered together.
+            in_turn: rather one after another, so that each has from the cache what it begins with as the one before.
+        """
+        if in_turn:
+            return [answer for example in examples for answer in self.answer([example])]
         params = [SamplingParams(max_tokens=self._room(example), temperature=0) for example in examples]
         return [found.text for found in self.llm.generate([self.prompt(example) for example in examples], params)]
 

@@ -23,24 +23,26 @@ _MOST_CHARACTERS = 16
 
 @dataclass(frozen=True)
 class Cell:
-    """Questions that are asked together.
+    """Questions that are asked together; where they have a length, one after another.
 
     Attributes:
         task: name of it.
-        length: tokens of the prompts, where the task has lengths.
-        depth: in percent, likewise.
         make: builds the examples.
+        length: tokens of the prompts, where the task has lengths.
+        number: tells them from others of the same task and length.
+        depths: of each example in percent, where the task has these.
     """
 
     task: str
-    length: int | None
-    depth: int | None
     make: Callable[[], Sequence[Example]]
+    length: int | None = None
+    number: int = 0
+    depths: Sequence[int] = ()
 
     @property
     def title(self) -> str:
         """For people."""
-        return self.task if self.length is None else f"{self.task}, {format_tokens(self.length)} at {self.depth} %"
+        return self.task if self.length is None else f"{self.task}, {format_tokens(self.length)}"
 
 
 @dataclass(frozen=True)
@@ -78,30 +80,22 @@ class Asked:
             if len(examples) < options.samples:
                 notes.append(f"{task}: the text is enough for {len(examples)} questions")
             _require_room(task, examples, askers)
-            cells.append(Cell(task, None, None, lambda examples=examples: examples))
+            cells.append(Cell(task, lambda examples=examples: examples))
         return cls(cells, notes)
 
 
 def _lookups(text: Text, options: EvaluateOptions, askers: Sequence[Asker], lengths: Sequence[int]) -> Iterator[Cell]:
-    """By length, and from the last depth to the first: what a prompt has before its hidden sentence is known then."""
+    """A cell for each passage of text, from its last depth to its first: what stands before a hidden sentence is in the
+    cache by then."""
 
     def size(example: Example) -> int:
         return max(asker.size(example) for asker in askers)
 
     depths = sorted(set(options.depths), reverse=True)
     for length in lengths:
-        for depth in depths:
-            make = partial(
-                lookup_examples,
-                text,
-                length=length,
-                depth=depth,
-                samples=-(-options.samples // len(depths)),
-                shots=options.shots,
-                seed=options.seed,
-                size=size,
-            )
-            yield Cell("lookup", length, depth, make)
+        for number in range(-(-options.samples // len(depths))):
+            given = {"length": length, "depths": depths, "number": number, "shots": options.shots, "seed": options.seed}
+            yield Cell("lookup", partial(lookup_examples, text, size=size, **given), length, number, depths)
 
 
 def _possible(length: int, text: Text, askers: Sequence[Asker], notes: list[str]) -> bool:

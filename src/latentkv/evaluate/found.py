@@ -33,11 +33,19 @@ class TextFound:
 
 @dataclass(frozen=True)
 class Answer:
-    """To one question: the right one, and what was said; None without a source."""
+    """To one question.
+
+    Attributes:
+        wanted: the right one.
+        model: what the model said.
+        source: what the source said; None without one.
+        depth: where the sentence is hidden that it is about, in percent; None where nothing is hidden.
+    """
 
     wanted: str
     model: str
     source: str | None
+    depth: int | None
 
     @property
     def right(self) -> bool:
@@ -52,18 +60,18 @@ class Answer:
 
 @dataclass(frozen=True)
 class CellFound:
-    """Answers to questions of one kind, which are asked together.
+    """Answers to questions that are asked one after another, or together.
 
     Attributes:
         task: name of the task.
         length: tokens of the prompts; None where the task has no lengths.
-        depth: where the sentence is hidden, in percent; None likewise.
+        number: tells them from others of the same task and length.
         answers: one a question.
     """
 
     task: str
     length: int | None
-    depth: int | None
+    number: int
     answers: list[Answer]
 
 
@@ -74,6 +82,6 @@ class Found:
     text: TextFound | None = None
     cells: list[CellFound] = field(default_factory=list[CellFound])
 
-    def has(self, task: str, length: int | None, depth: int | None) -> bool:
+    def has(self, task: str, length: int | None, number: int) -> bool:
         """Whether a cell's questions are answered."""
-        return any((cell.task, cell.length, cell.depth) == (task, length, depth) for cell in self.cells)
+        return any((cell.task, cell.length, cell.number) == (task, length, number) for cell in self.cells)

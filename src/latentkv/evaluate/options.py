@@ -9,8 +9,8 @@ from latentkv.errors import RequestError
 from latentkv.option_types import Flag, Numbers, Words
 from latentkv.ranges import require_ranges
 
-TASKS = ("copy", "lookup", "arithmetic", "cloze")
-"""In the order in which they are asked."""
+TASKS = ("copy", "arithmetic", "cloze", "lookup")
+"""In the order in which they are asked: what takes longest last."""
 
 
 @dataclass(frozen=True)
@@ -20,8 +20,8 @@ class EvaluateOptions:
     Attributes:
         text_bytes: about how much of the text to score, in pieces from all over it.
         window: tokens that are read together when text is scored; each window is one sample of the standard errors.
-        tasks: what to ask, with commas between: copy, lookup, arithmetic, cloze; or all, or none.
-        samples: questions of each task; of lookup, of each length, shared out among the depths.
+        tasks: what to ask, with commas between: copy, arithmetic, cloze, lookup; or all, or none.
+        samples: questions of each task; of lookup, of each length, as many at each depth.
         shots: questions with their answers that stand before each question.
         lengths: tokens of lookup's prompts, with commas between; those that the model cannot hold are left out, and
             said.

@@ -75,11 +75,7 @@ def _maps(report: Report, task: TaskReport) -> str:
     """A picture of the model, and one of the source."""
     pictures: list[str] = []
     for what, name in (("model", report.model), ("source", report.source)):
-        shares = {
-            (cell.length, cell.depth): share
-            for cell in task.cells
-            if cell.length is not None and cell.depth is not None and (share := getattr(cell, what)) is not None
-        }
+        shares = {(cell.length, cell.depth): share for cell in task.cells if (share := getattr(cell, what)) is not None}
         if shares:
             title = f"{task.name.capitalize()}: right answers of {name}"
             pictures.append(f"<section><h2>{escape(title)}</h2>{heat_map(title, shares)}</section>")

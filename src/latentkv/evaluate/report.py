@@ -67,8 +67,8 @@ class TextReport:
 class CellReport:
     """Answers of a task at one length and depth."""
 
-    length: int | None
-    depth: int | None
+    length: int
+    depth: int
     model: Share
     source: Share | None
 
@@ -161,10 +161,13 @@ def _task(name: str, cells: Sequence[CellFound]) -> TaskReport:
     pair = None
     if source is not None:
         pair = paired([answer.right for answer in answers], [answer.source_right for answer in answers])
-    by_place = sorted((cell for cell in cells if cell.length is not None), key=lambda cell: (cell.length, cell.depth))
-    return TaskReport(
-        name, model, source, pair, [CellReport(cell.length, cell.depth, *_shares(cell.answers)) for cell in by_place]
-    )
+    places: dict[tuple[int, int], list[Answer]] = {}
+    for cell in cells:
+        for answer in cell.answers:
+            if cell.length is not None and answer.depth is not None:
+                places.setdefault((cell.length, answer.depth), []).append(answer)
+    by_place = [CellReport(length, depth, *_shares(own)) for (length, depth), own in sorted(places.items())]
+    return TaskReport(name, model, source, pair, by_place)
 
 
 def _shares(answers: Sequence[Answer]) -> tuple[Share, Share | None]:

@@ -100,20 +100,22 @@ class _Run:
             self._keep()
         for done, cell in enumerate(self._asked.cells):
             on_progress(f"questions ({cell.title})", done, len(self._asked.cells))
-            if not self._found.has(cell.task, cell.length, cell.depth):
+            if not self._found.has(cell.task, cell.length, cell.number):
                 self._found.cells.append(self._ask(cell))
                 self._keep()
         return self._keep()
 
     def _ask(self, cell: Cell) -> CellFound:
-        examples = cell.make()
-        said = [asker.answer(examples) for asker in self._askers]
+        examples, in_turn = cell.make(), cell.length is not None
+        said = [asker.answer(examples, in_turn=in_turn) for asker in self._askers]
         sources = said[1] if self._source else [None] * len(examples)
         answers = [
-            Answer(example.question.answer, ours, theirs)
-            for example, ours, theirs in zip(examples, said[0], sources, strict=True)
+            Answer(example.question.answer, ours, theirs, depth)
+            for example, ours, theirs, depth in zip(
+                examples, said[0], sources, cell.depths or [None] * len(examples), strict=True
+            )
         ]
-        return CellFound(cell.task, cell.length, cell.depth, answers)
+        return CellFound(cell.task, cell.length, cell.number, answers)
 
     def _keep(self) -> Report:
         """The report of what is known by now, written where it is to be kept."""

@@ -36,53 +36,46 @@ Size = Callable[[Example], int]
 
 
 def lookup_examples(
-    text: Text, *, length: int, depth: int, samples: int, shots: int, seed: int, size: Size
+    text: Text, *, length: int, depths: Sequence[int], number: int, shots: int, seed: int, size: Size
 ) -> list[Example]:
-    """So many prompts of a length, each with the sentence that is asked for at the same depth.
+    """Prompts of a length that are the same but for the depth of the sentence that is asked for.
 
-    There are as many other sentences with numbers as there are shots, which ask for these. Prompts of another depth
-    have the same text, numbers and shots.
+    There are as many other sentences with numbers as there are shots, which ask for these.
 
     Args:
         text: that the sentences are hidden in.
         length: tokens of prompt and answer at most.
-        depth: where the sentence is hidden, in percent of the text's sentences.
-        samples: how many.
+        depths: where the sentence is hidden, in percent of the text's sentences; a prompt each.
+        number: tells these prompts from others of the length.
         shots: questions with answers before the one that is asked.
-        seed: of places, numbers and the passages of the text.
+        seed: of places, numbers and the passage of the text.
         size: of an example.
 
     Raises:
         RequestError: not even the questions fit into the length.
     """
-    return [
-        _example(text, length, depth, shots, random.Random(f"{seed} lookup {length} {i}"), size) for i in range(samples)
-    ]
-
-
-def _example(text: Text, length: int, depth: int, shots: int, rng: random.Random, size: Size) -> Example:
-    numbers = rng.sample(range(10_000, 100_000), shots + 1)
-    question, *others = [
-        _question(place, number) for place, number in zip(rng.sample(_PLACES, shots + 1), numbers, strict=True)
-    ]
-    start = rng.randrange(len(text.sentences))
-    sentences = text.sentences[start:] + text.sentences[:start]
-    places = [depth / 100, *(rng.random() for _ in others)]
+    rng = random.Random(f"{seed} lookup {length} {number}")
+    values = rng.sample(range(10_000, 100_000), shots + 1)
+    question, *others = map(_question, rng.sample(_PLACES, shots + 1), values)
     hidden = [f"{each.opening} {each.answer}." for each in (question, *others)]
+    start = rng.randrange(len(text.sentences))
+    sentences, elsewhere = text.sentences[start:] + text.sentences[:start], [rng.random() for _ in others]
 
-    def with_sentences(count: int) -> Example:
-        return Example(question, tuple(others), _hide(sentences[:count], hidden, places))
+    def example(count: int, depth: int) -> Example:
+        return Example(question, tuple(others), _hide(sentences[:count], hidden, [depth / 100, *elsewhere]))
 
     most = min(len(sentences), max(1, length // _FIRST_TRY))
-    while most < len(sentences) and size(with_sentences(most)) <= length:
+    while most < len(sentences) and size(example(most, depths[0])) <= length:
         most = min(2 * most, len(sentences))
-    too_many = bisect_right(range(most + 1), length, key=lambda count: size(with_sentences(count)))
-    if too_many == 0:
+    count = bisect_right(range(most + 1), length, key=lambda count: size(example(count, depths[0]))) - 1
+    while count >= 0 and any(size(example(count, depth)) > length for depth in depths[1:]):
+        count -= 1  # the same text may be cut into a token more or less
+    if count < 0:
         raise RequestError(
             f"--lengths {length} is too short for a question of lookup with {shots} shots: give a longer one, or fewer "
             "--shots."
         )
-    return with_sentences(too_many - 1)
+    return [example(count, depth) for depth in depths]
 
 
 def _hide(sentences: Sequence[str], hidden: Sequence[str], places: Sequence[float]) -> str:
