@@ -115,3 +115,9 @@ def test_a_text_or_a_length_that_is_too_short_is_refused_in_a_sentence():
 def test_a_text_that_is_short_gives_as_many_questions_as_it_has():
     few = Text(("few.txt",), ("\n\n".join(PARAGRAPHS[:4]),))
     assert len(cloze_examples(few, samples=10, shots=1, seed=0)) == 4
+
+
+def test_sentences_are_cut_where_they_end_and_nothing_is_lost():
+    text = Text(("talk.txt",), ('"Who is\nthere?" he said. "I am." Nobody came, e.g. the cat.\n\n\nThe end',))
+    assert text.sentences == ['"Who is there?" he said.', '"I am."', "Nobody came, e.g. the cat.", "The end"]
+    assert text.paragraphs == ['"Who is there?" he said. "I am." Nobody came, e.g. the cat.', "The end"]

@@ -13,7 +13,7 @@ from latentkv.errors import RequestError
 from latentkv.train.data import pieces_of, read_text
 
 _BLANK_LINES = re.compile(r"\n\s*\n")
-_SENTENCE_END = re.compile(r"(?<=[.!?])[\"'”’]?\s+(?=[\"'“‘A-Z])")
+_SENTENCE_END = re.compile(r"(?:(?<=[.!?])|(?<=[.!?][\"'”’]))\s+(?=[\"'“‘A-Z])")
 
 
 @dataclass(frozen=True)
