@@ -43,7 +43,7 @@ def test_figures_are_printed_and_kept_in_a_folder(latentkv: Command, small: tupl
     assert "note: lookup at 4k is left out: " in result.stdout
     assert "source" not in result.stdout
     kept = json.loads((tmp_path / "out" / REPORT_FILE).read_text())
-    assert kept["command"].startswith("latentkv ") and kept["environment"]["threads"] == 1
+    assert kept["command"].startswith("latentkv") and kept["environment"]["threads"] == 1
     assert {task["name"]: task["model"]["total"] for task in kept["tasks"]} == {
         "copy": 2,
         "lookup": 2,
