@@ -74,6 +74,14 @@ def test_lookup_is_asked_at_every_depth_of_the_lengths_that_the_model_holds(sour
     assert report.notes == ["lookup at 8k is left out: a & b holds 1,024 tokens"]
 
 
+def test_prompts_of_one_passage_are_read_once_up_to_where_they_differ(folders: dict[str, Path], text: Text):
+    llm = LLM(folders["source"], kv_cache_bytes=1 << 20)
+    evaluate(llm, None, text, replace(SMALL, tasks=("lookup",), lengths=(512,), depths=(50, 100), samples=2))
+    counters = llm.engine.counters
+    assert counters.prompt_tokens > 900  # two prompts
+    assert 128 <= counters.prefix_hits <= 256  # full pages of 64, of the half before the hidden sentence
+
+
 def test_a_length_that_the_text_does_not_fill_is_left_out_and_said(source: LLM):
     short = Text(("short.txt",), ("The ship was seen from the island that day. " * 3,))
     report = evaluate(source, None, short, replace(SMALL, tasks=("lookup",), lengths=(256, 512)))

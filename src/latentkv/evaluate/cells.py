@@ -1,4 +1,4 @@
-"""Which questions an evaluation asks: those of a task together, of lookup those of each length and depth."""
+"""Which questions an evaluation asks: those of a task together; of lookup, those of each passage by its depths."""
 
 from __future__ import annotations
 
