@@ -283,13 +283,27 @@ class LLM:
         tokenizer = self._require_tokenizer("A perplexity of text")
         if not isinstance(cast(object, text), str) or not text:
             raise RequestError("Perplexity needs a text of at least one character.")
-        ids = [self._first_token(tokenizer), *tokenizer.encode(text, add_bos=False)]
+        ids = [self.first_token, *tokenizer.encode(text, add_bos=False)]
         if len(ids) < 2:
             raise RequestError("The tokenizer makes no token of this text, so there is nothing to score.")
         validate_token_ids(ids, vocab_size=self.config.vocab_size)
         score = self.thread.call(lambda: score_text(self.engine.runner, ids, self.max_context))
         perplexity = Perplexity.of(score.nats, len(ids) - 1, len(text.encode()))
         return Prediction(perplexity, tuple(score.likeliest.tolist()))
+
+    @property
+    def first_token(self) -> int:
+        """What stands before a text that is scored: BOS; where a model has none, an end token, which begins a text in
+        training as well.
+
+        Raises:
+            RequestError: the model names neither.
+        """
+        named = None if self.tokenizer is None else self.tokenizer.bos_id
+        for token in (named, self.config.bos_token_id, *sorted(self.config.eos_token_ids)):
+            if token is not None:
+                return token
+        raise RequestError("The model names no BOS or EOS token to begin a text with: score token ids with logits().")
 
     def compile(self, structure: Structure) -> Constraint:
         """What the engine needs of a structure; kept for later requests.
@@ -392,13 +406,6 @@ class LLM:
                 f"The prompt has {characters:,} characters, and a context of {self.max_context:,} tokens holds at most "
                 f"{most:,}: shorten it, or load the model with a larger max_context if it has one."
             )
-
-    def _first_token(self, tokenizer: Tokenizer) -> int:
-        """BOS; where a model has none, an end token, which begins a text in training as well."""
-        for token in (tokenizer.bos_id, self.config.bos_token_id, *sorted(self.config.eos_token_ids)):
-            if token is not None:
-                return token
-        raise RequestError("The model names no BOS or EOS token to begin a text with: score token ids with logits().")
 
     def _require_tokenizer(self, what: str) -> Tokenizer:
         if self.tokenizer is None:

@@ -1,4 +1,4 @@
-"""The ranges of the numbers that converting, healing, comparing and training take, all in one table."""
+"""The ranges of the numbers that converting, healing, comparing, training and evaluating take, all in one table."""
 
 from __future__ import annotations
 
@@ -59,6 +59,7 @@ RANGES: dict[str, Range] = {
     "batch_tokens": Range(1, 2**26, whole=True),
     "betas": _BELOW_ONE,
     "bias_speed": _NOT_NEGATIVE,
+    "depths": Range(0, 100, whole=True),
     "eval_bytes": _COUNT,
     "eval_every": _COUNT_OR_NONE,
     "eval_fraction": _BELOW_ONE,
@@ -70,6 +71,7 @@ RANGES: dict[str, Range] = {
     "kv_budget": Range(0, 1, above=True),
     "layers": Range(1, 1024, whole=True),
     "length": Range(16, MOST, whole=True),
+    "lengths": Range(64, MOST, whole=True),
     "log_every": _COUNT,
     "lora_alpha": _POSITIVE,
     "lora_rank": Range(1, 2**16, whole=True),
@@ -83,17 +85,21 @@ RANGES: dict[str, Range] = {
     "mtp_weight": _NOT_NEGATIVE,
     "rank": _COUNT,
     "rope_dim": Range(2, MOST, whole=True),
+    "samples": Range(1, 2**20, whole=True),
     "save_minutes": _POSITIVE,
     "seed": Range(0, 2**63 - 1, whole=True),
     "seeds": Range(1, 20, whole=True),
     "seq_len": _COUNT,
     "sequences": Range(8, 2**20, whole=True),
+    "shots": Range(0, 16, whole=True),
     "steps": _COUNT,
+    "text_bytes": _COUNT,
     "threads": Range(1, 1024, whole=True),
     "time_limit": _POSITIVE,
     "vocab": Range(259, 2**20, whole=True),  # all bytes and three special tokens
     "warmup": _COUNT_OR_NONE,
     "weight_decay": _NOT_NEGATIVE,
+    "window": _COUNT,
 }
 """By option, with _ for -; what a command narrows is said where it does."""
 

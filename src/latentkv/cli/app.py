@@ -18,7 +18,7 @@ USAGE_ERROR, RANK_LOST, INTERRUPTED = 2, 1, 130
 
 COMMANDS = (
     *("generate", "chat", "serve", "run-batch", "pull", "list", "rm", "plan", "inspect", "quantize", "convert"),
-    *("heal", "train", "compare", "doctor", "bench"),
+    *("heal", "train", "compare", "evaluate", "doctor", "bench"),
 )
 """In the order of --help; each is a function in the module of its name (with _ for -), "bench" a group of commands."""
 OTHER_NAMES = {"run": "chat"}

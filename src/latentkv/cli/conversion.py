@@ -1,15 +1,12 @@
-"""What `latentkv convert` and `latentkv heal` share: their texts, their progress, and what a report says of a run."""
+"""What `latentkv convert` and `latentkv heal` share: their texts."""
 
 from __future__ import annotations
 
-import shlex
-import sys
-from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from latentkv.cli.terminal import console
+from latentkv.cli.terminal import console, progress
 from latentkv.errors import RequestError
 from latentkv.fingerprint import file_states, fingerprint
 from latentkv.ranges import require_range
@@ -98,34 +95,3 @@ def _identity(folder: Path, length: int, seed: int) -> str:
     from latentkv.checkpoint.tensors import open_tensors
 
     return fingerprint([repr((file_states(open_tensors(folder).files), length, seed)).encode()])[:16]
-
-
-@contextmanager
-def progress(title: str, *, silent: bool = False) -> Generator[Callable[[str, int, int], None]]:
-    """A bar on a terminal that names stage and count: called with the stage, what is done of it, and of how much."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    out = console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=out, disable=silent or not out.is_terminal) as bar:
-        task = bar.add_task(title, total=None)
-        yield lambda what, done, total: bar.update(task, description=f"{title}: {what}", completed=done, total=total)
-
-
-def run_facts(processes: int = 1) -> dict[str, Any]:
-    """For the report: the command, the machine and versions it runs on, and in how many processes if in several."""
-    from dataclasses import asdict
-    from importlib.metadata import PackageNotFoundError, version
-
-    import torch
-
-    from latentkv.bench.environment import describe_environment
-
-    try:
-        own = version("latentkv")
-    except PackageNotFoundError:  # run from its source
-        own = None
-    environment = {"latentkv": own} | asdict(describe_environment(torch.get_num_threads()))
-    if processes > 1:
-        environment["processes"] = processes
-    return {"command": shlex.join(["latentkv", *sys.argv[1:]]), "environment": environment}

@@ -5,18 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from latentkv.cli.conversion import (
-    EVAL_SEED,
-    SELF,
-    progress,
-    require_length,
-    require_text_options,
-    run_facts,
-    text_tokens,
-)
+from latentkv.cli.conversion import EVAL_SEED, SELF, require_length, require_text_options, text_tokens
 from latentkv.cli.flags import Preset
 from latentkv.cli.loading import model_folder, use_threads
-from latentkv.cli.terminal import console, print_json
+from latentkv.cli.run_facts import run_facts
+from latentkv.cli.terminal import console, print_json, progress
 from latentkv.convert import ConvertOptions
 from latentkv.option_types import Flag
 from latentkv.options import ModelName

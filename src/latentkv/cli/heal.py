@@ -9,17 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from latentkv.cli.conversion import (
-    EVAL_SEED,
-    SELF,
-    progress,
-    require_length,
-    require_text_options,
-    run_facts,
-    text_tokens,
-)
+from latentkv.cli.conversion import EVAL_SEED, SELF, require_length, require_text_options, text_tokens
 from latentkv.cli.loading import use_threads
-from latentkv.cli.terminal import console, print_json
+from latentkv.cli.run_facts import run_facts
+from latentkv.cli.terminal import console, print_json, progress
 from latentkv.convert import HealOptions
 from latentkv.errors import RequestError, TrainingError
 from latentkv.option_types import Flag

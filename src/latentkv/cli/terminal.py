@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -40,3 +40,15 @@ def note(text: str) -> None:
 def print_json(value: Any) -> None:
     """Write one JSON document to stdout."""
     print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+@contextmanager
+def progress(title: str, *, silent: bool = False) -> Generator[Callable[[str, int, int], None]]:
+    """A bar on a terminal that names stage and count: called with the stage, what is done of it, and of how much."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    out = console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=out, disable=silent or not out.is_terminal) as bar:
+        task = bar.add_task(title, total=None)
+        yield lambda what, done, total: bar.update(task, description=f"{title}: {what}", completed=done, total=total)

@@ -10,30 +10,9 @@ from typing import Any
 
 from latentkv.convert.plots import DARK, LIGHT, Theme, plot_healing, plot_layers, plot_sizes
 from latentkv.convert.stages import Stages, stages_of, text_of
+from latentkv.html_page import card, count, digits, folded, machine, page, table
 
 Record = Mapping[str, Any]
-
-_STYLE = """
-:root { color-scheme: light dark; --ground: #f5f6f8; --card: #fff; --text: #1d2530; --faint: #667080; --line: #e3e7ec }
-@media (prefers-color-scheme: dark) {
-  :root { --ground: #11151b; --card: #1a2029; --text: #e6eaf0; --faint: #98a2b3; --line: #2c3440 } }
-* { box-sizing: border-box }
-body { margin: 0; background: var(--ground); color: var(--text); font: 14px/1.5 system-ui, sans-serif }
-main { max-width: 1000px; margin: 0 auto; padding: 28px 20px 40px }
-h1 { margin: 0; font-size: 22px } h2 { margin: 0 0 8px; font-size: 15px }
-p { margin: 4px 0 0 } .faint { color: var(--faint) } small, .faint { font-size: 12.5px }
-.row { display: grid; gap: 14px; grid-template-columns: repeat(auto-fit, minmax(200px, 1fr)); margin-top: 14px }
-.wide { grid-template-columns: repeat(auto-fit, minmax(400px, 1fr)) }
-section { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 14px 16px; min-width: 0 }
-.number { font-size: 26px; font-weight: 600; line-height: 1.25 }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums }
-th, td { padding: 5px 10px; text-align: right; border-top: 1px solid var(--line); white-space: nowrap }
-th { font-weight: 600 } thead th { border-top: 0 }
-th:first-child, td:first-child { text-align: left; padding-left: 0; font-weight: 400 }
-td small { color: var(--faint) } img { display: block; width: 100% } .scroll { overflow-x: auto }
-pre { margin: 6px 0 0; white-space: pre-wrap; overflow-wrap: anywhere; font-size: 12.5px }
-summary { cursor: pointer; font-weight: 600 }
-"""
 
 
 def render_page(record: Record) -> str:
@@ -50,12 +29,7 @@ def render_page(record: Record) -> str:
         _layers(record),
         _origin(record),
     ]
-    body = "\n".join(part for part in parts if part)
-    return (
-        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>{source}: conversion</title>\n'
-        f"<style>{_STYLE}</style>\n</head>\n<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
-    )
+    return page(f"{source}: conversion", parts)
 
 
 def _summary(record: Record, stages: Stages) -> str:
@@ -75,29 +49,22 @@ def _cards(record: Record, stages: Stages) -> str:
     if "cache" in record:
         cache = record["cache"]
         number = f"&minus;{1 - cache['after'] / cache['before']:.0%}"
-        cards.append(_card("KV cache", number, f"{cache['before']:,} &rarr; {cache['after']:,} bytes a token"))
+        cards.append(card("KV cache", number, f"{cache['before']:,} &rarr; {cache['after']:,} bytes a token"))
     if (last := stages.last) is not None:
         cards.append(
-            _card(
+            card(
                 "Perplexity",
                 f"{last['converted'] / last['source'] - 1:+.1%}".replace("-", "&minus;"),
-                f"{_digits(last['source'])} &rarr; {_digits(last['converted'])}",
+                f"{digits(last['source'])} &rarr; {digits(last['converted'])}",
             )
         )
-        cards.append(_card("Likeliest token the same", f"{last['agreement']:.1%}", "as in the source"))
+        cards.append(card("Likeliest token the same", f"{last['agreement']:.1%}", "as in the source"))
     if "speed" in record:
         speed = record["speed"]
         before, after = (speed["tokens_per_second"][name] for name in ("source", "converted"))
         detail = f"{_rate(before)} &rarr; {_rate(after)} tokens a second"
-        cards.append(_card(f"Decode at {speed['depth']:,} tokens", f"{after / before:.2f}&times;", detail))
+        cards.append(card(f"Decode at {speed['depth']:,} tokens", f"{after / before:.2f}&times;", detail))
     return f'<div class="row">{"".join(cards)}</div>' if cards else ""
-
-
-def _card(title: str, number: str, detail: str) -> str:
-    return (
-        f'<section><div class="faint">{title}</div><div class="number">{number}</div>'
-        f'<div class="faint">{detail}</div></section>'
-    )
 
 
 def _stage_table(record: Record, stages: Stages) -> str:
@@ -106,7 +73,7 @@ def _stage_table(record: Record, stages: Stages) -> str:
     rows: list[list[str]] = []
     if (known := stages.last) is not None:
         rows += [
-            ["perplexity", _digits(known["source"]), *(_cell(model, _perplexity) for model in models)],
+            ["perplexity", digits(known["source"]), *(_cell(model, _perplexity) for model in models)],
             [
                 "KL to the source, nats a token",
                 "",
@@ -129,14 +96,14 @@ def _stage_table(record: Record, stages: Stages) -> str:
         return ""
     heads = ["", "source", "converted", "healed"][: 2 + len(models)]
     return (
-        f'<div class="row"><section><div class="scroll">{_table(heads, rows)}</div>'
+        f'<div class="row"><section><div class="scroll">{table(heads, rows)}</div>'
         f'<p class="faint">{" ".join(_conditions(record, stages))}</p></section></div>'
     )
 
 
 def _perplexity(quality: Mapping[str, Any]) -> str:
     change = f"{quality['converted'] / quality['source'] - 1:+.1%}"
-    return f"{_digits(quality['converted'])} <small>{change}</small>"
+    return f"{digits(quality['converted'])} <small>{change}</small>"
 
 
 def _conditions(record: Record, stages: Stages) -> Iterable[str]:
@@ -149,7 +116,7 @@ def _conditions(record: Record, stages: Stages) -> Iterable[str]:
         speed = record["speed"]
         yield (
             f"Decode: one sequence with {speed['depth']:,} tokens in the cache, {speed['dtype']} weights "
-            f"and cache, {_count(speed['threads'], 'thread')}; medians of {speed['repeats']} rounds of "
+            f"and cache, {count(speed['threads'], 'thread')}; medians of {speed['repeats']} rounds of "
             f"{speed['new_tokens']} tokens, the two in turn."
         )
 
@@ -208,7 +175,7 @@ def _healing_sentence(healing: Mapping[str, Any]) -> str:
     matched = f", {healing['match_steps']:,} of them matching layers" if healing["match_steps"] else ""
     return (
         f"{trained} learned what the source predicts, from {healing['tokens']:,} tokens in "
-        f"{_count(healing['steps'], 'step')}{matched}, {healing['seconds']:,.0f} s."
+        f"{count(healing['steps'], 'step')}{matched}, {healing['seconds']:,.0f} s."
     )
 
 
@@ -224,22 +191,14 @@ def _layers(record: Record) -> str:
         ]
         for row in record["layers"]
     ]
-    return _folded("Layer by layer", f'<div class="scroll">{_table(heads, rows)}</div>')
+    return folded("Layer by layer", f'<div class="scroll">{table(heads, rows)}</div>')
 
 
 def _origin(record: Record) -> str:
     """Commands and machines."""
     runs = [run for run in (record, *record.get("healings", ())) if "command" in run]
-    lines = [f"<pre>{escape(run['command'])}</pre><p class='faint'>{_machine(run['environment'])}</p>" for run in runs]
-    return _folded("How it was made", "".join(lines), opened=True) if lines else ""
-
-
-def _machine(environment: Mapping[str, Any]) -> str:
-    versions = [f"{name} {environment[name]}" for name in ("latentkv", "torch", "python") if environment.get(name)]
-    threads = _count(environment["threads"], "thread")
-    if processes := environment.get("processes"):
-        threads += f" in each of {processes} processes"
-    return escape(", ".join([environment["cpu"], threads, *versions]))
+    lines = [f"<pre>{escape(run['command'])}</pre><p class='faint'>{machine(run['environment'])}</p>" for run in runs]
+    return folded("How it was made", "".join(lines), opened=True) if lines else ""
 
 
 def _plot(title: str, said: str, draw: Callable[[Theme], bytes]) -> str:
@@ -248,19 +207,6 @@ def _plot(title: str, said: str, draw: Callable[[Theme], bytes]) -> str:
         f'<section><h2>{title}</h2><picture><source media="(prefers-color-scheme: dark)" srcset="{dark}">'
         f'<img src="{light}" alt="{title}"></picture><p class="faint">{said}</p></section>'
     )
-
-
-def _folded(title: str, content: str, *, opened: bool = False) -> str:
-    return (
-        f'<div class="row"><section><details{" open" if opened else ""}><summary>{title}</summary>{content}</details>'
-        "</section></div>"
-    )
-
-
-def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    head = "".join(f"<th>{each}</th>" for each in heads)
-    body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
 def _cell(quality: Mapping[str, Any] | None, show: Callable[[Mapping[str, Any]], str]) -> str:
@@ -278,15 +224,6 @@ def _rate(speed: float) -> str:
     return f"{speed:,.{0 if speed >= 100 else 1}f}"
 
 
-def _digits(number: float) -> str:
-    """Four of them, zeros included."""
-    return f"{number:#.4g}".removesuffix(".")
-
-
 def _change(number: float, reference: float) -> str:
     change = number / reference - 1
     return f"{abs(change):.1%} {'higher' if change >= 0 else 'lower'}"
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"

@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable
+from dataclasses import astuple
 from pathlib import Path
 from typing import TypedDict
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
+from latentkv.engine.comparison import NOTHING, compare_logits
 from latentkv.models.decoder import Decoder
 from latentkv.models.loading import load_model
 from latentkv.train.ranks import DataRanks
@@ -60,32 +61,23 @@ def compare(
     Of several processes each predicts its part of the sequences, and all return the same.
     """
     ranks = ranks or DataRanks()
-    rows_done = 0
-    nats, divergence, same, count = [0.0, 0.0], 0.0, 0, 0
+    rows_done, found = 0, NOTHING
     batches = tokens.split(min(_SEQUENCES_AT_ONCE, -(-len(tokens) // ranks.size)))
     for first in range(0, len(batches), ranks.size):
         # Models whose weights are shared out compute in all processes at once, in those too that have none left to do.
         together = batches[first : first + ranks.size]
         rows = together[min(ranks.rank, len(together) - 1)]
-        targets = rows[:, 1:].flatten()
-        log_p, log_q = (
-            model.logits(model.forward_train(rows[:, :-1])).flatten(0, 1).log_softmax(-1)
-            for model in (source, converted)
-        )
+        before, after = (model.logits(model.forward_train(rows[:, :-1])).flatten(0, 1) for model in (source, converted))
         if ranks.rank < len(together):
-            for index, found in enumerate((log_p, log_q)):
-                nats[index] += float(functional.nll_loss(found, targets, reduction="sum"))
-            divergence += float((log_p.exp() * (log_p - log_q)).sum())
-            same += int((log_p.argmax(-1) == log_q.argmax(-1)).sum())
-            count += len(targets)
+            found += compare_logits(before, after, rows[:, 1:].flatten())
         rows_done += sum(map(len, together))
         on_progress(rows_done, len(tokens))
-    sums = ranks.total(torch.tensor([*nats, divergence, same, count], dtype=torch.float64)).tolist()
-    *nats, divergence, same, count = sums
-    before, after = (_perplexity(total / count) for total in nats)
+    sums = ranks.total(torch.tensor(astuple(found), dtype=torch.float64)).tolist()
+    count, *nats, divergence, same = sums
+    source_perplexity, perplexity = (_perplexity(total / count) for total in nats)
     return Quality(
-        source=before,
-        converted=after,
+        source=source_perplexity,
+        converted=perplexity,
         divergence=divergence / count,
         agreement=same / count,
         tokens=int(count),

@@ -78,6 +78,16 @@ def sequence_logits(runner: Runner, tokens: SequenceOf[int]) -> Tensor:
         return torch.cat([runner.logits(hidden) for _, _, hidden in _read_through(runner, sequences)])
 
 
+def hidden_states(runner: Runner, tokens: SequenceOf[int]) -> Tensor:
+    """The states [T, D] after each of `tokens`, of which `runner.logits` makes logits.
+
+    Raises:
+        CacheError: they do not fit into the free pages.
+    """
+    with runner.sequences([tokens]) as sequences:
+        return torch.cat([hidden.clone() for _, _, hidden in _read_through(runner, sequences)])
+
+
 def _groups(all_windows: list[Window], runner: Runner) -> Iterator[list[Window]]:
     """Cut the windows into groups that are read together, at least one window each."""
     longest = max(window.stop - window.start for window in all_windows)

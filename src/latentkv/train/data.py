@@ -79,7 +79,7 @@ def find_corpus(
                 f"Two of the --eval-file texts have the name {repeated[0]}: results go by name, rename one."
             )
         share = max(1, eval_bytes // len(eval_files))
-        held_out = tuple((f, _spread(read_text(f), share)) for f in eval_files)
+        held_out = tuple((f, pieces_of(read_text(f), share)) for f in eval_files)
         if empty := [str(path) for path, texts in held_out if not any(texts)]:
             raise TrainingError(f"--eval-file {empty[0]} is empty: give a text to evaluate on.")
         return Corpus(tuple((f, None) for f in files), held_out)
@@ -97,7 +97,7 @@ def find_corpus(
     return Corpus(tuple(training), tuple(evaluation))
 
 
-def _spread(text: str, characters: int) -> tuple[str, ...]:
+def pieces_of(text: str, characters: int) -> tuple[str, ...]:
     """About `characters` of the text in equal pieces from all over it."""
     if len(text) <= characters:
         return (text,)
