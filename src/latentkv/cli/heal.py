@@ -17,7 +17,6 @@ from latentkv.convert import HealOptions
 from latentkv.errors import RequestError, TrainingError
 from latentkv.option_types import Flag
 from latentkv.ranges import require_range
-from latentkv.resumable import alone_in
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -72,6 +71,7 @@ def heal(
 
     from latentkv.checkpoint.source import local_folder, resolve_model
     from latentkv.convert import heal_checkpoint, held_out_sequences, require_healable
+    from latentkv.resumable import alone_in
     from latentkv.train.ranks import DataRanks
 
     ranks = DataRanks.join(trust_network=trust_network)
