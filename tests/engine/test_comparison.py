@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from latentkv.engine.comparison import Comparison, compare_logits
+from latentkv.engine.comparison import NOTHING, Comparison, blocks_of, compare_logits
 
 
 def test_sums_are_those_of_float64():
@@ -40,3 +40,15 @@ def test_parts_add_up():
     first, second = (compare_logits(source[rows], model[rows], targets[rows]) for rows in (slice(7), slice(7, 20)))
     assert vars(first + second) == pytest.approx(vars(whole), rel=1e-6)
     assert first + second != Comparison(0, 0, 0, 0, 0)
+
+
+@pytest.mark.parametrize("vocab_size", [160, 49_152, 131_072])
+def test_blocks_are_all_places_in_order_and_never_take_more_than_100_mib(vocab_size: int):
+    blocks = list(blocks_of(30_000, vocab_size))
+    assert [place for block in blocks for place in range(block.start, block.stop)] == list(range(30_000))
+    # Of both models logits and log-softmax; p, the difference, and their product.
+    assert max(block.stop - block.start for block in blocks) * vocab_size * 4 * 7 <= 100 << 20
+
+
+def test_no_tokens_are_nothing():
+    assert compare_logits(torch.randn(0, 31), torch.randn(0, 31), torch.randint(31, (0,))) == NOTHING

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from latentkv import LLM
+from latentkv.evaluate import scoring
 from latentkv.evaluate.passages import Text
 from latentkv.evaluate.report import report_text
 from latentkv.evaluate.scoring import Windows, score_pieces
@@ -90,3 +92,20 @@ def test_models_with_other_tokens_have_figures_of_their_own_and_none_of_pairs(
     assert found.divergence is None and report_text(found).pair is None
     assert found.nats == score_pieces(other, None, pieces, SIZE).nats
     assert found.source_nats == score_pieces(source, None, pieces, SIZE).nats
+
+
+def test_two_models_compute_in_one_thread_and_none_is_warned_of_the_other(
+    source: LLM, model: LLM, text: Text, caplog: pytest.LogCaptureFixture
+):
+    threads = set[int]()
+    read = scoring.hidden_states
+
+    def noted(*given):
+        threads.add(threading.get_ident())
+        return read(*given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scoring, "hidden_states", noted)
+        score_pieces(model, source, text.pieces(2000), SIZE)
+    assert len(threads) == 1 and threading.get_ident() not in threads
+    assert "Another thread" not in caplog.text

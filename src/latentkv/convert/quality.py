@@ -12,7 +12,7 @@ from typing import TypedDict
 import torch
 from torch import Tensor
 
-from latentkv.engine.comparison import NOTHING, compare_logits
+from latentkv.engine.comparison import NOTHING, blocks_of, compare_logits
 from latentkv.models.decoder import Decoder
 from latentkv.models.loading import load_model
 from latentkv.train.ranks import DataRanks
@@ -64,12 +64,19 @@ def compare(
     rows_done, found = 0, NOTHING
     batches = tokens.split(min(_SEQUENCES_AT_ONCE, -(-len(tokens) // ranks.size)))
     for first in range(0, len(batches), ranks.size):
-        # Models whose weights are shared out compute in all processes at once, in those too that have none left to do.
+        # Models whose weights are shared out compute in all processes at once, and as often in each: in those too that
+        # have fewer sequences left, or none. What these compute instead does not count.
         together = batches[first : first + ranks.size]
         rows = together[min(ranks.rank, len(together) - 1)]
-        before, after = (model.logits(model.forward_train(rows[:, :-1])).flatten(0, 1) for model in (source, converted))
-        if ranks.rank < len(together):
-            found += compare_logits(before, after, rows[:, 1:].flatten())
+        counted = rows[:, 1:].numel() if ranks.rank < len(together) else 0
+        if ranks.size > 1:
+            rows = torch.cat([rows, rows[:1].expand(len(batches[0]) - len(rows), -1)])
+        targets = rows[:, 1:].flatten()
+        before, after = (model.forward_train(rows[:, :-1]).flatten(0, 1) for model in (source, converted))
+        for block in blocks_of(len(targets), source.config.vocab_size):
+            logits = source.logits(before[block]), converted.logits(after[block])
+            kept = max(0, counted - block.start)
+            found += compare_logits(logits[0][:kept], logits[1][:kept], targets[block][:kept])
         rows_done += sum(map(len, together))
         on_progress(rows_done, len(tokens))
     sums = ranks.total(torch.tensor(astuple(found), dtype=torch.float64)).tolist()

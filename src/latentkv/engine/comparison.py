@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+_BLOCK_BYTES = 100 << 20
+"""What all [n, V] tensors of a comparison take together."""
+
+_TENSORS = 7
+"""Those in float32 that exist at once: logits and log-softmax of both models, and what the divergence is made of."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +45,16 @@ class Comparison:
 
 NOTHING = Comparison(0, 0.0, 0.0, 0.0, 0)
 """Of no tokens."""
+
+
+def blocks_of(total: int, vocab_size: int) -> Iterator[slice]:
+    """Places out of `total`, in order, so few at a time that the logits of both models there take bounded memory.
+
+    How many blocks there are depends on these two numbers alone.
+    """
+    size = max(1, _BLOCK_BYTES // (4 * vocab_size * _TENSORS))
+    for start in range(0, total, size):
+        yield slice(start, min(start + size, total))
 
 
 @torch.no_grad()

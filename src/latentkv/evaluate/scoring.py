@@ -7,14 +7,11 @@ from dataclasses import dataclass
 
 import torch
 
-from latentkv.engine.comparison import NOTHING, Comparison, compare_logits
+from latentkv.engine.comparison import NOTHING, Comparison, blocks_of, compare_logits
 from latentkv.engine.scoring import hidden_states, score_text
 from latentkv.evaluate.asking import require_tokenizer
 from latentkv.evaluate.found import TextFound
 from latentkv.llm import LLM
-
-_ROWS = 128
-"""Tokens whose logits by two models exist at once."""
 
 OnWindow = Callable[[int, int], object]
 """Called with the windows done, and all of them."""
@@ -93,15 +90,18 @@ def _score(llm: LLM, windows: Windows, on_window: OnWindow) -> list[float]:
 
 
 def _compare(source: LLM, model: LLM, tokens: list[int], targets: torch.Tensor) -> Comparison:
-    """Each model computes in its own thread: a team of OpenMP threads that a third one had would slow both down."""
+    """All in the model's thread: two that computed in turn would get in each other's way with their OpenMP threads.
+
+    The source has no requests meanwhile, so that its engine is free.
+    """
     before, after = (llm.engine.runner for llm in (source, model))
-    source_states = source.thread.call(lambda: hidden_states(before, tokens))
-    states = model.thread.call(lambda: hidden_states(after, tokens))
+    vocab_size = max(llm.config.vocab_size for llm in (source, model))
 
-    def compare_rows(rows: slice) -> Comparison:
-        wanted = source.thread.call(lambda: before.logits(source_states[rows]))
-        return model.thread.call(
-            lambda: compare_logits(wanted, after.logits(states[rows]), targets[rows].to(wanted.device))
-        )
+    def compare() -> Comparison:
+        source_states, states = hidden_states(before, tokens), hidden_states(after, tokens)
+        wanted, found = targets.to(states.device), NOTHING
+        for block in blocks_of(len(tokens), vocab_size):
+            found += compare_logits(before.logits(source_states[block]), after.logits(states[block]), wanted[block])
+        return found
 
-    return sum((compare_rows(slice(start, start + _ROWS)) for start in range(0, len(tokens), _ROWS)), NOTHING)
+    return model.thread.call(compare)
