@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_faults import AT_MOST, OPTIONS, SERVE, Cluster, Stream, ask, cluster
+from test_faults import AT_MOST, NOBODY_HANGS, OPTIONS, SERVE, Cluster, Stream, ask, cluster
 from test_pipeline import FLOAT32, LOW_RANK, MODELS, TURNS, folders, greedy, in_one_process, prompt, seeded
 
 from latentkv import LLM
@@ -199,7 +199,7 @@ def test_whichever_rank_of_two_teams_is_lost_all_end(folders: dict[str, Path], v
 
 @pytest.mark.rank
 def test_a_signal_lets_open_answers_end_and_then_all_ranks(folders: dict[str, Path]):
-    options = ["--pipeline-parallel", "1", "--tensor-parallel", "2", "--drain-seconds", "20"]
+    options = ["--pipeline-parallel", "1", "--tensor-parallel", "2", *NOBODY_HANGS, "--drain-seconds", "20"]
     with cluster(2, folders["v2"], *options) as ranks:
         port = ranks.wait_for_port()
         stream = Stream(port, 10, 60)
