@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config, Qwen3Config
+import transformers
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
 SIZES: dict[str, Any] = {
     "vocab_size": 160,
@@ -40,18 +52,26 @@ CONFIGS: dict[str, PretrainedConfig] = {
     "mqa tied": LlamaConfig(
         **SIZES | {"num_key_value_heads": 1, "rope_theta": 500.0}, tie_word_embeddings=True, rms_norm_eps=1e-5
     ),
+    "mixtral": MixtralConfig(**SIZES, num_local_experts=5, num_experts_per_tok=3),
     "qwen2": Qwen2Config(**{k: v for k, v in SIZES.items() if k != "head_dim"} | {"hidden_size": 128}),
 }
 
 
-WITH_NORMS = Qwen3Config(**SIZES)
+EXPERTS: dict[str, Any] = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 40}
+WITH_NORMS: dict[str, PretrainedConfig] = {
+    "qwen3": Qwen3Config(**SIZES),
+    "qwen3 moe": Qwen3MoeConfig(**SIZES, **EXPERTS, norm_topk_prob=True),
+    "qwen3 moe, dense first": Qwen3MoeConfig(
+        **SIZES | {"num_hidden_layers": 3}, **EXPERTS, norm_topk_prob=False, mlp_only_layers=[0], attention_bias=True
+    ),
+}
 """Norms on queries and keys, which latent attention does not have."""
 
 
 def write_source(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
     """A random model of this kind; its biases and norms are random, too."""
     torch.manual_seed(len(name))
-    model = AutoModelForCausalLM.from_config(WITH_NORMS if name == "qwen3" else CONFIGS[name], dtype=dtype)
+    model = AutoModelForCausalLM.from_config((CONFIGS | WITH_NORMS)[name], dtype=dtype)
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             if parameter_name.endswith("bias"):
@@ -60,6 +80,25 @@ def write_source(name: str, folder: Path, dtype: torch.dtype = torch.float32) ->
                 parameter.uniform_(0.5, 1.5)
     model.save_pretrained(folder)
     return folder
+
+
+def their_model(folder: Path) -> PreTrainedModel:
+    """A checkpoint in transformers, in float32, none of whose tensors is missing or left over.
+
+    By the class that its config.json names: AutoModelForCausalLM of transformers 5.23 does not know Mistral4.
+    """
+    (architecture,) = json.loads((folder / "config.json").read_text())["architectures"]
+    model, found = getattr(transformers, architecture).from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True
+    )
+    assert not any(found.values()), found
+    return model
+
+
+def their_logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
+    """Those of transformers, [B, S, V]."""
+    with torch.no_grad():
+        return their_model(folder)(tokens).logits
 
 
 def some_tokens(sequences: int = 8, length: int = 64, vocab_size: int = 160) -> torch.Tensor:

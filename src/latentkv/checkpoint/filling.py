@@ -207,6 +207,7 @@ def match_parameters(
     zeroed = [name for name in absent if name.endswith(tuple(zero_if_absent))]
     missing = sorted(set(absent) - set(zeroed))
     redundant = _redundant_names(found, targets, mtp_layers)
+    redundant |= {name for name, source in found.items() if 0 in reader.shape(source)}  # shared experts without width
     extra = [source for name, source in found.items() if name not in targets and name not in redundant]
     if (missing or extra) and (reason := foreign_names(reader.folder, reader.names)):
         raise CheckpointError(reason)

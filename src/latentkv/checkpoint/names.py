@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from latentkv.checkpoint.hy_names import as_hy, from_hy, predicts_further
@@ -44,6 +45,7 @@ _BAILING_EMBEDDING = "word_embeddings.weight"
 _TAPS, _CONVOLUTIONS = ".conv_taps", ("q_conv1d", "k_conv1d", "v_conv1d")
 _HYPER_CONNECTION = re.compile(r"\.(attn|ffn)_hc\.(fn|base|scale)$")
 _POOL_GATE = ".index_kpool_compress_gate"
+_ROUTER = ".gate.weight"
 _POST_NORM, _PUBLISHED_POST_NORM = ".mlp.post_mlp_layernorm.", ".post_mlp_layernorm."
 _SHORTCUT, _PUBLISHED_SHORTCUT = ".shortcut.", ".mlp."
 
@@ -124,6 +126,7 @@ def export_names(
     experts: ExpertNames = "one by one",
     style: NameStyle = "usual",
     num_zero_experts: int = 0,
+    empty_shared: bool = False,
 ) -> Iterator[tuple[str, Tensor]]:
     """The (name, tensor) pairs to save a decoder in its published layout, which transformers loads.
 
@@ -133,6 +136,7 @@ def export_names(
         experts: how the layout has routed experts.
         style: whose names it has for the rest.
         num_zero_experts: of each layer that has experts.
+        empty_shared: whether it has shared experts where the decoder has none (see `empty_shared_experts`).
     """
     for name, tensor in state.items():
         published = published_name(name, num_layers)
@@ -141,6 +145,22 @@ def export_names(
         for part, view in (*parts, *_parts_of_zero_experts(published, tensor, num_zero_experts)):
             known_as = _as_mixtral(part) if experts == "mixtral" else part
             yield _STYLES[style](known_as), view
+        if empty_shared and published.endswith(_ROUTER):
+            block = published.removesuffix(_ROUTER)
+            yield from empty_shared_experts(block, tensor.shape[-1], tensor.dtype).items()
+
+
+def empty_shared_experts(block: str, hidden_size: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    """{name: tensor} of shared experts without width, which transformers 5.23 looks for where a config counts none.
+
+    Args:
+        block: name of the experts' block, `model.layers.0.mlp` or the like.
+        hidden_size: of the model.
+        dtype: of its weights.
+    """
+    inward, outward = torch.empty(0, hidden_size, dtype=dtype), torch.empty(hidden_size, 0, dtype=dtype)
+    stem = f"{block}.shared_experts."
+    return {f"{stem}gate_proj.weight": inward, f"{stem}up_proj.weight": inward, f"{stem}down_proj.weight": outward}
 
 
 def _parts_of_zero_experts(published: str, tensor: Tensor, count: int) -> Iterator[tuple[str, Tensor]]:

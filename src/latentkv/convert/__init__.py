@@ -6,7 +6,7 @@ from latentkv.convert.options import ConvertOptions, Export, Method
 from latentkv.lazy import lazily
 
 if TYPE_CHECKING:
-    from latentkv.convert.export import VLLM_LATENT_WIDTHS
+    from latentkv.convert.export_config import VLLM_LATENT_WIDTHS
     from latentkv.convert.heal import Healing, heal_checkpoint, held_out_sequences, require_healable
     from latentkv.convert.heal_loop import Evaluation
     from latentkv.convert.heal_options import HealOptions
@@ -38,7 +38,7 @@ __all__ = [
 
 __getattr__ = lazily(
     __name__,
-    export=("VLLM_LATENT_WIDTHS",),
+    export_config=("VLLM_LATENT_WIDTHS",),
     heal=("Healing", "heal_checkpoint", "held_out_sequences", "require_healable"),
     heal_loop=("Evaluation",),
     heal_options=("HealOptions",),

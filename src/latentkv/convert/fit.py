@@ -31,6 +31,8 @@ def _require_vllm(options: ConvertOptions, source: SourceModel) -> None:
     instead = "give --export transformers."
     if source.attention.qkv_bias or source.attention.output_bias:
         raise ConfigError(f"--export vllm cannot carry the biases of this model's attention: {instead}")
+    if source.config.moe is not None:
+        raise ConfigError(f"--export vllm cannot carry the experts of this model: {instead}")
     if options.method != "weighted":
         raise ConfigError(f"--export vllm chooses the frequencies by itself, not by method={options.method}: {instead}")
     most = 2 * largest_grid(source.frequencies)

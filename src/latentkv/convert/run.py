@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from latentkv.convert.calibration import LayerView, positions_of, view_layer
-from latentkv.convert.export import export_config, export_layer, has_biases, latent_norm_eps, read_by, ties_head
+from latentkv.convert.export import export_layer, has_biases
+from latentkv.convert.export_config import export_config, latent_norm_eps, read_by, ties_head
 from latentkv.convert.fit import possible_sizes, require_fit
 from latentkv.convert.layer import ConvertedLayer, LayerPlan, convert_layer, rope_gains
 from latentkv.convert.options import ConvertOptions
@@ -208,14 +209,12 @@ class _Conversion:
         """Write a layer and its outputs, which the next one is calibrated on; what is kept of it."""
         converted, row = self._best_layer(index, plan, states)
         biases = has_biases(converted.weights)
-        tensors = self._layer_tensors(index, converted)
+        self._target.write_layer(index, export_layer(converted.weights, eps=self._eps))
         config = read_config(self._config(plan, converted.frequencies, biases=biases))
-        prefix = f"model.layers.{index}."
         with torch.device("meta"):
             layer = DecoderLayer(config, config.layers[index], max_context=config.max_positions)
-        layer.load_state_dict({name.removeprefix(prefix): t.float() for name, t in tensors.items()}, assign=True)
+        layer.load_state_dict(dict(self._target.read_layer(index)), assign=True)
         angles = self._angles(config)
-        self._target.write_layer(index, tensors)
         states.mapped(after.path, lambda piece: layer(piece, angles))
         return asdict(_SavedLayer(row, tuple(converted.frequencies.tolist()), biases))
 
@@ -258,16 +257,6 @@ class _Conversion:
             error += float((attention(x, angles) - wanted).double().square().sum())
             energy += float(wanted.double().square().sum())
         return error / energy
-
-    def _layer_tensors(self, index: int, converted: ConvertedLayer) -> dict[str, Tensor]:
-        """Published names, in the dtype of the copy."""
-        source = self._source
-        kept = [name for name in source.layer_names(index) if ".self_attn." not in name]
-        exported = export_layer(converted.weights, eps=self._eps)
-        attention = {f"model.layers.{index}.self_attn.{name}": tensor for name, tensor in exported.items()}
-        return {name: source.read(name).to(self._dtype) for name in kept} | {
-            name: tensor.to(self._dtype) for name, tensor in attention.items()
-        }
 
     def _config(self, plan: LayerPlan, frequencies: Tensor, *, biases: bool) -> dict[str, Any]:
         dtype = str(self._dtype).removeprefix("torch.")

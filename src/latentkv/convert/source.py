@@ -8,17 +8,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from latentkv.checkpoint.filling import match_parameters
-from latentkv.checkpoint.names import layer_of, text_model_names
+from latentkv.checkpoint.filling import Match, match_parameters
+from latentkv.checkpoint.names import layer_of
 from latentkv.checkpoint.tensors import Tensors
 from latentkv.convert.attention import GQAWeights, HeadShape
-from latentkv.errors import ConfigError
+from latentkv.convert.convertible import require_convertible_model
 from latentkv.models.config import GQAConfig, ModelConfig
 from latentkv.models.decoder import Decoder, DecoderLayer
 from latentkv.models.rope import attention_factor, inverse_frequencies
 from latentkv.models.stored_config import open_checkpoint
-
-_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
 
 @dataclass(frozen=True)
@@ -28,14 +26,16 @@ class SourceModel:
     Attributes:
         config: of the model.
         attention: its attention.
-        reader: its tensors.
-        stored_as: {published name: name in the files} of its tensors.
+        reader: its files.
+        match: where the decoder's tensors lie there.
+        shapes: {name in the decoder: shape}; experts are fused.
     """
 
     config: ModelConfig
     attention: GQAConfig
     reader: Tensors
-    stored_as: dict[str, str]
+    match: Match
+    shapes: dict[str, tuple[int, ...]]
 
     @property
     def shape(self) -> HeadShape:
@@ -53,16 +53,18 @@ class SourceModel:
         return self.attention.head_dim**-0.5 * attention_factor(self.config.rope) ** 2
 
     def layer_names(self, index: int) -> list[str]:
-        """Published names of a layer's tensors."""
-        return [name for name in self.stored_as if layer_of(name) == index]
+        """Names in the decoder of a layer's tensors."""
+        return [name for name in self.shapes if layer_of(name) == index]
 
     def outer_names(self) -> list[str]:
-        """Published names of the tensors outside the layers."""
-        return [name for name in self.stored_as if layer_of(name) is None]
+        """Names of the tensors outside the layers."""
+        return [name for name in self.shapes if layer_of(name) is None]
 
-    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """One tensor by its published name."""
-        return self.reader.read(self.stored_as[name], dtype)
+    def read(self, name: str, dtype: torch.dtype) -> Tensor:
+        """One tensor by its name in the decoder."""
+        tensor = torch.empty(self.shapes[name], dtype=dtype)
+        self.match.fill({name: tensor})
+        return tensor
 
     def layer(self, index: int, *, feed_forward: bool = True) -> DecoderLayer:
         """A layer in float32, ready to run over whole sequences.
@@ -88,20 +90,11 @@ def open_source(folder: Path) -> SourceModel:
         CheckpointError: its files are damaged, or tensors are missing, unexpected or misshapen, each named.
     """
     config, reader = open_checkpoint(folder)
-    attention = config.attention
-    if not isinstance(attention, GQAConfig):
-        raise ConfigError(f"{folder} has latent attention already: there is nothing to convert.")
-    if config.model_type not in _FAMILIES or config.moe is not None:
-        raise ConfigError(f"{config.model_type} cannot be converted yet: only dense {', '.join(_FAMILIES)} can.")
-    if any((layer.sliding_window or config.max_positions) < config.max_positions for layer in config.layers):
-        raise ConfigError(f"{folder} has sliding windows, which no latent attention here can express.")
-    if config.mlp_bias:
-        raise ConfigError(f"{folder} has biases in its feed-forward layers, for which DeepSeek-V3 has no place.")
+    attention = require_convertible_model(folder, config)
     with torch.device("meta"):
-        decoder = Decoder(config, max_context=config.max_positions)
-    match_parameters(decoder.state_dict(), reader, num_layers=config.num_layers)
-    names = text_model_names(reader.names, nested=reader.nests_text_model, tied=config.tie_word_embeddings)
-    return SourceModel(config, attention, reader, names)
+        state = Decoder(config, max_context=config.max_positions).state_dict()
+    match = match_parameters(state, reader, num_layers=config.num_layers)
+    return SourceModel(config, attention, reader, match, {name: tuple(t.shape) for name, t in state.items()})
 
 
 def attention_weights(layer: DecoderLayer) -> GQAWeights:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from latentkv.checkpoint.locate import CONFIG_FILE
+from latentkv.checkpoint.names import empty_shared_experts
 from latentkv.checkpoint.reader import INDEX_FILE, CheckpointReader
 from latentkv.checkpoint.shard import write_shard
 from latentkv.convert.record import REPORT_FILE, write_record
@@ -58,10 +60,35 @@ class TargetFolder:
         self._dtype = dtype
         self._tied = tied
 
-    def write_layer(self, index: int, tensors: Mapping[str, Tensor]) -> None:
-        """The file of a layer."""
-        entries = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-        write_shard(self._folder / self._shard(index), entries, tensors.items())
+    def write_layer(self, index: int, attention: Mapping[str, Tensor]) -> None:
+        """The file of a layer: attention as it is given, the rest as the source has it, a tensor at a time.
+
+        Args:
+            index: of the layer.
+            attention: {name under self_attn: tensor}.
+        """
+        prefix = f"model.layers.{index}."
+        converted = {f"{prefix}self_attn.{name}": tensor.to(self._dtype) for name, tensor in attention.items()}
+        copied = [name for name in self._source.layer_names(index) if ".self_attn." not in name]
+        empty = self._empty_experts(index)
+        entries = {name: (self._dtype, self._source.shapes[name]) for name in copied}
+        entries |= {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in (converted | empty).items()}
+        read = ((name, self._source.read(name, self._dtype)) for name in copied)
+        write_shard(self._folder / self._shard(index), entries, chain(converted.items(), empty.items(), read))
+
+    def read_layer(self, index: int) -> Iterator[tuple[str, Tensor]]:
+        """(name in the layer, float32 tensor) of what was written, one at a time."""
+        path = self._folder / self._shard(index)
+        with saved_in(path, CheckpointError, self._remedy), safe_open(path, framework="pt") as file:
+            for name in file.keys() - self._empty_experts(index).keys():
+                yield name.removeprefix(f"model.layers.{index}."), file.get_tensor(name).float()
+
+    def _empty_experts(self, index: int) -> dict[str, Tensor]:
+        """The shared experts that transformers looks for in a layer with experts, and that have no width."""
+        config = self._source.config
+        if config.layers[index].moe is None:
+            return {}
+        return empty_shared_experts(f"model.layers.{index}.mlp", config.hidden_size, self._dtype)
 
     def write_rest(self, report: ConversionReport) -> None:
         """Everything but the layers and config.json, without which nobody reads it."""
@@ -90,8 +117,8 @@ class TargetFolder:
             origins["lm_head.weight"] = "model.embed_tokens.weight"
         if self._tied:
             origins.pop("lm_head.weight")
-        entries = {name: (self._dtype, source.reader.shape(source.stored_as[origins[name]])) for name in origins}
-        write_shard(path, entries, ((name, source.read(origin).to(self._dtype)) for name, origin in origins.items()))
+        entries = {name: (self._dtype, source.shapes[origin]) for name, origin in origins.items()}
+        write_shard(path, entries, ((name, source.read(origin, self._dtype)) for name, origin in origins.items()))
 
     def _shard(self, index: int) -> str:
         return f"model-{index + 1:05d}-of-{self._source.config.num_layers + 1:05d}.safetensors"

@@ -235,12 +235,15 @@ def save_pretrained(decoder: Decoder, folder: Path | str, *, dtype: torch.dtype 
     config["eos_token_id"] = stops[0] if len(stops) == 1 else stops or None
     config.pop("torch_dtype", None)
     config.pop("quantization_config", None)
+    experts = [layer.moe for layer in decoder.config.layers if layer.moe is not None]
     tensors = export_names(
         decoder.state_dict(),
         num_layers=decoder.config.num_layers,
         experts=family.expert_names,
         style=family.name_style,
-        num_zero_experts=max((layer.moe.num_zero_experts for layer in decoder.config.layers if layer.moe), default=0),
+        num_zero_experts=max((moe.num_zero_experts for moe in experts), default=0),
+        empty_shared=bool(family.defaults.get("n_shared_experts"))
+        and not any(moe.num_shared_experts for moe in experts),
     )
     exact = (*_EXACT, ".learnable_sink_param")
     if decoder.config.exact_head:

@@ -85,7 +85,7 @@ def read_rope(fields: Fields, family: Family, attention: MLAConfig | GQAConfig) 
         high_freq_factor=_positive(params, "high_freq_factor", 4.0),
         short_factor=_factors(params, "short_factor", kind, dim),
         long_factor=_factors(params, "long_factor", kind, dim),
-        query_scaling_beta=read_optional(params.get("llama_4_scaling_beta"), "rope's llama_4_scaling_beta"),
+        query_scaling_beta=read_optional(params.get("llama_4_scaling_beta"), "rope's llama_4_scaling_beta") or None,
     )
     _require_computable(rope)
     return rope
