@@ -6,6 +6,7 @@ import torch
 from sources import write_source
 
 from latentkv import LLM
+from latentkv.cli.conversion import text_tokens
 from latentkv.convert import text
 from latentkv.convert.text import load_writer, tokens_of_file, tokens_of_model
 from latentkv.errors import RequestError
@@ -90,3 +91,29 @@ def test_a_file_that_is_too_short_is_refused_or_gives_what_it_has(tmp_path: Path
     text_file.write_text("It was.", encoding="utf-8")
     with pytest.raises(RequestError, match="are needed: give a longer text"):
         tokens_of_file(EMBEDDED_MODEL, text_file, sequences=80, length=32, at_most=True)
+
+
+def test_what_was_kept_is_refused_where_it_is_no_text_of_the_model(folder: Path, tmp_path: Path):
+    kept = tmp_path / "kept.u32"
+    kept.write_bytes(b"\xff" * 4 * 24)
+    with pytest.raises(
+        RequestError, match=r"kept.u32 is damaged \(the token 4,294,967,295 is not the model's\): remove it"
+    ):
+        tokens_of_model(load_writer(folder, 24), sequences=1, length=24, kept=kept)
+
+
+def test_several_texts_give_equal_shares_and_none_is_named_twice(tmp_path: Path):
+    files = [tmp_path / name for name in ("a.txt", "b.txt")]
+    for file in files:
+        file.write_text(f"{file} was a dark and stormy night. " * 100, encoding="utf-8")
+    names = [str(file) for file in files]
+
+    def tokens(texts: list[str], sequences: int) -> torch.Tensor:
+        return text_tokens(EMBEDDED_MODEL, texts, sequences, 32, seed=0, stage="Text")
+
+    both = tokens(names, 5)
+    assert torch.equal(both[:3], tokens(names[:1], 3)) and torch.equal(both[3:], tokens(names[1:], 2))
+    with pytest.raises(RequestError, match=r"a.txt is named twice, .*: name each text once"):
+        tokens([names[0], names[1], names[0]], 6)
+    with pytest.raises(RequestError, match="2 texts need as many --sequences, and 1 are asked for"):
+        tokens(names, 1)

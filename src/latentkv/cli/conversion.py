@@ -68,6 +68,11 @@ def text_tokens(
     """
     import torch
 
+    if repeated := [text for text in dict.fromkeys(texts) if texts.count(text) > 1]:
+        raise RequestError(f"{repeated[0]} is named twice, and would be the same text twice: name each text once.")
+    if sequences < len(texts):
+        raise RequestError(f"{len(texts)} texts need as many --sequences, and {sequences} are asked for: give more.")
+
     from latentkv.convert.text import load_writer, tokens_of_file, tokens_of_model
 
     found: list[Tensor] = []

@@ -97,8 +97,9 @@ def train(
                     raise _diverged(state, step, options, ranks)
                 done.evaluations.append(evaluation(quality, step, tokens, options))
             began = time.monotonic()
+            share = warmed_cosine(step, step / options.steps, warmup=_WARMUP_STEPS, floor=options.min_lr)
             for group in optimizer.param_groups:
-                group["lr"] = options.lr * warmed_cosine(step, step / options.steps, warmup=_WARMUP_STEPS, floor=0.0)
+                group["lr"] = options.lr * share
             (batch,) = ranks.own(tokens[_batch(step, len(tokens), options)].split(options.batch_size // ranks.size))
             loss = _backward(student, teacher, batch, options, ranks, matching=step < options.match_steps)
             masters.collect_gradients()

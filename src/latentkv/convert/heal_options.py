@@ -21,7 +21,8 @@ class HealOptions:
         match_steps: how many of these come first and bring each layer's attention nearer to the source's, on the
             source's own states.
         batch_size: sequences a step.
-        lr: highest learning rate; a cosine leads from it to zero.
+        lr: highest learning rate.
+        min_lr: where the cosine ends that leads down from it, as a fraction of `lr`.
         hidden_weight: the loss is KL(source || converted) plus this times the relative squared error of the states
             after the last norm.
         train: what learns: all weights, attention, or lora: low-rank updates of attention's projections, which are
@@ -39,6 +40,7 @@ class HealOptions:
     match_steps: int = 0
     batch_size: int = 8
     lr: float = 1e-3
+    min_lr: float = 0.0
     hidden_weight: float = 3.0
     train: Trained = "all"
     lora_rank: int = 16

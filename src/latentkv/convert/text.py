@@ -92,7 +92,7 @@ def tokens_of_model(
     begin = llm.config.bos_token_id
     if begin is None:
         raise RequestError("This model has no token to begin a text with: give a text.")
-    rows = [] if kept is None else _kept_rows(kept, length)[:sequences]
+    rows = [] if kept is None else _kept_rows(kept, length, llm.config.vocab_size)[:sequences]
     total = sequences * (length - 1)
     while len(rows) < sequences:
         first = len(rows)
@@ -111,11 +111,18 @@ def tokens_of_model(
     return torch.tensor(rows)
 
 
-def _kept_rows(path: Path, length: int) -> list[list[int]]:
-    """The whole sequences in a file; a last one that is not whole is cut off."""
+def _kept_rows(path: Path, length: int, vocab_size: int) -> list[list[int]]:
+    """The whole sequences in a file; a last one that is not whole is cut off.
+
+    Raises:
+        RequestError: it holds something else than tokens.
+    """
     if not path.exists():
         return []
     size = path.stat().st_size // (_KEPT.itemsize * length) * _KEPT.itemsize * length
     with path.open("r+b") as file:
         file.truncate(size)
-    return np.fromfile(path, dtype=_KEPT).reshape(-1, length).tolist()
+    rows = np.fromfile(path, dtype=_KEPT).reshape(-1, length)
+    if rows.size and rows.max() >= vocab_size:
+        raise RequestError(f"{path} is damaged (the token {rows.max():,} is not the model's): remove it.")
+    return rows.tolist()

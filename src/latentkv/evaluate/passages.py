@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 
 from latentkv.errors import RequestError
+from latentkv.fingerprint import fingerprint
 from latentkv.train.data import pieces_of, read_text
 
 _BLANK_LINES = re.compile(r"\n\s*\n")
@@ -63,7 +63,4 @@ class Text:
     @property
     def digest(self) -> str:
         """Tells these texts from all others."""
-        found = hashlib.sha256()
-        for content in self.contents:
-            found.update(hashlib.sha256(content.encode()).digest())
-        return found.hexdigest()[:16]
+        return fingerprint([list(self.contents)])[:16]
