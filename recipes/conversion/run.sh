@@ -24,7 +24,7 @@ convert() { # NAME SHARE
   [[ -f $target/healed ]] && return
   latentkv convert "$out/$1" "$target" --kv-budget "$2" --calibrate "$calibrate" --text "$measure" --no-speed
   latentkv heal "$target" --teacher "$out/$1" --data "$out/training.txt" --sequences 1200 \
-    --batch-size 4 --steps "${HEAL_STEPS:-150}" --lr 3e-4 --hidden-weight 0 --min-lr 0.1 --eval-every 50
+    --batch-size 4 --steps "${HEAL_STEPS:-150}" --lr 3e-4 --eval-every 50
   touch "$target/healed"
 }
 

@@ -40,8 +40,8 @@ class HealOptions:
     match_steps: int = 0
     batch_size: int = 8
     lr: float = 1e-3
-    min_lr: float = 0.0
-    hidden_weight: float = 3.0
+    min_lr: float = 0.1
+    hidden_weight: float = 0.0
     train: Trained = "all"
     lora_rank: int = 16
     lora_alpha: float = 16.0
