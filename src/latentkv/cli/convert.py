@@ -126,11 +126,11 @@ def _print_report(report: ConversionReport, target: Path, record: dict[str, Any]
     from latentkv.convert import PAGE_FILE, REPORT_FILE, VLLM_LATENT_WIDTHS
 
     out = console()
-    table = Table(title="error of the attention's output", title_justify="left")
-    for column in ("layer", "error, %", "RoPE energy, %", "factors' energy, %"):
+    table = Table(title="what each layer lost", title_justify="left")
+    for column in ("layer", "attention's error, %", "RoPE energy, %", "factors' energy, %", "stream's error, %"):
         table.add_column(column, justify="right")
     for row in report.layers:
-        numbers = (row.output_error, row.rope_energy, row.kept_energy)
+        numbers = (row.output_error, row.rope_energy, row.kept_energy, row.stream_error)
         table.add_row(str(row.layer), *(f"{100 * number:.1f}" for number in numbers))
     out.print(table)
     share, cache = report.cached_after / report.cached_before, report.cache

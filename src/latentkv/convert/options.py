@@ -12,6 +12,7 @@ from latentkv.sizes import parse_share
 
 Method = Literal["weighted", "transmla", "svd"]
 Export = Literal["transformers", "vllm"]
+Refit = Literal["all", "attention", "none"]
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,8 @@ class ConvertOptions:
         method: weighted; transmla and svd are there to be compared with.
         fold: frequencies that share a basis, with transmla.
         export: the engine, besides LatentKV, that the checkpoint is for: transformers or vllm.
+        refit: projections that are fitted to the source's residual stream after factoring: attention (its output's),
+            all (the dense feed-forward's, too) or none; None is all with weighted, none with the other methods.
     """
 
     rank: int | None = None
@@ -33,12 +36,13 @@ class ConvertOptions:
     method: Method = "weighted"
     fold: int = 1
     export: Export = "transformers"
+    refit: Refit | None = None
 
     def __post_init__(self) -> None:
         """Refuse what no source allows."""
         require_ranges(self, ConfigError)
-        for name, known in (("method", get_args(Method)), ("export", get_args(Export))):
-            if (asked := getattr(self, name)) not in known:
+        for name, known in (("method", get_args(Method)), ("export", get_args(Export)), ("refit", get_args(Refit))):
+            if (asked := getattr(self, name)) is not None and asked not in known:
                 raise ConfigError(f"--{name}={asked} is not known: choose {', '.join(known)}.")
         if (self.rank is None) == (self.kv_budget is None):
             raise ConfigError("Give either --rank or --kv-budget.")
@@ -48,3 +52,8 @@ class ConvertOptions:
             raise ConfigError(f"--rope-dim={self.rope_dim} is not allowed: an even number, 2 or more.")
         if self.method != "weighted" and self.rope_dim is None:
             raise ConfigError(f"method={self.method} needs a rope_dim: only weighted chooses one.")
+
+    @property
+    def refits(self) -> Refit:
+        """`refit`, decided."""
+        return self.refit or ("all" if self.method == "weighted" else "none")

@@ -182,11 +182,19 @@ def _healing_sentence(healing: Mapping[str, Any]) -> str:
 def _layers(record: Record) -> str:
     if not record.get("layers"):
         return ""
-    heads = ["layer", "error", "RoPE energy kept", "factors' energy kept", "balance of keys"]
+    heads = [
+        "layer",
+        "error",
+        "RoPE energy kept",
+        "factors' energy kept",
+        "error of the stream after it",
+        "balance of keys",
+    ]
     rows = [
         [
             str(row["layer"]),
             *(f"{row[name]:.1%}" for name in ("output_error", "rope_energy", "kept_energy")),
+            f"{row['stream_error']:.1%}" if "stream_error" in row else "",  # conversions of earlier versions
             f"{row['balance']:g}",
         ]
         for row in record["layers"]

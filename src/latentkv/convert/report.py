@@ -22,6 +22,8 @@ class LayerRow:
         output_error: |converted - source|^2 / |source|^2 of the attention's output, on held-out calibration text.
         rope_energy: share of the keys' energy that keeps its RoPE.
         kept_energy: share of the weighted energy that the factors keep.
+        stream_error: |converted - source|^2 / |source|^2 of the residual stream after the layer, mean over tokens of
+            the same text: what this layer and those before it lost.
         norm_variation: of norms on queries and keys, which are folded in at their mean; 0 without such norms.
     """
 
@@ -30,6 +32,7 @@ class LayerRow:
     output_error: float
     rope_energy: float
     kept_energy: float
+    stream_error: float
     norm_variation: float
 
 

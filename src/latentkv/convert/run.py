@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -17,6 +18,7 @@ from latentkv.convert.export_config import export_config, latent_norm_eps, read_
 from latentkv.convert.fit import possible_sizes, require_fit
 from latentkv.convert.layer import ConvertedLayer, LayerPlan, convert_layer, rope_gains
 from latentkv.convert.options import ConvertOptions
+from latentkv.convert.refit import Stream, refit_layer
 from latentkv.convert.report import CacheBytes, ConversionReport, LayerRow
 from latentkv.convert.source import SourceModel, open_source
 from latentkv.convert.states import HiddenStates
@@ -161,6 +163,12 @@ class _Conversion:
         return found.plan, found.forecasts
 
     @property
+    def _first_held_out(self) -> int:
+        """The first of the sequences that nothing is fitted to."""
+        sequences = self._tokens.shape[0]
+        return min(int(sequences * (1 - HELD_OUT)), sequences - 1)
+
+    @property
     def _method(self) -> dict[str, Any]:
         options = self._options
         return {"method": options.method, "fold": options.fold, "grid": options.export == "vllm"}
@@ -188,35 +196,73 @@ class _Conversion:
     def _convert(self, plan: LayerPlan) -> tuple[list[LayerRow], Tensor, bool]:
         """Write the layers that are not there yet; rows of all, and what their config needs."""
         layers, states = self._source.config.num_layers, self._first_states()
+        stream = states
         rows: list[LayerRow] = []
         frequencies, biases = torch.zeros(0), False
         for index in range(layers):
             after = self._states(f"hidden-{index}.f32")
+            stream_after = self._states(f"source-{index}.f32")
             found = self._folder.step(
                 f"layer-{index}.json",
-                partial(self._convert_layer, index, plan, states, after),
+                partial(self._convert_layer, index, plan, states, after, stream, stream_after),
                 lambda values: as_saved(_SavedLayer, values),
             )
             if index:
                 states.path.unlink(missing_ok=True)
+                stream.path.unlink(missing_ok=True)
             rows.append(found.row)
             frequencies, biases = torch.tensor(found.frequencies, dtype=torch.float64), found.biases
-            states = after
+            states, stream = after, stream_after
             self._on_progress("convert", index + 1, layers)
         return rows, frequencies, biases
 
-    def _convert_layer(self, index: int, plan: LayerPlan, states: HiddenStates, after: HiddenStates) -> dict[str, Any]:
-        """Write a layer and its outputs, which the next one is calibrated on; what is kept of it."""
+    def _convert_layer(
+        self,
+        index: int,
+        plan: LayerPlan,
+        states: HiddenStates,
+        after: HiddenStates,
+        source: HiddenStates,
+        source_after: HiddenStates,
+    ) -> dict[str, Any]:
+        """Write a layer and its outputs, which the next one is calibrated on; what is kept of it.
+
+        Args:
+            index: of the layer.
+            plan: of all layers.
+            states: what the converted layer reads.
+            after: where its outputs go.
+            source: what the source's layer reads in the source itself.
+            source_after: where its outputs go.
+        """
         converted, row = self._best_layer(index, plan, states)
         biases = has_biases(converted.weights)
-        self._target.write_layer(index, export_layer(converted.weights, eps=self._eps))
+        attention = export_layer(converted.weights, eps=self._eps)
+        tensors = {f"self_attn.{name}": tensor for name, tensor in attention.items()}
+        self._target.write_layer(index, tensors)
         config = read_config(self._config(plan, converted.frequencies, biases=biases))
         with torch.device("meta"):
             layer = DecoderLayer(config, config.layers[index], max_context=config.max_positions)
         layer.load_state_dict(dict(self._target.read_layer(index)), assign=True)
         angles = self._angles(config)
-        states.mapped(after.path, lambda piece: layer(piece, angles))
+        stream = self._source_stream(index, source, source_after)
+        refitted = refit_layer(layer, angles, states, stream, self._options.refits, self._first_held_out)
+        if refitted:
+            self._target.write_layer(index, tensors | refitted)
+            layer.load_state_dict(dict(self._target.read_layer(index)), assign=True)
+        lost = states.mapped(after.path, lambda piece: layer(piece, angles)).relative_error(
+            stream.after, self._first_held_out
+        )
+        row = replace(row, stream_error=lost)
         return asdict(_SavedLayer(row, tuple(converted.frequencies.tolist()), biases))
+
+    def _source_stream(self, index: int, states: HiddenStates, after: HiddenStates) -> Stream:
+        """The source's own stream around a layer of it."""
+        layer = self._source.layer(index)
+        between = states.mapped(
+            self._states("source-between.f32").path, lambda piece: layer.between(piece, self._positions)
+        )
+        return Stream(between, states.mapped(after.path, lambda piece: layer(piece, self._positions)))
 
     def _best_layer(self, index: int, plan: LayerPlan, states: HiddenStates) -> tuple[ConvertedLayer, LayerRow]:
         """Convert with every balance, and take the one whose attention comes nearest to the source's."""
@@ -225,7 +271,15 @@ class _Conversion:
         # One after another: more than the best and the next would double what memory holds.
         tried = (self._try(view, plan, balance, states) for balance in balances)
         error, balance, chosen = min(tried, key=lambda found: found[0])
-        return chosen, LayerRow(index, balance, error, chosen.rope_energy, chosen.kept_energy, view.norm_variation)
+        return chosen, LayerRow(
+            index,
+            balance,
+            error,
+            chosen.rope_energy,
+            chosen.kept_energy,
+            stream_error=math.nan,  # known when the layer has been written
+            norm_variation=view.norm_variation,
+        )
 
     def _try(
         self, view: LayerView, plan: LayerPlan, balance: float, states: HiddenStates
@@ -249,9 +303,8 @@ class _Conversion:
         tensors = export_layer(candidate.weights, eps=self._eps)
         attention.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
         angles = self._angles(config)
-        first = min(int(states.shape[0] * (1 - HELD_OUT)), states.shape[0] - 1)
         error = energy = 0.0
-        for piece in states.pieces(first):
+        for piece in states.pieces(self._first_held_out):
             x = view.layer.input_layernorm(piece)
             wanted = view.layer.self_attn(x, self._positions)
             error += float((attention(x, angles) - wanted).double().square().sum())

@@ -52,6 +52,14 @@ class HiddenStates:
 
         write_whole(self.path, fill)
 
+    def relative_error(self, wanted: HiddenStates, first: int) -> float:
+        """|these - wanted|^2 / |wanted|^2 of each token, mean over those of the sequences from `first`."""
+        error, tokens = 0.0, 0
+        for piece, other in zip(self.pieces(first), wanted.pieces(first), strict=True):
+            shares = (piece - other).double().square().sum(-1) / other.double().square().sum(-1)
+            error, tokens = error + float(shares.sum()), tokens + shares.numel()
+        return error / tokens
+
     def mapped(self, path: Path, function: Callable[[Tensor], Tensor]) -> HiddenStates:
         """The states that `function` makes of each piece, in a file of their own."""
         states = HiddenStates(path, self.shape)

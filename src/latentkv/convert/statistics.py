@@ -64,19 +64,20 @@ class AttentionProfile:
         """
         length, heads, _ = q.shape
         index = torch.arange(length)
-        distance = index[:, None] - index
+        later = index[:, None] < index
         q, k, v = (tensor.transpose(0, 1) for tensor in (q, k, v))
-        p = (q @ k.mT * scale).masked_fill(distance < 0, -torch.inf).softmax(-1)  # [H, S, S]
+        p = (q @ k.mT * scale).masked_fill_(later, -torch.inf).softmax(-1)  # [H, S, S]
         projections = o.unflatten(1, (heads, -1)).transpose(0, 1)
         grams = projections.mT @ projections  # [H, d, d]
         outputs = p @ v
+        self.distances += _by_distance(p.sum(0).double())
+        squared = p.square_()
         weighted = v @ grams
-        own = (weighted * v).sum(-1)[:, None]
-        theirs = (outputs @ grams * outputs).sum(-1)[..., None]
-        apart = (own - 2 * outputs @ weighted.mT + theirs).clamp(min=0)
-        squared = p.square()
-        self.distances.index_add_(0, distance.clamp(min=0).flatten(), p.sum(0).double().flatten())
-        self.costs += (squared * apart).sum((1, 2)).double() * scale**2
+        # sum_s p_ts^2 |W_O (v_s - o_t)|^2, multiplied out: no other matrix of all tokens by all is needed.
+        own = (squared @ (weighted * v).sum(-1, keepdim=True)).squeeze(-1)
+        crossed = (outputs * (squared @ weighted)).sum(-1)
+        theirs = (outputs @ grams * outputs).sum(-1) * squared.sum(-1)
+        self.costs += (own - 2 * crossed + theirs).double().sum(1).clamp(min=0) * scale**2
         self.squares += squared.sum((1, 2)).double()
         return squared.sum(1).double().mean(0)
 
@@ -114,3 +115,11 @@ def layer_statistics(
         profile.costs / profile.squares,
         profile.distances / profile.distances.sum(),
     )
+
+
+def _by_distance(matrix: Tensor) -> Tensor:
+    """[S, S], zero above the diagonal -> [S]: sums of the diagonals, the main one first."""
+    length = len(matrix)
+    # Each row is moved right by its number, which brings every diagonal of the mirrored matrix into one column.
+    moved = functional.pad(matrix.flip(1), (0, length)).flatten()[:-length].view(length, 2 * length - 1)
+    return moved.sum(0)[length - 1 :]

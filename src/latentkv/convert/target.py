@@ -60,16 +60,17 @@ class TargetFolder:
         self._dtype = dtype
         self._tied = tied
 
-    def write_layer(self, index: int, attention: Mapping[str, Tensor]) -> None:
-        """The file of a layer: attention as it is given, the rest as the source has it, a tensor at a time.
+    def write_layer(self, index: int, tensors: Mapping[str, Tensor]) -> None:
+        """The file of a layer: what is given, and what else there is but attention as the source has it, one by one.
 
         Args:
             index: of the layer.
-            attention: {name under self_attn: tensor}.
+            tensors: {name in the layer: tensor}; those of attention, and others instead of the source's.
         """
         prefix = f"model.layers.{index}."
-        converted = {f"{prefix}self_attn.{name}": tensor.to(self._dtype) for name, tensor in attention.items()}
-        copied = [name for name in self._source.layer_names(index) if ".self_attn." not in name]
+        converted = {f"{prefix}{name}": tensor.to(self._dtype) for name, tensor in tensors.items()}
+        names = [name for name in self._source.layer_names(index) if ".self_attn." not in name]
+        copied = [name for name in names if name not in converted]
         empty = self._empty_experts(index)
         entries = {name: (self._dtype, self._source.shapes[name]) for name in copied}
         entries |= {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in (converted | empty).items()}

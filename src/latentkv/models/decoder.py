@@ -108,7 +108,7 @@ class DecoderLayer(nn.Module):
             h, mix = self.ffn_hc.read(x)
             return self.ffn_hc.write(x, self._feed(self.post_attention_layernorm(h), None), mix)
         if batch is None or state is None:
-            x = self._add(x, self.self_attn(self.input_layernorm(x), positions))
+            x = self.between(x, positions)
             h = self.post_attention_layernorm(x)
             return self._follow_shortcut(h, self._add(x, self.mlp(h)), positions)
         # Blocks add the residual stream themselves, which saves a rounding, unless they are to be multiplied first.
@@ -119,6 +119,10 @@ class DecoderLayer(nn.Module):
         h, residual = self.post_attention_layernorm(x), x if plain else None
         block = self._feed(h, residual)
         return self._follow_shortcut(h, block if plain else self._add(x, block), positions)
+
+    def between(self, x: Tensor, positions: Rotary) -> Tensor:
+        """The residual stream of whole sequences between attention and feed-forward: [B, S, hidden] -> the same."""
+        return self._add(x, self.self_attn(self.input_layernorm(x), positions))
 
     def attend_whole(self, h: Tensor, positions: Rotary) -> Tensor:
         """What attention alone gives of whole sequences, normed already: [B, S, hidden] -> the same."""
