@@ -51,6 +51,12 @@ def test_what_int8_activations_would_cost_is_said_of_a_copy_that_runs_on_its_cod
     assert rounded["same_likeliest"] == predicted.agreement(LLM(embedded_model()).predict(text)) > 0.8
 
 
+def test_a_copy_that_rounds_nothing_prints_no_table_of_errors(latentkv, model_folder, tmp_path):
+    result = latentkv("quantize", model_folder, tmp_path / "out.gguf", "--type", "f32", "--pre", "none")
+    assert result.exit_code == 0, result.stderr
+    assert "||W" not in result.stdout and "F32" in result.stdout
+
+
 def test_no_more_of_the_text_is_read_than_asked(latentkv, model_folder, tmp_path):
     (tmp_path / "text.txt").write_text("é" * 100)
     asked = ("--weights", "int8", "--text", tmp_path / "text.txt", "--text-bytes", 11, "--json")

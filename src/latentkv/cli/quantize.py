@@ -218,7 +218,8 @@ def _print_report(
     from latentkv.sizes import format_bytes
 
     out, total = console(), report.total
-    out.print(_layer_table(report))
+    if any(report.layer_errors.values()):  # a copy of the same numbers has none
+        out.print(_layer_table(report))
     out.print(_kind_table(report))
     if measured is not None:
         before, after = measured["before"], measured["after"]
