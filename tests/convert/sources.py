@@ -10,6 +10,7 @@ import torch
 import transformers
 from transformers import (
     AutoModelForCausalLM,
+    GraniteConfig,
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
@@ -18,6 +19,7 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
     Qwen3MoeConfig,
+    SeedOssConfig,
 )
 
 SIZES: dict[str, Any] = {
@@ -52,6 +54,18 @@ CONFIGS: dict[str, PretrainedConfig] = {
     "mqa tied": LlamaConfig(
         **SIZES | {"num_key_value_heads": 1, "rope_theta": 500.0}, tie_word_embeddings=True, rms_norm_eps=1e-5
     ),
+    "granite": GraniteConfig(
+        **SIZES,
+        embedding_multiplier=12.0,
+        residual_multiplier=0.22,
+        attention_multiplier=0.11,
+        logits_scaling=6.0,
+        attention_bias=True,
+    ),
+    "granite tied": GraniteConfig(
+        **SIZES, tie_word_embeddings=True, embedding_multiplier=12.0, attention_multiplier=0.2, logits_scaling=6.0
+    ),
+    "seed_oss": SeedOssConfig(**SIZES, attention_out_bias=True),
     "mixtral": MixtralConfig(**SIZES, num_local_experts=5, num_experts_per_tok=3),
     "qwen2": Qwen2Config(**{k: v for k, v in SIZES.items() if k != "head_dim"} | {"hidden_size": 128}),
 }

@@ -64,7 +64,7 @@ def test_with_all_ranks_and_all_of_rope_the_logits_are_the_sources_here_and_in_t
     assert float((their_logits(tmp_path / "out", TOKENS) - expected).abs().max()) < 1e-5 * scale
 
 
-@pytest.mark.parametrize("name", ["llama", "llama3 scaling", "qwen2", "mixtral"])
+@pytest.mark.parametrize("name", ["llama", "llama3 scaling", "qwen2", "granite", "mixtral"])
 def test_a_lossy_copy_gives_the_same_logits_here_and_in_transformers(name: str, tmp_path: Path) -> None:
     source = write_source(name, tmp_path / "source")
     convert_checkpoint(source, tmp_path / "out", TOKENS, ConvertOptions(rank=24, rope_dim=12))

@@ -451,6 +451,22 @@ CASES = [
     ),
     Case("qwen3", "qwen3", GQA),
     Case(
+        "granite",
+        "granite",
+        {k: v for k, v in GQA.items() if k != "head_dim"}
+        | {
+            "embedding_multiplier": 12.0,
+            "residual_multiplier": 0.22,
+            "attention_multiplier": 0.11,
+            "logits_scaling": 6.0,
+            "attention_bias": True,
+            "tie_word_embeddings": True,
+        },
+    ),
+    Case("granite-plain", "granite", GQA | {"attention_multiplier": 0.2, "mlp_bias": True}),
+    Case("seed-oss", "seed_oss", GQA | {"attention_bias": True, "attention_out_bias": False}),
+    Case("seed-oss-out", "seed_oss", GQA | {"attention_bias": False, "attention_out_bias": True}),
+    Case(
         "qwen3-bias-window",
         "qwen3",
         GQA

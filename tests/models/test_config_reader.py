@@ -234,6 +234,8 @@ def test_which_layers_have_experts_as_qwen_says_it() -> None:
     ("model_type", "change"),
     [
         ("olmoe", {"clip_qkv": 8.0}),
+        ("llama", {"attention_multiplier": 0.1}),
+        ("qwen2", {"logits_scaling": 8.0}),
         ("qwen2_moe", {"mlp_only_layers": 1}),
         ("qwen2_moe", {"mlp_only_layers": ["1"]}),
         ("qwen3_moe", {"decoder_sparse_step": -1}),

@@ -44,7 +44,18 @@ def with_mtp(tmp_path: Path, name: str = "v3") -> Decoder:
     "name",
     [
         *("v2-groups", "v3", "kimi-k2", "glm-flash", "minicpm3", "mistral4", "axk1", "youtu", "llama-gqa", "qwen3"),
-        *("mixtral", "olmoe", "qwen2-moe", "qwen3-moe", "dots1", "glm4-moe", "ling3", "kimi-linear"),
+        *(
+            "mixtral",
+            "granite",
+            "seed-oss",
+            "olmoe",
+            "qwen2-moe",
+            "qwen3-moe",
+            "dots1",
+            "glm4-moe",
+            "ling3",
+            "kimi-linear",
+        ),
     ],
 )
 def test_a_saved_checkpoint_gives_the_same_logits_in_transformers(name: str, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from latentkv.errors import ConfigError
 from latentkv.models.config import GQAConfig, ModelConfig, MoEConfig
 
-_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "mixtral")
+_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "granite", "seed_oss", "qwen3_moe", "mixtral")
 
 
 def require_convertible_model(folder: Path, config: ModelConfig) -> GQAConfig:

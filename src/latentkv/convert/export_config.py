@@ -115,7 +115,7 @@ def _rope(source: SourceModel, plan: LayerPlan, frequencies: Tensor, export: Exp
 
 def ties_head(source: SourceModel, export: Export) -> bool:
     """Whether the head is the embedding, which is then written once."""
-    return source.config.tie_word_embeddings and export != "vllm"
+    return source.head_is_embedding and export != "vllm"
 
 
 def export_rope(frequencies: Tensor, theta: float, max_positions: int, export: Export) -> dict[str, Any]:

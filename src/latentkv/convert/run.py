@@ -238,7 +238,8 @@ class _Conversion:
         converted, row = self._best_layer(index, plan, states)
         biases = has_biases(converted.weights)
         attention = export_layer(converted.weights, eps=self._eps)
-        tensors = {f"self_attn.{name}": tensor for name, tensor in attention.items()}
+        named = ((f"self_attn.{name}", tensor) for name, tensor in attention.items())
+        tensors = {name: tensor * self._source.multiplier(name) for name, tensor in named}
         self._target.write_layer(index, tensors)
         config = read_config(self._config(plan, converted.frequencies, biases=biases))
         with torch.device("meta"):
@@ -326,7 +327,7 @@ class _Conversion:
         """What the first layer reads."""
         states = self._states("input.f32")
         if not states.path.exists():
-            table = self._source.read("model.embed_tokens.weight", torch.float32)
+            table = self._source.folded("model.embed_tokens.weight", torch.float32)
             states.write(table[row[None]] for row in self._tokens)
         return states
 

@@ -50,7 +50,7 @@ class SourceModel:
     @property
     def scale(self) -> float:
         """What its scores are multiplied by, the factor on cos and sin (of YaRN) included."""
-        return self.attention.head_dim**-0.5 * attention_factor(self.config.rope) ** 2
+        return self.attention.score_scale * attention_factor(self.config.rope) ** 2
 
     def layer_names(self, index: int) -> list[str]:
         """Names in the decoder of a layer's tensors."""
@@ -65,6 +65,34 @@ class SourceModel:
         tensor = torch.empty(self.shapes[name], dtype=dtype)
         self.match.fill({name: tensor})
         return tensor
+
+    @property
+    def head_is_embedding(self) -> bool:
+        """Whether they are one matrix even when what multiplies each of them is part of it."""
+        config = self.config
+        return config.tie_word_embeddings and config.embedding_multiplier == config.logit_multiplier == 1.0
+
+    def folded(self, name: str, dtype: torch.dtype, origin: str | None = None) -> Tensor:
+        """A tensor of a model that is the same and multiplies nothing: Granite's scalars are part of its weights.
+
+        Args:
+            name: in the decoder.
+            dtype: of the result.
+            origin: the tensor that it is made of, where that has another name.
+        """
+        factor = self.multiplier(name)
+        tensor = self.read(origin or name, dtype if factor == 1.0 else torch.float32)
+        return tensor if factor == 1.0 else tensor.mul_(factor).to(dtype)
+
+    def multiplier(self, name: str) -> float:
+        """What the model multiplies by, besides a tensor."""
+        config = self.config
+        if name.endswith(("o_proj.weight", "o_proj.bias", "down_proj.weight", "down_proj.bias", "experts.down_proj")):
+            return config.residual_multiplier
+        return {
+            "model.embed_tokens.weight": config.embedding_multiplier,
+            "lm_head.weight": config.logit_multiplier,
+        }.get(name, 1.0)
 
     def layer(self, index: int, *, feed_forward: bool = True) -> DecoderLayer:
         """A layer in float32, ready to run over whole sequences.

@@ -61,7 +61,7 @@ class TargetFolder:
         self._tied = tied
 
     def write_layer(self, index: int, tensors: Mapping[str, Tensor]) -> None:
-        """The file of a layer: what is given, and what else there is but attention as the source has it, one by one.
+        """The file of a layer: what is given, and what else there is but attention as in the source, one by one.
 
         Args:
             index: of the layer.
@@ -74,7 +74,7 @@ class TargetFolder:
         empty = self._empty_experts(index)
         entries = {name: (self._dtype, self._source.shapes[name]) for name in copied}
         entries |= {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in (converted | empty).items()}
-        read = ((name, self._source.read(name, self._dtype)) for name in copied)
+        read = ((name, self._source.folded(name, self._dtype)) for name in copied)
         write_shard(self._folder / self._shard(index), entries, chain(converted.items(), empty.items(), read))
 
     def read_layer(self, index: int) -> Iterator[tuple[str, Tensor]]:
@@ -119,7 +119,9 @@ class TargetFolder:
         if self._tied:
             origins.pop("lm_head.weight")
         entries = {name: (self._dtype, source.shapes[origin]) for name, origin in origins.items()}
-        write_shard(path, entries, ((name, source.read(origin, self._dtype)) for name, origin in origins.items()))
+        write_shard(
+            path, entries, ((name, source.folded(name, self._dtype, origin)) for name, origin in origins.items())
+        )
 
     def _shard(self, index: int) -> str:
         return f"model-{index + 1:05d}-of-{self._source.config.num_layers + 1:05d}.safetensors"

@@ -198,7 +198,8 @@ class IndexerConfig:
 class GQAConfig:
     """Grouped-query attention; `num_kv_heads` = num_heads is MHA, 1 is MQA.
 
-    `qk_norm_per_head`: each head's query and key have a norm of their own, else all heads together have one.
+    `qk_norm_per_head`: each head's query and key have a norm of their own, else all heads together have one. `scale` is
+    what scores are multiplied by; None: 1 / sqrt(head_dim).
     """
 
     num_kv_heads: int
@@ -207,6 +208,12 @@ class GQAConfig:
     output_bias: bool = False
     qk_norm: bool = False
     qk_norm_per_head: bool = True
+    scale: float | None = None
+
+    @property
+    def score_scale(self) -> float:
+        """What scores are multiplied by."""
+        return self.head_dim**-0.5 if self.scale is None else self.scale
 
 
 RecurrentConfig = KDAConfig | LightningConfig

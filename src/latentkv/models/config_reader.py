@@ -37,6 +37,10 @@ TIED = "tie_word_embeddings"
 # Keys that change the mathematics, with the values that mean "off": refused where the family has no default for them.
 _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "attn_logit_softcapping": (None,),
+    "embedding_multiplier": (None, 1),
+    "residual_multiplier": (None, 1),
+    "attention_multiplier": (None,),
+    "logits_scaling": (None, 1),
     "final_logit_softcapping": (None,),
     "index_topk": (None,),
     "index_n_heads": (None,),
@@ -159,7 +163,8 @@ def _from_dict(raw: Mapping[str, Any], generation: Mapping[str, Any]) -> ModelCo
     _refuse_unsupported(fields, family)
     hidden_size = fields.size("hidden_size")
     bos_token_id, eos_token_ids = _token_ids(levels, family, generation, vocab_size=fields.size("vocab_size"))
-    layers, scale_depth = _read_layers(fields, family), fields.get("scale_depth")
+    layers = _read_layers(fields, family)
+    embedding, residual, logit = _multipliers(fields, len(layers))
     rotating = [layer.rope for layer in layers if layer.rope and not isinstance(layer.attention, RecurrentConfig)]
     if not rotating:
         raise ConfigError("config.json: no layer reads past tokens; that is not supported.")
@@ -178,10 +183,9 @@ def _from_dict(raw: Mapping[str, Any], generation: Mapping[str, Any]) -> ModelCo
         hyper_connections=_hyper_connections(fields),
         swiglu_limit=None if family.limits_routed else read_swiglu_limit(fields),
         exact_head=family.exact_head,
-        # MiniCPM scales its embeddings, residual branches and logits; the keys are absent elsewhere.
-        embedding_multiplier=fields.positive("scale_emb", 1.0),
-        residual_multiplier=1.0 if scale_depth is None else fields.number("scale_depth") / math.sqrt(len(layers)),
-        logit_multiplier=fields.positive("dim_model_base", hidden_size) / hidden_size,
+        embedding_multiplier=embedding,
+        residual_multiplier=residual,
+        logit_multiplier=logit,
         tie_word_embeddings=stated if (stated := stated_tying(raw)) is not None else fields.flag(TIED),
         initializer_range=fields.positive("initializer_range", 0.02),
         bos_token_id=bos_token_id,
@@ -255,6 +259,17 @@ class Fields:
                 f"config.json: {key} must be a whole number from {least} to {most:,}, not {shown(value)}."
             )
         return value
+
+
+def _multipliers(fields: Fields, num_layers: int) -> tuple[float, float, float]:
+    """Of embeddings, residual branches and logits, as MiniCPM or Granite states them; others have none of the keys."""
+    depth, hidden_size = fields.get("scale_depth"), fields.size("hidden_size")
+    return (
+        fields.positive("scale_emb", 1.0) * fields.positive("embedding_multiplier", 1.0),
+        (1.0 if depth is None else fields.number("scale_depth") / math.sqrt(num_layers))
+        * fields.positive("residual_multiplier", 1.0),
+        fields.positive("dim_model_base", hidden_size) / hidden_size / fields.positive("logits_scaling", 1.0),
+    )
 
 
 def _refuse_other_architectures(fields: Fields, family: Family, model_type: str) -> None:
@@ -344,9 +359,10 @@ def _read_attention(fields: Fields, family: Family) -> MLAConfig | GQAConfig:
         num_kv_heads=kv_heads,
         head_dim=_head_share(fields, heads) if fields.get("head_dim") is None else fields.size("head_dim"),
         qkv_bias=family.qkv_bias if isinstance(family.qkv_bias, bool) else fields.flag(family.qkv_bias),
-        output_bias=bias and family.output_bias,
+        output_bias=family.output_bias if isinstance(family.output_bias, bool) else fields.flag(family.output_bias),
         qk_norm=family.qk_norm if isinstance(family.qk_norm, bool) else fields.flag(family.qk_norm),
         qk_norm_per_head=family.qk_norm_per_head,
+        scale=fields.number("attention_multiplier") if "attention_multiplier" in family.defaults else None,
     )
 
 

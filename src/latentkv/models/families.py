@@ -30,7 +30,7 @@ class Family:
         expert_size: config key that says how wide a routed expert is.
         expert_names: how published and transformers checkpoints have routed experts.
         qkv_bias, qk_norm: of grouped-query attention; a text: that config key says.
-        output_bias: whether config key `attention_bias` is about the output projection of grouped-query attention, too.
+        output_bias: of grouped-query attention's output projection; a text: that config key says.
         qk_norm_per_head: see `GQAConfig`.
         name_style: whose names published and transformers checkpoints have for the rest.
         recurrent: what the other layers of a hybrid are: Kimi Delta Attention, whose two gates are full matrices or of
@@ -98,7 +98,7 @@ class Family:
     saved_as: str | None = None
     qkv_bias: bool | str = "attention_bias"
     qk_norm: bool | str = False
-    output_bias: bool = True
+    output_bias: bool | str = "attention_bias"
     qk_norm_per_head: bool = True
     rotary_share: float | None = None
     sliding_layers: Literal["from", "all", "even until"] = "from"
@@ -758,6 +758,35 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "qwen2": Family("gqa", _QWEN, qkv_bias=True, output_bias=False),
     "qwen3": Family("gqa", _QWEN | {"head_dim": 128}, qk_norm=True),
+    "granite": Family(
+        "gqa",
+        _LLAMA
+        | {
+            "embedding_multiplier": 1.0,
+            "residual_multiplier": 1.0,
+            "attention_multiplier": 1.0,
+            "logits_scaling": 1.0,
+        },
+    ),
+    "seed_oss": Family(
+        "gqa",
+        _COMMON
+        | {
+            "vocab_size": 155136,
+            "hidden_size": 4096,
+            "intermediate_size": 27648,
+            "num_hidden_layers": 64,
+            "num_attention_heads": 80,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "max_position_embeddings": 524288,
+            "bos_token_id": 0,
+            "eos_token_id": 2,
+            "attention_bias": True,
+            "attention_out_bias": False,
+        },
+        output_bias="attention_out_bias",
+    ),
     "mixtral": Family(
         "gqa",
         _LLAMA

@@ -42,7 +42,7 @@ class GroupedQueryAttention(nn.Module):
         self.rope = rope
         self.num_heads = num_heads
         self.sliding_window = sliding_window
-        self.scale = config.head_dim**-0.5
+        self.scale = config.score_scale
         kv_width = config.num_kv_heads * config.head_dim
         self.q_proj = Linear(hidden_size, num_heads * config.head_dim, bias=config.qkv_bias)
         self.k_proj = Linear(hidden_size, kv_width, bias=config.qkv_bias)
