@@ -14,6 +14,7 @@ from transformers import (
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
+    Phi3Config,
     PretrainedConfig,
     PreTrainedModel,
     Qwen2Config,
@@ -65,6 +66,7 @@ CONFIGS: dict[str, PretrainedConfig] = {
     "granite tied": GraniteConfig(
         **SIZES, tie_word_embeddings=True, embedding_multiplier=12.0, attention_multiplier=0.2, logits_scaling=6.0
     ),
+    "phi3": Phi3Config(**{k: v for k, v in SIZES.items() if k != "head_dim"} | {"hidden_size": 128}, pad_token_id=0),
     "seed_oss": SeedOssConfig(**SIZES, attention_out_bias=True),
     "mixtral": MixtralConfig(**SIZES, num_local_experts=5, num_experts_per_tok=3),
     "qwen2": Qwen2Config(**{k: v for k, v in SIZES.items() if k != "head_dim"} | {"hidden_size": 128}),

@@ -464,6 +464,13 @@ CASES = [
         },
     ),
     Case("granite-plain", "granite", GQA | {"attention_multiplier": 0.2, "mlp_bias": True}),
+    Case("phi3", "phi3", {k: v for k, v in GQA.items() if k != "head_dim"} | {"pad_token_id": 0}),
+    Case(
+        "phi3-part-window",
+        "phi3",
+        {k: v for k, v in GQA.items() if k != "head_dim"}
+        | {"hidden_size": 96, "partial_rotary_factor": 0.75, "sliding_window": WINDOW, "pad_token_id": 0},
+    ),
     Case("seed-oss", "seed_oss", GQA | {"attention_bias": True, "attention_out_bias": False}),
     Case("seed-oss-out", "seed_oss", GQA | {"attention_bias": False, "attention_out_bias": True}),
     Case(

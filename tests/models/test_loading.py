@@ -47,6 +47,7 @@ def with_mtp(tmp_path: Path, name: str = "v3") -> Decoder:
         *(
             "mixtral",
             "granite",
+            "phi3",
             "seed-oss",
             "olmoe",
             "qwen2-moe",

@@ -7,7 +7,7 @@ from pathlib import Path
 from latentkv.errors import ConfigError
 from latentkv.models.config import GQAConfig, ModelConfig, MoEConfig
 
-_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "granite", "seed_oss", "qwen3_moe", "mixtral")
+_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "granite", "phi3", "seed_oss", "qwen3_moe", "mixtral")
 
 
 def require_convertible_model(folder: Path, config: ModelConfig) -> GQAConfig:
@@ -23,6 +23,11 @@ def require_convertible_model(folder: Path, config: ModelConfig) -> GQAConfig:
         raise ConfigError(f"{config.model_type} cannot be converted yet: only {', '.join(_FAMILIES)} can.")
     if any((layer.sliding_window or config.max_positions) < config.max_positions for layer in config.layers):
         raise ConfigError(f"{folder} has sliding windows, which no latent attention here can express.")
+    if config.rope.dim < attention.head_dim:
+        raise ConfigError(
+            f"{folder} rotates {config.rope.dim} of the {attention.head_dim} dimensions of a head, which cannot be "
+            "converted yet: models that rotate all of them can."
+        )
     if config.mlp_bias:
         raise ConfigError(f"{folder} has biases in its feed-forward layers, for which DeepSeek-V3 has no place.")
     if config.moe is not None:

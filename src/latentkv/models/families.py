@@ -55,6 +55,7 @@ class Family:
         wrapper: transformers knows it inside a wrapper of this type alone; None: by itself.
         variants: families that bear the `model_type` too, by what config key `architectures` names.
         other_architectures: models that bear it and are not supported, likewise: what they are.
+        stacked: checkpoints have the projections of queries, keys and values in one tensor, and gates with ups.
         paired: each of the `num_layers` of its config is two here, and a shortcut leads from the first to experts that
             the second adds (LongCat-Flash).
         exact_router: see `MoEConfig`.
@@ -93,6 +94,7 @@ class Family:
     wrapper: str | None = None
     variants: Mapping[str, Family] = field(default_factory=dict[str, "Family"])
     other_architectures: Mapping[str, str] = field(default_factory=dict[str, str])
+    stacked: bool = False
     paired: bool = False
     exact_router: bool = False
     saved_as: str | None = None
@@ -767,6 +769,28 @@ FAMILIES: Mapping[str, Family] = {
             "attention_multiplier": 1.0,
             "logits_scaling": 1.0,
         },
+    ),
+    "phi3": Family(
+        "gqa",
+        _COMMON
+        | {
+            "vocab_size": 32064,
+            "hidden_size": 3072,
+            "intermediate_size": 8192,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "max_position_embeddings": 4096,
+            "original_max_position_embeddings": 4096,
+            "rms_norm_eps": 1e-5,
+            "bos_token_id": 1,
+            "eos_token_id": 32000,
+            "use_sliding_window": True,
+        },
+        qkv_bias=False,
+        output_bias=False,
+        rotary_share=1.0,
+        sliding_layers="all",
+        stacked=True,
     ),
     "seed_oss": Family(
         "gqa",

@@ -14,6 +14,7 @@ from latentkv.checkpoint.cuts import Cut
 from latentkv.checkpoint.filling import Match, match_parameters
 from latentkv.checkpoint.names import export_names, inside_wrapper, published_name
 from latentkv.checkpoint.tensors import Tensors
+from latentkv.checkpoint.unfused import stacked
 from latentkv.checkpoint.wrapper import text_config
 from latentkv.checkpoint.writer import write_checkpoint
 from latentkv.errors import CheckpointError, ConfigError
@@ -22,7 +23,7 @@ from latentkv.models.decoder import Decoder
 from latentkv.models.families import FAMILIES
 from latentkv.models.packing import Packer, PackerOf, Packing, pack_module, takes_packed
 from latentkv.models.stage import Stage
-from latentkv.models.stored_config import DTYPE_NAMES, open_checkpoint, stored_dtype
+from latentkv.models.stored_config import DTYPE_NAMES, open_checkpoint, stacked_projections, stored_dtype
 from latentkv.weights import QuantizedWeight, quantize_weight
 from latentkv.weights.policy import choose_scheme
 
@@ -245,6 +246,7 @@ def save_pretrained(decoder: Decoder, folder: Path | str, *, dtype: torch.dtype 
         empty_shared=bool(family.defaults.get("n_shared_experts"))
         and not any(moe.num_shared_experts for moe in experts),
     )
+    tensors = stacked(tensors, stacked_projections(decoder.config))
     exact = (*_EXACT, ".learnable_sink_param")
     if decoder.config.exact_head:
         exact = (*exact, "lm_head.weight")

@@ -15,10 +15,12 @@ from latentkv.checkpoint.adapter import Adapter
 from latentkv.checkpoint.merged import MergedTensors
 from latentkv.checkpoint.names import text_model_names
 from latentkv.checkpoint.tensors import Tensors, open_tensors
+from latentkv.checkpoint.unfused import Stack, UnfusedTensors
 from latentkv.checkpoint.wrapper import config_levels
 from latentkv.errors import ConfigError
-from latentkv.models.config import ModelConfig
+from latentkv.models.config import GQAConfig, ModelConfig
 from latentkv.models.config_reader import TIED, read_config, stated_tying
+from latentkv.models.families import FAMILIES
 
 _DTYPES: Mapping[str, torch.dtype] = {
     "float32": torch.float32,
@@ -47,10 +49,23 @@ def open_checkpoint(folder: Path, lora: Path | None = None) -> tuple[ModelConfig
         CheckpointError: the files are damaged, or of a kind that is not read; or the adapter cannot be merged.
     """
     config, reader = read_config(folder), open_tensors(folder)
+    if stack := stacked_projections(config):
+        reader = UnfusedTensors(reader, stack)
     config = settle_by_files(config, reader)
     if lora is not None:
         reader = MergedTensors(reader, Adapter(lora), tied=config.tie_word_embeddings)
     return config, reader
+
+
+def stacked_projections(config: ModelConfig) -> Stack:
+    """What files of a model of this family may have stacked in one tensor."""
+    if not FAMILIES[config.model_type].stacked or not isinstance(attention := config.attention, GQAConfig):
+        return {}
+    query, key = (count * attention.head_dim for count in (config.num_heads, attention.num_kv_heads))
+    return {
+        "self_attn.qkv_proj": {"self_attn.q_proj": query, "self_attn.k_proj": key, "self_attn.v_proj": key},
+        "mlp.gate_up_proj": dict.fromkeys(("mlp.gate_proj", "mlp.up_proj"), config.intermediate_size),
+    }
 
 
 def settle_by_files(config: ModelConfig, reader: Tensors) -> ModelConfig:
