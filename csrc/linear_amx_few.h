@@ -33,6 +33,7 @@ void multiply_few(const Panel& panel, const float* x, float* sums) {
   vf total[R][V] = {};
   for (std::int64_t g = 0; g < panel.groups; g++) {
     const Word* words = panel.words + g * panel.words_stride;
+    fetch_scales(panel, (const char*)words + AHEAD);
     const float* numbers = x + g * group_steps * STEP_INS;
     vf acc[R][V] = {};
     for (std::int64_t left = packs; left > 0; left -= PACKS, numbers += STEP_INS) {

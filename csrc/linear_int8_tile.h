@@ -85,6 +85,7 @@ void decode_quads(const Panel& panel, Word* quads) {
   const std::int64_t packs = panel.group_words / WORDS, ahead = panel.groups * panel.words_stride;
   for (std::int64_t g = 0; g < panel.groups; g++) {
     const Word* words = panel.words + g * panel.words_stride;
+    fetch_scales(panel, (const char*)(words + ahead));
     for (std::int64_t i = 0; i < packs; i++, words += WORDS * BLOCK_OUTS, quads += QUADS * BLOCK_OUTS) {
       for (int k = 0; k < WORDS * BLOCK_OUTS; k += 16) __builtin_prefetch(words + ahead + k, 0, 2);
       for (int v = 0; v < BLOCK_OUTS; v += W) {
@@ -194,7 +195,7 @@ void multiply_int8(const Panel& panel, const Word* x, float* sums) {
     for (std::int64_t g = 0; g < panel.groups; g++) {
       const Word* words = panel.words + g * panel.words_stride + first;
       const char* ahead = panel.ahead + g * panel.ahead_stride;
-      if (fetches()) __builtin_prefetch(ahead - 64, 0, 2);  // where scales lie between the groups
+      if (fetches()) fetch_scales(panel, ahead);
       vf of_group[R][V] = {};
       float activations[R] = {};  // their sum
       for (std::int64_t begin = 0; begin < packs; begin += RUN_PACKS) {

@@ -20,7 +20,17 @@ struct Panel {
   bool continues = false, ends = true;       // a part of a panel: sums hold what the parts before it gave; it is the last
   const char* ahead;                         // what is fetched meanwhile:
   std::int64_t ahead_stride, ahead_step;     // bytes from group to group, and from word to word; two lines each time
+  std::int64_t ahead_scales;                 // bytes before a group's words: its scales, and its minima
 };
+
+constexpr std::int64_t LINE = 64;
+
+// Asks memory for the scales and minima before a group's words. Each line of them that nobody asked for would be waited
+// for: a fifth of what is read, at a third of the speed.
+LATENTKV_INLINE void fetch_scales(const Panel& panel, const char* words) {
+  for (std::int64_t before = LINE; before < panel.ahead_scales + LINE; before += LINE)
+    __builtin_prefetch(words - before, 0, 2);  // into the second-level cache
+}
 
 // A block of outputs; what follows it is fetched meanwhile: an equal part of it during each of so many passes.
 inline Panel panel_of(const PackedWeight& w, const Layout& layout, const Word* block, std::int64_t fetches) {
@@ -34,6 +44,7 @@ inline Panel panel_of(const PackedWeight& w, const Layout& layout, const Word* b
   panel.scales_stride = (w.scales == DType::f32 ? 1 : 2) * layout.group_stride();
   panel.ahead_step = BLOCK_OUTS * sizeof(Word) / fetches;
   panel.ahead_stride = panel.words_stride * sizeof(Word) / fetches;
+  panel.ahead_scales = layout.scale_words * sizeof(Word) / fetches;
   return panel;
 }
 

@@ -340,8 +340,8 @@ void multiply_tile(const Panel& panel, const Unit* x, float* sums) {
         for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
           for (int v = 0; v < V; v++) acc[0][r][v] = so_far(r, v);
-      if (fetches())  // where scales lie between the groups
-        for (int j = 0; j < G; j++) __builtin_prefetch(ahead + j * panel.ahead_stride - 64, 0, 2);
+      if (fetches())
+        for (int j = 0; j < G; j++) fetch_scales(panel, ahead + j * panel.ahead_stride);
       for (std::int64_t i = 0; i < steps; i++) {
         vu w[G][V][WORDS];
 #pragma GCC unroll 4
