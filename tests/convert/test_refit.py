@@ -48,6 +48,11 @@ def test_the_regression_is_the_least_squares_of_numpy_with_the_ridge_as_further_
     np.testing.assert_allclose(found.numpy(), expected.T, rtol=0, atol=1e-10)
 
 
+def test_what_is_always_zero_gets_no_weight() -> None:
+    x, y = samples()
+    assert not regression(*moments(iter([(0 * x, y)])), 1e-4).any()
+
+
 @pytest.fixture(scope="module")
 def layer_of(tmp_path_factory: pytest.TempPathFactory) -> tuple[DecoderLayer, Rotary]:
     """A layer of latent attention, and its angles."""
@@ -128,6 +133,14 @@ def test_a_refitted_model_is_nearer_to_its_source_layer_by_layer(tmp_path: Path)
     for none, attention, both in zip(*rows.values(), strict=True):
         assert none.stream_error >= attention.stream_error > 1.1 * both.stream_error > 0
     assert rows["none"][0].output_error == rows["all"][0].output_error
+
+
+def test_a_single_sequence_leaves_nothing_to_fit_to_and_is_converted_all_the_same(tmp_path: Path) -> None:
+    source = write_source("llama", tmp_path / "source")
+    for refit in ("none", "all"):
+        convert_checkpoint(source, tmp_path / refit, TOKENS[:1], replace(SMALL, refit=refit))
+    found, expected = (load_model(tmp_path / refit).state_dict() for refit in ("all", "none"))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_experts_and_methods_to_compare_with_keep_the_weights_that_are_copied(tmp_path: Path) -> None:

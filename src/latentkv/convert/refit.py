@@ -47,7 +47,7 @@ def refit_layer(
         states: what it reads.
         stream: where the source is.
         refit: which of the two; experts are left as they are.
-        first_held_out: the first sequence that is not fitted to.
+        first_held_out: the first sequence that is not fitted to; 0: there is none to fit to.
 
     Returns:
         {name in the layer: weight} of those that come nearer on the text that is held out.
@@ -58,6 +58,8 @@ def refit_layer(
         problems["self_attn.o_proj.weight"] = _Problem(output, layer.between, angles, states, stream.between)
     if refit == "all" and isinstance(layer.mlp, MLP):
         problems["mlp.down_proj.weight"] = _Problem(layer.mlp.down_proj, layer, angles, states, stream.after)
+    if not first_held_out:  # a single sequence
+        return {}
     solved = {name: problem.solve(first_held_out) for name, problem in problems.items()}
     return {name: weight for name, weight in solved.items() if weight is not None}
 
@@ -135,5 +137,5 @@ def regression(squares: Tensor, products: Tensor, ridge: float) -> Tensor:
     """
     ridged = squares.clone()
     diagonal = ridged.diagonal()
-    diagonal += ridge * diagonal.mean().clamp(min=torch.finfo(torch.float64).tiny)
+    diagonal += ridge * diagonal.mean().clamp(min=torch.finfo(torch.float64).eps)  # which nothing is where x is zero
     return torch.cholesky_solve(products.mT, torch.linalg.cholesky(ridged)).mT
